@@ -1,0 +1,16 @@
+"""Baichuan-7B pre-training in JAX and Flax: `from baichuan_jax import load_config, load_pretrained, Generator`."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Generator", "load_config", "load_pretrained"]
+
+# Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the package had imported already.
+_HOMES = {"load_config": "config", "load_pretrained": "hf", "Generator": "generate"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'baichuan_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"baichuan_jax.{_HOMES[name]}"), name)

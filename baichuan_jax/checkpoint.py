@@ -1,0 +1,292 @@
+"""Checkpoints through Orbax: saved asynchronously, compared and verified on restore, onto any mesh and process count.
+
+A run's `checkpoints/STEP/` holds three items: `params`, `optimizer` (the rest of the state) and `run` (JSON: step, data position,
+configuration, tokenizer hash, and a digest of every array). The digest is computed on the devices from the bits of the array,
+whatever its sharding, and compared after a restore: a file that was cut short, lost or changed is found, not trained on.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import yaml
+from jax.experimental import multihost_utils
+
+from baichuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, dump_config
+from baichuan_jax.model import Params, abstract_model
+from baichuan_jax.sharding import Layout
+
+
+class CorruptCheckpoint(RuntimeError):
+    """A checkpoint that cannot be read or whose arrays are not those that were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back. `position` is the data position of the next batch."""
+
+    state: Any
+    step: int
+    position: int
+
+
+class Checkpoints:
+    """The checkpoints of one run: `save` starts one, `finish` waits for it, `restore` takes the newest good one.
+
+    `state_shapes` and `state_shardings` are a TrainState of what the configuration makes, and where it belongs.
+    """
+
+    def __init__(
+        self, directory: Path, config: Config, tokenizer_hash: str, state_shapes: Any, state_shardings: Any
+    ) -> None:
+        self.directory = directory.absolute()
+        self._config = config
+        self._tokenizer_hash = tokenizer_hash
+        self._target = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            state_shapes,
+            state_shardings,
+        )
+        self._digest = jax.jit(digest)
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(config.checkpoint), item_names=_ITEMS)
+        self._saving: int | None = None
+
+    def save(self, state: Any, step: int, position: int) -> None:
+        """Start saving; returns once the state is copied to the host. Raises where the previous save failed."""
+        self.finish()
+        run = {
+            "step": step,
+            "position": position,
+            "tokenizer": self._tokenizer_hash,
+            "config": yaml.safe_load(dump_config(self._config)),
+            "digest": _named_digest(self._digest, _as_items(state)),
+        }
+        self._manager.save(step, args=_save_arguments(_as_items(state), run))
+        self._saving = step
+
+    def finish(self) -> int | None:
+        """Wait until the save under way is whole on disk; its step, or None where there was none. Raises where it failed."""
+        step, self._saving = self._saving, None
+        if step is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception:
+                self._manager.reload()  # a failed save would stay in the list of steps
+                raise
+        return step
+
+    @property
+    def saving(self) -> int | None:
+        """The step whose save has not been waited for."""
+        return self._saving
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, report: Callable[..., None]) -> Restored | None:
+        """The newest good checkpoint on this run's mesh, or None. Calls report("checkpoint_corrupt", ...) for each bad one passed.
+
+        A bad one is renamed to STEP.corrupt. Raises ConfigError where a checkpoint is whole but is not of this configuration.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self._restore(step)
+            except CorruptCheckpoint as error:
+                report("checkpoint_corrupt", step=step, path=str(self.directory / str(step)), reason=str(error))
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(_unused(self.directory / f"{step}.corrupt"))
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
+            self._manager.reload()
+        return None
+
+    def _restore(self, step: int) -> Restored:
+        path = self.directory / str(step)
+        run = _read_run(path)
+        if run["tokenizer"] != self._tokenizer_hash:
+            raise ConfigError(
+                f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is {self._tokenizer_hash[:12]}; "
+                "use the run's own tokenizer, or another run_dir"
+            )
+        items = _restore_items(path, _as_items(self._target), run["digest"], self._digest)
+        state = type(self._target)(params=items["params"], **items["optimizer"])
+        return Restored(state, run["step"], run["position"])
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+_ITEMS = ("params", "optimizer", "run")
+
+
+def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True
+    )
+
+
+def _as_items(state: Any) -> dict[str, Any]:
+    fields = state._asdict()
+    return {"params": fields.pop("params"), "optimizer": fields}
+
+
+def _save_arguments(items: dict[str, Any], run: dict[str, Any]) -> ocp.args.Composite:
+    arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    return ocp.args.Composite(**arrays, run=ocp.args.JsonSave(run))
+
+
+def _unused(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}{n}") for n in range(2, 100))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def digest(tree: Any) -> list[jax.Array]:
+    """One uint32 per leaf (4-byte elements): sum over elements of bits * odd weight of the index, modulo 2^32.
+
+    The weights make it depend on order; being a sum, it does not depend on how the array is cut.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        weight = jnp.ones((), jnp.uint32)
+        for axis in range(x.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            weight = weight + index * jnp.uint32(2 * (0x9E3779B1 >> axis) & 0xFFFFFFFF)
+        return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    return [leaf(x) for x in jax.tree.leaves(tree)]
+
+
+def _names(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _named_digest(function: Callable, items: dict[str, Any]) -> dict[str, int]:
+    values = jax.device_get(function(items))
+    return {name: int(value) for name, value in zip(_names(items), values, strict=True)}
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    file = path / "run" / "metadata"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{file}: {error}") from None
+
+
+def _restore_items(
+    path: Path, targets: dict[str, Any], digests: dict[str, int], digest_function: Callable
+) -> dict[str, Any]:
+    """Compare names, shapes and dtypes with what is saved, restore, compare digests."""
+    items = {}
+    with _quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
+        for name, target in targets.items():
+            damage = None
+            try:
+                _compare(path / name, checkpointer.metadata(path / name), target)
+                items[name] = checkpointer.restore(path / name, target)
+            except ConfigError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise what they will for a damaged file
+                damage = f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if damage is not None:  # raised here, where it no longer holds on to the failed reads
+                raise CorruptCheckpoint(damage)
+    changed = [name for name, value in _named_digest(digest_function, items).items() if digests.get(name) != value]
+    if changed:
+        raise CorruptCheckpoint(f"the bits of {', '.join(changed[:3])} are not those that were saved ({len(changed)} arrays)")
+    return items
+
+
+def _compare(path: Path, metadata: Any, target: Any) -> None:
+    tree = metadata.item_metadata.tree
+    saved = dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
+    wanted = dict(zip(_names(target), jax.tree.leaves(target), strict=True))
+    differences = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    differences += [f"{name} is not in the model" for name in saved.keys() - wanted.keys()]
+    for name in wanted.keys() & saved.keys():
+        have, want = saved[name], wanted[name]
+        if tuple(have.shape) != want.shape or have.dtype != want.dtype:
+            differences.append(f"{name} is {tuple(have.shape)} {have.dtype}, the configuration makes {want.shape} {want.dtype}")
+    if differences:
+        raise ConfigError(
+            f"{path} does not fit the configuration: {'; '.join(sorted(differences)[:4])} ({len(differences)} in all); "
+            "use the configuration it was trained with, or another run_dir"
+        )
+
+
+@contextlib.contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """Keep Orbax's chatter about a damaged file off the screen; what it says otherwise is passed on.
+
+    When one read fails, the others go on and print pages of tracebacks as they find their event loop closed. The failure itself is
+    raised and reported.
+    """
+    hook, level, printed = sys.unraisablehook, logging.getLogger("absl").level, io.StringIO()
+    sys.unraisablehook = lambda _: None
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(printed):
+            try:
+                yield
+            except CorruptCheckpoint:
+                time.sleep(0.5)  # the reads that still go on
+                gc.collect()  # and the coroutines that never started
+                raise
+        sys.stderr.write(printed.getvalue())
+    finally:
+        sys.unraisablehook = hook
+        logging.getLogger("absl").setLevel(level)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder meant by a path: itself, or the newest of a run's folder. Raises ConfigError."""
+    for folder in (path / "checkpoints", path):
+        if (folder / "params").is_dir():
+            return folder
+        steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+        if steps:
+            return folder / str(max(steps))
+    raise ConfigError(f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with params/)")
+
+
+def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
+    """Weights alone, float32, of a run's newest checkpoint or of one checkpoint folder. Raises ConfigError."""
+    folder = find_checkpoint(Path(path).absolute())
+    try:
+        run = _read_run(folder)
+        config = ModelConfig(**run["config"]["model"])
+        _, shapes, axes = abstract_model(config)
+        if layout is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: sharding, shapes)
+        else:
+            shardings = jax.tree.map(lambda _, names: layout.sharding(*names), shapes, axes)
+        target = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+        )
+        params = _restore_items(folder, {"params": target}, run["digest"], jax.jit(digest))["params"]
+    except CorruptCheckpoint as error:
+        raise ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run") from None
+    return config, params
+
+
+def save_params(path: Path | str, config: ModelConfig, params: Params) -> None:
+    """Write weights alone as a checkpoint folder that `init_from` and load_params read."""
+    run = {
+        "config": {"model": dataclasses.asdict(config)},
+        "digest": _named_digest(jax.jit(digest), {"params": params}),
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(path).absolute(), args=_save_arguments({"params": params}, run))

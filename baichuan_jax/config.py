@@ -1,0 +1,454 @@
+"""The settings of a run: frozen dataclasses, read from YAML files and dotted overrides, refused where they contradict each other.
+
+Every setting stands here with its default, which is the original Baichuan-7B's where the original had one.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting or an input that cannot be right; commands leave with exit code 78 and do not restart."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}={value} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 64000
+    """Rows of the embedding and columns of the head; at least the tokenizer's pieces."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    intermediate_size: int = 11008
+    """Inner width of the SwiGLU block."""
+    num_layers: int = 32
+    """Transformer blocks."""
+    num_heads: int = 32
+    """Attention heads; head_dim = hidden_size / num_heads."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    initializer_range: float = 0.02
+    """Standard deviation of every initial matrix."""
+    pad_token_id: int | None = 0
+    """Its embedding row gets no gradient (the original's padding_idx); null: every row learns."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and of weights in matrix products; parameters, norms, softmax and loss stay float32."""
+    remat: Literal["none", "matmuls", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but the matrix products, or whole blocks."""
+    scan_layers: bool = True
+    """Compile one block and loop over it (fast to compile), or unroll all blocks; results are equal."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, by formula."""
+        block = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "rope_theta")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
+            "choose a number of heads that does",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim = hidden_size/num_heads = {self.hidden_size}/{self.num_heads} = {self.head_dim} is odd; "
+            "the rotary embedding turns pairs of channels",
+        )
+        _require(
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            f"model.pad_token_id={self.pad_token_id} is outside the vocabulary of model.vocab_size={self.vocab_size}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = 286_000
+    """Optimiser steps of the whole run, where the schedule ends. The default makes 1.2T tokens."""
+    context_length: int = 4096
+    """Tokens a row is trained on."""
+    global_batch_size: int = 1024
+    """Rows a step, over all devices."""
+    micro_batch_size: int | None = None
+    """Rows a device holds in one forward and backward pass; fewer than its share accumulates gradients. null: its whole share."""
+    loss_chunk_size: int = 1024
+    """Tokens whose logits exist at once on a device."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss (PaLM used 1e-4)."""
+    seed: int = 42
+    """Of the initial weights and of the order of the data."""
+    deterministic: bool = False
+    """On GPUs: only kernels that give the same bits every time (slower). A CPU always does."""
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size")
+        if self.micro_batch_size is not None:
+            _positive("train", self, "micro_batch_size")
+        _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 3e-4
+    """Peak, reached after the warm-up."""
+    final_learning_rate_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    decay_norms: bool = True
+    """Decay the norms' weights too, as the original did."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", self, "learning_rate", "eps", "clip_norm")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+        _require(
+            0 <= self.final_learning_rate_ratio <= 1,
+            f"optimizer.final_learning_rate_ratio={self.final_learning_rate_ratio} must lie in [0, 1]",
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None
+    """A SentencePiece model. null: one is trained on the training text at first use."""
+    vocab_size: int = 8192
+    """Pieces of the tokenizer that is trained where no path is given."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: dict[str, float] = field(default_factory=dict)
+    """Corpora and their sampling weights: globs of text or JSONL files (also .gz, .zst), or folders of packed rows."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """The same for the validation loss; must share no document with the training text. Weights are ignored: rows are read in order."""
+    text_field: str = "text"
+    """The JSONL field that holds a document's text."""
+    cache_dir: str = "cache"
+    """Where a trained tokenizer and packed rows are kept for every later run on the same text."""
+    document_mask: bool = False
+    """Attend within documents only, positions counted from each document's start. The original attends across."""
+    num_workers: int = 0
+    """Processes that tokenise and pack; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation"):
+            for path, weight in getattr(self, name).items():
+                _require(weight > 0, f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1: all that are left."""
+
+    data: int = -1
+    """Replicas, across nodes: gradients are averaged over them."""
+    fsdp: int = 1
+    """Shards of parameters and optimiser state, inside a node; the batch is cut along it too."""
+    context: int = 1
+    """Pieces of every sequence."""
+    tensor: int = 1
+    """Pieces of heads, hidden units and vocabulary, inside a node."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.data, self.fsdp, self.context, self.tensor)
+
+    def __post_init__(self) -> None:
+        _require(
+            all(size > 0 or size == -1 for size in self.shape) and self.shape.count(-1) <= 1,
+            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive, one of them -1 at most",
+        )
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """This mesh with its -1 filled in. Raises ConfigError where num_devices does not fit."""
+        known = 1
+        for size in self.shape:
+            known *= size if size > 0 else 1
+        _require(
+            num_devices % known == 0 if -1 in self.shape else num_devices == known,
+            f"mesh (data, fsdp, context, tensor)={self.shape} needs {'a multiple of ' if -1 in self.shape else ''}{known} "
+            f"devices and there are {num_devices}; set mesh.* so that the product is {num_devices}",
+        )
+        return MeshConfig(*(num_devices // known if size == -1 else size for size in self.shape))
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    attention: Literal["auto", "reference", "blockwise", "cudnn"] = "auto"
+    """Implementation of attention; a forced one that cannot serve raises."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "every", "keep_last")
+        if self.keep_every is not None:
+            _positive("checkpoint", self, "keep_every")
+            _require(
+                self.keep_every % self.every == 0,
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}: "
+                "nothing would be saved there",
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 500
+    """Steps between validation losses; the last step is always evaluated."""
+    num_batches: int = 16
+    """Batches of validation rows each time; fewer where the text ends."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluate", self, "every", "num_batches")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the finished model continues."""
+    max_new_tokens: int = 48
+    """Length of each continuation."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to; needs the wandb package."""
+    peak_tflops: float | None = None
+    """Dense bfloat16 TFLOP/s of one device, for an accelerator that the table in metrics.py lacks."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)
+    """[first, last]: write a jax.profiler trace of these steps. SIGUSR1 traces the next three."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.steps or (len(self.steps) == 2 and 0 <= self.steps[0] <= self.steps[1]),
+            f"profile.steps={self.steps} must be [first, last] with first <= last",
+        )
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes. All null: from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or Slurm, else one process."""
+
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    """Processes in all."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str | None = None
+    """Folder of the run: configuration, metrics, checkpoints. null: runs/ and the configuration file's name."""
+    init_from: str | None = None
+    """A Hugging Face Baichuan or LLaMA folder, or a run's checkpoint: its weights, with a fresh optimiser and schedule."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.optimizer.warmup_steps <= self.train.num_steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds train.num_steps={self.train.num_steps}; "
+            "the peak learning rate would never be reached",
+        )
+        if self.tokenizer.path is None:
+            _require(
+                self.tokenizer.vocab_size <= self.model.vocab_size,
+                f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's "
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size}; raise the one or lower the other",
+            )
+        if -1 not in self.mesh.shape:
+            self.check_mesh(self.mesh)
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir or "runs/default")
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Refuse a resolved mesh that does not divide this model and batch. Raises ConfigError with both numbers."""
+        for what, size, axis, count in (
+            ("model.num_heads", self.model.num_heads, "tensor", mesh.tensor),
+            ("model.intermediate_size", self.model.intermediate_size, "tensor", mesh.tensor),
+            ("model.vocab_size", self.model.vocab_size, "tensor", mesh.tensor),
+            ("model.hidden_size", self.model.hidden_size, "fsdp", mesh.fsdp),
+            ("train.context_length", self.train.context_length, "context", mesh.context),
+        ):
+            _require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
+        self.accumulation_steps(mesh)
+
+    def accumulation_steps(self, mesh: MeshConfig) -> int:
+        """Micro-batches in a step on a resolved mesh. Raises ConfigError where the batch does not divide."""
+        rows, batch = mesh.data * mesh.fsdp, self.train.global_batch_size
+        _require(
+            batch % rows == 0,
+            f"mesh.data x mesh.fsdp = {mesh.data} x {mesh.fsdp} = {rows} does not divide train.global_batch_size={batch}",
+        )
+        if self.train.micro_batch_size is None:
+            return 1
+        micro = self.train.micro_batch_size * rows
+        _require(
+            batch % micro == 0,
+            f"train.micro_batch_size={self.train.micro_batch_size} on {rows} batch shards makes {micro} rows, "
+            f"which does not divide train.global_batch_size={batch}",
+        )
+        return batch // micro
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, and of the sections that hold them."""
+    names = []
+    for item in fields(cls):
+        names.append(prefix + item.name)
+        if is_dataclass(item.type):
+            names += _keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return names
+
+
+KEYS = _keys(Config)
+
+
+def _refuse_unknown(keys: list[str], source: str) -> None:
+    for key in keys:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
+
+
+def _file_keys(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted names that a parsed YAML file sets, down to the settings' own values."""
+    keys = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        section = any(known.startswith(name + ".") for known in KEYS)
+        if section and not isinstance(value, dict):
+            raise ConfigError(f"{name} is a section of settings and was given {value!r}; write its settings below it")
+        keys += _file_keys(value, name + ".") if section else [name]
+    return keys
+
+
+def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """The command-line parser of every command that takes a whole Config."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Config:
+    """A Config from command-line words. Raises ConfigError; --help and --print_config print and leave."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(words)[0].config
+    if path is not None:
+        _check_file(path)
+    for word in words:
+        if match := re.match(r"--([^=]+)", word):
+            key = match[1].rstrip("+")
+            if key not in ("help", "config", "print_config"):
+                _refuse_unknown([key], "command line")
+    try:
+        namespace = parser.parse_args(words)
+        namespace.pop("config")
+        config = Config(**parser.instantiate(namespace).as_dict())
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    if config.run_dir is None:
+        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
+    return config
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    file = Path(path)
+    _require(file.is_file(), f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    _require(isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}")
+    _refuse_unknown(_file_keys(tree), str(path))
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file of settings, then overrides such as "train.num_steps=60". Raises ConfigError."""
+    words = []
+    for override in overrides or []:
+        _require("=" in override, f"override {override!r} must read name=value, such as train.num_steps=60")
+        words.append("--" + override.removeprefix("--"))
+    return parse_config(make_parser("load_config", ""), ["--config", os.fspath(path), *words])
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, in the order of the dataclasses."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return value
+
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""From text to global batches of tokens."""

@@ -1,0 +1,161 @@
+"""Global batches of packed rows: a pure function of (seed, position), for any number of processes.
+
+G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tokens.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from baichuan_jax.data.rows import Rows
+
+IGNORE = -100  # a label that the loss leaves out
+PREFETCHED = 8  # batches held ready
+THREADS = 4  # that read rows
+CLOSE_SECONDS = 5.0
+
+
+class Loader:
+    """Endless iterator over training batches, beginning at `position`.
+
+    Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight, each shuffled anew every epoch.
+    Yields dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
+    `segment_ids` and `positions`. Every process reads only the rows that its own devices need.
+    """
+
+    def __init__(
+        self,
+        sources: list[tuple[Rows, float]],
+        *,
+        seed: int,
+        accumulation_steps: int,
+        batch_size: int,
+        eos_id: int,
+        document_mask: bool,
+        sharding: NamedSharding,
+        position: int = 0,
+    ) -> None:
+        self.position = position
+        self._sharding = sharding
+        self._eos_id = eos_id if document_mask else None
+        self._shape = (accumulation_steps, batch_size // accumulation_steps, sources[0][0].context_length)
+        self._rows = _needed_rows(sharding, self._shape)
+        batches = _Batches(mixture(sources, seed), self._rows, batch_size)
+        dataset = grain.MapDataset.source(batches)[position:]
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        rows = next(self._iterator)
+        self.position += 1
+        return _to_devices(_arrays(rows, self._eos_id), self._rows, self._shape, self._sharding)
+
+    def close(self) -> None:
+        """Stop reading. grain's own close can wait for ever on a thread that is blocked (grain#1372), so it gets a deadline."""
+        closer = threading.Thread(target=self._iterator.close, daemon=True)
+        closer.start()
+        closer.join(CLOSE_SECONDS)
+
+
+def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
+    """The endless sequence of rows: element i is a function of the seed and i alone.
+
+    A corpus is used once an epoch, in an order that no other epoch or corpus has.
+    """
+    datasets = [
+        grain.MapDataset.source(rows).seed(seed + 1000003 * index).shuffle().repeat(None, reseed_each_epoch=True)
+        for index, (rows, _) in enumerate(sources)
+    ]
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
+
+
+class _Batches:
+    """Random access to this process's part of every global batch: [rows needed, T + 1]."""
+
+    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int) -> None:
+        self._sequence, self._rows, self._batch_size = sequence, rows, batch_size
+
+    def __len__(self) -> int:
+        return len(self._sequence) // self._batch_size
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        return np.stack([self._sequence[position * self._batch_size + int(row)] for row in self._rows])
+
+
+def _needed_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> np.ndarray:
+    """Numbers, within a global batch, of the rows that this process's devices hold."""
+    numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])
+    needed = [numbers[index[:2]].ravel() for index in sharding.addressable_devices_indices_map(shape).values()]
+    return np.unique(np.concatenate(needed))
+
+
+def _arrays(rows: np.ndarray, eos_id: int | None) -> dict[str, np.ndarray]:
+    """A batch's arrays [n, T] of rows [n, T + 1]; eos_id where documents are kept apart."""
+    arrays = {"inputs": rows[:, :-1], "labels": rows[:, 1:]}
+    return arrays if eos_id is None else arrays | document_arrays(arrays["inputs"], eos_id)
+
+
+def _to_devices(
+    arrays: dict[str, np.ndarray], numbers: np.ndarray, shape: tuple[int, int, int], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """Arrays [n, T] of rows with their numbers in the batch -> global arrays [A, B, T]; each device takes its own."""
+    place = np.full(shape[0] * shape[1], -1)
+    place[numbers] = np.arange(len(numbers))
+    place = place.reshape(shape[:2])
+
+    def make(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(shape, sharding, lambda index: array[place[index[:2]]][..., index[2]])
+
+    return {name: make(array) for name, array in arrays.items()}
+
+
+def document_arrays(inputs: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+    """`segment_ids` (from 1, a new one after every EOS) and `positions` (from 0 in every document) of rows [n, T]."""
+    starts = np.zeros(inputs.shape, bool)
+    starts[:, 1:] = inputs[:, :-1] == eos_id
+    columns = np.arange(inputs.shape[1])
+    begin = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    return {
+        "segment_ids": (1 + np.cumsum(starts, axis=1)).astype(np.int32),
+        "positions": (columns - begin).astype(np.int32),
+    }
+
+
+def validation_batches(
+    sources: list[tuple[Rows, float]],
+    *,
+    accumulation_steps: int,
+    batch_size: int,
+    eos_id: int,
+    document_mask: bool,
+    sharding: NamedSharding,
+    num_batches: int,
+) -> Iterator[dict[str, jax.Array]]:
+    """The first rows of all corpora in turn, always the same; what a last batch lacks is rows whose labels are all ignored."""
+    T = sources[0][0].context_length
+    shape = (accumulation_steps, batch_size // accumulation_steps, T)
+    numbers = _needed_rows(sharding, shape)
+    order = _in_turn([len(rows) for rows, _ in sources], num_batches * batch_size)
+    for start in range(0, len(order), batch_size):
+        rows = np.zeros((len(numbers), T + 1), np.int32)
+        real = np.zeros(len(numbers), bool)
+        for slot, number in enumerate(numbers):
+            if start + number < len(order):
+                source, index = order[start + number]
+                rows[slot], real[slot] = sources[source][0][index], True
+        arrays = _arrays(rows, eos_id if document_mask else None)
+        arrays["labels"] = np.where(real[:, None], arrays["labels"], IGNORE)
+        yield _to_devices(arrays, numbers, shape, sharding)
+
+
+def _in_turn(lengths: list[int], limit: int) -> list[tuple[int, int]]:
+    """(source, row) pairs, one of each source in turn until all are used or the limit is reached."""
+    order = [(source, row) for row in range(max(lengths)) for source, length in enumerate(lengths) if row < length]
+    return order[:limit]

@@ -1,0 +1,428 @@
+"""Packed rows of tokens: documents + EOS, joined and cut into rows of context_length + 1, in ArrayRecord shards with a manifest.
+
+Every part of the input (data/text.py) becomes one shard, whatever the number of processes; a shard is written whole under another
+name and then renamed, so that a killed run leaves nothing half done and goes on with the shards that are missing.
+
+`python -m baichuan_jax.data.rows pack|show|verify`
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from baichuan_jax.config import Config, ConfigError
+from baichuan_jax.data.text import Part, find_files, read_documents, split_files
+from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
+
+MANIFEST = "manifest.json"
+VERSION = 1
+DOCUMENTS_AT_ONCE = 256  # given to the tokenizer in one call
+
+
+class Rows:
+    """Packed rows on disk: rows[i] is int32 [context_length + 1]. Reading from several threads is safe.
+
+    Raises ConfigError where the folder is not whole.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder)
+        file = self.path / MANIFEST
+        if not file.is_file():
+            raise ConfigError(f"{folder} has no {MANIFEST}: it holds no packed rows, or packing did not end; {_HOW_TO_PACK}")
+        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if self.manifest["version"] != VERSION:
+            raise ConfigError(f"{folder} has rows of version {self.manifest['version']} and this is {VERSION}; {_HOW_TO_PACK}")
+        self.context_length: int = self.manifest["context_length"]
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
+        for shard in self._shards:
+            path = self.path / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                raise ConfigError(
+                    f"{path} has {'gone' if size is None else f'{size} bytes'} and the manifest says {shard['bytes']} bytes; "
+                    "delete the folder and pack again"
+                )
+        if not self._shards:
+            raise ConfigError(f"{folder} holds no row: its text has fewer than {self.context_length + 1} tokens a part")
+        self._source = ArrayRecordDataSource([str(self.path / shard["file"]) for shard in self._shards])
+
+    def __len__(self) -> int:
+        return self.manifest["rows"]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.frombuffer(self._source[index], self._dtype).astype(np.int32)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each token occurs in the text: [vocab_size] int64."""
+        return np.load(self.path / "counts.npy")
+
+    def verify(self) -> None:
+        """Compare every shard's checksum with the manifest. Raises ConfigError naming the first that differs."""
+        for shard in self._shards:
+            if (found := _checksum(self.path / shard["file"])) != shard["sha256"]:
+                raise ConfigError(f"{self.path / shard['file']} has SHA-256 {found} and the manifest says {shard['sha256']}")
+
+
+_HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
+
+
+def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
+    """Entropy in nats of one token drawn from a weighted mixture: the loss of a model that knows frequencies alone."""
+    mixture = sum(weight * rows.counts / rows.counts.sum() for rows, weight in sources)
+    probabilities = mixture[mixture > 0] / mixture.sum()
+    return float(-np.sum(probabilities * np.log(probabilities)))
+
+
+def pack(
+    patterns: list[str],
+    folder: Path | str,
+    tokenizer: Tokenizer,
+    context_length: int,
+    *,
+    text_field: str = "text",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Rows:
+    """Tokenise and pack the files that globs name into a folder, in parallel; goes on where a killed run stopped.
+
+    What is in the folder depends on the files, the tokenizer and the context length alone. Raises ConfigError.
+    """
+    folder = Path(folder)
+    files = find_files(patterns)
+    work = [
+        _Work(part, folder / f"shard-{index:05d}", tokenizer.path, tokenizer.hash, context_length, text_field)
+        for index, part in enumerate(split_files(files))
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(folder.name + ".lock")):
+        if not (folder / MANIFEST).exists():
+            todo = [item for item in work if not item.is_done()]
+            _run_all(todo, num_workers, progress, description=f"packing {folder.name}")
+            _write_manifest(folder, work, tokenizer, context_length, patterns)
+    return Rows(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One part of the input and the shard it becomes."""
+
+    part: Part
+    stem: Path
+    tokenizer: Path
+    tokenizer_hash: str
+    context_length: int
+    text_field: str
+
+    @property
+    def shard(self) -> Path:
+        return self.stem.with_suffix(".array_record")
+
+    @property
+    def record(self) -> Path:
+        return self.stem.with_suffix(".json")
+
+    def key(self) -> dict[str, Any]:
+        """What a finished shard must have been made from to be kept."""
+        return {
+            "path": self.part.path, "start": self.part.start, "stop": self.part.stop, "size": os.path.getsize(self.part.path),
+            "tokenizer": self.tokenizer_hash, "context_length": self.context_length, "text_field": self.text_field,
+        }  # fmt: skip
+
+    def is_done(self) -> bool:
+        if not (self.record.exists() and self.shard.exists()):
+            return False
+        record = json.loads(self.record.read_text(encoding="utf-8"))
+        return record["key"] == self.key() and record["bytes"] == self.shard.stat().st_size
+
+
+def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: str) -> None:
+    if not todo:
+        return
+    workers = min(len(todo), num_workers or os.cpu_count() or 1)
+    total = sum((item.part.stop or os.path.getsize(item.part.path)) - item.part.start for item in todo)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not progress or not sys.stderr.isatty())
+    # spawn: a fork of a process whose jax has threads may hang
+    with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_make_shard, item): item for item in todo}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                part = futures[future].part
+                bar.update((part.stop or os.path.getsize(part.path)) - part.start)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _make_shard(work: _Work) -> None:
+    """Write one shard and its record, each under another name first."""
+    tokenizer = Tokenizer(work.tokenizer)
+    dtype = _dtype(tokenizer.vocab_size)
+    length = work.context_length + 1
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    totals = {"documents": 0, "empty_documents": 0, "text_bytes": 0, "tokens": 0, "rows": 0, "tokens_dropped": 0}
+    temporary = work.stem.with_suffix(f".{os.getpid()}.tmp")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # rows are read one at a time, in any order
+    left = np.zeros(0, dtype)
+    for batch in _batches(read_documents(work.part, work.text_field), totals):
+        pieces = [token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)]
+        stream = np.asarray(pieces, dtype)
+        counts += np.bincount(stream, minlength=len(counts))
+        stream = np.concatenate([left, stream])
+        whole = len(stream) // length
+        for row in stream[: whole * length].reshape(whole, length):
+            writer.write(row.tobytes())
+        left = stream[whole * length :]
+        totals["rows"] += whole
+        totals["tokens"] += len(pieces)
+    writer.close()
+    totals["tokens_dropped"] = len(left)
+    record = {
+        "key": work.key(), **totals, "bytes": temporary.stat().st_size, "sha256": _checksum(temporary),
+        "counts": {int(token): int(counts[token]) for token in np.flatnonzero(counts)},
+    }  # fmt: skip
+    _sync(temporary)
+    os.replace(temporary, work.shard)
+    _write_atomically(work.record, json.dumps(record))
+
+
+def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for document in documents:
+        totals["documents"] += 1
+        totals["text_bytes"] += len(document.encode())
+        if not document:
+            totals["empty_documents"] += 1
+            continue
+        batch.append(document)
+        if len(batch) == DOCUMENTS_AT_ONCE:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _write_manifest(
+    folder: Path, work: list[_Work], tokenizer: Tokenizer, context_length: int, patterns: list[str]
+) -> None:
+    records = [json.loads(item.record.read_text(encoding="utf-8")) for item in work]
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for record in records:
+        for token, count in record["counts"].items():
+            counts[int(token)] += count
+    with open(folder / "counts.npy.tmp", "wb") as file:
+        np.save(file, counts)
+    _sync(folder / "counts.npy.tmp")
+    os.replace(folder / "counts.npy.tmp", folder / "counts.npy")
+    names = ("documents", "empty_documents", "text_bytes", "tokens", "tokens_dropped", "rows")
+    manifest = {
+        "version": VERSION, "inputs": patterns, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id, "context_length": context_length, "dtype": _dtype(tokenizer.vocab_size).name,
+        **{name: sum(record[name] for record in records) for name in names},
+        "shards": [
+            {"file": item.shard.name, "from": record["key"]["path"], **{n: record[n] for n in ("rows", "bytes", "sha256")}}
+            for item, record in zip(work, records, strict=True)
+        ],
+    }  # fmt: skip
+    _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of a machine at a time; a killed one's lock is gone with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run trains on: its tokenizer, and packed rows with their weights."""
+
+    tokenizer: Tokenizer
+    train: list[tuple[Rows, float]]
+    validation: list[tuple[Rows, float]]
+
+
+def prepare(
+    config: Config, *, writer: bool = True, progress: bool = True, say: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """Tokenizer and rows of a configuration; what is missing is trained and packed into data.cache_dir, once for all later runs.
+
+    Of a run's processes one is the `writer`; the others wait until its files are there. Raises ConfigError.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train names no corpus; give globs of text files or folders of packed rows, with weights")
+    tokenizer = _find_tokenizer(config, writer, say)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of {tokenizer.path}"
+        )
+    corpora = {
+        name: [(_find_rows(config, path, tokenizer, writer, progress, say), weight) for path, weight in chosen.items()]
+        for name, chosen in (("train", config.data.train), ("validation", config.data.validation))
+    }
+    return Prepared(tokenizer, corpora["train"], corpora["validation"])
+
+
+def _is_packed(path: str) -> bool:
+    return (Path(path) / MANIFEST).exists()
+
+
+def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) -> Tokenizer:
+    if config.tokenizer.path is not None:
+        return Tokenizer(config.tokenizer.path)
+    texts = [path for path in config.data.train if not _is_packed(path)]
+    if not texts:
+        raise ConfigError("data.train holds packed rows only, so tokenizer.path must name the tokenizer they were made with")
+    files = find_files(texts)
+    size = config.tokenizer.vocab_size
+    path = Path(config.data.cache_dir) / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
+    if not writer:
+        _wait_for(path, say)
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            began = time.perf_counter()
+            documents = (text for file in files for text in read_documents(Part(file), config.data.text_field))
+            used = train_tokenizer(documents, path, size)
+            say(
+                f"trained a tokenizer of {size} pieces on {used['bytes']:,} bytes in {time.perf_counter() - began:.1f} s "
+                f"(one line in {used['sampled_one_line_in']}; {used['coverage']:.3%} of the characters' occurrences have a "
+                "piece, the others are spelt in bytes)"
+            )
+    return Tokenizer(path)
+
+
+def _find_rows(
+    config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Callable[[str], None]
+) -> Rows:
+    length = config.train.context_length
+    if _is_packed(path):
+        rows = Rows(path)
+        if rows.context_length != length:
+            verb = "exceeds" if length > rows.context_length else "is below"
+            raise ConfigError(
+                f"train.context_length={length} {verb} the shards' {rows.context_length} in {path}; re-pack with "
+                f"python -m baichuan_jax.data.rows pack --context_length {length}, or set train.context_length={rows.context_length}"
+            )
+        if rows.manifest["tokenizer"] != tokenizer.hash:
+            raise ConfigError(
+                f"{path} was packed with tokenizer {rows.manifest['tokenizer'][:12]} and {tokenizer.path} is {tokenizer.hash[:12]}; "
+                "use the same tokenizer.path, or pack again"
+            )
+        return rows
+    files = find_files([path])
+    folder = Path(config.data.cache_dir) / f"rows-{_fingerprint(files, tokenizer.hash, length, config.data.text_field)}"
+    if not writer:
+        _wait_for(folder / MANIFEST, say)
+        return Rows(folder)
+    if (folder / MANIFEST).exists():
+        return Rows(folder)
+    rows = pack(
+        [path], folder, tokenizer, length,
+        text_field=config.data.text_field, num_workers=config.data.num_workers, progress=progress,
+    )  # fmt: skip
+    say(f"packed {path}: {summary(rows)}")
+    return rows
+
+
+def summary(rows: Rows) -> str:
+    """One line on what was packed and what was left over."""
+    m = rows.manifest
+    return (
+        f"{m['documents']:,} documents ({m['empty_documents']} empty), {m['tokens']:,} tokens ({m['text_bytes'] / m['tokens']:.2f} "
+        f"bytes each), {m['rows']:,} rows of {m['context_length']} + 1; {m['tokens_dropped']} tokens did not fill a last row"
+    )
+
+
+def _fingerprint(files: list[str], *settings: Any) -> str:
+    """A name for what is made from these files as they are now with these settings."""
+    described = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
+
+
+def _wait_for(path: Path, say: Callable[[str], None]) -> None:
+    waited = 0.0
+    while not path.exists():
+        if waited and waited % 30 == 0:
+            say(f"waiting for process 0 to write {path}")
+        time.sleep(0.5)
+        waited += 0.5
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m baichuan_jax.data.rows", description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="tokenise and pack text; started again, it goes on where it was")
+    packing.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst")
+    packing.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
+    packing.add_argument("--context_length", type=int, required=True, help="tokens a row is trained on")
+    packing.add_argument("--output", required=True, metavar="FOLDER", help="name it in data.train")
+    packing.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
+    packing.add_argument("--num_workers", type=int, default=0, help="processes (default: one a core)")
+    for name, what in (("show", "print a folder's manifest"), ("verify", "compare every shard with its checksum")):
+        commands.add_parser(name, help=what).add_argument("folder")
+    options = parser.parse_args(words)
+    if options.command == "pack":
+        tokenizer = Tokenizer(options.tokenizer)
+        began = time.perf_counter()
+        rows = pack(
+            options.input, options.output, tokenizer, options.context_length,
+            text_field=options.text_field, num_workers=options.num_workers,
+        )  # fmt: skip
+        print(f"{options.output}: {summary(rows)}; {time.perf_counter() - began:.1f} s")
+    else:
+        rows = Rows(options.folder)
+        if options.command == "verify":
+            rows.verify()
+            print(f"{options.folder}: {len(rows.manifest['shards'])} shards are as the manifest says")
+        else:
+            print(json.dumps(rows.manifest, indent=1, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""Files of documents, read strictly: a document that cannot be read is an error that names file and line, never left out."""
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from baichuan_jax.config import ConfigError
+
+PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or the lines of an uncompressed JSONL file that begin in [start, stop)."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+
+
+def find_files(patterns: list[str]) -> list[str]:
+    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind."""
+    files = set()
+    for pattern in patterns:
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        if not found:
+            raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
+        files.update(found)
+    for path in files:
+        if kind_of(path) not in (".jsonl", ".json", ".txt"):
+            raise ConfigError(f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst")
+    return sorted(files)
+
+
+def kind_of(path: str) -> str:
+    """The suffix below .gz or .zst."""
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def split_files(files: list[str]) -> list[Part]:
+    """Parts to read in parallel: a function of the files alone."""
+    parts = []
+    for path in files:
+        size = os.path.getsize(path)
+        if path.endswith((".jsonl", ".json")) and size > PART_BYTES:
+            borders = [*range(0, size, PART_BYTES), size]
+            parts += [Part(path, start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+        else:
+            parts.append(Part(path))
+    return parts
+
+
+def read_documents(part: Part, text_field: str) -> Iterator[str]:
+    """Texts of a part, in order, empty ones included. Raises ConfigError naming file and line."""
+    if kind_of(part.path) == ".txt":
+        content = b"".join(_lines(part))
+        yield _decode(content, part.path)
+        return
+    for number, line in enumerate(_lines(part), start=1):
+        where = f"{part.path}, line {number}" + (f" after byte {part.start}" if part.start else "")
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(_decode(line, where))
+        except ValueError as error:
+            raise ConfigError(f"{where} is no JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            names = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ConfigError(f"{where} has no text in field {text_field!r} (it has: {names}); set data.text_field")
+        yield record[text_field]
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is no UTF-8: {error}") from None
+
+
+def _lines(part: Part) -> Iterator[bytes]:
+    try:
+        with _open(part.path) as file:
+            if part.start:
+                file.seek(part.start - 1)
+                file.readline()  # the line that begins before this part belongs to the part before
+            while (part.stop is None or file.tell() < part.stop) and (line := file.readline()):
+                yield line
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        raise ConfigError(f"{part.path} cannot be read to its end: {error}") from None
+
+
+def _open(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        return io.BufferedReader(_Zstd(path))  # type: ignore[return-value]
+    return open(path, "rb")
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file that complains where it is cut short, which zstandard's own reader does not."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        while not self._pending:
+            if self._decompressor.eof:
+                rest = self._decompressor.unused_data
+                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                chunk = rest or self._file.read(1 << 20)
+                if not chunk:
+                    return 0
+            elif not (chunk := self._file.read(1 << 20)):
+                raise EOFError("the last zstd frame is not complete")
+            self._pending = self._decompressor.decompress(chunk)
+        size = min(len(buffer), len(self._pending))
+        buffer[:size], self._pending = self._pending[:size], self._pending[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

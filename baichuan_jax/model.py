@@ -1,0 +1,225 @@
+"""The Baichuan-7B decoder in flax.nnx: LLaMA's design with packed Q, K and V.
+
+Follows modeling_baichuan.py of baichuan-inc/Baichuan-7B. The blocks' parameters are stacked along a leading axis of layers, and
+every parameter carries its logical axes as metadata (`axes`, see sharding.RULES); nothing else here knows of devices.
+
+B batch, T query length, S key length, D hidden, F intermediate, N heads, H head size, V vocabulary, L layers.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from baichuan_jax.config import ModelConfig
+from baichuan_jax.kernels import attention, masked_attention, rms_norm
+from baichuan_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: `length` positions are filled, and `mask_BS` marks the real ones among them."""
+
+    k_LBSNH: jax.Array
+    v_LBSNH: jax.Array
+    mask_BS: jax.Array
+    length: jax.Array
+
+
+def _matrix(rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+class Block(nnx.Module):
+    """All blocks' parameters, stacked [L, ...]; called with those of one, it is one pre-norm block."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_implementation: str) -> None:
+        self.config = config
+        self.attention_implementation = attention_implementation
+        L, D, F, N, H = config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+        matrix = functools.partial(_matrix, rngs, config)
+        self.attention_norm = _scale((L, D), ("layers", "norm"))
+        # Heads apart from Q, K, V, so that a tensor axis cuts heads and never moves parts of Q to where K lies.
+        self.w_pack = matrix((L, D, 3, N, H), ("layers", "embed", "qkv", "heads", "head_dim"))
+        self.w_out = matrix((L, N, H, D), ("layers", "heads", "head_dim", "embed"))
+        self.mlp_norm = _scale((L, D), ("layers", "norm"))
+        self.w_gate = matrix((L, D, F), ("layers", "embed", "mlp"))
+        self.w_up = matrix((L, D, F), ("layers", "embed", "mlp"))
+        self.w_down = matrix((L, F, D), ("layers", "mlp", "embed"))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """One block. `cache`: (k_BSNH, v_BSNH, mask_BTS, start); the new keys and values come back written at `start`."""
+        dtype, eps = x_BTD.dtype, self.config.rms_norm_eps
+        y_BTD = rms_norm(x_BTD, self.attention_norm[...], eps)
+        qkv = jnp.einsum("btd,dcnh->cbtnh", y_BTD, self.w_pack[...].astype(dtype))
+        q_BTNH, k_BTNH, v_BTNH = (constrain(part, "batch", "length", "heads", None) for part in qkv)
+        q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
+        written = None
+        if cache is None:
+            out_BTNH = attention(
+                q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.attention_implementation
+            )
+        else:
+            k_BSNH, v_BSNH, mask_BTS, start = cache
+            k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
+            v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
+            written = (k_BSNH, v_BSNH)
+            out_BTNH = masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
+        x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", out_BTNH, self.w_out[...].astype(dtype))
+        x_BTD = constrain(x_BTD, "batch", "length", "hidden")
+
+        y_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps)
+        gate_BTF = constrain(y_BTD @ self.w_gate[...].astype(dtype), "batch", "length", "mlp")
+        up_BTF = constrain(y_BTD @ self.w_up[...].astype(dtype), "batch", "length", "mlp")
+        x_BTD = x_BTD + (jax.nn.silu(gate_BTF) * up_BTF) @ self.w_down[...].astype(dtype)
+        return constrain(x_BTD, "batch", "length", "hidden"), written
+
+
+class Transformer(nnx.Module):
+    """The whole model: embedding, blocks, final norm, untied head. Parameters float32, compute in config.dtype."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_implementation: str = "auto") -> None:
+        self.config = config
+        self.embedding = _matrix(rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        self.layers = Block(config, rngs, attention_implementation)
+        self.final_norm = _scale((config.hidden_size,), ("norm",))
+        self.lm_head = _matrix(rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """States after the final norm [B, T, D], and the cache with these tokens in it where one is given.
+
+        positions [B, T]: for the rotary embedding; by default counted from 0, or from the cache's real tokens.
+        segment_ids [B, T]: documents that do not see each other (training only).
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None]
+        rope = rope_tables(positions, config.head_dim, config.rope_theta)
+        x_BTD = self._embed(tokens_BT)
+        graphdef, layers = nnx.split(self.layers)
+        if cache is not None:
+            return self._cached(x_BTD, rope, graphdef, layers, cache)
+
+        def body(x_BTD, layer):
+            return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
+
+        unroll = 1 if config.scan_layers else config.num_layers
+        x_BTD, _ = jax.lax.scan(_remat(body, config.remat), x_BTD, layers, unroll=unroll)
+        return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps), None
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        # Gathered from the float32 table, then cast: the gradient's scatter-add is float32 (in bfloat16 it is slow and inexact).
+        table_VD = constrain(self.embedding[...], "vocab", "hidden")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        if self.config.pad_token_id is not None:
+            padding = (tokens_BT == self.config.pad_token_id)[..., None]
+            x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
+        return constrain(x_BTD.astype(self.config.dtype), "batch", "length", "hidden")
+
+    def _cached(self, x_BTD, rope, graphdef, layers, cache: Cache) -> tuple[jax.Array, Cache]:
+        T, S = x_BTD.shape[1], cache.mask_BS.shape[1]
+        query_T = cache.length + jnp.arange(T)
+        mask_BTS = (jnp.arange(S) <= query_T[:, None]) & cache.mask_BS[:, None, :]
+
+        def body(x_BTD, xs):
+            layer, k_BSNH, v_BSNH = xs
+            return nnx.merge(graphdef, layer)(x_BTD, rope, None, (k_BSNH, v_BSNH, mask_BTS, cache.length))
+
+        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, cache.k_LBSNH, cache.v_LBSNH))
+        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+        return x_BTD, Cache(k, v, cache.mask_BS, cache.length + T)
+
+    def head(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32."""
+        kernel_DV = self.lm_head[...].astype(hidden_BTD.dtype)
+        return jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """Logits [B, T, V] in float32. attention_mask [B, T]: 1 real, 0 padding (either side); padding rows' logits mean nothing.
+
+        Positions count real tokens only, as the original's generation does.
+        """
+        tokens_BT = jnp.asarray(tokens_BT)
+        segment_ids = positions = None
+        if attention_mask is not None:
+            segment_ids = jnp.asarray(attention_mask, jnp.int32)
+            positions = positions_of(segment_ids)
+        with matmul_precision(self.config):
+            return self.head(self.hidden(tokens_BT, segment_ids=segment_ids, positions=positions)[0])
+
+
+def positions_of(mask_BT: jax.Array) -> jax.Array:
+    """Positions that count real tokens only: [B, T] int32; padding before the first stands at 1, as in the original."""
+    positions_BT = jnp.cumsum(mask_BT.astype(jnp.int32), axis=1) - 1
+    return jnp.where(mask_BT.astype(bool), positions_BT, 1)
+
+
+def matmul_precision(config: ModelConfig):
+    """While tracing: float32 products are float32 where the backend would round them (TF32 on GPUs, bfloat16 on TPUs)."""
+    return jax.default_matmul_precision("float32" if config.dtype == "float32" else "default")
+
+
+def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, H/2] in float32 of the rotary embedding (Su et al. 2021), at any position."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32, returned in x's dtype."""
+    cos, sin = (table[:, :, None, :] for table in rope)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def _remat(body, policy: str):
+    if policy == "none":
+        return body
+    saveable = {
+        "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[policy]
+    # prevent_cse guards against a merge across the loop that scan itself prevents.
+    return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+
+
+def abstract_model(config: ModelConfig, attention_implementation: str = "auto") -> tuple[nnx.GraphDef, Params, dict]:
+    """The model without its numbers: (graph definition, shapes, logical axes), the last two as nested dicts."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), attention_implementation))
+    graphdef, state = nnx.split(model)
+    axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
+    return graphdef, nnx.to_pure_dict(state), nnx.traversals.unflatten_mapping(axes)
+
+
+def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
+    """Fresh parameters, float32, as a nested dict; run it under jit with shardings to create them where they belong."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=seed)), nnx.Param))
+
+
+def init_cache(config: ModelConfig, mask_BS: jax.Array) -> Cache:
+    """An empty cache for mask_BS.shape[1] positions."""
+    B, S = mask_BS.shape
+    shape = (config.num_layers, B, S, config.num_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), mask_BS.astype(bool), jnp.int32(0))

@@ -1,0 +1,79 @@
+"""How a command ends: exit codes for a supervisor to act on, signals that ask for a saved stop."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+from baichuan_jax.config import ConfigError
+
+BUG = 70  # an error of the program: a restart would meet it again
+PREEMPTED = 75  # asked to stop, saved: start again at will
+NUMERICS = 77  # losses or gradients not finite
+CONFIGURATION = 78  # a setting or input that cannot be right: a restart would meet it again
+INTERRUPTED = 130  # a second Ctrl-C: nothing saved
+
+
+class NumericsError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with a code. With other processes in the run, at once: jax would wait minutes for them at its own exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    jax = sys.modules.get("jax")
+    if code not in (0, PREEMPTED) and jax is not None and jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+def run_command(command: Callable[[], int]) -> NoReturn:
+    """Run a command's main function and leave with its code, or with the one that its error means."""
+    try:
+        code = command()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = CONFIGURATION
+    except NumericsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = NUMERICS
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        code = BUG
+    leave(code)
+
+
+@contextlib.contextmanager
+def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Iterator[None]:
+    """Inside: the first SIGINT or SIGTERM calls on_stop(name), a second one raises KeyboardInterrupt; SIGUSR1 calls on_trace.
+
+    Only the main thread may handle signals; elsewhere (a server's thread) this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        on_stop(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: on_trace())
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

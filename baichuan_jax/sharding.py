@@ -1,0 +1,143 @@
+"""The device mesh and the one table that maps logical axes of arrays to it, and the start of several processes.
+
+Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh axis cuts each. `activate` makes a mesh current
+while a function is traced; without a current mesh `constrain` does nothing, so that a model runs on one device as it stands.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "qkv": None,
+    "head_dim": None,
+    "norm": None,
+    # activations
+    "replica": "data",
+    "micro_batch": None,
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "hidden": None,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the mesh axes that cut the batch (fewer while gradients are taken per replica)."""
+
+    mesh: Mesh
+    batch_axes: tuple[str, ...] = ("data", "fsdp")
+
+    def spec(self, axes: Sequence[str | None]) -> P:
+        """The PartitionSpec of an array with these logical axes. Raises ValueError where two of them need one mesh axis."""
+        entries = [self.batch_axes if axis == "batch" else RULES[axis] if axis else None for axis in axes]
+        used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+        if len(used) != len(set(used)):
+            raise ValueError(f"logical axes {tuple(axes)} map a mesh axis twice: {entries}")
+        return P(*entries)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes))
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+def current_layout() -> Layout | None:
+    """The layout that `activate` made current, or None: one device."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def activate(layout: Layout | None) -> Iterator[None]:
+    """Make a layout current for what is traced inside."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fix how an activation with these logical axes lies on the current mesh."""
+    layout = _current.get()
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, context, tensor) with tensor varying fastest along each node's devices, then context, then fsdp.
+
+    So tensor, context and fsdp stay inside a node (NVLink) where they fit, and the data groups join devices of equal local number,
+    the "rails" of an InfiniBand cluster. On TPUs jax chooses the order by the torus. Raises ConfigError where the sizes do not fit.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = config.resolve(len(devices)).shape
+    types = (AxisType.Auto,) * len(AXES)  # GSPMD: make_mesh became Explicit by default in jax 0.9
+    if devices[0].platform == "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=types)
+
+
+def crosses_nodes(mesh: Mesh) -> list[str]:
+    """Axes other than data whose groups hold devices of several processes: their collectives leave the node."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    crossing = []
+    for index, name in enumerate(AXES):
+        if name != "data" and (processes.min(axis=index) != processes.max(axis=index)).any():
+            crossing.append(name)
+    return crossing
+
+
+def initialize_processes(config: DistributedConfig) -> None:
+    """Join the run's other processes: from the settings, JAX_COORDINATOR_ADDRESS/JAX_NUM_PROCESSES/JAX_PROCESS_ID, or Slurm.
+
+    Does nothing for a single process. Raises ConfigError where only some of the three are given.
+    """
+    given = {
+        "coordinator_address": config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _integer(config.num_processes, "JAX_NUM_PROCESSES"),
+        "process_id": _integer(config.process_id, "JAX_PROCESS_ID"),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    local_ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    extra = {"local_device_ids": [int(i) for i in local_ids.split(",")]} if local_ids else {}
+    if not missing:
+        if not 0 <= given["process_id"] < given["num_processes"]:
+            raise ConfigError(f"process_id={given['process_id']} must lie in [0, num_processes={given['num_processes']})")
+        if given["num_processes"] > 1:
+            jax.distributed.initialize(**given, **extra)
+    elif len(missing) < 3:
+        raise ConfigError(
+            f"several processes need all of distributed.coordinator_address, num_processes and process_id (or the JAX_* "
+            f"variables); missing: {', '.join(missing)}"
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        # One process a node under Slurm would see its first GPU only, unless told its devices.
+        jax.distributed.initialize(cluster_detection_method="slurm", **extra)
+
+
+def _integer(value: int | None, variable: str) -> int | None:
+    if value is not None or variable not in os.environ:
+        return value
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ConfigError(f"{variable}={os.environ[variable]!r} must be a whole number") from None

@@ -1,0 +1,200 @@
+"""SentencePiece: load any model, train one as the original's was (BPE, digits split, byte fallback), report its compression.
+
+`python -m baichuan_jax.tokenizer train|encode|stats`
+"""
+
+import argparse
+import collections
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.data.text import find_files, read_documents, split_files
+from baichuan_jax.resilience.exits import run_command
+
+MAX_TRAINING_BYTES = 8 << 20  # of text; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
+MAX_LINE_BYTES = 4000  # SentencePiece silently leaves out lines of more than 4,192 bytes
+
+
+class Tokenizer:
+    """A SentencePiece model. Raises ConfigError where the file is none, or has no end-of-sentence piece to join documents with."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError(f"there is no tokenizer {str(path)!r}; train one: python -m baichuan_jax.tokenizer train --help")
+        content = self.path.read_bytes()
+        self.hash = hashlib.sha256(content).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+            self.vocab_size: int = self._model.GetPieceSize()
+        except Exception as error:
+            raise ConfigError(f"{path} is no SentencePiece model: {error}") from None
+        self.eos_id: int = self._model.eos_id()
+        self.bos_id: int = self._model.bos_id()
+        self.pad_id: int = self._model.pad_id()
+        if self.vocab_size == 0 or self.eos_id < 0:
+            raise ConfigError(f"{path} has {self.vocab_size} pieces and no end-of-sentence piece, which joins documents")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without begin or end of sentence."""
+        return self._model.EncodeAsIds(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._model.Encode(texts, num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.DecodeIds([int(i) for i in ids])
+
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        return self._model.IdToPiece(int(token))
+
+
+def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int) -> dict[str, int | float]:
+    """Train BPE as the original's and write it to `path` at once; the same documents give the same bytes.
+
+    Digits are split and rare characters fall back to bytes. Every character gets a piece where half of the vocabulary can hold them
+    all, else the most frequent ones do. Returns what was used: bytes, characters, share of characters' occurrences with a piece.
+    Raises ConfigError where the text is too small for the vocabulary.
+    """
+    lines = list(_lines(documents))
+    total = sum(len(line.encode()) for line in lines)
+    every = max(1, -(-total // MAX_TRAINING_BYTES))
+    used = lines[::every]
+    characters = collections.Counter(character for line in used for character in line)
+    room = (vocab_size - 3 - 256) // 2
+    if room < 1:
+        raise ConfigError(f"tokenizer.vocab_size={vocab_size} must exceed 261: 3 control pieces and 256 bytes come first")
+    kept = sum(count for _, count in characters.most_common(room))
+    coverage = kept / max(1, sum(characters.values()))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(used), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            character_coverage=coverage, split_digits=True, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True, num_threads=os.cpu_count() or 1, minloglevel=2,
+        )  # fmt: skip
+    except Exception as error:
+        raise ConfigError(f"no tokenizer of {vocab_size} pieces from {total:,} bytes of text: {error}") from None
+    _write_atomically(Path(path), model.getvalue())
+    return {"bytes": total, "sampled_one_line_in": every, "characters": len(characters), "coverage": coverage}
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    """Lines of at most MAX_LINE_BYTES; a longer one is cut between characters."""
+    for document in documents:
+        for line in document.split("\n"):
+            encoded = line.encode()
+            for start in range(0, len(encoded), MAX_LINE_BYTES):
+                part = encoded[start : start + MAX_LINE_BYTES]
+                yield part.decode() if len(encoded) <= MAX_LINE_BYTES else part.decode(errors="ignore")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Compression by language ("zh" where most letters are Han, else "en", and "all").
+
+    Figures: documents, bytes, characters, tokens, bytes_per_token, characters_per_token, and compression_rate: the size of the token
+    ids, two bytes each, over the size of the text in UTF-8. Lower is better in the last.
+    """
+    sums: dict[str, collections.Counter] = {}
+    for document in documents:
+        figures = {
+            "documents": 1, "bytes": len(document.encode()), "characters": len(document),
+            "tokens": len(tokenizer.encode(document)),
+        }  # fmt: skip
+        for language in (_language(document), "all"):
+            sums.setdefault(language, collections.Counter()).update(figures)
+    return {
+        language: {
+            **total, "bytes_per_token": total["bytes"] / max(1, total["tokens"]),
+            "characters_per_token": total["characters"] / max(1, total["tokens"]),
+            "compression_rate": 2 * total["tokens"] / max(1, total["bytes"]),
+        }
+        for language, total in sorted(sums.items())
+    }  # fmt: skip
+
+
+def _language(text: str) -> str:
+    letters = sum(character.isalpha() for character in text)
+    return "zh" if sum("\u4e00" <= character <= "\u9fff" for character in text) * 2 > letters else "en"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.tokenizer",
+        description="Train, try and measure SentencePiece tokenizers. "
+        "Example: train --input 'text/*.jsonl.gz' --vocab_size 32000 --output tokenizer.model",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train BPE: digits split, byte fallback")
+    train.add_argument("--output", required=True, metavar="FILE", help="the model to write")
+    train.add_argument("--vocab_size", type=int, required=True, help="pieces, with 3 control pieces and 256 bytes among them")
+    encode = commands.add_parser("encode", help="print a text's tokens")
+    encode.add_argument("text", help="the text, or - to read it from standard input")
+    measure = commands.add_parser("stats", help="bytes a token and compression rate, by language")
+    measure.add_argument("--json", metavar="FILE", help="save the figures here too")
+    encode.add_argument("--model", required=True, metavar="FILE", help="a SentencePiece model")
+    measure.add_argument("--model", required=True, nargs="+", metavar="FILE", help="SentencePiece models to compare")
+    for command in (train, measure):
+        command.add_argument("--input", required=True, nargs="+", metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst")
+        command.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    options = _parser().parse_args(words)
+    if options.command == "encode":
+        tokenizer = Tokenizer(options.model)
+        text = sys.stdin.read() if options.text == "-" else options.text
+        for token in tokenizer.encode(text):
+            print(f"{token}\t{tokenizer.piece(token)}")
+        return 0
+    files = find_files(options.input)
+
+    def documents() -> Iterator[str]:
+        for part in split_files(files):
+            yield from read_documents(part, options.text_field)
+
+    if options.command == "train":
+        used = train_tokenizer(documents(), options.output, options.vocab_size)
+        print(f"{options.output}: {options.vocab_size} pieces; {json.dumps(used)}")
+        return 0
+    results = {path: stats(Tokenizer(path), documents()) for path in options.model}
+    table = Table("tokenizer", "language", "documents", "tokens", "bytes/token", "characters/token", "compression rate")
+    for path, languages in results.items():
+        for language, f in languages.items():
+            table.add_row(
+                path, language, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
+                f"{f['characters_per_token']:.3f}", f"{f['compression_rate']:.3f}",
+            )  # fmt: skip
+    Console().print(table)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Every implementation of attention against the plain one, values and gradients, and that against finite differences."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from baichuan_jax.config import MeshConfig
+from baichuan_jax.kernels import attention, blockwise, choose_attention, reference
+from baichuan_jax.sharding import Layout, activate, make_mesh
+
+
+def inputs(B, T, N, H, dtype=jnp.float32, scale=1.0, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q, k, v, weight = (jax.random.normal(key, (B, T, N, H), jnp.float32) for key in keys)
+    return (q * scale).astype(dtype), (k * scale).astype(dtype), v.astype(dtype), weight
+
+
+def documents(B, T, seed=0):
+    """Segment ids 1, 1, 2, ... with borders at random places."""
+    borders = np.random.default_rng(seed).random((B, T)) < 4 / T
+    return jnp.asarray(1 + np.cumsum(borders, axis=1), jnp.int32)
+
+
+def value_and_gradients(function, q, k, v, weight, segments):
+    def loss(q, k, v):
+        out = function(q, k, v, segments)
+        return jnp.sum(out.astype(jnp.float32) * weight), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+def assert_close(got, wanted, tolerance):
+    """Largest difference relative to the largest value of all: sums of different order differ by a few roundings."""
+    scale = max(float(np.abs(np.asarray(b, np.float64)).max()) for b in wanted)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all(), name
+        assert np.abs(a - b).max() <= tolerance * scale, (name, np.abs(a - b).max(), scale)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "segments"])
+@pytest.mark.parametrize(("B", "T", "N", "H"), [(2, 1, 1, 8), (1, 7, 2, 64), (2, 128, 2, 16), (1, 300, 3, 64), (1, 1100, 1, 128)])
+def test_blockwise_equals_reference_in_float32(B, T, N, H, masked):
+    q, k, v, weight = inputs(B, T, N, H)
+    segments = documents(B, T) if masked else None
+    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v, s, s), q, k, v, weight, segments)
+    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    assert_close(got, wanted, 3e-6)
+
+
+def test_blockwise_in_bfloat16_is_as_near_to_float32_as_reference_is():
+    q, k, v, weight = inputs(2, 200, 2, 64, jnp.bfloat16)
+    exact = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v), *(x.astype(jnp.float32) for x in (q, k, v)), weight, None
+    )
+    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None)
+    assert got[0].dtype == jnp.bfloat16
+    assert_close(got, exact, 2e-2)  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
+
+
+def test_extreme_scores_stay_finite():
+    q, k, v, weight = inputs(1, 160, 2, 64, scale=60.0)
+    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None)
+    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None)
+    assert_close(got, wanted, 1e-4)
+
+
+def test_query_offset_serves_the_later_part_of_a_sequence():
+    q, k, v, _ = inputs(1, 300, 2, 16)
+    whole = reference.attention(q, k, v)
+    part = jax.jit(blockwise.attention)(q[:, 140:], k, v, None, None, jnp.int32(140))
+    np.testing.assert_allclose(part, whole[:, 140:], atol=2e-6)
+
+
+def test_reference_agrees_with_finite_differences():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        q, k, v, weight = (jnp.asarray(rng.normal(size=(1, 5, 1, 4))) for _ in range(4))
+
+        def loss(q, k, v):
+            scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 2.0
+            scores = jnp.where(jnp.tril(jnp.ones((5, 5), bool)), scores, -jnp.inf)
+            return jnp.sum(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v) * weight)
+
+        step = 1e-6
+        differences = np.zeros((3, *q.shape))
+        for index, position in itertools.product(range(3), np.ndindex(*q.shape)):
+            shift = jnp.zeros(q.shape).at[position].set(step)
+            up, down = ([x + s * shift if i == index else x for i, x in enumerate((q, k, v))] for s in (1, -1))
+            differences[index][position] = (loss(*up) - loss(*down)) / (2 * step)
+    single = [x.astype(jnp.float32) for x in (q, k, v, weight)]
+    for function in (reference.attention, blockwise.attention):
+        _, *gradients = value_and_gradients(lambda q, k, v, s, f=function: f(q, k, v), *single, None)
+        np.testing.assert_allclose(np.stack(gradients), differences, atol=2e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "segments"])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 2, 4, 1), (1, 1, 2, 4), (1, 1, 8, 1)], ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_on_a_mesh_it_is_the_same(shape, implementation, masked):
+    q, k, v, weight = inputs(4, 64, 4, 16)
+    segments = documents(4, 64) if masked else None
+    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    layout = Layout(make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]))
+
+    def on_mesh(q, k, v, s):
+        with activate(layout):
+            return attention(q, k, v, segment_ids=s, implementation=implementation)
+
+    assert_close(value_and_gradients(on_mesh, q, k, v, weight, segments), wanted, 3e-6)
+
+
+def test_a_choice_that_cannot_serve_raises_and_auto_says_why():
+    usual = {"backend": "gpu", "dtype": "bfloat16", "masked": False, "length": 4096, "context": 1}
+    assert choose_attention("auto", **usual)[0] == "cudnn"
+    assert choose_attention("auto", **{**usual, "backend": "cpu"})[0] == "blockwise"
+    name, why = choose_attention("auto", **{**usual, "masked": True})
+    assert name == "blockwise" and "segment mask" in why
+    for change, word in (({"masked": True}, "mask"), ({"backend": "cpu"}, "cpu"), ({"dtype": "float32"}, "float32"), ({"context": 2}, "offset")):
+        with pytest.raises(ValueError, match=word):
+            choose_attention("cudnn", **{**usual, **change})

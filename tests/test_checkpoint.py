@@ -1,0 +1,170 @@
+"""Checkpoints: bit-exact, onto any mesh, and bad ones found by real damage to real files."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import build
+
+from baichuan_jax.checkpoint import Checkpoints, digest, find_checkpoint, load_params, save_params
+from baichuan_jax.config import CheckpointConfig, ConfigError
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Open the checkpoints of a configuration on a mesh; all are closed at the end."""
+    everything = []
+
+    def open_(config, shape, tokenizer="abc"):
+        config, steps = build(config, shape)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", config, tokenizer, steps.state_shapes, steps.state_shardings)
+        everything.append(checkpoints)
+        return checkpoints, steps
+
+    yield open_
+    for checkpoints in everything:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state with other numbers in every array, on the host, made without compiling a model."""
+
+    def make(steps, seed=0):
+        rng = np.random.default_rng(seed)
+
+        def fill(shape):
+            whole = np.issubdtype(shape.dtype, np.integer)
+            return rng.integers(1, 9, shape.shape).astype(shape.dtype) if whole else rng.normal(size=shape.shape).astype(shape.dtype)
+
+        return jax.device_put(jax.tree.map(fill, steps.state_shapes), steps.state_shardings)
+
+    return make
+
+
+def refuse_reports(*words, **fields):
+    raise AssertionError(f"unexpected report {words} {fields}")
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def biggest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, opened, state):
+    checkpoints, steps = opened(tiny_config, (2, 4, 1, 1))
+    saved = state(steps)
+    checkpoints.save(saved, step=5, position=7)
+    assert checkpoints.finish() == 5
+    for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        other, steps = opened(tiny_config, shape)
+        restored = other.restore(refuse_reports)
+        assert (restored.step, restored.position) == (5, 7)
+        assert_equal(restored.state, saved)
+        jax.tree.map(lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)), restored.state, steps.state_shardings)
+
+
+def test_what_the_loop_does_to_the_state_after_save_returns_is_not_saved(tiny_config, opened, state):
+    checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
+    running = state(steps)
+    wanted = jax.device_get(running)
+    checkpoints.save(running, 1, 1)
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
+    for _ in range(5):
+        running = change(running)
+    checkpoints.finish()
+    assert_equal(checkpoints.restore(refuse_reports).state, wanted)
+
+
+def truncated(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny_config, opened, state, damage, capfd):
+    checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
+    for step in (1, 2):
+        checkpoints.save(state(steps, seed=step), step, step)
+    checkpoints.finish()
+    damage(biggest_file(checkpoints.directory / "2" / "params"))
+    reports = []
+    restored = checkpoints.restore(lambda kind, **fields: reports.append((kind, fields["step"], fields["path"])))
+    assert restored.step == 1
+    assert_equal(restored.state, state(steps, seed=1))
+    assert reports == [("checkpoint_corrupt", 2, str(checkpoints.directory / "2"))]
+    assert (checkpoints.directory / "2.corrupt").is_dir()
+    assert "Traceback" not in capfd.readouterr().err
+    checkpoints.save(state(steps), 2, 2)  # the step is free again
+    assert checkpoints.finish() == 2
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(tiny_config, opened, state):
+    checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
+    checkpoints.save(state(steps), 1, 1)
+    checkpoints.finish()
+    leftover = checkpoints.directory / "2.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    again, _ = opened(tiny_config, (1, 1, 1, 1))
+    assert again.steps() == [1]
+    assert again.restore(refuse_reports).step == 1
+    assert not leftover.exists()
+
+
+def test_keep_last_and_keep_every(tiny_config, opened, state):
+    config = dataclasses.replace(tiny_config, checkpoint=CheckpointConfig(every=1, keep_last=2, keep_every=3))
+    checkpoints, steps = opened(config, (1, 1, 1, 1))
+    for step in range(1, 8):
+        checkpoints.save(state(steps), step, step)
+    checkpoints.finish()
+    assert checkpoints.steps() == [3, 6, 7]
+
+
+def test_another_model_is_refused_with_both_shapes(tiny_config, opened, state):
+    checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
+    checkpoints.save(state(steps), 1, 1)
+    checkpoints.finish()
+    wider = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, intermediate_size=192))
+    with pytest.raises(ConfigError, match=r"w_down is \(2, 176, 64\) float32, the configuration makes \(2, 192, 64\)"):
+        opened(wider, (1, 1, 1, 1))[0].restore(refuse_reports)
+    with pytest.raises(ConfigError, match="tokenizer abc and this run's is xyz"):
+        opened(tiny_config, (1, 1, 1, 1), tokenizer="xyz")[0].restore(refuse_reports)
+    assert (checkpoints.directory / "1").is_dir()
+
+
+def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(tiny_config, opened, state, tmp_path):
+    checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
+    saved = state(steps)
+    checkpoints.save(saved, 3, 3)
+    checkpoints.finish()
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
+        model, params = load_params(path, steps.layout)
+        assert model == tiny_config.model
+        assert_equal(params, saved.params)
+    save_params(tmp_path / "weights", model, params)
+    assert_equal(load_params(tmp_path / "weights")[1], saved.params)
+    flipped(biggest_file(tmp_path / "weights" / "params"))
+    with pytest.raises(ConfigError, match="weights is damaged"):
+        load_params(tmp_path / "weights")
+    with pytest.raises(ConfigError, match="neither a run's folder"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_digest_sees_values_and_order_but_not_the_sharding(tiny_config):
+    x = np.arange(64, dtype=np.float32).reshape(4, 16)
+    _, steps = build(tiny_config, (1, 4, 1, 2))
+    value = [int(v) for v in digest({"x": x})]
+    assert [int(v) for v in jax.jit(digest)({"x": jax.device_put(x, steps.layout.sharding("embed", "heads"))})] == value
+    for changed in (x[::-1], x.T.reshape(4, 16), x + np.eye(4, 16, dtype=np.float32) * 1e-3):
+        assert [int(v) for v in digest({"x": np.ascontiguousarray(changed)})] != value

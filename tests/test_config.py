@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import jax
+import pytest
+
+from baichuan_jax.config import KEYS, Config, ConfigError, MeshConfig, dump_config, load_config, make_parser, parse_config
+from baichuan_jax.model import abstract_model
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
+
+
+def parse(*words: str) -> Config:
+    return parse_config(make_parser("train", ""), list(words))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_file_loads_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("name", ["baichuan_7b_a800", "baichuan_7b_v5p"])
+def test_7b_has_the_originals_parameters(name):
+    config = load_config(Path(TINY).with_name(f"{name}.yaml"))
+    _, shapes, _ = abstract_model(config.model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == config.model.num_parameters == 7_000_559_616
+
+
+def test_a800_configuration_fits_128_nodes_of_8():
+    config = load_config(Path(TINY).with_name("baichuan_7b_a800.yaml"))
+    mesh = config.mesh.resolve(1024)
+    assert mesh.shape == (128, 8, 1, 1)
+    assert config.accumulation_steps(mesh) == 1
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults():
+    config = load_config(TINY, ["train.num_steps=60", 'sample.prompts=["登鹳雀楼->", "a b"]', "optimizer.learning_rate=1e-3"])
+    assert config.train.num_steps == 60
+    assert config.sample.prompts == ["登鹳雀楼->", "a b"]
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.model.hidden_size != Config().model.hidden_size
+    assert config.run_dir == "runs/tiny"
+
+
+def test_there_are_about_60_settings():
+    leaves = [key for key in KEYS if not any(other.startswith(key + ".") for other in KEYS)]
+    assert len(leaves) <= 62
+
+
+REFUSED = {
+    "--model.num_head 3": "nearest is 'model.num_heads'",
+    "--train.num_step 3": "nearest is 'train.num_steps'",
+    "--train.num_steps abc": "num_steps",
+    "--model.dtype float16": "float16",
+    "--model.num_heads 7": "model.num_heads=7 does not divide model.hidden_size=192",
+    "--model.vocab_size 100": "model.vocab_size=100 is smaller than the tokenizer's tokenizer.vocab_size=8192",
+    "--mesh.data 3": "3 x 1 = 3 does not divide train.global_batch_size=8",
+    "--mesh.data 1 --mesh.tensor 2": "mesh.tensor=2 does not divide model.num_heads=3",
+    "--mesh.data 1 --mesh.fsdp 5": "mesh.fsdp=5 does not divide model.hidden_size=192",
+    "--mesh.data 1 --mesh.context 3": "mesh.context=3 does not divide train.context_length=256",
+    "--mesh.data 1 --train.micro_batch_size 3": "train.micro_batch_size=3",
+    "--mesh.data -1 --mesh.fsdp -1": "one of them -1 at most",
+    "--optimizer.warmup_steps 2000": "optimizer.warmup_steps=2000 exceeds train.num_steps=",
+    "--optimizer.beta2 1.0": "optimizer.beta2=1.0",
+    "--train.num_steps 0": "train.num_steps=0",
+    "--checkpoint.every 100 --checkpoint.keep_every 150": "checkpoint.keep_every=150",
+    "--profile.steps [5]": "profile.steps=[5]",
+    "--model 3": "model",
+    "stray": "stray",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=str)
+def test_a_contradiction_is_refused_with_both_values(words):
+    with pytest.raises(ConfigError) as error:
+        parse("--config", TINY, *words.split())
+    assert REFUSED[words] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {hiden_size: 8}", "nearest is 'model.hidden_size'"),
+        ("modle: {hidden_size: 8}", "there is no setting 'modle'"),
+        ("model: 8", "model is a section"),
+        ("- 1", "must hold settings by name"),
+        ("model: [", "is no YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="wrong.yaml|section") as error:
+        load_config(path)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"no configuration file 'nowhere.yaml'"):
+        load_config("nowhere.yaml")
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(ConfigError, match="name=value"):
+        load_config(TINY, ["train.num_steps"])
+
+
+def test_mesh_fills_in_what_is_left_or_names_both_numbers():
+    assert MeshConfig(-1, 2, 1, 2).resolve(8).shape == (2, 2, 1, 2)
+    with pytest.raises(ConfigError, match="there are 6"):
+        MeshConfig(-1, 4, 1, 1).resolve(6)
+    with pytest.raises(ConfigError, match="needs 8 devices and there are 4"):
+        MeshConfig(2, 2, 2, 1).resolve(4)
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for key in KEYS:
+        assert f"--{key}" in text
+    assert "Rows a device holds in one forward and backward pass" in " ".join(text.split())
+
+
+def test_print_config_prints_what_would_run(capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", TINY, "--train.num_steps", "77", "--print_config")
+    assert "num_steps: 77" in capsys.readouterr().out

@@ -1,0 +1,64 @@
+"""Schedule against its formula, one AdamW step against NumPy."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from baichuan_jax.config import OptimizerConfig
+from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
+
+
+def test_schedule_warms_up_then_follows_a_cosine_to_its_final_ratio():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_ratio=0.1)
+    rates = [float(learning_rate(config, 12, step)) for step in range(14)]
+    assert np.allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
+    wanted = [2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 8))) for step in range(4, 12)]
+    assert np.allclose(rates[4:12], wanted)
+    assert np.allclose(rates[12:], 0.2)
+
+
+def test_without_warmup_the_first_step_has_the_peak():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=0)
+    assert float(learning_rate(config, 10, 0)) == 2.0
+
+
+def test_two_adamw_steps_match_numpy():
+    config = OptimizerConfig(weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 4)), "final_norm": rng.normal(size=4)}
+    optimizer = make_optimizer(config)
+    ours = {name: jnp.float32(value) for name, value in params.items()}
+    state = optimizer.init(ours)
+    m = {name: np.zeros_like(value) for name, value in params.items()}
+    v = {name: np.zeros_like(value) for name, value in params.items()}
+    for t in (1, 2):
+        gradients = {name: rng.normal(size=value.shape) for name, value in params.items()}
+        direction, state = optimizer.update({n: jnp.float32(g) for n, g in gradients.items()}, state, ours)
+        ours = {name: ours[name] - 0.01 * direction[name] for name in ours}
+        for name, g in gradients.items():
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            adam = (m[name] / (1 - 0.9**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+            params[name] = params[name] - 0.01 * (adam + 0.1 * params[name])
+            np.testing.assert_allclose(ours[name], params[name], rtol=2e-6, atol=1e-6)
+
+
+def test_norms_decay_only_where_asked():
+    params = {"layers": {"attention_norm": jnp.ones(3), "w_up": jnp.ones((3, 3))}, "final_norm": jnp.ones(3)}
+    zero = {"layers": {"attention_norm": jnp.zeros(3), "w_up": jnp.zeros((3, 3))}, "final_norm": jnp.zeros(3)}
+    for decay_norms in (True, False):
+        optimizer = make_optimizer(OptimizerConfig(decay_norms=decay_norms))
+        direction, _ = optimizer.update(zero, optimizer.init(params), params)
+        assert np.allclose(direction["layers"]["w_up"], 0.1)
+        assert np.allclose(direction["layers"]["attention_norm"], 0.1 if decay_norms else 0.0)
+        assert np.allclose(direction["final_norm"], 0.1 if decay_norms else 0.0)
+
+
+def test_clipping_is_torchs():
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    clipped, norm = clip_by_global_norm(gradients, 1.0)
+    assert float(norm) == 5.0
+    assert np.allclose(clipped["a"], np.array([3.0, 0.0]) / (5.0 + 1e-6))
+    untouched, _ = clip_by_global_norm(gradients, 10.0)
+    assert np.array_equal(untouched["b"], gradients["b"])

@@ -1,0 +1,196 @@
+"""The training step on every kind of mesh, what it compiles to, and what it does when numbers go wrong."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import batch_of, build
+
+from baichuan_jax.config import Config, ConfigError, TokenizerConfig
+
+USUAL = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
+EVERY = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8 and shape[3] <= 4]
+MESHES = [*USUAL, *(pytest.param(shape, marks=pytest.mark.slow) for shape in EVERY if shape not in USUAL)]
+
+
+def with_settings(config, **sections):
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+@functools.cache
+def initial_state(model):
+    """Fresh parameters and optimiser state on the host; put onto a mesh, they need no compilation there."""
+    config, steps = build(Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1))
+    return jax.device_get(steps.init())
+
+
+def run(config, shape, tokens, num_steps=2):
+    """Losses, gradient norms and final parameters of a few steps. A large eps keeps AdamW from magnifying roundings."""
+    initial = initial_state(config.model)
+    config, steps = build(with_settings(config, optimizer={"eps": 1e-2}), shape)
+    state = jax.device_put(initial, steps.state_shardings)
+    figures = []
+    for rows in tokens[:num_steps]:
+        state, metrics = steps.train(state, batch_of(config, steps, rows), steps.stop_flag(False))
+        figures.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(figures), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """What one device makes of tiny_config and tokens, which are always the same."""
+    found = []
+
+    def get(config, tokens):
+        found.append(found[0] if found else run(config, (1, 1, 1, 1), tokens))
+        return found[0]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def mesh_steps():
+    """tiny_config compiled on a mesh of three axes, for the tests that only call it: (config, steps, step function)."""
+    found = []
+
+    def get(config):
+        if not found:
+            config, steps = build(config, (2, 2, 1, 2))
+            found.append((config, steps))
+        return found[0]
+
+    return get
+
+
+def assert_same(got, wanted):
+    (figures, params), (wanted_figures, wanted_params) = got, wanted
+    np.testing.assert_allclose(figures, wanted_figures, rtol=2e-6)  # float32 sums in another order
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted_params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_mesh_gives_the_single_device_loss_gradients_and_parameters(tiny_config, tokens, single, shape):
+    assert_same(run(tiny_config, shape, tokens), single(tiny_config, tokens))
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro"), [((1, 1, 1, 1), 4), ((4, 1, 1, 2), 1), ((2, 2, 2, 1), 1), ((2, 1, 2, 2), 2), ((1, 4, 1, 1), 2)], ids=str
+)
+def test_accumulation_equals_the_full_batch(tiny_config, tokens, single, shape, micro):
+    config = with_settings(tiny_config, train={"micro_batch_size": micro})
+    assert_same(run(config, shape, tokens), single(tiny_config, tokens))
+
+
+@pytest.mark.parametrize(
+    "change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "matmuls"}], ids=lambda change: str(*change.items())
+)
+def test_compiling_the_blocks_differently_changes_nothing(tiny_config, tokens, single, change):
+    assert_same(run(with_settings(tiny_config, model=change), (1, 1, 1, 1), tokens), single(tiny_config, tokens))
+
+
+def loops_and_collectives(text: str) -> dict[str, list[str]]:
+    """Computation name -> replica groups of its all-reduces, from HLO text."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
+            name = match[1]
+        if "all-reduce(" in line or "all-reduce-start(" in line:
+            found.setdefault(name, []).append(line.strip())
+    return found
+
+
+def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
+    """With micro-batches on a mesh of replicas alone, no loop body holds an all-reduce: only the entry computation does."""
+    config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
+    batch = batch_of(config, steps, tokens[0])
+    assert batch["inputs"].shape[0] == 4
+    text = steps.train.lower(steps.state_shapes, batch, steps.stop_flag(False)).compile().as_text()
+    reductions = loops_and_collectives(text)
+    assert reductions
+    entry = re.search(r"ENTRY %?([\w.\-]+)", text)[1]
+    assert set(reductions) == {entry}
+
+
+def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, tokens, mesh_steps):
+    config, steps = mesh_steps(tiny_config)
+    state = jax.device_put(initial_state(config.model), steps.state_shardings)
+    no = steps.stop_flag(False)
+    state, _ = steps.train(state, batch_of(config, steps, tokens[0]), no)
+    # A weight of 3e38 overflows the forward pass; all else must come out as it went in.
+    before = jax.device_get(state)
+    broken = state._replace(params={**state.params, "final_norm": state.params["final_norm"] * 3e38})
+    state, metrics = steps.train(broken, batch_of(config, steps, tokens[1]), no)
+    assert not metrics["finite"]
+    assert (int(metrics["nonfinite"]), int(metrics["nonfinite_run"]), int(state.step)) == (1, 1, 2)
+    after = jax.device_get(state)
+    for name in ("embedding", "lm_head", "layers"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[name], before.params[name])
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    mended = jax.device_put(after._replace(params=before.params), steps.state_shardings)
+    state, metrics = steps.train(mended, batch_of(config, steps, tokens[2]), no)
+    assert metrics["finite"]
+    assert (int(metrics["nonfinite"]), int(metrics["nonfinite_run"])) == (1, 0)
+
+
+def test_any_process_can_ask_all_to_stop(tiny_config, tokens, mesh_steps):
+    config, steps = mesh_steps(tiny_config)
+    for stop in (False, True):
+        state = jax.device_put(initial_state(config.model), steps.state_shardings)
+        _, metrics = steps.train(state, batch_of(config, steps, tokens[0]), steps.stop_flag(stop))
+        assert int(metrics["stop"]) == stop
+
+
+def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, mesh_steps):
+    rows = tokens[0].copy()
+    rows[:, ::3] = 0
+    config, steps = mesh_steps(tiny_config)
+    state = jax.device_put(initial_state(config.model), steps.state_shardings)
+    before = np.asarray(state.params["embedding"])
+    state, metrics = steps.train(state, batch_of(config, steps, rows), steps.stop_flag(False))
+    after = np.asarray(state.params["embedding"])
+    decay = 1 - float(metrics["learning_rate"]) * config.optimizer.weight_decay
+    np.testing.assert_allclose(after[0], before[0] * decay, rtol=1e-6)  # decayed, as in the original, and nothing more
+    used = np.unique(rows[:, :-1])
+    assert all(np.abs(after[token] - before[token] * decay).max() > 1e-4 for token in used if token != 0)
+
+
+def test_training_overfits_one_batch(tiny_config, tokens):
+    config, steps = build(with_settings(tiny_config, train={"num_steps": 60}), (1, 1, 1, 1))
+    state, losses = steps.init(), []
+    batch = batch_of(config, steps, tokens[0])
+    for _ in range(60):
+        state, metrics = steps.train(state, batch, steps.stop_flag(False))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(512), rel=0.02)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_evaluation_sums_over_valid_labels(tiny_config, tokens, mesh_steps):
+    config, steps = mesh_steps(tiny_config)
+    state = jax.device_put(initial_state(config.model), steps.state_shardings)
+    batch = batch_of(config, steps, tokens[0])
+    total, count = steps.evaluate(state.params, batch)
+    _, metrics = steps.train(state, batch, steps.stop_flag(False))
+    assert int(count) == 16 * 32 - 5 == int(metrics["tokens"])
+    assert float(total) / int(count) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+
+
+def test_no_device_holds_the_whole_model_at_the_start(tiny_config):
+    _, steps = build(tiny_config, (1, 4, 1, 2))
+    memory = steps.init.lower().compile().memory_analysis()
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(steps.state_shapes.params))
+    assert memory.output_size_in_bytes < 3 * whole / 8 * 1.2
+    assert memory.temp_size_in_bytes < whole / 2
+
+
+def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_allocated(tiny_config):
+    with pytest.raises(ConfigError, match=r"mesh.tensor=8 does not divide model.num_heads=4"):
+        build(tiny_config, (1, 1, 1, 8))
