@@ -1,0 +1,271 @@
+"""Hugging Face checkpoints: import of Baichuan and LLaMA folders, export for transformers; streamed tensor by tensor.
+
+`python -m baichuan_jax.hf import|export`
+
+Names and layouts are those of modeling_baichuan.py (baichuan-inc/Baichuan-7B): torch keeps a matrix as [out, in], and W_pack stacks
+Q, K and V. D hidden, F intermediate, N heads, H head size, V vocabulary, L layers.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from baichuan_jax.checkpoint import load_params, save_params
+from baichuan_jax.config import ConfigError, ModelConfig
+from baichuan_jax.hf_files import Tensors, open_tensors, write_safetensors
+from baichuan_jax.model import Params, Transformer, abstract_model
+from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.sharding import Layout
+
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "rms_norm_eps": "rms_norm_eps",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One array of ours for one layer (or none): the tensors it comes from, and the way there and back."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    tensors: dict[str, tuple[int, ...]]
+    join: Callable[[list[np.ndarray]], np.ndarray]
+    split: Callable[[np.ndarray], list[np.ndarray]]
+
+
+def _entries(config: ModelConfig, packed: bool) -> Iterator[_Entry]:
+    """Every array of a model, in the order of the original's files."""
+    D, F, N, H, V = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.vocab_size
+    one = lambda tensors: tensors[0]  # noqa: E731
+    turned = lambda tensors: tensors[0].T  # noqa: E731
+    yield _Entry(("embedding",), None, {"model.embed_tokens.weight": (V, D)}, one, lambda x: [x])
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+
+        def entry(name: str, tensors: dict[str, tuple[int, ...]], join: Callable, split: Callable, layer=layer, prefix=prefix):
+            return _Entry(("layers", name), layer, {prefix + key: shape for key, shape in tensors.items()}, join, split)
+
+        def from_torch(tensors: list[np.ndarray]) -> np.ndarray:
+            stacked = tensors[0].reshape(3, N, H, D) if packed else np.stack([t.reshape(N, H, D) for t in tensors])
+            return stacked.transpose(3, 0, 1, 2)
+
+        def to_torch(x: np.ndarray) -> list[np.ndarray]:
+            stacked = x.transpose(1, 2, 3, 0).reshape(3, D, D)
+            return [stacked.reshape(3 * D, D)] if packed else list(stacked)
+
+        qkv = {"self_attn.W_pack.weight": (3 * D, D)}
+        if not packed:
+            qkv = {f"self_attn.{part}_proj.weight": (D, D) for part in "qkv"}
+        yield entry("w_pack", qkv, from_torch, to_torch)
+        yield entry(
+            "w_out", {"self_attn.o_proj.weight": (D, D)}, lambda t: t[0].T.reshape(N, H, D), lambda x: [x.reshape(D, D).T]
+        )
+        for name, key, shape in (
+            ("w_gate", "gate", (F, D)), ("w_up", "up", (F, D)), ("w_down", "down", (D, F)),
+        ):  # fmt: skip
+            yield entry(name, {f"mlp.{key}_proj.weight": shape}, turned, lambda x: [x.T])
+        yield entry("attention_norm", {"input_layernorm.weight": (D,)}, one, lambda x: [x])
+        yield entry("mlp_norm", {"post_attention_layernorm.weight": (D,)}, one, lambda x: [x])
+    yield _Entry(("final_norm",), None, {"model.norm.weight": (D,)}, one, lambda x: [x])
+    yield _Entry(("lm_head",), None, {"lm_head.weight": (V, D)}, turned, lambda x: [x.T])
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder's config.json. Raises ConfigError for what this model cannot be."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} has no config.json: it is no Hugging Face folder")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    missing = [key for key in CONFIG_KEYS if key not in found]
+    if missing:
+        raise ConfigError(f"{file} lacks {', '.join(missing)}")
+    for key, only in (
+        ("model_type", ("baichuan", "llama")), ("hidden_act", ("silu",)), ("tie_word_embeddings", (False,)),
+        ("rope_scaling", (None,)), ("attention_bias", (False,)), ("mlp_bias", (False,)),
+        ("num_key_value_heads", (None, found["num_attention_heads"])),
+    ):  # fmt: skip
+        if found.get(key, only[0]) not in only:
+            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {' or '.join(map(repr, only))}")
+    theta = found.get("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    return ModelConfig(
+        **{ours: found[theirs] for theirs, ours in CONFIG_KEYS.items()},
+        rope_theta=float(theta),
+        initializer_range=found.get("initializer_range", 0.02),
+        pad_token_id=found.get("pad_token_id"),
+    )
+
+
+def import_params(folder: Path | str, layout: Layout | None = None, *, progress: bool = False) -> Params:
+    """Parameters, float32, of a Hugging Face folder, each put where it belongs on the mesh as it is read.
+
+    Names and shapes are compared before anything is read. Raises ConfigError naming the tensor or file.
+    """
+    config = read_config(folder)
+    source = open_tensors(Path(folder))
+    packed = not any(name.endswith("q_proj.weight") for name in source.shapes)
+    entries = list(_entries(config, packed))
+    _compare(Path(folder), source, {name: shape for entry in entries for name, shape in entry.tensors.items()})
+
+    _, shapes, axes = abstract_model(config)
+    stacks: dict[tuple[str, ...], jax.Array] = {}
+    for entry in tqdm(entries, desc="importing", unit="array", disable=not progress):
+        array = entry.join([source.read(name) for name in entry.tensors]).astype(np.float32)
+        names = _at(axes, entry.path)
+        if entry.layer is None:
+            stacks[entry.path] = jax.device_put(array, _place(layout, names))
+            continue
+        if entry.path not in stacks:
+            shape = _at(shapes, entry.path).shape
+            stacks[entry.path] = jax.jit(lambda shape=shape: jnp.zeros(shape), out_shardings=_place(layout, names))()
+        part = jax.device_put(array, _place(layout, names[1:]))
+        stacks[entry.path] = _write_layer(stacks[entry.path], part, entry.layer)
+        # Wait: an array that is still being copied would be held beside the next ones.
+        stacks[entry.path].block_until_ready()
+    return nnx.traversals.unflatten_mapping(stacks)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stack: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0)
+
+
+def _place(layout: Layout | None, names: tuple[str, ...]) -> Any:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if layout is None else layout.sharding(*names)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+def _compare(folder: Path, source: Tensors, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Refuse missing, extra and misshapen tensors; inv_freq buffers, which the original recomputes, are left out."""
+    found = {name: shape for name, shape in source.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} {found[name]} is not of this model" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {found[name]} and config.json makes it {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ConfigError(f"{folder}: {'; '.join(problems[:4])} ({len(problems)} in all)")
+
+
+def export(
+    params: Params,
+    config: ModelConfig,
+    folder: Path | str,
+    *,
+    dtype: str = "bfloat16",
+    form: Literal["llama", "baichuan"] = "llama",
+    tokenizer: Path | str | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write a Hugging Face folder of safetensors: as transformers' Llama (W_pack split), or in the original's form.
+
+    Written whole under another name, then renamed. Raises ConfigError where the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; export writes a new folder")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    entries = list(_entries(config, packed=form == "baichuan"))
+    shapes = {name: shape for entry in entries for name, shape in entry.tensors.items()}
+
+    def arrays() -> Iterator[np.ndarray]:
+        for entry in entries:
+            array = _at(params, entry.path)
+            yield from entry.split(np.asarray(jax.device_get(array if entry.layer is None else array[entry.layer])))
+
+    write_safetensors(temporary, shapes, arrays(), dtype, max_shard_bytes)
+    (temporary / "config.json").write_text(json.dumps(_hf_config(config, dtype, form), indent=2), encoding="utf-8")
+    if tokenizer is not None:
+        shutil.copy(tokenizer, temporary / "tokenizer.model")
+    temporary.rename(folder)
+
+
+def _hf_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
+    shared = {theirs: getattr(config, ours) for theirs, ours in CONFIG_KEYS.items()}
+    return {
+        "architectures": ["LlamaForCausalLM" if form == "llama" else "BaiChuanForCausalLM"],
+        "model_type": form,
+        "hidden_act": "silu",
+        "initializer_range": config.initializer_range,
+        "max_position_embeddings": 4096,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **shared,
+        **({"num_key_value_heads": config.num_heads, "head_dim": config.head_dim} if form == "llama" else {}),
+    }
+
+
+def load_pretrained(
+    path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None
+) -> Transformer:
+    """A model to call, model(tokens_BT, attention_mask=None) -> logits_BTV, from a Hugging Face folder or a run's checkpoint."""
+    layout = None if mesh is None else Layout(mesh)
+    if (Path(path) / "config.json").exists():
+        config, params = read_config(path), import_params(path, layout)
+    else:
+        config, params = load_params(path, layout)
+    config = dataclasses.replace(config, dtype=dtype, remat="none")
+    graphdef, _, _ = abstract_model(config)
+    return nnx.merge(graphdef, params)
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="a Hugging Face folder -> a checkpoint for --init_from and generate")
+    importing.add_argument("folder", help="with config.json and safetensors or .bin files")
+    importing.add_argument("output", help="the checkpoint's new folder")
+    exporting = commands.add_parser("export", help="a run or checkpoint -> a folder that transformers loads")
+    exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
+    exporting.add_argument("output", help="the new folder")
+    exporting.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="default: bfloat16")
+    exporting.add_argument("--form", default="llama", choices=["llama", "baichuan"], help="llama (default): transformers' own class")
+    options = parser.parse_args(words)
+    if options.command == "import":
+        if Path(options.output).exists():
+            raise ConfigError(f"{options.output} exists; import writes a new folder")
+        params = import_params(options.folder, progress=True)
+        save_params(options.output, read_config(options.folder), params)
+        if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
+            shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
+    else:
+        config, params = load_params(options.checkpoint)
+        above = [Path(options.checkpoint).absolute(), *Path(options.checkpoint).absolute().parents[:2]]
+        tokenizer = next((p / "tokenizer.model" for p in above if (p / "tokenizer.model").exists()), None)
+        export(params, config, options.output, dtype=options.dtype, form=options.form, tokenizer=tokenizer)
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
