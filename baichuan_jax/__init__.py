@@ -1,7 +1,12 @@
 """Baichuan-7B pre-training in JAX and Flax: `from baichuan_jax import load_config, load_pretrained, Generator`."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from baichuan_jax.config import load_config
+    from baichuan_jax.generate import Generator
+    from baichuan_jax.hf import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Generator", "load_config", "load_pretrained"]

@@ -47,9 +47,7 @@ class Checkpoints:
     `state_shapes` and `state_shardings` are a TrainState of what the configuration makes, and where it belongs.
     """
 
-    def __init__(
-        self, directory: Path, config: Config, tokenizer_hash: str, state_shapes: Any, state_shardings: Any
-    ) -> None:
+    def __init__(self, directory: Path, config: Config, tokenizer_hash: str, state_shapes: Any, state_shardings: Any) -> None:
         self.directory = directory.absolute()
         self._config = config
         self._tokenizer_hash = tokenizer_hash
@@ -132,9 +130,7 @@ _ITEMS = ("params", "optimizer", "run")
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    return ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True
-    )
+    return ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True)
 
 
 def _as_items(state: Any) -> dict[str, Any]:
@@ -186,9 +182,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{file}: {error}") from None
 
 
-def _restore_items(
-    path: Path, targets: dict[str, Any], digests: dict[str, int], digest_function: Callable
-) -> dict[str, Any]:
+def _restore_items(path: Path, targets: dict[str, Any], digests: dict[str, int], digest_function: Callable) -> dict[str, Any]:
     """Compare names, shapes and dtypes with what is saved, restore, compare digests."""
     items = {}
     with _quiet_reads(), ocp.StandardCheckpointer() as checkpointer:

@@ -84,14 +84,19 @@ class Generator:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         mask_BT = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask, bool)
         if mask_BT.shape != (B, T) or not mask_BT[:, -1].all() or (np.diff(mask_BT.astype(int), axis=1) < 0).any():
-            raise ValueError(f"attention_mask {mask_BT.shape} must be {(B, T)}, padded on the left: the prompt's last tokens are real")
+            raise ValueError(
+                f"attention_mask {mask_BT.shape} must be {(B, T)}, padded on the left: the prompt's last tokens are real"
+            )
         padded = -T % LENGTH_STEP
         prompt = np.pad(tokens_BT, ((0, 0), (padded, 0)))
         real = np.pad(mask_BT, ((0, 0), (padded, 0)))
         start = T + padded
         length = start + max_new_tokens + -max_new_tokens % LENGTH_STEP
         sampling = Sampling(
-            jnp.float32(temperature), jnp.int32(top_k or self.config.vocab_size), jnp.float32(top_p), jnp.float32(repetition_penalty)
+            jnp.float32(temperature),
+            jnp.int32(top_k or self.config.vocab_size),
+            jnp.float32(top_p),
+            jnp.float32(repetition_penalty),
         )
         loop = self._prefill(self._params, prompt, real, jax.random.key(seed), length=length)
         stop = jnp.int32(eos_id if stop_at_eos else -1)
@@ -137,7 +142,7 @@ class Generator:
         mask_BS = jnp.concatenate([mask_BT, jnp.ones((B, S - T), bool)], axis=1)
         model = nnx.merge(self._graphdef, params)
         with matmul_precision(self.config):
-            hidden_BTD, cache = model.hidden(tokens_BT, positions=positions_of(mask_BT), cache=init_cache(self.config, mask_BS))
+            hidden_BTD, cache = model.extend(tokens_BT, init_cache(self.config, mask_BS), positions_of(mask_BT))
             logits_BV = model.head(hidden_BTD[:, -1])
         seen_BV = jnp.zeros((B, self.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(mask_BT)
@@ -159,7 +164,7 @@ class Generator:
             place = loop.cache.length
             tokens_BS = jax.lax.dynamic_update_slice_in_dim(loop.tokens_BS, token_B[:, None], place, 1)
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
-            hidden_B1D, cache = model.hidden(token_B[:, None], positions=position_B1, cache=loop.cache)
+            hidden_B1D, cache = model.extend(token_B[:, None], loop.cache, position_B1)
             seen_BV = loop.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
             return _Loop(cache, tokens_BS, model.head(hidden_B1D[:, -1]), seen_BV, loop.done_B | (token_B == eos), key)
 
@@ -235,7 +240,9 @@ def main(words: list[str]) -> int:
     model = load_pretrained(options.checkpoint)
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}: not its tokenizer")
+        raise ConfigError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}: not its tokenizer"
+        )
     prompt = options.prompt.replace("\\n", "\n")
     began = time.perf_counter()
     print(prompt, end="", flush=True)

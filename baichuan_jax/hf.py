@@ -54,8 +54,8 @@ class _Entry:
 def _entries(config: ModelConfig, packed: bool) -> Iterator[_Entry]:
     """Every array of a model, in the order of the original's files."""
     D, F, N, H, V = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.vocab_size
-    one = lambda tensors: tensors[0]  # noqa: E731
-    turned = lambda tensors: tensors[0].T  # noqa: E731
+    one = lambda tensors: tensors[0]
+    turned = lambda tensors: tensors[0].T
     yield _Entry(("embedding",), None, {"model.embed_tokens.weight": (V, D)}, one, lambda x: [x])
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
@@ -224,9 +224,7 @@ def _hf_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
     }
 
 
-def load_pretrained(
-    path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None
-) -> Transformer:
+def load_pretrained(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None) -> Transformer:
     """A model to call, model(tokens_BT, attention_mask=None) -> logits_BTV, from a Hugging Face folder or a run's checkpoint."""
     layout = None if mesh is None else Layout(mesh)
     if (Path(path) / "config.json").exists():
@@ -249,7 +247,9 @@ def main(words: list[str]) -> int:
     exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
     exporting.add_argument("output", help="the new folder")
     exporting.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="default: bfloat16")
-    exporting.add_argument("--form", default="llama", choices=["llama", "baichuan"], help="llama (default): transformers' own class")
+    exporting.add_argument(
+        "--form", default="llama", choices=["llama", "baichuan"], help="llama (default): transformers' own class"
+    )
     options = parser.parse_args(words)
     if options.command == "import":
         if Path(options.output).exists():

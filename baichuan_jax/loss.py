@@ -8,6 +8,7 @@ B batch, T length, D hidden, V vocabulary (one device's part of it), C tokens of
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss):
-    return _on_mesh(functools.partial(_local, chunk_size=chunk_size, z_loss=z_loss, with_gradient=False), hidden_BTD, kernel_DV, labels_BT)
+    return _on_mesh(
+        functools.partial(_local, chunk_size=chunk_size, z_loss=z_loss, with_gradient=False), hidden_BTD, kernel_DV, labels_BT
+    )
 
 
 def _forward(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss):
@@ -129,6 +132,7 @@ def _local(
         return (loss, dkernel_DV), over_vocab(lax.psum, dhidden_CD).astype(dtype)
 
     start = (jnp.float32(0.0), jnp.zeros((D, V) if with_gradient else (), jnp.float32))
+    dhidden: Any
     (loss, dkernel_DV), dhidden = lax.scan(chunk, start, (hidden, labels))
     if token_axes:
         loss = lax.psum(loss, token_axes)

@@ -46,7 +46,7 @@ def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, flo
     return products + attention, products + attention / 2
 
 
-def peak_flops(config: Config, device: jax.Device) -> tuple[float | None, str]:
+def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
     """FLOP/s that MFU is a share of, and what they are: the data sheet's, the setting's, a CPU's measured ones, or None."""
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"

@@ -7,10 +7,11 @@ B batch, T query length, S key length, D hidden, F intermediate, N heads, H head
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from baichuan_jax.config import ModelConfig
@@ -69,9 +70,7 @@ class Block(nnx.Module):
         q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
         written = None
         if cache is None:
-            out_BTNH = attention(
-                q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.attention_implementation
-            )
+            out_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.attention_implementation)
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
@@ -99,33 +98,41 @@ class Transformer(nnx.Module):
         self.lm_head = _matrix(rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
 
     def hidden(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """States after the final norm [B, T, D], and the cache with these tokens in it where one is given.
+        self, tokens_BT: jax.Array, *, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """States after the final norm [B, T, D].
 
-        positions [B, T]: for the rotary embedding; by default counted from 0, or from the cache's real tokens.
-        segment_ids [B, T]: documents that do not see each other (training only).
+        segment_ids [B, T]: documents that do not see each other. positions [B, T]: for the rotary embedding, by default from 0.
         """
         config = self.config
-        if positions is None:
-            positions = jnp.arange(tokens_BT.shape[1])[None]
-        rope = rope_tables(positions, config.head_dim, config.rope_theta)
-        x_BTD = self._embed(tokens_BT)
+        rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
         graphdef, layers = nnx.split(self.layers)
-        if cache is not None:
-            return self._cached(x_BTD, rope, graphdef, layers, cache)
 
         def body(x_BTD, layer):
             return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
 
         unroll = 1 if config.scan_layers else config.num_layers
-        x_BTD, _ = jax.lax.scan(_remat(body, config.remat), x_BTD, layers, unroll=unroll)
-        return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps), None
+        x_BTD, _ = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BT), layers, unroll=unroll)
+        return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
+
+    def extend(self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
+        """States [B, T, D] of tokens that follow those in the cache, and the cache with them in it."""
+        T, S = tokens_BT.shape[1], cache.mask_BS.shape[1]
+        rope = self._rope(positions)
+        mask_BTS = (jnp.arange(S) <= (cache.length + jnp.arange(T))[:, None]) & cache.mask_BS[:, None, :]
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(x_BTD, xs):
+            layer, k_BSNH, v_BSNH = xs
+            return nnx.merge(graphdef, layer)(x_BTD, rope, None, (k_BSNH, v_BSNH, mask_BTS, cache.length))
+
+        x_BTD, written = jax.lax.scan(body, self._embed(tokens_BT), (layers, cache.k_LBSNH, cache.v_LBSNH))
+        k_LBSNH, v_LBSNH = cast(tuple[jax.Array, jax.Array], written)
+        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+        return x_BTD, Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
+
+    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Gathered from the float32 table, then cast: the gradient's scatter-add is float32 (in bfloat16 it is slow and inexact).
@@ -135,19 +142,6 @@ class Transformer(nnx.Module):
             padding = (tokens_BT == self.config.pad_token_id)[..., None]
             x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
         return constrain(x_BTD.astype(self.config.dtype), "batch", "length", "hidden")
-
-    def _cached(self, x_BTD, rope, graphdef, layers, cache: Cache) -> tuple[jax.Array, Cache]:
-        T, S = x_BTD.shape[1], cache.mask_BS.shape[1]
-        query_T = cache.length + jnp.arange(T)
-        mask_BTS = (jnp.arange(S) <= query_T[:, None]) & cache.mask_BS[:, None, :]
-
-        def body(x_BTD, xs):
-            layer, k_BSNH, v_BSNH = xs
-            return nnx.merge(graphdef, layer)(x_BTD, rope, None, (k_BSNH, v_BSNH, mask_BTS, cache.length))
-
-        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, cache.k_LBSNH, cache.v_LBSNH))
-        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
-        return x_BTD, Cache(k, v, cache.mask_BS, cache.length + T)
 
     def head(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
@@ -165,7 +159,7 @@ class Transformer(nnx.Module):
             segment_ids = jnp.asarray(attention_mask, jnp.int32)
             positions = positions_of(segment_ids)
         with matmul_precision(self.config):
-            return self.head(self.hidden(tokens_BT, segment_ids=segment_ids, positions=positions)[0])
+            return self.head(self.hidden(tokens_BT, segment_ids=segment_ids, positions=positions))
 
 
 def positions_of(mask_BT: jax.Array) -> jax.Array:
@@ -181,7 +175,7 @@ def matmul_precision(config: ModelConfig):
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] in float32 of the rotary embedding (Su et al. 2021), at any position."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,7 +82,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, context, tensor) with tensor varying fastest along each node's devices, then context, then fsdp.
 
     So tensor, context and fsdp stay inside a node (NVLink) where they fit, and the data groups join devices of equal local number,
@@ -111,27 +112,24 @@ def initialize_processes(config: DistributedConfig) -> None:
 
     Does nothing for a single process. Raises ConfigError where only some of the three are given.
     """
-    given = {
-        "coordinator_address": config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _integer(config.num_processes, "JAX_NUM_PROCESSES"),
-        "process_id": _integer(config.process_id, "JAX_PROCESS_ID"),
-    }
-    missing = [name for name, value in given.items() if value is None]
-    local_ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    extra = {"local_device_ids": [int(i) for i in local_ids.split(",")]} if local_ids else {}
-    if not missing:
-        if not 0 <= given["process_id"] < given["num_processes"]:
-            raise ConfigError(f"process_id={given['process_id']} must lie in [0, num_processes={given['num_processes']})")
-        if given["num_processes"] > 1:
-            jax.distributed.initialize(**given, **extra)
-    elif len(missing) < 3:
+    address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
+    number = _integer(config.process_id, "JAX_PROCESS_ID")
+    ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    local_ids = [int(i) for i in ids.split(",")] if ids else None
+    if address is not None and count is not None and number is not None:
+        if not 0 <= number < count:
+            raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
+        if count > 1:
+            jax.distributed.initialize(address, count, number, local_device_ids=local_ids)
+    elif not (address is None and count is None and number is None):
         raise ConfigError(
-            f"several processes need all of distributed.coordinator_address, num_processes and process_id (or the JAX_* "
-            f"variables); missing: {', '.join(missing)}"
+            f"several processes need all of distributed.coordinator_address={address}, num_processes={count} and "
+            f"process_id={number}, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         # One process a node under Slurm would see its first GPU only, unless told its devices.
-        jax.distributed.initialize(cluster_detection_method="slurm", **extra)
+        jax.distributed.initialize(cluster_detection_method="slurm", local_device_ids=local_ids)
 
 
 def _integer(value: int | None, variable: str) -> int | None:

@@ -26,13 +26,16 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. `step` counts steps, skipped ones included; `nonfinite_run` the latest of them in a row."""
+    """Everything that a step changes; also its shapes or shardings, in the same places.
 
-    params: Params
+    `step` counts steps; `nonfinite` those whose update was skipped, `nonfinite_run` how many of these came last in a row.
+    """
+
+    params: Any
     opt_state: Any
-    step: jax.Array
-    nonfinite: jax.Array
-    nonfinite_run: jax.Array
+    step: Any
+    nonfinite: Any
+    nonfinite_run: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +92,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         """Sum of the loss over arrays [B, T]."""
         with activate(Layout(mesh, batch_axes)), matmul_precision(config.model):
             model = nnx.merge(graphdef, params)
-            hidden, _ = model.hidden(
-                batch["inputs"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions")
-            )
+            hidden = model.hidden(batch["inputs"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"))
             return cross_entropy(
                 hidden, model.lm_head[...], batch["labels"],
                 chunk_size=config.train.loss_chunk_size, z_loss=config.train.z_loss,
@@ -108,7 +109,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         rate = learning_rate(config.optimizer, config.train.num_steps, state.step)
         direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
         nonfinite = state.nonfinite + jnp.where(finite, 0, 1)
         state = TrainState(
@@ -138,9 +139,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     )
 
 
-def _sum_gradients(
-    nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params
-) -> tuple[jax.Array, Params]:
+def _sum_gradients(nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params) -> tuple[jax.Array, Params]:
     """Loss and gradients, both summed over all tokens of the step.
 
     With several micro-batches every replica (mesh axis data) adds up its own gradients, and they are summed across replicas once, at
@@ -162,7 +161,7 @@ def _sum_gradients(
     def on_replicas(array: jax.Array, sharding: NamedSharding) -> jax.Array:
         return lie(array, "data", *sharding.spec)
 
-    one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))  # noqa: E731
+    one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
     all_replicas = jax.vmap(one, spmd_axis_name="data")
 
     def add(carry, micro_batch):

@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--model", required=True, metavar="FILE", help="a SentencePiece model")
     measure.add_argument("--model", required=True, nargs="+", metavar="FILE", help="SentencePiece models to compare")
     for command in (train, measure):
-        command.add_argument("--input", required=True, nargs="+", metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst")
+        command.add_argument(
+            "--input", required=True, nargs="+", metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst"
+        )
         command.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
     return parser
 

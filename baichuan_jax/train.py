@@ -121,7 +121,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run.path / "checkpoints", config, prepared.tokenizer.hash, steps.state_shapes, steps.state_shardings
         )
-        self.state: TrainState | None = None
+        self.state: TrainState = None  # type: ignore[assignment]  # from restore_or_start on
         self.step = self.position = 0  # steps done; position in the data of the next batch
         self.stop_requested = False
         self.trace_requested = False
@@ -454,13 +454,13 @@ def _say_next(display: Display, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _scheduled_gc() -> Iterator[Callable[[], None]]:
+def _scheduled_gc() -> Iterator[Callable[[], int]]:
     """No garbage collection inside: it would halt one host at a time, and all others with it. The loop calls what is yielded."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        yield lambda: gc.collect(1) and None
+        yield lambda: gc.collect(1)
     finally:
         if enabled:
             gc.enable()

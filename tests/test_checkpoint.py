@@ -38,7 +38,9 @@ def state():
 
         def fill(shape):
             whole = np.issubdtype(shape.dtype, np.integer)
-            return rng.integers(1, 9, shape.shape).astype(shape.dtype) if whole else rng.normal(size=shape.shape).astype(shape.dtype)
+            return (
+                rng.integers(1, 9, shape.shape).astype(shape.dtype) if whole else rng.normal(size=shape.shape).astype(shape.dtype)
+            )
 
         return jax.device_put(jax.tree.map(fill, steps.state_shapes), steps.state_shardings)
 
@@ -67,7 +69,9 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, ope
         restored = other.restore(refuse_reports)
         assert (restored.step, restored.position) == (5, 7)
         assert_equal(restored.state, saved)
-        jax.tree.map(lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)), restored.state, steps.state_shardings)
+        jax.tree.map(
+            lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)), restored.state, steps.state_shardings
+        )
 
 
 def test_what_the_loop_does_to_the_state_after_save_returns_is_not_saved(tiny_config, opened, state):

@@ -93,7 +93,7 @@ def test_a_contradiction_is_refused_with_both_values(words):
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="wrong.yaml|section") as error:
+    with pytest.raises(ConfigError, match=r"wrong\.yaml|section") as error:
         load_config(path)
     assert message in str(error.value)
 

@@ -26,7 +26,7 @@ def with_settings(config, **sections):
 @functools.cache
 def initial_state(model):
     """Fresh parameters and optimiser state on the host; put onto a mesh, they need no compilation there."""
-    config, steps = build(Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1))
+    _, steps = build(Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1))
     return jax.device_get(steps.init())
 
 

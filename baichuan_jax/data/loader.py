@@ -5,6 +5,7 @@ G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tok
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -45,7 +46,7 @@ class Loader:
         self._shape = (accumulation_steps, batch_size // accumulation_steps, sources[0][0].context_length)
         self._rows = _needed_rows(sharding, self._shape)
         batches = _Batches(mixture(sources, seed), self._rows, batch_size)
-        dataset = grain.MapDataset.source(batches)[position:]
+        dataset: Any = grain.MapDataset.source(batches)[position:]  # pyright: ignore[reportArgumentType]
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -80,7 +81,8 @@ class _Batches:
     """Random access to this process's part of every global batch: [rows needed, T + 1]."""
 
     def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int) -> None:
-        self._sequence, self._rows, self._batch_size = sequence, rows, batch_size
+        self._sequence: Any = sequence
+        self._rows, self._batch_size = rows, batch_size
 
     def __len__(self) -> int:
         return len(self._sequence) // self._batch_size
@@ -92,7 +94,7 @@ class _Batches:
 def _needed_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> np.ndarray:
     """Numbers, within a global batch, of the rows that this process's devices hold."""
     numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])
-    needed = [numbers[index[:2]].ravel() for index in sharding.addressable_devices_indices_map(shape).values()]
+    needed = [numbers[index[:2]].ravel() for index in sharding.addressable_devices_indices_map(shape).values() if index]
     return np.unique(np.concatenate(needed))
 
 
@@ -111,7 +113,7 @@ def _to_devices(
     place = place.reshape(shape[:2])
 
     def make(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, lambda index: array[place[index[:2]]][..., index[2]])
+        return jax.make_array_from_callback(shape, sharding, lambda index: array[place[index[:2]]][..., index[2]])  # type: ignore
 
     return {name: make(array) for name, array in arrays.items()}
 

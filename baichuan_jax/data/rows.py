@@ -88,7 +88,7 @@ _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
 
 def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
     """Entropy in nats of one token drawn from a weighted mixture: the loss of a model that knows frequencies alone."""
-    mixture = sum(weight * rows.counts / rows.counts.sum() for rows, weight in sources)
+    mixture = np.sum([weight * rows.counts / rows.counts.sum() for rows, weight in sources], axis=0)
     probabilities = mixture[mixture > 0] / mixture.sum()
     return float(-np.sum(probabilities * np.log(probabilities)))
 
@@ -225,9 +225,7 @@ def _dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def _write_manifest(
-    folder: Path, work: list[_Work], tokenizer: Tokenizer, context_length: int, patterns: list[str]
-) -> None:
+def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, context_length: int, patterns: list[str]) -> None:
     records = [json.loads(item.record.read_text(encoding="utf-8")) for item in work]
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for record in records:
@@ -335,9 +333,7 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
     return Tokenizer(path)
 
 
-def _find_rows(
-    config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Callable[[str], None]
-) -> Rows:
+def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Callable[[str], None]) -> Rows:
     length = config.train.context_length
     if _is_packed(path):
         rows = Rows(path)
@@ -397,7 +393,9 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m baichuan_jax.data.rows", description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="tokenise and pack text; started again, it goes on where it was")
-    packing.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst")
+    packing.add_argument(
+        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst"
+    )
     packing.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
     packing.add_argument("--context_length", type=int, required=True, help="tokens a row is trained on")
     packing.add_argument("--output", required=True, metavar="FOLDER", help="name it in data.train")

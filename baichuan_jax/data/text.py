@@ -3,6 +3,7 @@
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -37,7 +38,9 @@ def find_files(patterns: list[str]) -> list[str]:
         files.update(found)
     for path in files:
         if kind_of(path) not in (".jsonl", ".json", ".txt"):
-            raise ConfigError(f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst")
+            raise ConfigError(
+                f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst"
+            )
     return sorted(files)
 
 
@@ -53,7 +56,7 @@ def split_files(files: list[str]) -> list[Part]:
         size = os.path.getsize(path)
         if path.endswith((".jsonl", ".json")) and size > PART_BYTES:
             borders = [*range(0, size, PART_BYTES), size]
-            parts += [Part(path, start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+            parts += [Part(path, start, stop) for start, stop in itertools.pairwise(borders)]
         else:
             parts.append(Part(path))
     return parts

@@ -16,7 +16,9 @@ from baichuan_jax.sharding import current_layout
 __all__ = ["attention", "choose_attention", "masked_attention", "rms_norm"]
 
 
-def choose_attention(implementation: str, *, backend: str, dtype: str, masked: bool, length: int, context: int) -> tuple[str, str]:
+def choose_attention(
+    implementation: str, *, backend: str, dtype: str, masked: bool, length: int, context: int
+) -> tuple[str, str]:
     """The attention that will run and why: (name, reason). Raises ValueError where a forced one cannot serve.
 
     `masked`: packed documents are kept apart by segment ids. `context`: devices along the sequence.

@@ -119,7 +119,13 @@ def test_a_choice_that_cannot_serve_raises_and_auto_says_why():
     assert choose_attention("auto", **usual)[0] == "cudnn"
     assert choose_attention("auto", **{**usual, "backend": "cpu"})[0] == "blockwise"
     name, why = choose_attention("auto", **{**usual, "masked": True})
-    assert name == "blockwise" and "segment mask" in why
-    for change, word in (({"masked": True}, "mask"), ({"backend": "cpu"}, "cpu"), ({"dtype": "float32"}, "float32"), ({"context": 2}, "offset")):
+    assert name == "blockwise"
+    assert "segment mask" in why
+    for change, word in (
+        ({"masked": True}, "mask"),
+        ({"backend": "cpu"}, "cpu"),
+        ({"dtype": "float32"}, "float32"),
+        ({"context": 2}, "offset"),
+    ):
         with pytest.raises(ValueError, match=word):
             choose_attention("cudnn", **{**usual, **change})

@@ -1,0 +1,41 @@
+# `make train` and `make test` set up what they need. ARGS="..." is passed on: make train ARGS="--train.num_steps 60"
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help venv dev train test test-slow lint types clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+venv: $(VENV)/.installed  ## make .venv and install requirements.txt
+
+dev: $(VENV)/.installed-dev  ## and what tests and lint need
+
+train: venv  ## train a small model on bundled text: minutes on two cores
+	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
+
+test: dev  ## the tests, under about ten minutes
+	exec $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: dev  ## the tests that are left out of `make test`
+	exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: dev  ## ruff: lint and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: dev  ## pyright on the package
+	$(BIN)/pyright
+
+clean:  ## remove environments and caches; runs stay
+	rm -rf .venv .venv-* cache .pytest_cache .ruff_cache
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,185 @@
+"""Every published form of a checkpoint imports alike, what is wrong with one is named, and what is exported comes back."""
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import build
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.hf import export, import_params, load_pretrained, main, read_config
+from baichuan_jax.hf_files import open_tensors
+from baichuan_jax.sharding import Layout
+
+TINY = Path(__file__).parent / "golden" / "tiny"
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return import_params(TINY)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The whole-file safetensors form, to damage."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path / name)
+    return tmp_path
+
+
+def read_header(path):
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write_header(path, header, data):
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+def test_shards_hold_the_same_as_the_whole(params, tmp_path):
+    shutil.copytree(TINY / "sharded", tmp_path / "safetensors", ignore=shutil.ignore_patterns("*.bin*"))
+    assert_equal(import_params(tmp_path / "safetensors"), params)
+
+
+def test_torch_files_hold_the_same(params, tmp_path):
+    pytest.importorskip("torch")
+    shutil.copytree(TINY / "sharded", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*"))
+    assert_equal(import_params(tmp_path / "bin"), params)
+    (tmp_path / "whole").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        shutil.copy(TINY / name, tmp_path / "whole" / name)
+    assert_equal(import_params(tmp_path / "whole"), params)
+    os.truncate(tmp_path / "whole" / "pytorch_model.bin", 300_000)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin cannot be read"):
+        import_params(tmp_path / "whole")
+
+
+def test_a_torch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    for name in ("config.json", "pytorch_model.bin"):
+        shutil.copy(TINY / name, tmp_path / name)
+    with pytest.raises(ConfigError, match="pip install torch"):
+        import_params(tmp_path)
+
+
+def test_bfloat16_is_the_rounded_float32(params):
+    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jax.numpy.bfloat16).astype(np.float32)), params)
+    assert_equal(import_params(TINY / "bf16"), rounded)
+
+
+def test_tensors_arrive_sharded(params, tiny_config):
+    config = read_config(TINY)
+    assert (config.num_layers, config.hidden_size, config.vocab_size, config.pad_token_id) == (2, 64, 512, 0)
+    _, steps = build(tiny_config, (2, 2, 1, 2))
+    sharded = import_params(TINY, Layout(steps.layout.mesh))
+    assert_equal(sharded, params)
+    assert sharded["layers"]["w_pack"].sharding == steps.state_shardings.params["layers"]["w_pack"]
+
+
+@pytest.mark.parametrize("form", ["llama", "baichuan"])
+@pytest.mark.parametrize("max_shard_bytes", [100_000, 1 << 30])
+def test_export_comes_back_bit_for_bit(params, tmp_path, form, max_shard_bytes):
+    config = read_config(TINY)
+    export(params, config, tmp_path / "out", dtype="float32", form=form, max_shard_bytes=max_shard_bytes)
+    assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (max_shard_bytes == 100_000)
+    assert read_config(tmp_path / "out") == config
+    assert_equal(import_params(tmp_path / "out"), params)
+    with pytest.raises(ConfigError, match="exists"):
+        export(params, config, tmp_path / "out")
+
+
+def test_transformers_computes_the_same_logits_from_an_export(params, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    export(params, read_config(TINY), tmp_path / "out", dtype="float32")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = np.load(TINY / "parity.npz")["A_ids"]
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(load_pretrained(tmp_path / "out")(ids), wanted, atol=2e-5)
+
+
+def test_the_commands_import_and_export(params, tmp_path, capsys):
+    assert main(["import", str(TINY), str(tmp_path / "weights")]) == 0
+    assert_equal(load_pretrained(tmp_path / "weights").embedding[...], params["embedding"])
+    assert main(["export", str(tmp_path / "weights"), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert_equal(import_params(tmp_path / "out"), params)
+    assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="exists"):
+        main(["import", str(TINY), str(tmp_path / "weights")])
+
+
+def test_a_missing_tensor_is_named(copy):
+    header, data = read_header(copy / "model.safetensors")
+    del header["model.norm.weight"]
+    write_header(copy / "model.safetensors", header, data)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is missing"):
+        import_params(copy)
+
+
+def test_an_extra_tensor_is_named(copy):
+    header, data = read_header(copy / "model.safetensors")
+    header["model.layers.7.mlp.up_proj.weight"] = header["model.norm.weight"]
+    write_header(copy / "model.safetensors", header, data)
+    with pytest.raises(ConfigError, match=r"layers\.7\.mlp\.up_proj\.weight \(64,\) is not of this model"):
+        import_params(copy)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(copy):
+    header, data = read_header(copy / "model.safetensors")
+    header["model.norm.weight"]["shape"] = [32, 2]
+    write_header(copy / "model.safetensors", header, data)
+    with pytest.raises(ConfigError, match=r"norm\.weight is \(32, 2\) and config\.json makes it \(64,\)"):
+        import_params(copy)
+
+
+@pytest.mark.parametrize("size", [4, 600, 400_000])
+def test_a_truncated_file_is_named(copy, size):
+    os.truncate(copy / "model.safetensors", size)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is cut short"):
+        import_params(copy)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    shutil.copytree(TINY / "sharded", tmp_path / "sharded")
+    (tmp_path / "sharded" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"not there: model-00002-of-00002\.safetensors"):
+        open_tensors(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+    ],
+    ids=str,
+)
+def test_what_this_model_cannot_be_is_refused(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    config = {key: value for key, value in {**config, **change}.items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        read_config(copy)
+
+
+def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        open_tensors(tmp_path)
