@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from baichuan_jax.data.text import find_files, read_documents, split_files
 from baichuan_jax.resilience.exits import run_command
 
 MAX_TRAINING_BYTES = 8 << 20  # of text; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
-MAX_LINE_BYTES = 4000  # SentencePiece silently leaves out lines of more than 4,192 bytes
+MAX_LINE_CHARACTERS = 1000  # at most 4,000 bytes; SentencePiece silently leaves out lines of more than 4,192
 
 
 class Tokenizer:
@@ -77,13 +78,18 @@ def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int)
     room = (vocab_size - 3 - 256) // 2
     if room < 1:
         raise ConfigError(f"tokenizer.vocab_size={vocab_size} must exceed 261: 3 control pieces and 256 bytes come first")
-    kept = sum(count for _, count in characters.most_common(room))
-    coverage = kept / max(1, sum(characters.values()))
+    # SentencePiece's own character_coverage cannot go below 0.98, which a small vocabulary of Chinese needs: lines are cut at the
+    # characters that get no piece instead.
+    rare = [character for character, _ in characters.most_common()[room:]]
+    if rare:
+        cut = re.compile("[" + re.escape("".join(rare)) + "]+")
+        used = [part for line in used for part in cut.split(line) if part]
+    coverage = 1 - sum(characters[character] for character in rare) / max(1, sum(characters.values()))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(used), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=coverage, split_digits=True, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            character_coverage=1.0, split_digits=True, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             add_dummy_prefix=True, num_threads=os.cpu_count() or 1, minloglevel=2,
         )  # fmt: skip
@@ -94,13 +100,11 @@ def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int)
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
-    """Lines of at most MAX_LINE_BYTES; a longer one is cut between characters."""
+    """Lines of at most MAX_LINE_CHARACTERS; longer ones are cut."""
     for document in documents:
         for line in document.split("\n"):
-            encoded = line.encode()
-            for start in range(0, len(encoded), MAX_LINE_BYTES):
-                part = encoded[start : start + MAX_LINE_BYTES]
-                yield part.decode() if len(encoded) <= MAX_LINE_BYTES else part.decode(errors="ignore")
+            for start in range(0, len(line), MAX_LINE_CHARACTERS):
+                yield line[start : start + MAX_LINE_CHARACTERS]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

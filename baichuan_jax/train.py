@@ -53,6 +53,7 @@ def _train(config: Config, clock: Clock) -> Run:
         mesh = make_mesh(config.mesh)
         config = dataclasses.replace(config, mesh=config.mesh.resolve(mesh.size))
         config.check_mesh(config.mesh)
+        kernel = _choose_kernel(config)
         first = jax.process_index() == 0
         display = Display(active=first)
         steps = make_steps(config, mesh)
@@ -63,7 +64,7 @@ def _train(config: Config, clock: Clock) -> Run:
     trainer = Trainer(config, run, steps, prepared, clock, writer, display)
     try:
         with clock("start"):
-            trainer.describe(flags)
+            trainer.describe(flags, kernel)
             trainer.restore_or_start()
         with signals(trainer.ask_to_stop, trainer.ask_for_trace):
             completed = trainer.loop()
@@ -75,6 +76,14 @@ def _train(config: Config, clock: Clock) -> Run:
     finally:
         trainer.close()
     return run
+
+
+def _choose_kernel(config: Config) -> tuple[str, str]:
+    """The attention that will run, and why. Raises ConfigError where a forced one cannot."""
+    return choose_attention(
+        config.kernels.attention, backend=jax.devices()[0].platform, dtype=config.model.dtype, masked=config.data.document_mask,
+        length=config.train.context_length, context=config.mesh.context,
+    )  # fmt: skip
 
 
 def _is_complete(config: Config, run: Run) -> bool:
@@ -142,14 +151,10 @@ class Trainer:
     def ask_for_trace(self) -> None:
         self.trace_requested = True
 
-    def describe(self, flags: dict[str, str]) -> None:
+    def describe(self, flags: dict[str, str], kernel: tuple[str, str]) -> None:
         """Say and record what this launch runs on and what it chose."""
         config, mesh = self.config, self.steps.layout.mesh
         device = jax.devices()[0]
-        kernel, why = choose_attention(
-            config.kernels.attention, backend=device.platform, dtype=config.model.dtype, masked=config.data.document_mask,
-            length=config.train.context_length, context=mesh.shape["context"],
-        )  # fmt: skip
         accumulation = config.accumulation_steps(config.mesh)
         sources = {f"{rows.path}": len(rows) for rows, _ in self.prepared.train}
         tokens = sum(sources.values()) * config.train.context_length
@@ -161,7 +166,7 @@ class Trainer:
         say(f"batch of {config.train.global_batch_size} x {config.train.context_length} tokens"
             + (f" in {accumulation} micro-batches" if accumulation > 1 else "")
             + f"; {config.train.num_steps} steps = {wanted:,} tokens, {wanted / tokens:.2f} times the text's {tokens:,}")  # fmt: skip
-        say(f"attention: {kernel} ({why})")
+        say(f"attention: {kernel[0]} ({kernel[1]})")
         say(f"MFU: {'share of the ' if device.platform == 'cpu' else ''}{self.peak_source}")
         for flag, reason in flags.items():
             say(f"{flag}: {reason}")
@@ -169,7 +174,7 @@ class Trainer:
             say(f"mesh axis {axis} crosses processes: its collectives leave the node", style="yellow")
         self.writer.event(
             "started", jax=jax.__version__, device=device.device_kind, devices=mesh.size, processes=jax.process_count(),
-            mesh=dict(mesh.shape), attention=kernel, attention_reason=why, xla_flags=list(flags), mfu_of=self.peak_source,
+            mesh=dict(mesh.shape), attention=kernel[0], attention_reason=kernel[1], xla_flags=list(flags), mfu_of=self.peak_source,
             parameters=config.model.num_parameters, tokenizer=self.prepared.tokenizer.hash, rows=sources,
             unigram_entropy=self.entropy,
         )  # fmt: skip

@@ -133,7 +133,7 @@ def safetensors(path):
     ("name", "accumulation", "optimizer"),
     [
         ("const", 1, OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_learning_rate_ratio=1.0)),
-        ("sched_acc2", 2, OptimizerConfig(learning_rate=1e-3, warmup_steps=3, final_learning_rate_ratio=0.1)),
+        ("sched_acc2", 2, OptimizerConfig(learning_rate=3e-3, warmup_steps=3, final_learning_rate_ratio=0.1)),
     ],
 )
 def test_ten_training_steps(name, accumulation, optimizer):

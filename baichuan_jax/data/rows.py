@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,8 @@ def pack(
 ) -> Rows:
     """Tokenise and pack the files that globs name into a folder, in parallel; goes on where a killed run stopped.
 
-    What is in the folder depends on the files, the tokenizer and the context length alone. Raises ConfigError.
+    What is in the folder depends on the files, the tokenizer and the context length alone. Raises ConfigError, also where the folder
+    already holds rows of others.
     """
     folder = Path(folder)
     files = find_files(patterns)
@@ -116,10 +118,15 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock")):
         if not (folder / MANIFEST).exists():
+            for leftover in folder.glob("*.tmp"):  # of a killed run
+                leftover.unlink()
             todo = [item for item in work if not item.is_done()]
             _run_all(todo, num_workers, progress, description=f"packing {folder.name}")
             _write_manifest(folder, work, tokenizer, context_length, patterns)
-    return Rows(folder)
+    rows = Rows(folder)
+    if len(work) != len(rows.manifest["shards"]) or not all(item.is_done() for item in work):
+        raise ConfigError(f"{folder} holds rows of other text or settings; delete it, or choose another folder")
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +151,9 @@ class _Work:
     def key(self) -> dict[str, Any]:
         """What a finished shard must have been made from to be kept."""
         return {
-            "path": self.part.path, "start": self.part.start, "stop": self.part.stop, "size": os.path.getsize(self.part.path),
-            "tokenizer": self.tokenizer_hash, "context_length": self.context_length, "text_field": self.text_field,
+            "path": os.path.abspath(self.part.path), "start": self.part.start, "stop": self.part.stop,
+            "size": os.path.getsize(self.part.path), "tokenizer": self.tokenizer_hash,
+            "context_length": self.context_length, "text_field": self.text_field,
         }  # fmt: skip
 
     def is_done(self) -> bool:
@@ -162,7 +170,7 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
     total = sum((item.part.stop or os.path.getsize(item.part.path)) - item.part.start for item in todo)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not progress or not sys.stderr.isatty())
     # spawn: a fork of a process whose jax has threads may hang
-    with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         futures = {pool.submit(_make_shard, item): item for item in todo}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -172,6 +180,18 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it is killed, which the pool's workers would outlive for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_shard(work: _Work) -> None:
@@ -241,7 +261,7 @@ def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, conte
         "eos_id": tokenizer.eos_id, "context_length": context_length, "dtype": _dtype(tokenizer.vocab_size).name,
         **{name: sum(record[name] for record in records) for name in names},
         "shards": [
-            {"file": item.shard.name, "from": record["key"]["path"], **{n: record[n] for n in ("rows", "bytes", "sha256")}}
+            {"file": item.shard.name, "from": item.part.path, **{n: record[n] for n in ("rows", "bytes", "sha256")}}
             for item, record in zip(work, records, strict=True)
         ],
     }  # fmt: skip

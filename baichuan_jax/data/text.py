@@ -72,13 +72,18 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
         where = f"{part.path}, line {number}" + (f" after byte {part.start}" if part.start else "")
         if not line.strip():
             continue
+        decoded = _decode(line, where)
         try:
-            record = json.loads(_decode(line, where))
+            record = json.loads(decoded)
         except ValueError as error:
             raise ConfigError(f"{where} is no JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             names = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise ConfigError(f"{where} has no text in field {text_field!r} (it has: {names}); set data.text_field")
+        try:
+            record[text_field].encode()
+        except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
+            raise ConfigError(f"{where} has no text in field {text_field!r}: {error}") from None
         yield record[text_field]
 
 
@@ -116,18 +121,17 @@ class _Zstd(io.RawIOBase):
         self._file = open(path, "rb")  # noqa: SIM115
         self._decompressor = zstandard.ZstdDecompressor().decompressobj()
         self._pending = b""
+        self._ended = False  # a reader may ask again after the end
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
-        while not self._pending:
+        while not self._pending and not self._ended:
             if self._decompressor.eof:
-                rest = self._decompressor.unused_data
+                chunk = self._decompressor.unused_data or self._file.read(1 << 20)
+                self._ended = not chunk
                 self._decompressor = zstandard.ZstdDecompressor().decompressobj()
-                chunk = rest or self._file.read(1 << 20)
-                if not chunk:
-                    return 0
             elif not (chunk := self._file.read(1 << 20)):
                 raise EOFError("the last zstd frame is not complete")
             self._pending = self._decompressor.decompress(chunk)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
+from baichuan_jax.config import ConfigError
 from baichuan_jax.kernels import blockwise, reference
 from baichuan_jax.kernels.reference import masked_attention, rms_norm
 from baichuan_jax.sharding import current_layout
@@ -19,7 +20,7 @@ __all__ = ["attention", "choose_attention", "masked_attention", "rms_norm"]
 def choose_attention(
     implementation: str, *, backend: str, dtype: str, masked: bool, length: int, context: int
 ) -> tuple[str, str]:
-    """The attention that will run and why: (name, reason). Raises ValueError where a forced one cannot serve.
+    """The attention that will run and why: (name, reason). Raises ConfigError where a forced one cannot serve.
 
     `masked`: packed documents are kept apart by segment ids. `context`: devices along the sequence.
     """
@@ -33,7 +34,7 @@ def choose_attention(
     elif context > 1:
         obstacle = "cuDNN attention has no query offset, which mesh.context > 1 needs"
     if implementation == "cudnn" and obstacle:
-        raise ValueError(f"kernels.attention=cudnn cannot serve: {obstacle}; use auto, blockwise or reference")
+        raise ConfigError(f"kernels.attention=cudnn cannot serve: {obstacle}; use auto, blockwise or reference")
     if implementation != "auto":
         return implementation, "forced by kernels.attention"
     if obstacle is None:

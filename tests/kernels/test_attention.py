@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_jax.config import MeshConfig
+from baichuan_jax.config import ConfigError, MeshConfig
 from baichuan_jax.kernels import attention, blockwise, choose_attention, reference
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
@@ -127,5 +127,5 @@ def test_a_choice_that_cannot_serve_raises_and_auto_says_why():
         ({"dtype": "float32"}, "float32"),
         ({"context": 2}, "offset"),
     ):
-        with pytest.raises(ValueError, match=word):
+        with pytest.raises(ConfigError, match=word):
             choose_attention("cudnn", **{**usual, **change})

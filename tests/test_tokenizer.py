@@ -1,0 +1,211 @@
+"""Text comes back from its tokens, training is repeatable and uses all text, and what cannot be a tokenizer is refused."""
+
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from baichuan_jax import tokenizer as module
+from baichuan_jax.config import ConfigError
+from baichuan_jax.tokenizer import Tokenizer, main, stats, train_tokenizer
+
+SAMPLE = Path(module.__file__).parent / "data" / "sample"
+
+
+def sample(language: str, lines: int) -> str:
+    with gzip.open(SAMPLE / f"train-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
+        text = "\n".join(json.loads(next(file))["text"] for _ in range(3))
+    return "\n".join(text.split("\n")[:lines])
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [sample("en", 200), sample("zh", 30)]
+
+
+@pytest.fixture(scope="module")
+def trained(documents, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "new" / "sample.model"
+    used = train_tokenizer(documents, path, 512)
+    return Tokenizer(path), used
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return trained[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Emma Woodhouse, handsome, clever, and rich",
+        "秦川雄帝宅，函谷壯皇居。",
+        "mixed 中文 and English，全角！",
+        "🙂👩‍👩‍👧 ℵ \x7f \u3000 é e\u0301 ﬁ",  # normalisation would change the last ones
+        "1234567890 3.14 -7 ２０２４",
+        "a\nb\n\n\tc\r\nd",
+        " two  spaces   and some at the end  ",
+        "▁_▁",
+        " ",
+        "",
+    ],
+)
+def test_text_comes_back_from_its_tokens(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")  # SentencePiece writes a space so
+
+
+def test_training_text_comes_back_and_a_batch_is_its_texts_one_by_one(tokenizer, documents):
+    ids = tokenizer.encode_batch(documents)
+    assert [tokenizer.decode(i) for i in ids] == documents
+    assert ids == [tokenizer.encode(document) for document in documents]
+    assert 2 not in {token for i in ids for token in i}
+    assert sum(map(len, ids)) < len("".join(documents))  # else it has learnt nothing
+
+
+def test_control_pieces_come_first_then_the_bytes(tokenizer):
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (512, 1, 2, -1)
+    assert [tokenizer.piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [tokenizer.piece(3 + i) for i in range(256)] == [f"<0x{i:02X}>" for i in range(256)]
+
+
+def test_every_digit_is_a_token(tmp_path):
+    train_tokenizer(["in 1812 and 1812 and 1812, 18 or 12"] * 50, tmp_path / "digits.model", 280)
+    tokenizer = Tokenizer(tmp_path / "digits.model")
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode("1812 in 18")]
+    assert [piece for piece in pieces if piece.strip("▁")[:1].isdigit()] == list("181218")
+    assert not any(sum(c.isdigit() for c in tokenizer.piece(i)) > 1 for i in range(259, 280))
+
+
+@pytest.mark.parametrize("character", ["龘", "🦜", "ψ"])
+def test_an_unseen_character_is_spelt_in_bytes(tokenizer, documents, character):
+    assert character not in "".join(documents)
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode("a" + character)]
+    assert pieces[-len(character.encode()) :] == [f"<0x{byte:02X}>" for byte in character.encode()]
+
+
+def test_the_same_documents_give_the_same_bytes(trained, documents, tmp_path):
+    tokenizer, used = trained
+    assert train_tokenizer(iter(documents), tmp_path / "again.model", 512) == used
+    assert (tmp_path / "again.model").read_bytes() == tokenizer.path.read_bytes()
+    assert Tokenizer(tmp_path / "again.model").hash == tokenizer.hash
+    assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
+    train_tokenizer(documents[:1], tmp_path / "again.model", 512)  # replaces it
+    assert Tokenizer(tmp_path / "again.model").hash != tokenizer.hash
+
+
+def test_what_training_used_is_reported(trained, documents):
+    text = "".join(documents).replace("\n", "")
+    common = sorted((text.count(character) for character in set(text)), reverse=True)[: (512 - 259) // 2]
+    assert trained[1] == {
+        "bytes": len(text.encode()),
+        "sampled_one_line_in": 1,
+        "characters": len(set(text)),
+        "coverage": pytest.approx(sum(common) / len(text)),
+    }
+
+
+@pytest.mark.parametrize("before", [*range(992, 1003), 1330, 1333, 2000, 4000])
+def test_a_character_that_only_a_long_line_has_gets_a_piece(tmp_path, before):
+    long = "天" * before + "龘" + "地" * 2000  # SentencePiece leaves out lines of more than 4,192 bytes
+    train_tokenizer(["天地 heaven and earth\n" * 20 + long], tmp_path / "long.model", 300)
+    tokenizer = Tokenizer(tmp_path / "long.model")
+    assert "龘" in "".join(tokenizer.piece(token) for token in tokenizer.encode("天龘"))  # and not its bytes
+
+
+def test_long_text_is_sampled_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TRAINING_BYTES", 10_000)
+    lines = [f"line {'abcdefghij'[i % 10]} of many {'+' if i % 3 == 0 else '-'}" for i in range(1300)]
+    used = train_tokenizer(["\n".join(lines)], tmp_path / "a.model", 280)
+    assert used["bytes"] == sum(map(len, lines))
+    assert used["sampled_one_line_in"] == -(-used["bytes"] // 10_000) == 3
+    assert used["characters"] == len(set("".join(lines[::3])))
+
+
+def test_half_of_a_small_vocabulary_is_the_most_frequent_characters(tmp_path):
+    characters = [chr(0x4E00 + i) for i in range(300)]
+    counts = {character: 400 - i for i, character in enumerate(characters)}
+    document = "\n".join("".join(c for c in characters if counts[c] > i) for i in range(400))
+    used = train_tokenizer([document], tmp_path / "a.model", 459)
+    tokenizer = Tokenizer(tmp_path / "a.model")
+    kept = {c for c in characters if c in "".join(tokenizer.piece(i) for i in range(459))}
+    assert kept == {*characters[: (459 - 259) // 2]}
+    assert used["coverage"] == pytest.approx(sum(counts[c] for c in kept) / sum(counts.values()))
+    assert used["coverage"] < 0.5
+    assert tokenizer.decode(tokenizer.encode(document)) == document
+
+
+def test_a_vocabulary_too_large_or_too_small_is_refused_and_nothing_written(tmp_path):
+    for documents in (["only a few words"], [], [""]):
+        with pytest.raises(ConfigError, match=r"no tokenizer of 5000 pieces from \d+ bytes of text: "):
+            train_tokenizer(documents, tmp_path / "a.model", 5000)
+    for size in (0, 259, 260):
+        with pytest.raises(ConfigError, match=f"vocab_size={size} must exceed"):
+            train_tokenizer(["some words"] * 9, tmp_path / "a.model", size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no tokenizer '.*nowhere\.model'"):
+        Tokenizer(tmp_path / "nowhere.model")
+    with pytest.raises(ConfigError, match="there is no tokenizer"):
+        Tokenizer(tmp_path)
+    content = tokenizer.path.read_bytes()
+    for bad in (b"", b"no model at all", b"\x00" * 4096, content[: len(content) // 2 + 1]):
+        (tmp_path / "bad.model").write_bytes(bad)
+        with pytest.raises(ConfigError, match=r"bad\.model (is no SentencePiece model|has 0 pieces)"):
+            Tokenizer(tmp_path / "bad.model")
+
+
+def test_a_model_without_end_of_sentence_is_refused(documents, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(documents[0].split("\n")), model_writer=model, vocab_size=100, eos_id=-1, minloglevel=2
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    with pytest.raises(ConfigError, match="no end-of-sentence piece"):
+        Tokenizer(tmp_path / "a.model")
+
+
+def test_stats_are_sums_over_the_documents_of_a_language(tokenizer, documents):
+    english, chinese, mixed = documents[0], documents[1], "漢字漢字漢字 with a few words"
+    found = stats(tokenizer, [english, chinese, mixed, ""])
+    for language, texts in {"zh": [chinese], "en": [english, mixed, ""], "all": [chinese, english, mixed, ""]}.items():
+        tokens, size = sum(len(tokenizer.encode(text)) for text in texts), len("".join(texts).encode())
+        assert found.pop(language) == {
+            "documents": len(texts),
+            "bytes": size,
+            "characters": len("".join(texts)),
+            "tokens": tokens,
+            "bytes_per_token": size / tokens,
+            "characters_per_token": len("".join(texts)) / tokens,
+            "compression_rate": 2 * tokens / size,
+        }
+    assert not found
+    assert stats(tokenizer, []) == {}
+
+
+def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, capsys, monkeypatch):
+    text, model = tmp_path / "text.jsonl", str(tmp_path / "a.model")
+    text.write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
+    assert main(["train", "--input", str(text), "--text_field", "body", "--vocab_size", "512", "--output", model]) == 0
+    assert capsys.readouterr().out == f"{model}: 512 pieces; {json.dumps(trained[1])}\n"
+    tokenizer = trained[0]
+    assert Path(model).read_bytes() == tokenizer.path.read_bytes()
+    assert main(["encode", "--model", model, "Emma 1812"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"{i}\t{tokenizer.piece(i)}\n" for i in tokenizer.encode("Emma 1812"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Emma 1812"))
+    assert main(["encode", "--model", model, "-"]) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setenv("COLUMNS", "300")
+    figures, other = tmp_path / "figures.json", str(tokenizer.path)
+    assert main(["stats", "--model", model, other, "--input", str(text), "--text_field", "body", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text()) == dict.fromkeys((model, other), stats(tokenizer, documents))
+    row = rf"{re.escape(other)} +│ zh +│ 1 +│ {len(tokenizer.encode(documents[1])):,} +│"
+    assert re.search(row, capsys.readouterr().out)
+    with pytest.raises(ConfigError, match=r"text\.jsonl, line 1 has no text in field 'text'"):
+        main(["stats", "--model", model, "--input", str(text)])

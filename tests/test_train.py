@@ -1,0 +1,187 @@
+"""The program as its users start it: real processes, real signals, the same losses to the last bit whatever happens to it."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+from launches import kill, lines, losses, run, start, start_all, wait_all, wait_for_step, write_config
+
+from baichuan_jax.config import ConfigError, load_config
+from baichuan_jax.run import Run
+from baichuan_jax.train import main, train
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """A run of 60 steps from start to end on one process with one device."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = run(config, folder, "--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8")
+    return folder, output
+
+
+def test_a_run_ends_with_everything_a_user_wants_to_see(undisturbed):
+    folder, output = undisturbed
+    for words in (
+        "validation loss", "unigram entropy", "Where the time went", "median step", "loss.png", "'It is' continues", "'春' continues",
+        "python -m baichuan_jax.generate --checkpoint", "attention: reference (64 tokens", "share of the measured matrix-product peak",
+    ):  # fmt: skip
+        assert words in output
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "config.yaml").exists()
+    assert (folder / "tokenizer.model").exists()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["55", "60"]
+    steps = [line for line in lines(folder) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    for name in (
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "mfu_causal",
+        "perplexity",
+        "memory_gib",
+        "data_wait_seconds",
+    ):
+        assert all(line[name] > 0 for line in steps[1:]), name
+    assert [line["step"] for line in lines(folder) if "eval_loss" in line] == [30, 60]
+    kinds = [event["kind"] for event in lines(folder, "events")]
+    assert kinds[:2] == ["started", "compiled"]
+    assert kinds[-1] == "completed"
+
+
+def test_the_loss_falls_below_the_unigram_entropy(undisturbed):
+    (completed,) = [event for event in lines(undisturbed[0], "events") if event["kind"] == "completed"]
+    assert completed["loss"] < completed["unigram_entropy"] - 0.15
+    assert completed["eval_loss"] < completed["unigram_entropy"]
+
+
+def test_a_second_start_says_that_the_run_is_complete(config, undisturbed, capsys):
+    folder, _ = undisturbed
+    before = lines(folder)
+    assert main(["--config", str(config), "--run_dir", str(folder)]) == 0
+    assert "is complete: 60 steps" in capsys.readouterr().out
+    assert lines(folder) == before
+
+
+def test_sigkills_at_random_moments_change_no_bit_of_any_loss(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    rng = random.Random(0)
+    for step in sorted(rng.sample(range(3, 55), 3)):
+        process = start(config, folder)
+        wait_for_step(process, folder, step)
+        kill(process)
+    run(config, folder)
+    assert losses(folder) == losses(undisturbed[0])
+    restored = [event["step"] for event in lines(folder, "events") if event["kind"] == "restored"]
+    assert len(restored) >= 2
+    assert Run(folder).status == "completed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_first_signal_saves_and_exits_75_and_the_next_start_goes_on_there(config, undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(config, folder, "--checkpoint.every", "1000")
+    wait_for_step(process, folder, 8)
+    assert kill(process, number) == 75
+    log = (tmp_path / "run.0.log").read_text()
+    assert f"{number.name}: saving after this step" in log
+    assert "stopped and saved at step" in log
+    stopped = lines(folder, "events")[-1]
+    assert stopped["kind"] == "interrupted"
+    assert max(losses(folder)) == stopped["step"]
+    run(config, folder)
+    assert losses(folder) == losses(undisturbed[0])
+    steps = [line["step"] for line in lines(folder) if "loss" in line]
+    assert len(steps) == len(set(steps)) == 60  # nothing was done twice
+
+
+def test_a_second_ctrl_c_quits_unsaved(config, tmp_path):
+    folder = tmp_path / "run"
+    process = start(config, folder, "--checkpoint.every", "1000", "--train.num_steps", "100000")
+    wait_for_step(process, folder, 3)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # may arrive as one: then the run has saved and left
+    assert process.wait(60) in (130, 75)
+
+
+def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert wait_all(start_all(config, folder, "--mesh.fsdp", "2", "--mesh.tensor", "2", processes=2, devices=4)) == [0, 0]
+    single = losses(undisturbed[0])
+    both = losses(folder)
+    assert list(both) == list(single)
+    np.testing.assert_allclose(list(both.values()), list(single.values()), rtol=3e-5)  # sums in another order, 60 steps on
+    np.testing.assert_allclose(list(both.values())[:5], list(single.values())[:5], rtol=2e-6)
+
+
+def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
+    """Two processes with kills equal two without, bit for bit; going on with one gives the same batches and losses to rounding."""
+    words = ("--mesh.fsdp", "2")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert wait_all(start_all(config, straight, *words, processes=2, devices=2)) == [0, 0]
+    processes = start_all(config, killed, *words, processes=2, devices=2)
+    wait_for_step(processes[0], killed, 22)
+    kill(processes[1])
+    kill(processes[0])
+    processes = start_all(config, killed, *words, processes=2, devices=2)
+    wait_for_step(processes[0], killed, 33)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them: both must stop at the same step, saved
+    assert wait_all(processes) == [75, 75]
+    wanted = losses(straight)
+    assert all(wanted[step] == loss for step, loss in losses(killed).items())
+    stopped = lines(killed, "events")[-1]
+    assert stopped["kind"] == "interrupted"
+    run(config, killed, "--mesh.data", "1", "--mesh.fsdp", "1")
+    got = losses(killed)
+    np.testing.assert_allclose([got[step] for step in wanted], list(wanted.values()), rtol=3e-5)
+
+
+def test_weights_of_a_run_start_another_with_a_fresh_schedule(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    run(config, folder, "--init_from", str(undisturbed[0]), "--train.num_steps", "6")
+    first, last = losses(folder)[1], losses(undisturbed[0])[60]
+    assert abs(first - last) < 1.0 < losses(undisturbed[0])[1] - first
+    rates = [line["learning_rate"] for line in lines(folder) if "loss" in line]
+    assert rates[0] < rates[1] < rates[4]
+    with pytest.raises(ConfigError, match=r"has num_layers=2 and model\.num_layers=1"):
+        train(load_config(config, [f"run_dir={tmp_path / 'other'}", f"init_from={undisturbed[0]}", "model.num_layers=1"]))
+
+
+def test_three_nonfinite_steps_in_a_row_exit_77(config, tmp_path):
+    folder = tmp_path / "run"
+    output = run(config, folder, "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", expect=77)
+    assert "3 steps in a row" in output
+    skipped = [event["in_a_row"] for event in lines(folder, "events") if event["kind"] == "update_skipped"]
+    assert skipped == [1, 2, 3]
+
+
+def test_configuration_errors_exit_78_with_one_line(config, tmp_path):
+    for words, message in (
+        (("--train.num_step", "5"), "the nearest is 'train.num_steps'"),
+        (("--mesh.data", "2"), "needs 2 devices and there are 1"),
+        (("--data.train", '{"nowhere/*.jsonl": 1}'), "'nowhere/*.jsonl' matches no file"),
+        (("--kernels.attention", "cudnn"), "cuDNN needs a GPU"),
+    ):
+        output = run(config, tmp_path / "run", *words, expect=78)
+        assert message in output
+        assert "Traceback" not in output
+        assert output.strip().count("\n") == 0, output
+
+
+def test_a_profile_is_written_for_the_steps_asked_for(config, tmp_path):
+    folder = tmp_path / "run"
+    run(config, folder, "--profile.steps", "[3, 4]", "--train.num_steps", "6")
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    assert [event["step"] for event in lines(folder, "events") if event["kind"] == "profiled"] == [5]
+
+
+def test_documents_can_be_kept_apart(config, tmp_path):
+    folder = tmp_path / "run"
+    run(config, folder, "--data.document_mask", "true", "--train.num_steps", "6")
+    assert len(losses(folder)) == 6
