@@ -1,5 +1,6 @@
 """A run's folder, read back: its metrics, its events, its loss curve. What train() returns and a notebook holds on to."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -37,12 +38,10 @@ class Run:
 
     def plot(self, path: Path | str | None = None) -> Any:
         """The loss curve as a matplotlib figure, also written as PNG to `path` (default: loss.png in the run's folder)."""
-        from matplotlib.figure import Figure
-
         loss, validation = self.curve("loss"), self.curve("eval_loss")
         started = [event for event in self.events if event["kind"] == "started"]
         entropy = started[-1].get("unigram_entropy") if started else None
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = _make_figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(list(loss), list(loss.values()), color="tab:blue", alpha=0.35, linewidth=1, label="training, every step")
         axes.plot(list(loss), _smooth(list(loss.values())), color="tab:blue", linewidth=2, label="training, smoothed")
@@ -58,6 +57,19 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status}, {len(self.curve('loss'))} steps)"
+
+
+def _make_figure(**settings: Any) -> Any:
+    """A matplotlib figure that a notebook shows by itself, without pyplot and its global state."""
+    from matplotlib.figure import Figure  # imported late: reading a run's figures needs no plotting
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
+    return Shown(**settings)
 
 
 def _smooth(values: list[float], share: float = 0.03) -> list[float]:
