@@ -51,7 +51,7 @@ def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
     if device.platform == "cpu":
-        return measure_matmul_flops() / jax.local_device_count(), "measured matrix-product peak of this CPU"
+        return measure_matmul_flops() / jax.local_device_count(), "the measured matrix-product peak of this CPU"
     for name, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
         if name.lower() in device.device_kind.lower():
             return tflops * 1e12, f"{name}: {tflops:g} dense bfloat16 TFLOP/s"

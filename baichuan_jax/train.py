@@ -31,8 +31,9 @@ from baichuan_jax.metrics import Clock, Throughput, Writer, peak_flops, peak_mem
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.exits import PREEMPTED, NumericsError, run_command, signals
 from baichuan_jax.run import Run
-from baichuan_jax.sharding import crosses_nodes, initialize_processes, make_mesh
+from baichuan_jax.sharding import initialize_processes, make_mesh
 from baichuan_jax.step import Steps, TrainState, make_steps
+from baichuan_jax.summary import say_complete, say_result, say_start, what_would_fit
 from baichuan_jax.xla_flags import apply_flags
 
 MAX_NONFINITE_RUN = 3  # updates skipped in a row before the run ends: it will not mend itself
@@ -91,11 +92,7 @@ def _is_complete(config: Config, run: Run) -> bool:
     completed = [event for event in run.events if event["kind"] == "completed"]
     if run.status != "completed" or completed[-1]["step"] < config.train.num_steps:
         return False
-    last = completed[-1]
-    display = Display()
-    display.say(f"{run.path} is complete: {last['step']} steps, loss {last['loss']:.3f}, validation {last['eval_loss']:.3f}.")
-    display.say("Train on with a larger --train.num_steps, or again with another --run_dir.")
-    _say_next(display, run)
+    say_complete(Display(), run, completed[-1])
     return True
 
 
@@ -146,37 +143,25 @@ class Trainer:
 
     def ask_to_stop(self, signal_name: str) -> None:
         self.stop_requested = True
-        self.display.say(f"{signal_name}: saving after this step, then stopping; once more quits unsaved", style="yellow")
+        # Not print: a signal may come in the middle of one.
+        os.write(2, f"\n{signal_name}: saving after this step, then stopping; once more quits unsaved\n".encode())
 
     def ask_for_trace(self) -> None:
         self.trace_requested = True
 
-    def describe(self, flags: dict[str, str], kernel: tuple[str, str]) -> None:
+    def describe(self, flags: dict[str, str], attention: tuple[str, str]) -> None:
         """Say and record what this launch runs on and what it chose."""
-        config, mesh = self.config, self.steps.layout.mesh
-        device = jax.devices()[0]
-        accumulation = config.accumulation_steps(config.mesh)
-        sources = {f"{rows.path}": len(rows) for rows, _ in self.prepared.train}
-        tokens = sum(sources.values()) * config.train.context_length
-        wanted = config.train.num_steps * config.train.global_batch_size * config.train.context_length
-        axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        say = self.display.say
-        say(f"{config.model.num_parameters:,} parameters, {config.model.dtype}; {mesh.size} x {device.device_kind} in "
-            f"{jax.process_count()} process(es): {axes}")  # fmt: skip
-        say(f"batch of {config.train.global_batch_size} x {config.train.context_length} tokens"
-            + (f" in {accumulation} micro-batches" if accumulation > 1 else "")
-            + f"; {config.train.num_steps} steps = {wanted:,} tokens, {wanted / tokens:.2f} times the text's {tokens:,}")  # fmt: skip
-        say(f"attention: {kernel[0]} ({kernel[1]})")
-        say(f"MFU: {'share of the ' if device.platform == 'cpu' else ''}{self.peak_source}")
-        for flag, reason in flags.items():
-            say(f"{flag}: {reason}")
-        for axis in crosses_nodes(mesh):
-            say(f"mesh axis {axis} crosses processes: its collectives leave the node", style="yellow")
+        mesh = self.steps.layout.mesh
+        rows = {str(rows.path): len(rows) for rows, _ in self.prepared.train}
+        tokens = sum(rows.values()) * self.config.train.context_length
+        say_start(
+            self.display, self.config, mesh, text_tokens=tokens, attention=attention, mfu_of=self.peak_source, flags=flags
+        )  # fmt: skip
         self.writer.event(
-            "started", jax=jax.__version__, device=device.device_kind, devices=mesh.size, processes=jax.process_count(),
-            mesh=dict(mesh.shape), attention=kernel[0], attention_reason=kernel[1], xla_flags=list(flags), mfu_of=self.peak_source,
-            parameters=config.model.num_parameters, tokenizer=self.prepared.tokenizer.hash, rows=sources,
-            unigram_entropy=self.entropy,
+            "started", jax=jax.__version__, device=mesh.devices.flat[0].device_kind, devices=mesh.size,
+            processes=jax.process_count(), mesh=dict(mesh.shape), attention=attention[0], attention_reason=attention[1],
+            xla_flags=list(flags), mfu_of=self.peak_source, parameters=self.config.model.num_parameters,
+            tokenizer=self.prepared.tokenizer.hash, rows=rows, unigram_entropy=self.entropy,
         )  # fmt: skip
 
     def restore_or_start(self) -> None:
@@ -368,31 +353,13 @@ class Trainer:
             if jax.process_index() == 0:
                 self.run.plot()
             samples = self._sample()
-        recent = statistics.fmean(self.losses[-20:])
-        figures = self.throughput.median()
-        totals = self.clock.totals()
-        self.writer.event(
-            "completed", step=self.step, loss=recent, eval_loss=self.eval_loss, unigram_entropy=self.entropy,
-            seconds=totals, samples=samples, **figures,
-        )  # fmt: skip
-        say, table = self.display.say, self.display.table
-        rows = [["training loss, mean of the last 20 steps", f"{recent:.3f}"]]
-        if self.eval_loss is not None:
-            rows.append(["validation loss", f"{self.eval_loss:.3f}"])
-        rows.append(["unigram entropy of the training tokens", f"{self.entropy:.3f}"])
-        table("Result (nats per token)", ["", "loss"], rows)
-        total = sum(totals.values())
-        causes = sorted(totals.items(), key=lambda item: -item[1])
-        table("Where the time went", ["", "seconds", "share"],
-              [[cause, f"{s:.1f}", f"{s / total:.1%}"] for cause, s in causes] + [["in all", f"{total:.1f}", "100.0%"]])  # fmt: skip
-        if figures:
-            mfu = "" if figures["mfu"] is None else f", {figures['mfu']:.1%} of {self.peak_source}"
-            say(f"median step {figures['step_seconds']:.3f} s, {figures['tokens_per_second']:,.0f} tokens/s{mfu}")
-        for prompt, text in samples.items():
-            say(f"\n{prompt!r} continues:", style="bold")
-            say(text)
-        say(f"\nloss curve: {self.run.path / 'loss.png'}")
-        _say_next(self.display, self.run)
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        completed = {
+            "step": self.step, "loss": statistics.fmean(finite[-20:]), "eval_loss": self.eval_loss,
+            "unigram_entropy": self.entropy, "seconds": self.clock.totals(), "samples": samples, **self.throughput.median(),
+        }  # fmt: skip
+        self.writer.event("completed", **completed)
+        say_result(self.display, self.run, completed, self.peak_source)
 
     def _sample(self) -> dict[str, str]:
         """The model's continuation of every prompt of the settings."""
@@ -416,7 +383,7 @@ class Trainer:
         if "RESOURCE_EXHAUSTED" in str(error):
             profile = self.run.path / "memory.prof"
             jax.profiler.save_device_memory_profile(str(profile))
-            self.display.say(f"out of memory at step {self.step}; profile in {profile}. {_what_would_fit(self.config)}", "red")
+            self.display.say(f"out of memory at step {self.step}; profile in {profile}. {what_would_fit(self.config)}", "red")
 
     def close(self) -> None:
         if self._batches is not None:
@@ -432,30 +399,8 @@ def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
             raise ConfigError(f"init_from={path} has {name}={theirs} and model.{name}={ours}; set model.{name}={theirs}")
 
 
-def _what_would_fit(config: Config) -> str:
-    """Settings that need less memory than these, most useful first."""
-    ideas = []
-    rows = config.train.global_batch_size // (config.mesh.data * config.mesh.fsdp)
-    micro = config.train.micro_batch_size or rows
-    if micro > 1:
-        ideas.append(f"--train.micro_batch_size {micro // 2} (now {micro})")
-    if config.model.remat != "full":
-        ideas.append(f"--model.remat full (now {config.model.remat})")
-    if config.train.loss_chunk_size > 512:
-        ideas.append(f"--train.loss_chunk_size {config.train.loss_chunk_size // 2} (now {config.train.loss_chunk_size})")
-    if config.mesh.data > 1:
-        ideas.append(f"a larger mesh.fsdp (now {config.mesh.fsdp}) and a smaller mesh.data (now {config.mesh.data})")
-    return "What needs less: " + "; ".join([*ideas, "more devices, or a smaller model"])
-
-
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _say_next(display: Display, run: Run) -> None:
-    display.say(f"run's folder: {run.path}  (curves: tensorboard --logdir {run.path})")
-    display.say("next: let it write:")
-    display.say(f"  python -m baichuan_jax.generate --checkpoint {run.path} --prompt '春' --max_new_tokens 48", style="bold")
 
 
 @contextlib.contextmanager

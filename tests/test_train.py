@@ -29,7 +29,7 @@ def test_a_run_ends_with_everything_a_user_wants_to_see(undisturbed):
     folder, output = undisturbed
     for words in (
         "validation loss", "unigram entropy", "Where the time went", "median step", "loss.png", "'It is' continues", "'春' continues",
-        "python -m baichuan_jax.generate --checkpoint", "attention: reference (64 tokens", "share of the measured matrix-product peak",
+        "python -m baichuan_jax.generate --checkpoint", "attention: reference (64 tokens", "MFU: the measured matrix-product peak",
     ):  # fmt: skip
         assert words in output
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

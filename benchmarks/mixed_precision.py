@@ -1,0 +1,52 @@
+"""Mixed precision without loss: 60 steps of the tiny configuration in bfloat16 and in float32, and the difference of their losses.
+
+    python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from baichuan_jax.config import load_config
+from baichuan_jax.train import train
+
+
+def losses(dtype: str, steps: int, folder: str) -> dict[int, float]:
+    """Step -> training loss of one run; both runs see the same batches and start from the same weights."""
+    overrides = [
+        f"run_dir={folder}/{dtype}", f"data.cache_dir={folder}/cache", f"model.dtype={dtype}", f"train.num_steps={steps}",
+        f"optimizer.warmup_steps={steps // 6}", f"evaluate.every={steps}", f"checkpoint.every={steps}", "sample.prompts=[]",
+    ]  # fmt: skip
+    return train(load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides)).curve("loss")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--plot", metavar="FILE", help="draw both curves as PNG")
+    parser.add_argument("--json", metavar="FILE", help="save both curves")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {dtype: losses(dtype, options.steps, folder) for dtype in ("float32", "bfloat16")}
+    ends = {dtype: statistics.fmean(list(curve.values())[-5:]) for dtype, curve in curves.items()}
+    difference = ends["bfloat16"] / ends["float32"] - 1
+    print(f"mean loss of the last 5 of {options.steps} steps: {ends}; bfloat16 differs by {difference:+.3%}")
+    if options.plot:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for (dtype, curve), style in zip(curves.items(), ("-", "--"), strict=True):
+            axes.plot(list(curve), list(curve.values()), style, label=f"{dtype}, end {ends[dtype]:.4f}")
+        axes.set(xlabel="step", ylabel="training loss (nats per token)", title="tiny configuration")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(options.plot, dpi=120)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"difference": difference, "curves": curves}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

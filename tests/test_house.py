@@ -1,0 +1,110 @@
+"""The structure holds: imports run downward, nothing public is without a word, every command explains itself."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from launches import REPOSITORY, environment
+
+PACKAGE = REPOSITORY / "baichuan_jax"
+FILES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")
+}
+# From the bottom up: a module imports modules of its own line or of those above it in this list.
+LAYERS = [
+    {"config", "resilience.exits", "resilience"},
+    {"data.text", "sharding", "xla_flags", "run", "console"},
+    {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
+    {"model"},
+    {"loss", "optimizer"},
+    {"step"},
+    {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
+    {"generate", "summary"},
+    {"train"},
+]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+
+
+def imports(path) -> set[str]:
+    """Modules of the package that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("baichuan_jax"):
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                found.add(inner if inner in FILES else node.module)
+    return {name.removeprefix("baichuan_jax.") for name in found} - {"baichuan_jax"}
+
+
+def level(module: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if module in layer)
+
+
+def test_every_module_has_its_place():
+    modules = {name.removeprefix("baichuan_jax.") for name in FILES} - {"baichuan_jax"}
+    assert modules == set.union(*LAYERS) & modules
+    assert modules <= set.union(*LAYERS)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_run_downward(name):
+    module = name.removeprefix("baichuan_jax.")
+    if module == "baichuan_jax":
+        assert imports(FILES[name]) == set()  # names are resolved at first use
+        return
+    for imported in imports(FILES[name]):
+        assert level(imported) <= level(module), f"{module} imports {imported}"
+
+
+def test_there_is_no_cycle():
+    graph = {name.removeprefix("baichuan_jax."): imports(path) for name, path in FILES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for imported in graph[module]:
+                if not (module == "kernels" and imported.startswith("kernels.")):
+                    visit(imported, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_everything_public_has_a_docstring(name):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), name
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            settings = isinstance(node, ast.ClassDef) and node.name.endswith("Config")  # explained field by field
+            assert settings or ast.get_docstring(node), f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_without_starting_jax(command):
+    done = subprocess.run(
+        [sys.executable, "-m", f"baichuan_jax.{command}", "--help"],
+        env=environment(), capture_output=True, text=True, timeout=60, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout.lower()
+    assert f"python -m baichuan_jax.{command}" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_readmes_say_the_same_and_name_commands_that_exist():
+    """Both READMEs have the same headings, and every command they name exists."""
+    english, chinese = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    levels = [[line.split(" ")[0] for line in text.splitlines() if line.startswith("#")] for text in (english, chinese)]
+    assert levels[0] == levels[1]
+    blocks = [[block.split("```")[0] for block in text.split("```")[1::2]] for text in (english, chinese)]
+    assert len(blocks[0]) == len(blocks[1])
+    for text in (english, chinese):
+        for line in text.splitlines():
+            if "python -m baichuan_jax." in line:
+                module = line.split("python -m baichuan_jax.")[1].split()[0].strip("`,.;:|)")
+                assert f"baichuan_jax.{module}" in FILES, line
