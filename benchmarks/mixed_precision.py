@@ -15,13 +15,14 @@ from baichuan_jax.config import load_config
 from baichuan_jax.train import train
 
 
-def losses(dtype: str, steps: int, folder: str) -> dict[int, float]:
-    """Step -> training loss of one run; both runs see the same batches and start from the same weights."""
+def losses(dtype: str, steps: int, folder: str) -> tuple[dict[int, float], float]:
+    """Step -> training loss of one run, and its final validation loss; both runs start from the same weights and see the same rows."""
     overrides = [
         f"run_dir={folder}/{dtype}", f"data.cache_dir={folder}/cache", f"model.dtype={dtype}", f"train.num_steps={steps}",
         f"optimizer.warmup_steps={steps // 6}", f"evaluate.every={steps}", f"checkpoint.every={steps}", "sample.prompts=[]",
     ]  # fmt: skip
-    return train(load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides)).curve("loss")
+    run = train(load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides))
+    return run.curve("loss"), run.curve("eval_loss")[steps]
 
 
 def main() -> None:
@@ -31,10 +32,13 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="save both curves")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        curves = {dtype: losses(dtype, options.steps, folder) for dtype in ("float32", "bfloat16")}
-    ends = {dtype: statistics.fmean(list(curve.values())[-5:]) for dtype, curve in curves.items()}
+        found = {dtype: losses(dtype, options.steps, folder) for dtype in ("float32", "bfloat16")}
+    curves = {dtype: curve for dtype, (curve, _) in found.items()}
+    ends = {dtype: validation for dtype, (_, validation) in found.items()}
     difference = ends["bfloat16"] / ends["float32"] - 1
-    print(f"mean loss of the last 5 of {options.steps} steps: {ends}; bfloat16 differs by {difference:+.3%}")
+    print(f"validation loss after {options.steps} steps: {ends}; bfloat16 differs by {difference:+.3%}")
+    last = {dtype: statistics.fmean(list(curve.values())[-5:]) for dtype, curve in curves.items()}
+    print(f"training loss, mean of the last 5 steps: {last}; {last['bfloat16'] / last['float32'] - 1:+.3%}")
     if options.plot:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()

@@ -93,8 +93,17 @@ def test_the_same_documents_give_the_same_bytes(trained, documents, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == tokenizer.path.read_bytes()
     assert Tokenizer(tmp_path / "again.model").hash == tokenizer.hash
     assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "again.model").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read a shared cache
     train_tokenizer(documents[:1], tmp_path / "again.model", 512)  # replaces it
     assert Tokenizer(tmp_path / "again.model").hash != tokenizer.hash
+
+
+@pytest.mark.parametrize("cores", [1, 3, 64])
+def test_the_number_of_cores_does_not_change_the_bytes(trained, documents, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    train_tokenizer(documents, tmp_path / "a.model", 512)
+    assert Tokenizer(tmp_path / "a.model").hash == trained[0].hash
 
 
 def test_what_training_used_is_reported(trained, documents):
@@ -120,9 +129,22 @@ def test_long_text_is_sampled_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_TRAINING_BYTES", 10_000)
     lines = [f"line {'abcdefghij'[i % 10]} of many {'+' if i % 3 == 0 else '-'}" for i in range(1300)]
     used = train_tokenizer(["\n".join(lines)], tmp_path / "a.model", 280)
-    assert used["bytes"] == sum(map(len, lines))
-    assert used["sampled_one_line_in"] == -(-used["bytes"] // 10_000) == 3
-    assert used["characters"] == len(set("".join(lines[::3])))
+    assert used["bytes"] == sum(map(len, lines)) == 20_800
+    assert used["sampled_one_line_in"] == 4  # the smallest power of two that leaves at most 10,000 bytes
+    assert used["characters"] == len(set("".join(lines[::4])))
+    train_tokenizer(["\n".join(lines[::4])], tmp_path / "b.model", 280)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+@pytest.mark.parametrize("bound", [1, 5, 40, 10_000])
+def test_no_more_text_than_the_bound_is_held_and_all_of_it_is_counted(monkeypatch, bound):
+    monkeypatch.setattr(module, "MAX_TRAINING_BYTES", bound)
+    lines = [f"{'天地'[i % 2] * (i % 5)}{i}" for i in range(200)]
+    used, total, every = module._sample(iter(lines))
+    assert total == len("".join(lines).encode())
+    assert used == lines[::every]
+    assert len("".join(used).encode()) <= bound or len(used) == 1
+    assert every == 1 or len("".join(lines[:: every // 2]).encode()) > bound
 
 
 def test_half_of_a_small_vocabulary_is_the_most_frequent_characters(tmp_path):

@@ -3,6 +3,7 @@
 G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tokens.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,8 @@ class Loader:
 
     Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight, each shuffled anew every epoch.
     Yields dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
-    `segment_ids` and `positions`. Every process reads only the rows that its own devices need.
+    `segment_ids` and `positions`. Every process reads only the rows that its own devices need. Raises ConfigError naming a row that
+    cannot be read; the loader is closed then, since to go on would leave out a batch.
     """
 
     def __init__(
@@ -54,7 +56,11 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        rows = next(self._iterator)
+        try:
+            rows = next(self._iterator)
+        except Exception:
+            self.close()
+            raise
         self.position += 1
         return _to_devices(_arrays(rows, self._eos_id), self._rows, self._shape, self._sharding)
 
@@ -68,7 +74,8 @@ class Loader:
 def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
     """The endless sequence of rows: element i is a function of the seed and i alone.
 
-    A corpus is used once an epoch, in an order that no other epoch or corpus has.
+    A corpus is used once an epoch, in an order that no other epoch or corpus has. grain rounds the ratio of a weight to the smallest
+    one down to hundredths, and keeps every prefix of the sequence within a row of the ratios.
     """
     datasets = [
         grain.MapDataset.source(rows).seed(seed + 1000003 * index).shuffle().repeat(None, reseed_each_epoch=True)
@@ -159,5 +166,5 @@ def validation_batches(
 
 def _in_turn(lengths: list[int], limit: int) -> list[tuple[int, int]]:
     """(source, row) pairs, one of each source in turn until all are used or the limit is reached."""
-    order = [(source, row) for row in range(max(lengths)) for source, length in enumerate(lengths) if row < length]
-    return order[:limit]
+    order = ((source, row) for row in range(max(lengths)) for source, length in enumerate(lengths) if row < length)
+    return list(itertools.islice(order, limit))

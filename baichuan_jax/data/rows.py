@@ -7,10 +7,12 @@ name and then renamed, so that a killed run leaves nothing half done and goes on
 """
 
 import argparse
+import bisect
 import concurrent.futures
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,7 +36,8 @@ from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 MANIFEST = "manifest.json"
 VERSION = 1
-DOCUMENTS_AT_ONCE = 256  # given to the tokenizer in one call
+TEXT_AT_ONCE = 1 << 20  # characters given to the tokenizer in one call
+WAIT_SECONDS = 3600.0  # that the other processes of a run wait for the one that prepares its tokens
 
 
 class Rows:
@@ -48,9 +51,13 @@ class Rows:
         file = self.path / MANIFEST
         if not file.is_file():
             raise ConfigError(f"{folder} has no {MANIFEST}: it holds no packed rows, or packing did not end; {_HOW_TO_PACK}")
-        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if self.manifest["version"] != VERSION:
-            raise ConfigError(f"{folder} has rows of version {self.manifest['version']} and this is {VERSION}; {_HOW_TO_PACK}")
+        try:
+            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            version = self.manifest["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is no manifest: {error!r}; delete the folder and pack again") from None
+        if version != VERSION:
+            raise ConfigError(f"{folder} has rows of version {version} and this is {VERSION}; {_HOW_TO_PACK}")
         self.context_length: int = self.manifest["context_length"]
         self._dtype = np.dtype(self.manifest["dtype"])
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
@@ -64,13 +71,28 @@ class Rows:
                 )
         if not self._shards:
             raise ConfigError(f"{folder} holds no row: its text has fewer than {self.context_length + 1} tokens a part")
-        self._source = ArrayRecordDataSource([str(self.path / shard["file"]) for shard in self._shards])
+        # With its number of rows given, no shard is opened before it is read.
+        self._source = ArrayRecordDataSource([f"{self.path / shard['file']}[0:{shard['rows']}]" for shard in self._shards])
+        self._ends = list(itertools.accumulate(shard["rows"] for shard in self._shards))
 
     def __len__(self) -> int:
         return self.manifest["rows"]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.frombuffer(self._source[index], self._dtype).astype(np.int32)
+        """Raises IndexError, and ConfigError naming the shard where its file is damaged or gone."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.path}")
+        try:
+            content = self._source[index]
+            if len(content) != self._dtype.itemsize * (self.context_length + 1):  # what a file that is cut short gives
+                raise ValueError(f"{len(content)} bytes instead of {self._dtype.itemsize * (self.context_length + 1)}")
+        except Exception as error:
+            shard = self.path / self._shards[bisect.bisect_right(self._ends, index)]["file"]
+            raise ConfigError(
+                f"row {index} of {self.path} cannot be read from {shard}: {error}; find all that is damaged with "
+                f"python -m baichuan_jax.data.rows verify {self.path}, then delete the folder and pack again"
+            ) from error
+        return np.frombuffer(content, self._dtype).astype(np.int32)
 
     @property
     def counts(self) -> np.ndarray:
@@ -152,7 +174,8 @@ class _Work:
         """What a finished shard must have been made from to be kept."""
         return {
             "path": os.path.abspath(self.part.path), "start": self.part.start, "stop": self.part.stop,
-            "size": os.path.getsize(self.part.path), "tokenizer": self.tokenizer_hash,
+            "size": os.path.getsize(self.part.path), "modified_ns": os.stat(self.part.path).st_mtime_ns,
+            "tokenizer": self.tokenizer_hash,
             "context_length": self.context_length, "text_field": self.text_field,
         }  # fmt: skip
 
@@ -168,7 +191,11 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
         return
     workers = min(len(todo), num_workers or os.cpu_count() or 1)
     total = sum((item.part.stop or os.path.getsize(item.part.path)) - item.part.start for item in todo)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not progress or not sys.stderr.isatty())
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc=description, disable=not progress,
+        mininterval=0.1 if terminal else 30, delay=0 if terminal else 30,  # in a log: nothing, or a line now and then
+    )  # fmt: skip
     # spawn: a fork of a process whose jax has threads may hang
     with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         futures = {pool.submit(_make_shard, item): item for item in todo}
@@ -228,6 +255,7 @@ def _make_shard(work: _Work) -> None:
 
 def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[str]]:
     batch: list[str] = []
+    size = 0
     for document in documents:
         totals["documents"] += 1
         totals["text_bytes"] += len(document.encode())
@@ -235,9 +263,10 @@ def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[
             totals["empty_documents"] += 1
             continue
         batch.append(document)
-        if len(batch) == DOCUMENTS_AT_ONCE:
+        size += len(document)
+        if size >= TEXT_AT_ONCE:
             yield batch
-            batch = []
+            batch, size = [], 0
     yield batch
 
 
@@ -309,7 +338,7 @@ def prepare(
 ) -> Prepared:
     """Tokenizer and rows of a configuration; what is missing is trained and packed into data.cache_dir, once for all later runs.
 
-    Of a run's processes one is the `writer`; the others wait until its files are there. Raises ConfigError.
+    Of a run's processes one is the `writer`; the others wait until its files are there, WAIT_SECONDS at most. Raises ConfigError.
     """
     if not config.data.train:
         raise ConfigError("data.train names no corpus; give globs of text files or folders of packed rows, with weights")
@@ -340,6 +369,7 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
     path = Path(config.data.cache_dir) / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
     if not writer:
         _wait_for(path, say)
+        return Tokenizer(path)
     with _locked(path.with_suffix(".lock")):
         if not path.exists():
             began = time.perf_counter()
@@ -402,6 +432,11 @@ def _fingerprint(files: list[str], *settings: Any) -> str:
 def _wait_for(path: Path, say: Callable[[str], None]) -> None:
     waited = 0.0
     while not path.exists():
+        if waited >= WAIT_SECONDS:
+            raise ConfigError(
+                f"process 0 has not written {path} in {waited:.0f} s: data.cache_dir must lie on a file system that all hosts "
+                "share, and text that takes longer to pack is packed before the run: python -m baichuan_jax.data.rows pack --help"
+            )
         if waited and waited % 30 == 0:
             say(f"waiting for process 0 to write {path}")
         time.sleep(0.5)

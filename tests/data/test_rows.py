@@ -181,14 +181,20 @@ def wait_until(holds, seconds=60.0):
 def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(documents, tokenizer, tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(12):
-        write(tmp_path / "text" / f"{i:02}.jsonl", [document + str(i) for document in documents["a.jsonl"]] * 10)
+        write(tmp_path / "text" / f"{i:02}.jsonl", [document + str(i) for document in documents["a.jsonl"]] * 5)
     corpus, killed = str(tmp_path / "text" / "*"), tmp_path / "killed"
     process = start_pack(corpus, killed, tokenizer)
     wait_until(lambda: list(killed.glob("shard-*.json")) and list(killed.glob("*.tmp")))
     workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    wait_until(lambda: not any(map(is_running, workers)))  # else they would write beside the next pack
+    process.kill()
+    process.wait()
+    try:
+        wait_until(lambda: not any(map(is_running, workers)), seconds=20)  # else they would write beside the next pack
+    finally:
+        for worker in filter(is_running, workers):
+            os.kill(worker, signal.SIGKILL)
+    for stream in (process.stdout, process.stderr):
+        stream.close()
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.json")}
     assert 0 < len(finished) < 12
     assert not (killed / "manifest.json").exists()
@@ -199,30 +205,48 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(documents, 
     process = start_pack(corpus, killed, tokenizer)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f"{killed}: {12 * 10 * len(documents['a.jsonl']):,} documents (0 empty)" in output
+    assert f"{killed}: {12 * 5 * len(documents['a.jsonl']):,} documents (0 empty)" in output
     undisturbed = pack([corpus], tmp_path / "undisturbed", tokenizer, 32, num_workers=2)
     assert content(killed) == content(undisturbed.path)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     Rows(killed).verify()
 
 
-@pytest.mark.parametrize("change", ["text", "context_length", "tokenizer"])
-def test_a_finished_shard_of_other_text_or_settings_is_made_anew(corpus, documents, tokenizer, tmp_path, change):
+def test_a_finished_shard_of_other_settings_is_made_anew(copy, corpus, documents, tokenizer, tmp_path):
+    train_tokenizer(documents["a.jsonl"], tmp_path / "other.model", 400)
+    for other, length in ((tokenizer, 16), (Tokenizer(tmp_path / "other.model"), 32)):
+        (copy / "manifest.json").unlink()  # as if it had been killed just before the end
+        again = pack([corpus], copy, other, length, num_workers=1)
+        assert (again.context_length, again.manifest["tokenizer"]) == (length, other.hash)
+        wanted = [s[i : i + length + 1] for s in streams(documents, other) for i in range(0, len(s) - length, length + 1)]
+        np.testing.assert_array_equal([again[i] for i in range(len(again))], wanted)
+
+
+def test_text_that_changes_and_keeps_its_size_is_packed_anew(corpus, documents, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, documents["a.jsonl"])
+    pack([str(path)], tmp_path / "rows", tokenizer, 32, num_workers=1)
+    size, changed = path.stat().st_size, [document.swapcase() for document in documents["a.jsonl"]]
+    write(path, changed)
+    assert path.stat().st_size == size
+    with pytest.raises(ConfigError, match="rows holds rows of other text or settings"):
+        pack([str(path)], tmp_path / "rows", tokenizer, 32, num_workers=1)
+    (tmp_path / "rows" / "manifest.json").unlink()
+    rows = pack([str(path)], tmp_path / "rows", tokenizer, 32, num_workers=1)
+    assert rows[0].tolist() == streams({"a": changed}, tokenizer)[0][:33]
+
+
+def test_only_the_shard_of_changed_text_is_made_anew(corpus, documents, tokenizer, packed, tmp_path):
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
-    corpus = str(tmp_path / "text" / "*.jsonl")
-    pack([corpus], tmp_path / "rows", tokenizer, 32, num_workers=1)
-    (tmp_path / "rows" / "manifest.json").unlink()  # as if it had been killed just before the end
-    length = 32
-    if change == "text":
-        write(tmp_path / "text" / "b.jsonl", documents["b.jsonl"] + ["one more"])
-    elif change == "context_length":
-        length = 16
-    else:
-        train_tokenizer(documents["a.jsonl"], tmp_path / "other.model", 400)
-        tokenizer = Tokenizer(tmp_path / "other.model")
-    pack([corpus], tmp_path / "rows", tokenizer, length, num_workers=1)
-    pack([corpus], tmp_path / "fresh", tokenizer, length, num_workers=1)
-    assert content(tmp_path / "rows") == content(tmp_path / "fresh")
+    pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
+    (tmp_path / "rows" / "manifest.json").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
+    changed = documents | {"b.jsonl": [*documents["b.jsonl"], "one more " * 20]}
+    write(tmp_path / "text" / "b.jsonl", changed["b.jsonl"])
+    rows = pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
+    assert rows.manifest["tokens"] == sum(map(len, streams(changed, tokenizer))) > packed.manifest["tokens"]
+    kept = {name for name, made in times.items() if (rows.path / name).stat().st_mtime_ns == made}
+    assert kept == {f"shard-0000{i}.{suffix}" for i in (0, 2) for suffix in ("array_record", "json")}
 
 
 def test_packing_other_text_or_settings_into_a_finished_folder_is_refused(copy, corpus, tokenizer, tmp_path):
@@ -271,6 +295,26 @@ def test_a_flipped_byte_is_found_by_verify(copy, capsys):
         Rows(copy).verify()
     with pytest.raises(ConfigError, match=r"shard-00001\.array_record has SHA-256"):
         main(["verify", str(copy)])
+
+
+def test_a_shard_that_is_cut_short_while_open_is_named(copy):
+    rows = Rows(copy)
+    last = len(rows) - 1
+    expected = rows[last].tolist()
+    os.truncate(copy / rows.manifest["shards"][0]["file"], 1000)
+    with pytest.raises(ConfigError, match=r"row 20 of .*copy cannot be read from .*shard-00000\.array_record: .*verify .*copy"):
+        [rows[i] for i in (20, last)]
+    assert rows[last].tolist() == expected  # of another shard
+    for index in (-1, len(rows)):
+        with pytest.raises(IndexError, match=f"row {index} of {len(rows)}"):
+            rows[index]
+
+
+@pytest.mark.parametrize("content", ["", '{"version": 1', "[]", "{}"])
+def test_a_damaged_manifest_is_named(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"manifest\.json is no manifest: .*; delete the folder and pack again"):
+        Rows(copy)
 
 
 def test_rows_of_another_version_are_refused(copy):
@@ -410,3 +454,32 @@ def test_the_other_processes_wait_for_the_writer(config, tmp_path):
     waiting.join(20)
     assert found[0].tokenizer.hash == written.tokenizer.hash
     assert [rows.path for rows, _ in found[0].train] == [rows.path for rows, _ in written.train]
+
+
+def test_the_other_processes_do_not_wait_for_ever(config, monkeypatch):
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
+    with pytest.raises(
+        ConfigError, match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on a file system"
+    ):
+        prepare(config, writer=False)
+
+
+def test_the_samples_validation_text_is_not_in_its_training_text():
+    """At most one in twenty of a held-out poem's or chapter's sequences of characters is known from training."""
+    for language, length in (("zh", 5), ("en", 40)):
+
+        def pieces(part, language=language):
+            with gzip.open(SAMPLE / f"{part}-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
+                for line in file:
+                    for piece in json.loads(line)["text"].split("\n\n" if language == "zh" else "\0"):
+                        lines = piece.split("\n")[2 if language == "zh" else 0 :]  # a poem's first two are title and poet
+                        yield "".join(character for line in lines for character in line if character.isalpha())
+
+        def sequences(piece, length=length):
+            return {piece[i : i + length] for i in range(len(piece) - length + 1)}
+
+        held_out = [sequences(piece) for piece in pieces("validation")]
+        wanted = set().union(*held_out)
+        known = {s for piece in pieces("train") for s in (piece[i : i + length] for i in range(len(piece))) if s in wanted}
+        assert sum(map(len, held_out)) > 30_000
+        assert max(len(found & known) / max(1, len(found)) for found in held_out) <= 0.05
