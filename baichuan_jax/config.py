@@ -272,8 +272,8 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         _require(
-            not self.steps or (len(self.steps) == 2 and 0 <= self.steps[0] <= self.steps[1]),
-            f"profile.steps={self.steps} must be [first, last] with first <= last",
+            not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]),
+            f"profile.steps={self.steps} must be [first, last] with 1 <= first <= last",
         )
 
 

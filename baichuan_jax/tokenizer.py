@@ -8,7 +8,6 @@ import collections
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.data.text import find_files, read_documents, split_files
+from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import run_command
 
 MAX_TRAINING_BYTES = 8 << 20  # of text, held in memory; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
@@ -92,7 +92,7 @@ def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int)
         )  # fmt: skip
     except Exception as error:
         raise ConfigError(f"no tokenizer of {vocab_size} pieces from {total:,} bytes of text: {error}") from None
-    _write_atomically(Path(path), model.getvalue())
+    write_atomically(Path(path), model.getvalue())
     return {"bytes": total, "sampled_one_line_in": every, "characters": len(characters), "coverage": coverage}
 
 
@@ -119,16 +119,6 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
         for line in document.split("\n"):
             for start in range(0, len(line), MAX_LINE_CHARACTERS):
                 yield line[start : start + MAX_LINE_CHARACTERS]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not tempfile's, which no one else may read
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str, float]]:

@@ -23,7 +23,9 @@ from baichuan_jax.checkpoint import Checkpoints, load_params
 from baichuan_jax.config import Config, ConfigError, ModelConfig, dump_config, make_parser, parse_config
 from baichuan_jax.console import Display, Progress
 from baichuan_jax.data.loader import Loader, validation_batches
-from baichuan_jax.data.rows import Prepared, prepare, unigram_entropy
+from baichuan_jax.data.prepare import Prepared, prepare
+from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.files import write_atomically
 from baichuan_jax.generate import Generator
 from baichuan_jax.hf import import_params, read_config
 from baichuan_jax.kernels import choose_attention
@@ -73,9 +75,12 @@ def _train(config: Config, clock: Clock) -> Run:
             trainer.conclude()
     except Exception as error:
         trainer.explain(error)
+        trainer.close(failed=True)
         raise
-    finally:
-        trainer.close()
+    except KeyboardInterrupt:
+        trainer.close(failed=True)
+        raise
+    trainer.close()
     return run
 
 
@@ -105,15 +110,9 @@ def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, ac
         if file.exists() and (before := file.read_text(encoding="utf-8")) != now:
             changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
             display.say(f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow")
-        _write_atomically(file, now.encode())
-        _write_atomically(run.path / "tokenizer.model", Path(prepared.tokenizer.path).read_bytes())
+        write_atomically(file, now.encode())
+        write_atomically(run.path / "tokenizer.model", Path(prepared.tokenizer.path).read_bytes())
     return Writer(run.path, config, active)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 class Trainer:
@@ -237,7 +236,8 @@ class Trainer:
                     if save or stop:
                         self._save(must_succeed=last or stop)
                     if stop and not last:
-                        self._finish_save()
+                        if tracing_until is not None:
+                            self._stop_trace()
                         self.writer.event("interrupted", step=self.step, position=self.position)
                         self.display.say(
                             f"stopped and saved at step {self.step}; the same command goes on from here", style="green"
@@ -245,7 +245,6 @@ class Trainer:
                         return False
                     collect()
                     self._mark = time.perf_counter()
-        self._finish_save()
         return True
 
     def _compile(self, batch: dict[str, jax.Array]) -> Any:
@@ -311,31 +310,37 @@ class Trainer:
         self.display.say(f"step {self.step}: validation loss {self.eval_loss:.4f} over {tokens:,} tokens")
 
     def _save(self, must_succeed: bool) -> None:
-        with self.clock("checkpoint"):
-            self._finish_save(must_succeed)
+        """Start a checkpoint; wait for it where it must succeed. One that failed is reported, and training goes on without it."""
+        self._finish_save(must_succeed=False)
+        with self.clock("checkpoint"), self._reported(self.step, must_succeed):
             self.checkpoints.save(self.state, self.step, self.position)
+        if must_succeed:
+            self._finish_save(must_succeed=True)
 
-    def _finish_save(self, must_succeed: bool = True) -> None:
-        """Wait for the save under way. One that failed is reported; it ends the run where nothing would come after it."""
+    def _finish_save(self, must_succeed: bool) -> None:
         saving = self.checkpoints.saving
+        if saving is None:
+            return
+        with self.clock("checkpoint"), self._reported(saving, must_succeed):
+            self.checkpoints.finish()
+            self.writer.event("checkpoint", step=saving)
+
+    @contextlib.contextmanager
+    def _reported(self, step: int, must_succeed: bool) -> Iterator[None]:
         try:
-            with self.clock("checkpoint"):
-                step = self.checkpoints.finish()
+            yield
         except Exception as error:
-            self.writer.event("checkpoint_failed", step=saving, reason=str(error))
-            self.display.say(f"checkpoint {saving} failed and does not count: {error}", style="red")
+            self.writer.event("checkpoint_failed", step=step, reason=str(error))
+            self.display.say(f"checkpoint {step} failed and does not count: {error}", style="red")
             if must_succeed:
                 raise
-        else:
-            if step is not None:
-                self.writer.event("checkpoint", step=step)
 
     def _start_trace(self, until: int | None) -> int | None:
         """Start a profiler trace where the settings or SIGUSR1 ask for one; the step it lasts until."""
         planned = self.config.profile.steps
-        if until is not None or not (self.trace_requested or (planned and planned[0] == self.step)):
+        if until is not None or not (self.trace_requested or (planned and planned[0] == self.step + 1)):
             return until
-        until = self.step + 3 if self.trace_requested else planned[1] + 1
+        until = self.step + 3 if self.trace_requested else planned[1]
         self.trace_requested = False
         jax.profiler.start_trace(str(self.run.path / "profile"))
         return min(until, self.config.train.num_steps)
@@ -385,10 +390,11 @@ class Trainer:
             jax.profiler.save_device_memory_profile(str(profile))
             self.display.say(f"out of memory at step {self.step}; profile in {profile}. {what_would_fit(self.config)}", "red")
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._batches is not None:
             self._batches.close()
-        self.checkpoints.close()
+        if not (failed and jax.process_count() > 1):  # to finish a save, the other processes would have to be there
+            self.checkpoints.close()
         self.writer.close()
 
 

@@ -176,7 +176,7 @@ def test_configuration_errors_exit_78_with_one_line(config, tmp_path):
 
 def test_a_profile_is_written_for_the_steps_asked_for(config, tmp_path):
     folder = tmp_path / "run"
-    run(config, folder, "--profile.steps", "[3, 4]", "--train.num_steps", "6")
+    run(config, folder, "--profile.steps", "[4, 5]", "--train.num_steps", "6")
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert [event["step"] for event in lines(folder, "events") if event["kind"] == "profiled"] == [5]
 

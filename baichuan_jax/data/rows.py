@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from baichuan_jax.config import Config, ConfigError
+from baichuan_jax.config import ConfigError
 from baichuan_jax.data.text import Part, find_files, read_documents, split_files
+from baichuan_jax.files import publish, write_atomically
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
+from baichuan_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 VERSION = 1
 TEXT_AT_ONCE = 1 << 20  # characters given to the tokenizer in one call
-WAIT_SECONDS = 3600.0  # that the other processes of a run wait for the one that prepares its tokens
 
 
 class Rows:
@@ -138,7 +139,7 @@ def pack(
         for index, part in enumerate(split_files(files))
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock")):
+    with locked(folder.with_name(folder.name + ".lock")):
         if not (folder / MANIFEST).exists():
             for leftover in folder.glob("*.tmp"):  # of a killed run
                 leftover.unlink()
@@ -248,9 +249,8 @@ def _make_shard(work: _Work) -> None:
         "key": work.key(), **totals, "bytes": temporary.stat().st_size, "sha256": _checksum(temporary),
         "counts": {int(token): int(counts[token]) for token in np.flatnonzero(counts)},
     }  # fmt: skip
-    _sync(temporary)
-    os.replace(temporary, work.shard)
-    _write_atomically(work.record, json.dumps(record))
+    publish(temporary, work.shard)
+    write_atomically(work.record, json.dumps(record).encode())
 
 
 def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[str]]:
@@ -280,10 +280,9 @@ def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, conte
     for record in records:
         for token, count in record["counts"].items():
             counts[int(token)] += count
-    with open(folder / "counts.npy.tmp", "wb") as file:
-        np.save(file, counts)
-    _sync(folder / "counts.npy.tmp")
-    os.replace(folder / "counts.npy.tmp", folder / "counts.npy")
+    content = io.BytesIO()
+    np.save(content, counts)
+    write_atomically(folder / "counts.npy", content.getvalue())
     names = ("documents", "empty_documents", "text_bytes", "tokens", "tokens_dropped", "rows")
     manifest = {
         "version": VERSION, "inputs": patterns, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
@@ -294,11 +293,11 @@ def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, conte
             for item, record in zip(work, records, strict=True)
         ],
     }  # fmt: skip
-    _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process of a machine at a time; a killed one's lock is gone with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -311,109 +310,6 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run trains on: its tokenizer, and packed rows with their weights."""
-
-    tokenizer: Tokenizer
-    train: list[tuple[Rows, float]]
-    validation: list[tuple[Rows, float]]
-
-
-def prepare(
-    config: Config, *, writer: bool = True, progress: bool = True, say: Callable[[str], None] = lambda _: None
-) -> Prepared:
-    """Tokenizer and rows of a configuration; what is missing is trained and packed into data.cache_dir, once for all later runs.
-
-    Of a run's processes one is the `writer`; the others wait until its files are there, WAIT_SECONDS at most. Raises ConfigError.
-    """
-    if not config.data.train:
-        raise ConfigError("data.train names no corpus; give globs of text files or folders of packed rows, with weights")
-    tokenizer = _find_tokenizer(config, writer, say)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of {tokenizer.path}"
-        )
-    corpora = {
-        name: [(_find_rows(config, path, tokenizer, writer, progress, say), weight) for path, weight in chosen.items()]
-        for name, chosen in (("train", config.data.train), ("validation", config.data.validation))
-    }
-    return Prepared(tokenizer, corpora["train"], corpora["validation"])
-
-
-def _is_packed(path: str) -> bool:
-    return (Path(path) / MANIFEST).exists()
-
-
-def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) -> Tokenizer:
-    if config.tokenizer.path is not None:
-        return Tokenizer(config.tokenizer.path)
-    texts = [path for path in config.data.train if not _is_packed(path)]
-    if not texts:
-        raise ConfigError("data.train holds packed rows only, so tokenizer.path must name the tokenizer they were made with")
-    files = find_files(texts)
-    size = config.tokenizer.vocab_size
-    path = Path(config.data.cache_dir) / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
-    if not writer:
-        _wait_for(path, say)
-        return Tokenizer(path)
-    with _locked(path.with_suffix(".lock")):
-        if not path.exists():
-            began = time.perf_counter()
-            documents = (text for file in files for text in read_documents(Part(file), config.data.text_field))
-            used = train_tokenizer(documents, path, size)
-            say(
-                f"trained a tokenizer of {size} pieces on {used['bytes']:,} bytes in {time.perf_counter() - began:.1f} s "
-                f"(one line in {used['sampled_one_line_in']}; {used['coverage']:.3%} of the characters' occurrences have a "
-                "piece, the others are spelt in bytes)"
-            )
-    return Tokenizer(path)
-
-
-def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Callable[[str], None]) -> Rows:
-    length = config.train.context_length
-    if _is_packed(path):
-        rows = Rows(path)
-        if rows.context_length != length:
-            verb = "exceeds" if length > rows.context_length else "is below"
-            raise ConfigError(
-                f"train.context_length={length} {verb} the shards' {rows.context_length} in {path}; re-pack with "
-                f"python -m baichuan_jax.data.rows pack --context_length {length}, or set train.context_length={rows.context_length}"
-            )
-        if rows.manifest["tokenizer"] != tokenizer.hash:
-            raise ConfigError(
-                f"{path} was packed with tokenizer {rows.manifest['tokenizer'][:12]} and {tokenizer.path} is {tokenizer.hash[:12]}; "
-                "use the same tokenizer.path, or pack again"
-            )
-        return rows
-    files = find_files([path])
-    folder = Path(config.data.cache_dir) / f"rows-{_fingerprint(files, tokenizer.hash, length, config.data.text_field)}"
-    if not writer:
-        _wait_for(folder / MANIFEST, say)
-        return Rows(folder)
-    if (folder / MANIFEST).exists():
-        return Rows(folder)
-    rows = pack(
-        [path], folder, tokenizer, length,
-        text_field=config.data.text_field, num_workers=config.data.num_workers, progress=progress,
-    )  # fmt: skip
-    say(f"packed {path}: {summary(rows)}")
-    return rows
-
-
 def summary(rows: Rows) -> str:
     """One line on what was packed and what was left over."""
     m = rows.manifest
@@ -421,26 +317,6 @@ def summary(rows: Rows) -> str:
         f"{m['documents']:,} documents ({m['empty_documents']} empty), {m['tokens']:,} tokens ({m['text_bytes'] / m['tokens']:.2f} "
         f"bytes each), {m['rows']:,} rows of {m['context_length']} + 1; {m['tokens_dropped']} tokens did not fill a last row"
     )
-
-
-def _fingerprint(files: list[str], *settings: Any) -> str:
-    """A name for what is made from these files as they are now with these settings."""
-    described = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
-
-
-def _wait_for(path: Path, say: Callable[[str], None]) -> None:
-    waited = 0.0
-    while not path.exists():
-        if waited >= WAIT_SECONDS:
-            raise ConfigError(
-                f"process 0 has not written {path} in {waited:.0f} s: data.cache_dir must lie on a file system that all hosts "
-                "share, and text that takes longer to pack is packed before the run: python -m baichuan_jax.data.rows pack --help"
-            )
-        if waited and waited % 30 == 0:
-            say(f"waiting for process 0 to write {path}")
-        time.sleep(0.5)
-        waited += 0.5
 
 
 def main(words: list[str]) -> int:

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launches import environment
 
 from baichuan_jax.config import ConfigError, DataConfig, TokenizerConfig
+from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
 from baichuan_jax.data import text
-from baichuan_jax.data.rows import Rows, main, pack, prepare, summary, unigram_entropy
+from baichuan_jax.data.prepare import prepare
+from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "sample"
@@ -158,7 +161,7 @@ def test_token_ids_of_a_large_vocabulary_are_not_cut(packed):
 def start_pack(corpus, output, tokenizer):
     words = ["pack", "--input", corpus, "--output", str(output), "--tokenizer", str(tokenizer.path)]
     command = [sys.executable, "-m", "baichuan_jax.data.rows", *words, "--context_length", "32", "--num_workers", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def children(pid):
@@ -358,8 +361,8 @@ def test_prepare_packs_text_once_and_takes_it_from_the_cache_after(config, packe
     assert shards(rows.path) == shards(packed.path)
     assert validation.manifest["tokens"] < rows.manifest["tokens"]
     assert [line.split(":")[0] for line in said] == [f"packed {corpus}", f"packed {corpus.replace('*', 'b')}"]
-    monkeypatch.setattr(module, "pack", refuse_to_work)
-    monkeypatch.setattr(module, "train_tokenizer", refuse_to_work)
+    monkeypatch.setattr(preparing, "pack", refuse_to_work)
+    monkeypatch.setattr(preparing, "train_tokenizer", refuse_to_work)
     assert prepare(config, say=refuse_to_work).train[0][0].path == rows.path
 
 
@@ -372,7 +375,7 @@ def test_prepare_trains_a_tokenizer_once_and_again_for_other_text(config, corpus
     assert first.tokenizer.vocab_size == 512
     assert said[0].startswith("trained a tokenizer of 512 pieces on ")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_tokenizer", refuse_to_work)
+        patch.setattr(preparing, "train_tokenizer", refuse_to_work)
         assert prepare(config).tokenizer.hash == first.tokenizer.hash
     write(tmp_path / "text" / "c.jsonl", ["", "other"])  # of the same size
     second = prepare(config)
@@ -417,29 +420,44 @@ def test_a_run_without_training_text_is_refused(config):
 
 PREPARE = """
 import sys
+import time
+from pathlib import Path
 from baichuan_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from baichuan_jax.data.rows import prepare
+from baichuan_jax.data.prepare import prepare
 
 if __name__ == "__main__":
-    corpus, cache = sys.argv[1:]
+    corpus, cache, ready, go = sys.argv[1:]
     config = Config(
         model=ModelConfig(vocab_size=512, hidden_size=64, num_heads=4, pad_token_id=0),
         train=TrainConfig(context_length=32),
         data=DataConfig(train={corpus: 1.0}, cache_dir=cache, num_workers=1),
         tokenizer=TokenizerConfig(vocab_size=512),
     )
-    print(prepare(config).train[0][0].path, end="")
+    Path(ready).touch()
+    while not Path(go).exists():
+        time.sleep(0.001)
+    print(prepare(config, say=print).train[0][0].path)
 """
 
 
 def test_two_processes_may_prepare_the_same_cache_at_once(corpus, packed, tmp_path):
     (tmp_path / "program.py").write_text(PREPARE)
+    ready, go = [tmp_path / "ready0", tmp_path / "ready1"], tmp_path / "go"
     command = [sys.executable, str(tmp_path / "program.py"), corpus, str(tmp_path / "cache")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(own), str(go)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for own in ready
+    ]
+    wait_until(lambda: all(own.exists() for own in ready))
+    go.touch()
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert shards(Path(outputs[0][0])) == shards(packed.path)
+    first, second = (output.splitlines()[-1] for output, _ in outputs)
+    assert first == second
+    assert shards(Path(first)) == shards(packed.path)
+    assert sum(output.count("trained a tokenizer") for output, _ in outputs) == 1
 
 
 def test_the_other_processes_wait_for_the_writer(config, tmp_path):
@@ -457,7 +475,7 @@ def test_the_other_processes_wait_for_the_writer(config, tmp_path):
 
 
 def test_the_other_processes_do_not_wait_for_ever(config, monkeypatch):
-    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(preparing, "WAIT_SECONDS", 1.0)
     with pytest.raises(
         ConfigError, match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on a file system"
     ):
