@@ -26,7 +26,7 @@ lint: dev  ## ruff: lint and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: dev  ## pyright on the package
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove environments and caches; runs stay
 	rm -rf .venv .venv-* cache .pytest_cache .ruff_cache
