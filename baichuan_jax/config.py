@@ -109,6 +109,7 @@ class TrainConfig:
         _positive("train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size")
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
+        _require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
         _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
 
 

@@ -74,8 +74,10 @@ def _train(config: Config, clock: Clock) -> Run:
         if completed:
             trainer.conclude()
     except Exception as error:
-        trainer.explain(error)
+        advice = trainer.explain(error)
         trainer.close(failed=True)
+        if advice is not None:
+            raise ConfigError(advice) from error
         raise
     except KeyboardInterrupt:
         trainer.close(failed=True)
@@ -382,13 +384,15 @@ class Trainer:
         )  # fmt: skip
         return dict(zip(sample.prompts, texts, strict=True))
 
-    def explain(self, error: Exception) -> None:
-        """Record what ended the run; where memory ran out, keep a profile of it and say what would make it fit."""
+    def explain(self, error: Exception) -> str | None:
+        """Record what ended the run. Where memory ran out, keep a profile of it and return what would make it fit."""
         self.writer.event("failed", step=self.step, error=f"{type(error).__name__}: {error}"[:2000])
-        if "RESOURCE_EXHAUSTED" in str(error):
-            profile = self.run.path / "memory.prof"
-            jax.profiler.save_device_memory_profile(str(profile))
-            self.display.say(f"out of memory at step {self.step}; profile in {profile}. {what_would_fit(self.config)}", "red")
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            return None
+        profile = self.run.path / "memory.prof"
+        jax.profiler.save_device_memory_profile(str(profile))
+        reason = str(error).splitlines()[0][:200]
+        return f"out of memory at step {self.step} ({reason}); profile in {profile}. {what_would_fit(self.config)}"
 
     def close(self, failed: bool = False) -> None:
         if self._batches is not None:

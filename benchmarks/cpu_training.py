@@ -94,7 +94,9 @@ def loop_overhead(num_steps: int = 300) -> float:
         config = load_config(configs / "tiny.yaml", [f"run_dir={folder}/run", f"data.cache_dir={folder}/cache"])
         small = dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, vocab_size=1024, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=1),
+            model=dataclasses.replace(
+                config.model, vocab_size=1024, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=1
+            ),
             train=dataclasses.replace(config.train, num_steps=num_steps),
             tokenizer=TokenizerConfig(vocab_size=1024),
             checkpoint=dataclasses.replace(config.checkpoint, every=num_steps),

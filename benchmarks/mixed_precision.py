@@ -1,6 +1,6 @@
 """Mixed precision without loss: 60 steps of the tiny configuration in bfloat16 and in float32, and the difference of their losses.
 
-    python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json FILE]
+python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json FILE]
 """
 
 import argparse

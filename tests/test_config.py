@@ -65,6 +65,7 @@ REFUSED = {
     "--mesh.data -1 --mesh.fsdp -1": "one of them -1 at most",
     "--optimizer.warmup_steps 2000": "optimizer.warmup_steps=2000 exceeds train.num_steps=",
     "--optimizer.beta2 1.0": "optimizer.beta2=1.0",
+    "--train.seed -1": "train.seed=-1",
     "--train.num_steps 0": "train.num_steps=0",
     "--checkpoint.every 100 --checkpoint.keep_every 150": "checkpoint.keep_every=150",
     "--profile.steps [5]": "profile.steps=[5]",

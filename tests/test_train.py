@@ -185,3 +185,14 @@ def test_documents_can_be_kept_apart(config, tmp_path):
     folder = tmp_path / "run"
     run(config, folder, "--data.document_mask", "true", "--train.num_steps", "6")
     assert len(losses(folder)) == 6
+
+
+def test_out_of_memory_keeps_a_profile_and_names_what_would_fit(config, tmp_path):
+    folder = tmp_path / "run"
+    output = run(
+        config, folder, "--model.vocab_size", "1000000000", "--train.micro_batch_size", "4", expect=78
+    )  # 256 GB a matrix
+    assert "out of memory at step" in output
+    assert "--train.micro_batch_size 2 (now 4)" in output
+    assert "Traceback" not in output
+    assert (folder / "memory.prof").stat().st_size > 0
