@@ -24,7 +24,6 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.tokenizer import Tokenizer
 
 LENGTH_STEP = 64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
-PAD = 0
 EOS = 2
 
 
@@ -37,6 +36,15 @@ class Sampling(NamedTuple):
     repetition_penalty: jax.Array
 
 
+class Speed(NamedTuple):
+    """What one call took, without compilation: tokens of all rows (padding left out), seconds."""
+
+    prompt_tokens: int
+    prefill_seconds: float
+    new_tokens: int
+    decode_seconds: float
+
+
 class _Loop(NamedTuple):
     cache: Cache
     tokens_BS: jax.Array
@@ -47,12 +55,18 @@ class _Loop(NamedTuple):
 
 
 class Generator:
-    """Generation with one model; compiles once for each batch size and length (rounded up to multiples of 64)."""
+    """Generation with one model; compiles once for each number of prompts and each pair of their length and max_new_tokens, both
+    rounded up to multiples of 64. `speed` is that of the last call.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
         self._graphdef, state = nnx.split(model)
         self._params = nnx.to_pure_dict(state)
+        # transformers fills with EOS where a model has no padding token
+        self._pad_id = EOS if model.config.pad_token_id is None else model.config.pad_token_id
+        self.speed: Speed | None = None
+        self._compiled: dict[tuple[int, int, int], jax.stages.Compiled] = {}
         self._prefill = jax.jit(self._run_prefill, static_argnames="length")
         self._decode = jax.jit(self._run_decode, donate_argnums=1, static_argnames="greedy")
 
@@ -73,20 +87,16 @@ class Generator:
     ) -> np.ndarray:
         """Prompts [B, T] and their continuations: [B, T + n], n <= max_new_tokens (fewer where all rows reached EOS).
 
-        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there. After EOS a row holds PAD. temperature 0
-        takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty follows transformers: logits of tokens seen in
-        prompt or continuation are divided by it where positive, else multiplied. on_tokens is called with [B, n] new tokens, several
-        times, as they come.
+        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there. After EOS a row holds the model's
+        pad_token_id. temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty follows
+        transformers: logits of tokens seen in prompt or continuation are divided by it where positive, else multiplied. on_tokens is
+        called with [B, n] new tokens, several times, as they come. Raises ConfigError for arguments that cannot be right.
         """
         tokens_BT = np.asarray(tokens_BT, np.int32)
+        mask_BT = np.ones(tokens_BT.shape, bool) if attention_mask is None else np.asarray(attention_mask, bool)
+        _check_prompts(tokens_BT, mask_BT, self.config.vocab_size)
+        _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         B, T = tokens_BT.shape
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        mask_BT = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask, bool)
-        if mask_BT.shape != (B, T) or not mask_BT[:, -1].all() or (np.diff(mask_BT.astype(int), axis=1) < 0).any():
-            raise ValueError(
-                f"attention_mask {mask_BT.shape} must be {(B, T)}, padded on the left: the prompt's last tokens are real"
-            )
         padded = -T % LENGTH_STEP
         prompt = np.pad(tokens_BT, ((0, 0), (padded, 0)))
         real = np.pad(mask_BT, ((0, 0), (padded, 0)))
@@ -98,17 +108,28 @@ class Generator:
             jnp.float32(top_p),
             jnp.float32(repetition_penalty),
         )
-        loop = self._prefill(self._params, prompt, real, jax.random.key(seed), length=length)
         stop = jnp.int32(eos_id if stop_at_eos else -1)
+
+        def decode(loop: _Loop, goal: int) -> _Loop:
+            return self._decode(self._params, loop, jnp.int32(start + goal), stop, sampling, greedy=temperature == 0)
+
+        arguments = (self._params, prompt, real, jax.random.key(seed))
+        if (B, start, length) not in self._compiled:  # apart from the run, whose speed is told
+            self._compiled[B, start, length] = self._prefill.lower(*arguments, length=length).compile()
+        began = time.perf_counter()
+        loop: _Loop = jax.block_until_ready(self._compiled[B, start, length](*arguments))
+        prefilled = time.perf_counter()
+        loop = jax.block_until_ready(decode(loop, 0))  # no token: compiles
+        ready = time.perf_counter()
         chunk = 8 if on_tokens is not None else max_new_tokens
         made = 0
         while made < max_new_tokens and not (made and bool(loop.done_B.all())):
-            goal = min(made + chunk, max_new_tokens)
-            loop = self._decode(self._params, loop, jnp.int32(start + goal), stop, sampling, greedy=temperature == 0)
+            loop = decode(loop, min(made + chunk, max_new_tokens))
             reached = int(loop.cache.length) - start
             if on_tokens is not None:
                 on_tokens(np.asarray(loop.tokens_BS[:, start + made : start + reached]))
             made = reached
+        self.speed = Speed(int(mask_BT.sum()), prefilled - began, B * made, time.perf_counter() - ready)
         return np.concatenate([tokens_BT, np.asarray(loop.tokens_BS)[:, start : start + made]], axis=1)
 
     def generate(
@@ -122,10 +143,10 @@ class Generator:
     ) -> list[str]:
         """Continuations of texts, without the prompts. on_text (one prompt only) gets the text piece by piece as it comes."""
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
-        if not all(encoded):
-            raise ValueError(f"prompt {encoded.index([])} is empty: there is nothing to go on from")
+        if not encoded or not all(encoded):
+            raise ConfigError("a prompt is empty, or there is none: there is nothing to go on from")
         T = max(len(ids) for ids in encoded)
-        tokens = np.array([[PAD] * (T - len(ids)) + ids for ids in encoded])
+        tokens = np.array([[self._pad_id] * (T - len(ids)) + ids for ids in encoded])
         mask = np.array([[0] * (T - len(ids)) + [1] * len(ids) for ids in encoded])
         stream = None
         if on_text is not None:
@@ -160,7 +181,7 @@ class Generator:
             key, draw = jax.random.split(loop.key)
             logits_BV = _penalise(loop.logits_BV, loop.seen_BV, sampling.repetition_penalty)
             token_B = jnp.argmax(logits_BV, axis=-1) if greedy else _draw(draw, logits_BV, sampling)
-            token_B = jnp.where(loop.done_B, PAD, token_B).astype(jnp.int32)
+            token_B = jnp.where(loop.done_B, self._pad_id, token_B).astype(jnp.int32)
             place = loop.cache.length
             tokens_BS = jax.lax.dynamic_update_slice_in_dim(loop.tokens_BS, token_B[:, None], place, 1)
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
@@ -170,6 +191,32 @@ class Generator:
 
         with matmul_precision(self.config):
             return jax.lax.while_loop(going, step, loop)
+
+
+def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
+    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+        raise ConfigError(f"tokens {tokens_BT.shape} must be [prompts, length], neither of them 0")
+    if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
+        raise ConfigError(
+            f"tokens {tokens_BT.min()} to {tokens_BT.max()} must lie in [0, {vocab_size}): not this model's tokenizer"
+        )
+    shape = tokens_BT.shape
+    if mask_BT.shape != shape or not mask_BT[:, -1].all() or (np.diff(mask_BT.astype(int), axis=1) < 0).any():
+        raise ConfigError(
+            f"attention_mask {mask_BT.shape} must be {shape}, padded on the left: the prompt's last tokens are real"
+        )
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    for name, value, holds, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 (the most likely token) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "greater than 0"),
+    ):
+        if not holds:
+            raise ConfigError(f"{name}={value} must be {expected}")
 
 
 def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -236,23 +283,29 @@ def main(words: list[str]) -> int:
     add("--top_p", type=float, default=0.9, help="draw from the fewest tokens that hold this probability")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
     add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     options = parser.parse_args(words)
-    model = load_pretrained(options.checkpoint)
+    model = load_pretrained(options.checkpoint, dtype=options.dtype)
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}: not its tokenizer"
         )
     prompt = options.prompt.replace("\\n", "\n")
-    began = time.perf_counter()
+    generator = Generator(model)
     print(prompt, end="", flush=True)
-    text = Generator(model).generate(
+    generator.generate(
         tokenizer, [prompt], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed, on_text=lambda piece: print(piece, end="", flush=True),
-    )[0]  # fmt: skip
+    )  # fmt: skip
     print()
-    tokens, seconds = len(tokenizer.encode(text)), time.perf_counter() - began
-    print(f"{tokens} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    assert generator.speed is not None
+    prompt_tokens, prefill_seconds, new_tokens, decode_seconds = generator.speed
+    print(
+        f"prefill: {prompt_tokens} tokens, {prompt_tokens / prefill_seconds:,.1f} tokens/s; "
+        f"decode: {new_tokens} tokens, {new_tokens / decode_seconds:,.1f} tokens/s (compilation left out)",
+        file=sys.stderr,
+    )
     return 0
 
 

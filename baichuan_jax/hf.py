@@ -38,6 +38,8 @@ CONFIG_KEYS = {
     "num_attention_heads": "num_heads",
     "rms_norm_eps": "rms_norm_eps",
 }
+# Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary embedding, Baichuan2 a normalised head.
+ARCHITECTURES = ("BaiChuanForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,30 +95,52 @@ def read_config(folder: Path | str) -> ModelConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{folder} has no config.json: it is no Hugging Face folder")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    missing = [key for key in CONFIG_KEYS if key not in found]
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in CONFIG_KEYS if key not in found]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
     if missing:
         raise ConfigError(f"{file} lacks {', '.join(missing)}")
-    for key, only in (
-        ("model_type", ("baichuan", "llama")), ("hidden_act", ("silu",)), ("tie_word_embeddings", (False,)),
-        ("rope_scaling", (None,)), ("attention_bias", (False,)), ("mlp_bias", (False,)),
-        ("num_key_value_heads", (None, found["num_attention_heads"])),
-    ):  # fmt: skip
-        if found.get(key, only[0]) not in only:
-            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {' or '.join(map(repr, only))}")
+    for key in CONFIG_KEYS:
+        kind = float if key == "rms_norm_eps" else int
+        if not isinstance(found[key], kind):
+            raise ConfigError(f"{file} has {key}={found[key]!r}, which must be {kind.__name__}")
+    _refuse_other_models(file, found)
     theta = found.get("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    padding = found.get("pad_token_id")
     return ModelConfig(
         **{ours: found[theirs] for theirs, ours in CONFIG_KEYS.items()},
         rope_theta=float(theta),
         initializer_range=found.get("initializer_range", 0.02),
-        pad_token_id=found.get("pad_token_id"),
+        pad_token_id=None if padding is not None and padding < 0 else padding,  # LLaMA's -1: none
     )
 
 
-def import_params(folder: Path | str, layout: Layout | None = None, *, progress: bool = False) -> Params:
-    """Parameters, float32, of a Hugging Face folder, each put where it belongs on the mesh as it is read.
+def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
+    heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
+    if kv_heads not in (None, heads):
+        raise ConfigError(f"{file} has num_key_value_heads={kv_heads} for {heads} heads: no grouped-query attention here")
+    for key, only in (
+        ("model_type", ("baichuan", "llama")), ("hidden_act", ("silu",)), ("tie_word_embeddings", (False,)),
+        ("attention_bias", (False,)), ("mlp_bias", (False,)), ("head_dim", (None, found["hidden_size"] // heads)),
+    ):  # fmt: skip
+        if found.get(key, only[0]) not in only:
+            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {' or '.join(map(repr, only))}")
+    for name in found.get("architectures") or ():
+        if name not in ARCHITECTURES:
+            raise ConfigError(f"{file} has architecture {name} and this model is {' or '.join(ARCHITECTURES)}")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = found.get(key) or {}
+        if not rope.keys() <= {"rope_theta", "rope_type"} or rope.get("rope_type", "default") != "default":
+            raise ConfigError(f"{file} has {key}={rope!r} and this model's rotary embedding is not scaled")
 
-    Names and shapes are compared before anything is read. Raises ConfigError naming the tensor or file.
+
+def import_params(folder: Path | str, layout: Layout | None = None, *, dtype: str = "float32", progress: bool = False) -> Params:
+    """Parameters of a Hugging Face folder, matrices in `dtype` and norms float32, each put on the mesh as it is read.
+
+    Names and shapes are compared before anything is read. Host memory: about two of the largest tensor, beside what lies on a CPU's
+    devices. Raises ConfigError naming the tensor or file.
     """
     config = read_config(folder)
     source = open_tensors(Path(folder))
@@ -127,16 +151,17 @@ def import_params(folder: Path | str, layout: Layout | None = None, *, progress:
     _, shapes, axes = abstract_model(config)
     stacks: dict[tuple[str, ...], jax.Array] = {}
     for entry in tqdm(entries, desc="importing", unit="array", disable=not progress):
-        array = entry.join([source.read(name) for name in entry.tensors]).astype(np.float32)
+        joined = entry.join([source.read(name) for name in entry.tensors])
+        array = np.ascontiguousarray(joined, jnp.float32 if joined.ndim == 1 else jnp.dtype(dtype))
+        del joined  # beside the array where it was turned or cast
         names = _at(axes, entry.path)
         if entry.layer is None:
-            stacks[entry.path] = jax.device_put(array, _place(layout, names))
+            stacks[entry.path] = _put(array, _place(layout, names))
             continue
         if entry.path not in stacks:
-            shape = _at(shapes, entry.path).shape
-            stacks[entry.path] = jax.jit(lambda shape=shape: jnp.zeros(shape), out_shardings=_place(layout, names))()
-        part = jax.device_put(array, _place(layout, names[1:]))
-        stacks[entry.path] = _write_layer(stacks[entry.path], part, entry.layer)
+            empty = functools.partial(jnp.zeros, _at(shapes, entry.path).shape, array.dtype)
+            stacks[entry.path] = jax.jit(empty, out_shardings=_place(layout, names))()
+        stacks[entry.path] = _write_layer(stacks[entry.path], _put(array, _place(layout, names[1:])), entry.layer)
         # Wait: an array that is still being copied would be held beside the next ones.
         stacks[entry.path].block_until_ready()
     return nnx.traversals.unflatten_mapping(stacks)
@@ -147,7 +172,12 @@ def _write_layer(stack: jax.Array, part: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0)
 
 
-def _place(layout: Layout | None, names: tuple[str, ...]) -> Any:
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Each process places its own devices' parts; device_put would send the array around to see that all have the same."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _place(layout: Layout | None, names: tuple[str, ...]) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if layout is None else layout.sharding(*names)
 
 
@@ -181,11 +211,12 @@ def export(
 ) -> None:
     """Write a Hugging Face folder of safetensors: as transformers' Llama (W_pack split), or in the original's form.
 
-    Written whole under another name, then renamed. Raises ConfigError where the folder exists.
+    transformers reads the original's form with the original's Python files beside it. Written whole under another name, then
+    renamed. Raises ConfigError where the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ConfigError(f"{folder} exists; export writes a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -199,6 +230,8 @@ def export(
 
     write_safetensors(temporary, shapes, arrays(), dtype, max_shard_bytes)
     (temporary / "config.json").write_text(json.dumps(_hf_config(config, dtype, form), indent=2), encoding="utf-8")
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": config.pad_token_id}
+    (temporary / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
     if tokenizer is not None:
         shutil.copy(tokenizer, temporary / "tokenizer.model")
     temporary.rename(folder)
@@ -225,10 +258,14 @@ def _hf_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
 
 
 def load_pretrained(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None) -> Transformer:
-    """A model to call, model(tokens_BT, attention_mask=None) -> logits_BTV, from a Hugging Face folder or a run's checkpoint."""
+    """A model to call, model(tokens_BT, attention_mask=None) -> logits_BTV, from a Hugging Face folder or a run's checkpoint.
+
+    It computes in `dtype`, on `mesh` or one device. bfloat16 keeps a Hugging Face folder's matrices in bfloat16 too; the logits are
+    those of float32 ones, which are cast for every product. Raises ConfigError where the path is neither or does not fit.
+    """
     layout = None if mesh is None else Layout(mesh)
     if (Path(path) / "config.json").exists():
-        config, params = read_config(path), import_params(path, layout)
+        config, params = read_config(path), import_params(path, layout, dtype=dtype)
     else:
         config, params = load_params(path, layout)
     config = dataclasses.replace(config, dtype=dtype, remat="none")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.data.text import find_files, read_documents, split_files
@@ -195,7 +195,15 @@ def main(words: list[str]) -> int:
         print(f"{options.output}: {options.vocab_size} pieces; {json.dumps(used)}")
         return 0
     results = {path: stats(Tokenizer(path), documents()) for path in options.model}
-    table = Table("tokenizer", "language", "documents", "tokens", "bytes/token", "characters/token", "compression rate")
+    table = Table(
+        Column("tokenizer", overflow="fold"),
+        "language",
+        "documents",
+        "tokens",
+        "bytes/\ntoken",
+        "characters/\ntoken",
+        "compression\nrate",
+    )
     for path, languages in results.items():
         for language, f in languages.items():
             table.add_row(

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_jax.config import ModelConfig
-from baichuan_jax.generate import Generator, Sampling, _draw
+from baichuan_jax.config import ConfigError, MeshConfig, ModelConfig
+from baichuan_jax.generate import Generator, Sampling, _draw, _Stream
+from baichuan_jax.hf import export, load_pretrained
 from baichuan_jax.model import Transformer
+from baichuan_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,70 @@ def test_a_row_stops_at_eos_and_the_call_when_all_have(model):
     assert alone.shape[1] == 2 + first[0] + 1
 
 
+def test_a_model_without_padding_token_fills_with_eos():
+    config = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, dtype="float32", pad_token_id=None
+    )
+    generator = Generator(Transformer(config, nnx.Rngs(params=3)))
+    eos = int(generator.generate_tokens([[5]], 1, stop_at_eos=False)[0, 1])
+    got = generator.generate_tokens([[5], [9]], 6, eos_id=eos)
+    assert got[0, 1] == eos
+    assert (got[0, 2:] == 2).all()
+
+
+def test_other_prompts_and_lengths_find_compiled_code(model):
+    generator = Generator(model)
+    for length, new in ((3, 5), (40, 60), (64, 1)):
+        generator.generate_tokens([[7] * length], new, temperature=0.5, repetition_penalty=1.0 + 0.1 * new, stop_at_eos=False)
+    assert len(generator._compiled) == generator._decode._cache_size() == 1
+    generator.generate_tokens([[7] * 65], 1, temperature=0.5)
+    assert len(generator._compiled) == generator._decode._cache_size() == 2
+    assert generator.speed is not None
+    assert generator.speed.prompt_tokens == 65
+    assert min(generator.speed) > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 4, 2, 1)])
+def test_every_mesh_continues_alike(model, tmp_path, shape):
+    export(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, tmp_path / "hf", dtype="float32", form="baichuan")
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    generator = Generator(load_pretrained(tmp_path / "hf", mesh=mesh))
+    prompts, mask = [[5, 9, 260, 11], [0, 0, 7, 8], [0, 3, 4, 5]], [[1] * 4, [0, 0, 1, 1], [0, 1, 1, 1]]
+    got = generator.generate_tokens(prompts, 6, attention_mask=mask, stop_at_eos=False)
+    np.testing.assert_array_equal(got, Generator(model).generate_tokens(prompts, 6, attention_mask=mask, stop_at_eos=False))
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8: every character beyond ASCII takes several."""
+
+    eos_id = 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def test_texts_of_unequal_prompts_are_those_of_each_alone(model):
+    generator, prompts = Generator(model), ["春風又綠", "a"]
+    texts = generator.generate(Bytes(), prompts, 12, repetition_penalty=1.2)
+    assert texts == [generator.generate(Bytes(), [prompt], 12, repetition_penalty=1.2)[0] for prompt in prompts]
+    for empty in ([], ["a", ""]):
+        with pytest.raises(ConfigError, match="empty"):
+            generator.generate(Bytes(), empty, 4)
+
+
+def test_streamed_text_comes_in_whole_characters():
+    text, pieces = "春x關, é", []
+    stream = _Stream(Bytes(), list("風".encode()), pieces.append)
+    for byte in [*text.encode(), 256, 0, 0]:
+        stream(np.array([[byte]]))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces[:3])
+    assert all(len(piece) <= 1 for piece in pieces)
+
+
 def test_streaming_yields_the_same_tokens(model):
     generator, pieces = Generator(model), []
     whole = generator.generate_tokens([[5, 9, 11]], 20, stop_at_eos=False)
@@ -89,9 +155,22 @@ def test_draws_follow_temperature_top_k_and_top_p():
     np.testing.assert_allclose(draw_many(logits, top_p=0.01), [1, 0, 0, 0], atol=0)
 
 
-def test_what_cannot_be_generated_is_refused(model):
-    generator = Generator(model)
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
-        generator.generate_tokens([[5]], 0)
-    with pytest.raises(ValueError, match="padded on the left"):
-        generator.generate_tokens([[5, 6]], 2, attention_mask=[[1, 0]])
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[5, 6]], {"attention_mask": [[1, 0]]}, "padded on the left"),
+        ([[5, 6]], {"attention_mask": [[1]]}, r"attention_mask \(1, 1\) must be \(1, 2\)"),
+        ([5, 6], {}, r"tokens \(2,\)"),
+        ([[]], {}, r"tokens \(1, 0\)"),
+        ([[5, 300]], {}, r"must lie in \[0, 300\)"),
+        ([[5]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[5]], {"top_k": -1}, "top_k=-1"),
+        ([[5]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_generated_is_refused(model, tokens, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Generator(model).generate_tokens(tokens, **{"max_new_tokens": 2, **options})

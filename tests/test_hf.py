@@ -4,12 +4,17 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import build
+from flax import nnx
+from launches import REPOSITORY, environment
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.hf import export, import_params, load_pretrained, main, read_config
@@ -78,6 +83,15 @@ def test_bfloat16_is_the_rounded_float32(params):
     assert_equal(import_params(TINY / "bf16"), rounded)
 
 
+def test_matrices_held_in_bfloat16_give_the_logits_of_float32_ones(params):
+    ids = np.load(TINY / "parity.npz")["A_ids"]
+    model = load_pretrained(TINY, dtype="bfloat16")
+    assert (model.embedding.dtype, model.layers.w_up.dtype, model.final_norm.dtype) == ("bfloat16", "bfloat16", "float32")
+    logits = np.asarray(model(ids))
+    nnx.update(model, params)
+    np.testing.assert_array_equal(logits, model(ids))
+
+
 def test_tensors_arrive_sharded(params, tiny_config):
     config = read_config(TINY)
     assert (config.num_layers, config.hidden_size, config.vocab_size, config.pad_token_id) == (2, 64, 512, 0)
@@ -104,10 +118,23 @@ def test_transformers_computes_the_same_logits_from_an_export(params, tmp_path):
     transformers = pytest.importorskip("transformers")
     export(params, read_config(TINY), tmp_path / "out", dtype="float32")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == (2, 0)
     ids = np.load(TINY / "parity.npz")["A_ids"]
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(load_pretrained(tmp_path / "out")(ids), wanted, atol=2e-5)
+    theirs.save_pretrained(tmp_path / "saved")  # with rope_parameters and head_dim in its config.json
+    assert read_config(tmp_path / "saved") == read_config(TINY)
+    assert_equal(import_params(tmp_path / "saved"), params)
+
+
+def test_export_fills_an_empty_folder_and_brings_the_tokenizer(params, tmp_path):
+    (tmp_path / "spm").write_bytes(b"pieces")
+    (tmp_path / "out").mkdir()
+    export(params, read_config(TINY), tmp_path / "out", tokenizer=tmp_path / "spm")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "spm"]
+    assert_equal(import_params(tmp_path / "out"), import_params(TINY / "bf16"))
 
 
 def test_the_commands_import_and_export(params, tmp_path, capsys):
@@ -118,6 +145,15 @@ def test_the_commands_import_and_export(params, tmp_path, capsys):
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists"):
         main(["import", str(TINY), str(tmp_path / "weights")])
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.hf", "import", str(tmp_path), str(tmp_path / "weights")],
+        env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr == f"error: {tmp_path} has no config.json: it is no Hugging Face folder\n"
 
 
 def test_a_missing_tensor_is_named(copy):
@@ -165,7 +201,13 @@ def test_a_missing_shard_is_named(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=1 for 4 heads"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"head_dim": 32}, "head_dim=32"),
+        ({"architectures": ["BaichuanForCausalLM"]}, "architecture BaichuanForCausalLM"),  # Baichuan-13B, Baichuan2
+        ({"num_attention_heads": "4"}, "num_attention_heads='4', which must be int"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
     ids=str,
@@ -178,8 +220,74 @@ def test_what_this_model_cannot_be_is_refused(copy, change, message):
         read_config(copy)
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"\xff"], ids=str)
+def test_a_damaged_configuration_is_named(copy, content):
+    (copy / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config(copy)
+
+
+def test_a_negative_padding_token_is_none(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+    assert read_config(copy).pad_token_id is None
+
+
 def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         open_tensors(tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    """2.1 GB of float32, in a process of its own: the peak above the parameters, which on a CPU are host memory too.
+
+    One largest tensor is read while the parameters grow, and a second one while it is turned; half a one for everything else.
+    """
+    script = """
+        import json, resource, sys
+        from pathlib import Path
+        import jax, numpy as np
+        from baichuan_jax.config import ModelConfig
+        from baichuan_jax.hf import _entries, _hf_config, export, import_params
+        from baichuan_jax.hf_files import write_safetensors
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        folder = Path(sys.argv[2])
+        config = ModelConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_layers=8, num_heads=16)
+        if sys.argv[1] == "make":
+            shapes = {name: shape for entry in _entries(config, True) for name, shape in entry.tensors.items()}
+            arrays = (np.full(shape, index, np.float32) for index, shape in enumerate(shapes.values()))
+            folder.mkdir()
+            write_safetensors(folder, shapes, arrays, "float32", 5 << 30)
+            (folder / "config.json").write_text(json.dumps(_hf_config(config, "float32", "baichuan")))
+        else:
+            jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
+            before = peak()
+            params = jax.block_until_ready(import_params(folder))
+            imported = peak()
+            export(params, config, folder / "out", dtype="float32")
+            size = sum(x.nbytes for x in jax.tree.leaves(params))
+            largest = params["embedding"].nbytes
+            assert size > 2e9
+            print((imported - before - size) / largest, (peak() - before - size) / largest)
+    """
+
+    def run(what):
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), what, str(tmp_path / "big")],
+            env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=True,
+        ).stdout  # fmt: skip
+
+    try:
+        run("make")  # apart: its memory is not the import's
+        importing, exporting = map(float, run("read").split())
+        print(f"above the parameters, in largest tensors: import {importing:.2f}, export {exporting:.2f}")
+        assert importing < 2.5
+        assert exporting < 2.5
+    finally:
+        shutil.rmtree(tmp_path / "big", ignore_errors=True)
