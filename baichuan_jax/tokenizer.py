@@ -197,12 +197,12 @@ def main(words: list[str]) -> int:
     results = {path: stats(Tokenizer(path), documents()) for path in options.model}
     table = Table(
         Column("tokenizer", overflow="fold"),
-        "language",
-        "documents",
+        "lang",
+        "docs",
         "tokens",
         "bytes/\ntoken",
-        "characters/\ntoken",
-        "compression\nrate",
+        "chars/\ntoken",
+        "compr.\nrate",
     )
     for path, languages in results.items():
         for language, f in languages.items():
