@@ -31,8 +31,10 @@ def open_tensors(folder: Path) -> Tensors:
         (_Torch, "pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).is_file():
-            weights: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weights.values()))
+            try:
+                files = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{folder / index} is no index of shards: {error!r}") from None
             missing = [name for name in files if not (folder / name).is_file()]
             if missing:
                 raise ConfigError(f"{folder / index} names files that are not there: {', '.join(missing)}")
@@ -52,16 +54,24 @@ class _Safetensors:
                 length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
                 if length > size - 8:
                     raise ConfigError(f"{file} is cut short or no safetensors file: {size} bytes, header of {length}")
-                header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            for name, tensor in header.items():
-                if tensor["dtype"] not in DTYPES:
-                    raise ConfigError(f"{file}: {name} is {tensor['dtype']}; expected one of {', '.join(DTYPES)}")
-                start, stop = tensor["data_offsets"]
+                content = stream.read(length)
+            try:
+                header: dict[str, Any] = json.loads(content)
+                header.pop("__metadata__", None)
+                tensors = {name: (x["dtype"], tuple(x["shape"]), *x["data_offsets"]) for name, x in header.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{file} is damaged or no safetensors file: its header is unreadable ({error!r})") from None
+            for name, (dtype, shape, start, stop) in tensors.items():
+                if dtype not in DTYPES:
+                    raise ConfigError(f"{file}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
                 if 8 + length + stop > size:
                     raise ConfigError(f"{file} is cut short: {name} ends at byte {8 + length + stop} of {size}")
-                self.shapes[name] = tuple(tensor["shape"])
-                self._where[name] = (file, DTYPES[tensor["dtype"]], 8 + length + start)
+                if stop - start != int(np.prod(shape)) * DTYPES[dtype].itemsize:
+                    raise ConfigError(f"{file} is damaged: {name} {shape} {dtype} has {stop - start} bytes")
+                if name in self.shapes:
+                    raise ConfigError(f"{name} stands in {self._where[name][0].name} and again in {file}")
+                self.shapes[name] = shape
+                self._where[name] = (file, DTYPES[dtype], 8 + length + start)
 
     def read(self, name: str) -> np.ndarray:
         """Copied from the file: pages of a memory map would count as this process's memory for as long as it lives."""
@@ -80,20 +90,28 @@ class _Torch:
             raise ConfigError(
                 f"{files[0]} is a torch file and torch is not installed: pip install torch, or convert it to safetensors"
             ) from None
-        self._tensors: dict[str, Any] = {}
-        for file in files:
-            try:
-                self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # torch raises what it will for a damaged file
-                raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self._torch = torch
+        self._where: dict[str, Path] = {}
+        self.shapes = {}
+        for file in files:
+            for name, tensor in self._load(file).items():
+                if name in self.shapes:
+                    raise ConfigError(f"{name} stands in {self._where[name].name} and again in {file}")
+                self.shapes[name] = tuple(tensor.shape)
+                self._where[name] = file
+
+    def _load(self, file: Path) -> dict[str, Any]:
+        try:
+            return self._torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises what it will for a damaged file
+            raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        """Copied out of a memory map of its own: one kept for all tensors would grow to the size of the file."""
+        tensor = self._load(self._where[name])[name]
         if tensor.dtype == self._torch.bfloat16:
-            return tensor.contiguous().view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+            return tensor.contiguous().view(self._torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+        return tensor.numpy().copy()
 
 
 def write_safetensors(

@@ -6,6 +6,11 @@
 Also: the share of the measured matrix-product peak, and what the training loop adds to its compiled step.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+
 import argparse
 import dataclasses
 import json
@@ -13,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np

@@ -3,11 +3,15 @@
 python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json FILE]
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+
 import argparse
 import json
 import statistics
 import tempfile
-from pathlib import Path
 
 from matplotlib.figure import Figure
 

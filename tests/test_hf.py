@@ -187,6 +187,35 @@ def test_a_truncated_file_is_named(copy, size):
         import_params(copy)
 
 
+def test_a_damaged_header_is_named(copy):
+    file = copy / "model.safetensors"
+    header, data = read_header(file)
+    file.write_bytes(b"\xff".join([file.read_bytes()[:40], file.read_bytes()[41:]]))
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        import_params(copy)
+    header["model.norm.weight"]["data_offsets"][0] -= 4
+    write_header(file, header, data)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged: model\.norm\.weight \(64,\) F32 has 260 bytes"):
+        import_params(copy)
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path):
+    shutil.copytree(TINY / "sharded", tmp_path / "sharded")
+    shutil.copy(
+        tmp_path / "sharded" / "model-00001-of-00002.safetensors", tmp_path / "sharded" / "model-00002-of-00002.safetensors"
+    )
+    with pytest.raises(ConfigError, match="and again in"):
+        open_tensors(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_index_is_named(tmp_path, content):
+    shutil.copytree(TINY / "sharded", tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is no index"):
+        open_tensors(tmp_path / "sharded")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     shutil.copytree(TINY / "sharded", tmp_path / "sharded")
     (tmp_path / "sharded" / "model-00002-of-00002.safetensors").unlink()
