@@ -64,16 +64,12 @@ def start(config: Path, run_dir: Path, *words: str, devices: int = 1, **variable
         )
 
 
-def run(config: Path, run_dir: Path, *words: str, expect: int = 0, devices: int = 1) -> str:
+def run(config: Path, run_dir: Path, *words: str, expect: int = 0, devices: int = 1, cwd: Path | None = None) -> str:
     """Run to its end; its output. Fails where the exit code is another than expected."""
     done = subprocess.run(
-        command(config, run_dir, *words),
-        env=environment(devices),
-        cwd=run_dir.parent,
-        capture_output=True,
-        text=True,
+        command(config, run_dir, *words), env=environment(devices), cwd=cwd or run_dir.parent, capture_output=True, text=True,
         timeout=240,
-    )
+    )  # fmt: skip
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 

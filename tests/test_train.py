@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from launches import kill, lines, losses, run, start, start_all, wait_all, wait_for_step, write_config
+from launches import REPOSITORY, kill, lines, losses, run, start, start_all, wait_all, wait_for_step, write_config
 
 from baichuan_jax.config import ConfigError, load_config
 from baichuan_jax.run import Run
@@ -196,3 +196,16 @@ def test_out_of_memory_keeps_a_profile_and_names_what_would_fit(config, tmp_path
     assert "--train.micro_batch_size 2 (now 4)" in output
     assert "Traceback" not in output
     assert (folder / "memory.prof").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_bfloat16_ends_within_half_a_percent_of_float32(tmp_path):
+    """Sixty steps of the tiny configuration: the original's mixed precision without loss."""
+    ends = {}
+    for dtype in ("float32", "bfloat16"):
+        run(
+            REPOSITORY / "configs" / "tiny.yaml", tmp_path / dtype, "--model.dtype", dtype, "--train.num_steps", "60",
+            "--optimizer.warmup_steps", "10", "--data.cache_dir", str(tmp_path / "cache"), cwd=REPOSITORY,
+        )  # fmt: skip
+        ends[dtype] = Run(tmp_path / dtype).curve("eval_loss")[60]
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=5e-3)
