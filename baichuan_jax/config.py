@@ -426,7 +426,8 @@ def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Confi
 
 def _check_file(path: str | os.PathLike) -> None:
     file = Path(path)
-    _require(file.is_file(), f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
+    if not file.is_file():
+        raise ConfigError(f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
