@@ -95,6 +95,15 @@ def test_compiling_the_blocks_differently_changes_nothing(tiny_config, tokens, s
     assert_same(run(with_settings(tiny_config, model=change), (1, 1, 1, 1), tokens), single(tiny_config, tokens))
 
 
+def abstract_state(steps):
+    """Shapes and places of a state, to compile for without having one."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        steps.state_shapes,
+        steps.state_shardings,
+    )
+
+
 def loops_and_collectives(text: str) -> dict[str, list[str]]:
     """Computation name -> replica groups of its all-reduces, from HLO text."""
     found: dict[str, list[str]] = {}
@@ -112,11 +121,21 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
     config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
-    text = steps.train.lower(steps.state_shapes, batch, steps.stop_flag(False)).compile().as_text()
+    text = steps.train.lower(abstract_state(steps), batch, steps.stop_flag(False)).compile().as_text()
     reductions = loops_and_collectives(text)
     assert reductions
     entry = re.search(r"ENTRY %?([\w.\-]+)", text)[1]
     assert set(reductions) == {entry}
+
+
+def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
+    """A tensor axis cuts heads, so nothing is exchanged between devices in a block; and XLA never gathers what it cannot place."""
+    config, steps = build(tiny_config, (2, 2, 1, 2))
+    batch = batch_of(config, steps, tokens[0])
+    text = steps.train.lower(abstract_state(steps), batch, steps.stop_flag(False)).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-to-all" not in text
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, tokens, mesh_steps):
