@@ -23,7 +23,8 @@ import orbax.checkpoint as ocp
 import yaml
 from jax.experimental import multihost_utils
 
-from baichuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig, dump_config
+from baichuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig
+from baichuan_jax.config_file import dump_config
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.sharding import Layout
 

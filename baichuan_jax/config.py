@@ -3,24 +3,17 @@
 Every setting stands here with its default, which is the original Baichuan-7B's where the original had one.
 """
 
-import argparse
-import dataclasses
-import difflib
-import os
-import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import jsonargparse
-import yaml
 
 
 class ConfigError(ValueError):
     """A setting or an input that cannot be right; commands leave with exit code 78 and do not restart."""
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with this message unless the condition holds."""
     if not holds:
         raise ConfigError(message)
 
@@ -28,7 +21,7 @@ def _require(holds: bool, message: str) -> None:
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{section}.{name}={value} must be greater than 0")
+        require(value > 0, f"{section}.{name}={value} must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -70,17 +63,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "rope_theta")
-        _require(
+        require(
             self.hidden_size % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
             "choose a number of heads that does",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"head_dim = hidden_size/num_heads = {self.hidden_size}/{self.num_heads} = {self.head_dim} is odd; "
             "the rotary embedding turns pairs of channels",
         )
-        _require(
+        require(
             self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
             f"model.pad_token_id={self.pad_token_id} is outside the vocabulary of model.vocab_size={self.vocab_size}",
         )
@@ -109,8 +102,8 @@ class TrainConfig:
         _positive("train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size")
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
-        _require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
-        _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
+        require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
+        require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -136,11 +129,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "learning_rate", "eps", "clip_norm")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
-        _require(
+            require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+        require(
             0 <= self.final_learning_rate_ratio <= 1,
             f"optimizer.final_learning_rate_ratio={self.final_learning_rate_ratio} must lie in [0, 1]",
         )
@@ -172,7 +165,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
             for path, weight in getattr(self, name).items():
-                _require(weight > 0, f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0")
+                require(weight > 0, f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -193,7 +186,7 @@ class MeshConfig:
         return (self.data, self.fsdp, self.context, self.tensor)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             all(size > 0 or size == -1 for size in self.shape) and self.shape.count(-1) <= 1,
             f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive, one of them -1 at most",
         )
@@ -203,7 +196,7 @@ class MeshConfig:
         known = 1
         for size in self.shape:
             known *= size if size > 0 else 1
-        _require(
+        require(
             num_devices % known == 0 if -1 in self.shape else num_devices == known,
             f"mesh (data, fsdp, context, tensor)={self.shape} needs {'a multiple of ' if -1 in self.shape else ''}{known} "
             f"devices and there are {num_devices}; set mesh.* so that the product is {num_devices}",
@@ -230,7 +223,7 @@ class CheckpointConfig:
         _positive("checkpoint", self, "every", "keep_last")
         if self.keep_every is not None:
             _positive("checkpoint", self, "keep_every")
-            _require(
+            require(
                 self.keep_every % self.every == 0,
                 f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}: "
                 "nothing would be saved there",
@@ -272,7 +265,7 @@ class ProfileConfig:
     """[first, last]: write a jax.profiler trace of these steps. SIGUSR1 traces the next three."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]),
             f"profile.steps={self.steps} must be [first, last] with 1 <= first <= last",
         )
@@ -311,13 +304,13 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.optimizer.warmup_steps <= self.train.num_steps,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds train.num_steps={self.train.num_steps}; "
             "the peak learning rate would never be reached",
         )
         if self.tokenizer.path is None:
-            _require(
+            require(
                 self.tokenizer.vocab_size <= self.model.vocab_size,
                 f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's "
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size}; raise the one or lower the other",
@@ -339,118 +332,22 @@ class Config:
             ("model.hidden_size", self.model.hidden_size, "fsdp", mesh.fsdp),
             ("train.context_length", self.train.context_length, "context", mesh.context),
         ):
-            _require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
+            require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
         self.accumulation_steps(mesh)
 
     def accumulation_steps(self, mesh: MeshConfig) -> int:
         """Micro-batches in a step on a resolved mesh. Raises ConfigError where the batch does not divide."""
         rows, batch = mesh.data * mesh.fsdp, self.train.global_batch_size
-        _require(
+        require(
             batch % rows == 0,
             f"mesh.data x mesh.fsdp = {mesh.data} x {mesh.fsdp} = {rows} does not divide train.global_batch_size={batch}",
         )
         if self.train.micro_batch_size is None:
             return 1
         micro = self.train.micro_batch_size * rows
-        _require(
+        require(
             batch % micro == 0,
             f"train.micro_batch_size={self.train.micro_batch_size} on {rows} batch shards makes {micro} rows, "
             f"which does not divide train.global_batch_size={batch}",
         )
         return batch // micro
-
-
-def _keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings, and of the sections that hold them."""
-    names = []
-    for item in fields(cls):
-        names.append(prefix + item.name)
-        if is_dataclass(item.type):
-            names += _keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
-    return names
-
-
-KEYS = _keys(Config)
-
-
-def _refuse_unknown(keys: list[str], source: str) -> None:
-    for key in keys:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
-
-
-def _file_keys(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted names that a parsed YAML file sets, down to the settings' own values."""
-    keys = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        section = any(known.startswith(name + ".") for known in KEYS)
-        if section and not isinstance(value, dict):
-            raise ConfigError(f"{name} is a section of settings and was given {value!r}; write its settings below it")
-        keys += _file_keys(value, name + ".") if section else [name]
-    return keys
-
-
-def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    """The command-line parser of every command that takes a whole Config."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Config:
-    """A Config from command-line words. Raises ConfigError; --help and --print_config print and leave."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(words)[0].config
-    if path is not None:
-        _check_file(path)
-    for word in words:
-        if match := re.match(r"--([^=]+)", word):
-            key = match[1].rstrip("+")
-            if key not in ("help", "config", "print_config"):
-                _refuse_unknown([key], "command line")
-    try:
-        namespace = parser.parse_args(words)
-        namespace.pop("config")
-        config = Config(**parser.instantiate(namespace).as_dict())
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    if config.run_dir is None:
-        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
-    return config
-
-
-def _check_file(path: str | os.PathLike) -> None:
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
-    _require(isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}")
-    _refuse_unknown(_file_keys(tree), str(path))
-
-
-def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file of settings, then overrides such as "train.num_steps=60". Raises ConfigError."""
-    words = []
-    for override in overrides or []:
-        _require("=" in override, f"override {override!r} must read name=value, such as train.num_steps=60")
-        words.append("--" + override.removeprefix("--"))
-    return parse_config(make_parser("load_config", ""), ["--config", os.fspath(path), *words])
-
-
-def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, in the order of the dataclasses."""
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-        return value
-
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)

@@ -20,7 +20,8 @@ import jax
 from flax import nnx
 
 from baichuan_jax.checkpoint import Checkpoints, load_params
-from baichuan_jax.config import Config, ConfigError, ModelConfig, dump_config, make_parser, parse_config
+from baichuan_jax.config import Config, ConfigError, ModelConfig
+from baichuan_jax.config_file import dump_config, make_parser, parse_config
 from baichuan_jax.console import Display, Progress
 from baichuan_jax.data.loader import Loader, validation_batches
 from baichuan_jax.data.prepare import Prepared, prepare

@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig, load_config
+from baichuan_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from baichuan_jax.config_file import load_config
 from baichuan_jax.metrics import flops_per_token, measure_matmul_flops
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps

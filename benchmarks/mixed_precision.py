@@ -15,7 +15,7 @@ import tempfile
 
 from matplotlib.figure import Figure
 
-from baichuan_jax.config import load_config
+from baichuan_jax.config_file import load_config
 from baichuan_jax.train import train
 
 

@@ -13,7 +13,7 @@ FILES = {
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "files", "resilience.exits", "resilience"},
+    {"config", "config_file", "files", "resilience.exits", "resilience"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
     {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
     {"model"},

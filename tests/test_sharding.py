@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, load_config
+from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig
+from baichuan_jax.config_file import load_config
 from baichuan_jax.model import abstract_model
 from baichuan_jax.sharding import AXES, RULES, Layout, activate, constrain, crosses_nodes, initialize_processes, make_mesh
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from launches import REPOSITORY, kill, lines, losses, run, start, start_all, wait_all, wait_for_step, write_config
 
-from baichuan_jax.config import ConfigError, load_config
+from baichuan_jax.config import ConfigError
+from baichuan_jax.config_file import load_config
 from baichuan_jax.run import Run
 from baichuan_jax.train import main, train
 

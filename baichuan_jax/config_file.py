@@ -1,0 +1,111 @@
+"""A Config from YAML files and command-line words, and back; misspelt settings are refused with the nearest right name."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from baichuan_jax.config import Config, ConfigError, require
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, and of the sections that hold them."""
+    names = []
+    for item in fields(cls):
+        names.append(prefix + item.name)
+        if is_dataclass(item.type):
+            names += _keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return names
+
+
+KEYS = _keys(Config)
+
+
+def _refuse_unknown(keys: list[str], source: str) -> None:
+    for key in keys:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
+
+
+def _file_keys(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted names that a parsed YAML file sets, down to the settings' own values."""
+    keys = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        section = any(known.startswith(name + ".") for known in KEYS)
+        if section and not isinstance(value, dict):
+            raise ConfigError(f"{name} is a section of settings and was given {value!r}; write its settings below it")
+        keys += _file_keys(value, name + ".") if section else [name]
+    return keys
+
+
+def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """The command-line parser of every command that takes a whole Config."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Config:
+    """A Config from command-line words. Raises ConfigError; --help and --print_config print and leave."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(words)[0].config
+    if path is not None:
+        _check_file(path)
+    for word in words:
+        if match := re.match(r"--([^=]+)", word):
+            key = match[1].rstrip("+")
+            if key not in ("help", "config", "print_config"):
+                _refuse_unknown([key], "command line")
+    try:
+        namespace = parser.parse_args(words)
+        namespace.pop("config")
+        config = Config(**parser.instantiate(namespace).as_dict())
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    if config.run_dir is None:
+        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
+    return config
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    require(isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}")
+    _refuse_unknown(_file_keys(tree), str(path))
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file of settings, then overrides such as "train.num_steps=60". Raises ConfigError."""
+    words = []
+    for override in overrides or []:
+        require("=" in override, f"override {override!r} must read name=value, such as train.num_steps=60")
+        words.append("--" + override.removeprefix("--"))
+    return parse_config(make_parser("load_config", ""), ["--config", os.fspath(path), *words])
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, in the order of the dataclasses."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return value
+
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
