@@ -26,6 +26,8 @@ def _positive(section: str, config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model: Baichuan-7B's sizes by default."""
+
     vocab_size: int = 64000
     """Rows of the embedding and columns of the head; at least the tokenizer's pieces."""
     hidden_size: int = 4096
@@ -81,6 +83,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Steps, batch and loss."""
+
     num_steps: int = 286_000
     """Optimiser steps of the whole run, where the schedule ends. The default makes 1.2T tokens."""
     context_length: int = 4096
@@ -108,6 +112,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
     learning_rate: float = 3e-4
     """Peak, reached after the warm-up."""
     final_learning_rate_ratio: float = 0.1
@@ -141,6 +147,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """The tokenizer."""
+
     path: str | None = None
     """A SentencePiece model. null: one is trained on the training text at first use."""
     vocab_size: int = 8192
@@ -149,6 +157,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Corpora, and how they become rows of tokens."""
+
     train: dict[str, float] = field(default_factory=dict)
     """Corpora and their sampling weights: globs of text or JSONL files (also .gz, .zst), or folders of packed rows."""
     validation: dict[str, float] = field(default_factory=dict)
@@ -206,12 +216,16 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
+    """Implementations of operators."""
+
     attention: Literal["auto", "reference", "blockwise", "cudnn"] = "auto"
     """Implementation of attention; a forced one that cannot serve raises."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When to save and what to keep."""
+
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 3
@@ -232,6 +246,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The validation loss."""
+
     every: int = 500
     """Steps between validation losses; the last step is always evaluated."""
     num_batches: int = 16
@@ -243,6 +259,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """Texts that the finished model writes."""
+
     prompts: list[str] = field(default_factory=list)
     """Texts that the finished model continues."""
     max_new_tokens: int = 48
@@ -251,6 +269,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
+    """Where figures go."""
+
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb_project: str | None = None
@@ -261,6 +281,8 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
+    """Profiler traces."""
+
     steps: list[int] = field(default_factory=list)
     """[first, last]: write a jax.profiler trace of these steps. SIGUSR1 traces the next three."""
 
@@ -285,6 +307,8 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A run: its folder, and a section for each part."""
+
     run_dir: str | None = None
     """Folder of the run: configuration, metrics, checkpoints. null: runs/ and the configuration file's name."""
     init_from: str | None = None

@@ -50,7 +50,8 @@ def _file_keys(tree: Any, prefix: str = "") -> list[str]:
 def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     """The command-line parser of every command that takes a whole Config."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    usage = f"{prog} --config FILE [--SETTING VALUE ...]"
+    parser = jsonargparse.ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
     parser.add_class_arguments(Config)
     return parser
