@@ -72,7 +72,7 @@ def _make_figure(**settings: Any) -> Any:
     return Shown(**settings)
 
 
-def _smooth(values: list[float], share: float = 0.03) -> list[float]:
+def _smooth(values: list[float], share: float = 0.015) -> list[float]:
     """Exponential mean over about this share of the curve, corrected for its start."""
     keep = math.exp(-1 / max(1.0, share * len(values)))
     mean, weight, out = 0.0, 0.0, []

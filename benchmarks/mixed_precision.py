@@ -47,7 +47,7 @@ def main() -> None:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
         for (dtype, curve), style in zip(curves.items(), ("-", "--"), strict=True):
-            axes.plot(list(curve), list(curve.values()), style, label=f"{dtype}, end {ends[dtype]:.4f}")
+            axes.plot(list(curve), list(curve.values()), style, label=f"{dtype}, validation at the end {ends[dtype]:.4f}")
         axes.set(xlabel="step", ylabel="training loss (nats per token)", title="tiny configuration")
         axes.grid(alpha=0.3)
         axes.legend()
