@@ -68,7 +68,7 @@ def run(config: Path, run_dir: Path, *words: str, expect: int = 0, devices: int 
     """Run to its end; its output. Fails where the exit code is another than expected."""
     done = subprocess.run(
         command(config, run_dir, *words), env=environment(devices), cwd=cwd or run_dir.parent, capture_output=True, text=True,
-        timeout=240,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
