@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from baichuan_jax.config import ConfigError
-from baichuan_jax.hf import load_pretrained
+from baichuan_jax.hf import load_pretrained, tokenizer_file
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.tokenizer import Tokenizer
@@ -259,11 +259,10 @@ class _Stream:
 
 def find_tokenizer(checkpoint: Path | str) -> Tokenizer:
     """The tokenizer.model beside a checkpoint or in the folders above it (a run's folder). Raises ConfigError."""
-    path = Path(checkpoint).absolute()
-    for folder in (path, *path.parents[:2]):
-        if (folder / "tokenizer.model").is_file():
-            return Tokenizer(folder / "tokenizer.model")
-    raise ConfigError(f"there is no tokenizer.model in {path} or the two folders above it; give --tokenizer FILE")
+    path = tokenizer_file(checkpoint)
+    if path is None:
+        raise ConfigError(f"there is no tokenizer.model in {checkpoint} or the two folders above it; give --tokenizer FILE")
+    return Tokenizer(path)
 
 
 def main(words: list[str]) -> int:

@@ -273,6 +273,13 @@ def load_pretrained(path: Path | str, dtype: Literal["float32", "bfloat16"] = "f
     return nnx.merge(graphdef, params)
 
 
+def tokenizer_file(checkpoint: Path | str) -> Path | None:
+    """The tokenizer.model in a checkpoint's folder or in one of the two above it (a run's), or None."""
+    path = Path(checkpoint).absolute()
+    files = (folder / "tokenizer.model" for folder in (path, *path.parents[:2]))
+    return next((file for file in files if file.is_file()), None)
+
+
 def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0])
@@ -297,9 +304,9 @@ def main(words: list[str]) -> int:
             shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
     else:
         config, params = load_params(options.checkpoint)
-        above = [Path(options.checkpoint).absolute(), *Path(options.checkpoint).absolute().parents[:2]]
-        tokenizer = next((p / "tokenizer.model" for p in above if (p / "tokenizer.model").exists()), None)
-        export(params, config, options.output, dtype=options.dtype, form=options.form, tokenizer=tokenizer)
+        export(
+            params, config, options.output, dtype=options.dtype, form=options.form, tokenizer=tokenizer_file(options.checkpoint)
+        )
     print(f"wrote {options.output}")
     return 0
 
