@@ -124,8 +124,11 @@ class Transformer(nnx.Module):
         def body(x_BTD, layer):
             return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
 
-        unroll = 1 if config.scan_layers else config.num_layers
-        x_BTD, _ = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BT), layers, unroll=unroll)
+        x_BTD, body = self._embed(tokens_BT), _remat(body, config.remat)
+        if config.scan_layers:
+            x_BTD, _ = jax.lax.scan(body, x_BTD, layers)
+        else:
+            x_BTD = _unrolled(body, x_BTD, layers)
         return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
 
     def extend(self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
@@ -148,13 +151,16 @@ class Transformer(nnx.Module):
         return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        # Gathered from the float32 table, then cast: the gradient's scatter-add is float32 (in bfloat16 it is slow and inexact).
-        table_VD = constrain(self.embedding[...], "vocab", "hidden")
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        # Every device looks up its columns for the rows of its whole fsdp group, and one all-to-all turns columns into rows: a group
+        # moves the activations of its rows instead of the table. Looked up in float32, then cast: the gradient's scatter-add is
+        # float32 (in bfloat16 it is slow and inexact).
+        tokens_BT = constrain(tokens_BT, "group", "length")
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
         if self.config.pad_token_id is not None:
             padding = (tokens_BT == self.config.pad_token_id)[..., None]
             x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
-        return constrain(x_BTD.astype(self.config.dtype), "batch", "length", "hidden")
+        x_BTD = constrain(x_BTD.astype(self.config.dtype), "group", "length", "embed")
+        return constrain(x_BTD, "batch", "length", "hidden")
 
     def head(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
@@ -199,6 +205,40 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
+    """Apply the blocks one after the other: no stack of saved activations is written, and the compiler sees all of them at once.
+
+    In the backward pass a block waits until the gradients of the second block after it are reduced. Left free, XLA's scheduler puts
+    every reduction behind the last block, where no compute hides them.
+    """
+    variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    axes = [variable.get_metadata()["axes"][1:] for variable in variables]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    blocks = [jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(count)]
+    for i in range(count):
+        x_BTD, _ = body(x_BTD, blocks[i])
+        if i + 2 < count:
+            x_BTD, blocks[i + 2] = _reduced_first(x_BTD, blocks[i + 2], axes)
+    return x_BTD
+
+
+def _reduced_first(x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]) -> tuple[jax.Array, nnx.State]:
+    """Both as they are; backward, the gradient of x goes on only when the block's gradients lie as its parameters do."""
+
+    @jax.custom_vjp
+    def identity(x_BTD, block):
+        return x_BTD, block
+
+    def backward(_, gradients):
+        dx_BTD, dblock = gradients
+        arrays, structure = jax.tree.flatten(dblock)
+        reduced = [constrain(array, *names) for array, names in zip(arrays, axes, strict=True)]
+        return jax.lax.optimization_barrier((dx_BTD, jax.tree.unflatten(structure, reduced)))
+
+    identity.defvjp(lambda x_BTD, block: ((x_BTD, block), None), backward)
+    return identity(x_BTD, block)
 
 
 def _remat(body, policy: str):
