@@ -69,7 +69,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     """Build the step functions. Raises ConfigError where the mesh does not divide model or batch."""
     layout = Layout(mesh)
     config.check_mesh(dataclasses.replace(config.mesh, **mesh.shape))
-    graphdef, param_shapes, axes = abstract_model(config.model, config.kernels.attention)
+    graphdef, param_shapes, axes = abstract_model(config.model, config.kernels)
     optimizer = make_optimizer(config.optimizer)
     param_shardings = jax.tree.map(lambda _, names: layout.sharding(*names), param_shapes, axes)
     scalar = NamedSharding(mesh, P())

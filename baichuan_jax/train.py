@@ -29,7 +29,7 @@ from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.files import write_atomically
 from baichuan_jax.generate import Generator
 from baichuan_jax.hf import import_params, read_config
-from baichuan_jax.kernels import choose_attention
+from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.metrics import Clock, Throughput, Writer, peak_flops, peak_memory_gib, seconds_since_process_start
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.exits import PREEMPTED, NumericsError, run_command, signals
@@ -57,7 +57,7 @@ def _train(config: Config, clock: Clock) -> Run:
         mesh = make_mesh(config.mesh)
         config = dataclasses.replace(config, mesh=config.mesh.resolve(mesh.size))
         config.check_mesh(config.mesh)
-        kernel = _choose_kernel(config)
+        kernels = _choose_kernels(config)
         first = jax.process_index() == 0
         display = Display(active=first)
         steps = make_steps(config, mesh)
@@ -68,7 +68,7 @@ def _train(config: Config, clock: Clock) -> Run:
     trainer = Trainer(config, run, steps, prepared, clock, writer, display)
     try:
         with clock("start"):
-            trainer.describe(flags, kernel)
+            trainer.describe(flags, kernels)
             trainer.restore_or_start()
         with signals(trainer.ask_to_stop, trainer.ask_for_trace):
             completed = trainer.loop()
@@ -87,12 +87,16 @@ def _train(config: Config, clock: Clock) -> Run:
     return run
 
 
-def _choose_kernel(config: Config) -> tuple[str, str]:
-    """The attention that will run, and why. Raises ConfigError where a forced one cannot."""
-    return choose_attention(
-        config.kernels.attention, backend=jax.devices()[0].platform, dtype=config.model.dtype, masked=config.data.document_mask,
-        length=config.train.context_length, context=config.mesh.context,
-    )  # fmt: skip
+def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
+    """The implementation of each operator that will run, and why. Raises ConfigError where a forced one cannot."""
+    model, device = config.model, jax.devices()[0]
+    return {
+        "attention": choose_attention(
+            config.kernels.attention, device=device, dtype=model.dtype, head_dim=model.head_dim, masked=config.data.document_mask,
+            length=config.train.context_length, context=config.mesh.context,
+        ),
+        "rms_norm": choose_rms_norm(config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size),
+    }  # fmt: skip
 
 
 def _is_complete(config: Config, run: Run) -> bool:
@@ -151,17 +155,19 @@ class Trainer:
     def ask_for_trace(self) -> None:
         self.trace_requested = True
 
-    def describe(self, flags: dict[str, str], attention: tuple[str, str]) -> None:
+    def describe(self, flags: dict[str, str], kernels: dict[str, tuple[str, str]]) -> None:
         """Say and record what this launch runs on and what it chose."""
         mesh = self.steps.layout.mesh
         rows = {str(rows.path): len(rows) for rows, _ in self.prepared.train}
         tokens = sum(rows.values()) * self.config.train.context_length
         say_start(
-            self.display, self.config, mesh, text_tokens=tokens, attention=attention, mfu_of=self.peak_source, flags=flags
+            self.display, self.config, mesh, text_tokens=tokens, kernels=kernels, mfu_of=self.peak_source, flags=flags
         )  # fmt: skip
+        chosen = {operator: name for operator, (name, _) in kernels.items()}
+        reasons = {f"{operator}_reason": reason for operator, (_, reason) in kernels.items()}
         self.writer.event(
             "started", jax=jax.__version__, device=mesh.devices.flat[0].device_kind, devices=mesh.size,
-            processes=jax.process_count(), mesh=dict(mesh.shape), attention=attention[0], attention_reason=attention[1],
+            processes=jax.process_count(), mesh=dict(mesh.shape), **chosen, **reasons,
             xla_flags=list(flags), mfu_of=self.peak_source, parameters=self.config.model.num_parameters,
             tokenizer=self.prepared.tokenizer.hash, rows=rows, unigram_entropy=self.entropy,
         )  # fmt: skip
@@ -377,7 +383,7 @@ class Trainer:
         if jax.process_count() > 1:
             self.display.say("no samples: the model lies on several processes; use python -m baichuan_jax.generate")
             return {}
-        graphdef, _, _ = abstract_model(self.config.model, self.config.kernels.attention)
+        graphdef, _, _ = abstract_model(self.config.model, self.config.kernels)
         generator = Generator(nnx.merge(graphdef, self.state.params))
         texts = generator.generate(
             self.prepared.tokenizer, sample.prompts, max_new_tokens=sample.max_new_tokens, temperature=0.8, top_p=0.9,
