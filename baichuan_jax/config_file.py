@@ -84,6 +84,8 @@ def parse_command(
         namespace = parser.parse_args(words)
         namespace.pop("config")
         options = {name: namespace.pop(name) for name in own}
+        for section in {name.split(".")[0] for name in own if "." in name}:
+            namespace.pop(section, None)  # empty now
         config = Config(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None

@@ -5,8 +5,6 @@ Nothing here is measured on the machine that runs it: the rates are shares of wh
 measurements (docs/plan.md tells which, and how well the others are foretold).
 """
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +83,8 @@ class Prediction:
     collectives: list[Collective]
     matmul_flops: float
     kernel_flops: float
+    kernels: dict[str, int]
+    """Calls of our kernels in the program's text, by name."""
     unknown: dict[str, int]
     """Custom calls and loops that could not be counted, and how often."""
 
@@ -93,13 +93,21 @@ class Prediction:
         return sum(item.exposed_seconds for item in self.collectives)
 
 
-# Seconds and operations of a kernel call that is none of XLA's own, or None: unknown.
-KernelCost = Callable[[Computation, Instruction], tuple[float, float] | None]
+# Causal matrix products of the attention kernels, by the scope in which they stand, and the share of the peak that bounds them:
+# docs/kernels.md for Triton, from their own instructions (python -m baichuan_jax.kernels); splash attention on TPU: predicted as Triton's.
+KERNELS = {
+    "attention_forward": (2, 0.60),
+    "attention_dkv": (4, 0.50),
+    "attention_dq": (3, 0.50),
+    "splash_mha_fwd": (2, 0.60),
+    "splash_mha_dkv": (5, 0.50),
+    "splash_mha_dq": (3, 0.50),
+}
 
 
-def predict(program: Program, mesh: Mesh, topology: Topology, rates: Rates, kernel_cost: KernelCost) -> Prediction:
+def predict(program: Program, mesh: Mesh, topology: Topology, rates: Rates) -> Prediction:
     """Run the schedule of a compiled step on paper. mesh: the one it was compiled for."""
-    return _Simulation(program, mesh, topology, rates, kernel_cost).run()
+    return _Simulation(program, mesh, topology, rates).run()
 
 
 @dataclass
@@ -108,7 +116,6 @@ class _Simulation:
     mesh: Mesh
     topology: Topology
     rates: Rates
-    kernel_cost: KernelCost
     now: float = 0.0
     link_free: dict[str, float] = field(default_factory=lambda: {"intra_node": 0.0, "inter_node": 0.0})
     """When each link has ended all that it was given; the two serve different collectives at the same time."""
@@ -117,6 +124,7 @@ class _Simulation:
     collectives: dict[str, Collective] = field(default_factory=dict)
     in_flight: dict[str, tuple[Collective, float]] = field(default_factory=dict)
     costs: dict[tuple[str, str], tuple[str, float, float]] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> Prediction:
@@ -124,7 +132,7 @@ class _Simulation:
         found = list(self.collectives.values())
         return Prediction(
             self.now, self.spent["matmul"], self.spent["memory"], self.spent["kernel"], self.spent["contention"], found,
-            self.flops["matmul"], self.flops["kernel"], self.unknown,
+            self.flops["matmul"], self.flops["kernel"], self.kernels, self.unknown,
         )  # fmt: skip
 
     def _computation(self, computation: Computation, depth: int) -> None:
@@ -165,11 +173,7 @@ class _Simulation:
     def _cost(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
         hardware, rates = self.topology.hardware, self.rates
         if instruction.opcode == "custom-call" and not instruction.target.startswith("__cublas"):
-            cost = self.kernel_cost(computation, instruction)
-            if cost is not None:
-                return "kernel", cost[0] + rates.launch_us * 1e-6, cost[1]
-            if self.program.traffic(computation, instruction):
-                self._count_unknown(f"custom call {instruction.target}")
+            return self._kernel(computation, instruction)
         flops = self.program.flops(computation, instruction)
         by_memory = self.program.traffic(computation, instruction) / (hardware.memory_bandwidth * 1e9 * rates.memory)
         by_matmul = flops / (hardware.peak_tflops * 1e12 * rates.matmul)
@@ -177,6 +181,24 @@ class _Simulation:
             return "memory", 0.0, 0.0
         bound = "matmul" if flops else "memory"
         return bound, max(by_memory, by_matmul) + rates.launch_us * 1e-6, flops
+
+    def _kernel(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
+        """A Triton or Pallas kernel: its products against its own bound, or its traffic."""
+        hardware, rates = self.topology.hardware, self.rates
+        name = next((name for name in (*KERNELS, "rms_norm") if name in instruction.op_name), None)
+        traffic = self.program.traffic(computation, instruction)
+        by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
+        if name is None:
+            if traffic:
+                self._count_unknown(f"custom call {instruction.target} (its traffic alone is counted)")
+            return "memory", by_memory, 0.0
+        self.kernels[name] = self.kernels.get(name, 0) + 1
+        if name not in KERNELS:
+            return "kernel", by_memory + rates.launch_us * 1e-6, 0.0
+        products, share = KERNELS[name]
+        flops = causal_attention_flops(first_shape(computation, instruction), products)
+        by_products = flops / (hardware.peak_tflops * 1e12 * share)
+        return "kernel", max(by_memory, by_products) + rates.launch_us * 1e-6, flops
 
     def _count_unknown(self, what: str) -> None:
         self.unknown[what] = self.unknown.get(what, 0) + 1
@@ -259,7 +281,3 @@ def first_shape(computation: Computation, instruction: Instruction) -> tuple[int
     """Dimensions of an instruction's first operand."""
     return shape_arrays(computation.shape_of(instruction.operands[0]))[0][1]
 
-
-def with_rates(rates: Rates, **changes: float) -> Rates:
-    """The rates with some replaced."""
-    return dataclasses.replace(rates, **changes)

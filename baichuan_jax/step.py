@@ -60,9 +60,12 @@ class Steps:
 
     def stop_flag(self, stop: bool) -> jax.Array:
         """This process's word on whether to stop: [devices] int32. The step's metric `stop` is 1 where any process's is."""
-        sharding = NamedSharding(self.layout.mesh, P(AXES))
         value = np.full(1, stop, np.int32)
-        return jax.make_array_from_callback((self.layout.mesh.size,), sharding, lambda _: value)
+        return jax.make_array_from_callback((self.layout.mesh.size,), self.stop_sharding, lambda _: value)
+
+    @property
+    def stop_sharding(self) -> NamedSharding:
+        return NamedSharding(self.layout.mesh, P(AXES))
 
 
 def make_steps(config: Config, mesh: Mesh) -> Steps:

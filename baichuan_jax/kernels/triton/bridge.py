@@ -53,17 +53,18 @@ def call(
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
     jax_triton, outputs_name = _jax_triton()
-    result = jax_triton.triton_call(
-        *arrays,
-        kernel=kernel,
-        grid=grid,
-        name=name,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=compute_capability(),
-        **{outputs_name: list(outputs)},
-        **constants,
-    )
+    with jax.named_scope(name):  # so that a compiled program tells which kernel a call is
+        result = jax_triton.triton_call(
+            *arrays,
+            kernel=kernel,
+            grid=grid,
+            name=name,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=compute_capability(),
+            **{outputs_name: list(outputs)},
+            **constants,
+        )
     return list(result)
 
 
