@@ -23,7 +23,7 @@ from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION, choose_flags
 
 RESERVED_GIB = 3.5  # of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
-OWN = ("topology", "search", "sweep", "output", "json")
+OWN = ("topology", "search", "sweep", "output", "json", "hlo")
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
 RATES = ("matmul", "memory", "intra_node", "inter_node", "contention")
 
@@ -238,7 +238,10 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
     rates = dataclasses.replace(roofline.rates_for(topology), **options["rates"])
     devices = described_devices(topology)
     if not options["search"]:
-        return report(compile_step(config, devices), topology, rates)
+        compiled = compile_step(config, devices)
+        if options["hlo"]:
+            Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
+        return report(compiled, topology, rates)
     tried, found = [], []
     bar = tqdm(list(candidates(config, topology.num_devices)), desc="compiling candidates", unit="program", disable=None)
     for candidate in bar:
@@ -354,6 +357,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--sweep", choices=("data",), default=None, help="Weak scaling: the same rows a device on 8 to 4,096 devices.")
     parser.add_argument("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
     parser.add_argument("--json", default=None, metavar="FILE", help="Write the report here as well.")
+    parser.add_argument("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
     for name in OVERRIDES:
         parser.add_argument(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's (hardware.py).")
     for name in RATES:

@@ -15,7 +15,7 @@ from baichuan_jax.hardware import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
 GPU_MEMORY_FRACTION = 0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
-RING_LATENCY_US = 10.0  # of one hop between nodes, as nccl-tests shows on InfiniBand for small messages
+RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
 class Settings(NamedTuple):
@@ -53,15 +53,15 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     weights = block // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)  # gathered in the compute type
     shard = weights // mesh.fsdp  # of a layer's gradients, reduced in the compute type
     nodes = max(topology.num_devices // topology.devices_per_node, 1)
-    # Below this size a ring between nodes spends more than a fifth of its time on latency: 2 (n - 1) hops against bytes / bandwidth.
-    least = int(5 * 2 * (nodes - 1) * RING_LATENCY_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
-    reduced = max(shard, min(least, 2 * shard))
+    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five times as long as that.
+    least = int(5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
+    # A block waits for the sums of the second block after it (model.py), so a message never holds more than a layer.
     flags = {
         "--xla_gpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
         "--xla_gpu_enable_pipelined_all_gather=true": "a layer's weights are gathered while the layer before it computes",
         "--xla_gpu_enable_pipelined_reduce_scatter=true": "a layer's gradients are scattered while the next one's are computed",
         "--xla_gpu_enable_pipelined_all_reduce=true": "the same for sums across nodes",
-        "--xla_gpu_experimental_parallel_collective_overlap_limit=4": (
+        "--xla_gpu_experimental_parallel_collective_overlap_limit=3": (
             "a sum across nodes leaves NVLink free: gathers and scatters inside the node go on beside it"
         ),
         "--xla_gpu_enable_while_loop_double_buffering=true": "two layers a turn of the loop, so that pipelining needs no copies",
@@ -69,8 +69,8 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
         f"--xla_gpu_reduce_scatter_combine_threshold_bytes={shard}": (
             f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); the head's go apart, while blocks compute"
         ),
-        f"--xla_gpu_all_reduce_combine_threshold_bytes={reduced}": (
-            f"one message a layer and device: {_mib(shard)}; {nodes} nodes need {_mib(least)} to hide a ring's latency"
+        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard}": (
+            f"one message a layer and device: {_mib(shard)}; a ring of {nodes} nodes wants {_mib(least)} to hide its latency"
         ),
         "--xla_gpu_enable_all_gather_combine_by_dim=false": "all of a layer's weights in one message, whichever axis is cut",
         "--xla_gpu_enable_reduce_scatter_combine_by_dim=false": "all of a layer's gradients in one message",
