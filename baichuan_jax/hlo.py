@@ -47,12 +47,6 @@ class Instruction:
         return re.findall(r"\b(?:calls|body)=%?([\w.\-]+)", self.attributes)
 
     @property
-    def trip_count(self) -> int | None:
-        """Turns of a loop, where the compiler knows them."""
-        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
-
-    @property
     def op_name(self) -> str:
         """The path of the jax operation it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
@@ -88,6 +82,24 @@ class Program:
     computations: dict[str, Computation]
     entry: Computation
 
+    def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+        """Turns of a loop: as the compiler states them, or from its condition `counter < constant`; None: not known."""
+        found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if found:
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        inner = self.computations[condition[1]] if condition else None
+        if inner is None or inner.root.opcode != "compare" or "direction=LT" not in inner.root.attributes:
+            return None
+        counter, limit = (inner.by_name[name] for name in inner.root.operands)
+        index = re.search(r"index=(\d+)", counter.attributes)
+        if limit.opcode != "constant" or index is None:
+            return None
+        state = computation.by_name[loop.operands[0]]
+        start = computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
+        first = int(start.operands[0]) if start is not None and start.opcode == "constant" else 0
+        return int(limit.operands[0]) - first
+
     def walk(self, computation: Computation | None = None, times: int = 1, depth: int = 0) -> Iterator:
         """(computation, instruction, times it runs, loops around it), loops entered, fusions not."""
         computation = computation or self.entry
@@ -95,7 +107,7 @@ class Program:
             yield computation, instruction, times, depth
             inner = instruction.opcode
             if inner == "while":
-                turns = times * (instruction.trip_count or 1)
+                turns = times * (self.trip_count(computation, instruction) or 1)
                 yield from self.walk(self.computations[instruction.called[0]], turns, depth + 1)
             elif inner in ("call", "async-start"):
                 for name in instruction.called:
@@ -202,12 +214,23 @@ def _product_flops(computation: Computation, instruction: Instruction, contracti
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """A TPU's products are convolutions: dim_labels name the kernel's input features `i` and its window."""
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-    kernel = shape_arrays(computation.shape_of(instruction.operands[1]))[0][1]
+    """A TPU's products are convolutions: the kernel's input features `i` are summed, and of its window what lies inside the input."""
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if found is None:
+        return 0.0
+    data, kernel = (shape_arrays(computation.shape_of(name))[0][1] for name in instruction.operands)
     result = shape_arrays(instruction.shape)[0][1]
-    contracted = math.prod(size for label, size in zip(labels[1] if labels else "", kernel, strict=False) if label != "o")
-    return 2.0 * math.prod(result) * contracted
+    summed = math.prod(size for label, size in zip(found[2], kernel, strict=True) if label == "i")
+    products = float(math.prod(size for label, size in zip(found[3], result, strict=True) if not label.isdigit()) * summed)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
+    pads, strides = window.get("pad", "").split("x"), window.get("stride", "").split("x")
+    for label in (label for label in found[3] if label.isdigit()):
+        inside, taps = data[found[1].index(label)], kernel[found[2].index(label)]
+        low = int(pads[int(label)].split("_")[0]) if pads[0] else 0
+        stride = int(strides[int(label)]) if strides[0] else 1
+        positions = np.arange(result[found[3].index(label)])[:, None] * stride + np.arange(taps)[None] - low
+        products *= int(((positions >= 0) & (positions < inside)).sum())
+    return 2.0 * products
 
 
 def parse(text: str) -> Program:
@@ -221,7 +244,7 @@ def parse(text: str) -> Program:
             computations[current.name] = current
             if head[1]:
                 entry = current
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and " = " in line and (item := _instruction(line)):
             current.instructions.append(item)

@@ -139,15 +139,18 @@ class _Simulation:
         for instruction in computation.instructions:
             kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
             if instruction.opcode == "while":
-                if instruction.trip_count is None:
+                turns = self.program.trip_count(computation, instruction)
+                if turns is None:
                     self._count_unknown(f"loop of unknown length ({instruction.op_name or instruction.name})")
-                for _ in range(instruction.trip_count or 1):
+                for _ in range(turns or 1):
                     self._computation(self.program.computations[instruction.called[0]], depth + 1)
             elif instruction.opcode in ("call", "async-start"):
                 for name in instruction.called:
                     self._computation(self.program.computations[name], depth)
-            elif instruction.opcode.endswith("-done"):
-                self._await(instruction)
+            elif instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start"):
+                self._start_fused(instruction, depth)
+            elif instruction.opcode.endswith("-done") or instruction.name.startswith("async-collective-done"):
+                self._await(computation, instruction)
             elif kind in COLLECTIVES:
                 self._start(computation, instruction, kind, depth)
             else:
@@ -185,7 +188,8 @@ class _Simulation:
     def _kernel(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
         """A Triton or Pallas kernel: its products against its own bound, or its traffic."""
         hardware, rates = self.topology.hardware, self.rates
-        name = next((name for name in (*KERNELS, "rms_norm") if name in instruction.op_name), None)
+        known = (*KERNELS, "rms_norm")
+        name = next((name for name in known if name in instruction.op_name or name in instruction.name), None)
         traffic = self.program.traffic(computation, instruction)
         by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
         if name is None:
@@ -196,14 +200,15 @@ class _Simulation:
         if name not in KERNELS:
             return "kernel", by_memory + rates.launch_us * 1e-6, 0.0
         products, share = KERNELS[name]
-        flops = causal_attention_flops(first_shape(computation, instruction), products)
+        shapes = [dims for operand in instruction.operands for _, dims in shape_arrays(computation.shape_of(operand))]
+        flops = causal_attention_flops(next(dims for dims in shapes if len(dims) == 4), products, name.startswith("splash"))
         by_products = flops / (hardware.peak_tflops * 1e12 * share)
         return "kernel", max(by_memory, by_products) + rates.launch_us * 1e-6, flops
 
     def _count_unknown(self, what: str) -> None:
         self.unknown[what] = self.unknown.get(what, 0) + 1
 
-    def _start(self, computation: Computation, instruction: Instruction, kind: str, depth: int) -> None:
+    def _start(self, computation: Computation, instruction: Instruction, kind: str, depth: int, under: str | None = None) -> None:
         key = f"{computation.name}/{instruction.name}"
         if key not in self.collectives:
             self.collectives[key] = self._collective(computation, instruction, kind, depth)
@@ -212,14 +217,28 @@ class _Simulation:
         end = self.link_free[collective.link] = max(self.now, self.link_free[collective.link]) + seconds
         collective.count += 1
         collective.seconds += seconds
-        if instruction.opcode.endswith("-start") and collective.asynchronous:
-            self.in_flight[instruction.name] = (collective, end)
+        if under is not None or collective.asynchronous:
+            collective.asynchronous = True
+            self.in_flight[under or instruction.name] = (collective, end)
         else:
             collective.exposed_seconds += end - self.now
             self.now = end
 
-    def _await(self, instruction: Instruction) -> None:
-        collective, end = self.in_flight.pop(instruction.operands[0], (None, 0.0)) if instruction.operands else (None, 0.0)
+    def _start_fused(self, instruction: Instruction, depth: int) -> None:
+        """A TPU's asynchronous collective: a fusion that holds its start."""
+        inner = self.program.computations[instruction.called[0]]
+        for item in inner.instructions:
+            kind = item.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._start(inner, item, kind, depth, under=instruction.name)
+
+    def _await(self, computation: Computation, instruction: Instruction) -> None:
+        collective, end = None, 0.0
+        for name in instruction.operands:  # the start itself, or on a TPU parts of its result
+            while name in computation.by_name and computation.by_name[name].opcode == "get-tuple-element":
+                name = computation.by_name[name].operands[0]
+            if name in self.in_flight:
+                collective, end = self.in_flight.pop(name)
         if collective is not None and end > self.now:
             collective.exposed_seconds += end - self.now
             self.now = end
@@ -271,13 +290,9 @@ def axes_of(groups: np.ndarray, mesh: Mesh) -> str:
     return "?"
 
 
-def causal_attention_flops(shape: tuple[int, ...], products: int) -> float:
-    """Operations of `products` matrix products of causal attention over [B, T, N, H]: half of the full square each."""
+def causal_attention_flops(shape: tuple[int, ...], products: int, heads_first: bool = False) -> float:
+    """Operations of `products` matrix products of causal attention over [B, T, N, H] or [B, N, T, H]: half of the square each."""
     B, T, N, H = shape
+    if heads_first:
+        T, N = N, T
     return products * 2.0 * B * N * T * T * H / 2
-
-
-def first_shape(computation: Computation, instruction: Instruction) -> tuple[int, ...]:
-    """Dimensions of an instruction's first operand."""
-    return shape_arrays(computation.shape_of(instruction.operands[0]))[0][1]
-

@@ -13,7 +13,7 @@ FILES = {
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "config_file", "files", "resilience.exits", "resilience"},
+    {"config", "config_file", "files", "hardware", "hlo", "resilience.exits", "resilience"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
     {
         "tokenizer",
@@ -34,8 +34,10 @@ LAYERS = [
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
     {"generate", "summary"},
     {"train"},
+    {"roofline"},
+    {"plan"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
 
 
 def imports(path) -> set[str]:
