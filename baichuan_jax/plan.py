@@ -5,7 +5,7 @@ compiled program come memory, operations and collectives; the step's time is pre
 """
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -30,8 +30,16 @@ RATES = ("matmul", "memory", "intra_node", "inter_node", "contention")
 
 def missing(topology: Topology) -> list[str]:
     """Packages without which this topology cannot be compiled for."""
-    needed = ["libtpu"] if topology.hardware.platform == "tpu" else ["jax_cuda12_plugin", "jax_plugins.xla_cuda12", "triton", "jax_triton"]
-    return [name for name in needed if importlib.util.find_spec(name) is None]
+    tpu = topology.hardware.platform == "tpu"
+    needed = ["libtpu"] if tpu else ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "triton", "jax-triton"]
+    return [name for name in needed if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def child_environment(config: Config, topology: Topology) -> dict[str, str]:
@@ -391,8 +399,9 @@ def _save(result: dict[str, Any], options: dict[str, Any], name: str) -> None:
     print(f"saved: {folder / name}.json and .png")
 
 
-# What the CUDA plugin says, before it reads any setting, of a machine without a GPU.
-_NOISE = ("All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers")
+# What the compilers say, before they read any setting, of a machine without an accelerator.
+_NOISE = ("TPU_ACCELERATOR_TYPE", "Logging before InitGoogle()", "TPU_WORKER_HOSTNAMES", "Source Location Trace", "libtpu_init_utils",
+          "Very slow compile?", "********************************", "All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers")  # fmt: skip
 
 
 def _run_child(words: list[str], config: Config, topology: Topology) -> int:

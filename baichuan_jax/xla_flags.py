@@ -4,8 +4,6 @@
 (`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
 """
 
-import glob
-import importlib.util
 import os
 import shlex
 import sys
@@ -116,9 +114,6 @@ def apply_flags(config: Config) -> dict[str, str]:
     """Put the settings for this machine into the environment; what is already set there wins. Returns what was added, and why."""
     settings = choose_flags(config, detect_topology())
     added = {}
-    if "JAX_PLATFORMS" not in os.environ and _only_compilers():
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        added["JAX_PLATFORMS=cpu"] = "CUDA's or the TPU's compiler is installed, and there is no such device"
     for variable, words in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
         present = os.environ.get(variable, "")
         names = {word.split("=")[0] for word in present.split()}
@@ -131,12 +126,6 @@ def apply_flags(config: Config) -> dict[str, str]:
             os.environ[name] = value
             added[f"{name}={value}"] = why
     return added
-
-
-def _only_compilers() -> bool:
-    """Plugins for accelerators are installed (requirements-plan.txt) where no driver of one is: jax would try them, and complain."""
-    installed = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "libtpu"))
-    return installed and not any(glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*"))
 
 
 def main(words: list[str]) -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from tqdm import tqdm
 
 from baichuan_jax import hlo, roofline
 from baichuan_jax.config import MeshConfig
@@ -106,18 +107,17 @@ def predicted(row: Row, program: hlo.Program, rates: roofline.Rates) -> float:
     return roofline.predict(program, mesh, topology, rates).seconds  # type: ignore[arg-type]
 
 
-def fit(rows: list[Row], programs: dict[str, hlo.Program], start: roofline.Rates) -> roofline.Rates:
-    """The shares of peak and network with the least squared relative error over the rows, on a grid of half per cents."""
-    network = np.arange(0.3, 0.96, 0.05) if any(not row.topology.endswith(":1x8") for row in rows) else [start.inter_node]
+MATMUL = [round(float(share), 2) for share in np.arange(0.56, 0.93, 0.02)]
+NETWORK = [0.4, 0.6, 0.8, 0.95]
 
-    def error(rates: roofline.Rates) -> float:
-        return sum((predicted(row, programs[row.name], rates) / row.seconds - 1) ** 2 for row in rows)
 
-    best = start
-    for _ in range(2):  # one after the other, twice: they hardly interact
-        best = min((dataclasses.replace(best, matmul=share) for share in np.arange(0.5, 0.951, 0.01)), key=error)
-        best = min((dataclasses.replace(best, inter_node=share) for share in network), key=error)
-    return best
+def fit(rows: list[Row], seconds: dict[tuple[str, float, float], float]) -> tuple[float, float]:
+    """The shares of peak and network with the least squared relative error over the rows."""
+
+    def error(shares: tuple[float, float]) -> float:
+        return sum((seconds[row.name, *shares] / row.seconds - 1) ** 2 for row in rows)
+
+    return min(((matmul, network) for matmul in MATMUL for network in NETWORK), key=error)
 
 
 def main() -> None:
@@ -132,17 +132,22 @@ def main() -> None:
     table, lines = [], []
     for kind in ("a100", "h100"):
         rows = [row for row in ROWS if row.topology.startswith(kind)]
-        fitted = fit(rows, programs, roofline.RATES[kind])
-        print(f"{kind}: matmul {fitted.matmul:.2f}, inter_node {fitted.inter_node:.2f} fit all rows best")
+        seconds = {}
+        for row in tqdm(rows, desc=f"predicting on {kind}", disable=None):
+            alone = row.topology.endswith(":1x8")
+            for matmul in MATMUL:
+                for network in NETWORK:
+                    known = seconds.get((row.name, matmul, NETWORK[0])) if alone else None
+                    rates = dataclasses.replace(roofline.RATES[kind], matmul=matmul, inter_node=network)
+                    seconds[row.name, matmul, network] = known or predicted(row, programs[row.name], rates)
+        print(f"{kind}: products {fit(rows, seconds)[0]}, network {fit(rows, seconds)[1]} fit all rows best")
         for row in rows:
-            others = [other for other in rows if other is not row]
-            rates = fit(others, programs, roofline.RATES[kind])
-            seconds = predicted(row, programs[row.name], rates)
-            table.append({"row": row.name, "topology": row.topology, "measured": row.seconds, "predicted": seconds,
-                          "error": seconds / row.seconds - 1, "matmul": rates.matmul, "inter_node": rates.inter_node,
-                          "source": row.source})  # fmt: skip
-            lines.append([row.name, row.topology, f"{row.seconds:.3f}", f"{seconds:.3f}", f"{seconds / row.seconds - 1:+.1%}",
-                          f"{rates.matmul:.2f}", f"{rates.inter_node:.2f}"])  # fmt: skip
+            matmul, network = fit([other for other in rows if other is not row], seconds)
+            found = seconds[row.name, matmul, network]
+            table.append({"row": row.name, "topology": row.topology, "measured": row.seconds, "predicted": found,
+                          "error": found / row.seconds - 1, "matmul": matmul, "inter_node": network, "source": row.source})  # fmt: skip
+            lines.append([row.name, row.topology, f"{row.seconds:.3f}", f"{found:.3f}", f"{found / row.seconds - 1:+.1%}",
+                          f"{matmul:.2f}", f"{network:.2f}"])  # fmt: skip
     columns = ["run", "cluster", "measured s", "predicted s", "error", "products", "network"]
     Display().table("Each row predicted with rates fitted on the others", columns, lines)
     if options.json:
