@@ -11,10 +11,10 @@ from jax import lax
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.kernels import blockwise, reference
-from baichuan_jax.kernels.reference import masked_attention, rms_norm
+from baichuan_jax.kernels.reference import masked_attention, prefix_attention, rms_norm
 from baichuan_jax.sharding import current_layout
 
-__all__ = ["attention", "choose_attention", "masked_attention", "rms_norm"]
+__all__ = ["attention", "choose_attention", "masked_attention", "prefix_attention", "rms_norm"]
 
 
 def choose_attention(

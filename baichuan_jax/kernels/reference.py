@@ -1,6 +1,6 @@
 """Plain jnp operators: the oracle of every other implementation.
 
-B batch, T query length, S key length, N heads, H head size.
+B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
 """
 
 import jax
@@ -30,6 +30,27 @@ def attention(
     if segments_BT is not None and segments_BS is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
     return masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
+
+
+def prefix_attention(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, k_SNH: jax.Array, v_SNH: jax.Array, mask_S: jax.Array
+) -> jax.Array:
+    """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
+
+    Every product with the prefix is one of all rows' queries with keys that exist once. Returns [B, T, N, H].
+    """
+    T, scale = q_BTNH.shape[1], q_BTNH.shape[-1] ** -0.5
+    before_BNTS = jnp.einsum("btnh,snh->bnts", q_BTNH, k_SNH, preferred_element_type=jnp.float32) * scale
+    own_BNTU = jnp.einsum("btnh,bunh->bntu", q_BTNH, k_BTNH, preferred_element_type=jnp.float32) * scale
+    before_BNTS = jnp.where(mask_S, before_BNTS, jnp.finfo(jnp.float32).min)
+    own_BNTU = jnp.where(jnp.tri(T, dtype=bool), own_BNTU, jnp.finfo(jnp.float32).min)
+    top_BNT1 = jnp.maximum(before_BNTS.max(-1, keepdims=True), own_BNTU.max(-1, keepdims=True))
+    before_BNTS, own_BNTU = jnp.exp(before_BNTS - top_BNT1), jnp.exp(own_BNTU - top_BNT1)
+    total_BNT1 = before_BNTS.sum(-1, keepdims=True) + own_BNTU.sum(-1, keepdims=True)
+    dtype = v_SNH.dtype
+    out_BTNH = jnp.einsum("bnts,snh->btnh", (before_BNTS / total_BNT1).astype(dtype), v_SNH, preferred_element_type=jnp.float32)
+    out_BTNH += jnp.einsum("bntu,bunh->btnh", (own_BNTU / total_BNT1).astype(dtype), v_BTNH, preferred_element_type=jnp.float32)
+    return out_BTNH.astype(q_BTNH.dtype)
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
