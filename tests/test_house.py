@@ -21,9 +21,11 @@ LAYERS = [
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
     {"generate", "summary"},
+    {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
+    {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"train"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "data.rows"]
 
 
 def imports(path) -> set[str]:

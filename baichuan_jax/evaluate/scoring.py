@@ -1,4 +1,4 @@
-"""Scores of next tokens after many prompts: what prompts share is run once, the rest is batched by length, the head sees last positions.
+"""Scores of next tokens after many prompts: what they share is run once, the rest is batched by length, the head sees one position.
 
 B rows, T tokens of a row, S tokens of a shared prefix, W wanted next tokens, V vocabulary.
 """
@@ -26,7 +26,7 @@ MIN_SHARING_ROWS = 3
 class Request:
     """Tokens, and the next tokens whose scores are wanted. Requests with equal `group` are looked at for a common beginning."""
 
-    tokens: Sequence[int]
+    tokens: list[int]
     wanted: tuple[int, ...]
     group: Any = None
 
@@ -55,7 +55,7 @@ class Scorer:
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def score(
-        self, requests: Sequence[Request], on_done: Callable[[int], None] | None = None
+        self, requests: Sequence[Request], on_done: Callable[[int], object] | None = None
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Logits [W] of every request's wanted tokens, and the log-normaliser of all logits [requests], in float32.
 
@@ -128,7 +128,7 @@ class Scorer:
         down = max((size for size in sizes if size <= count), default=up)
         return up if 2 * up <= 3 * count else down
 
-    def _prefix(self, tokens: Sequence[int]) -> Cache:
+    def _prefix(self, tokens: list[int]) -> Cache:
         S = _rounded(len(tokens), parts=2)
         tokens_1S = np.zeros((1, S), np.int32)
         tokens_1S[0, : len(tokens)] = tokens
@@ -148,7 +148,6 @@ class Scorer:
             hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
             logits_BV = model.head(hidden_BD)
             return jnp.take_along_axis(logits_BV, wanted_BW, axis=1), jax.nn.logsumexp(logits_BV, axis=-1)
-
 
     @contextlib.contextmanager
     def _traced(self, params: Params, **layout: Any) -> Iterator[Transformer]:
@@ -175,7 +174,7 @@ class Scorer:
         return self._compiled[key](*arguments)
 
 
-def _common_length(rows: list[Sequence[int]]) -> int:
+def _common_length(rows: list[list[int]]) -> int:
     """Tokens that all rows begin with, leaving at least one of each."""
     first, last = min(rows), max(rows)  # in dictionary order: what these two share, all share
     limit = min(len(row) for row in rows) - 1

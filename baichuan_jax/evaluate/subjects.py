@@ -48,14 +48,14 @@ CEVAL = {
     "Humanities": "modern_chinese_history 近代史纲要 ideological_and_moral_cultivation 思想道德修养与法律基础 logic 逻辑学 law 法学 "
     "chinese_language_and_literature 中国语言文学 art_studies 艺术学 professional_tour_guide 导游资格 "
     "legal_professional 法律职业资格 high_school_chinese 高中语文 high_school_history 高中历史 middle_school_history 初中历史",
-    "Others": "civil_servant 公务员 sports_science 体育学 plant_protection 植物保护 basic_medicine 基础医学 clinical_medicine 临床医学 "
-    "urban_and_rural_planner 注册城乡规划师 accountant 注册会计师 fire_engineer 注册消防工程师 "
+    "Others": "civil_servant 公务员 sports_science 体育学 plant_protection 植物保护 basic_medicine 基础医学 "
+    "clinical_medicine 临床医学 urban_and_rural_planner 注册城乡规划师 accountant 注册会计师 fire_engineer 注册消防工程师 "
     "environmental_impact_assessment_engineer 环境影响评价工程师 tax_accountant 税务师 physician 医师资格",
 }
 CEVAL_HARD = (
-    "advanced_mathematics discrete_mathematics probability_and_statistics college_chemistry college_physics "
-    "high_school_mathematics high_school_chemistry high_school_physics"
-).split()
+    "advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_chemistry", "college_physics",
+    "high_school_mathematics", "high_school_chemistry", "high_school_physics",
+)  # fmt: skip
 # The one name that lm-eval (and C-Eval's own list) writes otherwise than evaluate_zh.py.
 CEVAL_LM_EVAL = {"mao_zedong_thought": "毛泽东思想和中国特色社会主义理论体系概论"}
 

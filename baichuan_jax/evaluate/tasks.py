@@ -112,6 +112,11 @@ def load_subjects(
     return found, digest.hexdigest()
 
 
+def count_subjects(task: str) -> int:
+    """How many subjects a whole task has."""
+    return len(_known(task))
+
+
 def _known(task: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """{subject: (title, language, categories)} of a whole task."""
     if task == "mmlu":
