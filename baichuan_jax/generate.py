@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config import ConfigError, MeshConfig
 from baichuan_jax.hf import load_pretrained, tokenizer_file, trained_with
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.sharding import add_mesh_options, make_mesh, mesh_config
 from baichuan_jax.tokenizer import Tokenizer
 
 LENGTH_STEP = 64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
@@ -294,15 +295,19 @@ def main(words: list[str]) -> int:
     add("--repetition_penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
+    add_mesh_options(parser, MeshConfig(data=1))
     options = parser.parse_args(words)
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    _check_sampling(options.max_new_tokens, **sampling)
+    mesh_shape = mesh_config(options)
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
-    model = load_pretrained(options.checkpoint, dtype=options.dtype)
+    mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
+    generator = Generator(load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh))
     prompt = options.prompt.replace("\\n", "\n")
-    generator = Generator(model)
     print(prompt, end="", flush=True)
     generator.generate(
-        tokenizer, [prompt], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty, seed=options.seed, on_text=lambda piece: print(piece, end="", flush=True),
+        tokenizer, [prompt], options.max_new_tokens, **sampling, seed=options.seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
     )  # fmt: skip
     print()
     assert generator.speed is not None

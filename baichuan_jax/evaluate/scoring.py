@@ -51,6 +51,7 @@ class Scorer:
         self.params: Params = nnx.to_pure_dict(state)
         self._layout = None if mesh is None else Layout(mesh)
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._length_step = 1 if mesh is None else mesh.shape["context"]
         self._batch_tokens = batch_tokens
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
@@ -102,7 +103,7 @@ class Scorer:
         width = max((len(request.wanted) for request in requests), default=0)
         rows = sorted(rows, key=lambda row: -len(requests[row].tokens))
         while rows:
-            T = _rounded(len(requests[rows[0]].tokens) - skip)
+            T = self._length(len(requests[rows[0]].tokens) - skip)
             B = self._batch_size(len(rows), T)
             batch, rows = rows[:B], rows[B:]
             tokens_BT, last_B, wanted_BW = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, width), np.int32)
@@ -114,6 +115,11 @@ class Scorer:
             arrays = [self._put(array, "batch") for array in (tokens_BT, last_B, wanted_BW)]
             self.work.run_tokens += B * T
             yield batch, self._run(self._score, self.params, prefix, *arrays)
+
+    def _length(self, count: int, parts: int = 4) -> int:
+        """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled."""
+        step = max((1 << max(count - 1, 16).bit_length() - 1) // parts, self._length_step)
+        return -(-max(count, 16) // step) * step
 
     def _batch_size(self, count: int, T: int) -> int:
         """Rows of the next batch: what batch_tokens hold on every device, or for the rest a fourth of it, a sixteenth, ..."""
@@ -129,7 +135,7 @@ class Scorer:
         return up if 2 * up <= 3 * count else down
 
     def _prefix(self, tokens: list[int]) -> Cache:
-        S = _rounded(len(tokens), parts=2)
+        S = self._length(len(tokens), parts=2)
         tokens_1S = np.zeros((1, S), np.int32)
         tokens_1S[0, : len(tokens)] = tokens
         self.work.run_tokens += S
@@ -179,11 +185,3 @@ def _common_length(rows: list[list[int]]) -> int:
     first, last = min(rows), max(rows)  # in dictionary order: what these two share, all share
     limit = min(len(row) for row in rows) - 1
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
-
-
-def _rounded(length: int, parts: int = 4) -> int:
-    """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled."""
-    if length <= 16:
-        return 16
-    step = (1 << (length - 1).bit_length() - 1) // parts
-    return -(-length // step) * step
