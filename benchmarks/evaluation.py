@@ -16,7 +16,6 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # a script, run from anywhere
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -105,9 +104,8 @@ def run_lm_eval(model: Any, tasks: dict[str, Any]) -> list[list[float]]:
 def run_ours(plan: Plan, tokenizer: Tokenizer, scorer: Scorer) -> tuple[list[Prompt], list[Record]]:
     """Prompts and records of all questions, from the files on."""
     evaluation = Evaluation(plan, tokenizer)
-    prompts = [evaluation.prompts(number) for number in range(len(evaluation.subjects))]
-    records = [score_prompts(scorer, part, plan.protocol) for part in prompts]
-    return list(itertools.chain(*prompts)), list(itertools.chain(*records))
+    prompts = evaluation.all_prompts()
+    return prompts, score_prompts(scorer, prompts, plan.protocol)
 
 
 def compare(records: list[Record], theirs: list[list[float]]) -> tuple[bool, float]:
@@ -131,7 +129,7 @@ def random_checkpoint(folder: Path) -> Path:
 def measure(plan: Plan, checkpoint: Path, batch_sizes: list[int], repeats: int, folder: Path) -> dict[str, Any]:
     """Both on the same questions, alternating."""
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
-    scorer = Scorer(load_pretrained(checkpoint), batch_tokens=2048)
+    scorer = Scorer(load_pretrained(checkpoint))
     prompts, records = run_ours(plan, tokenizer, scorer)  # compiles
     tasks = lm_eval_tasks(prompts, folder)
     models = {size: lm_eval_model(checkpoint, size) for size in batch_sizes}

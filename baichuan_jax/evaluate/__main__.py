@@ -18,7 +18,7 @@ from baichuan_jax.data.text import find_files, read_documents, split_files
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
-from baichuan_jax.evaluate.scoring import Scorer, Work
+from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS, TASKS
 from baichuan_jax.files import write_atomically
 from baichuan_jax.generate import find_tokenizer
@@ -82,7 +82,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="where results go; finished subjects in it are kept")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, where none lies with the checkpoint")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    add("--batch_tokens", type=int, default=8192, help="tokens of one batch on a device")
+    add("--batch_tokens", type=int, metavar="N", help="tokens of one batch on a device (default: 2048 on a CPU, else 8192)")
     add("--json", metavar="FILE", help="save the figures, and the speed, here too")
     add_mesh_options(command, MeshConfig())
 
@@ -130,7 +130,8 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     )
     return {
         "checkpoint": str(options.checkpoint), "weights_sha256": weights_sha256(options.checkpoint), "dtype": options.dtype,
-        "attention": attention, "device": device.device_kind, "mesh": dict(mesh.shape), "batch_tokens": options.batch_tokens,
+        "attention": attention, "device": device.device_kind, "mesh": dict(mesh.shape),
+        "batch_tokens": options.batch_tokens or default_batch_tokens(),
     }  # fmt: skip
 
 

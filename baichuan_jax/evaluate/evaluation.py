@@ -71,6 +71,10 @@ class Evaluation:
     def num_questions(self) -> int:
         return sum(len(subject.questions) for subject in self.subjects)
 
+    def all_prompts(self) -> list[Prompt]:
+        """The prompts of all subjects."""
+        return [prompt for number in range(len(self.subjects)) for prompt in self.prompts(number)]
+
     def prompts(self, number: int) -> list[Prompt]:
         """The prompts of one subject."""
         plan = self.plan

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from baichuan_jax.config import ConfigError
+from baichuan_jax.evaluate.scoring import default_batch_tokens
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, Transformer, matmul_precision
 from baichuan_jax.sharding import Layout, activate
@@ -42,7 +43,7 @@ def perplexity_curve(
     contexts: list[int],
     *,
     mesh: Mesh | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each context length: `context`, `windows`, `tokens` (predicted), `loss` (nats), `perplexity`, `tail_perplexity`.
@@ -78,7 +79,7 @@ def perplexity_curve(
                 f"a window of {context} tokens does not fit a text of {len(tokens)}: give more text, or fewer tokens"
             )
         windows = tokens[: len(tokens) // context * context].reshape(-1, context)
-        B = max(1, batch_tokens // context) * shards
+        B = max(1, (batch_tokens or default_batch_tokens()) // context) * shards
         total = tail = 0.0
         for inputs, labels in _batches(windows, B):
             sums = jax.device_get(compiled(params, put(inputs), put(labels)))

@@ -3,6 +3,8 @@
 B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,20 +39,21 @@ def prefix_attention(
 ) -> jax.Array:
     """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
 
-    Every product with the prefix is one of all rows' queries with keys that exist once. Returns [B, T, N, H].
+    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes over the scores, since these
+    decide the time on a CPU: the weights are divided by their sum after the product. Returns [B, T, N, H].
     """
-    T, scale = q_BTNH.shape[1], q_BTNH.shape[-1] ** -0.5
-    before_BNTS = jnp.einsum("btnh,snh->bnts", q_BTNH, k_SNH, preferred_element_type=jnp.float32) * scale
-    own_BNTU = jnp.einsum("btnh,bunh->bntu", q_BTNH, k_BTNH, preferred_element_type=jnp.float32) * scale
-    before_BNTS = jnp.where(mask_S, before_BNTS, jnp.finfo(jnp.float32).min)
-    own_BNTU = jnp.where(jnp.tri(T, dtype=bool), own_BNTU, jnp.finfo(jnp.float32).min)
-    top_BNT1 = jnp.maximum(before_BNTS.max(-1, keepdims=True), own_BNTU.max(-1, keepdims=True))
-    before_BNTS, own_BNTU = jnp.exp(before_BNTS - top_BNT1), jnp.exp(own_BNTU - top_BNT1)
-    total_BNT1 = before_BNTS.sum(-1, keepdims=True) + own_BNTU.sum(-1, keepdims=True)
-    dtype = v_SNH.dtype
-    out_BTNH = jnp.einsum("bnts,snh->btnh", (before_BNTS / total_BNT1).astype(dtype), v_SNH, preferred_element_type=jnp.float32)
-    out_BTNH += jnp.einsum("bntu,bunh->btnh", (own_BNTU / total_BNT1).astype(dtype), v_BTNH, preferred_element_type=jnp.float32)
-    return out_BTNH.astype(q_BTNH.dtype)
+    lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q_BTNH.shape[-1] ** -0.5
+    before_NBTS = product("btnh,snh->nbts", q_BTNH, k_SNH) * scale + jnp.where(mask_S, 0.0, lowest)
+    own_NBTU = product("btnh,bunh->nbtu", q_BTNH, k_BTNH) * scale
+    own_NBTU = jnp.where(jnp.tri(q_BTNH.shape[1], dtype=bool), own_NBTU, lowest)
+    top_NBT1 = jnp.maximum(before_NBTS.max(-1, keepdims=True), own_NBTU.max(-1, keepdims=True))
+    before_NBTS, own_NBTU = jnp.exp(before_NBTS - top_NBT1), jnp.exp(own_NBTU - top_NBT1)
+    total_NBT1 = before_NBTS.sum(-1, keepdims=True) + own_NBTU.sum(-1, keepdims=True)
+    out_NBTH = product("nbts,snh->nbth", before_NBTS.astype(dtype), v_SNH)
+    out_NBTH += product("nbtu,bunh->nbth", own_NBTU.astype(dtype), v_BTNH)
+    return jnp.moveaxis(out_NBTH / total_NBT1, 0, 2).astype(q_BTNH.dtype)
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
