@@ -4,6 +4,7 @@ Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh a
 while a function is traced; without a current mesh `constrain` does nothing, so that a model runs on one device as it stands.
 """
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=types)
+
+
+def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
+    """--mesh.data, --mesh.fsdp, --mesh.context and --mesh.tensor, as `train` has them, for a command that uses argparse."""
+    group = parser.add_argument_group("mesh", "devices along each axis; one of them may be -1: all that are left")
+    for axis, size, what in zip(AXES, default.shape, ("rows", "parameters", "sequence", "heads"), strict=True):
+        group.add_argument(f"--mesh.{axis}", type=int, default=size, metavar="N", help=f"pieces of the {what}")
+
+
+def mesh_config(options: argparse.Namespace) -> MeshConfig:
+    """The mesh of parsed options."""
+    return MeshConfig(**{axis: getattr(options, f"mesh.{axis}") for axis in AXES})
 
 
 def crosses_nodes(mesh: Mesh) -> list[str]:

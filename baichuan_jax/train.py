@@ -26,6 +26,10 @@ from baichuan_jax.console import Display, Progress
 from baichuan_jax.data.loader import Loader, validation_batches
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.evaluate.evaluation import Evaluation, Plan
+from baichuan_jax.evaluate.prompts import Prompt
+from baichuan_jax.evaluate.results import score_prompts
+from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.files import write_atomically
 from baichuan_jax.generate import Generator
 from baichuan_jax.hf import import_params, read_config
@@ -143,6 +147,13 @@ class Trainer:
         device = jax.devices()[0]
         peak, self.peak_source = peak_flops(config, device)
         self.throughput = Throughput(config, steps.layout.mesh.size, peak)
+        only, limit = config.evaluate.subjects, config.evaluate.limit
+        self.tests = [
+            Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
+            for task, folder in config.evaluate.tasks.items()
+        ]
+        self.test_prompts = [test.all_prompts() for test in self.tests]
+        self._scorer: Scorer | None = None
         self._stop_flags = {stop: steps.stop_flag(stop) for stop in (False, True)}
         self._batches = None
         self._mark = 0.0
@@ -297,9 +308,16 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        """Validation loss over the first rows of every validation corpus; the same rows each time."""
-        if not self.prepared.validation:
-            return
+        """Validation loss over the first rows of every validation corpus, the same rows each time; and scores of the tests."""
+        line: dict[str, Any] = {}
+        if self.prepared.validation:
+            line |= self._validate()
+        for test, prompts in zip(self.tests, self.test_prompts, strict=True):
+            line |= self._score(test, prompts)
+        if line:
+            self.writer.metrics(self.step, line)
+
+    def _validate(self) -> dict[str, Any]:
         config = self.config
         with self.clock("evaluation"):
             sums = [
@@ -313,10 +331,19 @@ class Trainer:
             sums = jax.device_get(sums)
             tokens = sum(int(count) for _, count in sums)
             self.eval_loss = sum(float(total) for total, _ in sums) / tokens
-        self.writer.metrics(
-            self.step, {"eval_loss": self.eval_loss, "eval_perplexity": _exp(self.eval_loss), "eval_tokens": tokens}
-        )
         self.display.say(f"step {self.step}: validation loss {self.eval_loss:.4f} over {tokens:,} tokens")
+        return {"eval_loss": self.eval_loss, "eval_perplexity": _exp(self.eval_loss), "eval_tokens": tokens}
+
+    def _score(self, test: Evaluation, prompts: list[Prompt]) -> dict[str, Any]:
+        with self.clock("evaluation"):
+            if self._scorer is None:
+                graphdef, _, _ = abstract_model(self.config.model, self.config.kernels.attention)
+                self._scorer = Scorer(nnx.merge(graphdef, self.state.params), self.steps.layout.mesh)
+            self._scorer.params = self.state.params
+            result = test.summarise(score_prompts(self._scorer, prompts, test.plan.protocol))
+        task, average, stderr = test.plan.task, result["average"], result["stderr"]
+        self.display.say(f"step {self.step}: {task} {average:.1%} of {result['questions']:,} questions")
+        return {task: average, f"{task}_stderr": stderr}
 
     def _save(self, must_succeed: bool) -> None:
         """Start a checkpoint; wait for it where it must succeed. One that failed is reported, and training goes on without it."""
@@ -361,7 +388,7 @@ class Trainer:
 
     def conclude(self) -> None:
         """After the last step: validation if it is still missing, curve, samples, and what came of it all."""
-        if self.eval_loss is None:
+        if self.eval_loss is None and self.prepared.validation:
             self._evaluate()
         with self.clock("samples and plot"):
             if jax.process_index() == 0:

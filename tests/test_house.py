@@ -33,11 +33,13 @@ LAYERS = [
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
     {"generate", "summary"},
+    {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
+    {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"train"},
     {"roofline"},
     {"plan"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
+COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
 
 
 def imports(path) -> set[str]:

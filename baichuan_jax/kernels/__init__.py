@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.kernels import blockwise, reference
-from baichuan_jax.kernels.reference import masked_attention
+from baichuan_jax.kernels.reference import masked_attention, prefix_attention
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import Layout, activate, current_layout
 
-__all__ = ["attention", "choose_attention", "choose_rms_norm", "masked_attention", "rms_norm"]
+__all__ = ["attention", "choose_attention", "choose_rms_norm", "masked_attention", "prefix_attention", "rms_norm"]
 
 
 def choose_attention(
