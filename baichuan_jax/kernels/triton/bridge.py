@@ -8,11 +8,14 @@ devices of the current mesh are asked while the caller is traced (sharding.activ
 there.
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -41,31 +44,63 @@ def compute_capability() -> int:
     return int(device.compute_capability.replace(".", ""))
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One call of a kernel, whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
+
+    kernel: Any
+    name: str
+    arrays: tuple[jax.Array, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+
 def call(
     kernel: Any,
     *arrays: jax.Array,
+    name: str,
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
-    name: str,
     num_warps: int,
     num_stages: int,
     **constants: Any,
 ) -> list[jax.Array]:
-    """Run a @triton.jit kernel whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
+    """Run a @triton.jit kernel; see Launch."""
+    return _runner.get()(Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants))
+
+
+def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     jax_triton, outputs_name = _jax_triton()
-    with jax.named_scope(name):  # so that a compiled program tells which kernel a call is
+    with jax.named_scope(launch.name):  # so that a compiled program tells which kernel a call is
         result = jax_triton.triton_call(
-            *arrays,
-            kernel=kernel,
-            grid=grid,
-            name=name,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            *launch.arrays,
+            kernel=launch.kernel,
+            name=launch.name,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
             compute_capability=compute_capability(),
-            **{outputs_name: list(outputs)},
-            **constants,
+            **{outputs_name: list(launch.outputs)},
+            **launch.constants,
         )
     return list(result)
+
+
+Runner = Callable[[Launch], list[jax.Array]]
+_runner: ContextVar[Runner] = ContextVar("runner", default=_through_jax_triton)
+
+
+@contextlib.contextmanager
+def run_with(runner: Runner) -> Iterator[None]:
+    """Inside, kernels go to this function instead of jax-triton: to be listed, or to run in Triton's interpreter."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
 
 
 @functools.cache
