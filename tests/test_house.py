@@ -19,11 +19,11 @@ LAYERS = [
     {"model"},
     {"loss", "optimizer"},
     {"step"},
-    {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
+    {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "data.quality", "hf", "hf_files"},
     {"generate", "summary"},
     {"train"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality"]
 
 
 def imports(path) -> set[str]:

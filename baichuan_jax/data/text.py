@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import zstandard
 
 from baichuan_jax.config import ConfigError
 
+_HAN = re.compile("[\u4e00-\u9fff]")
 PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
 
 
@@ -85,6 +87,12 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
         except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
             raise ConfigError(f"{where} has no text in field {text_field!r}: {error}") from None
         yield record[text_field]
+
+
+def language(text: str) -> str:
+    """ "zh" where more than half of the letters are Han, else "en"."""
+    letters = sum(character.isalpha() for character in text)
+    return "zh" if 2 * len(_HAN.findall(text)) > letters else "en"
 
 
 def _decode(content: bytes, where: str) -> str:
