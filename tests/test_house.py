@@ -19,11 +19,12 @@ LAYERS = [
     {"model"},
     {"loss", "optimizer"},
     {"step"},
-    {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "data.quality", "hf", "hf_files"},
+    {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
+    {"data.quality", "data.decontaminate"},
     {"generate", "summary"},
     {"train"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate"]
 
 
 def imports(path) -> set[str]:

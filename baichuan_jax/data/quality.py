@@ -90,7 +90,7 @@ def _fasttext() -> Any:
         import fasttext  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("quality scores need the fasttext-numpy2-wheel package: pip install -r requirements-data.txt") from None
-    fasttext.FastText.eprint = lambda *_: None  # its loader warns of a change that came years ago
+    setattr(fasttext.FastText, "eprint", lambda *_: None)  # noqa: B010  its loader warns of a change that came years ago
     return fasttext
 
 
@@ -115,19 +115,18 @@ def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: st
     folder = Path(folder)
     fasttext = _fasttext()
     rng = random.Random(0)
-    sets = {"good": _read(good, text_field, rng)}
-    sets["bad"] = _read(bad, text_field, rng) if bad else None
+    good_pieces = _read(good, text_field, rng)
+    bad_pieces = _read(bad, text_field, rng) if bad else {}
     card: dict[str, Any] = {
         "good": _described(good),
         "bad": _described(bad) or "damaged copies of the good text",
         "languages": {},
     }
     for lang in LANGUAGES:
-        kept = sets["good"].get(lang)
+        kept, others = good_pieces.get(lang), bad_pieces.get(lang)
         if kept is None:
             continue
-        others = sets["bad"].get(lang) if sets["bad"] is not None else None
-        require(others is not None or not bad, f"{bad} hold no {lang} text, of which {good} do")
+        require(others is not None or not bad, f"{bad} hold no {lang} text, and {good} do")
         lines: dict[str, list[str]] = {"train": [], "fit": [], "report": []}
         for piece, part in kept.pieces:
             lines[part].append(f"__label__good {_tokens(piece)}")
