@@ -20,11 +20,14 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"data.quality", "data.decontaminate"},
+    {"data.corpus_config", "data.documents", "data.engine", "data.measures", "data.sentences"},
+    {"data.quality", "data.decontaminate", "data.rules"},
+    {"data.tasks"},
+    {"data.stages", "data.pipeline"},
     {"generate", "summary"},
     {"train"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate", "data.pipeline"]
 
 
 def imports(path) -> set[str]:
