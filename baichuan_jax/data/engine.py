@@ -121,6 +121,10 @@ class Engine:
         assert None not in results
         return results
 
+    def keep(self, frame: DataFrame) -> DataFrame:
+        """A table computed once for all that is made from it. On Ray unions and joins multiply partitions; this gathers them."""
+        return (frame.into_partitions(self.num_workers) if self.on_ray else frame).collect()
+
     def _shows(self) -> bool:
         return self._progress and sys.stderr.isatty()
 

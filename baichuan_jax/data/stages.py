@@ -14,10 +14,11 @@ import daft  # pyright: ignore[reportMissingImports]
 import daft.functions as F  # pyright: ignore[reportMissingImports]
 from daft import DataFrame, DataType, Expression, col, lit  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data import tasks
+from baichuan_jax.data import dedup, tasks
 from baichuan_jax.data.corpus_config import CorpusConfig
 from baichuan_jax.data.documents import Slice, find_inputs, make_parts, record_id
 from baichuan_jax.data.engine import ROW_BITS, Engine, Stage, read_table, stage_key
+from baichuan_jax.data.quality import MODEL
 
 STAGES = ("read", "rules", "decontaminate", "documents", "sentences", "select")
 SHOWN_DUPLICATE_IDS = 1000  # by file and line in the report; all are counted
@@ -45,8 +46,12 @@ class Plan:
         with self.timed("read and rules"):
             documents, read = self.read()
             repeated_ids = self.rename(documents)
+        with self.timed("quality"):
+            quality = self.quality(documents)
+        with self.timed("documents"):
+            self.documents(documents, quality)
         with self.timed("write"):
-            finished = self.finish(documents)
+            finished = self.finish(documents, quality)
         return self.report(read, repeated_ids, finished)
 
     def stage(self, name: str, *made_from: Any, files: Path | None = None) -> Stage:
@@ -58,11 +63,11 @@ class Plan:
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
-    def tell(self, stage: Stage, frame: DataFrame, what: str, **columns: Expression) -> None:
+    def tell(self, by: Stage, frame: DataFrame, what: str, **columns: Expression) -> None:
         """Add events of one kind; columns that are not given are null."""
         fields = [columns.get(name, lit(None)).cast(kind).alias(name) for name, kind in EVENT.items()]
         self.events.append(frame.select(col("doc"), lit(what).alias("what"), *fields))
-        self.keys.append(stage.key)
+        self.keys.append(by.key)
 
     def read(self) -> tuple[Stage, list[dict[str, Any]]]:
         """Read, clean and judge every document."""
@@ -89,21 +94,61 @@ class Plan:
         self.tell(stage, table, "renamed", name=_new_id(col("file"), col("line")))
         return table
 
-    def finish(self, documents: Stage) -> list[dict[str, Any]]:
-        """Write final/ and removed/."""
+    def quality(self, documents: Stage) -> Stage | None:
+        """Score every document."""
+        if not self.config.quality.enabled:
+            return None
+        model = Path(self.config.quality.model or MODEL)
+        card = hashlib.sha256((model / "card.json").read_bytes() if (model / "card.json").is_file() else b"").hexdigest()
+        stage = self.stage("quality", documents.key, card)
+        self.engine.run(stage, tasks.score_part, self.numbers, None, documents, model)
+        return stage
+
+    def documents(self, documents: Stage, quality: Stage | None) -> None:
+        """Find near-duplicate documents."""
+        config = self.config.dedup
+        if not config.enabled:
+            return
+        stage = self.stage("signatures", documents.key, quality and quality.key, config)
+        self.engine.run(stage, dedup.signatures, self.numbers, None, documents, quality, config)
+        signatures = read_table(stage).join(self.removed(), on="doc", how="anti")
+        stage = self.stage("documents", stage.key, *self.keys)
+        found = self.engine.table(stage, lambda: self.named(dedup.find_duplicates(self.engine, signatures, config), documents))
+        self.tell(stage, found, "removed", stage=lit("documents"), name=lit("near_duplicate"), other=col("kept_id"))
+        copies = found.groupby("kept").agg(col("doc").count().alias("count"))
+        self.tell(stage, copies.select(col("kept").alias("doc"), "count"), "frequency", start=col("count") + lit(1))
+
+    def removed(self) -> DataFrame:
+        """Documents that stages have removed so far, those that the rules removed aside."""
+        return self.told().where(col("what") == lit("removed")).select("doc")
+
+    def told(self) -> DataFrame:
+        """All events so far."""
         events = self.events[0]
         for more in self.events[1:]:
             events = events.concat(more)
+        return events
+
+    def named(self, pairs: DataFrame, documents: Stage) -> DataFrame:
+        """Pairs (doc, kept) with the kept document's id."""
+        renamed = self.events[0].select("doc", col("name").alias("new"))
+        names = read_table(documents).select("doc", "id").join(renamed, on="doc", how="left")
+        names = names.select(col("doc").alias("kept"), F.coalesce(col("new"), col("id")).alias("kept_id"))
+        return pairs.join(names, on="kept").select("doc", "kept", "kept_id")
+
+    def finish(self, documents: Stage, quality: Stage | None) -> list[dict[str, Any]]:
+        """Write final/ and removed/."""
         struct = F.to_struct(col("doc"), col("what"), *(col(name) for name in EVENT))
         by_part = (
-            events.select(F.shift_right(col("doc"), lit(ROW_BITS)).alias("part"), struct.alias("events"))
+            self.told()
+            .select(F.shift_right(col("doc"), lit(ROW_BITS)).alias("part"), struct.alias("events"))
             .groupby("part")
             .agg(col("events").list_agg())
         )
         removed = self.output / "removed"
         stage = self.stage("final", documents.key, *self.keys, files=self.output / "final")
         removed.mkdir(parents=True, exist_ok=True)
-        return self.engine.run(stage, tasks.finish, self.numbers, by_part, documents, None, removed)
+        return self.engine.run(stage, tasks.finish, self.numbers, by_part, documents, quality, removed)
 
     def report(self, read: list[dict[str, Any]], repeated_ids: DataFrame, finished: list[dict[str, Any]]) -> dict[str, Any]:
         """Counts of every stage, in order: documents and bytes in and out, and by reason, with examples; and all problems."""

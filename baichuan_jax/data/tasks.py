@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
 from baichuan_jax.config import ConfigError
@@ -13,6 +14,7 @@ from baichuan_jax.data import rules
 from baichuan_jax.data.corpus_config import CorpusConfig
 from baichuan_jax.data.documents import Problem, Record, Slice, count_lines, read_records, record_id
 from baichuan_jax.data.engine import ROW_BITS, ParquetFile, Stage, read_part
+from baichuan_jax.data.quality import score
 from baichuan_jax.data.sentences import cut
 
 BEFORE_CUTS = ("decontaminate", "documents")  # stages that judge a document as it was before sentences were cut out
@@ -126,6 +128,21 @@ def _batches(slices: list[Slice], config: CorpusConfig) -> Iterator[list[Record 
                 yield batch
                 batch, size = [], 0
     yield batch
+
+
+def score_part(part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, model: Path) -> int:
+    """Quality of every document of a part, 0 for those that the rules removed. Returns how many were scored."""
+    scored = 0
+    file.write(pa.table({"doc": pa.array([], pa.int64()), "quality": pa.array([], pa.float32())}))
+    for table in read_part(documents, part, ["doc", "text"]):
+        texts = table["text"].to_pylist()
+        fit = [index for index, text in enumerate(texts) if text is not None]
+        quality = np.zeros(len(texts), np.float32)
+        if fit:
+            quality[fit] = score([texts[index] for index in fit], model)
+        file.write(pa.table({"doc": table["doc"], "quality": pa.array(quality)}))
+        scored += len(fit)
+    return scored
 
 
 FINAL = pa.schema(
