@@ -26,8 +26,9 @@ LAYERS = [
     {"data.stages", "data.pipeline"},
     {"generate", "summary"},
     {"train"},
+    {"data.mixture"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate", "data.pipeline"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline"]
 
 
 def imports(path) -> set[str]:
