@@ -5,6 +5,7 @@ the same settings is kept, so that a killed run goes on with the parts that are 
 grouped by Daft's own operators and written in one piece.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -19,15 +20,18 @@ from typing import Any
 os.environ["DO_NOT_TRACK"] = "1"  # daft sends usage data otherwise
 
 import daft  # pyright: ignore[reportMissingImports]
+import daft.functions as F  # pyright: ignore[reportMissingImports]
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-from daft import DataFrame, DataType  # pyright: ignore[reportMissingImports]
+from daft import DataFrame, DataType, col, lit  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
+from baichuan_jax import __version__
 from baichuan_jax.config import ConfigError
 from baichuan_jax.files import publish, write_atomically
 
 VERSION = 1  # of the files of all stages: a change makes finished stages anew
+ROWS_AT_ONCE = 4 << 20  # that are grouped in memory on one machine
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
 PARQUET = {"compression": "zstd", "compression_level": 3, "write_statistics": False, "store_schema": False}
 
@@ -69,7 +73,7 @@ class Stage:
 def stage_key(*parents: Any) -> str:
     """A hash of settings (dataclasses, numbers, strings) and of other stages' keys."""
     plain = [asdict(value) if is_dataclass(value) and not isinstance(value, type) else value for value in parents]
-    return hashlib.sha256(json.dumps([VERSION, daft.__version__, plain], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([__version__, VERSION, daft.__version__, plain], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Engine:
@@ -124,6 +128,12 @@ class Engine:
     def keep(self, frame: DataFrame) -> DataFrame:
         """A table computed once for all that is made from it. On Ray unions and joins multiply partitions; this gathers them."""
         return (frame.into_partitions(self.num_workers) if self.on_ray else frame).collect()
+
+    def in_buckets(self, frame: DataFrame, key: str, rows: int, make: Callable[[DataFrame], DataFrame]) -> DataFrame:
+        """What `make` makes of rows with equal keys, in as many turns as keep a turn's rows few: memory does not grow with them."""
+        turns = 1 if self.on_ray else -(-rows // ROWS_AT_ONCE) or 1
+        results = [self.keep(make(frame.where(F.pmod(col(key), lit(turns)) == lit(turn)))) for turn in range(turns)]
+        return functools.reduce(DataFrame.concat, results)
 
     def _shows(self) -> bool:
         return self._progress and sys.stderr.isatty()

@@ -14,7 +14,7 @@ import daft  # pyright: ignore[reportMissingImports]
 import daft.functions as F  # pyright: ignore[reportMissingImports]
 from daft import DataFrame, DataType, Expression, col, lit  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data import dedup, tasks
+from baichuan_jax.data import dedup, sentences, tasks
 from baichuan_jax.data.corpus_config import CorpusConfig
 from baichuan_jax.data.documents import Slice, find_inputs, make_parts, record_id
 from baichuan_jax.data.engine import ROW_BITS, Engine, Stage, read_table, stage_key
@@ -50,6 +50,8 @@ class Plan:
             quality = self.quality(documents)
         with self.timed("documents"):
             self.documents(documents, quality)
+        with self.timed("sentences"):
+            self.sentences(documents)
         with self.timed("write"):
             finished = self.finish(documents, quality)
         return self.report(read, repeated_ids, finished)
@@ -118,6 +120,27 @@ class Plan:
         copies = found.groupby("kept").agg(col("doc").count().alias("count"))
         self.tell(stage, copies.select(col("kept").alias("doc"), "count"), "frequency", start=col("count") + lit(1))
 
+    def sentences(self, documents: Stage) -> None:
+        """Find sentences that occur again, and documents of which they leave too little."""
+        config = self.config.sentences
+        if not config.enabled:
+            return
+        stage = self.stage("sentence-keys", documents.key, *self.keys, config)
+        gone = self.removed().select(_part(), col("doc").alias("gone")).groupby("part").agg(col("gone").list_agg())
+        counts = self.engine.run(stage, sentences.find_sentences, self.numbers, gone, documents, config)
+        anchors = sum(count["anchors"] for count in counts)
+        table = read_table(stage)
+
+        def find() -> DataFrame:
+            cuts, emptied = sentences.find_repeated(self.engine, table, anchors, config)
+            none = lit(None).cast(DataType.int64())
+            return cuts.concat(emptied.select("doc", none.alias("start"), none.alias("stop")))
+
+        stage = self.stage("sentences", stage.key)
+        found = self.engine.table(stage, find)
+        self.tell(stage, found.where(col("start").is_null()), "removed", stage=lit("sentences"), name=lit("too_little_left"))
+        self.tell(stage, found.where(~col("start").is_null()), "cut", start=col("start"), stop=col("stop"))
+
     def removed(self) -> DataFrame:
         """Documents that stages have removed so far, those that the rules removed aside."""
         return self.told().where(col("what") == lit("removed")).select("doc")
@@ -139,12 +162,7 @@ class Plan:
     def finish(self, documents: Stage, quality: Stage | None) -> list[dict[str, Any]]:
         """Write final/ and removed/."""
         struct = F.to_struct(col("doc"), col("what"), *(col(name) for name in EVENT))
-        by_part = (
-            self.told()
-            .select(F.shift_right(col("doc"), lit(ROW_BITS)).alias("part"), struct.alias("events"))
-            .groupby("part")
-            .agg(col("events").list_agg())
-        )
+        by_part = self.told().select(_part(), struct.alias("events")).groupby("part").agg(col("events").list_agg())
         removed = self.output / "removed"
         stage = self.stage("final", documents.key, *self.keys, files=self.output / "final")
         removed.mkdir(parents=True, exist_ok=True)
@@ -216,6 +234,11 @@ EVENT = {  # beside `doc` and `what`; tasks.finish says what they mean
     "start": DataType.int64(),
     "stop": DataType.int64(),
 }
+
+
+def _part() -> Expression:
+    """The part of a document."""
+    return F.shift_right(col("doc"), lit(ROW_BITS)).alias("part")
 
 
 @daft.func(return_dtype=DataType.string())
