@@ -88,8 +88,8 @@ class SentencesConfig:
     """Shorter sentences of other scripts, in letters and digits, may recur."""
     near: bool = True
     """Remove near-duplicates too, not only sentences that are equal but for case, width and punctuation."""
-    threshold: float = 0.85
-    """Least similarity (1 - insertions and deletions / letters of both) of a near-duplicate to the sentence that is kept."""
+    threshold: float = 0.88
+    """Least share of letters that a near-duplicate has in common, in order, with the sentence that is kept."""
     min_left: float = 0.5
     """A document of which less than this share is left is removed altogether."""
 

@@ -6,6 +6,7 @@ input stays.
 """
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from typing import Any
@@ -211,8 +212,8 @@ def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: Senten
     letters = engine.keep(table.select("sentence", "letters").join(some, on="sentence", how="semi"))
     pairs = pairs.join(letters.select(col("sentence").alias("low"), col("letters").alias("a")), on="low")
     pairs = pairs.join(letters.select(col("sentence").alias("high"), col("letters").alias("b")), on="high")
-    alike: Any = _alike(col("a"), col("b"))
-    edges = engine.keep(pairs.where(alike >= lit(config.threshold)).select("low", "high"))
+    alike: Any = _alike(col("a"), col("b"), config.threshold)
+    edges = engine.keep(pairs.where(alike).select("low", "high"))
     labels = components(engine, edges).select(col("doc").alias("sentence"), "component")
     member = F.to_struct(col("sentence"), col("letters")).alias("members")
     clusters = labels.join(letters, on="sentence").select("component", member).groupby("component").agg(col("members").list_agg())
@@ -246,11 +247,20 @@ def _each_with_each(members: list) -> list[dict[str, int]]:
     return [{"low": low, "high": high} for index, low in enumerate(members) for high in members[index + 1 :]]
 
 
-@daft.func.batch(return_dtype=DataType.float64())
-def _alike(left: daft.Series, right: daft.Series) -> Any:
-    a, b = left.to_pylist(), right.to_pylist()
-    same_digits = np.array([_digits(x) == _digits(y) for x, y in zip(a, b, strict=True)], bool)
-    return np.where(same_digits, cpdist(a, b, scorer=Indel.normalized_similarity, dtype=np.float64), 0.0)
+@daft.func.batch(return_dtype=DataType.bool())
+def _alike(left: daft.Series, right: daft.Series, threshold: float) -> Any:
+    return alike(left.to_pylist(), right.to_pylist(), threshold)
+
+
+def alike(left: list[str], right: list[str], threshold: float) -> np.ndarray:
+    """Whether each pair of texts, of letters and digits alone, is nearly equal: bool [pairs].
+
+    Their digits are the same, and so is the share `threshold` of their letters, in order; or all but two letters of short ones.
+    """
+    same_digits = np.array([_digits(x) == _digits(y) for x, y in zip(left, right, strict=True)], bool)
+    distance = cpdist(left, right, scorer=Indel.distance, dtype=np.int64)
+    length = np.array([len(x) + len(y) for x, y in zip(left, right, strict=True)])
+    return same_digits & (distance <= np.maximum((1 - threshold) * length, 4))
 
 
 def _digits(letters: str) -> str:
@@ -262,12 +272,10 @@ def _keep_first(members: list, threshold: float) -> list[dict[str, int]]:
     left = sorted(members, key=lambda member: member["sentence"])
     result = []
     while left:
-        first, rest, left = left[0], left[1:], []
-        like = [first]
-        for member in rest:
-            same = _digits(member["letters"]) == _digits(first["letters"])
-            near = same and Indel.normalized_similarity(first["letters"], member["letters"]) >= threshold
-            (like if near else left).append(member)
+        first, rest = left[0], left[1:]
+        near = alike([first["letters"]] * len(rest), [member["letters"] for member in rest], threshold)
+        like = [first, *itertools.compress(rest, near)]
+        left = list(itertools.compress(rest, ~near))
         if len(like) > 1:
             result += [{"sentence": member["sentence"], "kept": first["sentence"]} for member in like]
     return result
