@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from baichuan_jax.config import ConfigError
-from baichuan_jax.data.text import find_files, read_documents, split_files
+from baichuan_jax.data.text import find_files, language, read_documents, split_files
 from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import run_command
 
@@ -134,21 +134,16 @@ def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str,
             "documents": 1, "bytes": len(document.encode()), "characters": len(document),
             "tokens": len(tokenizer.encode(document)),
         }  # fmt: skip
-        for language in (_language(document), "all"):
-            sums.setdefault(language, collections.Counter()).update(figures)
+        for name in (language(document), "all"):
+            sums.setdefault(name, collections.Counter()).update(figures)
     return {
-        language: {
+        name: {
             **total, "bytes_per_token": total["bytes"] / max(1, total["tokens"]),
             "characters_per_token": total["characters"] / max(1, total["tokens"]),
             "compression_rate": 2 * total["tokens"] / max(1, total["bytes"]),
         }
-        for language, total in sorted(sums.items())
+        for name, total in sorted(sums.items())
     }  # fmt: skip
-
-
-def _language(text: str) -> str:
-    letters = sum(character.isalpha() for character in text)
-    return "zh" if sum("\u4e00" <= character <= "\u9fff" for character in text) * 2 > letters else "en"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,9 +200,9 @@ def main(words: list[str]) -> int:
         "compr.\nrate",
     )
     for path, languages in results.items():
-        for language, f in languages.items():
+        for name, f in languages.items():
             table.add_row(
-                path, language, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
+                path, name, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
                 f"{f['characters_per_token']:.3f}", f"{f['compression_rate']:.3f}",
             )  # fmt: skip
     Console().print(table)

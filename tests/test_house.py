@@ -32,14 +32,19 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
+    {"data.corpus_config", "data.documents", "data.engine", "data.measures", "data.sentences"},
+    {"data.quality", "data.decontaminate", "data.rules", "data.dedup"},
+    {"data.tasks"},
+    {"data.stages", "data.pipeline"},
     {"generate", "summary"},
     {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
     {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"train"},
-    {"roofline"},
+    {"roofline", "data.mixture"},
     {"plan"},
 ]
-COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
+COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate", "data.mixture",
+            "data.pipeline", "plan", "xla_flags"]  # fmt: skip
 
 
 def imports(path) -> set[str]:
