@@ -337,7 +337,7 @@ class Trainer:
     def _score(self, test: Evaluation, prompts: list[Prompt]) -> dict[str, Any]:
         with self.clock("evaluation"):
             if self._scorer is None:
-                graphdef, _, _ = abstract_model(self.config.model, self.config.kernels.attention)
+                graphdef, _, _ = abstract_model(self.config.model, self.config.kernels)
                 self._scorer = Scorer(nnx.merge(graphdef, self.state.params), self.steps.layout.mesh)
             self._scorer.params = self.state.params
             result = test.summarise(score_prompts(self._scorer, prompts, test.plan.protocol))

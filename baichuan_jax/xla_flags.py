@@ -97,7 +97,7 @@ def _libtpu() -> dict[str, str]:
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
     variables = {
-        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "JAX takes 75 % by default; the rest holds CUDA's context and NCCL's buffers"),
+        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "by default 75 %; the rest holds CUDA's context and NCCL's buffers"),
         "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "kernels start in the order of the schedule, so that a collective is not overtaken"),
     }  # fmt: skip
     if topology.num_devices > topology.devices_per_node:

@@ -5,24 +5,19 @@ Run by test_triton.py in a process of its own: triton decides at its import whet
 bfloat16 on its raw bits, so float32 and float16 stand for it here.
 """
 
-import functools
-import itertools
 import os
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from test_attention import assert_close, documents, inputs, value_and_gradients
 
-from baichuan_jax.config import MeshConfig
-from baichuan_jax.kernels import _rms_norm, reference
+from baichuan_jax.kernels import reference
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.kernels.triton.attention import attention
-from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
 @pytest.fixture(autouse=True)
