@@ -13,9 +13,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,6 +58,10 @@ class Launch:
     num_warps: int
     num_stages: int
     constants: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
 
 def call(
@@ -103,8 +109,26 @@ def run_with(runner: Runner) -> Iterator[None]:
 
 
 @functools.cache
+def ptxas() -> Path:
+    """The assembler that XLA will use, from NVIDIA's wheel, or else triton's of CUDA 12; triton is told to write for its version.
+
+    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on sm_90, where 12.9 knows 8.8).
+    """
+    nvcc, triton = (importlib.util.find_spec(name) for name in ("nvidia.cuda_nvcc", "triton"))
+    assert triton is not None
+    assert triton.origin is not None
+    places = [Path(folder) / "bin" for folder in nvcc.submodule_search_locations or ()] if nvcc else []
+    places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = next(place / "ptxas" for place in places if (place / "ptxas").exists())
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        os.environ.setdefault(variable, str(found))
+    return found
+
+
+@functools.cache
 def _jax_triton() -> tuple[Any, str]:
     """The module, and what it calls the outputs' shapes. Raises ImportError."""
+    ptxas()
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]
