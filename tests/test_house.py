@@ -27,6 +27,9 @@ LAYERS = [
         "kernels.triton.bridge",
         "kernels.triton.attention",
         "kernels.triton.rms_norm",
+        "kernels.sass",
+        "kernels.bound",
+        "kernels.__main__",
     },
     {"model"},
     {"loss", "optimizer"},
@@ -35,7 +38,7 @@ LAYERS = [
     {"generate", "summary"},
     {"train"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows", "kernels"]
 
 
 def imports(path) -> set[str]:

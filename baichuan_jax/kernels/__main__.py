@@ -91,7 +91,7 @@ def _no_accelerator() -> Iterator[None]:
             os.dup2(kept, 2)
 
 
-def list_launches(dtype: str, head_dim: int) -> list[Launch]:
+def list_launches(dtype: str, head_dim: int, capability: int) -> list[Launch]:
     """The Triton kernels that attention and RMSNorm with their gradients call at the table's sizes."""
     found: list[Launch] = []
 
@@ -99,7 +99,7 @@ def list_launches(dtype: str, head_dim: int) -> list[Launch]:
         found.append(launch)
         return [jnp.zeros(output.shape, output.dtype) for output in launch.outputs]
 
-    with bridge.run_with(record):
+    with bridge.run_with(record, capability):
         jax.eval_shape(_operators("triton"), *_arguments(dtype, head_dim))
     return found
 
@@ -137,7 +137,7 @@ def _gpu_rows(target: str) -> Iterator[dict[str, Any]]:
     chip = sass.CHIPS[target]
     for dtype, head_dim in _cases(target):
         backward = []
-        for launch in list_launches(dtype, head_dim):
+        for launch in list_launches(dtype, head_dim, chip.capability):
             if (label := _label(launch.name, dtype, head_dim)) is None:
                 continue
             assembled = sass.assemble(launch, chip)

@@ -30,7 +30,7 @@ ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its state in globals, 
 @pytest.fixture(autouse=True)
 def interpreter():
     assert os.environ["TRITON_INTERPRET"] == "1"
-    with bridge.run_with(interpret):
+    with bridge.run_with(interpret, 80):
         yield
 
 

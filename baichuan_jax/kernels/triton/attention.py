@@ -37,6 +37,7 @@ class Blocks(NamedTuple):
 # 128 of a thread's 255 registers. A second stage loads the next block while this one is multiplied; a third one where memory is left.
 _FORWARD = {128: Blocks(128, 64, 8, 3), 64: Blocks(128, 64, 4, 3)}
 _DKV = {128: Blocks(64, 64, 4, 2), 64: Blocks(32, 128, 4, 2)}
+_DKV_90 = {**_DKV, 128: Blocks(64, 64, 8, 2)}  # four warps would spill on sm_90
 _DQ = {128: Blocks(128, 64, 8, 2), 64: Blocks(128, 64, 4, 2)}
 # float32: three TF32 products for each, with both parts of every operand in registers.
 _FORWARD_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(64, 32, 4, 2)}
@@ -362,7 +363,7 @@ def _run_backward(segmented, *arrays):
     B, T, N, _ = q_BTNH.shape
     S = k_BSNH.shape[1]
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSNH))
-    blocks = _blocks(_DKV, _DKV_32, q_BTNH)
+    blocks = _blocks(_DKV if bridge.compute_capability() < 90 else _DKV_90, _DKV_32, q_BTNH)
     dk_dv = bridge.call(
         _dkv_kernel, *arrays, outputs=[like_k, like_k],
         grid=(triton.cdiv(S, blocks.k), B * N), name="attention_dkv", **_constants(q_BTNH, k_BSNH, segmented, blocks),

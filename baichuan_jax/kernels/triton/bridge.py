@@ -25,6 +25,8 @@ import jax.numpy as jnp
 
 from baichuan_jax.sharding import current_layout
 
+_elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
+
 
 @functools.cache
 def obstacle() -> str | None:
@@ -41,6 +43,8 @@ def obstacle() -> str | None:
 
 def compute_capability() -> int:
     """Of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80."""
+    if (elsewhere := _elsewhere.get()) is not None:
+        return elsewhere[1]
     layout = current_layout()
     device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
     return int(device.compute_capability.replace(".", ""))
@@ -75,7 +79,9 @@ def call(
     **constants: Any,
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel; see Launch."""
-    return _runner.get()(Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants))
+    launch = Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants)
+    elsewhere = _elsewhere.get()
+    return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)
 
 
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
@@ -94,18 +100,14 @@ def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     return list(result)
 
 
-Runner = Callable[[Launch], list[jax.Array]]
-_runner: ContextVar[Runner] = ContextVar("runner", default=_through_jax_triton)
-
-
 @contextlib.contextmanager
-def run_with(runner: Runner) -> Iterator[None]:
-    """Inside, kernels go to this function instead of jax-triton: to be listed, or to run in Triton's interpreter."""
-    token = _runner.set(runner)
+def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> Iterator[None]:
+    """Inside, kernels for this compute capability go to a function instead of jax-triton: to be listed, or interpreted."""
+    token = _elsewhere.set((runner, capability))
     try:
         yield
     finally:
-        _runner.reset(token)
+        _elsewhere.reset(token)
 
 
 @functools.cache
