@@ -27,6 +27,9 @@ LAYERS = [
         "kernels.triton.bridge",
         "kernels.triton.attention",
         "kernels.triton.rms_norm",
+        "kernels.sass",
+        "kernels.bound",
+        "kernels.__main__",
     },
     {"model"},
     {"loss", "optimizer"},
@@ -43,8 +46,8 @@ LAYERS = [
     {"roofline", "data.mixture"},
     {"plan"},
 ]
-COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "data.rows", "data.quality", "data.decontaminate", "data.mixture",
-            "data.pipeline", "plan", "xla_flags"]  # fmt: skip
+COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "kernels", "data.rows", "data.quality", "data.decontaminate",
+            "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
 
 
 def imports(path) -> set[str]:

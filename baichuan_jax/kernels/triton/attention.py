@@ -37,11 +37,12 @@ class Blocks(NamedTuple):
 # 128 of a thread's 255 registers. A second stage loads the next block while this one is multiplied; a third one where memory is left.
 _FORWARD = {128: Blocks(128, 64, 8, 3), 64: Blocks(128, 64, 4, 3)}
 _DKV = {128: Blocks(64, 64, 4, 2), 64: Blocks(32, 128, 4, 2)}
+_DKV_90 = {**_DKV, 128: Blocks(64, 64, 8, 2)}  # four warps would spill on sm_90
 _DQ = {128: Blocks(128, 64, 8, 2), 64: Blocks(128, 64, 4, 2)}
 # float32: three TF32 products for each, with both parts of every operand in registers.
 _FORWARD_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(64, 32, 4, 2)}
-_DKV_32 = {128: Blocks(16, 32, 4, 1), 64: Blocks(32, 32, 4, 1)}
-_DQ_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(32, 32, 4, 1)}
+_DKV_32 = {128: Blocks(32, 16, 4, 1), 64: Blocks(16, 64, 4, 1)}
+_DQ_32 = {128: Blocks(16, 32, 4, 1), 64: Blocks(64, 16, 4, 1)}
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def _dkv_loop(
             lse = tl.load(lse_pointer + queries, mask=queries < T, other=float("inf"))  # weights of 0
             delta = tl.load(delta_pointer + queries, mask=queries < T, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.math.exp2(s * SCALE - lse[None, :])
+        s = s * SCALE - lse[None, :]
         dout = _rows(dout_pointer, i * Q, Q, T, N, H, EVEN)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         if CAUSAL or SEGMENTED:
@@ -171,7 +172,8 @@ def _dkv_loop(
             if SEGMENTED:
                 q_segment = tl.load(q_segments + queries, mask=queries < T, other=0)
             seen = _visible(queries[None, :], keys[:, None], offset, q_segment[None, :], k_segment[:, None], CAUSAL, SEGMENTED)
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.math.exp2(s)
         ds = p * (dp - delta[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -233,14 +235,15 @@ def _dq_loop(
         k = _rows(k_pointer, j * K, K, S, N, H, EVEN)
         v = _rows(v_pointer, j * K, K, S, N, H, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.math.exp2(s * SCALE - lse[:, None])
+        s = s * SCALE - lse[:, None]
         if CAUSAL or SEGMENTED:
             keys = j * K + tl.arange(0, K)
             k_segment = keys
             if SEGMENTED:
                 k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
             seen = _visible(queries[:, None], keys[None, :], offset, q_segment[:, None], k_segment[None, :], CAUSAL, SEGMENTED)
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.math.exp2(s)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -330,13 +333,14 @@ def _attention(q, k, v, offset, segments, layout):
 
 def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
     arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
-    out_BTNH, lse_BNT = bridge.merge_vmapped(functools.partial(_run_forward, segments is not None))(*arrays)
+    with activate(layout):  # the caller's: jax may trace the derivative's two halves after the caller has returned
+        out_BTNH, lse_BNT = bridge.merge_vmapped(functools.partial(_run_forward, segments is not None))(*arrays)
     return out_BTNH, (q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT)
 
 
 def _run_forward(segmented, *arrays):
     q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     blocks = _blocks(_FORWARD, _FORWARD_32, q_BTNH)
     return bridge.call(
         _forward_kernel, *arrays,
@@ -349,17 +353,17 @@ def _backward(layout, saved, dout_BTNH):
     q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT = saved
     delta_BNT = jnp.swapaxes(jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1), 1, 2)
     arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)), dout_BTNH, lse_BNT, delta_BNT)
-    with activate(layout):  # the forward pass's: a gradient is traced after its function has returned
+    with activate(layout):
         dq_BTNH, dk_BSNH, dv_BSNH = bridge.merge_vmapped(functools.partial(_run_backward, segments is not None))(*arrays)
     return dq_BTNH, dk_BSNH, dv_BSNH, None, None
 
 
 def _run_backward(segmented, *arrays):
     q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     S = k_BSNH.shape[1]
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSNH))
-    blocks = _blocks(_DKV, _DKV_32, q_BTNH)
+    blocks = _blocks(_DKV if bridge.compute_capability() < 90 else _DKV_90, _DKV_32, q_BTNH)
     dk_dv = bridge.call(
         _dkv_kernel, *arrays, outputs=[like_k, like_k],
         grid=(triton.cdiv(S, blocks.k), B * N), name="attention_dkv", **_constants(q_BTNH, k_BSNH, segmented, blocks),

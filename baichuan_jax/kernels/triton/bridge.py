@@ -13,15 +13,19 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from baichuan_jax.sharding import current_layout
+
+_elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
 
 
 @functools.cache
@@ -39,6 +43,8 @@ def obstacle() -> str | None:
 
 def compute_capability() -> int:
     """Of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80."""
+    if (elsewhere := _elsewhere.get()) is not None:
+        return elsewhere[1]
     layout = current_layout()
     device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
     return int(device.compute_capability.replace(".", ""))
@@ -57,6 +63,10 @@ class Launch:
     num_stages: int
     constants: dict[str, Any]
 
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
 
 def call(
     kernel: Any,
@@ -69,7 +79,9 @@ def call(
     **constants: Any,
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel; see Launch."""
-    return _runner.get()(Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants))
+    launch = Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants)
+    elsewhere = _elsewhere.get()
+    return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)
 
 
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
@@ -89,23 +101,37 @@ def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     return list(result)
 
 
-Runner = Callable[[Launch], list[jax.Array]]
-_runner: ContextVar[Runner] = ContextVar("runner", default=_through_jax_triton)
-
-
 @contextlib.contextmanager
-def run_with(runner: Runner) -> Iterator[None]:
-    """Inside, kernels go to this function instead of jax-triton: to be listed, or to run in Triton's interpreter."""
-    token = _runner.set(runner)
+def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> Iterator[None]:
+    """Inside, kernels for this compute capability go to a function instead of jax-triton: to be listed, or interpreted."""
+    token = _elsewhere.set((runner, capability))
     try:
         yield
     finally:
-        _runner.reset(token)
+        _elsewhere.reset(token)
+
+
+@functools.cache
+def ptxas() -> Path:
+    """The assembler that XLA will use, from NVIDIA's wheel, or else triton's of CUDA 12; triton is told to write for its version.
+
+    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on sm_90, where 12.9 knows 8.8).
+    """
+    nvcc, triton = (importlib.util.find_spec(name) for name in ("nvidia.cuda_nvcc", "triton"))
+    assert triton is not None
+    assert triton.origin is not None
+    places = [Path(folder) / "bin" for folder in nvcc.submodule_search_locations or ()] if nvcc else []
+    places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = next(place / "ptxas" for place in places if (place / "ptxas").exists())
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        os.environ.setdefault(variable, str(found))
+    return found
 
 
 @functools.cache
 def _jax_triton() -> tuple[Any, str]:
     """The module, and what it calls the outputs' shapes. Raises ImportError."""
+    ptxas()
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]
