@@ -67,9 +67,10 @@ def _train(config: Config, clock: Clock) -> Run:
         steps = make_steps(config, mesh)
     with clock("tokenise and pack"):
         prepared = prepare(config, writer=first, progress=first, say=display.say)
+        tests = _read_tests(config, prepared)
     with clock("start"):
         writer = _open_run(config, run, prepared, display, active=first)
-    trainer = Trainer(config, run, steps, prepared, clock, writer, display)
+    trainer = Trainer(config, run, steps, prepared, tests, clock, writer, display)
     try:
         with clock("start"):
             trainer.describe(flags, kernels)
@@ -112,6 +113,15 @@ def _is_complete(config: Config, run: Run) -> bool:
     return True
 
 
+def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
+    """The tests that are scored during the run. Raises ConfigError where their files are not as they should be."""
+    only, limit = config.evaluate.subjects, config.evaluate.limit
+    return [
+        Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
+        for task, folder in config.evaluate.tasks.items()
+    ]
+
+
 def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, active: bool) -> Writer:
     """Create the run's folder, put configuration and tokenizer into it, say what changed since its last launch."""
     if active:
@@ -130,7 +140,15 @@ class Trainer:
     """One launch of a run: its state on the devices, where it stands in the data, and what it reports to."""
 
     def __init__(
-        self, config: Config, run: Run, steps: Steps, prepared: Prepared, clock: Clock, writer: Writer, display: Display
+        self,
+        config: Config,
+        run: Run,
+        steps: Steps,
+        prepared: Prepared,
+        tests: list[Evaluation],
+        clock: Clock,
+        writer: Writer,
+        display: Display,
     ) -> None:
         self.config, self.run, self.steps, self.prepared = config, run, steps, prepared
         self.clock, self.writer, self.display = clock, writer, display
@@ -147,12 +165,8 @@ class Trainer:
         device = jax.devices()[0]
         peak, self.peak_source = peak_flops(config, device)
         self.throughput = Throughput(config, steps.layout.mesh.size, peak)
-        only, limit = config.evaluate.subjects, config.evaluate.limit
-        self.tests = [
-            Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
-            for task, folder in config.evaluate.tasks.items()
-        ]
-        self.test_prompts = [test.all_prompts() for test in self.tests]
+        self.tests = tests
+        self.test_prompts = [test.all_prompts() for test in tests]
         self._scorer: Scorer | None = None
         self._stop_flags = {stop: steps.stop_flag(stop) for stop in (False, True)}
         self._batches = None

@@ -114,15 +114,17 @@ class Results:
     def __init__(self, folder: Path | str, settings: dict[str, Any], writes: bool = True) -> None:
         self.folder, self._writes = Path(folder), writes
         file = self.folder / "settings.json"
+        if not writes:
+            return
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
             differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
             if differing:
                 changes = "; ".join(f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differing[:4])
                 raise ConfigError(f"{folder} holds results of another evaluation ({changes}); choose another --output")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
-        elif writes:
+        else:
             write_atomically(file, _dump(settings))
 
     def _path(self, subject: str) -> Path:
@@ -148,7 +150,7 @@ class Results:
         if result["task"] == "ceval" and result["manifest"]["split"] == "test":
             submission: dict[str, dict[str, str]] = {}
             for record in records:
-                submission.setdefault(record["subject"], {})[record["id"]] = record["prediction"]
+                submission.setdefault(record["subject"], {})[record.get("id", str(record["index"]))] = record["prediction"]
             write_atomically(self.folder / "submission.json", _dump(submission))
         write_atomically(self.folder / "result.json", _dump(result))
 

@@ -123,9 +123,13 @@ class Scorer:
             yield batch, self._run(self._score, self.params, prefix, *arrays)
 
     def _length(self, count: int, parts: int = 4) -> int:
-        """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled."""
-        step = max((1 << max(count - 1, 16).bit_length() - 1) // parts, self._length_step)
-        return -(-max(count, 16) // step) * step
+        """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled.
+
+        On a mesh that cuts sequences, a multiple of its pieces.
+        """
+        step = (1 << max(count - 1, 16).bit_length() - 1) // parts
+        length = -(-max(count, 16) // step) * step
+        return -(-length // self._length_step) * self._length_step
 
     def _batch_size(self, count: int, T: int) -> int:
         """Rows of the next batch: what batch_tokens hold on every device, or for the rest a fourth of it, a sixteenth, ..."""
