@@ -20,7 +20,7 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"data.corpus_config", "data.documents", "data.engine", "data.measures", "data.sentences"},
+    {"data.corpus_config", "data.documents", "data.engine", "data.funnel", "data.measures", "data.sentences"},
     {"data.quality", "data.decontaminate", "data.rules", "data.dedup", "data.select"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},
