@@ -237,7 +237,8 @@ def _likeness(wanted: list[str], pool: set[str]) -> list[float]:
     best = []
     for text in wanted:
         shared: collections.Counter[str] = collections.Counter()
-        for run in sorted({text[i : i + 4] for i in range(len(text) - 3)}, key=lambda run: len(index[run]))[:20]:
+        found = sorted((len(index[run]), run) for run in {text[i : i + 4] for i in range(len(text) - 3)} if index[run])
+        for _, run in found[:20]:
             shared.update(index[run])
         near = [other for other, _ in shared.most_common(30)]
         best.append(max((_alike(text, other) for other in near), default=0.0))
