@@ -55,8 +55,8 @@ class QualityConfig:
 
     enabled: bool = True
     """Without scores every document's quality is 0."""
-    least: dict[str, float] = field(default_factory=lambda: {"*": 0.05})
-    """Least quality by category (source), "*" for all others; documents below it are removed."""
+    least: dict[str, float] = field(default_factory=lambda: {"en": 0.05})
+    """Least quality of documents by category (source), else by language ("zh", "en"), else "*"; those below it are removed."""
     model: str | None = None
     """Folder of models written by data.quality train; null: the models that come with the package."""
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from baichuan_jax.console import Display
 
-COLOURS = {"left": "#4878a8", "removed": "#d0d7de"}
+COLOURS = {"left": "#9dbfe0", "removed": "#d0d7de"}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def picture(report: dict[str, Any]) -> bytes:
             axes.barh(place, value / scale, left=-value / scale / 2, color=COLOURS["left"], height=0.8)
             share = value / max(values[0], 1)
             text = f"{value / scale:,.{0 if scale == 1 else 1}f}{'' if scale == 1 else ' MB'} ({share:.1%})"
-            axes.text(0, place, text, ha="center", va="center", fontsize=8, color="white" if share > 0.5 else "black")
+            axes.text(0, place, text, ha="center", va="center", fontsize=8)
         axes.set_title(unit)
         axes.set_xticks([])
         axes.set_yticks(range(len(names)), names)

@@ -25,14 +25,15 @@ def select(engine: Engine, documents: DataFrame, config: SelectConfig) -> DataFr
 
 
 def low_quality(documents: DataFrame, least: dict[str, float]) -> DataFrame:
-    """(doc) of documents (doc, source, quality) whose quality is below their category's least."""
-    limit: Any = _limit(col("source"), least)
+    """(doc) of documents (doc, source, lang, quality) whose quality is below their category's or language's least."""
+    limit: Any = _limit(col("source"), col("lang"), least)
     return documents.where(col("quality") < limit).select("doc")
 
 
 @daft.func.batch(return_dtype=DataType.float64())
-def _limit(source: daft.Series, least: dict[str, float]) -> Any:
-    return [least.get(name, least.get(OTHERS, 0.0)) for name in source.to_pylist()]
+def _limit(source: daft.Series, lang: daft.Series, least: dict[str, float]) -> Any:
+    pairs = zip(source.to_pylist(), lang.to_pylist(), strict=True)
+    return [least.get(name, least.get(language, least.get(OTHERS, 0.0))) for name, language in pairs]
 
 
 @daft.func.batch(return_dtype=DataType.bool())

@@ -111,7 +111,9 @@ class Plan:
         stage = self.stage("quality", documents.key, card)
         self.engine.run(stage, tasks.score_part, self.numbers, None, documents, model)
         least = self.config.quality.least
-        fit = read_table(documents).where(col("reason").is_null()).select("doc", "source").join(read_table(stage), on="doc")
+        fit = (
+            read_table(documents).where(col("reason").is_null()).select("doc", "source", "lang").join(read_table(stage), on="doc")
+        )
         low = self.stage("low-quality", stage.key, least)
         table = self.engine.table(low, lambda: select.low_quality(fit, least))
         self.tell(low, table, "removed", stage=lit("quality"), name=lit("low_quality"))
