@@ -8,13 +8,12 @@ pipeline's own code is used: similarities are computed here, exactly.
 - documents: of a document and its copies all but one should be gone. Removed as a duplicate rightly: a Jaccard similarity of at least
   0.7 to a document that was kept, over 5-grams of characters (Chinese) or words (English), letters and digits only.
 - sentences: of the places of a planted sentence, all but one should be gone. A sentence that is gone from a kept document is rightly
-  gone where one at least 0.8 alike (difflib's ratio) stands elsewhere in final/.
+  gone where one at least 0.8 alike (1 - insertions and deletions / letters of both) stands elsewhere in final/.
 - garbage: gone, by whatever stage. Clean text: kept; what the duplicate stage removed is judged above.
 """
 
 import argparse
 import collections
-import difflib
 import json
 import re
 import unicodedata
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+import rapidfuzz
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +29,10 @@ LANGUAGES = ("zh", "en")
 CLEAN = ("clean", "giver", "host")
 JACCARD, ALIKE = 0.7, 0.8
 SHORT = 10  # letters; a shorter sentence is nobody's duplicate and not judged
-SENTENCE_END = re.compile(r"(?<=[。！？!?])(?![。！？!?”’」』\"')])|(?<=[。！？!?][”’」』\"')])|(?<=[a-z]\.)(?= [A-Z])|\n")
+CLOSING = "”’」』\"')"
+SENTENCE_END = re.compile(
+    rf"(?<=[。！？!?])(?![。！？!?{CLOSING}])|(?<=[。！？!?.][{CLOSING}])(?![{CLOSING}])|(?<=[a-z ]\.)(?= [\"'“‘(]?[A-Z])|\n"
+)
 
 
 def letters(text: str) -> str:
@@ -54,7 +57,10 @@ def sentences(text: str) -> list[str]:
 
 def read_parquet(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     rows = []
-    for path in sorted(folder.glob("*.parquet")):
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise SystemExit(f"{folder} holds no .parquet file: the pipeline did not end there")
+    for path in files:
         rows += pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     return rows
 
@@ -96,7 +102,7 @@ class Judge:
         sums: dict = collections.defaultdict(collections.Counter)
         for original, copies in groups.items():
             record = self.kinds[copies[0]]
-            kept = sum(name in self.final for name in (original, *copies))
+            kept = sum(name not in self.removed for name in (original, *copies))
             base = shingles(self.texts[original], record["lang"])
             sums[record["kind"], record["lang"]].update(
                 copies=len(copies),
@@ -140,10 +146,13 @@ class Judge:
         }  # fmt: skip
 
     def clean(self) -> dict[str, dict]:
-        """Of clean documents by language: how many, the share removed otherwise than as duplicates, and by what."""
+        """Of clean documents without a copy by language: how many, the share removed otherwise than as duplicates, and by what."""
         result = {}
+        copied = {record["of"] for record in self.kinds.values()}  # of two that share most sentences, either may lose them
         for lang in LANGUAGES:
-            names = [name for name, record in self.kinds.items() if record["kind"] in CLEAN and record["lang"] == lang]
+            names = [
+                n for n, record in self.kinds.items() if record["kind"] in CLEAN and record["lang"] == lang and n not in copied
+            ]
             gone = [self.removed[name] for name in names if name in self.removed and self.removed[name]["duplicate_of"] is None]
             why = collections.Counter(f"{row['stage']}: {row['reason']}" for row in gone)
             result[lang] = {
@@ -162,7 +171,7 @@ class Judge:
         return _by_kind({
             key: {
                 "documents": len(names),
-                "recall": sum(name not in self.final for name in names) / len(names),
+                "recall": sum(name in self.removed for name in names) / len(names),
                 "reasons": dict(collections.Counter(
                     f"{self.removed[name]['stage']}: {self.removed[name]['reason']}" for name in names if name in self.removed
                 ).most_common(4)),
@@ -195,9 +204,13 @@ class Judge:
         """By language: sentences gone from kept documents, and the share of them that have no like in final/."""
         gone: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
         for name, text in self.final.items():
+            record = self.kinds[name]
             if text != self.texts[name]:
                 flat = re.sub(r"\s+", "", text)
-                gone[self.kinds[name]["lang"]] += [s for s in sentences(self.texts[name]) if re.sub(r"\s+", "", s) not in flat]
+                missing = [s for s in sentences(self.texts[name]) if re.sub(r"\s+", "", s) not in flat]
+                if record["kind"] == "boilerplate":  # its head and foot should go
+                    missing = [s for s in missing if s in self.texts[record["of"]]]
+                gone[record["lang"]] += missing
         left = {letters(s) for text in self.final.values() for s in sentences(text)}
         total = {
             lang: sum(len(sentences(self.texts[name])) for name in self.final if self.kinds[name]["lang"] == lang)
@@ -206,9 +219,8 @@ class Judge:
         result = {}
         for lang in LANGUAGES:
             unlike = [s for s in gone[lang] if letters(s) not in left]
-            unlike = [
-                s for s, alike in zip(unlike, _best_likeness([letters(s) for s in unlike], left), strict=True) if alike < ALIKE
-            ]
+            alike = _likeness([letters(s) for s in unlike], left)
+            unlike = [s for s, likeness in zip(unlike, alike, strict=True) if likeness < ALIKE]
             result[lang] = {
                 "sentences": total[lang], "removed": len(gone[lang]), "wrong": len(unlike) / max(1, len(gone[lang])),
                 "examples": [s[:120] for s in unlike[:20]],
@@ -216,19 +228,28 @@ class Judge:
         return result
 
 
-def _best_likeness(wanted: list[str], pool: set[str]) -> list[float]:
-    """For each wanted text the likeness of the pool's nearest: of those that share most 4-grams, and so of all with fewer edits."""
+def _likeness(wanted: list[str], pool: set[str]) -> list[float]:
+    """Of each wanted text how like the nearest of the pool is: of the 30 that share most runs of four letters."""
     index: dict[str, list[str]] = {text[i : i + 4]: [] for text in wanted for i in range(len(text) - 3)}
-    for text in pool:
-        for gram in {text[i : i + 4] for i in range(len(text) - 3)}:
-            if gram in index and len(index[gram]) < 1000:
-                index[gram].append(text)
+    for text in sorted(pool):
+        for run in {text[i : i + 4] for i in range(len(text) - 3)} & index.keys():
+            index[run].append(text)
     best = []
     for text in wanted:
-        shared = collections.Counter(other for i in range(len(text) - 3) for other in index[text[i : i + 4]])
-        near = [other for other, _ in shared.most_common(10)]
-        best.append(max((difflib.SequenceMatcher(None, text, other, autojunk=False).ratio() for other in near), default=0.0))
+        shared: collections.Counter[str] = collections.Counter()
+        found = sorted((len(index[run]), run) for run in {text[i : i + 4] for i in range(len(text) - 3)} if index[run])
+        for _, run in found[:20]:
+            shared.update(index[run])
+        near = [other for other, _ in shared.most_common(30)]
+        best.append(max((_alike(text, other) for other in near), default=0.0))
     return best
+
+
+def _alike(text: str, other: str) -> float:
+    """Likeness of a text to another, or to the part of a longer one that is most like it: two splitters may cut differently."""
+    if len(other) > len(text):
+        return rapidfuzz.fuzz.partial_ratio(text, other) / 100
+    return rapidfuzz.distance.Indel.normalized_similarity(text, other)
 
 
 def _by_kind(figures: dict[tuple[str, str], dict]) -> dict[str, dict]:

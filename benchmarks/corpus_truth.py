@@ -37,10 +37,10 @@ GARBAGE = 0.15  # garbage documents for each clean one
 BOILERPLATE_COPIES = 20
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 WORD = {"zh": re.compile(f"[{HAN}]"), "en": re.compile(r"[A-Za-z]+(?:'[a-z]+)?")}
-# A sentence that any splitter cuts alike: no quotes, no dots inside, one closing mark; with its length in characters.
+# A sentence that any splitter cuts alike: no quotes, no dots inside, one closing mark, no abbreviation before it or at its end.
 SENTENCE = {
     "zh": re.compile(f"(?<=[。！？\n])[{HAN}，、；：]{{15,80}}[。！？](?=[{HAN}\n])"),
-    "en": re.compile(r"(?<=[a-z][.!?] )[A-Z][A-Za-z,;:' -]{50,200}[a-z]{3}[.!?](?= [A-Z]|\n)"),
+    "en": re.compile(r"(?<=[a-z]{4}[.!?] )[A-Z][A-Za-z,;:' -]{50,200}[a-z]{4}[.!?](?= [A-Z]|\n)"),
 }
 
 

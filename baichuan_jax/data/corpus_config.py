@@ -55,6 +55,8 @@ class QualityConfig:
 
     enabled: bool = True
     """Without scores every document's quality is 0."""
+    least: dict[str, float] = field(default_factory=lambda: {"en": 0.05})
+    """Least quality of documents by category (source), else by language ("zh", "en"), else "*"; those below it are removed."""
     model: str | None = None
     """Folder of models written by data.quality train; null: the models that come with the package."""
 
@@ -104,8 +106,6 @@ class SentencesConfig:
 class SelectConfig:
     """Which of the clean documents a corpus takes."""
 
-    min_quality: dict[str, float] = field(default_factory=dict)
-    """Least quality by category (source), or "*" for all others."""
     pareto_alpha: float | None = None
     """Keep a document where 1 - quality is below a draw from a Pareto distribution of this shape (GPT-3: 9); null: no sampling."""
     max_bytes: dict[str, int] = field(default_factory=dict)

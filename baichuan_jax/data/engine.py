@@ -31,7 +31,7 @@ from baichuan_jax.config import ConfigError
 from baichuan_jax.files import publish, write_atomically
 
 VERSION = 1  # of the files of all stages: a change makes finished stages anew
-ROWS_AT_ONCE = 4 << 20  # that are grouped in memory on one machine
+ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
 PARQUET = {"compression": "zstd", "compression_level": 3, "write_statistics": False, "store_schema": False}
 

@@ -20,6 +20,7 @@ COMMON_HAN = (
 FORMAT_CHARACTERS = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"  # harmless in any text
 RUN = 5  # characters that are the same make a run from here on: 哈哈哈哈哈, soooooo
 LONG_WORD = 30  # letters and digits; German has longer words, English has not
+FULL_LINE = 20  # characters; a list of shorter lines is no text
 GRAM = 10  # units of a repeated passage (Gopher's longest n-gram)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -132,7 +133,7 @@ def _units(points: np.ndarray, classes: np.ndarray, owner: np.ndarray, documents
         "words": count(is_word),
         "long_word_letters": count(size >= LONG_WORD, size).astype(np.int64),
         "repeated": _repeated(key, own, documents),
-        "coincidence": _coincidence(key, own, documents),
+        "coincidence": _coincidence(key[~is_word], own[~is_word], first[~is_word], documents),
     }
 
 
@@ -167,14 +168,15 @@ def _repeated(key: np.ndarray, own: np.ndarray, documents: int) -> np.ndarray:
     return np.bincount(own[covered], minlength=documents)
 
 
-def _coincidence(key: np.ndarray, own: np.ndarray, documents: int) -> np.ndarray:
-    """How much oftener two places of a document have the same pair of neighbouring units than if the order were random.
+def _coincidence(key: np.ndarray, own: np.ndarray, place: np.ndarray, documents: int) -> np.ndarray:
+    """How much oftener two places of a document have the same pair of Han characters than if these stood in random order.
 
-    Friedman's index of coincidence of pairs over the square of that of units: about 1 for shuffled text, many times that for language.
+    Friedman's index of coincidence of pairs over the square of that of characters: about 1 for shuffled text, many times that for
+    language.
     """
     singles, count = _equal_pairs(key, own, documents)
     pair = key[:-1] * _MIX + key[1:]
-    inside = own[:-1] == own[1:]
+    inside = place[:-1] + 1 == place[1:]
     doubles, pairs = _equal_pairs(pair[inside], own[:-1][inside], documents)
     chance = (singles / np.maximum(count, 1)) ** 2 * pairs
     return (doubles + 5) / (chance + 5)  # +5: in a short text a few coincidences prove nothing
@@ -192,18 +194,16 @@ def _equal_pairs(key: np.ndarray, own: np.ndarray, documents: int) -> tuple[np.n
 
 
 def _lines(texts: list[str]) -> dict[str, np.ndarray]:
-    """`lines` that are not blank, how many `end_open` (with an ellipsis), and the characters of `repeated_lines`."""
-    lines, open_, repeated = [], [], []
-    for text in texts:
-        all_lines = [line.strip() for line in text.split("\n")]
-        written = [line for line in all_lines if line]
+    """`lines` that are not blank; of them `full_lines`, the first aside, and `open_lines`; characters of `repeated_lines`."""
+    counts = np.zeros((len(texts), 4), np.int64)
+    for index, text in enumerate(texts):
+        lines = [line for line in map(str.strip, text.split("\n")) if line]
         seen: set[str] = set()
-        again = 0
-        for line in written:
+        repeated = 0
+        for line in lines:
             if line in seen:
-                again += len(line)
+                repeated += len(line)
             seen.add(line)
-        lines.append(len(written))
-        open_.append(sum(line.endswith(("...", "…")) for line in written))
-        repeated.append(again)
-    return {name: np.array(v, np.int64) for name, v in (("lines", lines), ("open_lines", open_), ("repeated_lines", repeated))}
+        full = sum(len(line) >= FULL_LINE for line in lines[1:])
+        counts[index] = len(lines), full, sum(line.endswith(("...", "…")) for line in lines), repeated
+    return dict(zip(("lines", "full_lines", "open_lines", "repeated_lines"), counts.T.copy(), strict=True))

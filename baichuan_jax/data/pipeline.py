@@ -16,7 +16,7 @@ from typing import Any
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.config_file import make_parser, parse_config
-from baichuan_jax.console import Display
+from baichuan_jax.data import funnel
 from baichuan_jax.data.corpus_config import CorpusConfig
 from baichuan_jax.data.rows import locked
 from baichuan_jax.files import write_atomically
@@ -36,6 +36,8 @@ def run(config: CorpusConfig, progress: bool = True) -> dict[str, Any]:
     with locked(output / "lock"):
         report = Plan(config, Engine(config.num_workers, progress)).run()
         report["settings"] = dataclasses.asdict(config)
+        write_atomically(output / "funnel.png", funnel.picture(report))
+        write_atomically(output / "funnel.html", funnel.page(report).encode())
         write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     return report
 
@@ -44,8 +46,7 @@ def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
     parser = make_parser("python -m baichuan_jax.data.pipeline", __doc__ or "", CorpusConfig)
     config = parse_config(parser, _join_input(words), CorpusConfig)
-    report = run(config)
-    _show(report)
+    funnel.show(run(config))
     return 0
 
 
@@ -57,19 +58,6 @@ def _join_input(words: list[str]) -> list[str]:
     stop = next((index for index in range(start, len(words)) if words[index].startswith("--")), len(words))
     values = words[start:stop]
     return words if len(values) == 1 and values[0].startswith("[") else [*words[:start], json.dumps(values), *words[stop:]]
-
-
-def _show(report: dict[str, Any]) -> None:
-    display = Display()
-    rows = [
-        [
-            s["stage"],
-            *(f"{s[name]:,}" for name in ("documents_in", "documents_out")),
-            *(f"{s[name] / 1e6:,.1f}" for name in ("bytes_in", "bytes_out")),
-        ]
-        for s in report["stages"]
-    ]
-    display.table("the corpus, stage by stage", ["stage", "documents in", "out", "MB in", "out"], rows)
 
 
 if __name__ == "__main__":

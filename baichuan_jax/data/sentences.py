@@ -34,6 +34,7 @@ SENTENCES = pa.schema(
         ("doc", pa.int64()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
+        ("bytes", pa.int64()),  # of the sentence
         ("size", pa.int64()),  # of the document, in characters
         ("exact", pa.int64()),  # hash of the letters
         ("anchors", pa.list_(pa.int64())),
@@ -121,7 +122,7 @@ def find_sentences(
             for start, stop in spans(text):
                 counts["sentences"] += 1
                 if stop - start >= least[lang] and len(found := letters_of(text[start:stop])) >= least[lang]:
-                    rows.append((doc, start, stop, len(text)))
+                    rows.append((doc, start, stop, len(text[start:stop].encode()), len(text)))
                     letters.append(found)
                     langs.append(lang)
         if not rows:
@@ -160,7 +161,7 @@ def _anchors(letters: list[str], runs: list[int]) -> list[np.ndarray]:
 
 
 def find_repeated(engine: Engine, table: DataFrame, anchors: int, config: SentencesConfig) -> tuple[DataFrame, DataFrame]:
-    """What goes: (doc, start, stop) of sentences, and (doc) of documents of which too little would be left."""
+    """What goes: (doc, start, stop, bytes) of sentences, and (doc) of documents of which too little would be left."""
     groups = _equal(table)
     if config.near:
         groups = engine.keep(groups)
@@ -172,10 +173,10 @@ def find_repeated(engine: Engine, table: DataFrame, anchors: int, config: Senten
         )
         alone = near.join(groups.select("sentence"), on="sentence", how="anti")
         groups = groups.concat(alone)
-    groups = engine.keep(groups.join(table.select("sentence", "doc", "start", "stop", "size"), on="sentence"))
+    groups = engine.keep(groups.join(table.select("sentence", "doc", "start", "stop", "bytes", "size"), on="sentence"))
     emptied = engine.keep(_emptied(_all_but_first(groups), config))
     # What stayed in a document that goes now makes way for the next one like it. Other documents only gain, so none goes after that.
-    return _all_but_first(groups.join(emptied, on="doc", how="anti")).select("doc", "start", "stop"), emptied
+    return _all_but_first(groups.join(emptied, on="doc", how="anti")).select("doc", "start", "stop", "bytes"), emptied
 
 
 def _equal(table: DataFrame) -> DataFrame:

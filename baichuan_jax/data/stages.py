@@ -1,6 +1,7 @@
 """The pipeline's plan: its stages in order, what each is made from, and what they tell each other."""
 
 import collections
+import glob
 import hashlib
 import os
 import time
@@ -12,15 +13,17 @@ from typing import Any
 
 import daft  # pyright: ignore[reportMissingImports]
 import daft.functions as F  # pyright: ignore[reportMissingImports]
+import numpy as np
 from daft import DataFrame, DataType, Expression, col, lit  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data import dedup, sentences, tasks
+from baichuan_jax.data import dedup, select, sentences, tasks
 from baichuan_jax.data.corpus_config import CorpusConfig
+from baichuan_jax.data.decontaminate import EvaluationSets
 from baichuan_jax.data.documents import Slice, find_inputs, make_parts, record_id
 from baichuan_jax.data.engine import ROW_BITS, Engine, Stage, read_table, stage_key
 from baichuan_jax.data.quality import MODEL
 
-STAGES = ("read", "rules", "decontaminate", "documents", "sentences", "select")
+STAGES = ("read", "rules", "quality", "decontaminate", "documents", "sentences", "select")
 SHOWN_DUPLICATE_IDS = 1000  # by file and line in the report; all are counted
 
 
@@ -48,13 +51,16 @@ class Plan:
             repeated_ids = self.rename(documents)
         with self.timed("quality"):
             quality = self.quality(documents)
+            leaked = self.decontaminate(documents)
         with self.timed("documents"):
             self.documents(documents, quality)
         with self.timed("sentences"):
-            self.sentences(documents)
+            cuts = self.sentences(documents)
+        with self.timed("select"):
+            self.select(documents, quality, cuts)
         with self.timed("write"):
             finished = self.finish(documents, quality)
-        return self.report(read, repeated_ids, finished)
+        return self.report(read, repeated_ids, finished) | {"evaluation_sets": leaked}
 
     def stage(self, name: str, *made_from: Any, files: Path | None = None) -> Stage:
         return Stage(self.output / "stages" / name, stage_key(name, *made_from), files)
@@ -104,7 +110,33 @@ class Plan:
         card = hashlib.sha256((model / "card.json").read_bytes() if (model / "card.json").is_file() else b"").hexdigest()
         stage = self.stage("quality", documents.key, card)
         self.engine.run(stage, tasks.score_part, self.numbers, None, documents, model)
+        least = self.config.quality.least
+        fit = (
+            read_table(documents).where(col("reason").is_null()).select("doc", "source", "lang").join(read_table(stage), on="doc")
+        )
+        low = self.stage("low-quality", stage.key, least)
+        table = self.engine.table(low, lambda: select.low_quality(fit, least))
+        self.tell(low, table, "removed", stage=lit("quality"), name=lit("low_quality"))
         return stage
+
+    def decontaminate(self, documents: Stage) -> dict[str, Any]:
+        """Find documents that hold text of evaluation sets. Returns how many items there are of each, and how many are too short."""
+        patterns = self.config.decontaminate.files
+        if not patterns:
+            return {}
+        sets = EvaluationSets(patterns)
+        stage = self.stage("evaluation-grams", documents.key, _files_key(patterns))
+        self.engine.run(stage, tasks.find_evaluation, self.numbers, None, documents, patterns)
+
+        def judge() -> DataFrame:
+            found = {row["doc"]: np.array(row["grams"], np.int64).view(np.uint64) for row in read_table(stage).to_pylist()}
+            leaked = sets.judge(found)
+            table = daft.from_pydict({"doc": list(leaked), "task": [" ".join(held) for held in leaked.values()]})
+            return table.select(col("doc").cast(DataType.int64()), col("task").cast(DataType.string()))
+
+        leaked = self.stage("decontaminate", stage.key)
+        self.tell(leaked, self.engine.table(leaked, judge), "removed", stage=lit("decontaminate"), name=col("task"))
+        return {task: {"items": count, "too_short": sets.short[task]} for task, count in sorted(sets.items.items())}
 
     def documents(self, documents: Stage, quality: Stage | None) -> None:
         """Find near-duplicate documents."""
@@ -120,11 +152,11 @@ class Plan:
         copies = found.groupby("kept").agg(col("doc").count().alias("count"))
         self.tell(stage, copies.select(col("kept").alias("doc"), "count"), "frequency", start=col("count") + lit(1))
 
-    def sentences(self, documents: Stage) -> None:
-        """Find sentences that occur again, and documents of which they leave too little."""
+    def sentences(self, documents: Stage) -> DataFrame | None:
+        """Find sentences that occur again, and documents of which they leave too little. Returns (doc, start, stop, bytes)."""
         config = self.config.sentences
         if not config.enabled:
-            return
+            return None
         stage = self.stage("sentence-keys", documents.key, *self.keys, config)
         gone = self.removed().select(_part(), col("doc").alias("gone")).groupby("part").agg(col("gone").list_agg())
         counts = self.engine.run(stage, sentences.find_sentences, self.numbers, gone, documents, config)
@@ -134,12 +166,41 @@ class Plan:
         def find() -> DataFrame:
             cuts, emptied = sentences.find_repeated(self.engine, table, anchors, config)
             none = lit(None).cast(DataType.int64())
-            return cuts.concat(emptied.select("doc", none.alias("start"), none.alias("stop")))
+            return cuts.concat(emptied.select("doc", *(none.alias(name) for name in ("start", "stop", "bytes"))))
 
         stage = self.stage("sentences", stage.key)
         found = self.engine.table(stage, find)
         self.tell(stage, found.where(col("start").is_null()), "removed", stage=lit("sentences"), name=lit("too_little_left"))
-        self.tell(stage, found.where(~col("start").is_null()), "cut", start=col("start"), stop=col("stop"))
+        cuts = found.where(~col("start").is_null())
+        self.tell(stage, cuts, "cut", start=col("start"), stop=col("stop"))
+        return cuts
+
+    def select(self, documents: Stage, quality: Stage | None, cuts: DataFrame | None) -> None:
+        """Sample by quality, and keep to each category's budget."""
+        config = self.config.select
+        if config.pareto_alpha is None and not config.max_bytes:
+            return
+        zero = lit(0).cast(DataType.int64())
+        left = (
+            read_table(documents).where(col("reason").is_null()).select("doc", "id", "source", col("clean_bytes").alias("bytes"))
+        )
+        left = left.join(self.removed(), on="doc", how="anti")
+        if cuts is not None:
+            cut = cuts.groupby("doc").agg(col("bytes").sum().alias("cut"))
+            left = (
+                left.join(cut, on="doc", how="left")
+                .with_column("bytes", col("bytes") - F.coalesce(col("cut"), zero))
+                .exclude("cut")
+            )
+        copies = self.told().where(col("what") == lit("frequency")).select("doc", col("start").alias("frequency"))
+        left = left.join(copies, on="doc", how="left").with_column("frequency", F.coalesce(col("frequency"), zero + lit(1)))
+        if quality is None:
+            left = left.with_column("quality", lit(0.0))
+        else:
+            left = left.join(read_table(quality), on="doc")
+        stage = self.stage("select", documents.key, quality and quality.key, *self.keys, config)
+        table = self.engine.table(stage, lambda: select.select(self.engine, left, config))
+        self.tell(stage, table, "removed", stage=lit("select"), name=col("reason"))
 
     def removed(self) -> DataFrame:
         """Documents that stages have removed so far, those that the rules removed aside."""
@@ -234,6 +295,11 @@ EVENT = {  # beside `doc` and `what`; tasks.finish says what they mean
     "start": DataType.int64(),
     "stop": DataType.int64(),
 }
+
+
+def _files_key(patterns: list[str]) -> str:
+    paths = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
+    return stage_key([[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths])
 
 
 def _part() -> Expression:

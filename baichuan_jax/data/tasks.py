@@ -1,6 +1,7 @@
 """The pipeline's work on one part of the input: what runs in a worker. Each task writes one Parquet file and returns what to count."""
 
 import collections
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ import pyarrow as pa  # pyright: ignore[reportMissingImports]
 from baichuan_jax.config import ConfigError
 from baichuan_jax.data import rules
 from baichuan_jax.data.corpus_config import CorpusConfig
+from baichuan_jax.data.decontaminate import EvaluationSets
 from baichuan_jax.data.documents import Problem, Record, Slice, count_lines, read_records, record_id
 from baichuan_jax.data.engine import ROW_BITS, ParquetFile, Stage, read_part
 from baichuan_jax.data.quality import score
 from baichuan_jax.data.sentences import cut
 
-BEFORE_CUTS = ("decontaminate", "documents")  # stages that judge a document as it was before sentences were cut out
+BEFORE_CUTS = ("quality", "decontaminate", "documents")  # stages that judge a document as it was before sentences were cut out
 BATCH_CHARACTERS = 1 << 19  # that rules judge at once; also about a row group
 EXAMPLES = 3  # of what each rule removed
 EXAMPLE_CHARACTERS = 200
@@ -33,6 +35,7 @@ DOCUMENTS = pa.schema(
         ("stage", pa.string()),  # "read" or "rules", where there is a reason
         ("reason", pa.string()),  # null: fit
         ("bytes", pa.int64()),  # of the text as it came
+        ("clean_bytes", pa.int64()),  # of the text here
         ("text", pa.large_string()),  # null where there is a reason
     ]
 )
@@ -100,6 +103,7 @@ def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[S
                     ],
                     "reason": pa.array(reasons, pa.string()),
                     "bytes": pa.array(sizes, pa.int64()),
+                    "clean_bytes": pa.array([None if text is None else len(text.encode()) for text in texts], pa.int64()),
                     "text": pa.array(texts, pa.large_string()),
                 },
                 schema=DOCUMENTS,
@@ -143,6 +147,25 @@ def score_part(part: int, given: dict[str, Any], file: ParquetFile, documents: S
         file.write(pa.table({"doc": table["doc"], "quality": pa.array(quality)}))
         scored += len(fit)
     return scored
+
+
+def find_evaluation(part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, patterns: list[str]) -> int:
+    """The 13-grams that a part's documents share with evaluation files, for documents that share any. Returns how many do."""
+    sets = _evaluation_sets(tuple(patterns))
+    found = []
+    for table in read_part(documents, part, ["doc", "text"]):
+        for doc, text in zip(table["doc"].to_pylist(), table["text"].to_pylist(), strict=True):
+            if text is not None and len(grams := sets.find(text)):
+                found.append((doc, grams.view(np.int64)))
+    schema = pa.schema([("doc", pa.int64()), ("grams", pa.list_(pa.int64()))])
+    file.write(schema.empty_table())
+    file.write(_table(found, schema))
+    return len(found)
+
+
+@functools.lru_cache(maxsize=1)
+def _evaluation_sets(patterns: tuple[str, ...]) -> EvaluationSets:
+    return EvaluationSets(list(patterns))
 
 
 FINAL = pa.schema(
