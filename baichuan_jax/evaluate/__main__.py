@@ -126,7 +126,7 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """What decides the figures beside text and prompts."""
     device = mesh.devices.flat[0]
     attention, _ = choose_attention(
-        "auto", backend=device.platform, dtype=options.dtype, masked=False, length=1024, context=mesh.shape["context"]
+        "auto", device=device, dtype=options.dtype, head_dim=128, masked=False, length=1024, context=mesh.shape["context"]
     )
     return {
         "checkpoint": str(options.checkpoint), "weights_sha256": weights_sha256(options.checkpoint), "dtype": options.dtype,
