@@ -3,7 +3,7 @@
 Every setting stands here with its default, which is the original Baichuan-7B's where the original had one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,6 +294,33 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class ResilienceConfig:
+    """Faults: how long is too long."""
+
+    hang_seconds: float = 20.0
+    """A step's phase (data, dispatch, wait) may last this long, or five times its longest so far; then the process leaves with 76."""
+    save_seconds: float = 600.0
+    """The same for a checkpoint and for an evaluation."""
+    start_seconds: float = 1800.0
+    """The same for everything before the first step, and for the first of each phase: packing, restoring, compiling."""
+    silence_seconds: float = 10.0
+    """A process whose heartbeat, one a second, is not heard for this long is taken for dead; leaves with 76 too."""
+    jax_heartbeat_seconds: int = 30
+    """After which jax itself aborts all processes of a run that has lost one: the last resort, when nobody else has acted."""
+
+    def __post_init__(self) -> None:
+        _positive("resilience", self, "hang_seconds", "save_seconds", "start_seconds", "silence_seconds", "jax_heartbeat_seconds")
+        # Seen: jax gives up after 0.8 of its timeout. Until then the silence must be noticed (2.5 s of standing still come before it),
+        # and last words said (3 s) and kept (2 s).
+        require(
+            self.silence_seconds + 7.5 <= 0.8 * self.jax_heartbeat_seconds,
+            f"resilience.silence_seconds={self.silence_seconds:g} is too long for resilience.jax_heartbeat_seconds="
+            f"{self.jax_heartbeat_seconds}: jax would abort before the silent process is named; at most "
+            f"{0.8 * self.jax_heartbeat_seconds - 7.5:g}",
+        )
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """Several processes. All null: from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or Slurm, else one process."""
 
@@ -325,6 +352,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
@@ -358,6 +386,16 @@ class Config:
         ):
             require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
         self.accumulation_steps(mesh)
+
+    def on_part(self, full: MeshConfig) -> "Config":
+        """This configuration, whose mesh has fewer devices than `full`, with as many rows a pass as each had there.
+
+        So the global batch stays as it is and nothing needs more memory: gradients of more micro-batches are accumulated.
+        """
+        if self.train.micro_batch_size is not None or full.data * full.fsdp <= self.mesh.data * self.mesh.fsdp:
+            return self
+        micro = max(1, self.train.global_batch_size // (full.data * full.fsdp))
+        return replace(self, train=replace(self.train, micro_batch_size=micro))
 
     def accumulation_steps(self, mesh: MeshConfig) -> int:
         """Micro-batches in a step on a resolved mesh. Raises ConfigError where the batch does not divide."""

@@ -1,6 +1,9 @@
 """XLA's flags for a run, each with its reason; applied to the environment before jax starts its backends."""
 
 import os
+from pathlib import Path
+
+import jax
 
 from baichuan_jax.config import Config
 
@@ -21,3 +24,12 @@ def apply_flags(config: Config) -> dict[str, str]:
     if added:
         os.environ["XLA_FLAGS"] = " ".join([*added, present]).strip()
     return added
+
+
+def keep_compiled(config: Config) -> None:
+    """Keep compiled programs in data.cache_dir, or in JAX_COMPILATION_CACHE_DIR: a restart compiles nothing again.
+
+    Process 0 writes them, all read. On the CPU a program's key differs by process, so there process 0 alone profits.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))

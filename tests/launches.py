@@ -128,3 +128,86 @@ def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
     """Send a signal and wait for the end."""
     process.send_signal(number)
     return process.wait(120)
+
+
+FAULTS = REPOSITORY / "benchmarks" / "faults"
+# What the tests set: shorter than a cluster's, longer than a busy machine's pauses.
+QUICK = ("--resilience.hang_seconds", "8", "--resilience.silence_seconds", "8")
+
+
+class Cluster:
+    """A run under supervisors, one for each host of a cluster whose hosts all lie on this machine."""
+
+    def __init__(
+        self, config: Path, run_dir: Path, *words: str, hosts: int = 3, spares: int = 0, options: tuple[str, ...] = ()
+    ) -> None:
+        self.run_dir, self.faults = run_dir, run_dir.parent / f"{run_dir.name}-faults"
+        self.faults.mkdir(exist_ok=True)
+        self._words = (*QUICK, "--config", str(config), "--run_dir", str(run_dir), *words)
+        self._options = ("--hosts", str(hosts), "--address", "127.0.0.1", *options)
+        self.supervisors = {name: self.start(name) for name in "abcdefgh"[: hosts + spares]}
+
+    def start(self, name: str) -> subprocess.Popen:
+        """The supervisor of one host."""
+        command = [sys.executable, "-m", "baichuan_jax.launch", "--host", name, *self._options, "--", *self._words]
+        variables = {"FAULTS": str(self.faults)}
+        with open(self.run_dir.parent / f"{self.run_dir.name}-{name}.log", "a") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.run_dir.parent,
+                env=environment(1, **variables) | {"PYTHONPATH": f"{REPOSITORY}:{FAULTS}"},
+            )  # fmt: skip
+
+    def attempt(self) -> int:
+        """The number of the newest launch."""
+        return max((int(p.name) for p in (self.run_dir / "attempts").glob("*") if p.name.isdigit()), default=0)
+
+    def file(self, name: str, attempt: int | None = None) -> dict | None:
+        """The content of a launch's file, or None."""
+        path = self.run_dir / "attempts" / str(attempt or self.attempt()) / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def pid(self, process: int, attempt: int | None = None) -> int:
+        """The process id of a training process."""
+        return self.wait(lambda: self.file(f"process-{process}", attempt), "no heartbeat")["pid"]
+
+    def wait(self, found, message: str, seconds: float = 240):
+        """What `found` gives once it gives anything. Fails where a supervisor ends first, or time does."""
+        deadline = time.monotonic() + seconds
+        while not (value := found()):
+            assert time.monotonic() < deadline, message
+            assert any(s.poll() is None for s in self.supervisors.values()), message
+            time.sleep(0.1)
+        return value
+
+    def wait_for_steps(self, number: int = 3, after: int | None = None) -> int:
+        """Until the newest launch (or one after `after`) has written some steps; its newest step."""
+
+        def stepped():
+            attempt, events = self.attempt(), lines(self.run_dir, "events")
+            if after is not None and attempt <= after:
+                return None
+            begun = [event["time"] for event in events if event["kind"] == "started" and event.get("attempt") == attempt]
+            steps = [line["step"] for line in lines(self.run_dir) if begun and line["time"] > begun[-1] and "loss" in line]
+            return steps[-1] if len(steps) >= number else None
+
+        return self.wait(stepped, "no steps")
+
+    def verdict(self, attempt: int) -> dict:
+        """The verdict on a launch."""
+        return self.wait(lambda: self.file("verdict", attempt), f"no verdict on launch {attempt}")
+
+    def inject(self, kind: str, process: int) -> None:
+        """Ask for a fault inside a process."""
+        (self.faults / f"{kind}-{process}").touch()
+
+    def finish(self, seconds: float = 300) -> list[int]:
+        """Exit codes of the supervisors once all have ended."""
+        return wait_all(list(self.supervisors.values()), seconds)
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for supervisor in self.supervisors.values():
+            supervisor.kill()
+            supervisor.wait()

@@ -13,17 +13,19 @@ FILES = {
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "config_file", "files", "resilience.exits", "resilience"},
+    {"config", "config_file", "files", "resilience", "resilience.exits", "resilience.clock"},
+    {"resilience.reports", "resilience.blame", "resilience.watch", "resilience.policy", "resilience.attempts"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
     {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
     {"model"},
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"generate", "summary"},
-    {"train"},
+    {"generate", "summary", "saving", "start", "tracing"},
+    {"trainer"},
+    {"train", "launch"},
 ]
-COMMANDS = ["train", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "launch", "generate", "hf", "tokenizer", "data.rows"]
 
 
 def imports(path) -> set[str]:

@@ -1,12 +1,11 @@
 import json
 import math
 import sys
-import time
 
 import pytest
 
 from baichuan_jax.config import Config, ConfigError, MetricsConfig, ModelConfig
-from baichuan_jax.metrics import PEAK_TFLOPS, Clock, Throughput, Writer, flops_per_token, peak_flops
+from baichuan_jax.metrics import PEAK_TFLOPS, Throughput, Writer, flops_per_token, peak_flops
 from baichuan_jax.run import Run
 
 
@@ -89,20 +88,6 @@ def test_wandb_without_its_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         Writer(tmp_path, Config(metrics=MetricsConfig(wandb_project="x")))
-
-
-def test_the_clock_charges_every_moment_to_one_cause():
-    clock, began = Clock(), time.perf_counter()
-    with clock("step"):
-        time.sleep(0.02)
-        with clock("wait for data"):
-            time.sleep(0.03)
-    time.sleep(0.01)
-    totals, passed = clock.totals(), time.perf_counter() - began
-    assert totals["wait for data"] >= 0.03
-    assert totals["step"] >= 0.02
-    assert totals["other"] >= 0.01
-    assert sum(totals.values()) == pytest.approx(passed, abs=0.005)
 
 
 def test_the_plot_is_a_png_and_takes_repeated_steps_once(tmp_path):

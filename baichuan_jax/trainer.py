@@ -1,0 +1,274 @@
+"""One launch of a run from its first state to its last: steps, validation, checkpoints, and what it reports of them."""
+
+import contextlib
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from baichuan_jax.checkpoint import Checkpoints
+from baichuan_jax.config import Config
+from baichuan_jax.console import Display, Progress
+from baichuan_jax.data.loader import Loader, validation_batches
+from baichuan_jax.data.prepare import Prepared
+from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.generate import Generator
+from baichuan_jax.metrics import Throughput, Writer, peak_flops, peak_memory_gib, seconds_since_process_start
+from baichuan_jax.model import abstract_model
+from baichuan_jax.resilience.clock import DATA, DISPATCH, EVALUATE, WAIT, Clock
+from baichuan_jax.resilience.exits import NumericsError
+from baichuan_jax.resilience.watch import Watch
+from baichuan_jax.run import Run
+from baichuan_jax.saving import Saver
+from baichuan_jax.start import restore_or_start
+from baichuan_jax.step import Steps, TrainState
+from baichuan_jax.summary import say_result, say_start, what_would_fit
+from baichuan_jax.tracing import Tracer
+
+MAX_NONFINITE_RUN = 3  # updates skipped in a row before the run ends: it will not mend itself
+
+
+class Trainer:
+    """One launch of a run: its state on the devices, where it stands in the data, and what it reports to."""
+
+    def __init__(
+        self, config: Config, run: Run, steps: Steps, prepared: Prepared, clock: Clock, watch: Watch, writer: Writer,
+        display: Display,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.steps, self.prepared = config, run, steps, prepared
+        self.clock, self.watch, self.writer, self.display = clock, watch, writer, display
+        self.checkpoints = Checkpoints(
+            run.path / "checkpoints", config, prepared.tokenizer.hash, steps.state_shapes, steps.state_shardings
+        )
+        self.saver = Saver(self.checkpoints, clock, writer, display)
+        self.tracer = Tracer(config.profile, run.path / "profile", config.train.num_steps)
+        self.state: TrainState = None  # type: ignore[assignment]  # from restore_or_start on
+        self.step = self.position = 0  # steps done; position in the data of the next batch
+        self.stop_requested = False
+        self.eval_loss: float | None = None
+        self.losses: list[float] = []
+        self.entropy = unigram_entropy(prepared.train)
+        device = jax.devices()[0]
+        peak, self.peak_source = peak_flops(config, device)
+        self.throughput = Throughput(config, steps.layout.mesh.size, peak)
+        self._stop_flags = {stop: steps.stop_flag(stop) for stop in (False, True)}
+        self._batches = None
+        self._mark = 0.0
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        self.stop_requested = True
+        # Not print: a signal may come in the middle of one.
+        os.write(2, f"\n{signal_name}: saving after this step, then stopping; once more quits unsaved\n".encode())
+
+    def describe(self, flags: dict[str, str], attention: tuple[str, str]) -> None:
+        """Say and record what this launch runs on and what it chose."""
+        mesh = self.steps.layout.mesh
+        rows = {str(rows.path): len(rows) for rows, _ in self.prepared.train}
+        tokens = sum(rows.values()) * self.config.train.context_length
+        say_start(
+            self.display, self.config, mesh, text_tokens=tokens, attention=attention, mfu_of=self.peak_source, flags=flags
+        )  # fmt: skip
+        self.writer.event(
+            "started", attempt=int(self.watch.attempt.name), jax=jax.__version__, device=mesh.devices.flat[0].device_kind,
+            devices=mesh.size, processes=jax.process_count(), mesh=dict(mesh.shape), attention=attention[0], attention_reason=attention[1],
+            xla_flags=list(flags), mfu_of=self.peak_source, parameters=self.config.model.num_parameters,
+            tokenizer=self.prepared.tokenizer.hash, rows=rows, unigram_entropy=self.entropy,
+        )  # fmt: skip
+
+    def restore_or_start(self) -> None:
+        """Take the newest good checkpoint, or `init_from`'s weights, or fresh ones."""
+        begun = restore_or_start(self.config, self.steps, self.checkpoints, self.writer, self.display)
+        self.state, self.step, self.position = begun.state, begun.step, begun.position
+        self.watch.step = self.step
+        self.eval_loss = self.run.curve("eval_loss").get(self.step)
+        self.losses = [loss for step, loss in self.run.curve("loss").items() if step <= self.step]
+
+    def loop(self) -> bool:
+        """Step to the end: True, or until asked to stop: save and return False. Raises NumericsError."""
+        config = self.config
+        with self.clock("start"):
+            self._batches = Loader(
+                self.prepared.train, seed=config.train.seed, accumulation_steps=config.accumulation_steps(config.mesh),
+                batch_size=config.train.global_batch_size, eos_id=self.prepared.tokenizer.eos_id,
+                document_mask=config.data.document_mask, sharding=self.steps.batch_sharding, position=self.position,
+            )  # fmt: skip
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        step_function = None
+        with self.display.progress(self.step, config.train.num_steps) as progress, _scheduled_gc() as collect:
+            while self.step < config.train.num_steps:
+                with self.clock(DATA):
+                    batch = next(self._batches)
+                if step_function is None:
+                    step_function = self._compile(batch)
+                    self._mark = time.perf_counter()
+                self.tracer.before(self.step + 1)
+                with self.clock(DISPATCH), jax.transfer_guard("disallow"):
+                    self.state, metrics = step_function(self.state, batch, self._stop_flags[self.stop_requested])
+                self.step, self.position = self.step + 1, self.position + 1
+                self.watch.step = self.step
+                # The step before this one: its figures are fetched while the devices work on this one.
+                stop = self._record(pending, progress)
+                pending = (self.step, metrics)
+                last = self.step == config.train.num_steps
+                evaluate = last or self.step % config.evaluate.every == 0
+                save = last or self.step % config.checkpoint.every == 0
+                if evaluate or save or stop or self.step == self.tracer.until:
+                    stop = self._record(pending, progress) or stop
+                    pending = None
+                    if self.step == self.tracer.until or (stop and self.tracer.until is not None):
+                        self._stop_trace()
+                    if evaluate:
+                        self._evaluate()
+                    if save or stop:
+                        self.saver.save(self.state, self.step, self.position, must_succeed=last or stop)
+                    if stop and not last:
+                        self.writer.event("interrupted", step=self.step, position=self.position)
+                        self.display.say(
+                            f"stopped and saved at step {self.step}; the same command goes on from here", style="green"
+                        )
+                        return False
+                    collect()
+                    self._mark = time.perf_counter()
+        return True
+
+    def _compile(self, batch: dict[str, jax.Array]) -> Any:
+        with self.clock("compile"):
+            compiled = self.steps.train.lower(self.state, batch, self._stop_flags[False]).compile()
+        self.writer.event("compiled", seconds=self.clock.totals()["compile"], since_launch=seconds_since_process_start())
+        return compiled
+
+    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None, progress: Progress) -> bool:
+        """Fetch and write a step's figures; whether any process was asked to stop. Raises NumericsError."""
+        if pending is None:
+            return False
+        step, metrics = pending
+        with self.clock(WAIT):
+            values = jax.device_get(metrics)
+        now = time.perf_counter()
+        figures = self.throughput.add(now - self._mark)
+        self._mark = now
+        loss = float(values["loss"])
+        self.losses.append(loss)
+        line: dict[str, Any] = {
+            "loss": loss, "perplexity": _exp(loss), "grad_norm": float(values["grad_norm"]),
+            "learning_rate": float(values["learning_rate"]), **figures, "tokens": int(values["tokens"]),
+            "data_wait_seconds": self.clock.seconds.get(DATA, 0.0), "memory_gib": peak_memory_gib(),
+        }  # fmt: skip
+        if not values["finite"]:
+            line["skipped"] = True
+            self._report_nonfinite(step, values)
+        self.writer.metrics(step, line)
+        progress.update(step, loss, line["tokens_per_second"], self.eval_loss)
+        return bool(values["stop"])
+
+    def _report_nonfinite(self, step: int, values: dict[str, Any]) -> None:
+        run = int(values["nonfinite_run"])
+        fields = {"loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "in_a_row": run}
+        self.writer.event("update_skipped", step=step, total=int(values["nonfinite"]), **fields)
+        self.display.say(f"step {step}: not finite, its update is skipped: {fields}", style="red")
+        if run >= MAX_NONFINITE_RUN:
+            raise NumericsError(
+                f"{run} steps in a row up to step {step} were not finite (loss {values['loss']}, gradient norm "
+                f"{values['grad_norm']}): lower optimizer.learning_rate, or look at the data of these steps"
+            )
+
+    def _evaluate(self) -> None:
+        """Validation loss over the first rows of every validation corpus; the same rows each time."""
+        if not self.prepared.validation:
+            return
+        config = self.config
+        with self.clock(EVALUATE):
+            sums = [
+                self.steps.evaluate(self.state.params, batch)
+                for batch in validation_batches(
+                    self.prepared.validation, batch_size=config.train.global_batch_size, eos_id=self.prepared.tokenizer.eos_id,
+                    document_mask=config.data.document_mask, sharding=self.steps.batch_sharding,
+                    accumulation_steps=config.accumulation_steps(config.mesh), num_batches=config.evaluate.num_batches,
+                )
+            ]  # fmt: skip
+            sums = jax.device_get(sums)
+            tokens = sum(int(count) for _, count in sums)
+            self.eval_loss = sum(float(total) for total, _ in sums) / tokens
+        self.writer.metrics(
+            self.step, {"eval_loss": self.eval_loss, "eval_perplexity": _exp(self.eval_loss), "eval_tokens": tokens}
+        )
+        self.display.say(f"step {self.step}: validation loss {self.eval_loss:.4f} over {tokens:,} tokens")
+
+    def _stop_trace(self) -> None:
+        self.tracer.stop()
+        self.writer.event("profiled", step=self.step)
+        self.display.say(f"profile of the steps up to {self.step} in {self.run.path / 'profile'}")
+
+    def conclude(self) -> None:
+        """After the last step: validation if it is still missing, curve, samples, and what came of it all."""
+        if self.eval_loss is None:
+            self._evaluate()
+        if jax.process_index() == 0:
+            self.run.plot()
+        samples = self._sample()
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        completed = {
+            "step": self.step, "loss": statistics.fmean(finite[-20:]), "eval_loss": self.eval_loss,
+            "unigram_entropy": self.entropy, "seconds": self.clock.totals(), "samples": samples, **self.throughput.median(),
+        }  # fmt: skip
+        self.writer.event("completed", **completed)
+        say_result(self.display, self.run, completed, self.peak_source)
+
+    def _sample(self) -> dict[str, str]:
+        """The model's continuation of every prompt of the settings."""
+        sample = self.config.sample
+        if not sample.prompts:
+            return {}
+        if jax.process_count() > 1:
+            self.display.say("no samples: the model lies on several processes; use python -m baichuan_jax.generate")
+            return {}
+        graphdef, _, _ = abstract_model(self.config.model, self.config.kernels.attention)
+        generator = Generator(nnx.merge(graphdef, self.state.params))
+        texts = generator.generate(
+            self.prepared.tokenizer, sample.prompts, max_new_tokens=sample.max_new_tokens, temperature=0.8, top_p=0.9,
+            seed=self.config.train.seed,
+        )  # fmt: skip
+        return dict(zip(sample.prompts, texts, strict=True))
+
+    def explain(self, error: BaseException) -> str | None:
+        """Record what ended the run. Where memory ran out, keep a profile of it and return what would make it fit."""
+        if isinstance(error, KeyboardInterrupt):
+            return None
+        self.writer.event("failed", step=self.step, error=f"{type(error).__name__}: {error}"[:2000])
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            return None
+        profile = self.run.path / "memory.prof"
+        jax.profiler.save_device_memory_profile(str(profile))
+        reason = str(error).splitlines()[0][:200]
+        return f"out of memory at step {self.step} ({reason}); profile in {profile}. {what_would_fit(self.config)}"
+
+    def close(self, failed: bool = False) -> None:
+        """Let go of everything; after a failure among several processes only of files, since the rest would wait for the others."""
+        if not (failed and jax.process_count() > 1):
+            if self._batches is not None:
+                self._batches.close()
+            self.checkpoints.close()
+        self.writer.close()
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@contextlib.contextmanager
+def _scheduled_gc() -> Iterator[Callable[[], int]]:
+    """No garbage collection inside: it would halt one host at a time, and all others with it. The loop calls what is yielded."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield lambda: gc.collect(1)
+    finally:
+        if enabled:
+            gc.enable()
