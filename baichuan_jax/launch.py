@@ -19,9 +19,11 @@ from typing import Any
 
 from baichuan_jax.config import Config, ConfigError
 from baichuan_jax.config_file import make_parser, parse_config
+from baichuan_jax.console import Display
 from baichuan_jax.resilience.attempts import Attempts
 from baichuan_jax.resilience.blame import Exit, Verdict, blame
 from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command
+from baichuan_jax.resilience.ledger import read_ledger, say_ledger
 from baichuan_jax.resilience.policy import Decision, choose_hosts, decide
 from baichuan_jax.resilience.reports import Folder
 from baichuan_jax.resilience.watch import FOLDER_VARIABLE, FULL_VARIABLE, HOST_VARIABLE, UNSUPERVISED
@@ -59,6 +61,8 @@ class Supervisor:
             self._take_part(number, plan)
             decision = self._conclude(number, plan)
             if not decision.restart:
+                if self.host == plan["hosts"][0]:
+                    say_ledger(Display(), read_ledger(self.run.path))
                 return decision.code
             number, started = number + 1, time.monotonic()
 

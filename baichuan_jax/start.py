@@ -9,18 +9,24 @@ from baichuan_jax.console import Display
 from baichuan_jax.hf import import_params, read_config
 from baichuan_jax.metrics import Writer
 from baichuan_jax.model import Params
+from baichuan_jax.resilience.guard import Rollback
 from baichuan_jax.sharding import Layout
 from baichuan_jax.step import Steps
 
 
-def restore_or_start(config: Config, steps: Steps, checkpoints: Checkpoints, writer: Writer, display: Display) -> Restored:
+def restore_or_start(
+    config: Config, steps: Steps, checkpoints: Checkpoints, rollback: Rollback, writer: Writer, display: Display
+) -> Restored:
     """The state to go on from, its step and its position in the data. Raises ConfigError where weights do not fit the model."""
 
     def report(kind: str, **fields: Any) -> None:
         display.say(f"{kind}: {fields['path']}: {fields['reason']}; trying the one before it", style="yellow")
         writer.event(kind, **fields)
 
-    restored = checkpoints.restore(report)
+    for event in rollback.events:
+        writer.event(**event)
+        display.say(f"{event['kind'].replace('_', ' ')}: {event['reason']}", style="yellow")
+    restored = checkpoints.restore(report, rollback.before, rollback.back)
     if restored is not None:
         display.say(f"going on from checkpoint {restored.step} in {checkpoints.directory}", style="green")
         writer.event("restored", step=restored.step, position=restored.position)

@@ -52,16 +52,19 @@ class Steps:
     start: Callable[[Params], TrainState]
     """Fresh state around given parameters, which are donated."""
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    """One step; the state is donated. The last argument is this process's `stop_flag`.
+    """One step; the state is donated. The last argument is this process's `wish`.
 
-    Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), stop."""
+    Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), wish."""
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """Sum of the loss over a batch, and its count of valid labels."""
+    check: Callable[[Params, Batch], jax.Array]
+    """A digest [replicas] uint32 of the loss and gradients that every replica computes of the same rows with its own copy of the
+    parameters, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
 
-    def stop_flag(self, stop: bool) -> jax.Array:
-        """This process's word on whether to stop: [devices] int32. The step's metric `stop` is 1 where any process's is."""
+    def wish(self, wish: int) -> jax.Array:
+        """This process's wish, a small number: [devices] int32. The step's metric `wish` is the largest of all processes'."""
         sharding = NamedSharding(self.layout.mesh, P(AXES))
-        value = np.full(1, stop, np.int32)
+        value = np.full(1, wish, np.int32)
         return jax.make_array_from_callback((self.layout.mesh.size,), sharding, lambda _: value)
 
 
@@ -98,7 +101,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
                 chunk_size=config.train.loss_chunk_size, z_loss=config.train.z_loss,
             )  # fmt: skip
 
-    def train(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train(state: TrainState, batch: Batch, wish: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
             total, gradients = _sum_gradients(nll, state.params, batch, layout, param_shardings)
@@ -119,13 +122,31 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         )  # fmt: skip
         metrics = {
             "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens,
-            "finite": finite, "nonfinite": nonfinite, "nonfinite_run": nonfinite_run, "stop": stop.max(),
+            "finite": finite, "nonfinite": nonfinite, "nonfinite_run": nonfinite_run, "wish": wish.max(),
         }  # fmt: skip
         return state, metrics
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
         return nll(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
+
+    replicas = mesh.shape["data"]
+
+    def spread(batch: Batch) -> Batch:
+        """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
+        return {name: jnp.broadcast_to(array[0, : mesh.shape["fsdp"]], (replicas, mesh.shape["fsdp"], array.shape[-1]))
+                for name, array in batch.items()}  # fmt: skip
+
+    def digests(params: Params, same: Batch) -> jax.Array:
+        one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
+        computed = jax.vmap(one, spmd_axis_name="data")(same)
+        bits = [jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(replicas, -1) for x in jax.tree.leaves(computed)]
+        weights = [jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1 for x in bits]  # odd: every change of one element is seen
+        return sum(jnp.sum(x * w, axis=1, dtype=jnp.uint32) for x, w in zip(bits, weights, strict=True))  # type: ignore
+
+    # Two programs: if one knew that all rows are the same, it could compute them once.
+    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
+    digest_replicas = jax.jit(digests, out_shardings=scalar)
 
     return Steps(
         layout=layout,
@@ -136,6 +157,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
         evaluate=jax.jit(evaluate, out_shardings=scalar),
+        check=lambda params, batch: digest_replicas(params, spread_rows(batch)),
     )
 
 

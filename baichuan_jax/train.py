@@ -41,9 +41,9 @@ def _train(config: Config, clock: Clock) -> Run:
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
             flags = apply_flags(config)
-            keep_compiled(config)
             initialize_processes(config.distributed, config.resilience)
             mesh = make_mesh(config.mesh)
+            keep_compiled(config, mesh.devices.flat[0].platform)
             config = _resolve(config, mesh.size)
             kernel = _choose_kernel(config)
             first = jax.process_index() == 0

@@ -1,13 +1,14 @@
 """One launch of a run from its first state to its last: steps, validation, checkpoints, and what it reports of them."""
 
 import contextlib
+import dataclasses
 import gc
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from flax import nnx
@@ -21,8 +22,12 @@ from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.generate import Generator
 from baichuan_jax.metrics import Throughput, Writer, peak_flops, peak_memory_gib, seconds_since_process_start
 from baichuan_jax.model import abstract_model
-from baichuan_jax.resilience.clock import DATA, DISPATCH, EVALUATE, WAIT, Clock
-from baichuan_jax.resilience.exits import NumericsError
+from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT, Clock
+from baichuan_jax.resilience.corruption import compare_digests
+from baichuan_jax.resilience.exits import BadHost, NumericsError
+from baichuan_jax.resilience.guard import Rollback, Spikes, plan_rollback
+from baichuan_jax.resilience.ledger import history
+from baichuan_jax.resilience.reports import agree
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.run import Run
 from baichuan_jax.saving import Saver
@@ -32,6 +37,9 @@ from baichuan_jax.summary import say_result, say_start, what_would_fit
 from baichuan_jax.tracing import Tracer
 
 MAX_NONFINITE_RUN = 3  # updates skipped in a row before the run ends: it will not mend itself
+# What a process may wish of all; the largest wins, and all hear it with the same step.
+NOTHING, SAVE, STOP, ROLL_BACK = range(4)
+Pending = tuple[int, int, dict[str, jax.Array]]  # step, position of its batch, figures on the devices
 
 
 class Trainer:
@@ -46,7 +54,9 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run.path / "checkpoints", config, prepared.tokenizer.hash, steps.state_shapes, steps.state_shardings
         )
-        self.saver = Saver(self.checkpoints, clock, writer, display)
+        self.saver = Saver(
+            self.checkpoints, config.checkpoint, clock, writer, display, devices=steps.layout.mesh.size, **history(run.events)
+        )
         self.tracer = Tracer(config.profile, run.path / "profile", config.train.num_steps)
         self.state: TrainState = None  # type: ignore[assignment]  # from restore_or_start on
         self.step = self.position = 0  # steps done; position in the data of the next batch
@@ -57,7 +67,10 @@ class Trainer:
         device = jax.devices()[0]
         peak, self.peak_source = peak_flops(config, device)
         self.throughput = Throughput(config, steps.layout.mesh.size, peak)
-        self._stop_flags = {stop: steps.stop_flag(stop) for stop in (False, True)}
+        self._wishes = [steps.wish(wish) for wish in range(4)]
+        self._replicas, self._checked = steps.layout.mesh.shape["data"], 0  # step of the last check that went well
+        self._spike: tuple[str, int, int, int] | None = None  # why, step, its window of positions
+        self._nonfinite_since: tuple[int, int] | None = None  # step and position of the first of a row
         self._batches = None
         self._mark = 0.0
 
@@ -76,18 +89,24 @@ class Trainer:
         )  # fmt: skip
         self.writer.event(
             "started", attempt=int(self.watch.attempt.name), jax=jax.__version__, device=mesh.devices.flat[0].device_kind,
-            devices=mesh.size, processes=jax.process_count(), mesh=dict(mesh.shape), attention=attention[0], attention_reason=attention[1],
+            devices=mesh.size, processes=jax.process_count(), mesh=dict(mesh.shape),
+            attention=attention[0], attention_reason=attention[1],
             xla_flags=list(flags), mfu_of=self.peak_source, parameters=self.config.model.num_parameters,
             tokenizer=self.prepared.tokenizer.hash, rows=rows, unigram_entropy=self.entropy,
         )  # fmt: skip
 
     def restore_or_start(self) -> None:
         """Take the newest good checkpoint, or `init_from`'s weights, or fresh ones."""
-        begun = restore_or_start(self.config, self.steps, self.checkpoints, self.writer, self.display)
+        resilience, skip = self.config.resilience, self.config.data.skip
+        found = agree("rollback", lambda: dataclasses.asdict(plan_rollback(self.run.events, skip, resilience.max_skips)))
+        self.skip = tuple((begin, end) for begin, end in found["windows"])
+        rollback = Rollback(self.skip, found["before"], found["back"], tuple(found["events"]))
+        begun = restore_or_start(self.config, self.steps, self.checkpoints, rollback, self.writer, self.display)
         self.state, self.step, self.position = begun.state, begun.step, begun.position
-        self.watch.step = self.step
+        self.watch.step = self._checked = self.step
         self.eval_loss = self.run.curve("eval_loss").get(self.step)
         self.losses = [loss for step, loss in self.run.curve("loss").items() if step <= self.step]
+        self.spikes = Spikes(resilience.spike_deviations, self.losses)
 
     def loop(self) -> bool:
         """Step to the end: True, or until asked to stop: save and return False. Raises NumericsError."""
@@ -96,37 +115,44 @@ class Trainer:
             self._batches = Loader(
                 self.prepared.train, seed=config.train.seed, accumulation_steps=config.accumulation_steps(config.mesh),
                 batch_size=config.train.global_batch_size, eos_id=self.prepared.tokenizer.eos_id,
-                document_mask=config.data.document_mask, sharding=self.steps.batch_sharding, position=self.position,
+                document_mask=config.data.document_mask, sharding=self.steps.batch_sharding, position=self.position, skip=self.skip,
             )  # fmt: skip
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: Pending | None = None
+        every = config.resilience.check_every
         step_function = None
         with self.display.progress(self.step, config.train.num_steps) as progress, _scheduled_gc() as collect:
             while self.step < config.train.num_steps:
                 with self.clock(DATA):
+                    here = self._batches.position
                     batch = next(self._batches)
                 if step_function is None:
                     step_function = self._compile(batch)
                     self._mark = time.perf_counter()
                 self.tracer.before(self.step + 1)
                 with self.clock(DISPATCH), jax.transfer_guard("disallow"):
-                    self.state, metrics = step_function(self.state, batch, self._stop_flags[self.stop_requested])
-                self.step, self.position = self.step + 1, self.position + 1
+                    self.state, metrics = step_function(self.state, batch, self._wishes[self._wish()])
+                self.step, self.position = self.step + 1, self._batches.position
                 self.watch.step = self.step
                 # The step before this one: its figures are fetched while the devices work on this one.
-                stop = self._record(pending, progress)
-                pending = (self.step, metrics)
+                wish = self._record(pending, progress)
+                pending = (self.step, here, metrics)
+                self.saver.poll()
                 last = self.step == config.train.num_steps
                 evaluate = last or self.step % config.evaluate.every == 0
-                save = last or self.step % config.checkpoint.every == 0
-                if evaluate or save or stop or self.step == self.tracer.until:
-                    stop = self._record(pending, progress) or stop
+                save = last or self.saver.due(self.step) or (wish == SAVE and self.saver.far_enough(self.step))
+                check = self._replicas > 1 and every > 0 and self.step % every == 0
+                if evaluate or save or check or wish == STOP or self.step == self.tracer.until:
+                    wish = max(self._record(pending, progress), wish)
                     pending = None
+                    stop = wish == STOP
                     if self.step == self.tracer.until or (stop and self.tracer.until is not None):
                         self._stop_trace()
+                    if check:
+                        self._check(batch)
                     if evaluate:
                         self._evaluate()
                     if save or stop:
-                        self.saver.save(self.state, self.step, self.position, must_succeed=last or stop)
+                        self._save(must_succeed=last or stop)
                     if stop and not last:
                         self.writer.event("interrupted", step=self.step, position=self.position)
                         self.display.say(
@@ -139,15 +165,28 @@ class Trainer:
 
     def _compile(self, batch: dict[str, jax.Array]) -> Any:
         with self.clock("compile"):
-            compiled = self.steps.train.lower(self.state, batch, self._stop_flags[False]).compile()
+            compiled = self.steps.train.lower(self.state, batch, self._wishes[NOTHING]).compile()
         self.writer.event("compiled", seconds=self.clock.totals()["compile"], since_launch=seconds_since_process_start())
         return compiled
 
-    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None, progress: Progress) -> bool:
-        """Fetch and write a step's figures; whether any process was asked to stop. Raises NumericsError."""
+    def _wish(self) -> int:
+        """What this process wants of the others: they hear it with the figures of the step that it goes into."""
+        if self._spike is not None:
+            return ROLL_BACK
+        return STOP if self.stop_requested else SAVE if self.saver.wanted() else NOTHING
+
+    def _save(self, must_succeed: bool) -> None:
+        with self.clock(CHECKPOINT):
+            finite = self.checkpoints.finite(self.state)
+        if not finite:
+            self._numbers_broke(f"the state after step {self.step} is not finite", self.step, self.position, self.position + 1)
+        self.saver.save(self.state, self.step, self.position, must_succeed)
+
+    def _record(self, pending: Pending | None, progress: Progress) -> int:
+        """Fetch and write a step's figures; the largest wish of all processes. Raises NumericsError."""
         if pending is None:
-            return False
-        step, metrics = pending
+            return NOTHING
+        step, position, metrics = pending
         with self.clock(WAIT):
             values = jax.device_get(metrics)
         now = time.perf_counter()
@@ -162,21 +201,50 @@ class Trainer:
         }  # fmt: skip
         if not values["finite"]:
             line["skipped"] = True
-            self._report_nonfinite(step, values)
         self.writer.metrics(step, line)
         progress.update(step, loss, line["tokens_per_second"], self.eval_loss)
-        return bool(values["stop"])
+        self._guard(step, position, values)
+        return int(values["wish"])
 
-    def _report_nonfinite(self, step: int, values: dict[str, Any]) -> None:
-        run = int(values["nonfinite_run"])
-        fields = {"loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "in_a_row": run}
-        self.writer.event("update_skipped", step=step, total=int(values["nonfinite"]), **fields)
-        self.display.say(f"step {step}: not finite, its update is skipped: {fields}", style="red")
-        if run >= MAX_NONFINITE_RUN:
-            raise NumericsError(
-                f"{run} steps in a row up to step {step} were not finite (loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}): lower optimizer.learning_rate, or look at the data of these steps"
-            )
+    def _guard(self, step: int, position: int, values: dict[str, Any]) -> None:
+        """Count updates that were skipped; raise NumericsError after three in a row, and where process 0 saw a spike."""
+        if not values["finite"]:
+            run = int(values["nonfinite_run"])
+            fields = {"loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "in_a_row": run}
+            self.writer.event("update_skipped", step=step, position=position, total=int(values["nonfinite"]), **fields)
+            self.display.say(f"step {step}: not finite, its update is skipped: {fields}", style="red")
+            self._nonfinite_since = (step, position) if run == 1 or self._nonfinite_since is None else self._nonfinite_since
+            if run >= MAX_NONFINITE_RUN:
+                first, begin = self._nonfinite_since
+                self._numbers_broke(
+                    f"{run} steps in a row up to step {step} were not finite (loss {values['loss']}, gradient norm "
+                    f"{values['grad_norm']})", first, begin, position + 1,
+                )  # fmt: skip
+        if values["wish"] == ROLL_BACK:
+            self._numbers_broke(*(self._spike or ("process 0 saw a spike", step, position, position + 1)))
+        if self._spike is None and (spike := self.spikes.check(loss=values["loss"], grad_norm=values["grad_norm"])):
+            self._spike = (f"step {step}: {spike}", step, position, position + 1)
+
+    def _check(self, batch: dict[str, jax.Array]) -> None:
+        """Whether all replicas compute the same bits. Raises BadHost on all processes where they do not."""
+        mesh = self.steps.layout.mesh
+        with self.clock(EVALUATE):
+            digests = jax.device_get(self.steps.check(self.state.params, batch))
+        owners = {replica: [device.process_index for device in mesh.devices[replica].flat] for replica in range(self._replicas)}
+        try:
+            compare_digests([int(digest) for digest in digests], owners)
+        except BadHost as error:
+            self.writer.event("corruption", step=self._checked + 1, reason=str(error))
+            raise
+        self._checked = self.step
+
+    def _numbers_broke(self, reason: str, step: int, begin: int, end: int) -> NoReturn:
+        """Leave, so that the next launch goes back to before this step, whose data lie at positions [begin, end)."""
+        self.writer.event("numerics", step=step, begin=begin, end=end, reason=reason)
+        raise NumericsError(
+            f"{reason}; the next start goes back to a checkpoint before step {step}, and leaves positions {begin} to {end - 1} of the "
+            "data out if it happens there again"
+        )
 
     def _evaluate(self) -> None:
         """Validation loss over the first rows of every validation corpus; the same rows each time."""

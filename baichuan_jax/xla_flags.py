@@ -26,10 +26,11 @@ def apply_flags(config: Config) -> dict[str, str]:
     return added
 
 
-def keep_compiled(config: Config) -> None:
-    """Keep compiled programs in data.cache_dir, or in JAX_COMPILATION_CACHE_DIR: a restart compiles nothing again.
+def keep_compiled(config: Config, platform: str) -> None:
+    """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again; process 0 writes them, all read.
 
-    Process 0 writes them, all read. On the CPU a program's key differs by process, so there process 0 alone profits.
+    Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it: there jax's keys differ by process, so that process 0 alone would
+    profit and wait for the others, and every program that is read prints pages about features of the machine.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))

@@ -15,7 +15,9 @@ FILES = {
 LAYERS = [
     {"config", "config_file", "files", "resilience", "resilience.exits", "resilience.clock"},
     {"resilience.reports", "resilience.blame", "resilience.watch", "resilience.policy", "resilience.attempts"},
+    {"resilience.guard", "resilience.cadence", "resilience.corruption"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
+    {"resilience.ledger", "resilience.__main__"},
     {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
     {"model"},
     {"loss", "optimizer"},
@@ -25,7 +27,7 @@ LAYERS = [
     {"trainer"},
     {"train", "launch"},
 ]
-COMMANDS = ["train", "launch", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "launch", "resilience", "generate", "hf", "tokenizer", "data.rows"]
 
 
 def imports(path) -> set[str]:

@@ -47,7 +47,10 @@ class Report:
 
     @classmethod
     def parse(cls, text: str) -> "Report":
-        fields = json.loads(text)
+        return cls.of(json.loads(text))
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Report":
         return cls(**{**fields, **{name: tuple(fields[name]) for name in ("stack", "silent", "named")}})
 
 

@@ -175,7 +175,7 @@ class Watch:
         config = self._config
         if phase not in LOOP or phase not in self._clock.longest:
             return config.start_seconds
-        limit = config.save_seconds if phase in (CHECKPOINT, EVALUATE) else config.hang_seconds
+        limit = config.hang_seconds * (10 if phase in (CHECKPOINT, EVALUATE) else 1)
         return max(limit, PATIENCE * self._clock.longest[phase])
 
     def _silent(self) -> tuple[int, ...]:
