@@ -51,8 +51,8 @@ class Supervisor:
         """Launch after launch. Returns the exit code of the last."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+        number = self._join()  # before the first heartbeat: who sees that counts on this host
         threading.Thread(target=self._beat, daemon=True).start()
-        number = self._join()
         started = time.monotonic()
         while True:
             plan = self._plan(number, started)
