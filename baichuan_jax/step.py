@@ -58,8 +58,8 @@ class Steps:
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """Sum of the loss over a batch, and its count of valid labels."""
     check: Callable[[Params, Batch], jax.Array]
-    """A digest [replicas] uint32 of the loss and gradients that every replica computes of the same rows with its own copy of the
-    parameters, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
+    """A digest [replicas] uint32 of each replica's own copy of the parameters, and of the loss and gradients that it computes with
+    them of the same rows, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
 
     def wish(self, wish: int) -> jax.Array:
         """This process's wish, a small number: [devices] int32. The step's metric `wish` is the largest of all processes'."""
@@ -134,15 +134,22 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
 
     def spread(batch: Batch) -> Batch:
         """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
-        return {name: jnp.broadcast_to(array[0, : mesh.shape["fsdp"]], (replicas, mesh.shape["fsdp"], array.shape[-1]))
-                for name, array in batch.items()}  # fmt: skip
+        shards = mesh.shape["fsdp"]
+        return {name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1])) for name, array in batch.items()}
+
+    def digest_copies(*leaves: jax.Array) -> jax.Array:
+        """[1]: of this replica's own copy of the parameters."""
+        total = sum(_digest_rows(x.reshape(1, -1)) for x in leaves)
+        return jax.lax.psum(total, ("fsdp", "context", "tensor"))
 
     def digests(params: Params, same: Batch) -> jax.Array:
         one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
         computed = jax.vmap(one, spmd_axis_name="data")(same)
-        bits = [jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(replicas, -1) for x in jax.tree.leaves(computed)]
-        weights = [jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1 for x in bits]  # odd: every change of one element is seen
-        return sum(jnp.sum(x * w, axis=1, dtype=jnp.uint32) for x, w in zip(bits, weights, strict=True))  # type: ignore
+        leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(param_shardings)
+        specs = tuple(sharding.spec for sharding in shardings)
+        # Copies are replicas of one array only as long as hardware is right: so not checked by the partitioner.
+        copies = jax.shard_map(digest_copies, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(*leaves)
+        return copies * 31 + sum(_digest_rows(x.reshape(replicas, -1)) for x in jax.tree.leaves(computed))
 
     # Two programs: if one knew that all rows are the same, it could compute them once.
     spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
@@ -159,6 +166,12 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         evaluate=jax.jit(evaluate, out_shardings=scalar),
         check=lambda params, batch: digest_replicas(params, spread_rows(batch)),
     )
+
+
+def _digest_rows(x: jax.Array) -> jax.Array:
+    """[n] uint32 of the bits of float32 [n, m]; with odd weights, so that a change of one number is always seen."""
+    weights = jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1
+    return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
 
 
 def _sum_gradients(nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params) -> tuple[jax.Array, Params]:

@@ -218,7 +218,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_allocated(tin
 
 
 def test_a_flipped_bit_in_one_copy_is_seen_and_its_process_named(tiny_config, tokens):
-    """Four replicas of two shards each; a copy differs in one bit of one number that the checked rows use."""
+    """Four replicas of two shards each; a copy differs in one bit of one number, used by the checked rows or not."""
     config, steps = build(tiny_config, (4, 2, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     params = steps.init().params
