@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps train test test-slow lint types clean
+.PHONY: help venv dev bench-deps plan-deps train test test-slow lint types clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -15,6 +15,9 @@ dev: $(VENV)/.installed-dev  ## and what tests and lint need
 
 bench-deps: dev  ## and torch and transformers, for benchmarks and the tests that compare with them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+
+plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB, no driver needed)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
 
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)

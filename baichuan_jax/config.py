@@ -225,8 +225,10 @@ class MeshConfig:
 class KernelsConfig:
     """Implementations of operators."""
 
-    attention: Literal["auto", "reference", "blockwise", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "triton", "cudnn", "pallas"] = "auto"
     """Implementation of attention; a forced one that cannot serve raises."""
+    rms_norm: Literal["auto", "reference", "triton", "pallas"] = "auto"
+    """Implementation of RMSNorm and the residual addition before it; a forced one that cannot serve raises."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
 
 def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Config:
     """A Config from command-line words. Raises ConfigError; --help and --print_config print and leave."""
+    return parse_command(parser, words)[0]
+
+
+def parse_command(
+    parser: jsonargparse.ArgumentParser, words: list[str], own: Sequence[str] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """A Config and the command's own options, by name. Raises ConfigError; --help and --print_config print and leave.
+
+    `own`: options that the command added to the parser beside the settings.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
@@ -67,17 +78,20 @@ def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Confi
     for word in words:
         if match := re.match(r"--([^=]+)", word):
             key = match[1].rstrip("+")
-            if key not in ("help", "config", "print_config"):
+            if key not in ("help", "config", "print_config", *own):
                 _refuse_unknown([key], "command line")
     try:
         namespace = parser.parse_args(words)
         namespace.pop("config")
+        options = {name: namespace.pop(name) for name in own}
+        for section in {name.split(".")[0] for name in own if "." in name}:
+            namespace.pop(section, None)  # empty now
         config = Config(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
-    return config
+    return config, options
 
 
 def _check_file(path: str | os.PathLike) -> None:

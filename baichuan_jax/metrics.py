@@ -14,23 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from baichuan_jax.config import Config, ConfigError, ModelConfig, TrainConfig
+from baichuan_jax.hardware import hardware_of
 from baichuan_jax.run import drop_unfinished_line
-
-# Dense bfloat16 TFLOP/s of one device, from the makers' data sheets. An A800 is an A100 with a slower NVLink.
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "A800": 312.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "H200": 989.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-}
 
 
 def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, float]:
@@ -51,9 +36,8 @@ def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
         return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
     if device.platform == "cpu":
         return measure_matmul_flops() / jax.local_device_count(), "the measured matrix-product peak of this CPU"
-    for name, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
-        if name.lower() in device.device_kind.lower():
-            return tflops * 1e12, f"{name}: {tflops:g} dense bfloat16 TFLOP/s"
+    if hardware := hardware_of(device.device_kind):
+        return hardware.peak_tflops * 1e12, f"{hardware.name}: {hardware.peak_tflops:g} dense bfloat16 TFLOP/s"
     return None, f"unknown for {device.device_kind!r}; set metrics.peak_tflops to its dense bfloat16 TFLOP/s to see MFU"
 
 

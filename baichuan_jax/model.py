@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from baichuan_jax.config import ModelConfig
+from baichuan_jax.config import KernelsConfig, ModelConfig
 from baichuan_jax.kernels import attention, masked_attention, rms_norm
 from baichuan_jax.sharding import constrain, current_layout
 
 Params = dict[str, Any]
+
+_AUTO = KernelsConfig()
 
 
 class Cache(NamedTuple):
@@ -54,9 +56,8 @@ def _project(x: jax.Array, weight: jax.Array, summed: int = 1) -> jax.Array:
 class Block(nnx.Module):
     """All blocks' parameters, stacked [L, ...]; called with those of one, it is one pre-norm block."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_implementation: str) -> None:
-        self.config = config
-        self.attention_implementation = attention_implementation
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig) -> None:
+        self.config, self.kernels = config, kernels
         L, D, F, N, H = config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
         matrix = functools.partial(_matrix, rngs, config)
         self.attention_norm = _scale((L, D), ("layers", "norm"))
@@ -76,24 +77,24 @@ class Block(nnx.Module):
         cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """One block. `cache`: (k_BSNH, v_BSNH, mask_BTS, start); the new keys and values come back written at `start`."""
-        dtype, eps = x_BTD.dtype, self.config.rms_norm_eps
-        y_BTD = rms_norm(x_BTD, self.attention_norm[...], eps)
+        dtype = x_BTD.dtype
+        norm = functools.partial(rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm)
+        y_BTD = norm(x_BTD, self.attention_norm[...])
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
         q_BTNH, k_BTNH, v_BTNH = (constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3))
         q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
         written = None
         if cache is None:
-            out_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.attention_implementation)
+            out_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.kernels.attention)
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
             out_BTNH = masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
-        x_BTD = x_BTD + _project(out_BTNH, self.w_out[...].astype(dtype), summed=2)
-        x_BTD = constrain(x_BTD, "batch", "length", "hidden")
+        out_BTD = constrain(_project(out_BTNH, self.w_out[...].astype(dtype), summed=2), "batch", "length", "hidden")
 
-        y_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps)
+        y_BTD, x_BTD = norm(out_BTD, self.mlp_norm[...], residual=x_BTD)
         gate_BTF = constrain(_project(y_BTD, self.w_gate[...].astype(dtype)), "batch", "length", "mlp")
         up_BTF = constrain(_project(y_BTD, self.w_up[...].astype(dtype)), "batch", "length", "mlp")
         x_BTD = x_BTD + _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
@@ -103,10 +104,10 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model: embedding, blocks, final norm, untied head. Parameters float32, compute in config.dtype."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_implementation: str = "auto") -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig = _AUTO) -> None:
+        self.config, self.kernels = config, kernels
         self.embedding = _matrix(rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
-        self.layers = Block(config, rngs, attention_implementation)
+        self.layers = Block(config, rngs, kernels)
         self.final_norm = _scale((config.hidden_size,), ("norm",))
         self.lm_head = _matrix(rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
 
@@ -124,9 +125,12 @@ class Transformer(nnx.Module):
         def body(x_BTD, layer):
             return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
 
-        unroll = 1 if config.scan_layers else config.num_layers
-        x_BTD, _ = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BT), layers, unroll=unroll)
-        return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
+        x_BTD, body = self._embed(tokens_BT), _remat(body, config.remat)
+        if config.scan_layers:
+            x_BTD, _ = jax.lax.scan(body, x_BTD, layers)
+        else:
+            x_BTD = _unrolled(body, x_BTD, layers)
+        return self._final_norm(x_BTD)
 
     def extend(self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
         """States [B, T, D] of tokens that follow those in the cache, and the cache with them in it."""
@@ -141,20 +145,26 @@ class Transformer(nnx.Module):
 
         x_BTD, written = jax.lax.scan(body, self._embed(tokens_BT), (layers, cache.k_LBSNH, cache.v_LBSNH))
         k_LBSNH, v_LBSNH = cast(tuple[jax.Array, jax.Array], written)
-        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
-        return x_BTD, Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
+        return self._final_norm(x_BTD), Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
 
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
 
+    def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        weight_D = self.final_norm[...]
+        return rms_norm(x_BTD, weight_D, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm)
+
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        # Gathered from the float32 table, then cast: the gradient's scatter-add is float32 (in bfloat16 it is slow and inexact).
-        table_VD = constrain(self.embedding[...], "vocab", "hidden")
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        # Every device looks up its columns for the rows of its whole fsdp group, and one all-to-all turns columns into rows: a group
+        # moves the activations of its rows instead of the table. Looked up in float32, then cast: the gradient's scatter-add is
+        # float32 (in bfloat16 it is slow and inexact).
+        tokens_BT = constrain(tokens_BT, "group", "length")
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
         if self.config.pad_token_id is not None:
             padding = (tokens_BT == self.config.pad_token_id)[..., None]
             x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
-        return constrain(x_BTD.astype(self.config.dtype), "batch", "length", "hidden")
+        x_BTD = constrain(x_BTD.astype(self.config.dtype), "group", "length", "embed")
+        return constrain(x_BTD, "batch", "length", "hidden")
 
     def head(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
@@ -201,6 +211,40 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
     return turned.astype(x_BTNH.dtype)
 
 
+def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
+    """Apply the blocks one after the other: no stack of saved activations is written, and the compiler sees all of them at once.
+
+    In the backward pass a block waits until the gradients of the second block after it are reduced. Left free, XLA's scheduler puts
+    every reduction behind the last block, where no compute hides them.
+    """
+    variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    axes = [variable.get_metadata()["axes"][1:] for variable in variables]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    blocks = [jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(count)]
+    for i in range(count):
+        x_BTD, _ = body(x_BTD, blocks[i])
+        if i + 2 < count:
+            x_BTD, blocks[i + 2] = _reduced_first(x_BTD, blocks[i + 2], axes)
+    return x_BTD
+
+
+def _reduced_first(x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]) -> tuple[jax.Array, nnx.State]:
+    """Both as they are; backward, the gradient of x goes on only when the block's gradients lie as its parameters do."""
+
+    @jax.custom_vjp
+    def identity(x_BTD, block):
+        return x_BTD, block
+
+    def backward(_, gradients):
+        dx_BTD, dblock = gradients
+        arrays, structure = jax.tree.flatten(dblock)
+        reduced = [constrain(array, *names) for array, names in zip(arrays, axes, strict=True)]
+        return jax.lax.optimization_barrier((dx_BTD, jax.tree.unflatten(structure, reduced)))
+
+    identity.defvjp(lambda x_BTD, block: ((x_BTD, block), None), backward)
+    return identity(x_BTD, block)
+
+
 def _remat(body, policy: str):
     if policy == "none":
         return body
@@ -212,9 +256,9 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
-def abstract_model(config: ModelConfig, attention_implementation: str = "auto") -> tuple[nnx.GraphDef, Params, dict]:
+def abstract_model(config: ModelConfig, kernels: KernelsConfig = _AUTO) -> tuple[nnx.GraphDef, Params, dict]:
     """The model without its numbers: (graph definition, shapes, logical axes), the last two as nested dicts."""
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), attention_implementation))
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), kernels))
     graphdef, state = nnx.split(model)
     axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
     return graphdef, nnx.to_pure_dict(state), nnx.traversals.unflatten_mapping(axes)

@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "replica": "data",
     "micro_batch": None,
     "batch": ("data", "fsdp"),
+    "group": ("data",),
     "length": "context",
     "hidden": None,
 }
@@ -48,11 +49,15 @@ class Layout:
 
     def spec(self, axes: Sequence[str | None]) -> P:
         """The PartitionSpec of an array with these logical axes. Raises ValueError where two of them need one mesh axis."""
-        entries = [self.batch_axes if axis == "batch" else RULES[axis] if axis else None for axis in axes]
+        entries = [self._batch(axis) if axis in ("batch", "group") else RULES[axis] if axis else None for axis in axes]
         used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} map a mesh axis twice: {entries}")
         return P(*entries)
+
+    def _batch(self, axis: str) -> tuple[str, ...]:
+        """Mesh axes of a batch's rows; of "group", where all devices along fsdp hold the rows of all of them."""
+        return tuple(name for name in self.batch_axes if axis == "batch" or name != "fsdp")
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes))

@@ -63,16 +63,19 @@ class Steps:
 
     def wish(self, wish: int) -> jax.Array:
         """This process's wish, a small number: [devices] int32. The step's metric `wish` is the largest of all processes'."""
-        sharding = NamedSharding(self.layout.mesh, P(AXES))
         value = np.full(1, wish, np.int32)
-        return jax.make_array_from_callback((self.layout.mesh.size,), sharding, lambda _: value)
+        return jax.make_array_from_callback((self.layout.mesh.size,), self.wish_sharding, lambda _: value)
+
+    @property
+    def wish_sharding(self) -> NamedSharding:
+        return NamedSharding(self.layout.mesh, P(AXES))
 
 
 def make_steps(config: Config, mesh: Mesh) -> Steps:
     """Build the step functions. Raises ConfigError where the mesh does not divide model or batch."""
     layout = Layout(mesh)
     config.check_mesh(dataclasses.replace(config.mesh, **mesh.shape))
-    graphdef, param_shapes, axes = abstract_model(config.model, config.kernels.attention)
+    graphdef, param_shapes, axes = abstract_model(config.model, config.kernels)
     optimizer = make_optimizer(config.optimizer)
     param_shardings = jax.tree.map(lambda _, names: layout.sharding(*names), param_shapes, axes)
     scalar = NamedSharding(mesh, P())

@@ -17,7 +17,7 @@ def say_start(
     mesh: Mesh,
     *,
     text_tokens: int,
-    attention: tuple[str, str],
+    kernels: dict[str, tuple[str, str]],
     mfu_of: str,
     flags: dict[str, str],
 ) -> None:
@@ -35,7 +35,8 @@ def say_start(
         f"batch of {train.global_batch_size} x {train.context_length} tokens{micro}; {train.num_steps} steps = {wanted:,} tokens, "
         f"{wanted / text_tokens:.2f} times the text's {text_tokens:,}"
     )
-    display.say(f"attention: {attention[0]} ({attention[1]})")
+    for operator, (name, reason) in kernels.items():
+        display.say(f"{operator}: {name} ({reason})")
     display.say(f"MFU: {mfu_of}")
     for flag, reason in flags.items():
         display.say(f"{flag}: {reason}")

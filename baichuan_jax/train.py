@@ -16,7 +16,7 @@ from baichuan_jax.config_file import dump_config, make_parser, parse_config
 from baichuan_jax.console import Display
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.files import write_atomically
-from baichuan_jax.kernels import choose_attention
+from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.metrics import Writer, seconds_since_process_start
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import PREEMPTED, run_command, signals
@@ -45,7 +45,7 @@ def _train(config: Config, clock: Clock) -> Run:
             mesh = make_mesh(config.mesh)
             keep_compiled(config, mesh.devices.flat[0].platform)
             config = _resolve(config, mesh.size)
-            kernel = _choose_kernel(config)
+            kernels = _choose_kernels(config)
             first = jax.process_index() == 0
             display = Display(active=first)
             steps = make_steps(config, mesh)
@@ -57,7 +57,7 @@ def _train(config: Config, clock: Clock) -> Run:
             trainer = Trainer(config, run, steps, prepared, clock, watch, writer, display)
         try:
             with clock("start"):
-                trainer.describe(flags, kernel)
+                trainer.describe(flags, kernels)
             with clock("restore"):
                 trainer.restore_or_start()
             with signals(trainer.ask_to_stop, trainer.tracer.request):
@@ -84,12 +84,16 @@ def _resolve(config: Config, num_devices: int) -> Config:
     return resolved
 
 
-def _choose_kernel(config: Config) -> tuple[str, str]:
-    """The attention that will run, and why. Raises ConfigError where a forced one cannot."""
-    return choose_attention(
-        config.kernels.attention, backend=jax.devices()[0].platform, dtype=config.model.dtype, masked=config.data.document_mask,
-        length=config.train.context_length, context=config.mesh.context,
-    )  # fmt: skip
+def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
+    """The implementation of each operator that will run, and why. Raises ConfigError where a forced one cannot."""
+    model, device = config.model, jax.devices()[0]
+    return {
+        "attention": choose_attention(
+            config.kernels.attention, device=device, dtype=model.dtype, head_dim=model.head_dim, masked=config.data.document_mask,
+            length=config.train.context_length, context=config.mesh.context,
+        ),
+        "rms_norm": choose_rms_norm(config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size),
+    }  # fmt: skip
 
 
 def _is_complete(config: Config, run: Run) -> bool:

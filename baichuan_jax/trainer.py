@@ -79,18 +79,20 @@ class Trainer:
         # Not print: a signal may come in the middle of one.
         os.write(2, f"\n{signal_name}: saving after this step, then stopping; once more quits unsaved\n".encode())
 
-    def describe(self, flags: dict[str, str], attention: tuple[str, str]) -> None:
+    def describe(self, flags: dict[str, str], kernels: dict[str, tuple[str, str]]) -> None:
         """Say and record what this launch runs on and what it chose."""
         mesh = self.steps.layout.mesh
         rows = {str(rows.path): len(rows) for rows, _ in self.prepared.train}
         tokens = sum(rows.values()) * self.config.train.context_length
         say_start(
-            self.display, self.config, mesh, text_tokens=tokens, attention=attention, mfu_of=self.peak_source, flags=flags
+            self.display, self.config, mesh, text_tokens=tokens, kernels=kernels, mfu_of=self.peak_source, flags=flags
         )  # fmt: skip
+        chosen = {operator: name for operator, (name, _) in kernels.items()}
+        reasons = {f"{operator}_reason": reason for operator, (_, reason) in kernels.items()}
         self.writer.event(
             "started", attempt=int(self.watch.attempt.name), jax=jax.__version__, device=mesh.devices.flat[0].device_kind,
             devices=mesh.size, processes=jax.process_count(), mesh=dict(mesh.shape),
-            attention=attention[0], attention_reason=attention[1],
+            **chosen, **reasons,
             xla_flags=list(flags), mfu_of=self.peak_source, parameters=self.config.model.num_parameters,
             tokenizer=self.prepared.tokenizer.hash, rows=rows, unigram_entropy=self.entropy,
         )  # fmt: skip
@@ -296,7 +298,7 @@ class Trainer:
         if jax.process_count() > 1:
             self.display.say("no samples: the model lies on several processes; use python -m baichuan_jax.generate")
             return {}
-        graphdef, _, _ = abstract_model(self.config.model, self.config.kernels.attention)
+        graphdef, _, _ = abstract_model(self.config.model, self.config.kernels)
         generator = Generator(nnx.merge(graphdef, self.state.params))
         texts = generator.generate(
             self.prepared.tokenizer, sample.prompts, max_new_tokens=sample.max_new_tokens, temperature=0.8, top_p=0.9,

@@ -1,28 +1,138 @@
-"""XLA's flags for a run, each with its reason; applied to the environment before jax starts its backends."""
+"""What XLA, NCCL and JAX are told for a cluster, model and mesh: every flag and variable with its reason, in one place.
 
+`train` applies them before jax starts its backends, `plan` compiles with them, `launch/env.sh` prints them
+(`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
+"""
+
+import glob
+import importlib.util
 import os
+import shlex
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from baichuan_jax.config import Config
+from baichuan_jax.config_file import make_parser, parse_command
+from baichuan_jax.hardware import Topology, detect_topology, parse_topology
+from baichuan_jax.resilience.exits import run_command
+
+GPU_MEMORY_FRACTION = 0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
+RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
-def choose_flags(config: Config) -> dict[str, str]:
-    """Flags for this configuration, and why each is set. Flags of other backends are known to every jaxlib and do nothing there."""
-    flags = {}
+class Settings(NamedTuple):
+    """Words for XLA_FLAGS and LIBTPU_INIT_ARGS, and variables of the environment; each with its reason."""
+
+    xla: dict[str, str]
+    libtpu: dict[str, str]
+    environment: dict[str, tuple[str, str]]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Every word as it stands on a command line, and why."""
+        variables = {f"{name}={value}": why for name, (value, why) in self.environment.items()}
+        return {**self.xla, **self.libtpu, **variables}
+
+
+def choose_flags(config: Config, topology: Topology | None) -> Settings:
+    """The settings for this configuration on a cluster; None: no known accelerator, so a CPU's."""
+    platform = "cpu" if topology is None else topology.hardware.platform
+    xla: dict[str, str] = {}
     if config.train.deterministic:
-        flags["--xla_gpu_deterministic_ops=true"] = "train.deterministic: no atomics, the same bits in every run"
+        # Known to every jaxlib; nothing but a GPU heeds it.
+        xla["--xla_gpu_deterministic_ops=true"] = "train.deterministic: no atomics, the same bits in every run"
+    if topology is None or platform == "cpu":
+        return Settings(xla, {}, {})
+    if platform == "tpu":
+        return Settings(xla, _libtpu(), {})
+    return Settings({**xla, **_gpu(config, topology)}, {}, _environment(topology))
+
+
+def _gpu(config: Config, topology: Topology) -> dict[str, str]:
+    mesh = config.mesh.resolve(topology.num_devices)
+    model = config.model
+    block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
+    weights = block // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)  # gathered in the compute type
+    shard = weights // mesh.fsdp  # of a layer's gradients, reduced in the compute type
+    nodes = max(topology.num_devices // topology.devices_per_node, 1)
+    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five times as long as that.
+    least = int(5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
+    # A block waits for the sums of the second block after it (model.py), so a message never holds more than a layer.
+    flags = {
+        "--xla_gpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
+        "--xla_gpu_enable_pipelined_all_gather=true": "a layer's weights are gathered while the layer before it computes",
+        "--xla_gpu_enable_pipelined_reduce_scatter=true": "a layer's gradients are scattered while the next one's are computed",
+        "--xla_gpu_enable_pipelined_all_reduce=true": "the same for sums across nodes",
+        "--xla_gpu_experimental_parallel_collective_overlap_limit=3": (
+            "a sum across nodes leaves NVLink free: gathers and scatters inside the node go on beside it"
+        ),
+        "--xla_gpu_enable_while_loop_double_buffering=true": "two layers a turn of the loop, so that pipelining needs no copies",
+        f"--xla_gpu_all_gather_combine_threshold_bytes={weights}": f"one message a layer: its weights are {_mib(weights)}",
+        f"--xla_gpu_reduce_scatter_combine_threshold_bytes={shard}": (
+            f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); the head's go apart, while blocks compute"
+        ),
+        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard}": (
+            f"one message a layer and device: {_mib(shard)}; a ring of {nodes} nodes wants {_mib(least)} to hide its latency"
+        ),
+        "--xla_gpu_enable_all_gather_combine_by_dim=false": "all of a layer's weights in one message, whichever axis is cut",
+        "--xla_gpu_enable_reduce_scatter_combine_by_dim=false": "all of a layer's gradients in one message",
+        "--xla_gpu_enable_triton_gemm=false": "cuBLAS is faster at these sizes and starts without tuning",
+        "--xla_gpu_enable_command_buffer=": "CUDA graphs do not hold asynchronous collectives inside loops",
+        "--xla_disable_hlo_passes=rematerialization": "model.remat says what is recomputed; XLA must not add to it",
+        "--xla_gpu_nccl_termination_timeout_seconds=120": "a collective that a dead peer left open ends, instead of after 600 s",
+    }  # fmt: skip
     return flags
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _libtpu() -> dict[str, str]:
+    return {
+        "--xla_tpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": "a gather's steps run inside the products beside it",
+        "--xla_enable_async_all_gather=true": "weights are gathered while the layer before computes",
+        "--xla_enable_async_collective_permute=true": "rings of single steps overlap too",
+    }
+
+
+def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
+    variables = {
+        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "JAX takes 75 % by default; the rest holds CUDA's context and NCCL's buffers"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "kernels start in the order of the schedule, so that a collective is not overtaken"),
+    }  # fmt: skip
+    if topology.num_devices > topology.devices_per_node:
+        variables |= {
+            "NCCL_CROSS_NIC": ("0", "a ring between nodes keeps to one rail: data groups join GPUs of equal local number"),
+            "NCCL_IB_TIMEOUT": ("22", "a link that flaps for some seconds is retried, not reported as a dead peer"),
+            "NCCL_IB_RETRY_CNT": ("13", "with the timeout: about a minute before a link counts as dead"),
+            "NCCL_DEBUG": ("WARN", "the reason of a failure stands in the log"),
+        }
+    return variables
+
+
 def apply_flags(config: Config) -> dict[str, str]:
-    """Put the chosen flags into XLA_FLAGS, before those already there (which so override them); returns what was added."""
-    present = os.environ.get("XLA_FLAGS", "")
-    names = {word.split("=")[0] for word in present.split()}
-    added = {flag: why for flag, why in choose_flags(config).items() if flag.split("=")[0] not in names}
-    if added:
-        os.environ["XLA_FLAGS"] = " ".join([*added, present]).strip()
+    """Put the settings for this machine into the environment; what is already set there wins. Returns what was added, and why."""
+    settings = choose_flags(config, detect_topology())
+    added = {}
+    if "JAX_PLATFORMS" not in os.environ and _only_compilers():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        added["JAX_PLATFORMS=cpu"] = "CUDA's or the TPU's compiler is installed, and there is no such device"
+    for variable, words in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
+        present = os.environ.get(variable, "")
+        names = {word.split("=")[0] for word in present.split()}
+        new = {word: why for word, why in words.items() if word.split("=")[0] not in names}
+        if new:
+            os.environ[variable] = " ".join([*new, present]).strip()
+        added |= new
+    for name, (value, why) in settings.environment.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            added[f"{name}={value}"] = why
     return added
 
 
@@ -34,3 +144,33 @@ def keep_compiled(config: Config, platform: str) -> None:
     """
     if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))
+
+
+def _only_compilers() -> bool:
+    """Plugins for accelerators are installed (requirements-plan.txt) where no driver of one is: jax would try them, and complain."""
+    installed = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "libtpu"))
+    return installed and not any(
+        glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*")
+    )
+
+
+def main(words: list[str]) -> int:
+    """`python -m baichuan_jax.xla_flags`: print the settings as shell lines, each under its reason."""
+    description = "Print what XLA, NCCL and JAX should be told for a configuration, as shell lines with their reasons."
+    parser = make_parser("python -m baichuan_jax.xla_flags", description)
+    parser.add_argument("--topology", default=None, help="Cluster, such as a800:128x8 or v5p:4x4x8; default: this machine.")
+    config, options = parse_command(parser, words, own=("topology",))
+    name = options["topology"]
+    settings = choose_flags(config, parse_topology(name) if name else detect_topology())
+    for variable, flags in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
+        for word, why in flags.items():
+            print(f"# {word.split('=')[0]}: {why}")
+        if flags:
+            print(f'export {variable}={shlex.quote(" ".join(flags))}"${{{variable}:+ ${variable}}}"')
+    for variable, (value, why) in settings.environment.items():
+        print(f"# {why}\nexport {variable}=${{{variable}:-{value}}}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -13,12 +13,24 @@ FILES = {
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "config_file", "files", "resilience", "resilience.exits", "resilience.clock"},
+    {"config", "config_file", "files", "hardware", "hlo", "resilience", "resilience.exits", "resilience.clock"},
     {"resilience.reports", "resilience.blame", "resilience.watch", "resilience.policy", "resilience.attempts"},
     {"resilience.guard", "resilience.cadence", "resilience.corruption"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
     {"resilience.ledger", "resilience.__main__"},
-    {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
+    {
+        "tokenizer",
+        "kernels",
+        "kernels.reference",
+        "kernels.blockwise",
+        "kernels.pallas",
+        "kernels.pallas.attention",
+        "kernels.pallas.rms_norm",
+        "kernels.triton",
+        "kernels.triton.bridge",
+        "kernels.triton.attention",
+        "kernels.triton.rms_norm",
+    },
     {"model"},
     {"loss", "optimizer"},
     {"step"},
@@ -26,8 +38,10 @@ LAYERS = [
     {"generate", "summary", "saving", "start", "tracing"},
     {"trainer"},
     {"train", "launch"},
+    {"roofline"},
+    {"plan"},
 ]
-COMMANDS = ["train", "launch", "resilience", "generate", "hf", "tokenizer", "data.rows"]
+COMMANDS = ["train", "launch", "resilience", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
 
 
 def imports(path) -> set[str]:

@@ -3,6 +3,8 @@
 B batch, T query length, S key length, N heads, H head size.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,8 +34,13 @@ def attention(
     return masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
 
 
-def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype."""
-    x32 = x.astype(jnp.float32)
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, residual: jax.Array | None = None) -> Any:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
+
+    With a residual, x + residual is normalised and comes back too: (y, x + residual).
+    """
+    total = x if residual is None else residual + x
+    x32 = total.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (weight_D * x32).astype(x.dtype)
+    y = (weight_D * x32).astype(x.dtype)
+    return y if residual is None else (y, total)

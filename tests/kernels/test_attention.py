@@ -1,6 +1,8 @@
 """Every implementation of attention against the plain one, values and gradients, and that against finite differences."""
 
 import itertools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from baichuan_jax.config import ConfigError, MeshConfig
-from baichuan_jax.kernels import attention, blockwise, choose_attention, reference
+from baichuan_jax.kernels import attention, blockwise, choose_attention, choose_rms_norm, reference
+from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
@@ -114,18 +117,59 @@ def test_on_a_mesh_it_is_the_same(shape, implementation, masked):
     assert_close(value_and_gradients(on_mesh, q, k, v, weight, segments), wanted, 3e-6)
 
 
-def test_a_choice_that_cannot_serve_raises_and_auto_says_why():
-    usual = {"backend": "gpu", "dtype": "bfloat16", "masked": False, "length": 4096, "context": 1}
-    assert choose_attention("auto", **usual)[0] == "cudnn"
-    assert choose_attention("auto", **{**usual, "backend": "cpu"})[0] == "blockwise"
-    name, why = choose_attention("auto", **{**usual, "masked": True})
-    assert name == "blockwise"
-    assert "segment mask" in why
-    for change, word in (
-        ({"masked": True}, "mask"),
-        ({"backend": "cpu"}, "cpu"),
-        ({"dtype": "float32"}, "float32"),
-        ({"context": 2}, "offset"),
-    ):
-        with pytest.raises(ConfigError, match=word):
-            choose_attention("cudnn", **{**usual, **change})
+def device(platform, capability=None):
+    return SimpleNamespace(platform=platform, compute_capability=capability)
+
+
+A800, CPU, TPU = device("gpu", "8.0"), device("cpu"), device("tpu")
+USUAL = {"device": A800, "dtype": "bfloat16", "head_dim": 128, "masked": False, "length": 4096, "context": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "word"),
+    [
+        ({}, "triton", "fused"),
+        ({"masked": True, "context": 2, "dtype": "float32"}, "triton", "any length and mask"),
+        ({"head_dim": 96}, "cudnn", "not triton: head size 96"),
+        ({"head_dim": 96, "masked": True}, "blockwise", "not cudnn: .*segment mask"),
+        ({"device": device("gpu", "7.0")}, "cudnn", "compute capability 7.0"),
+        ({"device": CPU}, "blockwise", "linear"),
+        ({"device": CPU, "length": 64}, "reference", "64 tokens"),
+        ({"device": TPU}, "pallas", "splash"),
+    ],
+    ids=str,
+)
+def test_auto_chooses_and_says_why(monkeypatch, change, wanted, word):
+    monkeypatch.setattr(bridge, "obstacle", lambda: None)
+    name, why = choose_attention("auto", **{**USUAL, **change})
+    assert name == wanted
+    assert re.search(word, why), why
+
+
+def test_auto_goes_on_without_jax_triton_and_says_so(monkeypatch):
+    monkeypatch.setattr(bridge, "obstacle", lambda: "triton not installed")
+    name, why = choose_attention("auto", **USUAL)
+    assert name == "cudnn"
+    assert "triton not installed" in why
+    assert choose_rms_norm("auto", device=A800, dtype="bfloat16", width=64) == ("reference", "not triton: triton not installed")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "change", "word"),
+    [
+        ("cudnn", {"masked": True}, "mask"),
+        ("cudnn", {"device": CPU}, "backend is cpu"),
+        ("cudnn", {"dtype": "float32"}, "float32"),
+        ("cudnn", {"context": 2}, "offset"),
+        ("triton", {"device": CPU}, "backend is cpu"),
+        ("triton", {"device": device("gpu", "7.5")}, "capability 7.5"),
+        ("triton", {"head_dim": 32}, "head size 32"),
+        ("pallas", {}, "TPU and the backend is gpu"),
+        ("pallas", {"device": TPU, "dtype": "float16"}, "float16"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_cannot_serve_raises(monkeypatch, implementation, change, word):
+    monkeypatch.setattr(bridge, "obstacle", lambda: None)
+    with pytest.raises(ConfigError, match=word):
+        choose_attention(implementation, **{**USUAL, **change})

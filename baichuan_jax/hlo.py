@@ -1,0 +1,304 @@
+"""Reads a compiled program's text: its instructions in the order they run, their floating-point operations and memory traffic, and
+its collectives with the devices that take part.
+
+The format is XLA's HLO text (openxla.org/xla/operation_semantics); operations are counted as XLA's HloCostAnalysis counts them, but with
+the trip counts of loops, and with the slices of a stack that a fused instruction really touches.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+          "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
+_ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+# Instructions that move no data of their own.
+_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id", "opt-barrier"}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def shape_arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The arrays of a shape such as "(bf16[2,3]{1,0}, f32[])": [(type, dimensions)]."""
+    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(shape) if kind in _BYTES]
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of all arrays of a shape."""
+    return sum(_BYTES[kind] * math.prod(dims) for kind, dims in shape_arrays(shape))
+
+
+@dataclass
+class Instruction:
+    """One instruction: its name, result shape, operation, operands' names, and everything after them."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+    root: bool
+
+    @property
+    def called(self) -> list[str]:
+        """Computations it names, in order: a fusion's, or a loop's body (`calls`, `body`)."""
+        return re.findall(r"\b(?:calls|body)=%?([\w.\-]+)", self.attributes)
+
+    @property
+    def op_name(self) -> str:
+        """The path of the jax operation it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def target(self) -> str:
+        """A custom call's target."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+@dataclass
+class Computation:
+    """Instructions in the order in which they run, and the same by name."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+    by_name: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        return next(item for item in self.instructions if item.root)
+
+    def shape_of(self, operand: str) -> str:
+        return self.by_name[operand].shape
+
+
+@dataclass
+class Program:
+    """A compiled module: computations by name, and the one where it starts."""
+
+    computations: dict[str, Computation]
+    entry: Computation
+
+    def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+        """Turns of a loop: as the compiler states them, or from its condition `counter < constant`; None: not known."""
+        found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if found:
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        inner = self.computations[condition[1]] if condition else None
+        if inner is None or inner.root.opcode != "compare" or "direction=LT" not in inner.root.attributes:
+            return None
+        counter, limit = (inner.by_name[name] for name in inner.root.operands)
+        index = re.search(r"index=(\d+)", counter.attributes)
+        if limit.opcode != "constant" or index is None:
+            return None
+        state = computation.by_name[loop.operands[0]]
+        start = computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
+        first = int(start.operands[0]) if start is not None and start.opcode == "constant" else 0
+        return int(limit.operands[0]) - first
+
+    def walk(self, computation: Computation | None = None, times: int = 1, depth: int = 0) -> Iterator:
+        """(computation, instruction, times it runs, loops around it), loops entered, fusions not."""
+        computation = computation or self.entry
+        for instruction in computation.instructions:
+            yield computation, instruction, times, depth
+            inner = instruction.opcode
+            if inner == "while":
+                turns = times * (self.trip_count(computation, instruction) or 1)
+                yield from self.walk(self.computations[instruction.called[0]], turns, depth + 1)
+            elif inner in ("call", "async-start"):
+                for name in instruction.called:
+                    yield from self.walk(self.computations[name], times, depth)
+
+    def flops(self, computation: Computation, instruction: Instruction) -> float:
+        """Floating-point operations of the matrix products in one run of an instruction (Triton and Pallas calls: 0)."""
+        if instruction.opcode in ("fusion", "call"):
+            inner = [self.computations[name] for name in instruction.called]
+            return sum(self.flops(each, item) for each in inner for item in each.instructions)
+        if instruction.opcode == "dot":
+            return _product_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
+        if instruction.opcode == "custom-call" and instruction.target.startswith("__cublas"):
+            return _product_flops(computation, instruction, r'lhs_contracting_dimensions":\[([\d",]*)\]')
+        if instruction.opcode == "convolution":
+            return _convolution_flops(computation, instruction)
+        return 0.0
+
+    def traffic(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes that one run of an instruction reads and writes in device memory; of a stack, only the slices it touches."""
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode in ("while", "call", "conditional") or opcode.split("-start")[0].split("-done")[0] in COLLECTIVES:
+            return 0.0
+        if opcode == "fusion":
+            return self._fused_traffic(computation, instruction)
+        if opcode == "dynamic-slice" or opcode == "gather":
+            return 2 * shape_bytes(instruction.shape)
+        if opcode == "dynamic-update-slice":
+            return 2 * shape_bytes(computation.shape_of(instruction.operands[1]))
+        result = shape_bytes(instruction.shape)
+        if instruction.target.startswith("__cublas"):
+            result = shape_bytes(_first_array(instruction.shape))  # the rest is a workspace
+        return result + sum(shape_bytes(computation.shape_of(name)) for name in instruction.operands)
+
+    def _fused_traffic(self, computation: Computation, instruction: Instruction) -> float:
+        inner = self.computations[instruction.called[0]]
+        users: dict[str, list[Instruction]] = {}
+        for item in inner.instructions:
+            for name in item.operands:
+                users.setdefault(name, []).append(item)
+        parameters = sorted((i for i in inner.instructions if i.opcode == "parameter"), key=_parameter_index)
+        total = 0.0
+        for operand, parameter in zip(instruction.operands, parameters, strict=True):
+            touched = _touched(parameter, users, set())
+            total += shape_bytes(computation.shape_of(operand)) if touched is None else sum(
+                _slice_bytes(inner, item, name) for item, name in touched
+            )  # fmt: skip
+        roots = [inner.root]
+        if inner.root.opcode == "tuple":
+            roots = [inner.by_name[name] for name in inner.root.operands]
+        return total + sum(_written(inner, root) for root in roots)
+
+
+def _first_array(shape: str) -> str:
+    found = _ARRAY.search(shape)
+    return found[0] if found else shape
+
+
+def _parameter_index(parameter: Instruction) -> int:
+    return int(parameter.operands[0])
+
+
+def _touched(value: Instruction, users: dict, seen: set) -> list[tuple[Instruction, str]] | None:
+    """The slices through which alone a fused value is read or updated in place; None: it is read whole."""
+    found: list[tuple[Instruction, str]] = []
+    for user in users.get(value.name, []):
+        if user.opcode in ("bitcast", "reshape"):
+            inner = _touched(user, users, seen)
+            if inner is None:
+                return None
+            found += inner
+        elif user.opcode == "dynamic-slice" and user.operands[0] == value.name or user.opcode == "gather":
+            found.append((user, value.name))
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            found.append((user, value.name))
+        else:
+            return None
+    return found
+
+
+def _slice_bytes(inner: Computation, item: Instruction, name: str) -> float:
+    if item.opcode == "dynamic-update-slice":
+        return 0.0  # updated in place: only written, which the root counts
+    return shape_bytes(item.shape)
+
+
+def _written(inner: Computation, root: Instruction) -> float:
+    while root.opcode in ("bitcast", "reshape", "convert") and root.operands[0] in inner.by_name:
+        before = inner.by_name[root.operands[0]]
+        if before.opcode not in ("bitcast", "reshape", "convert", "dynamic-update-slice"):
+            break
+        root = before
+    if root.opcode == "dynamic-update-slice":
+        return shape_bytes(inner.shape_of(root.operands[1]))
+    return shape_bytes(root.shape)
+
+
+def _product_flops(computation: Computation, instruction: Instruction, contracting: str) -> float:
+    found = re.search(contracting, instruction.attributes)
+    dims = [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+    lhs = shape_arrays(computation.shape_of(instruction.operands[0]))[0][1]
+    result = shape_arrays(instruction.shape)[0][1]
+    return 2.0 * math.prod(result) * math.prod(lhs[dim] for dim in dims)
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """A TPU's products are convolutions: the kernel's input features `i` are summed, and of its window what lies inside the input."""
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if found is None:
+        return 0.0
+    data, kernel = (shape_arrays(computation.shape_of(name))[0][1] for name in instruction.operands)
+    result = shape_arrays(instruction.shape)[0][1]
+    summed = math.prod(size for label, size in zip(found[2], kernel, strict=True) if label == "i")
+    products = float(math.prod(size for label, size in zip(found[3], result, strict=True) if not label.isdigit()) * summed)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
+    pads, strides = window.get("pad", "").split("x"), window.get("stride", "").split("x")
+    for label in (label for label in found[3] if label.isdigit()):
+        inside, taps = data[found[1].index(label)], kernel[found[2].index(label)]
+        low = int(pads[int(label)].split("_")[0]) if pads[0] else 0
+        stride = int(strides[int(label)]) if strides[0] else 1
+        positions = np.arange(result[found[3].index(label)])[:, None] * stride + np.arange(taps)[None] - low
+        products *= int(((positions >= 0) & (positions < inside)).sum())
+    return 2.0 * products
+
+
+def parse(text: str) -> Program:
+    """A Program from compiled HLO text. Raises ValueError where the text holds no entry computation."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = None
+    for line in text.splitlines():
+        if line.endswith("{") and (head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> ", line)):
+            current = Computation(head[2])
+            computations[current.name] = current
+            if head[1]:
+                entry = current
+        elif line == "}":
+            current = None
+        elif current is not None and " = " in line and (item := _instruction(line)):
+            current.instructions.append(item)
+            current.by_name[item.name] = item
+    if entry is None:
+        raise ValueError("this is no HLO text: no ENTRY computation")
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head, rest = line.split(" = ", 1)
+    words = head.split()
+    root = words[0] == "ROOT"
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    match = re.match(r"([\w\-]+)\(", rest)
+    if match is None:
+        return None
+    close = _closing(rest, match.end() - 1)
+    inside = re.sub(r"/\*.*?\*/", "", rest[match.end() : close])
+    operands = [inside] if match[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    return Instruction(words[-1].lstrip("%"), shape, match[1], operands, rest[close + 1 :], root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"unbalanced brackets in {text[:200]!r}")
+
+
+def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
+    """Devices that exchange data with each other: [groups, devices of a group]. Understands XLA's three notations."""
+    if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})?\}", attributes):
+        lists = re.findall(r"\{([\d,]+)\}", found[1] or "")
+        return np.array([[int(n) for n in group.split(",")] for group in lists] or [list(range(num_devices))])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, order = ([int(n) for n in part.split(",")] for part in found.group(1, 2))
+        devices = np.arange(math.prod(order)).reshape(order)
+        if found[3]:
+            devices = devices.transpose([int(n) for n in found[3].split(",")])
+        return devices.reshape(shape)
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes)
+    if found is None:
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+        if pairs is None:
+            return np.arange(num_devices)[None]
+        return np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)", pairs[1] + "}")])
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    devices = np.array([int(n) for n in found[2].split(",")] if found[2] else range(math.prod(sizes.values())))
+    devices = devices.reshape(list(sizes.values()))
+    along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
+    others = [axis for axis in range(len(sizes)) if axis not in along]
+    return devices.transpose(others + along).reshape(-1, math.prod(devices.shape[axis] for axis in along))

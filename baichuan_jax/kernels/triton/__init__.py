@@ -1,0 +1,1 @@
+"""GPU kernels in the Triton language, called through jax-triton. Import these modules only where triton is installed."""

@@ -1,0 +1,373 @@
+"""Causal attention for GPUs in the Triton language: FlashAttention-2 (Dao 2023), forward and backward, arrays as the model has them.
+
+A program owns a block of queries (forward, and backward for dq) or of keys (backward for dk and dv), and walks over the other side's
+blocks, so that nothing is added atomically and every run gives the same bits. Blocks above the diagonal are skipped; those that the
+diagonal crosses are masked, in a loop of their own. Kept for the backward pass: the log-sum-exp, in base 2 like the exponentials,
+since exp2 is what the machine has.
+
+B batch, T queries, S keys, N heads, H head size, Q and K lengths of one block of queries and of keys.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.sharding import activate, current_layout
+
+HEAD_SIZES = (64, 128)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Blocks(NamedTuple):
+    """Lengths of the blocks of queries and keys, warps of a program, stages of its loads' pipeline."""
+
+    q: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_blocks(head_size: int, dtype: str) -> Blocks:
+    """Of the forward kernel."""
+    if dtype == "float32":
+        return Blocks(64, 32, 4, 2)
+    return Blocks(128, 64, 8, 3) if head_size == 128 else Blocks(128, 64, 4, 3)
+
+
+def dkv_blocks(head_size: int, dtype: str) -> Blocks:
+    """Of the backward kernel for keys and values."""
+    if dtype == "float32":
+        return Blocks(32, 64, 4, 1)
+    return Blocks(32, 128, 8, 2) if head_size == 128 else Blocks(64, 128, 8, 2)
+
+
+def dq_blocks(head_size: int, dtype: str) -> Blocks:
+    """Of the backward kernel for queries."""
+    if dtype == "float32":
+        return Blocks(64, 32, 4, 1)
+    return Blocks(128, 64, 8, 2)
+
+
+@triton.jit
+def _rows(pointer, first, count: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, H: tl.constexpr, EVEN: tl.constexpr):
+    """Rows first .. first + count of one head [count, H]; zeros past the limit."""
+    rows = tl.arange(0, count)
+    pointers = pointer + tl.cast(first, tl.int64) * (N * H) + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(first + rows)[:, None] < limit, other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, value, first, count: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, H: tl.constexpr):
+    rows = tl.arange(0, count)
+    pointers = pointer + tl.cast(first, tl.int64) * (N * H) + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=(first + rows)[:, None] < limit)
+
+
+@triton.jit
+def _visible(queries, keys, offset, q_segment, k_segment, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Where a query sees a key; queries and keys are rows and columns in either order, broadcast against each other."""
+    if CAUSAL and SEGMENTED:
+        return (offset + queries >= keys) & (q_segment == k_segment)
+    if CAUSAL:
+        return offset + queries >= keys
+    return q_segment == k_segment
+
+
+@triton.jit
+def _forward_loop(
+    acc, top, total, q, queries, q_segment, offset, k_pointer, v_pointer, k_segments, lo, hi,
+    S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Key blocks lo .. hi of one block of queries."""
+    EVEN: tl.constexpr = S % K == 0 or not CAUSAL  # the blocks left of the diagonal lie within the keys
+    for j in tl.range(lo, hi):
+        k = _rows(k_pointer, j * K, K, S, N, H, EVEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAUSAL or SEGMENTED:
+            keys = j * K + tl.arange(0, K)
+            k_segment = keys
+            if SEGMENTED:
+                k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
+            seen = _visible(queries[:, None], keys[None, :], offset, q_segment[:, None], k_segment[None, :], CAUSAL, SEGMENTED)
+            s = tl.where(seen, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * SCALE)
+        base = new_top
+        if SEGMENTED:  # a query may have seen nothing yet; without segments it sees the first key
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.math.exp2(s * SCALE - base[:, None])
+        shrink = tl.math.exp2(top - base)
+        total = total * shrink + tl.sum(p, 1)
+        v = _rows(v_pointer, j * K, K, S, N, H, EVEN)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _forward_kernel(
+    q_pointer, k_pointer, v_pointer, offset_pointer, q_segments, k_segments, out_pointer, lse_pointer,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    i = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first, so that the short ones fill the last wave
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_pointer += b * (T * N * H) + n * H
+    out_pointer += b * (T * N * H) + n * H
+    k_pointer += b * (S * N * H) + n * H
+    v_pointer += b * (S * N * H) + n * H
+    k_segments += b * S
+    offset = tl.load(offset_pointer + b)
+    queries = i * Q + tl.arange(0, Q)
+    q_segment = queries
+    if SEGMENTED:
+        q_segment = tl.load(q_segments + b * T + queries, mask=queries < T, other=0)
+    q = _rows(q_pointer, i * Q, Q, T, N, H, T % Q == 0)
+    acc = tl.zeros((Q, H), tl.float32)
+    top = tl.full((Q,), float("-inf"), tl.float32)
+    total = tl.zeros((Q,), tl.float32)
+    full = (offset + i * Q + 1) // K  # key blocks that every query of this block sees whole
+    some = tl.minimum(tl.cdiv(offset + (i + 1) * Q, K), tl.cdiv(S, K))
+    full = tl.minimum(full, some)
+    acc, top, total = _forward_loop(
+        acc, top, total, q, queries, q_segment, offset, k_pointer, v_pointer, k_segments, 0, full,
+        S, N, H, K, SCALE, PRECISION, False, SEGMENTED,
+    )  # fmt: skip
+    acc, top, total = _forward_loop(
+        acc, top, total, q, queries, q_segment, offset, k_pointer, v_pointer, k_segments, full, some,
+        S, N, H, K, SCALE, PRECISION, True, SEGMENTED,
+    )  # fmt: skip
+    if SEGMENTED:
+        total = tl.where(total == 0.0, 1.0, total)  # a query that sees nothing gives 0
+    _store_rows(out_pointer, acc / total[:, None], i * Q, Q, T, N, H)
+    tl.store(lse_pointer + tl.cast(row, tl.int64) * T + queries, top + tl.math.log2(total), mask=queries < T)
+
+
+@triton.jit
+def _dkv_loop(
+    dk, dv, k, v, keys, k_segment, offset, q_pointer, dout_pointer, lse_pointer, delta_pointer, q_segments, lo, hi,
+    T: tl.constexpr, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Query blocks lo .. hi of one block of keys. Products are transposed, [K, Q], so that they are what the next ones multiply."""
+    EVEN: tl.constexpr = T % Q == 0
+    for i in tl.range(lo, hi):
+        queries = i * Q + tl.arange(0, Q)
+        q = _rows(q_pointer, i * Q, Q, T, N, H, EVEN)
+        if EVEN:
+            lse = tl.load(lse_pointer + queries)
+            delta = tl.load(delta_pointer + queries)
+        else:
+            lse = tl.load(lse_pointer + queries, mask=queries < T, other=float("inf"))  # weights of 0
+            delta = tl.load(delta_pointer + queries, mask=queries < T, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.math.exp2(s * SCALE - lse[None, :])
+        if CAUSAL or SEGMENTED:
+            q_segment = queries
+            if SEGMENTED:
+                q_segment = tl.load(q_segments + queries, mask=queries < T, other=0)
+            seen = _visible(queries[None, :], keys[:, None], offset, q_segment[None, :], k_segment[:, None], CAUSAL, SEGMENTED)
+            p = tl.where(seen, p, 0.0)
+        dout = _rows(dout_pointer, i * Q, Q, T, N, H, EVEN)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dkv_kernel(
+    q_pointer, k_pointer, v_pointer, offset_pointer, q_segments, k_segments, dout_pointer, lse_pointer, delta_pointer,
+    dk_pointer, dv_pointer,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0)  # the first keys are seen by most queries
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_pointer += b * (T * N * H) + n * H
+    dout_pointer += b * (T * N * H) + n * H
+    k_pointer += b * (S * N * H) + n * H
+    v_pointer += b * (S * N * H) + n * H
+    dk_pointer += b * (S * N * H) + n * H
+    dv_pointer += b * (S * N * H) + n * H
+    lse_pointer += tl.cast(row, tl.int64) * T
+    delta_pointer += tl.cast(row, tl.int64) * T
+    q_segments += b * T
+    offset = tl.load(offset_pointer + b)
+    keys = j * K + tl.arange(0, K)
+    k_segment = keys
+    if SEGMENTED:
+        k_segment = tl.load(k_segments + b * S + keys, mask=keys < S, other=0)
+    k = _rows(k_pointer, j * K, K, S, N, H, S % K == 0)
+    v = _rows(v_pointer, j * K, K, S, N, H, S % K == 0)
+    dk = tl.zeros((K, H), tl.float32)
+    dv = tl.zeros((K, H), tl.float32)
+    last = tl.cdiv(T, Q)
+    some = tl.minimum(tl.maximum(j * K - offset, 0) // Q, last)  # the first block with a query that sees one of these keys
+    full = tl.minimum(tl.cdiv(tl.maximum((j + 1) * K - 1 - offset, 0), Q), last)  # from here on queries see all of them
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, keys, k_segment, offset, q_pointer, dout_pointer, lse_pointer, delta_pointer, q_segments, some, full,
+        T, N, H, Q, SCALE, PRECISION, True, SEGMENTED,
+    )  # fmt: skip
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, keys, k_segment, offset, q_pointer, dout_pointer, lse_pointer, delta_pointer, q_segments, full, last,
+        T, N, H, Q, SCALE, PRECISION, False, SEGMENTED,
+    )  # fmt: skip
+    _store_rows(dk_pointer, dk * (H**-0.5), j * K, K, S, N, H)
+    _store_rows(dv_pointer, dv, j * K, K, S, N, H)
+
+
+@triton.jit
+def _dq_loop(
+    dq, q, dout, lse, delta, queries, q_segment, offset, k_pointer, v_pointer, k_segments, lo, hi,
+    S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Key blocks lo .. hi of one block of queries."""
+    EVEN: tl.constexpr = S % K == 0 or not CAUSAL
+    for j in tl.range(lo, hi):
+        k = _rows(k_pointer, j * K, K, S, N, H, EVEN)
+        v = _rows(v_pointer, j * K, K, S, N, H, EVEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.math.exp2(s * SCALE - lse[:, None])
+        if CAUSAL or SEGMENTED:
+            keys = j * K + tl.arange(0, K)
+            k_segment = keys
+            if SEGMENTED:
+                k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
+            seen = _visible(queries[:, None], keys[None, :], offset, q_segment[:, None], k_segment[None, :], CAUSAL, SEGMENTED)
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_pointer, k_pointer, v_pointer, offset_pointer, q_segments, k_segments, dout_pointer, lse_pointer, delta_pointer, dq_pointer,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    i = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_pointer += b * (T * N * H) + n * H
+    dout_pointer += b * (T * N * H) + n * H
+    dq_pointer += b * (T * N * H) + n * H
+    k_pointer += b * (S * N * H) + n * H
+    v_pointer += b * (S * N * H) + n * H
+    k_segments += b * S
+    offset = tl.load(offset_pointer + b)
+    queries = i * Q + tl.arange(0, Q)
+    q_segment = queries
+    if SEGMENTED:
+        q_segment = tl.load(q_segments + b * T + queries, mask=queries < T, other=0)
+    q = _rows(q_pointer, i * Q, Q, T, N, H, T % Q == 0)
+    dout = _rows(dout_pointer, i * Q, Q, T, N, H, T % Q == 0)
+    lse = tl.load(lse_pointer + tl.cast(row, tl.int64) * T + queries, mask=queries < T, other=float("inf"))
+    delta = tl.load(delta_pointer + tl.cast(row, tl.int64) * T + queries, mask=queries < T, other=0.0)
+    dq = tl.zeros((Q, H), tl.float32)
+    some = tl.minimum(tl.cdiv(offset + (i + 1) * Q, K), tl.cdiv(S, K))
+    full = tl.minimum((offset + i * Q + 1) // K, some)
+    dq = _dq_loop(
+        dq, q, dout, lse, delta, queries, q_segment, offset, k_pointer, v_pointer, k_segments, 0, full,
+        S, N, H, K, SCALE, PRECISION, False, SEGMENTED,
+    )  # fmt: skip
+    dq = _dq_loop(
+        dq, q, dout, lse, delta, queries, q_segment, offset, k_pointer, v_pointer, k_segments, full, some,
+        S, N, H, K, SCALE, PRECISION, True, SEGMENTED,
+    )  # fmt: skip
+    _store_rows(dq_pointer, dq * (H**-0.5), i * Q, Q, T, N, H)
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    segments_BT: jax.Array | None = None,
+    segments_BS: jax.Array | None = None,
+    query_offset: jax.Array | int = 0,
+) -> jax.Array:
+    """Causal attention; query t stands at position query_offset + t of the keys. Attends within equal segments only.
+
+    Head sizes 64 and 128; float32 (products as three TF32 ones, about float32's precision), float16, bfloat16; any length.
+    A query that sees no key gives 0. Deterministic.
+    """
+    B = q_BTNH.shape[0]
+    offset_B = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
+    segments = None if segments_BT is None or segments_BS is None else (segments_BT, segments_BS)
+    return _attention(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, current_layout())
+
+
+def _constants(q_BTNH: jax.Array, k_BSNH: jax.Array, segmented: bool, blocks: Blocks) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    _, T, N, H = q_BTNH.shape
+    precision = "tf32x3" if q_BTNH.dtype == jnp.float32 else "ieee"
+    return {
+        "T": T, "S": k_BSNH.shape[1], "N": N, "H": H, "Q": blocks.q, "K": blocks.k,
+        "SCALE": H**-0.5 * 1.4426950408889634, "PRECISION": precision, "SEGMENTED": segmented,
+        "num_warps": blocks.num_warps, "num_stages": blocks.num_stages,
+    }  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, offset, segments, layout):
+    return _forward(q, k, v, offset, segments, layout)[0]
+
+
+def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
+    arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
+    out_BTNH, lse_BNT = bridge.merge_vmapped(functools.partial(_run_forward, segments is not None))(*arrays)
+    return out_BTNH, (q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT)
+
+
+def _run_forward(segmented, *arrays):
+    q_BTNH, k_BSNH = arrays[:2]
+    B, T, N, H = q_BTNH.shape
+    blocks = forward_blocks(H, q_BTNH.dtype.name)
+    return bridge.call(
+        _forward_kernel, *arrays,
+        outputs=[jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        grid=(triton.cdiv(T, blocks.q), B * N), name="attention_forward", **_constants(q_BTNH, k_BSNH, segmented, blocks),
+    )  # fmt: skip
+
+
+def _backward(layout, saved, dout_BTNH):
+    q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT = saved
+    delta_BNT = jnp.swapaxes(jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1), 1, 2)
+    arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)), dout_BTNH, lse_BNT, delta_BNT)
+    with activate(layout):  # the forward pass's: a gradient is traced after its function has returned
+        dq_BTNH, dk_BSNH, dv_BSNH = bridge.merge_vmapped(functools.partial(_run_backward, segments is not None))(*arrays)
+    return dq_BTNH, dk_BSNH, dv_BSNH, None, None
+
+
+def _run_backward(segmented, *arrays):
+    q_BTNH, k_BSNH = arrays[:2]
+    B, T, N, H = q_BTNH.shape
+    S, dtype = k_BSNH.shape[1], q_BTNH.dtype.name
+    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSNH))
+    blocks = dkv_blocks(H, dtype)
+    dk_dv = bridge.call(
+        _dkv_kernel, *arrays, outputs=[like_k, like_k],
+        grid=(triton.cdiv(S, blocks.k), B * N), name="attention_dkv", **_constants(q_BTNH, k_BSNH, segmented, blocks),
+    )  # fmt: skip
+    blocks = dq_blocks(H, dtype)
+    dq = bridge.call(
+        _dq_kernel, *arrays, outputs=[like_q],
+        grid=(triton.cdiv(T, blocks.q), B * N), name="attention_dq", **_constants(q_BTNH, k_BSNH, segmented, blocks),
+    )  # fmt: skip
+    return [*dq, *dk_dv]
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,464 @@
+"""`python -m baichuan_jax.plan`: what a training step costs on a cluster that is not there.
+
+The real step of step.py, with its real kernels and flags, is compiled for a topology by name; no accelerator is needed. From the
+compiled program come memory, operations and collectives; the step's time is predicted by roofline.py.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from baichuan_jax.config import Config, ConfigError, require
+from baichuan_jax.config_file import make_parser, parse_command
+from baichuan_jax.hardware import Hardware, Topology, parse_topology
+from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION, choose_flags
+
+RESERVED_GIB = 3.5  # of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators
+CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
+OWN = ("topology", "search", "sweep", "output", "json", "hlo")
+OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
+RATES = ("matmul", "memory", "intra_node", "inter_node", "contention")
+
+
+def missing(topology: Topology) -> list[str]:
+    """Packages without which this topology cannot be compiled for."""
+    tpu = topology.hardware.platform == "tpu"
+    needed = ["libtpu"] if tpu else ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "triton", "jax-triton"]
+    return [name for name in needed if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def child_environment(config: Config, topology: Topology) -> dict[str, str]:
+    """The environment of the process that compiles: no device is looked for, and the flags are those of the cluster."""
+    settings = choose_flags(config, topology)
+    return {
+        **os.environ,
+        CHILD: "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver to ask for its version
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TPU_SKIP_MDS_QUERY": "1",  # no cloud machine to ask what it is
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": " ".join([*settings.xla, os.environ.get("XLA_FLAGS", "")]).strip(),
+        "LIBTPU_INIT_ARGS": " ".join([*settings.libtpu, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip(),
+    }
+
+
+def target_config(hardware: Hardware) -> str:
+    """XLA's GpuTargetConfigProto of a GPU, as text (xla/backends/gpu/target_config)."""
+    major, minor = divmod(hardware.compute_capability, 10)
+    return f"""
+        platform_name: "CUDA" device_description_str: "NVIDIA {hardware.name.upper()}"
+        dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          core_count: {hardware.multiprocessors} fpus_per_core: {64 if major == 8 else 128} clock_rate_ghz: {hardware.clock_ghz}
+          shared_memory_per_block: 49152 shared_memory_per_core: {hardware.shared_bytes}
+          shared_memory_per_block_optin: {hardware.shared_bytes - 1024} l2_cache_size: {hardware.l2_bytes}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {int(hardware.memory_bandwidth * 1e9)} device_memory_size: {int(hardware.memory_gib * 2**30)}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+        }}"""
+
+
+def described_devices(topology: Topology) -> list[Any]:
+    """The topology's devices as jax describes them: good for meshes and compiling, not for running."""
+    import jax
+    from jax.experimental import topologies
+
+    jax.devices()  # lets jax discover its plugins first
+    name = topology.hardware.name
+    if topology.hardware.platform == "tpu":
+        shape = "x".join(map(str, topology.shape))
+        return list(topologies.get_topology_desc(f"{name}:{shape}", "tpu").devices)
+    nodes, per_node = topology.shape
+    described = topologies.get_topology_desc(
+        name, "cuda", target_config=target_config(topology.hardware), topology=f"1x{nodes}x{per_node}"
+    )
+    return list(described.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A training step compiled for a mesh of described devices."""
+
+    config: Config
+    mesh: Any
+    text: str
+    memory: dict[str, int]
+    """Bytes on one device: arguments, outputs, aliased (outputs in place of arguments), temporaries."""
+    state_bytes: dict[str, int]
+    """Of the arguments on one device: parameters, optimiser."""
+    seconds: float
+
+
+def compile_step(config: Config, devices: list[Any]) -> Compiled:
+    """Trace and compile the training step of step.py. Raises ConfigError where mesh and model do not fit each other."""
+    import jax
+    import jax.numpy as jnp
+
+    from baichuan_jax.sharding import make_mesh
+    from baichuan_jax.step import make_steps
+
+    began = time.perf_counter()
+    mesh = make_mesh(config.mesh, devices)
+    config = dataclasses.replace(config, mesh=config.mesh.resolve(mesh.size))
+    steps = make_steps(config, mesh)
+
+    def abstract(shape: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    state = jax.tree.map(abstract, steps.state_shapes, steps.state_shardings)
+    accumulation = config.accumulation_steps(config.mesh)
+    rows = jax.ShapeDtypeStruct(
+        (accumulation, config.train.global_batch_size // accumulation, config.train.context_length), jnp.int32,
+        sharding=steps.batch_sharding,
+    )  # fmt: skip
+    names = ["inputs", "labels", *(["segment_ids", "positions"] if config.data.document_mask else [])]
+    stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
+    compiled = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding)).compile()
+    memory = compiled.memory_analysis()
+
+    def on_one_device(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(int(jnp.dtype(x.dtype).itemsize * _size(x.sharding.shard_shape(x.shape))) for x in leaves)
+
+    return Compiled(
+        config, mesh, compiled.as_text(),
+        {
+            "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        },
+        {"parameters": on_one_device(state.params), "optimiser": on_one_device(state.opt_state)},
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def capacity_gib(hardware: Hardware) -> float:
+    """Memory of a device that a step may use."""
+    if hardware.platform == "tpu":
+        return hardware.memory_gib
+    return min(GPU_MEMORY_FRACTION * hardware.memory_gib, hardware.memory_gib - RESERVED_GIB)
+
+
+def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]:
+    """Everything that the command prints, as plain values."""
+    from baichuan_jax import hlo, roofline
+    from baichuan_jax.metrics import flops_per_token
+
+    config, hardware = compiled.config, topology.hardware
+    program = hlo.parse(compiled.text)
+    prediction = roofline.predict(program, compiled.mesh, topology, rates)
+    tokens = config.train.global_batch_size * config.train.context_length / topology.num_devices
+    full, causal = flops_per_token(config.model, config.train.context_length)
+    counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
+    peak = hardware.peak_tflops * 1e12
+    memory = compiled.memory
+    peak_gib = (memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]) / 2**30
+    state = sum(compiled.state_bytes.values())
+    per_host = min(topology.devices_per_node, topology.num_devices) * state / 2**30
+    seconds = {
+        "matrix products": prediction.matmul_seconds,
+        "attention and other kernels": prediction.kernel_seconds,
+        "memory-bound": prediction.memory_seconds,
+        "slowed by collectives beside": prediction.contention_seconds,
+        "waiting for collectives": prediction.exposed_seconds,
+    }
+    return {
+        "topology": str(topology),
+        "num_devices": topology.num_devices,
+        "mesh": dict(compiled.mesh.shape),
+        "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
+        "micro_batch_size": tokens / config.train.context_length / config.accumulation_steps(config.mesh),
+        "global_batch_size": config.train.global_batch_size,
+        "compile_seconds": compiled.seconds,
+        "memory_gib": {
+            **{name: size / 2**30 for name, size in compiled.state_bytes.items()},
+            "activations and temporaries": memory["temporaries"] / 2**30,
+        },
+        "peak_gib": peak_gib,
+        "capacity_gib": capacity_gib(hardware),
+        "fits": peak_gib <= capacity_gib(hardware),
+        "host_restore_gib": per_host,
+        "host_save_gib": per_host,
+        "flops_per_token": counted,
+        "flops_per_token_formula": {"full_attention": full, "causal": causal},
+        "recomputation": counted / causal,
+        "predicted_step_seconds": prediction.seconds,
+        "predicted_tokens_per_second": tokens * topology.num_devices / prediction.seconds,
+        "predicted_mfu": full * tokens / prediction.seconds / peak,
+        "predicted_mfu_causal": causal * tokens / prediction.seconds / peak,
+        "predicted_tflops": full * tokens / prediction.seconds / 1e12,
+        "seconds": seconds,
+        "rates": dataclasses.asdict(rates),
+        "hardware": dataclasses.asdict(hardware),
+        "unknown": prediction.unknown,
+        "kernels": prediction.kernels,
+        "collectives": [_collective(item) for item in prediction.collectives],
+    }
+
+
+def _collective(item: Any) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(item).items() if name != "op_name"} | {"of": item.op_name[-60:]}
+
+
+def candidates(config: Config, num_devices: int) -> Iterator[Config]:
+    """Ways to run the same batch: what is recomputed, rows a pass, blocks looped or unrolled; the least recomputation first."""
+    mesh = config.mesh.resolve(num_devices)
+    share = config.train.global_batch_size // (mesh.data * mesh.fsdp)
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= share and share % size == 0]
+    for remat in ("none", "matmuls", "full"):
+        for size in sizes:
+            train = dataclasses.replace(config.train, micro_batch_size=size)
+            yield dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, remat=remat))
+
+
+def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
+    """Compile and report; with --search the fastest predicted candidate that fits."""
+    from tqdm import tqdm
+
+    from baichuan_jax import roofline
+
+    rates = dataclasses.replace(roofline.rates_for(topology), **options["rates"])
+    devices = described_devices(topology)
+    if not options["search"]:
+        compiled = compile_step(config, devices)
+        if options["hlo"]:
+            Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
+        return report(compiled, topology, rates)
+    tried, found = [], []
+    bar = tqdm(list(candidates(config, topology.num_devices)), desc="compiling candidates", unit="program", disable=None)
+    for candidate in bar:
+        try:
+            result = report(compile_step(candidate, devices), topology, rates)
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            result = {"remat": candidate.model.remat, "micro_batch_size": candidate.train.micro_batch_size, "fits": False}
+        tried.append({name: result.get(name) for name in
+                      ("remat", "micro_batch_size", "fits", "peak_gib", "predicted_step_seconds", "predicted_mfu")})  # fmt: skip
+        if result["fits"]:
+            found.append(result)
+    if not found:
+        listed = ", ".join(f"{item['remat']} x {item['micro_batch_size']}: {item['peak_gib']} GiB" for item in tried)
+        raise ConfigError(
+            f"nothing fits into {capacity_gib(topology.hardware):.1f} GiB of {topology.hardware.name} ({listed}); "
+            "raise mesh.fsdp or mesh.tensor, or use more devices"
+        )
+    best = min(found, key=lambda item: item["predicted_step_seconds"])
+    return {**best, "search": tried}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a report as tables."""
+    from baichuan_jax.console import Display
+
+    display = Display()
+    mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items())
+    display.say(
+        f"{result['topology']}: {result['num_devices']} devices ({mesh}); {result['global_batch_size']} rows a step, "
+        f"{result['micro_batch_size']:g} a pass and device; remat {result['remat']}, "
+        f"{'looped' if result['scan_layers'] else 'unrolled'} blocks; compiled in {result['compile_seconds']:.0f} s"
+    )
+    for item in result.get("search", []):
+        peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
+        speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
+        display.say(f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{'' if item['fits'] else ', does not fit'}")
+    memory = [[name, f"{size:.1f}"] for name, size in result["memory_gib"].items()]
+    memory += [["peak", f"{result['peak_gib']:.1f}"], ["capacity", f"{result['capacity_gib']:.1f}"]]
+    display.table("Memory of one device", ["", "GiB"], memory)
+    if not result["fits"]:
+        display.say("does not fit: --search compiles what would (remat, rows a pass); or raise mesh.fsdp", style="red")
+    display.say(f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, {result['host_restore_gib']:.0f} to restore")
+    formula = result["flops_per_token_formula"]
+    display.say(
+        f"operations a token: {result['flops_per_token'] / 1e9:.2f} G counted, {formula['causal'] / 1e9:.2f} G by the formula "
+        f"(causal): {result['recomputation']:.3f} times"
+    )
+    total = result["predicted_step_seconds"]
+    display.table(
+        "Predicted step (one device)", ["", "ms", "share"],
+        [[name, f"{value * 1e3:.1f}", f"{value / total:.1%}"] for name, value in result["seconds"].items()]
+        + [["in all", f"{total * 1e3:.1f}", ""]],
+    )  # fmt: skip
+    display.say(
+        f"predicted: {result['predicted_tokens_per_second']:,.0f} tokens/s, {result['predicted_tflops']:.0f} TFLOP/s a device, MFU "
+        f"{result['predicted_mfu']:.1%} (full-attention counting; {result['predicted_mfu_causal']:.1%} causal)",
+        style="bold",
+    )
+    for what, count in result["unknown"].items():
+        display.say(f"not counted: {count} x {what}", style="yellow")
+    display.table("Collectives", ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"], _grouped(result))
+
+
+def _grouped(result: dict[str, Any]) -> list[list[str]]:
+    """Collectives of one kind, axis and size together."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for item in result["collectives"]:
+        key = (item["kind"], item["axis"], item["link"], f"{item['bytes'] / 1e6:,.1f}", item["asynchronous"], item["in_loop"])
+        groups.setdefault(key, []).append(item)
+    rows = []
+    for (kind, axis, link, size, asynchronous, in_loop), items in groups.items():
+        total = {name: sum(item[name] for item in items) for name in ("count", "seconds", "exposed_seconds")}
+        rows.append([kind, axis, link, size, str(total["count"]), "yes" if asynchronous else "no", "yes" if in_loop else "no",
+                     f"{total['seconds'] * 1e3:.1f}", f"{total['exposed_seconds'] * 1e3:.1f}"])  # fmt: skip
+    return sorted(rows, key=lambda row: -float(row[7]))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A picture of the report: where the step's time and the device's memory go."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 3.6), layout="constrained")
+    for axes, parts, unit, scale in ((above, result["seconds"], "ms", 1e3), (below, result["memory_gib"], "GiB", 1.0)):
+        left = 0.0
+        for name, value in parts.items():
+            axes.barh(0, value * scale, left=left, label=f"{name} ({value * scale:.1f} {unit})")
+            left += value * scale
+        axes.set_yticks([])
+        axes.set_xlabel(unit)
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+    below.axvline(result["capacity_gib"], color="black", linestyle="--")
+    figure.suptitle(f"{result['topology']}: predicted MFU {result['predicted_mfu']:.1%}, peak {result['peak_gib']:.1f} GiB")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _hardware(topology: Topology, overrides: dict[str, Any]) -> Topology:
+    given = {name: overrides[f"hardware.{name}"] for name in OVERRIDES if overrides.get(f"hardware.{name}") is not None}
+    return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
+
+
+def main(words: list[str]) -> int:
+    """`python -m baichuan_jax.plan`."""
+    description = "Compile the training step for a cluster that is not there: memory, operations, collectives, predicted speed."
+    parser = make_parser("python -m baichuan_jax.plan", description)
+    parser.add_argument("--topology", default="a800:128x8", help="Cluster: a800:128x8 (nodes x GPUs), v5p:4x4x8 (torus), ...")
+    parser.add_argument("--search", action="store_true", help="Compile every remat policy and rows a pass; keep the fastest that fits.")
+    parser.add_argument("--sweep", choices=("data",), default=None, help="Weak scaling: the same rows a device on 8 to 4,096 devices.")
+    parser.add_argument("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
+    parser.add_argument("--json", default=None, metavar="FILE", help="Write the report here as well.")
+    parser.add_argument("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
+    for name in OVERRIDES:
+        parser.add_argument(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's (hardware.py).")
+    for name in RATES:
+        parser.add_argument(f"--rates.{name}", type=float, default=None, help="Instead of the fitted share (roofline.py).")
+    own = (*OWN, *(f"hardware.{name}" for name in OVERRIDES), *(f"rates.{name}" for name in RATES))
+    config, options = parse_command(parser, words, own=own)
+    topology = _hardware(parse_topology(options["topology"]), options)
+    options["rates"] = {name: options[f"rates.{name}"] for name in RATES if options[f"rates.{name}"] is not None}
+    absent = missing(topology)
+    require(not absent, f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
+            "pip install -r requirements-plan.txt")  # fmt: skip
+    config.check_mesh(config.mesh.resolve(topology.num_devices))
+    if options["sweep"]:
+        return _sweep(config, topology, words, options)
+    if CHILD not in os.environ:
+        return _run_child(words, config, topology)
+    result = _plan(config, topology, options)
+    show(result)
+    _save(result, options, str(topology).replace(":", "-"))
+    return 0
+
+
+def _save(result: dict[str, Any], options: dict[str, Any], name: str) -> None:
+    folder = Path(options["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    if options["json"]:
+        Path(options["json"]).write_text(text + "\n", encoding="utf-8")
+    plot(result, folder / f"{name}.png")
+    print(f"saved: {folder / name}.json and .png")
+
+
+# What the compilers say, before they read any setting, of a machine without an accelerator.
+_NOISE = ("TPU_ACCELERATOR_TYPE", "Logging before InitGoogle()", "TPU_WORKER_HOSTNAMES", "Source Location Trace", "libtpu_init_utils",
+          "Very slow compile?", "********************************", "All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers")  # fmt: skip
+
+
+def _run_child(words: list[str], config: Config, topology: Topology) -> int:
+    """Compile in a process of its own, whose environment is set before jax is imported; its words on missing drivers are dropped."""
+    command = [sys.executable, "-m", "baichuan_jax.plan", *words]
+    with subprocess.Popen(command, env=child_environment(config, topology), stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        try:
+            for line in child.stderr:
+                if not any(noise in line for noise in _NOISE):
+                    sys.stderr.write(line)
+            return child.wait()
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+
+
+def _sweep(config: Config, topology: Topology, words: list[str], options: dict[str, Any]) -> int:
+    """One plan for each number of nodes; the rows a device stay as they are."""
+    from baichuan_jax.console import Display
+
+    require(topology.hardware.platform == "gpu", "--sweep data takes a GPU topology: its nodes are replicas")
+    per_node = topology.shape[1]
+    share = config.train.global_batch_size // topology.num_devices
+    results = []
+    for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
+        name = f"{topology.hardware.name}:{nodes}x{per_node}"
+        target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
+        changed = [word for word in _without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size"))]
+        changed += ["--topology", name, "--json", str(target), f"--train.global_batch_size={share * nodes * per_node}"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        code = _run_child(changed, dataclasses.replace(config), parse_topology(name))
+        if code:
+            return code
+        results.append(json.loads(target.read_text(encoding="utf-8")))
+    rows = [
+        [str(r["num_devices"]), f"{r['predicted_step_seconds'] * 1e3:.0f}", f"{r['predicted_mfu']:.1%}",
+         f"{r['seconds']['waiting for collectives'] * 1e3:.1f}", f"{r['peak_gib']:.1f}"]
+        for r in results
+    ]  # fmt: skip
+    Display().table("Weak scaling, predicted", ["devices", "step ms", "MFU", "waited ms", "peak GiB"], rows)
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _without(words: list[str], names: tuple[str, ...]) -> Iterator[str]:
+    """Words less some options and their values."""
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word.split("=")[0] in names:
+            skip = "=" not in word
+        else:
+            yield word
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

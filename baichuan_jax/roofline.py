@@ -1,0 +1,298 @@
+"""Predicts how long a compiled training step takes: every instruction bounded by arithmetic, memory or a link, in the order in which the
+compiler scheduled them, with collectives beside the compute that stands between their start and their end.
+
+Nothing here is measured on the machine that runs it: the rates are shares of what the data sheets state, fitted on published
+measurements (docs/plan.md tells which, and how well the others are foretold).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax.sharding import Mesh
+
+from baichuan_jax.hardware import Topology
+from baichuan_jax.hlo import COLLECTIVES, Computation, Instruction, Program, replica_groups, shape_arrays, shape_bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of the data sheet that real programs reach, and fixed costs."""
+
+    matmul: float
+    """Of the peak, by large bfloat16 products."""
+    memory: float
+    """Of the memory's bandwidth, by instructions that it bounds."""
+    intra_node: float
+    """Of the links inside a node, by collectives."""
+    inter_node: float
+    """Of the network, by collectives."""
+    contention: float
+    """Compute runs slower by this share while a collective is in flight: they share multiprocessors and memory."""
+    launch_us: float = 3.0
+    """Between two kernels of a stream."""
+    intra_latency_us: float = 20.0
+    """Start and end of a collective inside a node."""
+    inter_latency_us: float = 5.0
+    """Of one hop of a ring between nodes."""
+
+
+# By accelerator. a100/a800 and h100: docs/plan.md, "How well it foretells". TPU: as "How to scale your model" finds them.
+RATES = {
+    "a100": Rates(matmul=0.80, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
+    "h100": Rates(matmul=0.66, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
+    "tpu": Rates(matmul=0.88, memory=0.85, intra_node=0.80, inter_node=0.80, contention=0.0, launch_us=0.0),
+}
+
+
+def rates_for(topology: Topology) -> Rates:
+    """The rates of an accelerator."""
+    if topology.hardware.platform == "tpu":
+        return RATES["tpu"]
+    return RATES["a100" if topology.hardware.compute_capability == 80 else "h100"]
+
+
+@dataclass
+class Collective:
+    """One collective instruction, over all the times it runs; seconds are of one device."""
+
+    kind: str
+    bytes: float
+    """Of one run: the larger of what a device gives and gets."""
+    axis: str
+    """Mesh axes along which its groups lie."""
+    link: str
+    """intra_node or inter_node."""
+    count: int = 0
+    in_loop: bool = False
+    asynchronous: bool = False
+    seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    """Of them, how long compute waited."""
+    op_name: str = ""
+
+
+@dataclass
+class Prediction:
+    """What a step is predicted to take, and where it goes."""
+
+    seconds: float
+    matmul_seconds: float
+    memory_seconds: float
+    kernel_seconds: float
+    contention_seconds: float
+    collectives: list[Collective]
+    matmul_flops: float
+    kernel_flops: float
+    kernels: dict[str, int]
+    """Calls of our kernels in the program's text, by name."""
+    unknown: dict[str, int]
+    """Custom calls and loops that could not be counted, and how often."""
+
+    @property
+    def exposed_seconds(self) -> float:
+        return sum(item.exposed_seconds for item in self.collectives)
+
+
+# Causal matrix products of the attention kernels, by the scope in which they stand, and the share of the peak that bounds them:
+# docs/kernels.md for Triton, from their own instructions (python -m baichuan_jax.kernels); splash attention on TPU: predicted as Triton's.
+KERNELS = {
+    "attention_forward": (2, 0.60),
+    "attention_dkv": (4, 0.50),
+    "attention_dq": (3, 0.50),
+    "splash_mha_fwd": (2, 0.60),
+    "splash_mha_dkv": (5, 0.50),
+    "splash_mha_dq": (3, 0.50),
+}
+
+
+def predict(program: Program, mesh: Mesh, topology: Topology, rates: Rates) -> Prediction:
+    """Run the schedule of a compiled step on paper. mesh: the one it was compiled for."""
+    return _Simulation(program, mesh, topology, rates).run()
+
+
+@dataclass
+class _Simulation:
+    program: Program
+    mesh: Mesh
+    topology: Topology
+    rates: Rates
+    now: float = 0.0
+    link_free: dict[str, float] = field(default_factory=lambda: {"intra_node": 0.0, "inter_node": 0.0})
+    """When each link has ended all that it was given; the two serve different collectives at the same time."""
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("matmul", "memory", "kernel", "contention"), 0.0))
+    flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("matmul", "kernel"), 0.0))
+    collectives: dict[str, Collective] = field(default_factory=dict)
+    in_flight: dict[str, tuple[Collective, float]] = field(default_factory=dict)
+    costs: dict[tuple[str, str], tuple[str, float, float]] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> Prediction:
+        self._computation(self.program.entry, 0)
+        found = list(self.collectives.values())
+        return Prediction(
+            self.now, self.spent["matmul"], self.spent["memory"], self.spent["kernel"], self.spent["contention"], found,
+            self.flops["matmul"], self.flops["kernel"], self.kernels, self.unknown,
+        )  # fmt: skip
+
+    def _computation(self, computation: Computation, depth: int) -> None:
+        for instruction in computation.instructions:
+            kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
+            if instruction.opcode == "while":
+                turns = self.program.trip_count(computation, instruction)
+                if turns is None:
+                    self._count_unknown(f"loop of unknown length ({instruction.op_name or instruction.name})")
+                for _ in range(turns or 1):
+                    self._computation(self.program.computations[instruction.called[0]], depth + 1)
+            elif instruction.opcode in ("call", "async-start"):
+                for name in instruction.called:
+                    self._computation(self.program.computations[name], depth)
+            elif instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start"):
+                self._start_fused(instruction, depth)
+            elif instruction.opcode.endswith("-done") or instruction.name.startswith("async-collective-done"):
+                self._await(computation, instruction)
+            elif kind in COLLECTIVES:
+                self._start(computation, instruction, kind, depth)
+            else:
+                self._compute(computation, instruction)
+
+    def _compute(self, computation: Computation, instruction: Instruction) -> None:
+        key = (computation.name, instruction.name)
+        if key not in self.costs:
+            self.costs[key] = self._cost(computation, instruction)
+        bound, seconds, flops = self.costs[key]
+        if not seconds:
+            return
+        self.spent[bound] += seconds
+        if flops:
+            self.flops[bound] += flops
+        # While a collective is in flight compute runs slower.
+        slow = 1 + self.rates.contention
+        overlapped = min(seconds * slow, max(max(self.link_free.values()) - self.now, 0.0))
+        extra = overlapped - overlapped / slow
+        self.spent["contention"] += extra
+        self.now += seconds + extra
+
+    def _cost(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
+        hardware, rates = self.topology.hardware, self.rates
+        if instruction.opcode == "custom-call" and not instruction.target.startswith("__cublas"):
+            return self._kernel(computation, instruction)
+        flops = self.program.flops(computation, instruction)
+        by_memory = self.program.traffic(computation, instruction) / (hardware.memory_bandwidth * 1e9 * rates.memory)
+        by_matmul = flops / (hardware.peak_tflops * 1e12 * rates.matmul)
+        if not by_memory and not by_matmul:
+            return "memory", 0.0, 0.0
+        bound = "matmul" if flops else "memory"
+        return bound, max(by_memory, by_matmul) + rates.launch_us * 1e-6, flops
+
+    def _kernel(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
+        """A Triton or Pallas kernel: its products against its own bound, or its traffic."""
+        hardware, rates = self.topology.hardware, self.rates
+        known = (*KERNELS, "rms_norm")
+        name = next((name for name in known if name in instruction.op_name or name in instruction.name), None)
+        traffic = self.program.traffic(computation, instruction)
+        by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
+        if name is None:
+            if traffic:
+                self._count_unknown(f"custom call {instruction.target} (its traffic alone is counted)")
+            return "memory", by_memory, 0.0
+        self.kernels[name] = self.kernels.get(name, 0) + 1
+        if name not in KERNELS:
+            return "kernel", by_memory + rates.launch_us * 1e-6, 0.0
+        products, share = KERNELS[name]
+        shapes = [dims for operand in instruction.operands for _, dims in shape_arrays(computation.shape_of(operand))]
+        flops = causal_attention_flops(next(dims for dims in shapes if len(dims) == 4), products, name.startswith("splash"))
+        by_products = flops / (hardware.peak_tflops * 1e12 * share)
+        return "kernel", max(by_memory, by_products) + rates.launch_us * 1e-6, flops
+
+    def _count_unknown(self, what: str) -> None:
+        self.unknown[what] = self.unknown.get(what, 0) + 1
+
+    def _start(self, computation: Computation, instruction: Instruction, kind: str, depth: int, under: str | None = None) -> None:
+        key = f"{computation.name}/{instruction.name}"
+        if key not in self.collectives:
+            self.collectives[key] = self._collective(computation, instruction, kind, depth)
+        collective = self.collectives[key]
+        seconds = self._seconds(collective, self._group(instruction))
+        end = self.link_free[collective.link] = max(self.now, self.link_free[collective.link]) + seconds
+        collective.count += 1
+        collective.seconds += seconds
+        if under is not None or collective.asynchronous:
+            collective.asynchronous = True
+            self.in_flight[under or instruction.name] = (collective, end)
+        else:
+            collective.exposed_seconds += end - self.now
+            self.now = end
+
+    def _start_fused(self, instruction: Instruction, depth: int) -> None:
+        """A TPU's asynchronous collective: a fusion that holds its start."""
+        inner = self.program.computations[instruction.called[0]]
+        for item in inner.instructions:
+            kind = item.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._start(inner, item, kind, depth, under=instruction.name)
+
+    def _await(self, computation: Computation, instruction: Instruction) -> None:
+        collective, end = None, 0.0
+        for name in instruction.operands:  # the start itself, or on a TPU parts of its result
+            while name in computation.by_name and computation.by_name[name].opcode == "get-tuple-element":
+                name = computation.by_name[name].operands[0]
+            if name in self.in_flight:
+                collective, end = self.in_flight.pop(name)
+        if collective is not None and end > self.now:
+            collective.exposed_seconds += end - self.now
+            self.now = end
+
+    def _group(self, instruction: Instruction) -> np.ndarray:
+        return replica_groups(instruction.attributes, self.mesh.size)
+
+    def _collective(self, computation: Computation, instruction: Instruction, kind: str, depth: int) -> Collective:
+        groups = self._group(instruction)
+        size = sum(shape_bytes(computation.shape_of(name)) for name in instruction.operands)
+        if kind == "all-gather":
+            size *= groups.shape[1]
+        per_node = self.topology.devices_per_node
+        crosses = bool((groups // per_node != groups[:, :1] // per_node).any())
+        asynchronous = instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
+        return Collective(
+            kind, size, axes_of(groups, self.mesh), "inter_node" if crosses else "intra_node",
+            in_loop=depth > 0, asynchronous=asynchronous, op_name=instruction.op_name,
+        )  # fmt: skip
+
+    def _seconds(self, collective: Collective, groups: np.ndarray) -> float:
+        """A ring's time: each device passes on (n - 1)/n of the bytes, an all-reduce twice."""
+        hardware, rates = self.topology.hardware, self.rates
+        n = groups.shape[1]
+        passed = collective.bytes * (n - 1) / n * (2 if collective.kind == "all-reduce" else 1)
+        if collective.link == "intra_node":
+            return passed / (hardware.intra_node_bandwidth * 1e9 * rates.intra_node) + rates.intra_latency_us * 1e-6
+        # Devices of one node that are in the same group pass on within the node: only 1/m of the bytes leave it through each card.
+        per_node = self.topology.devices_per_node
+        together = int(np.bincount(groups[0] // per_node).max())
+        hops = 2 * (n // together) * rates.inter_latency_us * 1e-6
+        # NCCL takes a tree instead of a ring where latency would bound it: the logarithm of the hops.
+        hops = min(hops, 2 * np.log2(max(n // together, 2)) * rates.inter_latency_us * 4e-6) if passed < 2**24 else hops
+        return passed / together / (hardware.inter_node_gbps / 8 * 1e9 * rates.inter_node) + hops
+
+
+def axes_of(groups: np.ndarray, mesh: Mesh) -> str:
+    """The mesh axes along which groups of devices (numbered in the mesh's order) lie, such as "fsdp" or "data+fsdp"; "?": none."""
+    numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
+    wanted = {tuple(sorted(group)) for group in groups.tolist()}
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    for choice in range(1, 2 ** len(names)):
+        chosen = [name for bit, name in enumerate(names) if choice >> bit & 1]
+        along = [mesh.axis_names.index(name) for name in chosen]
+        others = [axis for axis in range(numbers.ndim) if axis not in along]
+        lines = numbers.transpose(others + along).reshape(-1, int(np.prod([mesh.shape[name] for name in chosen])))
+        if {tuple(sorted(line)) for line in lines.tolist()} == wanted:
+            return "+".join(chosen)
+    return "?"
+
+
+def causal_attention_flops(shape: tuple[int, ...], products: int, heads_first: bool = False) -> float:
+    """Operations of `products` matrix products of causal attention over [B, T, N, H] or [B, N, T, H]: half of the square each."""
+    B, T, N, H = shape
+    if heads_first:
+        T, N = N, T
+    return products * 2.0 * B * N * T * T * H / 2

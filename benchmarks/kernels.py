@@ -1,0 +1,286 @@
+"""Times every implementation of attention and RMSNorm that can run here, beside others' where they are installed.
+
+    pip install tokamax
+    python benchmarks/kernels.py [--operator attention] [--dtype bfloat16] [--rounds 9] [--json FILE]
+
+Sizes are the 7B model's on a GPU or TPU and small ones on a CPU, unless given. Every result is first compared with the plain operator
+in float32; one that is wrong is not timed, and the program then exits with 1. Runs are interleaved, figures are medians, compilation
+stands outside. TFLOP/s count what the causal mask leaves: two products forward, five backward (with the scores computed again).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from baichuan_jax.config import Config
+from baichuan_jax.kernels import attention, reference, rms_norm
+from baichuan_jax.metrics import peak_flops
+
+try:
+    import tokamax  # pyright: ignore[reportMissingImports]
+except ImportError:
+    tokamax = None
+
+EPS = 1e-6
+# Largest difference from the plain operator in float32, relative to its largest value. bfloat16 rounds by 0.4 %, a few times over.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@dataclass
+class Candidate:
+    """One implementation of an operator. `function` maps its inputs to a tuple of results; `work` is what a call does."""
+
+    name: str
+    function: Callable
+    work: dict[str, float]
+    why_not: str | None = None
+    error: float | None = None
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+
+def both_passes(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
+    """Results and gradients: what a training step computes."""
+    outputs, pull = jax.vjp(function, *inputs)
+    return outputs, pull(cotangents)
+
+
+def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotangents: tuple) -> None:
+    """Compile both passes of each, and compare results and gradients with those of `exact` in float32."""
+    single = [tuple(x.astype(jnp.float32) for x in arrays) for arrays in (inputs, cotangents)]
+    with jax.default_matmul_precision("float32"):
+        wanted = jax.jit(functools.partial(both_passes, exact))(*single)
+    dtype = inputs[0].dtype.name
+    for candidate in candidates:
+        if candidate.why_not:
+            continue
+        try:
+            forward = jax.jit(candidate.function).lower(*inputs).compile()
+            both = jax.jit(functools.partial(both_passes, candidate.function)).lower(inputs, cotangents).compile()
+            got = jax.block_until_ready(both(inputs, cotangents))
+            jax.block_until_ready(forward(*inputs))
+        except Exception as error:  # whatever a library raises where it cannot serve
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            candidate.why_not = str(error).strip().splitlines()[0].split("cannot serve: ")[-1].split("; use ")[0]
+            continue
+        candidate.error = max(
+            float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+        )
+        if not candidate.error <= TOLERANCE[dtype]:
+            candidate.why_not = f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
+            continue
+        candidate.calls["forward"] = functools.partial(forward, *inputs)
+        candidate.calls["both"] = functools.partial(both, inputs, cotangents)
+
+
+def measure(candidates: list[Candidate], rounds: int) -> None:
+    """Time the candidates' calls in turn. A sample is as many as take 50 ms: they queue, which hides the microseconds of a start."""
+    timed = [(candidate, name) for candidate in candidates for name in candidate.calls]
+    repeats = {}
+    for candidate, name in timed:
+        repeats[candidate.name, name] = max(1, min(100, round(0.05 / sample(candidate.calls[name], 1))))
+        candidate.seconds[name] = []
+    for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        for candidate, name in timed:
+            candidate.seconds[name].append(sample(candidate.calls[name], repeats[candidate.name, name]))
+
+
+def sample(call: Callable[[], object], count: int) -> float:
+    began = time.perf_counter()
+    results = None
+    for _ in range(count):
+        results = call()
+    jax.block_until_ready(results)
+    return (time.perf_counter() - began) / count
+
+
+def plain_call(name: str, function: Callable, work: float, *inputs: jax.Array) -> Candidate:
+    """What is measured for comparison only: a matrix product, a copy."""
+    compiled = jax.jit(function).lower(*inputs).compile()
+    return Candidate(name, function, {"forward": work}, calls={"forward": functools.partial(compiled, *inputs)})
+
+
+def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[Candidate], tuple, tuple]:
+    B, T, N, H = options.batch, options.length, options.heads, options.head_size
+    *inputs, cotangent = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+    forward = 2 * B * N * H * T * (T + 1.0)
+    work = {"forward": forward, "both": 3.5 * forward}
+
+    def ours(name: str) -> Callable:
+        return lambda q, k, v: (attention(q, k, v, implementation=name),)
+
+    def jaxs(name: str) -> Callable:
+        return lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=name),)
+
+    def tokamaxs(name: str) -> Callable:
+        return lambda q, k, v: (tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),)
+
+    candidates = [Candidate(name, ours(name), work) for name in ("reference", "blockwise", "triton", "cudnn", "pallas")]
+    candidates += [Candidate(f"jax.nn {name}", jaxs(name), work) for name in ("xla", "cudnn")]
+    missing = None if tokamax else "tokamax is not installed"
+    for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
+        candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
+    return candidates, tuple(inputs), (cotangent,)
+
+
+def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> tuple[list[Candidate], tuple, tuple]:
+    """Work in bytes: every array read or written once, which the weight is small beside."""
+    R, D = options.rows, options.width
+    x, added, dy, dtotal = (jax.random.normal(key, (1, R, D)).astype(dtype) for key in jax.random.split(jax.random.key(1), 4))
+    weight = jnp.linspace(0.5, 1.5, D, dtype=jnp.float32)
+    forward = (4 if residual else 2) * x.nbytes
+    work = {"forward": forward, "both": forward + (4 if residual else 3) * x.nbytes}
+
+    def ours(name: str) -> Callable:
+        if residual:
+            return lambda x, weight, added: rms_norm(x, weight, eps=EPS, residual=added, implementation=name)
+        return lambda x, weight: (rms_norm(x, weight, eps=EPS, implementation=name),)
+
+    def tokamaxs(name: str) -> Callable:
+        def norm(x, weight):
+            return tokamax.layer_norm(x, weight, None, epsilon=EPS, subtract_mean=False, implementation=name)
+
+        if residual:
+            return lambda x, weight, added: (norm(x + added, weight), x + added)
+        return lambda x, weight: (norm(x, weight),)
+
+    candidates = [Candidate(name, ours(name), work) for name in ("reference", "triton", "pallas")]
+    missing = None if tokamax else "tokamax is not installed"
+    candidates += [Candidate(f"tokamax {name}", tokamaxs(name), work, missing) for name in ("triton", "xla")]
+    return candidates, (x, weight, added) if residual else (x, weight), (dy, dtotal) if residual else (dy,)
+
+
+def run_attention(options: argparse.Namespace, dtype: str) -> dict:
+    candidates, inputs, cotangents = attention_candidates(options, dtype)
+    prepare(candidates, lambda q, k, v: (reference.attention(q, k, v),), inputs, cotangents)
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix = jax.random.normal(jax.random.key(2), (size, size)).astype(dtype)
+    product = plain_call(f"a product of {size} x {size}", jnp.matmul, 2.0 * size**3, matrix, matrix)
+    measure([product, *candidates], options.rounds)
+    B, T, N, H = inputs[0].shape
+    title = f"attention {dtype}: batch {B}, {T} tokens, {N} heads of {H}"
+    return report(title, candidates, product, "FLOP/s")
+
+
+def run_norm(options: argparse.Namespace, dtype: str, residual: bool) -> dict:
+    candidates, inputs, cotangents = norm_candidates(options, dtype, residual)
+
+    def exact(x, weight, *added):
+        out = reference.rms_norm(x, weight, EPS, *added)
+        return out if residual else (out,)
+
+    prepare(candidates, exact, inputs, cotangents)
+    copy = plain_call("a copy", jnp.negative, 2.0 * inputs[0].nbytes, inputs[0])
+    measure([copy, *candidates], options.rounds)
+    title = f"rms_norm {'with residual ' if residual else ''}{dtype}: {inputs[0].shape[1]} rows of {inputs[0].shape[2]}"
+    return report(title, candidates, copy, "B/s")
+
+
+def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str) -> dict:
+    """Print a table and return the same as a dictionary. Shares are of the yardstick's rate, measured in the same rounds."""
+    peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
+    scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
+    caption = f"both: forward and backward. Share: of {yardstick.name}, {peak / scale:,.1f} {prefix}{unit}"
+    table = Table(title=title, caption=caption)
+    table.add_column(no_wrap=True)
+    for heading in ("forward ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"):
+        table.add_column(heading, justify="right")
+    results: dict[str, dict] = {}
+    for candidate in candidates:
+        if candidate.why_not:
+            results[candidate.name] = {"why_not": candidate.why_not}
+            continue
+        row, cells = {"error": candidate.error}, [candidate.name]
+        for name in ("forward", "both"):
+            seconds = statistics.median(candidate.seconds[name])
+            rate = candidate.work[name] / seconds
+            row[name] = {"seconds": seconds, unit: rate, "share": rate / peak}
+            cells += [f"{1e3 * seconds:,.2f}", f"{rate / scale:,.1f}", f"{rate / peak:.0%}"]
+        table.add_row(*cells, f"{candidate.error:.0e}")
+        results[candidate.name] = row
+    console = Console()
+    console.print(table)
+    for candidate in candidates:
+        if candidate.why_not:
+            console.print(f"  {candidate.name}: not timed: {candidate.why_not}", highlight=False, markup=False)
+    return {"title": title, "measured_peak": peak, "implementations": results}
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operator", choices=["attention", "rms_norm"], help="only this one")
+    parser.add_argument("--dtype", choices=list(TOLERANCE), help="default: bfloat16, on a CPU float32")
+    for name, what in {
+        "batch": "rows of attention (default: 2, on a CPU 1)",
+        "length": "tokens (default: 4096, on a CPU 512)",
+        "heads": "(default: 32, on a CPU 4)",
+        "head-size": "(default: 128, on a CPU 64)",
+        "rows": "of RMSNorm (default: 8192, on a CPU 2048)",
+        "width": "(default: 4096, on a CPU 1024)",
+    }.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="times that each is run in turn (default: 9)")
+    parser.add_argument("--json", metavar="FILE", help="save the figures")
+    options = parser.parse_args()
+    del sys.argv[1:]  # tokamax reads it too, and refuses options that are not its own
+    accelerator = {"batch": 2, "length": 4096, "heads": 32, "head_size": 128, "rows": 8192, "width": 4096, "dtype": "bfloat16"}
+    small = {"batch": 1, "length": 512, "heads": 4, "head_size": 64, "rows": 2048, "width": 1024, "dtype": "float32"}
+    for name, value in (small if jax.default_backend() == "cpu" else accelerator).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    device = jax.devices()[0]
+    print(f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}; one device is used")
+    sheet, source = (None, "") if device.platform == "cpu" else peak_flops(Config(), device)
+    results = []
+    # As the model does: float32 products stay float32 where the backend would round them.
+    with jax.default_matmul_precision("float32" if options.dtype == "float32" else "default"):
+        if options.operator != "rms_norm":
+            results.append(run_attention(options, options.dtype))
+            if sheet:
+                print(f"the matrix product reaches {results[0]['measured_peak'] / sheet:.0%} of the data sheet ({source})")
+        if options.operator != "attention":
+            results += [run_norm(options, options.dtype, residual) for residual in (False, True)]
+    if options.json:
+        saved = {
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "tokamax": tokamax and tokamax.__version__,
+            "options": vars(options),
+            "data_sheet_flops": sheet,
+            "results": results,
+        }
+        Path(options.json).write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    wrong = [
+        f"{result['title']}: {name}"
+        for result in results
+        for name, row in result["implementations"].items()
+        if row.get("why_not", "").startswith("WRONG")
+    ]
+    if wrong:
+        sys.exit("wrong: " + ", ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Reading compiled programs: operations, traffic and loops counted by hand, every notation of device groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from baichuan_jax import hlo
+
+
+def compiled(function, *shapes) -> hlo.Program:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def total(program: hlo.Program, count) -> float:
+    return sum(times * count(computation, item) for computation, item, times, _ in program.walk())
+
+
+def test_products_are_counted_with_the_turns_of_loops_around_them():
+    def function(x, w):
+        def turn(x, _):
+            return jax.lax.fori_loop(0, 3, lambda _, x: x @ w, x), None
+
+        return jax.lax.scan(turn, x, None, length=5)[0]
+
+    assert total(compiled(function, (16, 64), (64, 64)), compiled(function, (16, 64), (64, 64)).flops) == 15 * 2 * 16 * 64 * 64
+
+
+def test_a_batched_product_counts_every_batch():
+    program = compiled(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 16, 32), (7, 32, 24))
+    assert total(program, program.flops) == 7 * 2 * 16 * 32 * 24
+
+
+FUSED = """HloModule m
+
+%fused (p0: f32[32,8,128], p1: s32[], p2: f32[8,128]) -> f32[32,8,128] {
+  %p0 = f32[32,8,128]{2,1,0} parameter(0)
+  %p2 = f32[8,128]{1,0} parameter(2)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  %new = f32[1,8,128]{2,1,0} bitcast(%p2)
+  %sum = f32[1,8,128]{2,1,0} add(%one, %new)
+  ROOT %out = f32[32,8,128]{2,1,0} dynamic-update-slice(%p0, %sum, %p1, %zero, %zero)
+}
+
+ENTRY %main (a: f32[32,8,128], i: s32[], b: f32[8,128]) -> f32[32,8,128] {
+  %a = f32[32,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[8,128]{1,0} parameter(2)
+  ROOT %fusion = f32[32,8,128]{2,1,0} fusion(%a, %i, %b), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_fused_update_of_one_slice_moves_that_slice_only():
+    """Read: the slice, the index and the new values; written: the slice. Not the stack of 32."""
+    program = hlo.parse(FUSED)
+    slice_bytes = 8 * 128 * 4
+    assert program.traffic(program.entry, program.entry.root) == 3 * slice_bytes + 4
+
+
+def test_shapes_of_tuples_are_summed():
+    assert hlo.shape_bytes("((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])") == 64 + 12 + 5 + 1
+
+
+@pytest.mark.parametrize(
+    "notation",
+    [
+        "replica_groups={{0,2,4},{1,3,5}}",
+        "replica_groups=[2,3]<=[3,2]T(1,0)",
+        "replica_groups=mesh['axis_0'=3,'axis_1'=2] {'axis_0'}",
+        "replica_groups=mesh['axis_0'=2,'axis_1'=3], device_ids=(0,2,4,1,3,5) {'axis_1'}",
+    ],
+)
+def test_every_notation_of_device_groups(notation):
+    assert np.sort(hlo.replica_groups(notation, 6), axis=1).tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_empty_groups_mean_all_devices():
+    assert hlo.replica_groups("replica_groups={}", 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing here")

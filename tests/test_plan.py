@@ -1,0 +1,175 @@
+"""The plan for clusters that are not there: what is compiled is the real step with the real kernels, and what is said of it is true."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from launches import REPOSITORY, environment
+
+from baichuan_jax import hlo
+from baichuan_jax.config import MeshConfig, ModelConfig
+from baichuan_jax.hardware import parse_topology
+from baichuan_jax.metrics import flops_per_token
+from baichuan_jax.plan import candidates, capacity_gib
+from baichuan_jax.roofline import Rates, axes_of, predict
+
+CUDA = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("jax_triton")
+needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA's compiler is not installed (make plan-deps)")
+needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)")
+RATES = Rates(matmul=0.5, memory=0.5, intra_node=0.5, inter_node=0.5, contention=0.0, launch_us=0, intra_latency_us=0, inter_latency_us=0)
+# One block of the 7B model's width compiles in seconds.
+NARROW = ["--model.num_layers", "3", "--model.hidden_size", "512", "--model.intermediate_size", "1376", "--model.num_heads", "4",
+          "--model.vocab_size", "2048", "--train.context_length", "1024", "--train.loss_chunk_size", "512"]  # fmt: skip
+
+
+def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subprocess.CompletedProcess, dict]:
+    variables = {name: value for name, value in environment().items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    path = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "baichuan_jax.plan", "--config", f"configs/{config}.yaml", "--json", str(path)]
+    done = subprocess.run([*command, "--output", str(tmp_path), *words], env=variables, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    return done, json.loads(path.read_text()) if path.exists() else {}
+
+
+@needs_cuda
+@pytest.mark.parametrize("loops", [pytest.param("true", marks=pytest.mark.slow), "false"])
+def test_sixteen_a800s(tmp_path, loops):
+    text = tmp_path / "step.hlo"
+    done, result = plan(
+        tmp_path, "--topology", "a800:2x8", "--train.global_batch_size", "16", "--hlo", str(text), "--model.scan_layers", loops, *NARROW
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ematerializ" not in done.stderr  # no involuntary full rematerialisation
+    assert "cudart" not in done.stderr
+    assert result["num_devices"] == 16
+    assert result["fits"]
+    assert result["unknown"] == {}
+    assert set(result["kernels"]) == {"attention_forward", "attention_dkv", "attention_dq", "rms_norm"}
+    assert "triton_kernel_call" in text.read_text()
+
+    # Counted: the formula and what FlashAttention's backward pass computes again (9 products of attention where the formula has 6).
+    model = ModelConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_layers=3, num_heads=4)
+    formula = flops_per_token(model, 1024)
+    attention = formula[0] - formula[1]
+    assert result["flops_per_token"] == pytest.approx(formula[1] + attention / 2, rel=0.02)
+
+    # Parameters are gathered and gradients scattered inside a node, sums go between nodes, and nothing else of size does.
+    large = [item for item in result["collectives"] if item["bytes"] > 2e5]
+    assert {(item["axis"], item["link"]) for item in large} == {("fsdp", "intra_node"), ("data", "inter_node")}
+    assert {item["kind"] for item in large if item["axis"] == "data"} == {"all-reduce"}
+    scattered = sum(item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter")
+    block = 4 * 512**2 + 3 * 512 * 1376
+    assert scattered == pytest.approx(2 * 3 * block + 4 * 512 * 2048, rel=0.02)  # blocks in bfloat16, the head in float32
+    assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_a_thousand_a800s_beat_the_original(tmp_path):
+    """The whole 7B step: fits, counted operations near the formula, everything of size asynchronous in loops, above 58.3 %."""
+    done, result = plan(tmp_path, "--topology", "a800:128x8")
+    assert done.returncode == 0, done.stderr
+    assert result["num_devices"] == 1024
+    assert result["fits"]
+    assert result["peak_gib"] < 70
+    assert result["recomputation"] == pytest.approx(1.0, abs=0.05)
+    assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
+    assert result["predicted_mfu"] > 0.583
+
+
+@needs_cuda
+def test_a_slower_network_takes_longer(tmp_path):
+    words = ["--topology", "a800:2x8", "--train.global_batch_size", "16", *NARROW]
+    fast = plan(tmp_path, *words)[1]
+    slow = plan(tmp_path, *words, "--hardware.inter_node_gbps", "20")[1]
+    assert slow["predicted_step_seconds"] > fast["predicted_step_seconds"]
+    assert slow["predicted_mfu"] < fast["predicted_mfu"]
+
+
+@needs_tpu
+def test_eight_v5p_chips_run_splash_attention(tmp_path):
+    done, result = plan(tmp_path, "--topology", "v5p:2x2x2", "--mesh.fsdp", "4", "--train.global_batch_size", "8",
+                        "--train.micro_batch_size", "1", *NARROW, config="baichuan_7b_v5p")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert result["kernels"]["splash_mha_fwd"] > 0
+    assert result["recomputation"] == pytest.approx(4 / 3, abs=0.15)  # remat full, and what splash computes again
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    variables = {**environment(), "PYTHONPATH": str(tmp_path)}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name in ('jax_cuda12_plugin', 'jax_plugins.xla_cuda12') else find(name, *rest)\n"
+    )
+    command = [sys.executable, "-m", "baichuan_jax.plan", "--config", "configs/baichuan_7b_a800.yaml"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert done.returncode == 78
+    assert "jax_cuda12_plugin" in done.stderr
+    assert "make plan-deps" in done.stderr
+
+
+def test_candidates_keep_the_batch_and_divide_it(tiny_config):
+    found = list(candidates(tiny_config, 4))
+    assert {item.model.remat for item in found} == {"none", "matmuls", "full"}
+    assert {item.train.micro_batch_size for item in found} == {1, 2, 4}
+    assert {item.train.global_batch_size for item in found} == {16}
+
+
+def test_a_gpu_keeps_room_for_nccl_and_context():
+    assert capacity_gib(parse_topology("a800:1x8").hardware) == pytest.approx(0.92 * 79.25)
+
+
+class Mesh:
+    """As much of a mesh as a prediction asks for."""
+
+    axis_names = ("data", "fsdp", "context", "tensor")
+
+    def __init__(self, config: MeshConfig) -> None:
+        self.devices = np.empty(config.shape, object)
+        self.shape = dict(zip(self.axis_names, config.shape, strict=True))
+        self.size = self.devices.size
+
+
+def test_groups_of_devices_are_named_by_their_axes():
+    mesh = Mesh(MeshConfig(2, 4, 1, 2))
+    numbers = np.arange(16).reshape(2, 4, 2)
+    assert axes_of(numbers.transpose(1, 2, 0).reshape(-1, 2), mesh) == "data"
+    assert axes_of(numbers.transpose(0, 2, 1).reshape(-1, 4), mesh) == "fsdp"
+    assert axes_of(numbers.reshape(-1, 16), mesh) == "data+fsdp+tensor"
+    assert axes_of(np.array([[0, 3], [1, 2]]), mesh) == "?"
+
+
+STEP = """HloModule step, is_scheduled=true
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
+  %a = f32[1000,1000]{1,0} parameter(0)
+  %b = f32[1000,1000]{1,0} parameter(1)
+  %start = f32[1000,1000]{1,0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}, to_apply=%sum
+  %product = f32[1000,1000]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = f32[1000,1000]{1,0} all-reduce-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 1000.0])
+def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
+    """By hand: the product takes 2e9 / (312e12/2) s, the sum of 4 MB between two devices 4e6 / (bandwidth/2) s."""
+    topology = parse_topology("a800:1x4")
+    hardware = topology.hardware
+    topology = type(topology)(type(hardware)(**{**hardware.__dict__, "intra_node_bandwidth": bandwidth}), topology.shape)
+    prediction = predict(hlo.parse(STEP), Mesh(MeshConfig(2, 2)), topology, RATES)
+    product = max(2e9 / (312e12 / 2), 12e6 / (2039e9 / 2))
+    collective = 4e6 / (bandwidth * 1e9 / 2)
+    assert prediction.seconds == pytest.approx(max(product, collective))
+    assert prediction.exposed_seconds == pytest.approx(max(collective - product, 0))
+    (found,) = prediction.collectives
+    assert (found.axis, found.link, found.count, found.asynchronous) == ("fsdp", "intra_node", 1, True)
+

@@ -1,0 +1,110 @@
+"""The flags for a cluster: known to the installed jaxlib, computed from model and mesh, and what is already set wins."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launches import REPOSITORY, environment
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.config_file import load_config
+from baichuan_jax.hardware import Topology, detect_topology, hardware_of, parse_topology
+from baichuan_jax.xla_flags import apply_flags, choose_flags
+
+A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
+
+
+def start_jax(flags: str) -> subprocess.CompletedProcess:
+    variables = {**environment(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_the_installed_jaxlib_knows_every_flag():
+    config = load_config(A800, ["train.deterministic=true"])
+    flags = choose_flags(config, parse_topology("a800:128x8")).xla
+    assert len(flags) > 10
+    done = start_jax(" ".join(flags))
+    assert done.returncode == 0, done.stderr
+    assert start_jax("--xla_gpu_no_such_flag=true").returncode != 0  # an unknown one would have been noticed
+
+
+def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
+    def threshold(kind: str, *overrides: str) -> int:
+        flags = choose_flags(load_config(A800, list(overrides)), parse_topology("a800:128x8")).xla
+        return next(int(word.split("=")[1]) for word in flags if f"{kind}_combine_threshold" in word)
+
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    assert threshold("all_gather") == 2 * layer  # bfloat16, whole
+    assert threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8  # the shard of one of 8 devices
+    assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
+
+
+def test_a_cpu_gets_no_flag_that_was_not_asked_for():
+    config = load_config(A800)
+    assert choose_flags(config, None).reasons == {}
+    asked = choose_flags(load_config(A800, ["train.deterministic=true"]), None).reasons
+    assert list(asked) == ["--xla_gpu_deterministic_ops=true"]
+
+
+def test_network_settings_need_a_network():
+    one, many = (choose_flags(load_config(A800), parse_topology(name)).environment for name in ("a800:1x8", "a800:2x8"))
+    assert not any(name.startswith("NCCL") for name in one)
+    assert any(name.startswith("NCCL") for name in many)
+
+
+def test_what_is_already_set_wins(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name in ("XLA_CLIENT_MEM_FRACTION", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CROSS_NIC", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("baichuan_jax.xla_flags.detect_topology", lambda: parse_topology("a800:2x8"))
+    added = apply_flags(load_config(A800))
+    assert "NCCL_DEBUG=WARN" not in added
+    assert os.environ["NCCL_DEBUG"] == "INFO"
+    assert os.environ["XLA_FLAGS"].split().count("--xla_gpu_enable_latency_hiding_scheduler=false") == 1
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" not in os.environ["XLA_FLAGS"].split()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+
+
+def test_the_command_prints_lines_that_a_shell_takes():
+    command = [sys.executable, "-m", "baichuan_jax.xla_flags", "--config", A800, "--topology", "a800:128x8"]
+    lines = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+    script = f'unset XLA_FLAGS NCCL_DEBUG\n{lines}\necho "$XLA_FLAGS|$NCCL_DEBUG"'
+    flags, debug = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.strip().split("|")
+    assert flags.split() == list(choose_flags(load_config(A800), parse_topology("a800:128x8")).xla)
+    assert debug == "WARN"
+
+
+def test_devices_are_known_by_what_jax_calls_them():
+    names = {"NVIDIA A800-SXM4-80GB": "a800", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "TPU v5 lite": "v5e",
+             "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "NVIDIA H200": "h200"}  # fmt: skip
+    assert {kind: hardware_of(kind).name for kind in names} == names
+    assert hardware_of("NVIDIA GeForce RTX 4090") is None
+
+
+@pytest.mark.parametrize("name", ["a800", "a800:8", "a900:8x8", "v5p:4", "a800:0x8", "a800:8x8x8"])
+def test_a_topology_that_means_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match="topology="):
+        parse_topology(name)
+
+
+def test_a_topology_counts_its_devices():
+    assert (parse_topology("a800:128x8").num_devices, parse_topology("a800:128x8").devices_per_node) == (1024, 8)
+    assert (parse_topology("v5p:4x4x8").num_devices, parse_topology("v5p:4x4x8").devices_per_node) == (128, 128)
+
+
+def test_gpus_are_found_without_jax(tmp_path, monkeypatch):
+    for number in range(8):
+        folder = tmp_path / f"0000:{number:02x}:00.0"
+        folder.mkdir()
+        (folder / "information").write_text("Model: \t\t NVIDIA A800-SXM4-80GB\nIRQ:   \t\t 1\n")
+    paths = sorted(str(path) for path in tmp_path.glob("*/information"))
+    monkeypatch.setattr("baichuan_jax.hardware.glob.glob", lambda pattern: paths if "nvidia" in pattern else [])
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "16")
+    assert detect_topology() == Topology(hardware_of("A800"), (16, 8))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert detect_topology() is None
