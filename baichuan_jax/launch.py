@@ -24,9 +24,9 @@ from baichuan_jax.resilience.attempts import Attempts
 from baichuan_jax.resilience.blame import Exit, Verdict, blame
 from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command
 from baichuan_jax.resilience.ledger import read_ledger, say_ledger
-from baichuan_jax.resilience.policy import Decision, choose_hosts, decide
+from baichuan_jax.resilience.policy import MAX_BLAMES, Decision, choose_hosts, decide
 from baichuan_jax.resilience.reports import Folder
-from baichuan_jax.resilience.watch import FOLDER_VARIABLE, FULL_VARIABLE, HOST_VARIABLE, UNSUPERVISED
+from baichuan_jax.resilience.watch import FOLDER_VARIABLE, FULL_VARIABLE, HOST_VARIABLE, SUPERVISOR_VARIABLE, UNSUPERVISED
 from baichuan_jax.run import Run, append_event
 
 TICK = 0.2  # seconds between two looks at everything
@@ -43,7 +43,8 @@ class Supervisor:
         self.options, self.config, self.words = options, config, words
         self.host = options.host
         self.run = Run(config.run_path)
-        self.attempts = Attempts(config.run_path.absolute() / "attempts", self.host, config.resilience.silence_seconds)
+        # Twice the processes' own limit: these watch each other, and a supervisor that is late is no fault.
+        self.attempts = Attempts(config.run_path.absolute() / "attempts", self.host, 2 * config.resilience.silence_seconds)
         self.children: dict[int, subprocess.Popen] = {}
         self.asked = 0  # times that somebody asked to stop
 
@@ -103,7 +104,7 @@ class Supervisor:
         options = self.options
         before = self.attempts.read(number - 1, "verdict") if number > 1 else None
         again = before is not None and before["restart"]
-        history = before["history"] if before is not None and again else {"blames": {}, "bad": [], "hosts": [], "fruitless": 0}
+        history = before["history"] if before is not None and again else {"blames": {}, "hosts": [], "fruitless": 0}
         said = None
         while not self.asked:
             plan = self.attempts.read(number, "plan")
@@ -111,16 +112,16 @@ class Supervisor:
                 return plan
             alive, waited = self.attempts.alive(), time.monotonic() - started
             wanted = options.hosts
-            if len(alive - set(history["bad"])) < wanted and waited < (REJOIN_SECONDS if again else options.join_seconds):
+            if len(alive) < wanted and waited < (REJOIN_SECONDS if again else options.join_seconds):
                 at_least = wanted
             else:
                 at_least = options.min_hosts
             hosts = choose_hosts(
-                alive, wanted=wanted, at_least=at_least, before=history["hosts"], blames=history["blames"], bad=history["bad"],
+                alive, wanted=wanted, at_least=at_least, before=history["hosts"], blames=history["blames"],
                 usable=self._usable,
             )  # fmt: skip
             if hosts:
-                self.attempts.claim(number, "plan", {"hosts": hosts, "processes": options.processes, "bad": history["bad"]})
+                self.attempts.claim(number, "plan", {"hosts": hosts, "processes": options.processes})
                 continue
             if waited > options.join_seconds:
                 print(f"only {sorted(alive)} of {options.min_hosts} hosts came within {waited:.0f} s", file=sys.stderr)
@@ -184,7 +185,8 @@ class Supervisor:
         """One process; only process 0 writes to this terminal, the others into log-PROCESS.txt of the launch's folder."""
         folder = self.attempts.path / str(number)
         variables = {
-            FOLDER_VARIABLE: str(folder), HOST_VARIABLE: self.host, "JAX_COORDINATOR_ADDRESS": coordinator,
+            FOLDER_VARIABLE: str(folder), HOST_VARIABLE: self.host,
+            SUPERVISOR_VARIABLE: str(os.getpid()), "JAX_COORDINATOR_ADDRESS": coordinator,
             "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process),
             FULL_VARIABLE: str(self.options.hosts * self.options.processes),
         }  # fmt: skip
@@ -238,7 +240,7 @@ class Supervisor:
         hosts, processes = plan["hosts"], self.options.hosts
         if self.host != hosts[0] or len(hosts) >= processes:
             return False
-        ready = self.attempts.alive() - set(plan["bad"])
+        ready = self.attempts.alive()
         return any(self._usable(count) for count in range(len(hosts) + 1, min(len(ready | set(hosts)), processes) + 1))
 
     def _conclude(self, number: int, plan: dict) -> Decision:
@@ -271,7 +273,7 @@ class Supervisor:
         times = [report.time for report in reports.values() if report.cause is not None]
         times += [end["time"] for e in ended.values() for end in e["exits"].values() if end["code"] != 0 and not end["stopped"]]
         before = self.attempts.read(number - 1, "verdict") if number > 1 else None
-        history = before["history"] if before is not None and before["restart"] else {"blames": {}, "bad": [], "fruitless": 0}
+        history = before["history"] if before is not None and before["restart"] else {"blames": {}, "fruitless": 0}
         newest = self._newest_checkpoint()
         fruitless = history["fruitless"] + 1 if newest == history.get("checkpoint") else 1
         last = None
@@ -280,15 +282,14 @@ class Supervisor:
         decision = decide(
             verdict, processes=len(hosts), asked=any(e["asked"] for e in ended.values()), fruitless=fruitless, before=last
         )  # fmt: skip
-        blames, bad = dict(history["blames"]), list(history["bad"])
+        blames = dict(history["blames"])
         if verdict.host is not None:
-            blames[verdict.host] = blames.get(verdict.host, 0) + 1
-            if verdict.cause == "bad host":
-                bad = sorted({*bad, verdict.host})
+            # What a check has found weighs as much as being named twice.
+            blames[verdict.host] = blames.get(verdict.host, 0) + (MAX_BLAMES if verdict.cause == "bad host" else 1)
         return {
             "verdict": dataclasses.asdict(verdict), **dataclasses.asdict(decision), "detected": min(times, default=time.time()),
             "concluded": time.time(), "checkpoint": newest,
-            "history": {"blames": blames, "bad": bad, "hosts": plan["hosts"], "fruitless": fruitless, "checkpoint": newest},
+            "history": {"blames": blames, "hosts": plan["hosts"], "fruitless": fruitless, "checkpoint": newest},
         }  # fmt: skip
 
     def _newest_checkpoint(self) -> int:

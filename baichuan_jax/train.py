@@ -18,6 +18,7 @@ from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.files import write_atomically
 from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.metrics import Writer, seconds_since_process_start
+from baichuan_jax.preflight import preflight
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import PREEMPTED, run_command, signals
 from baichuan_jax.resilience.watch import FULL_VARIABLE, Watch
@@ -50,6 +51,8 @@ def _train(config: Config, clock: Clock) -> Run:
             display = Display(active=first)
             steps = make_steps(config, mesh)
             watch.join()
+            for warning in preflight(config).warnings:
+                display.say(warning, style="yellow")
         with clock("pack"):
             prepared = prepare(config, writer=first, progress=first, say=display.say)
         with clock("start"):

@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ from baichuan_jax.summary import say_result, say_start, what_would_fit
 from baichuan_jax.tracing import Tracer
 
 MAX_NONFINITE_RUN = 3  # updates skipped in a row before the run ends: it will not mend itself
+OWN_STEPS = 32  # whose median is a process's own time
 # What a process may wish of all; the largest wins, and all hear it with the same step.
 NOTHING, SAVE, STOP, ROLL_BACK = range(4)
 Pending = tuple[int, int, dict[str, jax.Array]]  # step, position of its batch, figures on the devices
@@ -71,6 +73,9 @@ class Trainer:
         self._replicas, self._checked = steps.layout.mesh.shape["data"], 0  # step of the last check that went well
         self._spike: tuple[str, int, int, int] | None = None  # why, step, its window of positions
         self._nonfinite_since: tuple[int, int] | None = None  # step and position of the first of a row
+        self._own: deque[float] = deque(maxlen=OWN_STEPS)
+        self._alone = 0.0
+        watch.on_straggler = self._tell_straggler
         self._batches = None
         self._mark = 0.0
 
@@ -193,6 +198,7 @@ class Trainer:
             values = jax.device_get(metrics)
         now = time.perf_counter()
         figures = self.throughput.add(now - self._mark)
+        self._note_own_time()
         self._mark = now
         loss = float(values["loss"])
         self.losses.append(loss)
@@ -207,6 +213,21 @@ class Trainer:
         progress.update(step, loss, line["tokens_per_second"], self.eval_loss)
         self._guard(step, position, values)
         return int(values["wish"])
+
+    def _note_own_time(self) -> None:
+        """Seconds of the last steps that this process spent alone, on data and on the host: what a slow host shows in."""
+        alone = sum(self.clock.totals().get(phase, 0.0) for phase in (DATA, "other"))
+        self._own.append(alone - self._alone)
+        self._alone = alone
+        if len(self._own) == OWN_STEPS:
+            self.watch.own_seconds = statistics.median(self._own)
+
+    def _tell_straggler(self, **found: Any) -> None:
+        self.writer.event("straggler", step=self.step, **found)
+        self.display.say(
+            f"process {found['process']} on {found['host']} is slow: {found['seconds']:.3f} s of its own a step, "
+            f"the median {found['median']:.3f} s", style="yellow",
+        )  # fmt: skip
 
     def _guard(self, step: int, position: int, values: dict[str, Any]) -> None:
         """Count updates that were skipped; raise NumericsError after three in a row, and where process 0 saw a spike."""

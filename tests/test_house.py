@@ -14,7 +14,14 @@ FILES = {
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
     {"config", "config_file", "files", "hardware", "hlo", "resilience", "resilience.exits", "resilience.clock"},
-    {"resilience.reports", "resilience.blame", "resilience.watch", "resilience.policy", "resilience.attempts"},
+    {
+        "resilience.reports",
+        "resilience.stragglers",
+        "resilience.blame",
+        "resilience.watch",
+        "resilience.policy",
+        "resilience.attempts",
+    },
     {"resilience.guard", "resilience.cadence", "resilience.corruption"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
     {"resilience.ledger", "resilience.__main__"},
@@ -35,13 +42,13 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"generate", "summary", "saving", "start", "tracing"},
+    {"generate", "preflight", "summary", "saving", "start", "tracing"},
     {"trainer"},
     {"train", "launch"},
     {"roofline"},
     {"plan"},
 ]
-COMMANDS = ["train", "launch", "resilience", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
+COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
 
 
 def imports(path) -> set[str]:

@@ -53,16 +53,15 @@ def choose_hosts(
     at_least: int,
     before: Sequence[str],
     blames: dict[str, int],
-    bad: Collection[str],
     usable: Callable[[int], bool],
 ) -> list[str]:
     """The hosts of the next launch, in the order of their processes; empty where there are too few.
 
-    Hosts named least often come first, then those of the launch before, then the spares by name. `bad` ones are out; one named
-    MAX_BLAMES times is out as long as `at_least` others remain. `usable` says whether so many hosts divide mesh and batch.
+    Hosts named least often come first, then those of the launch before, then the spares by name. One named MAX_BLAMES times is out as
+    long as `at_least` others remain. `usable` says whether so many hosts divide mesh and batch.
     """
     place = {host: index for index, host in enumerate(before)}
-    good = sorted(set(alive) - set(bad), key=lambda host: (blames.get(host, 0), place.get(host, len(place)), host))
+    good = sorted(alive, key=lambda host: (blames.get(host, 0), place.get(host, len(place)), host))
     trusted = [host for host in good if blames.get(host, 0) < MAX_BLAMES]
     for candidates in (trusted, good):
         for count in range(min(wanted, len(candidates)), at_least - 1, -1):

@@ -118,3 +118,22 @@ def agree(name: str, choose: Callable[[], Any], seconds: float = 300.0) -> Any:
     value = choose()
     client.key_value_set(f"agreed/{name}", json.dumps(value))
     return value
+
+
+def gather(name: str, value: Any, seconds: float = 300.0) -> list[Any]:
+    """Every process's value (anything JSON can hold) in their order. Every process must call this with the same name, once."""
+    from jax._src import distributed
+
+    client = _client()
+    if client is None:
+        return [json.loads(json.dumps(value))]
+    client.key_value_set(f"gathered/{name}/{distributed.global_state.process_id:06}", json.dumps(value))
+    client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
+    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
+
+
+def coordinator_address() -> str | None:
+    """Where process 0's coordination service is reached, or None in a run of one process."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address

@@ -7,12 +7,14 @@ or where a peer has said a last word. It says its own first: where it stood, and
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,19 @@ from baichuan_jax.resilience.reports import (
     service,
 )  # fmt: skip
 from baichuan_jax.resilience.reports import HANG as HUNG
+from baichuan_jax.resilience.stragglers import Stragglers
 
 BEAT = 1.0  # seconds between heartbeats: together under 0.1 % of a core
 LISTEN = 2.5  # seconds in one phase, from which on others are listened to
 GRACE = 3.0  # seconds that others get to say their last word
 PATIENCE = 5  # a phase may last this many times its longest so far
+ROUND = 10  # heartbeats between two looks for slow processes
 PUBLISH = 2.0  # seconds that a board gets to take a last word
 
 # Variables by which a supervisor (launch.py) tells a process that it is not alone.
-FOLDER_VARIABLE, HOST_VARIABLE, FULL_VARIABLE = "BAICHUAN_JAX_ATTEMPT", "BAICHUAN_JAX_HOST", "BAICHUAN_JAX_FULL_PROCESSES"
+FOLDER_VARIABLE, HOST_VARIABLE, SUPERVISOR_VARIABLE, FULL_VARIABLE = (
+    "BAICHUAN_JAX_ATTEMPT", "BAICHUAN_JAX_HOST", "BAICHUAN_JAX_SUPERVISOR", "BAICHUAN_JAX_FULL_PROCESSES",
+)  # fmt: skip
 UNSUPERVISED = "unsupervised"  # a file in the folder of a launch that no supervisor planned
 
 
@@ -58,7 +64,6 @@ class Watch:
         self.host = os.environ.get(HOST_VARIABLE) or socket.gethostname()
         self._config, self._clock, self._attempts = config, clock, attempts
         self._supervised = FOLDER_VARIABLE in os.environ
-        self._parent = os.getppid()
         self._process, self._processes = int(os.environ.get("JAX_PROCESS_ID", 0)), 1
         self._folder: Folder | None = None
         self._service: Service | None = None
@@ -71,7 +76,8 @@ class Watch:
         self._locks = {Folder: threading.Lock(), Service: threading.Lock()}
         self._stacks: Any = None
         self._warned: tuple[str, int] | None = None
-        self.cpu_seconds = 0.0
+        self.on_straggler: Callable[..., None] = lambda **_: None  # on process 0, from a side thread
+        self._stragglers = Stragglers()
 
     def __enter__(self) -> "Watch":
         if self._supervised:
@@ -127,11 +133,16 @@ class Watch:
                 self._publish(board, self.report())
                 if self._clock.now[1] > LISTEN:
                     self._listen(board.read())
+                elif first and self._process == 0 and self._processes > 1 and self._beat % ROUND == 0:
+                    self._look_for_stragglers(board.read())
             except Exception as error:  # a board that fails for now is one that the others do not hear from either
                 print(f"heartbeat: {type(board).__name__.lower()}: {error}", file=sys.stderr)
                 self._closed.wait(5 * BEAT)
-            if first:
-                self.cpu_seconds = time.thread_time()
+
+    def _look_for_stragglers(self, reports: dict[int, Report]) -> None:
+        own = {process: report.own_seconds for process, report in reports.items() if report.own_seconds is not None}
+        for found in self._stragglers.look(own):
+            self.on_straggler(host=reports[found.process].host, **dataclasses.asdict(found))
 
     def _publish(self, board: Folder | Service, report: Report) -> None:
         with self._locks[type(board)]:  # so that no heartbeat comes after the last word
@@ -154,7 +165,7 @@ class Watch:
 
     def _watchdog(self) -> None:
         while not self._closed.wait(BEAT / 2):
-            if self._supervised and os.getppid() != self._parent:
+            if self._supervised and os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):
                 os._exit(HANG)  # its supervisor is gone, and others may have begun without this process
             phase, age = self._clock.now
             limit = self._limit(phase)

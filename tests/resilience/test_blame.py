@@ -186,7 +186,7 @@ def test_what_follows_from_a_verdict(found, fields, restart, code):
         ("abc", {"blames": {"b": 1}}, "abc"),  # no spare: once is forgiven
         ("abc", {"blames": {"b": 2}, "at_least": 2}, "ac"),
         ("abc", {"blames": {"b": 2}}, "abc"),  # too few without it
-        ("abcd", {"bad": ["a"]}, "bcd"),
+        ("abcd", {"blames": {"a": 2, "d": 1}}, "bcd"),
         ("ab", {}, ""),
         ("acd", {"before": ["c", "a", "b"]}, "cad"),
         ("abc", {"wanted": 4, "at_least": 1, "before": ["a", "b", "c", "d"], "usable": lambda count: count in (1, 2, 4)}, "ab"),
@@ -194,6 +194,6 @@ def test_what_follows_from_a_verdict(found, fields, restart, code):
 )
 def test_the_hosts_of_the_next_launch(alive, fields, chosen):
     settings = {
-        "wanted": 3, "at_least": 3, "before": ["a", "b", "c"], "blames": {}, "bad": [], "usable": lambda count: True, **fields
+        "wanted": 3, "at_least": 3, "before": ["a", "b", "c"], "blames": {}, "usable": lambda count: True, **fields
     }  # fmt: skip
     assert "".join(choose_hosts(set(alive), **settings)) == chosen
