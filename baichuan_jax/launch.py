@@ -176,7 +176,7 @@ class Supervisor:
                 print(f"port {port} of {self.host} is taken; trying the next", file=sys.stderr)
             raise ConfigError(f"no free port from {self.options.port} to {self.options.port + PORTS} on {self.host}; set --port")
         while (found := self.attempts.read(number, "coordinator")) is None:
-            if self.asked or self.attempts.read(number, "verdict") or hosts[0] not in self.attempts.alive():
+            if self.asked or self.attempts.read(number, "verdict") or self.attempts.lost(hosts[0]):
                 return None
             time.sleep(TICK)
         return found["address"]
@@ -226,12 +226,12 @@ class Supervisor:
 
     def _codes_elsewhere(self, number: int, plan: dict) -> list[int]:
         """Exit codes on other hosts of the launch; a host that is dead counts as killed."""
-        codes, alive = [], self.attempts.alive()
+        codes = []
         for host in set(plan["hosts"]) - {self.host}:
             ended = self.attempts.read(number, f"ended-{host}")
             if ended is not None:
                 codes += [end["code"] for end in ended["exits"].values()] or [-signal.SIGKILL]
-            elif host not in alive:
+            elif self.attempts.lost(host):
                 codes.append(-signal.SIGKILL)
         return codes
 
@@ -246,9 +246,8 @@ class Supervisor:
     def _conclude(self, number: int, plan: dict) -> Decision:
         """The decision on a launch that has ended everywhere: made here, unless another host was first."""
         while (found := self.attempts.read(number, "verdict")) is None:
-            alive = self.attempts.alive()
             ended = {host: self.attempts.read(number, f"ended-{host}") for host in plan["hosts"]}
-            if all(end is not None or host not in alive for host, end in ended.items()):
+            if all(end is not None or self.attempts.lost(host) for host, end in ended.items()):
                 content = self._judge(number, plan, {host: end for host, end in ended.items() if end is not None})
                 if self.attempts.claim(number, "verdict", content):
                     told = {name: value for name, value in content.items() if name not in ("history", "verdict")}

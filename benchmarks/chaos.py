@@ -37,7 +37,7 @@ MODEL = (
     "--train.num_steps", "1000000", "--optimizer.warmup_steps", "100", "--evaluate.every", "1000000", "--checkpoint.every", "10",
     "--metrics.tensorboard", "false",
 )  # fmt: skip
-KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port")  # nan: nobody is to blame
+KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port")
 
 
 class Cluster:
@@ -143,7 +143,10 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody)."""
+    """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody).
+
+    `right`: they are the same; NaN may also be nobody's, where they are everywhere before the replicas are compared.
+    """
 
     kind: str
     culprit: str
@@ -192,7 +195,7 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
     restored = [event["step"] for event in cluster.run.events if event["kind"] == "restored"]
     named = found["verdict"]["host"]
     return Outcome(
-        kind, culprit, named, named == (None if kind == "nan" else culprit), found["verdict"]["cause"], found["verdict"]["rule"],
+        kind, culprit, named, named == culprit or (kind == "nan" and named is None), found["verdict"]["cause"], found["verdict"]["rule"],
         found["detected"] - began, found["concluded"] - found["detected"], again - began, reached - restored[-1], again > began,
     )  # fmt: skip
 

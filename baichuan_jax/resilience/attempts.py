@@ -20,7 +20,9 @@ class Attempts:
     def __init__(self, path: Path, host: str, seconds: float) -> None:
         self.path, self._host, self._seconds = path, host, seconds
         self._beat, self._beaten = 0, time.monotonic()
-        self._seen: dict[str, tuple[Any, float]] = {}  # host -> its newest beat, when that was first seen
+        self._began = time.monotonic()
+        # host -> its newest beat, when that was first seen, whether it is another than the first: an old file is no sign of life
+        self._seen: dict[str, tuple[Any, float, bool]] = {}
 
     def beat(self, address: str) -> None:
         """Publish this host's heartbeat and look at the others'."""
@@ -29,22 +31,22 @@ class Attempts:
         now = time.monotonic()
         late = now - self._beaten - 2.0  # time in which this process was kept from running says nothing about the others
         if late > 0:
-            self._seen = {host: (beat, since + late) for host, (beat, since) in self._seen.items()}
+            self._seen = {host: (beat, since + late, moved) for host, (beat, since, moved) in self._seen.items()}
         self._beaten = now
         for file in (self.path / "hosts").glob("*.json"):
             beat = read(file)
             if beat is not None and (file.stem not in self._seen or self._seen[file.stem][0] != beat):
-                first = file.stem not in self._seen and file.stem != self._host
-                self._seen[file.stem] = (beat, now - self._seconds if first else now)  # an old file is no sign of life
+                self._seen[file.stem] = (beat, now, file.stem in self._seen or file.stem == self._host)
 
     def alive(self) -> set[str]:
         """Hosts whose supervisors' hearts beat."""
         now = time.monotonic()
-        return {host for host, (_, since) in self._seen.items() if now - since < self._seconds}
+        return {host for host, (_, since, moved) in self._seen.items() if moved and now - since < self._seconds}
 
-    def incarnation(self, host: str) -> int | None:
-        """The process id of a host's newest supervisor."""
-        return self._seen[host][0]["pid"] if host in self._seen else None
+    def lost(self, host: str) -> bool:
+        """Whether a host's heart has not beaten for so long, as far as this host has been able to see."""
+        _, since, _ = self._seen.get(host, (None, self._began, False))
+        return time.monotonic() - since >= self._seconds
 
     def latest(self) -> int:
         """The number of the newest launch; 0 where there is none."""

@@ -28,7 +28,14 @@ SLACK = 12.0  # of a busy machine
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """Settings of a small run; its tokens are packed once."""
-    limits = ("--resilience.hang_seconds", str(HANG), "--resilience.silence_seconds", str(SILENCE))
+    limits = (
+        "--resilience.hang_seconds",
+        str(HANG),
+        "--resilience.silence_seconds",
+        str(SILENCE),
+        "--resilience.check_every",
+        "0",
+    )
     return [*chaos.words_of(tmp_path_factory.mktemp("cache")), *limits]
 
 
@@ -126,6 +133,7 @@ def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_every_kind_of_fault_once(words, tmp_path):
+    words = [*words, "--resilience.check_every", "5"]
     with chaos.Cluster(tmp_path / "run", words) as cluster:
         for number, kind in enumerate(chaos.KINDS):
             cluster.steps(12, after=cluster.attempt - 1)
@@ -146,7 +154,7 @@ def test_every_kind_of_fault_once(words, tmp_path):
 @pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, tmp_path):
     """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), back to 4; losses to rounding."""
-    batch = ["--train.global_batch_size", "8", "--resilience.check_every", "0"]
+    batch = ["--train.global_batch_size", "8"]
     with chaos.Cluster(tmp_path / "run", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")) as cluster:
 
         def lose(*hosts: str) -> None:
