@@ -194,9 +194,10 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
     _, again = cluster.steps(after=attempt)
     restored = [event["step"] for event in cluster.run.events if event["kind"] == "restored"]
     named = found["verdict"]["host"]
+    right = named == culprit or (kind == "nan" and named is None)
     return Outcome(
-        kind, culprit, named, named == culprit or (kind == "nan" and named is None), found["verdict"]["cause"], found["verdict"]["rule"],
-        found["detected"] - began, found["concluded"] - found["detected"], again - began, reached - restored[-1], again > began,
+        kind, culprit, named, right, found["verdict"]["cause"], found["verdict"]["rule"], found["detected"] - began,
+        found["concluded"] - found["detected"], again - began, reached - restored[-1], again > began,
     )  # fmt: skip
 
 

@@ -100,9 +100,8 @@ def test_bugs_stop_a_jobset_and_faults_recreate_it(name):
 
 
 def test_the_arguments_in_manifests_name_a_configuration_that_loads():
-    container = documents("jobset.yaml")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
-        "containers"
-    ][0]
+    job = documents("jobset.yaml")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
     for words in (container["args"], documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]["args"]):
         assert load_config(REPOSITORY / words[1], ["run_dir=" + words[3]]).run_dir == "/shared/runs/7b"
     number = next(item["value"] for item in container["env"] if item["name"] == "JAX_NUM_PROCESSES")
