@@ -1,6 +1,11 @@
 """Baichuan-7B pre-training in JAX and Flax: `from baichuan_jax import load_config, load_pretrained, Generator`."""
 
+import glob
 import importlib
+import importlib.util
+import os
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +18,25 @@ __all__ = ["Generator", "load_config", "load_pretrained"]
 
 # Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the package had imported already.
 _HOMES = {"load_config": "config_file", "load_pretrained": "hf", "Generator": "generate"}
+
+
+def _hide_compilers() -> None:
+    """Keep jax from trying accelerators whose compilers alone are installed (requirements-plan.txt): they are for plan and kernels.
+
+    jax loads every plugin that it finds, and those complain of missing drivers. plan and kernels say that they want them by
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK.
+    """
+    wanted = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") or "jax" in sys.modules
+    devices = any(glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*"))
+    if wanted or devices or not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "libtpu")):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    plugin = types.ModuleType("jax_plugins.xla_cuda12")
+    plugin.initialize = lambda: None  # type: ignore[attr-defined]
+    sys.modules |= {"jax_cuda12_plugin": None, "jax_plugins.xla_cuda12": plugin}  # type: ignore[dict-item]
+
+
+_hide_compilers()
 
 
 def __getattr__(name: str) -> Any:

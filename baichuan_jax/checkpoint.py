@@ -322,6 +322,15 @@ def find_checkpoint(path: Path) -> Path:
     raise ConfigError(f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with params/)")
 
 
+def describe(path: Path | str) -> dict[str, Any]:
+    """What a checkpoint says of itself: `config`, `digest` of every array and, in a run's, `step` and the `tokenizer`'s hash."""
+    folder = find_checkpoint(Path(path).absolute())
+    try:
+        return _read_run(folder)
+    except CorruptCheckpoint as error:
+        raise ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run") from None
+
+
 def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
     """Weights alone, float32, of a run's newest checkpoint or of one checkpoint folder. Raises ConfigError."""
     folder = find_checkpoint(Path(path).absolute())

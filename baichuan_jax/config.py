@@ -255,15 +255,28 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The validation loss."""
+    """The validation loss, and multiple-choice tests during a run."""
 
     every: int = 500
-    """Steps between validation losses; the last step is always evaluated."""
+    """Steps between evaluations; the last step is always evaluated."""
     num_batches: int = 16
     """Batches of validation rows each time; fewer where the text ends."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Tests to score each time and the folders of their data: mmlu, ceval, agieval, gaokao (see docs/evaluation.md)."""
+    subjects: dict[str, list[str]] = field(default_factory=dict)
+    """Only these subjects of a test: {mmlu: [anatomy, astronomy]}; a test that is not named here is asked whole."""
+    limit: int | None = None
+    """Questions of each subject, from its beginning; null: all."""
 
     def __post_init__(self) -> None:
         _positive("evaluate", self, "every", "num_batches")
+        if self.limit is not None:
+            _positive("evaluate", self, "limit")
+        known = ("mmlu", "ceval", "agieval", "gaokao")
+        for task in self.tasks:
+            require(task in known, f"evaluate.tasks has {task!r} and must have some of {', '.join(known)}")
+        for task in self.subjects:
+            require(task in self.tasks, f"evaluate.subjects has {task!r}, which evaluate.tasks has not")
 
 
 @dataclass(frozen=True)

@@ -29,72 +29,73 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
 KEYS = _keys(Config)
 
 
-def _refuse_unknown(keys: list[str], source: str) -> None:
+def _refuse_unknown(keys: list[str], known: list[str], source: str) -> None:
     for key in keys:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
 
 
-def _file_keys(tree: Any, prefix: str = "") -> list[str]:
+def _file_keys(tree: Any, known: list[str], prefix: str = "") -> list[str]:
     """Dotted names that a parsed YAML file sets, down to the settings' own values."""
     keys = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        section = any(known.startswith(name + ".") for known in KEYS)
+        section = any(other.startswith(name + ".") for other in known)
         if section and not isinstance(value, dict):
             raise ConfigError(f"{name} is a section of settings and was given {value!r}; write its settings below it")
-        keys += _file_keys(value, name + ".") if section else [name]
+        keys += _file_keys(value, known, name + ".") if section else [name]
     return keys
 
 
-def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    """The command-line parser of every command that takes a whole Config."""
+def make_parser(prog: str, description: str, settings: type = Config) -> jsonargparse.ArgumentParser:
+    """The command-line parser of every command whose settings are a dataclass: a whole Config, or another."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
     parser = jsonargparse.ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(settings)
     return parser
 
 
-def parse_config(parser: jsonargparse.ArgumentParser, words: list[str]) -> Config:
-    """A Config from command-line words. Raises ConfigError; --help and --print_config print and leave."""
-    return parse_command(parser, words)[0]
+def parse_config(parser: jsonargparse.ArgumentParser, words: list[str], settings: type = Config) -> Any:
+    """The settings that a parser of make_parser reads. Raises ConfigError; --help and --print_config print and leave."""
+    return parse_command(parser, words, settings=settings)[0]
 
 
 def parse_command(
-    parser: jsonargparse.ArgumentParser, words: list[str], own: Sequence[str] = ()
-) -> tuple[Config, dict[str, Any]]:
-    """A Config and the command's own options, by name. Raises ConfigError; --help and --print_config print and leave.
+    parser: jsonargparse.ArgumentParser, words: list[str], own: Sequence[str] = (), settings: type = Config
+) -> tuple[Any, dict[str, Any]]:
+    """The settings and the command's own options, by name. Raises ConfigError; --help and --print_config print and leave.
 
     `own`: options that the command added to the parser beside the settings.
     """
+    known = KEYS if settings is Config else _keys(settings)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
     if path is not None:
-        _check_file(path)
+        _check_file(path, known)
     for word in words:
         if match := re.match(r"--([^=]+)", word):
             key = match[1].rstrip("+")
             if key not in ("help", "config", "print_config", *own):
-                _refuse_unknown([key], "command line")
+                _refuse_unknown([key], known, "command line")
     try:
         namespace = parser.parse_args(words)
         namespace.pop("config")
         options = {name: namespace.pop(name) for name in own}
         for section in {name.split(".")[0] for name in own if "." in name}:
             namespace.pop(section, None)  # empty now
-        config = Config(**parser.instantiate(namespace).as_dict())
+        config = settings(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    if config.run_dir is None:
+    if isinstance(config, Config) and config.run_dir is None:
         config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
     return config, options
 
 
-def _check_file(path: str | os.PathLike) -> None:
+def _check_file(path: str | os.PathLike, known: list[str]) -> None:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
@@ -103,7 +104,7 @@ def _check_file(path: str | os.PathLike) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     require(isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}")
-    _refuse_unknown(_file_keys(tree), str(path))
+    _refuse_unknown(_file_keys(tree, known), known, str(path))
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:

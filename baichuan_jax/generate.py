@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.hf import load_pretrained, tokenizer_file
+from baichuan_jax.config import ConfigError, MeshConfig
+from baichuan_jax.hf import load_pretrained, tokenizer_file, trained_with
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.sharding import add_mesh_options, make_mesh, mesh_config
 from baichuan_jax.tokenizer import Tokenizer
 
 LENGTH_STEP = 64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
@@ -257,12 +258,23 @@ class _Stream:
         self._printed = len(text)
 
 
-def find_tokenizer(checkpoint: Path | str) -> Tokenizer:
-    """The tokenizer.model beside a checkpoint or in the folders above it (a run's folder). Raises ConfigError."""
-    path = tokenizer_file(checkpoint)
+def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> Tokenizer:
+    """The tokenizer `given`, or the tokenizer.model beside a checkpoint or in the folders above it (a run's folder).
+
+    Raises ConfigError where there is none, or it is not the one the checkpoint was trained with.
+    """
+    path = given or tokenizer_file(checkpoint)
     if path is None:
         raise ConfigError(f"there is no tokenizer.model in {checkpoint} or the two folders above it; give --tokenizer FILE")
-    return Tokenizer(path)
+    tokenizer = Tokenizer(path)
+    config, known = trained_with(checkpoint)
+    if known not in (None, tokenizer.hash):
+        raise ConfigError(f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with tokenizer {known[:12]}")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: not the tokenizer of {checkpoint}"
+        )
+    return tokenizer
 
 
 def main(words: list[str]) -> int:
@@ -283,19 +295,19 @@ def main(words: list[str]) -> int:
     add("--repetition_penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
+    add_mesh_options(parser, MeshConfig(data=1))
     options = parser.parse_args(words)
-    model = load_pretrained(options.checkpoint, dtype=options.dtype)
-    tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}: not its tokenizer"
-        )
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    _check_sampling(options.max_new_tokens, **sampling)
+    mesh_shape = mesh_config(options)
+    tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
+    mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
+    generator = Generator(load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh))
     prompt = options.prompt.replace("\\n", "\n")
-    generator = Generator(model)
     print(prompt, end="", flush=True)
     generator.generate(
-        tokenizer, [prompt], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty, seed=options.seed, on_text=lambda piece: print(piece, end="", flush=True),
+        tokenizer, [prompt], options.max_new_tokens, **sampling, seed=options.seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
     )  # fmt: skip
     print()
     assert generator.speed is not None

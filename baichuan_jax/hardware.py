@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from baichuan_jax.config import require
 
@@ -38,11 +39,17 @@ class Hardware:
 # xla/backends/gpu/target_config/specs. Network: one NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (DGX H100).
 # An A800 is an A100 with NVLink cut from 600 to 400 GB/s (both ways), an H800 an H100 with 900 cut to 400.
 # TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); link rates as in "How to scale your model", chapter 2.
-_A100 = dict(platform="gpu", peak_tflops=312.0, memory_gib=79.25, memory_bandwidth=2039.0, inter_node_gbps=200.0, devices_per_node=8,
-             compute_capability=80, multiprocessors=108, clock_ghz=1.41, shared_bytes=167_936, l2_bytes=41_943_040)  # fmt: skip
-_H100 = dict(platform="gpu", peak_tflops=989.0, memory_gib=79.1, memory_bandwidth=3352.0, inter_node_gbps=400.0, devices_per_node=8,
-             compute_capability=90, multiprocessors=132, clock_ghz=1.98, shared_bytes=233_472, l2_bytes=52_428_800)  # fmt: skip
-_TPU = dict(platform="tpu", inter_node_gbps=0.0, devices_per_node=4)
+_A100: dict[str, Any] = {
+    "platform": "gpu", "peak_tflops": 312.0, "memory_gib": 79.25, "memory_bandwidth": 2039.0, "inter_node_gbps": 200.0,
+    "devices_per_node": 8, "compute_capability": 80, "multiprocessors": 108, "clock_ghz": 1.41, "shared_bytes": 167_936,
+    "l2_bytes": 41_943_040,
+}  # fmt: skip
+_H100: dict[str, Any] = {
+    "platform": "gpu", "peak_tflops": 989.0, "memory_gib": 79.1, "memory_bandwidth": 3352.0, "inter_node_gbps": 400.0,
+    "devices_per_node": 8, "compute_capability": 90, "multiprocessors": 132, "clock_ghz": 1.98, "shared_bytes": 233_472,
+    "l2_bytes": 52_428_800,
+}  # fmt: skip
+_TPU: dict[str, Any] = {"platform": "tpu", "inter_node_gbps": 0.0, "devices_per_node": 4}
 HARDWARE: dict[str, Hardware] = {
     item.name: item
     for item in (
@@ -97,7 +104,9 @@ def parse_topology(name: str) -> Topology:
     """The cluster that a name such as "a800:128x8" (nodes x devices) or "v5p:4x4x8" (torus) means. Raises ConfigError."""
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     known = ", ".join(HARDWARE)
-    require(match is not None, f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); known: {known}")
+    require(
+        match is not None, f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); known: {known}"
+    )
     assert match is not None
     require(match[1] in HARDWARE, f"topology={name!r} names no known accelerator; known: {known}")
     hardware, shape = HARDWARE[match[1]], tuple(int(size) for size in match[2].split("x"))

@@ -9,6 +9,7 @@ Q, K and V. D hidden, F intermediate, N heads, H head size, V vocabulary, L laye
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from baichuan_jax.checkpoint import load_params, save_params
+from baichuan_jax.checkpoint import describe, load_params, save_params
 from baichuan_jax.config import ConfigError, ModelConfig
 from baichuan_jax.hf_files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.model import Params, Transformer, abstract_model
@@ -278,6 +279,32 @@ def tokenizer_file(checkpoint: Path | str) -> Path | None:
     path = Path(checkpoint).absolute()
     files = (folder / "tokenizer.model" for folder in (path, *path.parents[:2]))
     return next((file for file in files if file.is_file()), None)
+
+
+def weights_sha256(path: Path | str) -> str:
+    """A hash of the weights that load_pretrained reads: of a folder's config.json and weight files, or of a checkpoint's digests."""
+    folder, digest = Path(path), hashlib.sha256()
+    if not (folder / "config.json").exists():
+        digests = {name: value for name, value in describe(path)["digest"].items() if name.startswith("params/")}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in (folder / "config.json", *weights):
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def trained_with(path: Path | str) -> tuple[ModelConfig, str | None]:
+    """A checkpoint's model, and the hash of its tokenizer where it is known: recorded by its run, or of the file beside it."""
+    if (Path(path) / "config.json").exists():
+        config, tokenizer = read_config(path), None
+    else:
+        found = describe(path)
+        config, tokenizer = ModelConfig(**found["config"]["model"]), found.get("tokenizer")
+    file = tokenizer_file(path)
+    if tokenizer is None and file is not None:
+        tokenizer = hashlib.sha256(file.read_bytes()).hexdigest()
+    return config, tokenizer
 
 
 def main(words: list[str]) -> int:

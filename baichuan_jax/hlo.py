@@ -1,8 +1,7 @@
-"""Reads a compiled program's text: its instructions in the order they run, their floating-point operations and memory traffic, and
-its collectives with the devices that take part.
+"""Reads a compiled program's text: its instructions in the order they run, their operations and memory traffic, and its collectives.
 
-The format is XLA's HLO text (openxla.org/xla/operation_semantics); operations are counted as XLA's HloCostAnalysis counts them, but with
-the trip counts of loops, and with the slices of a stack that a fused instruction really touches.
+The format is XLA's HLO text (openxla.org/xla/operation_semantics). Operations are counted as XLA's HloCostAnalysis counts them, but
+with the trip counts of loops, and of a stack only the slices that a fused instruction touches.
 """
 
 import math
@@ -16,7 +15,17 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
           "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
 # Instructions that move no data of their own.
-_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id", "opt-barrier"}
+_FREE = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -129,7 +138,11 @@ class Program:
     def traffic(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes that one run of an instruction reads and writes in device memory; of a stack, only the slices it touches."""
         opcode = instruction.opcode
-        if opcode in _FREE or opcode in ("while", "call", "conditional") or opcode.split("-start")[0].split("-done")[0] in COLLECTIVES:
+        if (
+            opcode in _FREE
+            or opcode in ("while", "call", "conditional")
+            or opcode.split("-start")[0].split("-done")[0] in COLLECTIVES
+        ):
             return 0.0
         if opcode == "fusion":
             return self._fused_traffic(computation, instruction)
@@ -151,10 +164,11 @@ class Program:
         parameters = sorted((i for i in inner.instructions if i.opcode == "parameter"), key=_parameter_index)
         total = 0.0
         for operand, parameter in zip(instruction.operands, parameters, strict=True):
-            touched = _touched(parameter, users, set())
-            total += shape_bytes(computation.shape_of(operand)) if touched is None else sum(
-                _slice_bytes(inner, item, name) for item, name in touched
-            )  # fmt: skip
+            touched = _touched(parameter, users)
+            if touched is None:
+                total += shape_bytes(computation.shape_of(operand))
+            else:  # an update in place is only written, which the root counts
+                total += sum(shape_bytes(item.shape) for item in touched if item.opcode != "dynamic-update-slice")
         roots = [inner.root]
         if inner.root.opcode == "tuple":
             roots = [inner.by_name[name] for name in inner.root.operands]
@@ -170,28 +184,21 @@ def _parameter_index(parameter: Instruction) -> int:
     return int(parameter.operands[0])
 
 
-def _touched(value: Instruction, users: dict, seen: set) -> list[tuple[Instruction, str]] | None:
+def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction] | None:
     """The slices through which alone a fused value is read or updated in place; None: it is read whole."""
-    found: list[tuple[Instruction, str]] = []
+    found: list[Instruction] = []
     for user in users.get(value.name, []):
+        first = user.operands[0] == value.name
         if user.opcode in ("bitcast", "reshape"):
-            inner = _touched(user, users, seen)
+            inner = _touched(user, users)
             if inner is None:
                 return None
             found += inner
-        elif user.opcode == "dynamic-slice" and user.operands[0] == value.name or user.opcode == "gather":
-            found.append((user, value.name))
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            found.append((user, value.name))
+        elif user.opcode == "gather" or (first and user.opcode in ("dynamic-slice", "dynamic-update-slice")):
+            found.append(user)
         else:
             return None
     return found
-
-
-def _slice_bytes(inner: Computation, item: Instruction, name: str) -> float:
-    if item.opcode == "dynamic-update-slice":
-        return 0.0  # updated in place: only written, which the root counts
-    return shape_bytes(item.shape)
 
 
 def _written(inner: Computation, root: Instruction) -> float:

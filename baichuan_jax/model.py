@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from baichuan_jax.config import KernelsConfig, ModelConfig
-from baichuan_jax.kernels import attention, masked_attention, rms_norm
+from baichuan_jax.kernels import attention, masked_attention, prefix_attention, rms_norm
 from baichuan_jax.sharding import constrain, current_layout
 
 Params = dict[str, Any]
@@ -75,8 +75,12 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None,
         cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+        prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """One block. `cache`: (k_BSNH, v_BSNH, mask_BTS, start); the new keys and values come back written at `start`."""
+        """One block. `cache`: (k_BSNH, v_BSNH, mask_BTS, start); the new keys and values come back written at `start`.
+
+        `prefix`: (k_SNH, v_SNH, mask_S) of tokens that come before every row.
+        """
         dtype = x_BTD.dtype
         norm = functools.partial(rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm)
         y_BTD = norm(x_BTD, self.attention_norm[...])
@@ -84,7 +88,9 @@ class Block(nnx.Module):
         q_BTNH, k_BTNH, v_BTNH = (constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3))
         q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
         written = None
-        if cache is None:
+        if prefix is not None:
+            out_BTNH = prefix_attention(q_BTNH, k_BTNH, v_BTNH, *prefix)
+        elif cache is None:
             out_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.kernels.attention)
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
@@ -146,6 +152,22 @@ class Transformer(nnx.Module):
         x_BTD, written = jax.lax.scan(body, self._embed(tokens_BT), (layers, cache.k_LBSNH, cache.v_LBSNH))
         k_LBSNH, v_LBSNH = cast(tuple[jax.Array, jax.Array], written)
         return self._final_norm(x_BTD), Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
+
+    def after(self, tokens_BT: jax.Array, prefix: Cache) -> jax.Array:
+        """States [B, T, D] of rows that all come after the tokens in `prefix`, a cache of one row, which stays as it is.
+
+        Its keys and values are read by all rows, not copied for each. Padding goes to the right, where no real token sees it.
+        """
+        rope = self._rope(prefix.length + jnp.arange(tokens_BT.shape[1])[None])
+        mask_S = prefix.mask_BS[0] & (jnp.arange(prefix.mask_BS.shape[1]) < prefix.length)
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(x_BTD, xs):
+            layer, k_SNH, v_SNH = xs
+            return nnx.merge(graphdef, layer)(x_BTD, rope, None, prefix=(k_SNH, v_SNH, mask_S))
+
+        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (layers, prefix.k_LBSNH[:, 0], prefix.v_LBSNH[:, 0]))
+        return self._final_norm(x_BTD)
 
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)

@@ -287,13 +287,17 @@ def show(result: dict[str, Any]) -> None:
     for item in result.get("search", []):
         peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
         speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
-        display.say(f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{'' if item['fits'] else ', does not fit'}")
+        display.say(
+            f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{'' if item['fits'] else ', does not fit'}"
+        )
     memory = [[name, f"{size:.1f}"] for name, size in result["memory_gib"].items()]
     memory += [["peak", f"{result['peak_gib']:.1f}"], ["capacity", f"{result['capacity_gib']:.1f}"]]
     display.table("Memory of one device", ["", "GiB"], memory)
     if not result["fits"]:
         display.say("does not fit: --search compiles what would (remat, rows a pass); or raise mesh.fsdp", style="red")
-    display.say(f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, {result['host_restore_gib']:.0f} to restore")
+    display.say(
+        f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, {result['host_restore_gib']:.0f} to restore"
+    )
     formula = result["flops_per_token_formula"]
     display.say(
         f"operations a token: {result['flops_per_token'] / 1e9:.2f} G counted, {formula['causal'] / 1e9:.2f} G by the formula "
@@ -361,8 +365,12 @@ def main(words: list[str]) -> int:
     description = "Compile the training step for a cluster that is not there: memory, operations, collectives, predicted speed."
     parser = make_parser("python -m baichuan_jax.plan", description)
     parser.add_argument("--topology", default="a800:128x8", help="Cluster: a800:128x8 (nodes x GPUs), v5p:4x4x8 (torus), ...")
-    parser.add_argument("--search", action="store_true", help="Compile every remat policy and rows a pass; keep the fastest that fits.")
-    parser.add_argument("--sweep", choices=("data",), default=None, help="Weak scaling: the same rows a device on 8 to 4,096 devices.")
+    parser.add_argument(
+        "--search", action="store_true", help="Compile every remat policy and rows a pass; keep the fastest that fits."
+    )
+    parser.add_argument(
+        "--sweep", choices=("data",), default=None, help="Weak scaling: the same rows a device on 8 to 4,096 devices."
+    )
     parser.add_argument("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
     parser.add_argument("--json", default=None, metavar="FILE", help="Write the report here as well.")
     parser.add_argument("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
@@ -400,8 +408,11 @@ def _save(result: dict[str, Any], options: dict[str, Any], name: str) -> None:
 
 
 # What the compilers say, before they read any setting, of a machine without an accelerator.
-_NOISE = ("TPU_ACCELERATOR_TYPE", "Logging before InitGoogle()", "TPU_WORKER_HOSTNAMES", "Source Location Trace", "libtpu_init_utils",
-          "Very slow compile?", "********************************", "All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers")  # fmt: skip
+_NOISE = (
+    "All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers",
+    "TPU_ACCELERATOR_TYPE", "Logging before InitGoogle()", "TPU_WORKER_HOSTNAMES", "Source Location Trace", "libtpu_init_utils",
+    "Very slow compile?", "********************************",
+)  # fmt: skip
 
 
 def _run_child(words: list[str], config: Config, topology: Topology) -> int:
@@ -430,10 +441,10 @@ def _sweep(config: Config, topology: Topology, words: list[str], options: dict[s
     for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
         target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
-        changed = [word for word in _without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size"))]
+        changed = list(_without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size")))
         changed += ["--topology", name, "--json", str(target), f"--train.global_batch_size={share * nodes * per_node}"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        code = _run_child(changed, dataclasses.replace(config), parse_topology(name))
+        code = _run_child(changed, config, parse_topology(name))
         if code:
             return code
         results.append(json.loads(target.read_text(encoding="utf-8")))

@@ -1,5 +1,5 @@
-"""Predicts how long a compiled training step takes: every instruction bounded by arithmetic, memory or a link, in the order in which the
-compiler scheduled them, with collectives beside the compute that stands between their start and their end.
+"""Predicts how long a compiled training step takes: every instruction bounded by arithmetic, memory or a link, in the compiler's
+order, with collectives beside the compute that stands between their start and their end.
 
 Nothing here is measured on the machine that runs it: the rates are shares of what the data sheets state, fitted on published
 measurements (docs/plan.md tells which, and how well the others are foretold).
@@ -93,8 +93,8 @@ class Prediction:
         return sum(item.exposed_seconds for item in self.collectives)
 
 
-# Causal matrix products of the attention kernels, by the scope in which they stand, and the share of the peak that bounds them:
-# docs/kernels.md for Triton, from their own instructions (python -m baichuan_jax.kernels); splash attention on TPU: predicted as Triton's.
+# Causal matrix products of the attention kernels, by the scope in which they stand, and the share of the peak that bounds them: for
+# Triton from their own instructions (python -m baichuan_jax.kernels, docs/kernels.md); splash attention is predicted alike.
 KERNELS = {
     "attention_forward": (2, 0.60),
     "attention_dkv": (4, 0.50),

@@ -4,6 +4,7 @@ Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh a
 while a function is traced; without a current mesh `constrain` does nothing, so that a model runs on one device as it stands.
 """
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=types)
 
 
+def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
+    """--mesh.data, --mesh.fsdp, --mesh.context and --mesh.tensor, as `train` has them, for a command that uses argparse."""
+    group = parser.add_argument_group("mesh", "devices along each axis; one of them may be -1: all that are left")
+    for axis, size, what in zip(AXES, default.shape, ("rows", "parameters", "sequence", "heads"), strict=True):
+        group.add_argument(f"--mesh.{axis}", type=int, default=size, metavar="N", help=f"pieces of the {what}")
+
+
+def mesh_config(options: argparse.Namespace) -> MeshConfig:
+    """The mesh of parsed options."""
+    return MeshConfig(**{axis: getattr(options, f"mesh.{axis}") for axis in AXES})
+
+
 def crosses_nodes(mesh: Mesh) -> list[str]:
     """Axes other than data whose groups hold devices of several processes: their collectives leave the node."""
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
@@ -115,11 +128,12 @@ def crosses_nodes(mesh: Mesh) -> list[str]:
 SHUTDOWN_SECONDS = 30  # that a process waits at its end for the others; jax's own 300 would hide a fault for five minutes
 
 
-def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig) -> None:
+def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig | None = None) -> None:
     """Join the run's other processes: from the settings, JAX_COORDINATOR_ADDRESS/JAX_NUM_PROCESSES/JAX_PROCESS_ID, or Slurm.
 
     Does nothing for a single process. Raises ConfigError where only some of the three are given.
     """
+    resilience = resilience or ResilienceConfig()
     timeouts: Any = {"heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _integer(config.num_processes, "JAX_NUM_PROCESSES")

@@ -113,16 +113,11 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         gradients, norm = clip_by_global_norm(gradients, config.optimizer.clip_norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         rate = learning_rate(config.optimizer, config.train.num_steps, state.step)
-        direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-        keep = lambda new, old: jnp.where(finite, new, old)
+        direction, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+        params = jax.tree.map(lambda p, d: jnp.where(finite, p - rate * d, p), state.params, direction)
         nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
         nonfinite = state.nonfinite + jnp.where(finite, 0, 1)
-        state = TrainState(
-            jax.tree.map(keep, params, state.params),
-            jax.tree.map(keep, opt_state, state.opt_state),
-            state.step + 1, nonfinite, nonfinite_run,
-        )  # fmt: skip
+        state = TrainState(params, opt_state, state.step + 1, nonfinite, nonfinite_run)
         metrics = {
             "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens,
             "finite": finite, "nonfinite": nonfinite, "nonfinite_run": nonfinite_run, "wish": wish.max(),

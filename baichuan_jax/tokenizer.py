@@ -8,6 +8,7 @@ import collections
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,11 +19,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from baichuan_jax.config import ConfigError
-from baichuan_jax.data.text import find_files, read_documents, split_files
+from baichuan_jax.data.text import find_files, language, read_documents, split_files
 from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import run_command
 
-MAX_TRAINING_BYTES = 8 << 20  # of text, held in memory; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
+TRAINING_BYTES = 8 << 20  # of text, held in memory; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
 MAX_LINE_CHARACTERS = 1000  # at most 4,000 bytes; SentencePiece silently leaves out lines of more than 4,192
 
 
@@ -62,14 +63,23 @@ class Tokenizer:
         return self._model.IdToPiece(int(token))
 
 
-def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int) -> dict[str, int | float]:
+def train_tokenizer(
+    documents: Iterable[str],
+    path: Path | str,
+    vocab_size: int,
+    *,
+    sample_bytes: int = TRAINING_BYTES,
+    chinese_share: float | None = None,
+) -> dict[str, int | float]:
     """Train BPE as the original's and write it to `path` at once; the same documents give the same bytes.
 
     Digits are split and rare characters fall back to bytes. Every character gets a piece where half of the vocabulary can hold them
-    all, else the most frequent ones do. Returns what was used: bytes, characters, share of characters' occurrences with a piece.
-    Raises ConfigError where the text is too small for the vocabulary.
+    all, else the most frequent ones do. Of more text than `sample_bytes`, lines are taken evenly, so that memory does not grow with
+    the text; `chinese_share` of their bytes come from Chinese documents (None: as many as the text has). Returns what was used:
+    bytes, characters, share of characters' occurrences with a piece. Raises ConfigError where the text is too small for the
+    vocabulary, or holds no document of a language that the share asks for.
     """
-    used, total, every = _sample(_lines(documents))
+    used, figures = _choose(documents, sample_bytes, chinese_share)
     characters = collections.Counter(character for line in used for character in line)
     room = (vocab_size - 3 - 256) // 2
     if room < 1:
@@ -91,26 +101,65 @@ def train_tokenizer(documents: Iterable[str], path: Path | str, vocab_size: int)
             num_threads=1,  # stands in the model's bytes, so the number of cores would change its hash; more is no faster
         )  # fmt: skip
     except Exception as error:
-        raise ConfigError(f"no tokenizer of {vocab_size} pieces from {total:,} bytes of text: {error}") from None
+        raise ConfigError(f"no tokenizer of {vocab_size} pieces from {figures['bytes']:,} bytes of text: {error}") from None
     write_atomically(Path(path), model.getvalue())
-    return {"bytes": total, "sampled_one_line_in": every, "characters": len(characters), "coverage": coverage}
+    return {**figures, "characters": len(characters), "coverage": coverage}
 
 
-def _sample(lines: Iterator[str]) -> tuple[list[str], int, int]:
-    """One line in `every`, a power of two, such that at most MAX_TRAINING_BYTES are held; with all lines' bytes, and `every`."""
-    used: list[str] = []
-    total = size = 0
-    every = 1
-    for number, line in enumerate(lines):
-        total += len(line.encode())
-        if number % every == 0:
-            used.append(line)
-            size += len(line.encode())
-            while size > MAX_TRAINING_BYTES and len(used) > 1:
-                every *= 2
-                used = used[::2]
-                size = sum(len(line.encode()) for line in used)
-    return used, total, every
+class _Sample:
+    """Every n-th line of a stream, n the power of two that keeps at most `limit` bytes, one line at least."""
+
+    def __init__(self, limit: int) -> None:
+        self.lines: list[str] = []
+        self.every, self.total, self.size = 1, 0, 0  # total: bytes seen; size: bytes kept
+        self._limit, self._seen = limit, 0
+
+    def add(self, line: str) -> None:
+        size = len(line.encode())
+        self.total += size
+        if self._seen % self.every == 0:
+            self.lines.append(line)
+            self.size += size
+            while self.size > self._limit and len(self.lines) > 1:
+                self.every *= 2
+                self.lines = self.lines[::2]
+                self.size = sum(len(line.encode()) for line in self.lines)
+        self._seen += 1
+
+    def spread(self, size: int) -> list[str]:
+        """Lines of about `size` bytes, evenly from all that are kept."""
+        chosen, passed, taken = [], 0, 0
+        for line in self.lines:
+            passed += len(line.encode())
+            if taken < passed * size / self.size:
+                chosen.append(line)
+                taken += len(line.encode())
+        return chosen
+
+
+def _choose(documents: Iterable[str], sample_bytes: int, chinese_share: float | None) -> tuple[list[str], dict[str, int | float]]:
+    """Lines to train on, and what they are of: bytes seen, one line in how many, with a share the bytes of each language."""
+    if chinese_share is None:
+        sample = _Sample(sample_bytes)
+        for line in _lines(documents):
+            sample.add(line)
+        return sample.lines, {"bytes": sample.total, "sampled_one_line_in": sample.every}
+    if not 0 < chinese_share < 1:
+        raise ConfigError(f"chinese_share={chinese_share} must lie between 0 and 1; leave it out to take the text as it is")
+    shares = {"zh": chinese_share, "en": 1 - chinese_share}
+    samples = {name: _Sample(round(share * sample_bytes)) for name, share in shares.items()}
+    for document in documents:
+        for line in _lines([document]):
+            samples[language(document)].add(line)
+    for name, sample in samples.items():
+        if sample.size == 0:
+            raise ConfigError(f"chinese_share={chinese_share} asks for {name!r} text too, and there is none")
+    size = min(sample.size / shares[name] for name, sample in samples.items())  # what the scarcer language allows
+    chosen = {name: sample.spread(round(size * shares[name])) for name, sample in samples.items()}
+    figures: dict[str, int | float] = {"bytes": sum(sample.total for sample in samples.values())}
+    for name, sample in samples.items():
+        figures |= {f"{name}_bytes": sample.total, f"{name}_bytes_used": sum(len(line.encode()) for line in chosen[name])}
+    return [line for lines in chosen.values() for line in lines], figures
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
@@ -134,21 +183,16 @@ def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str,
             "documents": 1, "bytes": len(document.encode()), "characters": len(document),
             "tokens": len(tokenizer.encode(document)),
         }  # fmt: skip
-        for language in (_language(document), "all"):
-            sums.setdefault(language, collections.Counter()).update(figures)
+        for name in (language(document), "all"):
+            sums.setdefault(name, collections.Counter()).update(figures)
     return {
-        language: {
+        name: {
             **total, "bytes_per_token": total["bytes"] / max(1, total["tokens"]),
             "characters_per_token": total["characters"] / max(1, total["tokens"]),
             "compression_rate": 2 * total["tokens"] / max(1, total["bytes"]),
         }
-        for language, total in sorted(sums.items())
+        for name, total in sorted(sums.items())
     }  # fmt: skip
-
-
-def _language(text: str) -> str:
-    letters = sum(character.isalpha() for character in text)
-    return "zh" if sum("\u4e00" <= character <= "\u9fff" for character in text) * 2 > letters else "en"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,6 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train BPE: digits split, byte fallback")
     train.add_argument("--output", required=True, metavar="FILE", help="the model to write")
     train.add_argument("--vocab_size", type=int, required=True, help="pieces, with 3 control pieces and 256 bytes among them")
+    train.add_argument(
+        "--sample_megabytes", type=float, default=TRAINING_BYTES / 1e6, metavar="MB",
+        help="text to train on, evenly from all of the input; takes about ten times as much memory (default: 8.4)",
+    )  # fmt: skip
+    train.add_argument("--chinese_share", type=float, help="of the bytes trained on (default: as the input has it)")
     encode = commands.add_parser("encode", help="print a text's tokens")
     encode.add_argument("text", help="the text, or - to read it from standard input")
     measure = commands.add_parser("stats", help="bytes a token and compression rate, by language")
@@ -191,10 +240,14 @@ def main(words: list[str]) -> int:
             yield from read_documents(part, options.text_field)
 
     if options.command == "train":
-        used = train_tokenizer(documents(), options.output, options.vocab_size)
+        used = train_tokenizer(
+            documents(), options.output, options.vocab_size,
+            sample_bytes=round(1e6 * options.sample_megabytes), chinese_share=options.chinese_share,
+        )  # fmt: skip
         print(f"{options.output}: {options.vocab_size} pieces; {json.dumps(used)}")
         return 0
-    results = {path: stats(Tokenizer(path), documents()) for path in options.model}
+    tokenizers = {path: Tokenizer(path) for path in options.model}
+    results = {path: stats(tokenizer, documents()) for path, tokenizer in tokenizers.items()}
     table = Table(
         Column("tokenizer", overflow="fold"),
         "lang",
@@ -205,12 +258,20 @@ def main(words: list[str]) -> int:
         "compr.\nrate",
     )
     for path, languages in results.items():
-        for language, f in languages.items():
+        for name, f in languages.items():
             table.add_row(
-                path, language, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
+                path, name, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
                 f"{f['characters_per_token']:.3f}", f"{f['compression_rate']:.3f}",
             )  # fmt: skip
-    Console().print(table)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    layout = Table(
+        "Model", *(Column(path, justify="right", overflow="fold") for path in options.model), title="as in the original's README"
+    )
+    rates = [results[path]["all"]["compression_rate"] if "all" in results[path] else math.nan for path in options.model]
+    layout.add_row("Compress Rate", *(f"{rate:.3f}" for rate in rates))
+    layout.add_row("Vocab Size", *(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers.values()))
+    console.print(layout)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     return 0

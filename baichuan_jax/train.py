@@ -15,6 +15,7 @@ from baichuan_jax.config import Config, ConfigError
 from baichuan_jax.config_file import dump_config, make_parser, parse_config
 from baichuan_jax.console import Display
 from baichuan_jax.data.prepare import Prepared, prepare
+from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.files import write_atomically
 from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.metrics import Writer, seconds_since_process_start
@@ -55,9 +56,10 @@ def _train(config: Config, clock: Clock) -> Run:
                 display.say(warning, style="yellow")
         with clock("pack"):
             prepared = prepare(config, writer=first, progress=first, say=display.say)
+            tests = _read_tests(config, prepared)
         with clock("start"):
             writer = _open_run(config, run, prepared, display, active=first)
-            trainer = Trainer(config, run, steps, prepared, clock, watch, writer, display)
+            trainer = Trainer(config, run, steps, prepared, tests, clock, watch, writer, display)
         try:
             with clock("start"):
                 trainer.describe(flags, kernels)
@@ -106,6 +108,15 @@ def _is_complete(config: Config, run: Run) -> bool:
         return False
     say_complete(Display(), run, completed[-1])
     return True
+
+
+def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
+    """The tests that are scored during the run. Raises ConfigError where their files are not as they should be."""
+    only, limit = config.evaluate.subjects, config.evaluate.limit
+    return [
+        Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
+        for task, folder in config.evaluate.tasks.items()
+    ]
 
 
 def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, active: bool) -> Writer:

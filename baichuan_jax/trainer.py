@@ -20,6 +20,10 @@ from baichuan_jax.console import Display, Progress
 from baichuan_jax.data.loader import Loader, validation_batches
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.evaluate.evaluation import Evaluation
+from baichuan_jax.evaluate.prompts import Prompt
+from baichuan_jax.evaluate.results import score_prompts
+from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.generate import Generator
 from baichuan_jax.metrics import Throughput, Writer, peak_flops, peak_memory_gib, seconds_since_process_start
 from baichuan_jax.model import abstract_model
@@ -48,8 +52,8 @@ class Trainer:
     """One launch of a run: its state on the devices, where it stands in the data, and what it reports to."""
 
     def __init__(
-        self, config: Config, run: Run, steps: Steps, prepared: Prepared, clock: Clock, watch: Watch, writer: Writer,
-        display: Display,
+        self, config: Config, run: Run, steps: Steps, prepared: Prepared, tests: list[Evaluation], clock: Clock, watch: Watch,
+        writer: Writer, display: Display,
     ) -> None:  # fmt: skip
         self.config, self.run, self.steps, self.prepared = config, run, steps, prepared
         self.clock, self.watch, self.writer, self.display = clock, watch, writer, display
@@ -69,6 +73,9 @@ class Trainer:
         device = jax.devices()[0]
         peak, self.peak_source = peak_flops(config, device)
         self.throughput = Throughput(config, steps.layout.mesh.size, peak)
+        self.tests = tests
+        self.test_prompts = [test.all_prompts() for test in tests]
+        self._scorer: Scorer | None = None
         self._wishes = [steps.wish(wish) for wish in range(4)]
         self._replicas, self._checked = steps.layout.mesh.shape["data"], 0  # step of the last check that went well
         self._spike: tuple[str, int, int, int] | None = None  # why, step, its window of positions
@@ -270,9 +277,16 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        """Validation loss over the first rows of every validation corpus; the same rows each time."""
-        if not self.prepared.validation:
-            return
+        """Validation loss over the first rows of every validation corpus, the same rows each time; and scores of the tests."""
+        line: dict[str, Any] = {}
+        if self.prepared.validation:
+            line |= self._validate()
+        for test, prompts in zip(self.tests, self.test_prompts, strict=True):
+            line |= self._score(test, prompts)
+        if line:
+            self.writer.metrics(self.step, line)
+
+    def _validate(self) -> dict[str, Any]:
         config = self.config
         with self.clock(EVALUATE):
             sums = [
@@ -286,10 +300,19 @@ class Trainer:
             sums = jax.device_get(sums)
             tokens = sum(int(count) for _, count in sums)
             self.eval_loss = sum(float(total) for total, _ in sums) / tokens
-        self.writer.metrics(
-            self.step, {"eval_loss": self.eval_loss, "eval_perplexity": _exp(self.eval_loss), "eval_tokens": tokens}
-        )
         self.display.say(f"step {self.step}: validation loss {self.eval_loss:.4f} over {tokens:,} tokens")
+        return {"eval_loss": self.eval_loss, "eval_perplexity": _exp(self.eval_loss), "eval_tokens": tokens}
+
+    def _score(self, test: Evaluation, prompts: list[Prompt]) -> dict[str, Any]:
+        with self.clock(EVALUATE):
+            if self._scorer is None:
+                graphdef, _, _ = abstract_model(self.config.model, self.config.kernels)
+                self._scorer = Scorer(nnx.merge(graphdef, self.state.params), self.steps.layout.mesh)
+            self._scorer.params = self.state.params
+            result = test.summarise(score_prompts(self._scorer, prompts, test.plan.protocol))
+        task, average, stderr = test.plan.task, result["average"], result["stderr"]
+        self.display.say(f"step {self.step}: {task} {average:.1%} of {result['questions']:,} questions")
+        return {task: average, f"{task}_stderr": stderr}
 
     def _stop_trace(self) -> None:
         self.tracer.stop()
@@ -298,7 +321,7 @@ class Trainer:
 
     def conclude(self) -> None:
         """After the last step: validation if it is still missing, curve, samples, and what came of it all."""
-        if self.eval_loss is None:
+        if self.eval_loss is None and self.prepared.validation:
             self._evaluate()
         if jax.process_index() == 0:
             self.run.plot()

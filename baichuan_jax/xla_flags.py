@@ -4,8 +4,6 @@
 (`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
 """
 
-import glob
-import importlib.util
 import os
 import shlex
 import sys
@@ -102,7 +100,7 @@ def _libtpu() -> dict[str, str]:
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
     variables = {
-        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "JAX takes 75 % by default; the rest holds CUDA's context and NCCL's buffers"),
+        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "by default 75 %; the rest holds CUDA's context and NCCL's buffers"),
         "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "kernels start in the order of the schedule, so that a collective is not overtaken"),
     }  # fmt: skip
     if topology.num_devices > topology.devices_per_node:
@@ -119,9 +117,6 @@ def apply_flags(config: Config) -> dict[str, str]:
     """Put the settings for this machine into the environment; what is already set there wins. Returns what was added, and why."""
     settings = choose_flags(config, detect_topology())
     added = {}
-    if "JAX_PLATFORMS" not in os.environ and _only_compilers():
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        added["JAX_PLATFORMS=cpu"] = "CUDA's or the TPU's compiler is installed, and there is no such device"
     for variable, words in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
         present = os.environ.get(variable, "")
         names = {word.split("=")[0] for word in present.split()}
@@ -144,14 +139,6 @@ def keep_compiled(config: Config, platform: str) -> None:
     """
     if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))
-
-
-def _only_compilers() -> bool:
-    """Plugins for accelerators are installed (requirements-plan.txt) where no driver of one is: jax would try them, and complain."""
-    installed = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "libtpu"))
-    return installed and not any(
-        glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*")
-    )
 
 
 def main(words: list[str]) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -198,9 +199,9 @@ def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: 
     peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
     scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
     caption = f"both: forward and backward. Share: of {yardstick.name}, {peak / scale:,.1f} {prefix}{unit}"
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=caption, box=SIMPLE)
     table.add_column(no_wrap=True)
-    for heading in ("forward ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"):
+    for heading in ("fwd ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"):
         table.add_column(heading, justify="right")
     results: dict[str, dict] = {}
     for candidate in candidates:

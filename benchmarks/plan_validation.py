@@ -2,9 +2,10 @@
 
     python benchmarks/plan_validation.py [--cache cache/plan] [--json FILE]
 
-Needs requirements-plan.txt. Every row is a published measurement; its model, batch, mesh and recomputation are given to our training step,
-which is compiled for its cluster (kept in the cache) and predicted. Two rates are fitted for each kind of GPU, the share of the peak that
-products reach and the share of the network, to the other rows of that kind: the left-out row's error is what the plan can be trusted to.
+Needs requirements-plan.txt. Every row is a published measurement; its model, batch, mesh and recomputation are given to our training
+step, which is compiled for its cluster (kept in the cache) and predicted. Two rates are fitted for each kind of GPU to the other rows
+of that kind, the share of the peak that products reach and the share of the network: the left-out row's error is what the plan can be
+trusted to.
 """
 
 import argparse
@@ -42,7 +43,13 @@ class Row(NamedTuple):
 
 # MPT's block has 12 D^2 weights, as a SwiGLU block of width 8/3 D has; heads and vocabulary as published.
 MPT_7B = {"model.intermediate_size": 10920, "model.vocab_size": 50368}
-MPT_13B = {"model.hidden_size": 5120, "model.num_layers": 40, "model.num_heads": 40, "model.intermediate_size": 13656, "model.vocab_size": 50368}
+MPT_13B = {
+    "model.hidden_size": 5120,
+    "model.num_layers": 40,
+    "model.num_heads": 40,
+    "model.intermediate_size": 13656,
+    "model.vocab_size": 50368,
+}
 LLAMA2_7B = {"model.vocab_size": 32000}
 FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md, A100 80GB"
 MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
@@ -51,7 +58,16 @@ A3 = {"inter_node_gbps": 100.0}  # a3-highgpu-8g: 4 x 200 Gb/s a node of 8
 
 
 def _foundry(model: dict, name: str, rows: int, length: int, tokens_per_second: float, remat: str) -> Row:
-    return Row(f"{name}, {length} tokens", "a100:1x8", rows * length / tokens_per_second, rows, length, {**model, "model.remat": remat}, {}, FOUNDRY)
+    return Row(
+        f"{name}, {length} tokens",
+        "a100:1x8",
+        rows * length / tokens_per_second,
+        rows,
+        length,
+        {**model, "model.remat": remat},
+        {},
+        FOUNDRY,
+    )
 
 
 def _maxtext(nodes: int, tflops: float) -> Row:
@@ -107,8 +123,8 @@ def predicted(row: Row, program: hlo.Program, rates: roofline.Rates) -> float:
     return roofline.predict(program, mesh, topology, rates).seconds  # type: ignore[arg-type]
 
 
-MATMUL = [round(float(share), 2) for share in np.arange(0.56, 0.93, 0.02)]
-NETWORK = [0.4, 0.6, 0.8, 0.95]
+MATMUL = [round(float(share), 2) for share in np.arange(0.46, 0.87, 0.04)]
+NETWORK = [0.2, 0.3, 0.4, 0.6, 0.8]
 
 
 def fit(rows: list[Row], seconds: dict[tuple[str, float, float], float]) -> tuple[float, float]:
@@ -144,8 +160,9 @@ def main() -> None:
         for row in rows:
             matmul, network = fit([other for other in rows if other is not row], seconds)
             found = seconds[row.name, matmul, network]
-            table.append({"row": row.name, "topology": row.topology, "measured": row.seconds, "predicted": found,
-                          "error": found / row.seconds - 1, "matmul": matmul, "inter_node": network, "source": row.source})  # fmt: skip
+            table.append({"row": row.name, "topology": row.topology, "measured": row.seconds,
+                          "predicted": found, "error": found / row.seconds - 1, "matmul": matmul,
+                          "inter_node": network, "source": row.source})  # fmt: skip
             lines.append([row.name, row.topology, f"{row.seconds:.3f}", f"{found:.3f}", f"{found / row.seconds - 1:+.1%}",
                           f"{matmul:.2f}", f"{network:.2f}"])  # fmt: skip
     columns = ["run", "cluster", "measured s", "predicted s", "error", "products", "network"]

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from baichuan_jax.config import ConfigError, MeshConfig, ModelConfig
-from baichuan_jax.generate import Generator, Sampling, _draw, _Stream
+from baichuan_jax.generate import Generator, Sampling, _draw, _Stream, main
 from baichuan_jax.hf import export, load_pretrained
 from baichuan_jax.model import Transformer
 from baichuan_jax.sharding import make_mesh
@@ -45,6 +45,12 @@ def test_prompts_of_unequal_length_do_not_disturb_each_other(model):
     got = Generator(model).generate_tokens(padded, 6, attention_mask=mask, stop_at_eos=False)
     for row, prompt in enumerate(prompts):
         assert got[row, 6:].tolist() == plain_greedy(model, prompt, 6)[len(prompt) :]
+
+
+def test_the_command_refuses_before_it_prints(capsys):
+    with pytest.raises(ConfigError, match="top_p"):
+        main(["--checkpoint", "nowhere", "--prompt", "a", "--top_p", "1.5"])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_row_stops_at_eos_and_the_call_when_all_have(model):

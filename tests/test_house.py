@@ -37,18 +37,28 @@ LAYERS = [
         "kernels.triton.bridge",
         "kernels.triton.attention",
         "kernels.triton.rms_norm",
+        "kernels.sass",
+        "kernels.bound",
+        "kernels.__main__",
     },
     {"model"},
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
+    {"data.corpus_config", "data.documents", "data.engine", "data.funnel", "data.measures", "data.sentences"},
+    {"data.quality", "data.decontaminate", "data.rules", "data.dedup", "data.select"},
+    {"data.tasks"},
+    {"data.stages", "data.pipeline"},
     {"generate", "preflight", "summary", "saving", "start", "tracing"},
+    {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
+    {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"trainer"},
     {"train", "launch"},
-    {"roofline"},
+    {"roofline", "data.mixture"},
     {"plan"},
 ]
-COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "hf", "tokenizer", "data.rows", "plan", "xla_flags"]
+COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
+            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
 
 
 def imports(path) -> set[str]:

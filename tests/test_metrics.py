@@ -72,7 +72,7 @@ def test_a_line_after_one_cut_short_stands_alone(tmp_path):
     writer = Writer(tmp_path, Config(metrics=MetricsConfig(tensorboard=False)))
     writer.metrics(2, {"loss": 1.0})
     writer.close()
-    assert Run(tmp_path).metrics == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert [(line["step"], line["loss"]) for line in Run(tmp_path).metrics] == [(1, 2.0), (2, 1.0)]
 
 
 def test_tensorboard_events_hold_the_figures(tmp_path):

@@ -1,7 +1,9 @@
 """Schedule against its formula, one AdamW step against NumPy."""
 
 import math
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -42,6 +44,23 @@ def test_two_adamw_steps_match_numpy():
             adam = (m[name] / (1 - 0.9**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
             params[name] = params[name] - 0.01 * (adam + 0.1 * params[name])
             np.testing.assert_allclose(ours[name], params[name], rtol=2e-6, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_moments_are_overwritten_in_place():
+    optimizer = make_optimizer(OptimizerConfig())
+    params = {"w": jnp.ones((64, 128))}
+
+    def step(params, state, gradients, finite):
+        direction, state = optimizer.update(gradients, state, params, finite=finite)
+        return jax.tree.map(lambda p, d: jnp.where(finite, p - 0.1 * d, p), params, direction), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params, jnp.bool_(True)).compile()
+    assert not re.findall(r"f32\[64,128\]\S* copy\(", compiled.as_text())
+    moved, state = compiled(params, optimizer.init(params), {"w": jnp.full((64, 128), 2.0)}, jnp.bool_(True))
+    assert not np.allclose(moved["w"], 1.0)
+    before = jax.tree.map(np.array, (moved, state))
+    after = compiled(moved, state, {"w": jnp.full((64, 128), jnp.nan)}, jnp.bool_(False))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_norms_decay_only_where_asked():

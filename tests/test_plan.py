@@ -1,5 +1,6 @@
-"""The plan for clusters that are not there: what is compiled is the real step with the real kernels, and what is said of it is true."""
+"""The plan for clusters that are not there: it compiles the real step with the real kernels, and what it says of it is true."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,7 @@ from launches import REPOSITORY, environment
 
 from baichuan_jax import hlo
 from baichuan_jax.config import MeshConfig, ModelConfig
-from baichuan_jax.hardware import parse_topology
+from baichuan_jax.hardware import Topology, parse_topology
 from baichuan_jax.metrics import flops_per_token
 from baichuan_jax.plan import candidates, capacity_gib
 from baichuan_jax.roofline import Rates, axes_of, predict
@@ -19,7 +20,9 @@ from baichuan_jax.roofline import Rates, axes_of, predict
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("jax_triton")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA's compiler is not installed (make plan-deps)")
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)")
-RATES = Rates(matmul=0.5, memory=0.5, intra_node=0.5, inter_node=0.5, contention=0.0, launch_us=0, intra_latency_us=0, inter_latency_us=0)
+RATES = Rates(
+    matmul=0.5, memory=0.5, intra_node=0.5, inter_node=0.5, contention=0.0, launch_us=0, intra_latency_us=0, inter_latency_us=0
+)
 # One block of the 7B model's width compiles in seconds.
 NARROW = ["--model.num_layers", "3", "--model.hidden_size", "512", "--model.intermediate_size", "1376", "--model.num_heads", "4",
           "--model.vocab_size", "2048", "--train.context_length", "1024", "--train.loss_chunk_size", "512"]  # fmt: skip
@@ -29,7 +32,9 @@ def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subpr
     variables = {name: value for name, value in environment().items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     path = tmp_path / "plan.json"
     command = [sys.executable, "-m", "baichuan_jax.plan", "--config", f"configs/{config}.yaml", "--json", str(path)]
-    done = subprocess.run([*command, "--output", str(tmp_path), *words], env=variables, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path), *words], env=variables, capture_output=True, text=True, timeout=900, cwd=REPOSITORY
+    )
     return done, json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -38,7 +43,16 @@ def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subpr
 def test_sixteen_a800s(tmp_path, loops):
     text = tmp_path / "step.hlo"
     done, result = plan(
-        tmp_path, "--topology", "a800:2x8", "--train.global_batch_size", "16", "--hlo", str(text), "--model.scan_layers", loops, *NARROW
+        tmp_path,
+        "--topology",
+        "a800:2x8",
+        "--train.global_batch_size",
+        "16",
+        "--hlo",
+        str(text),
+        "--model.scan_layers",
+        loops,
+        *NARROW,
     )
     assert done.returncode == 0, done.stderr
     assert "ematerializ" not in done.stderr  # no involuntary full rematerialisation
@@ -64,6 +78,11 @@ def test_sixteen_a800s(tmp_path, loops):
     assert scattered == pytest.approx(2 * 3 * block + 4 * 512 * 2048, rel=0.02)  # blocks in bfloat16, the head in float32
     assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
 
+    # A network of a tenth makes the same program slower.
+    given = dataclasses.replace(parse_topology("a800:2x8").hardware, inter_node_gbps=20.0)
+    slow = predict(hlo.parse(text.read_text()), Mesh(MeshConfig(2, 8)), Topology(given, (2, 8)), Rates(**result["rates"]))
+    assert slow.seconds > result["predicted_step_seconds"]
+
 
 @needs_cuda
 @pytest.mark.slow
@@ -77,15 +96,6 @@ def test_a_thousand_a800s_beat_the_original(tmp_path):
     assert result["recomputation"] == pytest.approx(1.0, abs=0.05)
     assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
     assert result["predicted_mfu"] > 0.583
-
-
-@needs_cuda
-def test_a_slower_network_takes_longer(tmp_path):
-    words = ["--topology", "a800:2x8", "--train.global_batch_size", "16", *NARROW]
-    fast = plan(tmp_path, *words)[1]
-    slow = plan(tmp_path, *words, "--hardware.inter_node_gbps", "20")[1]
-    assert slow["predicted_step_seconds"] > fast["predicted_step_seconds"]
-    assert slow["predicted_mfu"] < fast["predicted_mfu"]
 
 
 @needs_tpu
@@ -172,4 +182,3 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     assert prediction.exposed_seconds == pytest.approx(max(collective - product, 0))
     (found,) = prediction.collectives
     assert (found.axis, found.link, found.count, found.asynchronous) == ("fsdp", "intra_node", 1, True)
-

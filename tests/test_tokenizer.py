@@ -125,10 +125,9 @@ def test_a_character_that_only_a_long_line_has_gets_a_piece(tmp_path, before):
     assert "龘" in "".join(tokenizer.piece(token) for token in tokenizer.encode("天龘"))  # and not its bytes
 
 
-def test_long_text_is_sampled_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_TRAINING_BYTES", 10_000)
+def test_long_text_is_sampled_evenly(tmp_path):
     lines = [f"line {'abcdefghij'[i % 10]} of many {'+' if i % 3 == 0 else '-'}" for i in range(1300)]
-    used = train_tokenizer(["\n".join(lines)], tmp_path / "a.model", 280)
+    used = train_tokenizer(["\n".join(lines)], tmp_path / "a.model", 280, sample_bytes=10_000)
     assert used["bytes"] == sum(map(len, lines)) == 20_800
     assert used["sampled_one_line_in"] == 4  # the smallest power of two that leaves at most 10,000 bytes
     assert used["characters"] == len(set("".join(lines[::4])))
@@ -137,14 +136,33 @@ def test_long_text_is_sampled_evenly(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bound", [1, 5, 40, 10_000])
-def test_no_more_text_than_the_bound_is_held_and_all_of_it_is_counted(monkeypatch, bound):
-    monkeypatch.setattr(module, "MAX_TRAINING_BYTES", bound)
+def test_no_more_text_than_the_bound_is_held_and_all_of_it_is_counted(bound):
     lines = [f"{'天地'[i % 2] * (i % 5)}{i}" for i in range(200)]
-    used, total, every = module._sample(iter(lines))
+    sample = module._Sample(bound)
+    for line in lines:
+        sample.add(line)
+        assert sample.size == len("".join(sample.lines).encode()) <= max(bound, 5 * 3 + 3)
+    used, total, every = sample.lines, sample.total, sample.every
     assert total == len("".join(lines).encode())
     assert used == lines[::every]
     assert len("".join(used).encode()) <= bound or len(used) == 1
     assert every == 1 or len("".join(lines[:: every // 2]).encode()) > bound
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_the_share_of_chinese_is_kept(tmp_path, share):
+    english = "\n".join(f"a line of English text, number {i}" for i in range(3000))
+    chinese = "\n".join(f"一行中文，第{'一二三四五六七八九十'[i % 10]}行" for i in range(1000))
+    used = train_tokenizer([english, chinese], tmp_path / "a.model", 320, sample_bytes=40_000, chinese_share=share)
+    assert used["zh_bytes"] == len(chinese.replace("\n", "").encode())
+    assert used["en_bytes"] == len(english.replace("\n", "").encode())
+    both = used["zh_bytes_used"] + used["en_bytes_used"]
+    assert used["zh_bytes_used"] / both == pytest.approx(share, abs=0.01)
+    assert 15_000 < both <= 40_100  # a power of two of lines, then the scarcer language decides
+    with pytest.raises(ConfigError, match="asks for 'zh' text too, and there is none"):
+        train_tokenizer([english], tmp_path / "b.model", 320, chinese_share=share)
+    with pytest.raises(ConfigError, match="chinese_share=1"):
+        train_tokenizer([english], tmp_path / "b.model", 320, chinese_share=1.0)
 
 
 def test_half_of_a_small_vocabulary_is_the_most_frequent_characters(tmp_path):
@@ -228,6 +246,10 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert main(["stats", "--model", model, other, "--input", str(text), "--text_field", "body", "--json", str(figures)]) == 0
     assert json.loads(figures.read_text()) == dict.fromkeys((model, other), stats(tokenizer, documents))
     row = rf"{re.escape(other)} +│ zh +│ 1 +│ {len(tokenizer.encode(documents[1])):,} +│"
-    assert re.search(row, capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(row, printed)
+    rate = f"{stats(tokenizer, documents)['all']['compression_rate']:.3f}"
+    assert re.search(rf"Compress Rate +│ +{rate} +│ +{rate} +│", printed)  # the original's layout: a column a model
+    assert re.search(r"Vocab Size +│ +512 +│ +512 +│", printed)
     with pytest.raises(ConfigError, match=r"text\.jsonl, line 1 has no text in field 'text'"):
         main(["stats", "--model", model, "--input", str(text)])

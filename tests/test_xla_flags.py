@@ -17,7 +17,9 @@ A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
 
 def start_jax(flags: str) -> subprocess.CompletedProcess:
     variables = {**environment(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"], env=variables, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_installed_jaxlib_knows_every_flag():
@@ -57,7 +59,13 @@ def test_what_is_already_set_wins(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    for name in ("XLA_CLIENT_MEM_FRACTION", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CROSS_NIC", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT"):
+    for name in (
+        "XLA_CLIENT_MEM_FRACTION",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "NCCL_CROSS_NIC",
+        "NCCL_IB_TIMEOUT",
+        "NCCL_IB_RETRY_CNT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("baichuan_jax.xla_flags.detect_topology", lambda: parse_topology("a800:2x8"))
     added = apply_flags(load_config(A800))

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import zstandard
 
 from baichuan_jax.config import ConfigError
 
+_HAN = re.compile("[\u4e00-\u9fff]")
 PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
 
 
@@ -87,6 +89,12 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
         yield record[text_field]
 
 
+def language(text: str) -> str:
+    """ "zh" where more than half of the letters are Han, else "en"."""
+    letters = sum(character.isalpha() for character in text)
+    return "zh" if 2 * len(_HAN.findall(text)) > letters else "en"
+
+
 def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8")
@@ -96,7 +104,7 @@ def _decode(content: bytes, where: str) -> str:
 
 def _lines(part: Part) -> Iterator[bytes]:
     try:
-        with _open(part.path) as file:
+        with open_file(part.path) as file:
             if part.start:
                 file.seek(part.start - 1)
                 file.readline()  # the line that begins before this part belongs to the part before
@@ -106,19 +114,20 @@ def _lines(part: Part) -> Iterator[bytes]:
         raise ConfigError(f"{part.path} cannot be read to its end: {error}") from None
 
 
-def _open(path: str) -> BinaryIO:
+def open_file(path: str, raw: BinaryIO | None = None) -> BinaryIO:
+    """A file's bytes, decompressed as its name says; `raw`: its bytes as they are, where they do not lie on a local disk."""
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(raw or path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
-        return io.BufferedReader(_Zstd(path))  # type: ignore[return-value]
-    return open(path, "rb")
+        return io.BufferedReader(_Zstd(raw or open(path, "rb")))  # type: ignore[return-value]
+    return raw or open(path, "rb")
 
 
 class _Zstd(io.RawIOBase):
     """A zstd file that complains where it is cut short, which zstandard's own reader does not."""
 
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._decompressor = zstandard.ZstdDecompressor().decompressobj()
         self._pending = b""
         self._ended = False  # a reader may ask again after the end

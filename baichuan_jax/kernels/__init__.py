@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.kernels import blockwise, reference
-from baichuan_jax.kernels.reference import masked_attention
+from baichuan_jax.kernels.reference import masked_attention, prefix_attention
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import Layout, activate, current_layout
 
-__all__ = ["attention", "choose_attention", "choose_rms_norm", "masked_attention", "rms_norm"]
+__all__ = ["attention", "choose_attention", "choose_rms_norm", "masked_attention", "prefix_attention", "rms_norm"]
 
 
 def choose_attention(
@@ -184,14 +184,15 @@ def _rms_norm(weight_D, x_BTD, residual_BTD, eps, name, layout):
 def _rms_norm_forward(weight_D, x_BTD, residual_BTD, eps, name, layout):
     function = functools.partial(_module(name, "rms_norm").forward, eps=eps)
     arrays = [x_BTD] if residual_BTD is None else [x_BTD, residual_BTD]
-    outputs = _on_rows(layout, function, ["rows"] * len(arrays), weight_D, *arrays)
+    with activate(layout):  # the caller's: jax may trace the derivative's two halves after the caller has returned
+        outputs = _on_rows(layout, function, ["rows"] * len(arrays), weight_D, *arrays)
     return outputs, (weight_D, outputs[1] if len(outputs) == 2 else x_BTD)
 
 
 def _rms_norm_backward(eps, name, layout, saved, gradients):
     weight_D, total_BTD = saved
     function = functools.partial(_module(name, "rms_norm").backward, eps=eps)
-    with activate(layout):  # the forward pass's: a gradient is traced after its function has returned
+    with activate(layout):
         dx_BTD, parts_PD = _on_rows(layout, function, ["rows", "parts"], weight_D, total_BTD, *gradients)
     dweight_D = jnp.sum(parts_PD, axis=0).astype(weight_D.dtype)
     return dweight_D, dx_BTD, dx_BTD if len(gradients) == 2 else None

@@ -1,8 +1,9 @@
 """Plain jnp operators: the oracle of every other implementation.
 
-B batch, T query length, S key length, N heads, H head size.
+B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,28 @@ def attention(
     if segments_BT is not None and segments_BS is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
     return masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
+
+
+def prefix_attention(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, k_SNH: jax.Array, v_SNH: jax.Array, mask_S: jax.Array
+) -> jax.Array:
+    """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
+
+    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes over the scores, since these
+    decide the time on a CPU: the weights are divided by their sum after the product. Returns [B, T, N, H].
+    """
+    lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q_BTNH.shape[-1] ** -0.5
+    before_NBTS = product("btnh,snh->nbts", q_BTNH, k_SNH) * scale + jnp.where(mask_S, 0.0, lowest)
+    own_NBTU = product("btnh,bunh->nbtu", q_BTNH, k_BTNH) * scale
+    own_NBTU = jnp.where(jnp.tri(q_BTNH.shape[1], dtype=bool), own_NBTU, lowest)
+    top_NBT1 = jnp.maximum(before_NBTS.max(-1, keepdims=True), own_NBTU.max(-1, keepdims=True))
+    before_NBTS, own_NBTU = jnp.exp(before_NBTS - top_NBT1), jnp.exp(own_NBTU - top_NBT1)
+    total_NBT1 = before_NBTS.sum(-1, keepdims=True) + own_NBTU.sum(-1, keepdims=True)
+    out_NBTH = product("nbts,snh->nbth", before_NBTS.astype(dtype), v_SNH)
+    out_NBTH += product("nbtu,bunh->nbth", own_NBTU.astype(dtype), v_BTNH)
+    return jnp.moveaxis(out_NBTH / total_NBT1, 0, 2).astype(q_BTNH.dtype)
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, residual: jax.Array | None = None) -> Any:

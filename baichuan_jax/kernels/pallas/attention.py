@@ -18,10 +18,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 LANES = 128  # the last dimension of a TPU's register tile, which a block of keys must fill
 
-# Tokens of a block, at most; scores are computed in pieces of BLOCK_COMPUTE keys, so that they fit into VMEM. Larger blocks start
-# fewer transfers and keep the matrix unit busier, and waste more above the diagonal. Thousand cycles that the schedule which libtpu
-# 0.0.41 compiled for v5p takes for one head of 128 and 4,096 tokens in bfloat16, forward and backward:
-# 156 + 272 by blocks of 256, 76 + 111 by 512, 62 + 106 by 1,024 (docs/benchmarks.md says how they are counted).
+# Tokens of a block, at most; scores are computed in pieces of BLOCK_COMPUTE keys. Larger blocks start fewer transfers and keep the
+# matrix unit busier, and waste more above the diagonal. Thousand cycles of the schedules that libtpu 0.0.41 compiled for v5p, for one
+# head of 128 and 4,096 tokens in bfloat16, forward and backward: 156 + 272 by blocks of 256, 76 + 111 by 512, 62 + 106 by 1,024
+# (counted in docs/benchmarks.md). Blocks of 2,048 do not fit into VMEM.
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 

@@ -20,7 +20,6 @@ from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import activate, current_layout
 
 HEAD_SIZES = (64, 128)
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Blocks(NamedTuple):
@@ -32,32 +31,25 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def forward_blocks(head_size: int, dtype: str) -> Blocks:
-    """Of the forward kernel."""
-    if dtype == "float32":
-        return Blocks(64, 32, 4, 2)
-    return Blocks(128, 64, 8, 3) if head_size == 128 else Blocks(128, 64, 4, 3)
-
-
-def dkv_blocks(head_size: int, dtype: str) -> Blocks:
-    """Of the backward kernel for keys and values."""
-    if dtype == "float32":
-        return Blocks(32, 64, 4, 1)
-    return Blocks(32, 128, 8, 2) if head_size == 128 else Blocks(64, 128, 8, 2)
-
-
-def dq_blocks(head_size: int, dtype: str) -> Blocks:
-    """Of the backward kernel for queries."""
-    if dtype == "float32":
-        return Blocks(64, 32, 4, 1)
-    return Blocks(128, 64, 8, 2)
+# Chosen on sm_80 by `python -m baichuan_jax.kernels` (docs/kernels.md): no spilled register, two warps at least for each of a
+# multiprocessor's four schedulers, then the highest bound. Every warp of 16 rows reads the whole block of the other side from shared
+# memory, which then takes about as long as the tensor cores; 32 rows halve that, but at head size 128 their sums alone take
+# 128 of a thread's 255 registers. A second stage loads the next block while this one is multiplied; a third one where memory is left.
+_FORWARD = {128: Blocks(128, 64, 8, 3), 64: Blocks(128, 64, 4, 3)}
+_DKV = {128: Blocks(64, 64, 4, 2), 64: Blocks(32, 128, 4, 2)}
+_DKV_90 = {**_DKV, 128: Blocks(64, 64, 8, 2)}  # four warps would spill on sm_90
+_DQ = {128: Blocks(128, 64, 8, 2), 64: Blocks(128, 64, 4, 2)}
+# float32: three TF32 products for each, with both parts of every operand in registers.
+_FORWARD_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(64, 32, 4, 2)}
+_DKV_32 = {128: Blocks(32, 16, 4, 1), 64: Blocks(16, 64, 4, 1)}
+_DQ_32 = {128: Blocks(16, 32, 4, 1), 64: Blocks(64, 16, 4, 1)}
 
 
 @triton.jit
 def _rows(pointer, first, count: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, H: tl.constexpr, EVEN: tl.constexpr):
     """Rows first .. first + count of one head [count, H]; zeros past the limit."""
     rows = tl.arange(0, count)
-    pointers = pointer + tl.cast(first, tl.int64) * (N * H) + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
+    pointers = pointer + ((first + rows)[:, None] * (N * H) + tl.arange(0, H)[None, :])
     if EVEN:
         return tl.load(pointers)
     return tl.load(pointers, mask=(first + rows)[:, None] < limit, other=0.0)
@@ -67,7 +59,10 @@ def _rows(pointer, first, count: tl.constexpr, limit: tl.constexpr, N: tl.conste
 def _store_rows(pointer, value, first, count: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, H: tl.constexpr):
     rows = tl.arange(0, count)
     pointers = pointer + tl.cast(first, tl.int64) * (N * H) + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
-    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=(first + rows)[:, None] < limit)
+    if limit % count == 0:
+        tl.store(pointers, value.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointers, value.to(pointer.dtype.element_ty), mask=(first + rows)[:, None] < limit)
 
 
 @triton.jit
@@ -169,17 +164,18 @@ def _dkv_loop(
             lse = tl.load(lse_pointer + queries, mask=queries < T, other=float("inf"))  # weights of 0
             delta = tl.load(delta_pointer + queries, mask=queries < T, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.math.exp2(s * SCALE - lse[None, :])
+        s = s * SCALE - lse[None, :]
+        dout = _rows(dout_pointer, i * Q, Q, T, N, H, EVEN)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         if CAUSAL or SEGMENTED:
             q_segment = queries
             if SEGMENTED:
                 q_segment = tl.load(q_segments + queries, mask=queries < T, other=0)
             seen = _visible(queries[None, :], keys[:, None], offset, q_segment[None, :], k_segment[:, None], CAUSAL, SEGMENTED)
-            p = tl.where(seen, p, 0.0)
-        dout = _rows(dout_pointer, i * Q, Q, T, N, H, EVEN)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.math.exp2(s)
         ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -239,14 +235,15 @@ def _dq_loop(
         k = _rows(k_pointer, j * K, K, S, N, H, EVEN)
         v = _rows(v_pointer, j * K, K, S, N, H, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.math.exp2(s * SCALE - lse[:, None])
+        s = s * SCALE - lse[:, None]
         if CAUSAL or SEGMENTED:
             keys = j * K + tl.arange(0, K)
             k_segment = keys
             if SEGMENTED:
                 k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
             seen = _visible(queries[:, None], keys[None, :], offset, q_segment[:, None], k_segment[None, :], CAUSAL, SEGMENTED)
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.math.exp2(s)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -301,13 +298,21 @@ def attention(
 ) -> jax.Array:
     """Causal attention; query t stands at position query_offset + t of the keys. Attends within equal segments only.
 
-    Head sizes 64 and 128; float32 (products as three TF32 ones, about float32's precision), float16, bfloat16; any length.
-    A query that sees no key gives 0. Deterministic.
+    Head sizes 64 and 128; float32 (products as three TF32 ones, about float32's precision), float16, bfloat16; any length
+    below 2^31 elements a row of the batch. A query that sees no key gives 0. The same bits every time.
     """
-    B = q_BTNH.shape[0]
+    B, _, N, H = q_BTNH.shape
+    if (size := max(q_BTNH.shape[1], k_BSNH.shape[1]) * N * H) >= 2**31:
+        raise ValueError(
+            f"attention: {size} elements of a row are beyond the kernels' 32-bit offsets; cut the sequence (mesh.context)"
+        )
     offset_B = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
     segments = None if segments_BT is None or segments_BS is None else (segments_BT, segments_BS)
     return _attention(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, current_layout())
+
+
+def _blocks(blocks: dict[int, Blocks], blocks_32: dict[int, Blocks], q_BTNH: jax.Array) -> Blocks:
+    return (blocks_32 if q_BTNH.dtype == jnp.float32 else blocks)[q_BTNH.shape[-1]]
 
 
 def _constants(q_BTNH: jax.Array, k_BSNH: jax.Array, segmented: bool, blocks: Blocks) -> dict[str, Any]:
@@ -328,14 +333,15 @@ def _attention(q, k, v, offset, segments, layout):
 
 def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
     arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
-    out_BTNH, lse_BNT = bridge.merge_vmapped(functools.partial(_run_forward, segments is not None))(*arrays)
+    with activate(layout):  # the caller's: jax may trace the derivative's two halves after the caller has returned
+        out_BTNH, lse_BNT = bridge.merge_vmapped(functools.partial(_run_forward, segments is not None))(*arrays)
     return out_BTNH, (q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT)
 
 
 def _run_forward(segmented, *arrays):
     q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, H = q_BTNH.shape
-    blocks = forward_blocks(H, q_BTNH.dtype.name)
+    B, T, N, _ = q_BTNH.shape
+    blocks = _blocks(_FORWARD, _FORWARD_32, q_BTNH)
     return bridge.call(
         _forward_kernel, *arrays,
         outputs=[jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
@@ -347,22 +353,22 @@ def _backward(layout, saved, dout_BTNH):
     q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT = saved
     delta_BNT = jnp.swapaxes(jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1), 1, 2)
     arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)), dout_BTNH, lse_BNT, delta_BNT)
-    with activate(layout):  # the forward pass's: a gradient is traced after its function has returned
+    with activate(layout):
         dq_BTNH, dk_BSNH, dv_BSNH = bridge.merge_vmapped(functools.partial(_run_backward, segments is not None))(*arrays)
     return dq_BTNH, dk_BSNH, dv_BSNH, None, None
 
 
 def _run_backward(segmented, *arrays):
     q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, H = q_BTNH.shape
-    S, dtype = k_BSNH.shape[1], q_BTNH.dtype.name
+    B, T, N, _ = q_BTNH.shape
+    S = k_BSNH.shape[1]
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSNH))
-    blocks = dkv_blocks(H, dtype)
+    blocks = _blocks(_DKV if bridge.compute_capability() < 90 else _DKV_90, _DKV_32, q_BTNH)
     dk_dv = bridge.call(
         _dkv_kernel, *arrays, outputs=[like_k, like_k],
         grid=(triton.cdiv(S, blocks.k), B * N), name="attention_dkv", **_constants(q_BTNH, k_BSNH, segmented, blocks),
     )  # fmt: skip
-    blocks = dq_blocks(H, dtype)
+    blocks = _blocks(_DQ, _DQ_32, q_BTNH)
     dq = bridge.call(
         _dq_kernel, *arrays, outputs=[like_q],
         grid=(triton.cdiv(T, blocks.q), B * N), name="attention_dq", **_constants(q_BTNH, k_BSNH, segmented, blocks),

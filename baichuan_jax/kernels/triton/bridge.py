@@ -8,17 +8,24 @@ devices of the current mesh are asked while the caller is traced (sharding.activ
 there.
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from baichuan_jax.sharding import current_layout
+
+_elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
 
 
 @functools.cache
@@ -36,41 +43,95 @@ def obstacle() -> str | None:
 
 def compute_capability() -> int:
     """Of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80."""
+    if (elsewhere := _elsewhere.get()) is not None:
+        return elsewhere[1]
     layout = current_layout()
     device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
     return int(device.compute_capability.replace(".", ""))
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One call of a kernel, whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
+
+    kernel: Any
+    name: str
+    arrays: tuple[jax.Array, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+
 def call(
     kernel: Any,
     *arrays: jax.Array,
+    name: str,
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
-    name: str,
     num_warps: int,
     num_stages: int,
     **constants: Any,
 ) -> list[jax.Array]:
-    """Run a @triton.jit kernel whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
+    """Run a @triton.jit kernel; see Launch."""
+    launch = Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants)
+    elsewhere = _elsewhere.get()
+    return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)
+
+
+def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     jax_triton, outputs_name = _jax_triton()
-    with jax.named_scope(name):  # so that a compiled program tells which kernel a call is
+    with jax.named_scope(launch.name):  # so that a compiled program tells which kernel a call is
         result = jax_triton.triton_call(
-            *arrays,
-            kernel=kernel,
-            grid=grid,
-            name=name,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            *launch.arrays,
+            kernel=launch.kernel,
+            name=launch.name,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
             compute_capability=compute_capability(),
-            **{outputs_name: list(outputs)},
-            **constants,
+            **{outputs_name: list(launch.outputs)},
+            **launch.constants,
         )
     return list(result)
+
+
+@contextlib.contextmanager
+def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> Iterator[None]:
+    """Inside, kernels for this compute capability go to a function instead of jax-triton: to be listed, or interpreted."""
+    token = _elsewhere.set((runner, capability))
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+@functools.cache
+def ptxas() -> Path:
+    """The assembler that XLA will use, from NVIDIA's wheel, or else triton's of CUDA 12; triton is told to write for its version.
+
+    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on sm_90, where 12.9 knows 8.8).
+    """
+    nvcc, triton = (importlib.util.find_spec(name) for name in ("nvidia.cuda_nvcc", "triton"))
+    assert triton is not None
+    assert triton.origin is not None
+    places = [Path(folder) / "bin" for folder in nvcc.submodule_search_locations or ()] if nvcc else []
+    places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = next(place / "ptxas" for place in places if (place / "ptxas").exists())
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        os.environ.setdefault(variable, str(found))
+    return found
 
 
 @functools.cache
 def _jax_triton() -> tuple[Any, str]:
     """The module, and what it calls the outputs' shapes. Raises ImportError."""
+    ptxas()
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]

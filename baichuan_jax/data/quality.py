@@ -1,0 +1,416 @@
+"""Quality of text as a probability, by a fastText classifier for Chinese and one for English.
+
+A text is seen as its Han characters, its lower-case words, and the marks of its sentences, singly and in neighbouring pairs; so the
+classifier knows in what order words come, and nothing of layout, digits and symbols, which are the rules' work. Trained on good text
+against bad: of your choice, or damaged copies of the good. The package brings a small model (quality_model/, its text in card.json).
+
+`python -m baichuan_jax.data.quality train|score`
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_jax.config import ConfigError, require
+from baichuan_jax.data.text import find_files, language, read_documents, split_files
+from baichuan_jax.files import publish, write_atomically
+from baichuan_jax.resilience.exits import run_command
+
+MODEL = Path(__file__).parent / "quality_model"
+LANGUAGES = ("zh", "en")
+HELD_OUT = 10  # one document in so many is kept from training: half of them to calibrate, half to report
+SHORTEST, LONGEST = 20, 1500  # characters of a training piece: a sentence up to a page
+MAX_CHARACTERS = 30_000_000  # held in memory for one language and label; more is sampled evenly, and said
+
+_TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[，。、；：！？,.;:!?]")
+
+
+def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
+    """Probability that each text is good: float32 [len(texts)]; 0 where a text has no letter.
+
+    Documents and sentences alike; a text of mostly Han letters is judged by the Chinese classifier, any other by the English one.
+    `model` is a folder that `train` wrote. Raises ConfigError where it holds no classifier of a text's language.
+    """
+    classifiers = _load(str(model))
+    logits = np.full(len(texts), -np.inf)
+    by_language: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
+        by_language.setdefault(language(text), []).append(index)
+    for lang, indices in by_language.items():
+        if lang not in classifiers:
+            raise ConfigError(
+                f"{model} holds no classifier of {lang!r}; train one: python -m baichuan_jax.data.quality train --help"
+            )
+        classifier, entry = classifiers[lang]
+        raw = _logits(classifier, entry["direction"], [_tokens(texts[index]) for index in indices])
+        logits[indices] = entry["slope"] * raw + entry["intercept"]
+    with np.errstate(over="ignore"):
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+def _tokens(text: str) -> str:
+    return " ".join(_TOKEN.findall(text.lower()))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Classifiers of a folder, each with its entry in card.json, by language."""
+    fasttext = _fasttext()
+    card = Path(folder) / "card.json"
+    if not card.is_file():
+        raise ConfigError(
+            f"{folder} holds no quality model (no card.json); train one: python -m baichuan_jax.data.quality train --help"
+        )
+    described = json.loads(card.read_text(encoding="utf-8"))["languages"]
+    loaded = {}
+    for lang, entry in described.items():
+        path = Path(folder) / f"{lang}.ftz"
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        if found != entry["sha256"]:
+            raise ConfigError(f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again")
+        loaded[lang] = (fasttext.load_model(str(path)), entry)
+    return loaded
+
+
+def _fasttext() -> Any:
+    try:
+        import fasttext  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("quality scores need the fasttext-numpy2-wheel package: pip install -r requirements-data.txt") from None
+    setattr(fasttext.FastText, "eprint", lambda *_: None)  # noqa: B010  its loader warns of a change that came years ago
+    return fasttext
+
+
+def _logits(classifier: Any, direction: list[float], lines: list[str]) -> np.ndarray:
+    """log(good/bad) of each line of tokens, before calibration; -inf of an empty one.
+
+    From the hidden vector, since fastText's own probabilities end at 1e-5 and tell the best texts not apart.
+    """
+    vectors = np.stack([classifier.get_sentence_vector(line) for line in lines]).astype(np.float64)
+    return np.where([not line for line in lines], -np.inf, vectors @ np.asarray(direction))
+
+
+# training
+
+
+def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: str = "text", size: int = 30_000) -> dict[str, Any]:
+    """Train a classifier for each language that the good files hold, and write them to a folder. Returns card.json's content.
+
+    `bad` are files too; none: damaged copies of the good text. `size` is how many words and pairs of words a classifier keeps
+    (fastText.zip, arXiv:1612.03651). The same files give the same bytes: one thread, a fixed order. Raises ConfigError.
+    """
+    folder = Path(folder)
+    fasttext = _fasttext()
+    rng = random.Random(0)
+    good_pieces = _read(good, text_field, rng)
+    bad_pieces = _read(bad, text_field, rng) if bad else {}
+    card: dict[str, Any] = {
+        "good": _described(good),
+        "bad": _described(bad) or "damaged copies of the good text",
+        "languages": {},
+    }
+    for lang in LANGUAGES:
+        kept, others = good_pieces.get(lang), bad_pieces.get(lang)
+        if kept is None:
+            continue
+        require(others is not None or not bad, f"{bad} hold no {lang} text, and {good} do")
+        lines: dict[str, list[str]] = {"train": [], "fit": [], "report": []}
+        for piece, part in kept.pieces:
+            lines[part].append(f"__label__good {_tokens(piece)}")
+            if others is None:
+                lines[part].append(f"__label__bad {_tokens(damage(piece, lang, rng))}")
+        for piece, part in others.pieces if others is not None else ():
+            lines[part].append(f"__label__bad {_tokens(piece)}")
+        for part, found in lines.items():
+            labels = {line.split(" ")[0] for line in found}
+            require(len(labels) == 2, f"too little {lang} text: {len(found)} pieces to {part}, all of {labels or 'no label'}")
+        rng.shuffle(lines["train"])
+        path = folder / f"{lang}.ftz"
+        direction = _fit(fasttext, lines["train"], path, size)
+        classifier = fasttext.load_model(str(path))
+        slope, intercept = _calibrate(*_judged(classifier, direction, lines["fit"]))
+        logits, labels = _judged(classifier, direction, lines["report"])
+        card["languages"][lang] = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
+            "direction": direction, "slope": slope, "intercept": intercept, "pieces": len(lines["train"]), "one_piece_in": kept.every,
+            "held_out": _report(slope * logits + intercept, labels),
+        }  # fmt: skip
+    require(bool(card["languages"]), f"{good} hold no text")
+    write_atomically(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False).encode())
+    return card
+
+
+def _described(patterns: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        for path in (find_files(patterns) if patterns else [])
+    ]
+
+
+class _Pieces:
+    """Pieces of one language, each with its part: train, fit or report. Where they grow too large, every second one goes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[str, str]] = []
+        self.every, self._seen, self._size = 1, 0, 0
+
+    def add(self, piece: str, part: str) -> None:
+        if self._seen % self.every == 0:
+            self.pieces.append((piece, part))
+            self._size += len(piece)
+            if self._size > MAX_CHARACTERS:
+                self.every *= 2
+                self.pieces = self.pieces[::2]
+                self._size = sum(len(kept) for kept, _ in self.pieces)
+        self._seen += 1
+
+
+def _read(patterns: list[str], text_field: str, rng: random.Random) -> dict[str, _Pieces]:
+    """Pieces of all documents by language. All of a document's pieces are in one part, by its hash."""
+    found: dict[str, _Pieces] = {}
+    for file_part in split_files(find_files(patterns)):
+        for text in read_documents(file_part, text_field):
+            digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+            part = "train" if digest % HELD_OUT else ("fit", "report")[digest // HELD_OUT % 2]
+            pieces = found.setdefault(language(text), _Pieces())
+            for piece in _cut(text, rng):
+                pieces.add(piece, part)
+    return found
+
+
+def _cut(text: str, rng: random.Random) -> Iterator[str]:
+    """Consecutive pieces, their lengths log-uniform in SHORTEST to LONGEST characters; the last may be shorter but not empty."""
+    start = 0
+    while start < len(text):
+        size = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))))
+        piece = text[start : start + size]
+        start += size
+        if len(_TOKEN.findall(piece)) >= 3:
+            yield piece
+
+
+def damage(text: str, lang: str, rng: random.Random) -> str:
+    """A bad copy of a good text: words in another order, or fragments of it joined, or letters exchanged."""
+    pattern, space = (r"[\u3400-\u9fff]", "") if lang == "zh" else (r"[^\W\d_]+", " ")
+    words = re.findall(pattern, text)
+    kind = rng.randrange(5) if words else 4
+    if kind <= 2:
+        window = rng.choice([4, 8, 20, len(words) + 1])
+        parts = [words[start : start + window] for start in range(0, len(words), window)]
+        rest = iter([word for part in parts for word in rng.sample(part, len(part))])
+        return re.sub(pattern, lambda _: next(rest), text)
+    if kind == 3:
+        cuts = [words[start : start + rng.randint(1, 4)] for start in rng.choices(range(len(words)), k=max(1, len(words) // 3))]
+        return rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "]).join(space.join(cut) for cut in cuts)
+    share = rng.uniform(0.08, 0.3)
+    return "".join(rng.choice(text) if rng.random() < share else character for character in text)
+
+
+def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
+    """Train, prune to `size` words and pairs, quantise, and write at once. Returns the weights of good less those of bad."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "train.txt"
+        text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        # With one thread fastText 0.9.2 initialises a tenth of its matrix and trains on whatever memory holds in the rest. Two million
+        # rows of eight are above 32 MB, the most that malloc serves from used memory: what it gives is then new, and zero.
+        classifier = fasttext.train_supervised(
+            str(text),
+            lr=0.3,
+            dim=8,
+            epoch=5,
+            wordNgrams=2,
+            bucket=2_000_000,
+            minCount=1,
+            minn=0,
+            maxn=0,
+            thread=1,
+            seed=1,
+            verbose=0,
+        )
+        output = dict(zip(classifier.get_labels(), classifier.get_output_matrix(), strict=True))
+        classifier.quantize(str(text), qnorm=True, cutoff=size)
+        temporary = path.with_suffix(".tmp")
+        classifier.save_model(str(temporary))
+    publish(temporary, path)
+    return (output["__label__good"] - output["__label__bad"]).astype(float).tolist()
+
+
+def _judged(classifier: Any, direction: list[float], lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Raw logits and labels (1 good, 0 bad) of labelled lines."""
+    pairs = [(label, tokens) for label, _, tokens in (line.partition(" ") for line in lines) if tokens]
+    logits = _logits(classifier, direction, [tokens for _, tokens in pairs])
+    return logits, np.array([label == "__label__good" for label, _ in pairs], float)
+
+
+def _calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of the logistic regression of labels on logits, by Newton's method (Platt scaling)."""
+    inputs = np.stack([logits, np.ones_like(logits)], axis=1)
+    weights = np.array([1.0, 0.0])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-inputs @ weights))
+        hessian = inputs.T @ (inputs * (p * (1 - p) + 1e-9)[:, None]) + 1e-6 * np.eye(2)
+        step = np.linalg.solve(hessian, inputs.T @ (labels - p) - 1e-6 * weights)
+        weights += step * min(1.0, 2.0 / float(np.abs(step).max() + 1e-12))
+        if np.abs(step).max() < 1e-8:
+            break
+    return float(weights[0]), float(weights[1])
+
+
+def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy, area under the ROC curve, and calibration: by tenths of the prediction, its mean and the share that is good."""
+    p = 1 / (1 + np.exp(-logits))
+    ranks = np.argsort(np.argsort(logits, kind="stable"), kind="stable")
+    good, bad = int(labels.sum()), int((1 - labels).sum())
+    area = (ranks[labels == 1].sum() - good * (good - 1) / 2) / (good * bad)
+    tenth = np.minimum((10 * p).astype(int), 9)
+    bins = [
+        {"texts": int((tenth == b).sum()), "predicted": float(p[tenth == b].mean()), "good": float(labels[tenth == b].mean())}
+        for b in range(10)
+        if (tenth == b).any()
+    ]
+    error = sum(b["texts"] * abs(b["predicted"] - b["good"]) for b in bins) / len(p)
+    return {
+        "texts": len(p), "accuracy": float(((p > 0.5) == (labels == 1)).mean()), "auc": float(area),
+        "calibration_error": error, "calibration": bins,
+    }  # fmt: skip
+
+
+# the command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.data.quality",
+        description="Train quality classifiers, and score text. "
+        "Example: train --good 'books/*.jsonl' --bad 'crawl/*.jsonl.gz' --output DIR",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser(
+        "train", help="train a classifier a language; shows accuracy and calibration on held-out documents"
+    )
+    training.add_argument(
+        "--good", nargs="+", required=True, metavar="GLOB", help="text to be like: JSONL or .txt, also .gz, .zst"
+    )
+    training.add_argument(
+        "--bad", nargs="+", default=[], metavar="GLOB", help="text to be unlike (default: damaged copies of the good)"
+    )
+    training.add_argument("--output", required=True, metavar="DIR", help="name it as the pipeline's quality model")
+    training.add_argument(
+        "--size", type=int, default=30_000, help="words and pairs that a classifier keeps (default: 30000, 0.5 MB)"
+    )
+    scoring = commands.add_parser("score", help="scores of files: how they spread, and the worst")
+    scoring.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="JSONL or .txt, also .gz, .zst")
+    scoring.add_argument("--model", default=str(MODEL), metavar="DIR", help="what train wrote (default: the package's)")
+    scoring.add_argument("--lines", action="store_true", help="score every line by itself, not whole documents")
+    scoring.add_argument("--worst", type=int, default=3, help="texts of lowest score to print of each file (default: 3)")
+    for command in (training, scoring):
+        command.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
+        command.add_argument("--json", metavar="FILE", help="save the figures")
+    return parser
+
+
+def _show_card(card: dict[str, Any], console: Console) -> None:
+    table = Table("held out", "texts", "accuracy", "AUC", "calibration error", "file", title_justify="left")
+    for lang, entry in card["languages"].items():
+        h = entry["held_out"]
+        table.add_row(
+            lang,
+            f"{h['texts']:,}",
+            f"{h['accuracy']:.4f}",
+            f"{h['auc']:.4f}",
+            f"{h['calibration_error']:.4f}",
+            f"{entry['bytes']:,} bytes",
+        )
+    console.print(table)
+    table = Table("score", *(f"{lang} {name}" for lang in card["languages"] for name in ("texts", "predicted", "good")))
+    for b in range(10):
+        cells = []
+        for entry in card["languages"].values():
+            found = next((c for c in entry["held_out"]["calibration"] if min(int(10 * c["predicted"]), 9) == b), None)
+            cells += [f"{found['texts']:,}", f"{found['predicted']:.3f}", f"{found['good']:.3f}"] if found else ["-"] * 3
+        table.add_row(f"{b / 10:.1f} - {(b + 1) / 10:.1f}", *cells)
+    console.print(table)
+
+
+def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
+    table = Table("file", "texts", "mean", *(f"{q:.0%}" for q in quantiles))
+    figures: dict[str, Any] = {}
+    worst: dict[str, list[tuple[float, str]]] = {}
+    files = find_files(options.input)
+    for path in files:
+        scores, lowest = [], []
+        for batch in _batches(_texts([path], options.text_field, options.lines)):
+            found = score(batch, options.model)
+            scores.append(found)
+            lowest = sorted([*lowest, *zip(found.tolist(), batch, strict=True)])[: options.worst]
+        values = np.concatenate(scores) if scores else np.zeros(0)
+        if not len(values):
+            continue
+        spread = np.quantile(values, quantiles)
+        table.add_row(path, f"{len(values):,}", f"{values.mean():.3f}", *(f"{value:.3f}" for value in spread))
+        figures[path] = {
+            "texts": len(values),
+            "mean": float(values.mean()),
+            "quantiles": dict(zip(map(str, quantiles), spread.tolist(), strict=True)),
+        }
+        worst[path] = lowest
+    console.print(table)
+    for path, lowest in worst.items():
+        for value, text in lowest:
+            console.print(f"{path} {value:.3f} {' '.join(text.split())[:160]!r}", markup=False)
+    return figures
+
+
+def _texts(files: list[str], text_field: str, lines: bool) -> Iterator[str]:
+    for part in split_files(files):
+        for document in read_documents(part, text_field):
+            if not lines:
+                yield document
+            else:
+                yield from (line for line in document.split("\n") if line.strip())
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size > 1 << 20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    options = _parser().parse_args(words)
+    console = Console(highlight=False, soft_wrap=True)
+    if options.command == "train":
+        figures = train(options.good, options.bad, options.output, text_field=options.text_field, size=options.size)
+        _show_card(figures, console)
+    else:
+        figures = _score_files(options, console)
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""Perplexity by context length: how far past the training length a model still gains from what it reads.
+
+Text becomes one stream of tokens, documents joined with EOS as in training (no BOS), cut into windows of each length that do not
+overlap. B windows of a batch, T tokens of a window, D hidden.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.evaluate.scoring import default_batch_tokens
+from baichuan_jax.loss import IGNORE, cross_entropy
+from baichuan_jax.model import Params, Transformer, matmul_precision
+from baichuan_jax.sharding import Layout, activate
+from baichuan_jax.tokenizer import Tokenizer
+
+TAIL = 256  # tokens at a window's end that are also counted apart: they have almost the whole context before them
+CHUNK = 1024  # tokens whose logits exist at once
+
+
+def read_stream(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
+    """The first max_tokens tokens of the documents, joined with EOS: int32."""
+    parts: list[int] = []
+    for document in documents:
+        parts += [*tokenizer.encode(document), tokenizer.eos_id]
+        if len(parts) >= max_tokens:
+            break
+    return np.array(parts[:max_tokens], np.int32)
+
+
+def perplexity_curve(
+    model: Transformer,
+    tokens: np.ndarray,
+    contexts: list[int],
+    *,
+    mesh: Mesh | None = None,
+    batch_tokens: int | None = None,
+    on_done: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each context length: `context`, `windows`, `tokens` (predicted), `loss` (nats), `perplexity`, `tail_perplexity`.
+
+    Every window predicts all of its tokens but the first; the tail is its last 256. on_done is called with numbers of tokens that are
+    done. Raises ConfigError where the text is shorter than a window.
+    """
+    layout = None if mesh is None else Layout(mesh)
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    graphdef, state = nnx.split(model)
+    params: Params = nnx.to_pure_dict(state)
+
+    def losses(params: Params, inputs_BT: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with activate(layout), matmul_precision(model.config):
+            merged = nnx.merge(graphdef, params)
+            hidden_BTD = merged.hidden(inputs_BT)
+            tail_BT = jnp.where(jnp.arange(labels_BT.shape[1]) < labels_BT.shape[1] - 1 - TAIL, IGNORE, labels_BT)
+            head = merged.lm_head[...]
+            whole = cross_entropy(hidden_BTD, head, labels_BT, chunk_size=CHUNK)
+            return whole, cross_entropy(hidden_BTD, head, tail_BT, chunk_size=CHUNK)
+
+    def put(array: np.ndarray) -> Any:
+        if layout is None:
+            return array
+        sharding = layout.sharding("batch", "length")
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    compiled = jax.jit(losses, out_shardings=None if layout is None else layout.sharding())
+    rows = []
+    for context in contexts:
+        if not 2 <= context <= len(tokens):
+            raise ConfigError(
+                f"a window of {context} tokens does not fit a text of {len(tokens)}: give more text, or fewer tokens"
+            )
+        windows = tokens[: len(tokens) // context * context].reshape(-1, context)
+        B = max(1, (batch_tokens or default_batch_tokens()) // context) * shards
+        total = tail = 0.0
+        for inputs, labels in _batches(windows, B):
+            sums = jax.device_get(compiled(params, put(inputs), put(labels)))
+            total, tail = total + float(sums[0]), tail + float(sums[1])
+            if on_done is not None:
+                on_done(int((labels != IGNORE).sum()))
+        count, tail_count = len(windows) * (context - 1), len(windows) * min(TAIL, context - 1)
+        rows.append({
+            "context": context, "windows": len(windows), "tokens": count, "loss": total / count,
+            "perplexity": math.exp(total / count), "tail_perplexity": math.exp(tail / tail_count),
+        })  # fmt: skip
+    return rows
+
+
+def _batches(windows: np.ndarray, B: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and labels [B, T] of B windows at a time; what a last batch lacks has no labels."""
+    for start in range(0, len(windows), B):
+        inputs = np.zeros((B, windows.shape[1]), np.int32)
+        labels = np.full(inputs.shape, IGNORE, np.int32)
+        part = windows[start : start + B]
+        inputs[: len(part)] = part
+        labels[: len(part), :-1] = part[:, 1:]
+        yield inputs, labels
+
+
+def parse_contexts(text: str) -> list[int]:
+    """Context lengths of "4096,4352,...,5376": the dots stand for the steps between. Raises ConfigError."""
+    words = [word.strip() for word in text.split(",")]
+    lengths: list[int] = []
+    try:
+        for place, word in enumerate(words):
+            if word != "...":
+                lengths.append(int(word))
+                continue
+            step, last = lengths[-1] - lengths[-2], int(words[place + 1])
+            if step <= 0 or (last - lengths[-1]) % step:
+                raise ValueError(text)
+            lengths += range(lengths[-1] + step, last, step)
+    except (ValueError, IndexError):
+        raise ConfigError(f"context={text!r} must be lengths such as 4096,4352,4608 or 4096,4352,...,5376") from None
+    return lengths
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The curve in Markdown."""
+    lines = ["| context | windows | perplexity | of the last 256 tokens |", "| -: | -: | -: | -: |"]
+    lines += [f"| {r['context']} | {r['windows']} | {r['perplexity']:.3f} | {r['tail_perplexity']:.3f} |" for r in rows]
+    return "\n".join([*lines, ""])
+
+
+def chart(rows: list[dict[str, Any]], path: Path | str) -> None:
+    """The curve as PNG, as the original drew it."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    contexts = [row["context"] for row in rows]
+    axes.plot(contexts, [row["perplexity"] for row in rows], "^-", label="whole windows")
+    axes.plot(contexts, [row["tail_perplexity"] for row in rows], "o--", label=f"last {TAIL} tokens of each")
+    axes.set(xlabel="context length (tokens)", ylabel="perplexity", xticks=contexts)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

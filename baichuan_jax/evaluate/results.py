@@ -1,0 +1,163 @@
+"""From prompts to records, from records to scores, and the folder that holds them: one file a subject, whole or not there.
+
+records.jsonl has a line a question; result.json the scores and the manifest: all that decides them, and hashes of what was read.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.evaluate.prompts import Prompt, Protocol
+from baichuan_jax.evaluate.scoring import Request, Scorer
+from baichuan_jax.evaluate.tasks import LETTERS, Subject
+from baichuan_jax.files import write_atomically
+from baichuan_jax.resilience.exits import NumericsError
+
+Record = dict[str, Any]
+
+
+def score_prompts(
+    scorer: Scorer, prompts: Sequence[Prompt], protocol: Protocol, on_done: Callable[[int], object] | None = None
+) -> list[Record]:
+    """A record of every prompt, in order. Raises NumericsError where a logit is not finite.
+
+    `logits` of A to D: the original's logits of one token each, or lm-eval's log-likelihoods of the answers, summed over their tokens.
+    """
+    requests: list[Request] = []
+    terms: list[list[list[tuple[int, int]]]] = []  # of every prompt and answer: (request, place among its wanted tokens)
+    for prompt in prompts:
+        starts: dict[tuple[int, ...], list[int]] = {}  # what precedes a token of some answer -> such tokens
+        for answer in prompt.continuations:
+            for length, token in enumerate(answer):
+                wanted = starts.setdefault(answer[:length], [])
+                if token not in wanted:
+                    wanted.append(token)
+        number = {start: len(requests) + place for place, start in enumerate(starts)}
+        requests += [
+            Request([*prompt.tokens, *start], tuple(wanted), (prompt.subject, prompt.shots)) for start, wanted in starts.items()
+        ]
+        terms.append([
+            [(number[answer[:length]], starts[answer[:length]].index(token)) for length, token in enumerate(answer)]
+            for answer in prompt.continuations
+        ])  # fmt: skip
+    logits, norms = scorer.score(requests, on_done)
+    if protocol == "lm-eval":
+        logits = [row - norm for row, norm in zip(logits, norms, strict=True)]
+    return [
+        _record(prompt, [sum(float(logits[row][place]) for row, place in answer) for answer in answers])
+        for prompt, answers in zip(prompts, terms, strict=True)
+    ]
+
+
+def _record(prompt: Prompt, logits: list[float]) -> Record:
+    if not np.isfinite(logits).all():
+        raise NumericsError(f"{prompt.subject}, question {prompt.index}: the logits {logits} are not finite")
+    return {
+        "subject": prompt.subject, "index": prompt.index, **({"id": prompt.id} if prompt.id else {}), "prompt_sha256": prompt.sha256,
+        "num_tokens": len(prompt.tokens), "shots": len(prompt.shots), "shot_rows": list(prompt.shots), "logits": logits,
+        "prediction": LETTERS[int(np.argmax(logits))], "answer": prompt.answer,
+    }  # fmt: skip
+
+
+def summarise(task: str, protocol: Protocol, subjects: Sequence[Subject], records: Sequence[Record]) -> dict[str, Any]:
+    """Scores as fractions with standard errors: `average`, `micro`, `macro`, `categories`, `subjects`.
+
+    The average, and that of a category, counts every question alike (micro); the original's C-Eval counts every subject alike (macro).
+    Without answers, only counts.
+    """
+    by_subject: dict[str, list[bool]] = {subject.name: [] for subject in subjects}
+    unanswered = any(record["answer"] is None for record in records)
+    for record in records:
+        by_subject[record["subject"]].append(record["prediction"] == record["answer"])
+    summary: dict[str, Any] = {"questions": len(records), "scored": not unanswered}
+    if unanswered:
+        return summary
+    aggregation = "macro" if task == "ceval" and protocol == "original" else "micro"
+    members: dict[str, list[list[bool]]] = {}
+    for subject in subjects:
+        for category in subject.categories:
+            members.setdefault(category, []).append(by_subject[subject.name])
+    averages = {"micro": _micro(list(by_subject.values())), "macro": _macro(list(by_subject.values()))}
+    combine = _macro if aggregation == "macro" else _micro
+    return summary | {
+        "aggregation": aggregation, "average": averages[aggregation]["accuracy"], "stderr": averages[aggregation]["stderr"],
+        **averages, "categories": {name: combine(group) for name, group in members.items()},
+        "subjects": {name: _micro([group]) for name, group in by_subject.items()},
+    }  # fmt: skip
+
+
+def _micro(groups: list[list[bool]]) -> dict[str, Any]:
+    """Share of right answers over all questions; its standard error is lm-eval's: sample deviation / sqrt(n)."""
+    right = [answer for group in groups for answer in group]
+    n, accuracy = len(right), sum(right) / len(right)
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
+    return {"accuracy": accuracy, "stderr": stderr, "questions": n, "subjects": len(groups)}
+
+
+def _macro(groups: list[list[bool]]) -> dict[str, Any]:
+    """Mean of the subjects' accuracies; its standard error takes the subjects as independent."""
+    parts = [_micro([group]) for group in groups]
+    errors = [part["stderr"] for part in parts]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(parts)
+    accuracy = sum(part["accuracy"] for part in parts) / len(parts)
+    return {"accuracy": accuracy, "stderr": stderr, "questions": sum(map(len, groups)), "subjects": len(groups)}
+
+
+class Results:
+    """The output folder: opened with all that decides the results, so that a restart goes on and nothing else is mixed in."""
+
+    def __init__(self, folder: Path | str, settings: dict[str, Any], writes: bool = True) -> None:
+        self.folder, self._writes = Path(folder), writes
+        file = self.folder / "settings.json"
+        if not writes:
+            return
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+            if differing:
+                changes = "; ".join(f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differing[:4])
+                raise ConfigError(f"{folder} holds results of another evaluation ({changes}); choose another --output")
+        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+            raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
+        else:
+            write_atomically(file, _dump(settings))
+
+    def _path(self, subject: str) -> Path:
+        return self.folder / "subjects" / f"{subject}.jsonl"
+
+    def has(self, subject: str) -> bool:
+        """Whether a subject is finished."""
+        return self._path(subject).is_file()
+
+    def save(self, subject: str, records: Sequence[Record]) -> None:
+        """Keep a finished subject."""
+        if self._writes:
+            write_atomically(self._path(subject), _lines(records))
+
+    def load(self, subject: str) -> list[Record]:
+        return [json.loads(line) for line in self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]]
+
+    def finish(self, result: dict[str, Any], records: Sequence[Record]) -> None:
+        """Write records.jsonl and result.json, and C-Eval's submission where there are no answers."""
+        if not self._writes:
+            return
+        write_atomically(self.folder / "records.jsonl", _lines(records))
+        if result["task"] == "ceval" and result["manifest"]["split"] == "test":
+            submission: dict[str, dict[str, str]] = {}
+            for record in records:
+                submission.setdefault(record["subject"], {})[record.get("id", str(record["index"]))] = record["prediction"]
+            write_atomically(self.folder / "submission.json", _dump(submission))
+        write_atomically(self.folder / "result.json", _dump(result))
+
+
+def _dump(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _lines(records: Sequence[Record]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()

@@ -1,0 +1,197 @@
+"""Scores of next tokens after many prompts: what they share is run once, the rest is batched by length, the head sees one position.
+
+B rows, T tokens of a row, S tokens of a shared prefix, W wanted next tokens, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from baichuan_jax.model import Cache, Params, Transformer, init_cache, matmul_precision, positions_of
+from baichuan_jax.sharding import Layout, activate
+
+MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth a pass of its own
+MIN_SHARING_ROWS = 3
+
+
+def default_batch_tokens() -> int:
+    """A CPU is fastest where attention's scores stay in its caches; an accelerator wants long products."""
+    return 2048 if jax.default_backend() == "cpu" else 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Tokens, and the next tokens whose scores are wanted. Requests with equal `group` are looked at for a common beginning."""
+
+    tokens: list[int]
+    wanted: tuple[int, ...]
+    group: Any = None
+
+
+@dataclasses.dataclass
+class Work:
+    """What was done so far: seconds of running and of compiling, tokens of the prompts, and those that went through the model."""
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    prompt_tokens: int = 0
+    run_tokens: int = 0
+
+
+class Scorer:
+    """Runs requests through one model on one device or on a mesh; compiles once for each shape."""
+
+    def __init__(self, model: Transformer, mesh: Mesh | None = None, batch_tokens: int | None = None) -> None:
+        """batch_tokens: tokens of a batch on one device, by default what default_batch_tokens says."""
+        self.config = model.config
+        self.work = Work()
+        self._graphdef, state = nnx.split(model)
+        self.params: Params = nnx.to_pure_dict(state)
+        self._layout = None if mesh is None else Layout(mesh)
+        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._length_step = 1 if mesh is None else mesh.shape["context"]
+        self._batch_tokens = batch_tokens or default_batch_tokens()
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    def score(
+        self, requests: Sequence[Request], on_done: Callable[[int], object] | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Logits [W] of every request's wanted tokens, and the log-normaliser of all logits [requests], in float32.
+
+        on_done is called with numbers of finished requests as they come. Results do not depend on other calls.
+        """
+        began, compiled = time.perf_counter(), self.work.compile_seconds
+        logits: list[Any] = [None] * len(requests)
+        norms = np.zeros(len(requests), np.float32)
+        pending: tuple[list[int], Any] | None = None
+
+        def collect(batch: tuple[list[int], Any] | None) -> None:
+            if batch is None:
+                return
+            rows, (picked_BW, norm_B) = batch[0], jax.device_get(batch[1])
+            for row, picked_W, norm in zip(rows, picked_BW, norm_B, strict=False):  # padding rows come last
+                logits[row], norms[row] = picked_W[: len(requests[row].wanted)], norm
+            if on_done is not None:
+                on_done(len(rows))
+
+        for batch in self._batches(requests):
+            collect(pending)  # the batch before this one, while the devices work on this one
+            pending = batch
+        collect(pending)
+        self.work.seconds += time.perf_counter() - began - (self.work.compile_seconds - compiled)
+        self.work.prompt_tokens += sum(len(request.tokens) for request in requests)
+        return logits, norms
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Any]]:
+        """(row numbers, results under way) of every batch."""
+        groups: dict[Any, list[int]] = {}
+        for row, request in enumerate(requests):
+            groups.setdefault(request.group, []).append(row)
+        alone: list[int] = []
+        for rows in groups.values():
+            shared = _common_length([requests[row].tokens for row in rows])
+            if len(rows) < MIN_SHARING_ROWS or shared < MIN_SHARED_TOKENS:
+                alone += rows
+            else:
+                prefix = self._prefix(requests[rows[0]].tokens[:shared])
+                yield from self._in_batches(requests, rows, prefix, shared)
+        yield from self._in_batches(requests, alone, None, 0)
+
+    def _in_batches(self, requests: Sequence[Request], rows: list[int], prefix: Cache | None, skip: int):
+        width = max((len(request.wanted) for request in requests), default=0)
+        rows = sorted(rows, key=lambda row: -len(requests[row].tokens))
+        while rows:
+            T = self._length(len(requests[rows[0]].tokens) - skip)
+            B = self._batch_size(len(rows), T)
+            batch, rows = rows[:B], rows[B:]
+            tokens_BT, last_B, wanted_BW = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, width), np.int32)
+            for place, row in enumerate(batch):
+                tokens = requests[row].tokens[skip:]
+                tokens_BT[place, : len(tokens)] = tokens
+                last_B[place] = len(tokens) - 1
+                wanted_BW[place, : len(requests[row].wanted)] = requests[row].wanted
+            arrays = [self._put(array, "batch") for array in (tokens_BT, last_B, wanted_BW)]
+            self.work.run_tokens += B * T
+            yield batch, self._run(self._score, self.params, prefix, *arrays)
+
+    def _length(self, count: int, parts: int = 4) -> int:
+        """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled.
+
+        On a mesh that cuts sequences, a multiple of its pieces.
+        """
+        step = (1 << max(count - 1, 16).bit_length() - 1) // parts
+        length = -(-max(count, 16) // step) * step
+        return -(-length // self._length_step) * self._length_step
+
+    def _batch_size(self, count: int, T: int) -> int:
+        """Rows of the next batch: what batch_tokens hold on every device, or for the rest a fourth of it, a sixteenth, ..."""
+        most = max(1, self._batch_tokens // T)
+        sizes = [most * self._shards]
+        while most > 1:
+            most = -(-most // 4)
+            sizes.append(most * self._shards)
+        if count >= sizes[0]:
+            return sizes[0]
+        up = min(size for size in sizes if size >= count)
+        down = max((size for size in sizes if size <= count), default=up)
+        return up if 2 * up <= 3 * count else down
+
+    def _prefix(self, tokens: list[int]) -> Cache:
+        S = self._length(len(tokens), parts=2)
+        tokens_1S = np.zeros((1, S), np.int32)
+        tokens_1S[0, : len(tokens)] = tokens
+        self.work.run_tokens += S
+        return self._run(self._fill, self.params, self._put(tokens_1S), self._put(np.int32(len(tokens))))
+
+    def _fill(self, params: Params, tokens_1S: jax.Array, length: jax.Array) -> Cache:
+        # One row: no batch to cut.
+        with self._traced(params, batch_axes=()) as model:
+            mask_1S = jnp.ones(tokens_1S.shape, bool)
+            _, cache = model.extend(tokens_1S, init_cache(self.config, mask_1S), positions_of(mask_1S))
+            return cache._replace(length=length)
+
+    def _score(self, params: Params, prefix: Cache | None, tokens_BT, last_B, wanted_BW) -> tuple[jax.Array, jax.Array]:
+        with self._traced(params) as model:
+            hidden_BTD = model.hidden(tokens_BT) if prefix is None else model.after(tokens_BT, prefix)
+            hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+            logits_BV = model.head(hidden_BD)
+            return jnp.take_along_axis(logits_BV, wanted_BW, axis=1), jax.nn.logsumexp(logits_BV, axis=-1)
+
+    @contextlib.contextmanager
+    def _traced(self, params: Params, **layout: Any) -> Iterator[Transformer]:
+        with activate(self._layout and dataclasses.replace(self._layout, **layout)), matmul_precision(self.config):
+            yield nnx.merge(self._graphdef, params)
+
+    def _put(self, array: Any, *axes: str | None) -> Any:
+        """An array where it belongs on the mesh, or as it is; every process holds the whole of it."""
+        array = np.asarray(array)
+        if self._layout is None:
+            return array
+        sharding = self._layout.sharding(*axes, *(None,) * (array.ndim - len(axes)))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def _run(self, function: Callable, *arguments: Any) -> Any:
+        """Call a function compiled for these shapes; compilation is timed apart."""
+        key = (function.__name__, *(np.shape(leaf) for leaf in jax.tree.leaves(arguments[1:])))
+        if key not in self._compiled:
+            began = time.perf_counter()
+            # Scores come back whole to every process; a cache stays cut along heads.
+            whole = None if self._layout is None or function == self._fill else self._layout.sharding()
+            self._compiled[key] = jax.jit(function, out_shardings=whole).lower(*arguments).compile()
+            self.work.compile_seconds += time.perf_counter() - began
+        return self._compiled[key](*arguments)
+
+
+def _common_length(rows: list[list[int]]) -> int:
+    """Tokens that all rows begin with, leaving at least one of each."""
+    first, last = min(rows), max(rows)  # in dictionary order: what these two share, all share
+    limit = min(len(row) for row in rows) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))

@@ -1,0 +1,141 @@
+"""Mixtures: temperature by its formula, the law found back from what it made, and a real search that survives a kill."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from launches import REPOSITORY, environment, write_config
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.data.mixture import LEAST_SHARE, Law, draw_mixtures, fit_law, main, temperature_weights
+
+
+def test_temperature_weights_follow_their_formula():
+    sizes = np.array([100, 400, 2500])
+    assert temperature_weights(sizes, 1) == pytest.approx(sizes / 3000)
+    assert temperature_weights(sizes, 2) == pytest.approx(np.sqrt(sizes) / np.sqrt(sizes).sum())
+    assert temperature_weights(sizes, 1e6) == pytest.approx(np.full(3, 1 / 3), abs=1e-5)
+    assert temperature_weights(np.array([1e300, 1e-300]), 0.01).tolist() == [1.0, 0.0]  # no overflow
+    with pytest.raises(ConfigError, match="temperature=0"):
+        temperature_weights(sizes, 0)
+
+
+def test_drawn_mixtures_are_around_the_given_one():
+    prior = np.array([0.6, 0.3, 0.1])
+    drawn = draw_mixtures(prior, 2000, 2.0, seed=3)
+    assert drawn[0] == pytest.approx(prior)
+    assert np.abs(drawn.sum(axis=1) - 1).max() < 2e-4  # four digits each
+    assert drawn.min() > 0.9 * LEAST_SHARE
+    assert drawn.mean(axis=0) == pytest.approx(prior, abs=0.02)
+    assert (draw_mixtures(prior, 2000, 2.0, seed=3) == drawn).all()
+    assert draw_mixtures(prior, 500, 100.0, seed=3).std(axis=0).max() < drawn.std(axis=0).min()
+
+
+def test_the_law_is_found_back_from_its_own_losses():
+    true = Law(4.0, np.array([0.5, -0.3, 0.0]), np.array([0.2, 0.4, 0.0]))
+    weights = draw_mixtures(np.full(3, 1 / 3), 20, 1.0, seed=0)
+    noise = np.random.default_rng(1).normal(0, 0.01, 20)
+    law, left_out = fit_law(weights, true.predict(weights) + noise)
+    new = draw_mixtures(np.full(3, 1 / 3), 200, 2.0, seed=9)
+    assert np.abs(law.predict(new) - true.predict(new)).max() < 0.1  # losses spread over 3.9 to 6.4
+    assert np.corrcoef(left_out, true.predict(weights))[0, 1] > 0.99
+    assert (law.gains >= 0).all()
+    flat, _ = fit_law(weights, np.full(20, 3.0))
+    assert flat.predict(new) == pytest.approx(np.full(200, 3.0))
+
+
+def test_a_loss_that_is_left_out_does_not_help_its_own_prediction():
+    weights = draw_mixtures(np.full(2, 0.5), 8, 1.0, seed=0)
+    losses = np.random.default_rng(0).normal(4, 1, 8)
+    _, left_out = fit_law(weights, losses)
+    losses[3] += 50
+    _, other = fit_law(weights, losses)
+    changed = np.abs(other - left_out)
+    assert changed[3] < 1.5  # only through the penalty that the whole set chooses
+    assert np.delete(changed, 3).max() > 5
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        Law(1.0, np.array([0.5, -0.3, 0.1]), np.array([0.2, 0.4, 0.1])),
+        Law(1.0, np.array([0.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0])),  # the best: proportional to the gains
+        Law(1.0, np.array([2.0, 0.1, 3.0]), np.array([0.0, 0.0, 0.0])),  # the best: all that may go to the second
+        Law(1.0, np.array([0.0, 5.0, 0.0]), np.array([0.3, 0.0, 0.3])),
+    ],
+)
+def test_the_best_mixture_is_that_of_a_fine_grid(law):
+    floor = np.array([0.05, 0.02, 0.1])
+    grid = [
+        (a, b, 1 - a - b) for a, b in itertools.product(np.arange(0.05, 1, 0.005), np.arange(0.02, 1, 0.005)) if 1 - a - b >= 0.1
+    ]
+    best = law.best(floor)
+    assert best.sum() == pytest.approx(1)
+    assert (best >= floor - 1e-9).all()
+    assert law.predict(best) <= law.predict(np.array(grid)).min() + 1e-6
+
+
+def test_temperature_of_a_configuration_counts_text(tmp_path, capsys):
+    config = write_config(tmp_path)
+    assert main(["temperature", "--config", str(config), "--temperature", "2", "--json", str(tmp_path / "out.json")]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    sizes = [
+        sum(len(json.loads(line)["text"].encode()) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        for name in ("train-en", "train-zh")
+    ]
+    assert figures["sizes"] == sizes
+    assert figures["weights"] == pytest.approx((np.sqrt(sizes) / np.sqrt(sizes).sum()).tolist())
+    assert "--data.train '{" in capsys.readouterr().out
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path):
+    config = str(write_config(tmp_path))
+    learn = ["learn", "--config", config, "--output", str(tmp_path / "out")]
+    for words, message in (
+        (["--runs", "5"], "--runs 5 is too few to tell 2 corpora apart; give 6"),
+        (["--train.num_steps", "7"], r"--train\.num_steps is set by the search itself"),
+        (["--train.context_length"], "expected pairs of --SETTING VALUE"),
+        (["--train.contextlength", "7"], "there is no setting 'train.contextlength'"),
+        (["--data.validation", "{}"], r"data\.validation names no corpus"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main([*learn, *words])
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_was_killed(tmp_path):
+    """Six trainings and the best, by the real trainer; the search is killed in the second, its training lives on and is used."""
+    config = write_config(tmp_path)
+    words = [
+        sys.executable, "-m", "baichuan_jax.data.mixture", "learn", "--config", str(config), "--output", str(tmp_path / "out"),
+        "--runs", "6", "--steps", "30", "--json", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    first = subprocess.Popen(words, env=environment(), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "out" / "run-001" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = (tmp_path / "out" / "run-000" / "metrics.jsonl").read_bytes()
+    done = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "run-000" / "metrics.jsonl").read_bytes() == kept
+    starts = [json.loads(line)["kind"] for line in (tmp_path / "out" / "run-001" / "events.jsonl").read_text().splitlines()]
+    assert starts.count("started") == 1  # the orphan was waited for
+    figures = json.loads((tmp_path / "out.json").read_text())
+    for number, run in enumerate(figures["runs"]):
+        lines = [json.loads(line) for line in (tmp_path / "out" / f"run-{number:03d}" / "metrics.jsonl").read_text().splitlines()]
+        assert run["loss"] == next(line["eval_loss"] for line in lines if line.get("eval_loss") and line["step"] == 30)
+        recorded = (tmp_path / "out" / f"run-{number:03d}" / "config.yaml").read_text()
+        assert all(f"jsonl: {weight}" in recorded for weight in run["weights"])
+    assert len({run["loss"] for run in figures["runs"]}) == 6
+    assert (tmp_path / "out" / "mixture.png").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match="holds a search with other settings"):
+        main([*words[3:8], "--runs", "7", "--steps", "30"])

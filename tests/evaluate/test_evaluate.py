@@ -1,0 +1,191 @@
+"""The command as a whole: killed and started again, its scores, its refusals; and the same scores inside a training run."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exam import make_ceval, make_mmlu
+from launches import environment, write_config
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.config_file import load_config
+from baichuan_jax.evaluate import subjects as names
+from baichuan_jax.evaluate.__main__ import main
+from baichuan_jax.evaluate.results import summarise
+from baichuan_jax.evaluate.tables import PUBLISHED, markdown
+from baichuan_jax.evaluate.tasks import LETTERS, Subject, _known, load_subjects
+from baichuan_jax.tokenizer import train_tokenizer
+from baichuan_jax.train import train
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SUBJECTS = ["logic", "law", "college_physics"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The golden model with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / "tiny" / name, folder)
+    shutil.copy(GOLDEN / "exam" / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path, checkpoint):
+    """Options of an evaluation of three C-Eval subjects, four questions each."""
+    make_ceval(tmp_path / "ceval", SUBJECTS, 4)
+    options = {"checkpoint": checkpoint, "data": tmp_path / "ceval", "subjects": ",".join(SUBJECTS), "shots": 2}
+    return ["ceval", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in ("result.json", "records.jsonl", "table.md", "chart.png")}
+
+
+def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
+    def start(output):
+        command = [sys.executable, "-m", "baichuan_jax.evaluate", *words, "--output", str(tmp_path / output)]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    killed = start("killed")
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("killed/subjects/*.jsonl")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait(60)
+    finished = {path.name for path in tmp_path.glob("killed/subjects/*.jsonl")}
+    assert 0 < len(finished) < len(SUBJECTS)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    first = {name: (tmp_path / "killed" / "subjects" / name).stat().st_mtime_ns for name in finished}
+    assert [process.wait(240) for process in (start("killed"), start("undisturbed"))] == [0, 0]
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+    for name, written in first.items():  # kept, not scored again
+        assert (tmp_path / "killed" / "subjects" / name).stat().st_mtime_ns == written
+
+
+def test_results_add_up_and_others_are_not_mixed_in(tmp_path, words, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    assert main([*words, *output, "--json", str(tmp_path / "figures.json")]) == 0
+    assert "3 of 52 subjects" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 12
+    for record in records:
+        assert record["prediction"] == LETTERS[int(np.argmax(record["logits"]))]
+        assert (record["shots"], len(record["shot_rows"])) == (2, 2)
+    right = {name: [r["prediction"] == r["answer"] for r in records if r["subject"] == name] for name in SUBJECTS}
+    assert result["average"] == pytest.approx(np.mean([np.mean(group) for group in right.values()]))
+    assert result["micro"]["accuracy"] == pytest.approx(np.mean(np.concatenate(list(right.values()))))
+    assert result["categories"]["Hard"]["accuracy"] == pytest.approx(np.mean(right["college_physics"]))
+    assert result["manifest"]["shot_order"] == "shuffled"
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["speed"]["prompt_tokens"] == sum(record["num_tokens"] for record in records)
+    with pytest.raises(ConfigError, match=r"another evaluation \(seed: 0 there, 1 now\)"):
+        main([*words, *output, "--seed", "1"])
+
+
+def test_standard_errors_and_categories():
+    """Against numpy, on answers made by hand."""
+    draw = np.random.default_rng(3)
+    sizes = {"virology": 7, "marketing": 30, "prehistory": 12}
+    subjects = [Subject(name, *_known("mmlu")[name], [], [], 0) for name in sizes]
+    records = [
+        {"subject": name, "prediction": "A", "answer": str(draw.choice(list("AB")))}
+        for name, size in sizes.items()
+        for _ in range(size)
+    ]
+    right = {name: np.array([r["answer"] == "A" for r in records if r["subject"] == name], float) for name in sizes}
+    found = summarise("mmlu", "original", subjects, records)
+    pooled = np.concatenate(list(right.values()))
+    assert found["average"] == pytest.approx(pooled.mean())
+    assert found["stderr"] == pytest.approx(pooled.std(ddof=1) / np.sqrt(len(pooled)))
+    other = np.concatenate([right["virology"], right["marketing"]])
+    category = found["categories"]["other (business, health, misc.)"]
+    assert (category["accuracy"], category["questions"], category["subjects"]) == (pytest.approx(other.mean()), 37, 2)
+    errors = [group.std(ddof=1) / np.sqrt(len(group)) for group in right.values()]
+    assert found["macro"]["accuracy"] == pytest.approx(np.mean([group.mean() for group in right.values()]))
+    assert found["macro"]["stderr"] == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 3)
+    manifest = {"shots": 5, "split": "test", "limit": None, "subjects_of_task": 57, "shot_order": "file"}
+    text = markdown({"task": "mmlu", "protocol": "original", **found, "manifest": manifest})
+    assert f"| {100 * pooled.mean():.1f} ± {100 * found['stderr']:.1f} |" in text
+    assert "| Baichuan-7B (published) | 38.4 | 48.9 | 35.6 | 48.1 | 42.3 |" in text
+    assert all(model in text for model in PUBLISHED["mmlu"])
+
+
+def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, words):
+    assert main([*words, "--output", str(tmp_path / "blind"), "--split", "test"]) == 0
+    submission = json.loads((tmp_path / "blind" / "submission.json").read_text(encoding="utf-8"))
+    assert {name: list(answers) for name, answers in submission.items()} == {name: list("0123") for name in SUBJECTS}
+    result = json.loads((tmp_path / "blind" / "result.json").read_text(encoding="utf-8"))
+    assert not result["scored"]
+    assert "average" not in result
+    assert "submission.json" in (tmp_path / "blind" / "table.md").read_text(encoding="utf-8")
+    answers = str(tmp_path / "blind" / "submission.json")  # scored against itself
+    assert main([*words, "--output", str(tmp_path / "scored"), "--split", "test", "--answers", answers]) == 0
+    assert json.loads((tmp_path / "scored" / "result.json").read_text(encoding="utf-8"))["average"] == 1.0
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path, words):
+    train_tokenizer(["a b c d e f " * 50], tmp_path / "other.model", 265)
+    with pytest.raises(ConfigError, match="was trained with tokenizer"):
+        main([*words, "--output", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "other.model")])
+
+
+def test_training_scores_as_the_command_does(tmp_path):
+    make_mmlu(tmp_path / "mmlu", ["virology"], 5)
+    settings = [
+        f"run_dir={tmp_path / 'run'}", "train.num_steps=4", "optimizer.warmup_steps=1", "evaluate.every=2",
+        f"evaluate.tasks={{mmlu: {tmp_path / 'mmlu'}}}", "evaluate.subjects={mmlu: [virology]}", "evaluate.limit=4",
+    ]  # fmt: skip
+    run = train(load_config(write_config(tmp_path), settings))
+    scores = run.curve("mmlu")
+    assert list(scores) == [2, 4]
+    assert run.curve("eval_loss").keys() == scores.keys()
+    words = ["mmlu", "--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "mmlu"), "--output", str(tmp_path / "out")]
+    assert main([*words, "--subjects", "virology", "--limit", "4"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert (result["average"], result["stderr"], result["questions"]) == (scores[4], run.curve("mmlu_stderr")[4], 4)
+
+
+def test_training_refuses_a_test_without_its_files(tmp_path):
+    settings = [f"run_dir={tmp_path / 'run'}", f"evaluate.tasks={{mmlu: {tmp_path / 'nowhere'}}}"]
+    with pytest.raises(ConfigError, match="holds none of mmlu's data"):
+        train(load_config(write_config(tmp_path), settings))
+    with pytest.raises(ConfigError, match="must have some of mmlu"):
+        load_config(write_config(tmp_path), ["evaluate.tasks={mmul: a}"])
+
+
+def test_subjects_of_the_tasks_are_those_of_their_authors():
+    """Against the lists that come with the real files."""
+    shared = Path(__file__).parents[3] / "shared" / "eval"
+    if not shared.is_dir():
+        pytest.skip("the real test files are not in this checkout")
+    theirs = json.loads((shared / "mmlu" / "subject_category.json").read_text(encoding="utf-8"))
+    assert {name: [part["category"], part["subcategory"]] for name, part in theirs.items()} == {
+        name: list(categories) for name, (_, _, categories) in _known("mmlu").items()
+    }
+    theirs = json.loads((shared / "ceval" / "subject_mapping.json").read_text(encoding="utf-8"))
+    plural = {"Social Science": "Social Sciences", "Other": "Others"}
+    ours = _known("ceval")
+    assert {name: plural.get(group, group) for name, (_, _, group) in theirs.items()} == {
+        name: categories[0] for name, (_, _, categories) in ours.items()
+    }
+    titles = {name: names.CEVAL_LM_EVAL.get(name, title) for name, (title, _, _) in ours.items()}
+    assert titles == {name: title for name, (_, title, _) in theirs.items()}
+    hard = json.loads((shared / "ceval" / "hard_subjects.json").read_text(encoding="utf-8"))
+    assert {name for name, (_, _, categories) in ours.items() if "Hard" in categories} == set(hard)
+    counts = {
+        "agieval": {"gaokao-history": 235, "gaokao-physics": 165, "jec-qa-ca": None, "logiqa-zh": 651, "sat-math": 220},
+        "gaokao": {"2010-2013_English_MCQs": 105, "2010-2022_History_MCQs": 287, "2010-2022_Physics_MCQs": 41},
+    }
+    for task, kept in counts.items():
+        for subject in load_subjects(task, shared / task, only=list(kept))[0]:
+            assert kept[subject.name] in (None, len(subject.questions) + len(subject.examples)), subject.name

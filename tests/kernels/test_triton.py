@@ -1,0 +1,208 @@
+"""The Triton kernels: their numbers in Triton's interpreter, and what they compile to for GPUs that are not here."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+
+from baichuan_jax.config import ConfigError, KernelsConfig, MeshConfig, ModelConfig
+from baichuan_jax.kernels import attention, bound, rms_norm, sass
+from baichuan_jax.kernels.__main__ import list_launches, main
+from baichuan_jax.model import Transformer, apply_rope, rope_tables
+from baichuan_jax.sharding import Layout, activate, make_mesh
+
+HERE = Path(__file__).parent
+
+
+def needs(*modules):
+    missing = [name for name in modules if importlib.util.find_spec(name.split(".")[0]) is None]
+    return pytest.mark.skipif(
+        bool(missing), reason=f"not installed: {', '.join(missing)} (requirements-plan.txt, requirements-bench.txt)"
+    )
+
+
+@needs("triton", "torch")
+def test_numbers_in_the_interpreter():
+    """Every test of interpreted.py, in a process that imports triton as an interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "interpreted.py", "-q", "-p", "no:cacheprovider", "--rootdir", HERE.parents[1]],
+        cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+TARGET = """
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+gpu_device_info {{
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 clock_rate_ghz: 1.41
+  shared_memory_per_block: 49152 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 memory_bandwidth: 2039000000000 device_memory_size: 85899345920
+  cuda_compute_capability {{ major: {} minor: 0 }}
+}}"""
+
+
+def gpus(major: int, count: int) -> list:
+    """GPUs of compute capability major.0 as jax describes them: good for compiling."""
+    jax.devices()  # lets jax find its plugins first
+    return topologies.get_topology_desc("gpu", "cuda", target_config=TARGET.format(major), topology=f"1x1x{count}").devices
+
+
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch):
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+@needs("triton", "jax_triton", "jax_cuda12_plugin")
+@pytest.mark.parametrize(
+    ("major", "shape", "T", "H", "dtype", "masked"),
+    [
+        (8, (1, 1, 1, 1), 256, 128, "bfloat16", False),
+        (8, (1, 2, 2, 2), 200, 64, "float32", True),
+        (8, (2, 1, 1, 2), 256, 64, "float16", True),
+        (9, (1, 2, 1, 1), 200, 128, "bfloat16", True),
+    ],
+    ids=str,
+)
+def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
+    """Two blocks of norm, attention and residual with gradients, under scan, remat and shard_map; `auto` takes the kernels."""
+    layout = Layout(make_mesh(MeshConfig(*shape), gpus(major, int(np.prod(shape)))))
+    B, N = 4, 2
+
+    def loss(x_BTD, weight_LD, segments_BT):
+        def block(carry, weight_D):
+            x_BTD, out_BTD = carry
+            with activate(layout):
+                y_BTD, x_BTD = rms_norm(out_BTD, weight_D, eps=1e-6, residual=x_BTD)
+                heads = y_BTD.reshape(B, T, N, H)
+                out = attention(heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None)
+            return (x_BTD, out.reshape(B, T, N * H)), None
+
+        (x_BTD, out_BTD), _ = jax.lax.scan(jax.checkpoint(block), (x_BTD, x_BTD), weight_LD)
+        return jnp.sum((x_BTD + out_BTD).astype(jnp.float32))
+
+    def argument(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
+
+    arguments = (
+        argument((B, T, N * H), dtype, "batch", "length", "hidden"),
+        argument((2, N * H), "float32", "layers", "norm"),
+        argument((B, T), "int32", "batch", "length"),
+    )
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text()
+    calls = re.findall(r"custom_call_target=\"(triton_kernel_call\w*)\"", compiled)
+    # In two loops: norm and attention forward; both again and, backward, attention's two and the norm's.
+    assert len(calls) == 7, calls
+    assert "while" in compiled
+
+
+@needs("triton")
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), pytest.param("bfloat16", 64, marks=pytest.mark.slow)])
+def test_nothing_spills_and_the_bound_holds_on_sm_80(dtype, head_dim):
+    """From the assembler: no spills, tensor-core instructions for every product, the bounds that docs/kernels.md gives."""
+    chip = sass.CHIPS["sm_80"]
+    cycles = ideal = 0.0
+    for launch in list_launches(dtype, head_dim, 80):
+        assembled = sass.assemble(launch, chip)
+        assert assembled.spilled_bytes == 0, launch.name
+        if launch.name.startswith("rms_norm"):
+            assert assembled.tensor_core_instructions == 0
+            assert bound.norm_bound(launch, assembled, chip).unit == "memory"
+            continue
+        H, Q, K = (launch.constants[name] for name in "HQK")
+        products = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}[launch.name]
+        for loop in assembled.loops:
+            found = sum(opcode.startswith("HMMA.16816.F32.BF16") for opcode in loop)
+            assert found * launch.num_warps * 4096 == products * 2 * Q * K * H, launch.name  # 4,096 operations each
+        limit = bound.attention_bound(launch, assembled, chip)
+        if launch.name == "attention_forward":
+            assert limit.share_of_peak > 0.6
+        else:
+            cycles, ideal = cycles + limit.cycles, ideal + limit.ideal_cycles
+        assert assembled.blocks_per_multiprocessor(launch.num_warps, chip) * launch.num_warps >= 8
+    assert 5 / 7 * ideal / cycles > 0.5  # seven products where five are asked for
+
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0040*/                   MUFU.EX2 R9, R8 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   STG.E.128 [R2.64], R8 ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3);
+"""
+
+
+def test_a_listing_is_split_into_loops_and_counted():
+    outside, loops = sass.split_loops(LISTING)
+    assert loops == [["LDSM.16.M88.4", "HMMA.16816.F32.BF16", "MUFU.EX2", "BRA"]]
+    assert outside == ["MOV", "BRA", "STG.E.128", "EXIT", "BRA"]
+    # Two warps on each partition: one matrix product of 16 x 8 x 16 takes 8 cycles there, and 512 bytes for each of 8 warps 32 of all.
+    assert sass.busy_cycles(loops[0], 8, sass.CHIPS["sm_80"]) == {"issue": 8, "tensor": 16, "mufu": 16, "shared memory": 32}
+    assert sass.cached_bytes(outside, 8) == 8 * 32 * 16
+
+
+def test_programs_that_are_resident():
+    chip = sass.CHIPS["sm_80"]
+    for registers, shared, warps, wanted in ((255, 40_000, 4, 2), (212, 98_304, 8, 1), (32, 8_192, 8, 8), (64, 81_000, 4, 2)):
+        assert sass.Assembled(registers, 0, shared, [], []).blocks_per_multiprocessor(warps, chip) == wanted
+
+
+def test_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sm_80, sm_90: triton is not installed; pip install triton==3.9.0"):
+        main(["--targets", "sm_80"])
+
+
+@needs("jax_cuda12_plugin")
+def test_xla_fuses_swiglu_and_rope():
+    """For CUDA, forward and backward: all elementwise work of each is fused, none of its intermediate arrays is written."""
+    device = gpus(8, 1)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def work(function, shape, count):
+        """Results of all instructions of the compiled program that write memory."""
+        arguments = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding)] * count
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+        found = re.findall(r"%\S+ = (\(.*?\)|\S+) ([a-z\-]+)\(", text[text.index("ENTRY") :])
+        free = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
+        assert {kind for _, kind in found if kind not in free} == {"fusion"}, found
+        return [results for results, kind in found if kind == "fusion"]
+
+    def swiglu(gate, up, dy):
+        y, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+        return y, *pull(dy)
+
+    def rope(q, dq):
+        tables = rope_tables(jnp.arange(512)[None], 128, 1e4)
+        turned, pull = jax.vjp(lambda q: apply_rope(q, tables), q)
+        return turned, pull(dq)
+
+    # Each is read once and written once, in bfloat16: nothing of float32 leaves the registers.
+    (results,) = work(swiglu, (2, 512, 1024), 3)
+    assert re.findall(r"(\w+)\[", results) == ["bf16"] * 3
+    assert [re.findall(r"(\w+\[[\d,]+\])", results) for results in work(rope, (2, 512, 4, 128), 2)] == [["bf16[2,512,4,128]"]] * 2
+
+
+def test_forced_kernels_reach_the_model():
+    """kernels.rms_norm and kernels.attention are what the blocks ask for: on a CPU a forced one is refused."""
+    config = ModelConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
+    for kernels in (KernelsConfig(rms_norm="triton"), KernelsConfig(attention="triton")):
+        with pytest.raises(ConfigError, match="triton cannot serve: Triton needs a GPU"):
+            jax.eval_shape(lambda kernels=kernels: Transformer(config, nnx.Rngs(params=0), kernels)(np.zeros((1, 4), np.int32)))
