@@ -25,12 +25,17 @@ from jax.experimental import multihost_utils
 
 from baichuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig
 from baichuan_jax.config_file import dump_config
+from baichuan_jax.files import write_atomically
 from baichuan_jax.model import Params, abstract_model
+from baichuan_jax.resilience.exits import PeerFailed
+from baichuan_jax.resilience.reports import agree
 from baichuan_jax.sharding import Layout
 
 
 class CorruptCheckpoint(RuntimeError):
-    """A checkpoint that cannot be read or whose arrays are not those that were saved."""
+    """A checkpoint that cannot be read or whose arrays are not those that were saved; `everywhere`: all processes see it."""
+
+    everywhere = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Checkpoints:
             state_shardings,
         )
         self._digest = jax.jit(digest)
+        self._all_finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all())
         self._manager = ocp.CheckpointManager(self.directory, options=_options(config.checkpoint), item_names=_ITEMS)
         self._saving: int | None = None
 
@@ -81,9 +87,20 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except Exception:
-                self._manager.reload()  # a failed save would stay in the list of steps
+                if jax.process_count() == 1:  # else a barrier, and nobody else comes to it
+                    self._manager.reload()  # a failed save would stay in the list of steps
                 raise
+            if jax.process_index() == 0:
+                _write_sizes(self.directory / str(step))
         return step
+
+    def finite(self, state: Any) -> bool:
+        """Whether every number of a state is finite; the same on all processes."""
+        return bool(jax.device_get(self._all_finite(state)))
+
+    def is_saving(self) -> bool:
+        """Whether a save is still under way, or was when the last word of it was heard."""
+        return self._manager.is_saving_in_progress()
 
     @property
     def saving(self) -> int | None:
@@ -94,22 +111,45 @@ class Checkpoints:
         """Steps of the checkpoints on disk, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, report: Callable[..., None]) -> Restored | None:
+    def restore(self, report: Callable[..., None], before: int | None = None, back: int = 0) -> Restored | None:
         """The newest good checkpoint on this run's mesh, or None. Calls report("checkpoint_corrupt", ...) for each bad one passed.
 
-        A bad one is renamed to STEP.corrupt. Raises ConfigError where a checkpoint is whole but is not of this configuration.
+        Those of steps from `before` on are deleted, and so are `back` more as long as one remains. A bad one is renamed to
+        STEP.corrupt. Files that are missing or cut short are found by process 0 for all; what one process alone meets while it reads
+        ends it with PeerFailed, as the others wait for it, and the next start uses the checkpoint before. Raises ConfigError where one
+        is whole but is not of this configuration.
         """
+        self._roll_back(before, back)
         for step in reversed(self.steps()):
+            path = self.directory / str(step)
+            damage = agree(f"checkpoint {step}", lambda path=path: _find_damage(path))
             try:
+                if damage is not None:
+                    raise CorruptCheckpoint(damage)
                 return self._restore(step)
             except CorruptCheckpoint as error:
-                report("checkpoint_corrupt", step=step, path=str(self.directory / str(step)), reason=str(error))
+                report("checkpoint_corrupt", step=step, path=str(path), reason=str(error))
+                found = error
+            if jax.process_count() > 1 and not found.everywhere and damage is None:
+                with contextlib.suppress(FileNotFoundError):  # several processes may have met it
+                    path.rename(_unused(self.directory / f"{step}.corrupt"))
+                raise PeerFailed(f"{path} is damaged ({found}) where this process reads it; the next start uses the one before")
             if jax.process_index() == 0:
-                (self.directory / str(step)).rename(_unused(self.directory / f"{step}.corrupt"))
+                path.rename(_unused(self.directory / f"{step}.corrupt"))
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
             self._manager.reload()
         return None
+
+    def _roll_back(self, before: int | None, back: int) -> None:
+        """Delete the checkpoints that may hold what must not be trained on."""
+        steps = self.steps()
+        good = [step for step in steps if before is None or step < before]
+        good = good[: max(len(good) - back, 1)]
+        if len(good) == len(steps):
+            return
+        for step in set(steps) - set(good):
+            self._manager.delete(step)
 
     def _restore(self, step: int) -> Restored:
         path = self.directory / str(step)
@@ -147,6 +187,30 @@ def _save_arguments(items: dict[str, Any], run: dict[str, Any]) -> ocp.args.Comp
 def _unused(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}{n}") for n in range(2, 100))]
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+SIZES = "sizes.json"  # in a checkpoint's folder: its files and their sizes
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    return {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _write_sizes(path: Path) -> None:
+    write_atomically(path / SIZES, json.dumps(_sizes(path)).encode())
+
+
+def _find_damage(path: Path) -> str | None:
+    """What files of a checkpoint lack, by their sizes; None where nothing, or where a kill came before the sizes were written."""
+    try:
+        wanted = json.loads((path / SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    found = _sizes(path)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            return f"{name} has {found.get(name, 'no')} bytes of {size}"
+    return None
 
 
 def digest(tree: Any) -> list[jax.Array]:
@@ -200,7 +264,9 @@ def _restore_items(path: Path, targets: dict[str, Any], digests: dict[str, int],
                 raise CorruptCheckpoint(damage)
     changed = [name for name, value in _named_digest(digest_function, items).items() if digests.get(name) != value]
     if changed:
-        raise CorruptCheckpoint(f"the bits of {', '.join(changed[:3])} are not those that were saved ({len(changed)} arrays)")
+        error = CorruptCheckpoint(f"the bits of {', '.join(changed[:3])} are not those that were saved ({len(changed)} arrays)")
+        error.everywhere = True  # the digest is one sum over all devices
+        raise error
     return items
 
 

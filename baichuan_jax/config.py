@@ -3,7 +3,8 @@
 Every setting stands here with its default, which is the original Baichuan-7B's where the original had one.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,11 +172,17 @@ class DataConfig:
     """Attend within documents only, positions counted from each document's start. The original attends across."""
     num_workers: int = 0
     """Processes that tokenise and pack; 0: one a core."""
+    skip: list[list[int]] = field(default_factory=list)
+    """[begin, end] pairs of positions (batches, from 0) that are left out, end not included: data that broke an earlier run."""
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
             for path, weight in getattr(self, name).items():
                 require(weight > 0, f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0")
+        for window in self.skip:
+            require(
+                len(window) == 2 and 0 <= window[0] < window[1], f"data.skip: {window} must be [begin, end], 0 <= begin < end"
+            )
 
 
 @dataclass(frozen=True)
@@ -228,19 +235,19 @@ class KernelsConfig:
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    every: int | None = None
+    """Steps between checkpoints; the last step is always saved. null: from what saves cost and how often faults come (Young/Daly)."""
     keep_last: int = 3
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", self, "every", "keep_last")
+        _positive("checkpoint", self, "keep_last", *(["every"] if self.every is not None else []))
         if self.keep_every is not None:
             _positive("checkpoint", self, "keep_every")
             require(
-                self.keep_every % self.every == 0,
+                self.every is None or self.keep_every % self.every == 0,
                 f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}: "
                 "nothing would be saved there",
             )
@@ -309,6 +316,40 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class ResilienceConfig:
+    """Faults: how long is too long, and when numbers are wrong."""
+
+    hang_seconds: float = 20.0
+    """A step's phase (data, dispatch, wait) may last this long, or five times its longest so far; then the process leaves with 76.
+    A checkpoint and an evaluation may last ten times as long."""
+    start_seconds: float = 1800.0
+    """The same for everything before the first step, and for the first of each phase: packing, restoring, compiling."""
+    silence_seconds: float = 10.0
+    """A process whose heartbeat, one a second, is not heard for this long is taken for dead; the others leave with 76."""
+    spike_deviations: float = 20.0
+    """A loss or gradient norm so many deviations above the median of the last 128 steps is a spike: back to a checkpoint. 0: never."""
+    max_skips: int = 5
+    """Windows of data that a run leaves out by itself before it gives up."""
+    check_every: int = 0
+    """Steps between checks that all replicas compute the same bits; 0: none. On GPUs it needs train.deterministic."""
+
+    @property
+    def jax_heartbeat_seconds(self) -> int:
+        """After which jax aborts a run that has lost a process: the last resort, when nobody else has acted.
+
+        Seen: it gives up after 0.8 of its timeout. Before that the silence must be noticed (after 2.5 s of standing still), and last
+        words said (3 s) and kept (2 s).
+        """
+        return max(30, math.ceil((self.silence_seconds + 7.5) / 0.8))
+
+    def __post_init__(self) -> None:
+        _positive("resilience", self, "hang_seconds", "start_seconds", "silence_seconds")
+        for name in ("spike_deviations", "max_skips", "check_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"resilience.{name}={value} must not be negative")
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """Several processes. All null: from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or Slurm, else one process."""
 
@@ -340,6 +381,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
@@ -373,6 +415,16 @@ class Config:
         ):
             require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
         self.accumulation_steps(mesh)
+
+    def on_part(self, full: MeshConfig) -> "Config":
+        """This configuration, whose mesh has fewer devices than `full`, with as many rows a pass as each had there.
+
+        So the global batch stays as it is and nothing needs more memory: gradients of more micro-batches are accumulated.
+        """
+        if self.train.micro_batch_size is not None or full.data * full.fsdp <= self.mesh.data * self.mesh.fsdp:
+            return self
+        micro = max(1, self.train.global_batch_size // (full.data * full.fsdp))
+        return replace(self, train=replace(self.train, micro_batch_size=micro))
 
     def accumulation_steps(self, mesh: MeshConfig) -> int:
         """Micro-batches in a step on a resolved mesh. Raises ConfigError where the batch does not divide."""

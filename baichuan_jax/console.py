@@ -14,7 +14,7 @@ class Display:
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)  # a file has room
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One message, above the progress bar where one is shown."""

@@ -1,6 +1,5 @@
-"""What a run measures and where it is written: FLOPs, MFU, memory, time by cause; JSONL, TensorBoard, Weights & Biases."""
+"""What a run measures and where it is written: FLOPs, MFU, memory; JSONL, TensorBoard, Weights & Biases."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,15 +7,15 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from baichuan_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from baichuan_jax.hardware import hardware_of
+from baichuan_jax.run import drop_unfinished_line
 
 
 def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, float]:
@@ -62,39 +61,6 @@ def peak_memory_gib() -> float:
         return stats["peak_bytes_in_use"] / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class Clock:
-    """Seconds of the run by cause; the causes never overlap."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stack: list[str] = []
-        self._since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self, cause: str) -> Iterator[None]:
-        self._charge()
-        self._stack.append(cause)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._stack.pop()
-
-    def _charge(self) -> None:
-        now = time.perf_counter()
-        cause = self._stack[-1] if self._stack else "other"
-        self.seconds[cause] = self.seconds.get(cause, 0.0) + now - self._since
-        self._since = now
-
-    def add(self, cause: str, seconds: float) -> None:
-        """Time that passed before this clock existed."""
-        self.seconds[cause] = self.seconds.get(cause, 0.0) + seconds
-
-    def totals(self) -> dict[str, float]:
-        self._charge()
-        return dict(self.seconds)
 
 
 def seconds_since_process_start() -> float:
@@ -152,7 +118,7 @@ class Writer:
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
         for name in ("metrics", "events"):
             file = open(run_path / f"{name}.jsonl", "a+b")  # noqa: SIM115
-            _drop_unfinished_line(file)
+            drop_unfinished_line(file)  # the step that it describes will be written again
             self._files[name] = file
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -160,7 +126,7 @@ class Writer:
         if not self._files:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._line("metrics", {"step": step, **finite})
+        self._line("metrics", {"step": step, "time": round(time.time(), 3), **finite})
         numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -184,13 +150,6 @@ class Writer:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _drop_unfinished_line(file: BinaryIO) -> None:
-    """Cut off what a killed writer left of its last line: the step it describes will be written again."""
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
 
 
 def _wandb_run(run_path: Path, config: Config) -> Any:

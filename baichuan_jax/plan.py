@@ -132,7 +132,7 @@ def compile_step(config: Config, devices: list[Any]) -> Compiled:
     )  # fmt: skip
     names = ["inputs", "labels", *(["segment_ids", "positions"] if config.data.document_mask else [])]
     stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
-    compiled = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.stop_sharding)).compile()
+    compiled = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding)).compile()
     memory = compiled.memory_analysis()
 
     def on_one_device(tree: Any) -> int:

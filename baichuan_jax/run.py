@@ -3,8 +3,9 @@
 import io
 import json
 import math
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class Run:
@@ -57,6 +58,21 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status}, {len(self.curve('loss'))} steps)"
+
+
+def append_event(path: Path, kind: str, **fields: Any) -> None:
+    """Add a line to the events of a run in which no process is training, after what a killed writer left of its last line."""
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "events.jsonl", "a+b") as file:
+        drop_unfinished_line(file)
+        file.write((json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode())
+
+
+def drop_unfinished_line(file: BinaryIO) -> None:
+    """Cut off what a killed writer left of its last line."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
 
 
 def _make_figure(**settings: Any) -> Any:

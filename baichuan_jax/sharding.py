@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig
+from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -125,11 +125,16 @@ def crosses_nodes(mesh: Mesh) -> list[str]:
     return crossing
 
 
-def initialize_processes(config: DistributedConfig) -> None:
+SHUTDOWN_SECONDS = 30  # that a process waits at its end for the others; jax's own 300 would hide a fault for five minutes
+
+
+def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig | None = None) -> None:
     """Join the run's other processes: from the settings, JAX_COORDINATOR_ADDRESS/JAX_NUM_PROCESSES/JAX_PROCESS_ID, or Slurm.
 
     Does nothing for a single process. Raises ConfigError where only some of the three are given.
     """
+    resilience = resilience or ResilienceConfig()
+    timeouts: Any = {"heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
     number = _integer(config.process_id, "JAX_PROCESS_ID")
@@ -139,7 +144,7 @@ def initialize_processes(config: DistributedConfig) -> None:
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
         if count > 1:
-            jax.distributed.initialize(address, count, number, local_device_ids=local_ids)
+            jax.distributed.initialize(address, count, number, local_device_ids=local_ids, **timeouts)
     elif not (address is None and count is None and number is None):
         raise ConfigError(
             f"several processes need all of distributed.coordinator_address={address}, num_processes={count} and "
@@ -147,7 +152,7 @@ def initialize_processes(config: DistributedConfig) -> None:
         )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         # One process a node under Slurm would see its first GPU only, unless told its devices.
-        jax.distributed.initialize(cluster_detection_method="slurm", local_device_ids=local_ids)
+        jax.distributed.initialize(cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts)
 
 
 def _integer(value: int | None, variable: str) -> int | None:

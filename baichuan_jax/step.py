@@ -52,19 +52,22 @@ class Steps:
     start: Callable[[Params], TrainState]
     """Fresh state around given parameters, which are donated."""
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    """One step; the state is donated. The last argument is this process's `stop_flag`.
+    """One step; the state is donated. The last argument is this process's `wish`.
 
-    Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), stop."""
+    Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), wish."""
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """Sum of the loss over a batch, and its count of valid labels."""
+    check: Callable[[Params, Batch], jax.Array]
+    """A digest [replicas] uint32 of each replica's own copy of the parameters, and of the loss and gradients that it computes with
+    them of the same rows, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
 
-    def stop_flag(self, stop: bool) -> jax.Array:
-        """This process's word on whether to stop: [devices] int32. The step's metric `stop` is 1 where any process's is."""
-        value = np.full(1, stop, np.int32)
-        return jax.make_array_from_callback((self.layout.mesh.size,), self.stop_sharding, lambda _: value)
+    def wish(self, wish: int) -> jax.Array:
+        """This process's wish, a small number: [devices] int32. The step's metric `wish` is the largest of all processes'."""
+        value = np.full(1, wish, np.int32)
+        return jax.make_array_from_callback((self.layout.mesh.size,), self.wish_sharding, lambda _: value)
 
     @property
-    def stop_sharding(self) -> NamedSharding:
+    def wish_sharding(self) -> NamedSharding:
         return NamedSharding(self.layout.mesh, P(AXES))
 
 
@@ -101,7 +104,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
                 chunk_size=config.train.loss_chunk_size, z_loss=config.train.z_loss,
             )  # fmt: skip
 
-    def train(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train(state: TrainState, batch: Batch, wish: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
             total, gradients = _sum_gradients(nll, state.params, batch, layout, param_shardings)
@@ -117,13 +120,38 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         state = TrainState(params, opt_state, state.step + 1, nonfinite, nonfinite_run)
         metrics = {
             "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens,
-            "finite": finite, "nonfinite": nonfinite, "nonfinite_run": nonfinite_run, "stop": stop.max(),
+            "finite": finite, "nonfinite": nonfinite, "nonfinite_run": nonfinite_run, "wish": wish.max(),
         }  # fmt: skip
         return state, metrics
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
         return nll(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
+
+    replicas = mesh.shape["data"]
+
+    def spread(batch: Batch) -> Batch:
+        """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
+        shards = mesh.shape["fsdp"]
+        return {name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1])) for name, array in batch.items()}
+
+    def digest_copies(*leaves: jax.Array) -> jax.Array:
+        """[1]: of this replica's own copy of the parameters."""
+        total = sum(_digest_rows(x.reshape(1, -1)) for x in leaves)
+        return jax.lax.psum(total, ("fsdp", "context", "tensor"))
+
+    def digests(params: Params, same: Batch) -> jax.Array:
+        one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
+        computed = jax.vmap(one, spmd_axis_name="data")(same)
+        leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(param_shardings)
+        specs = tuple(sharding.spec for sharding in shardings)
+        # Copies are replicas of one array only as long as hardware is right: so not checked by the partitioner.
+        copies = jax.shard_map(digest_copies, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(*leaves)
+        return copies * 31 + sum(_digest_rows(x.reshape(replicas, -1)) for x in jax.tree.leaves(computed))
+
+    # Two programs: if one knew that all rows are the same, it could compute them once.
+    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
+    digest_replicas = jax.jit(digests, out_shardings=scalar)
 
     return Steps(
         layout=layout,
@@ -134,7 +162,14 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
         evaluate=jax.jit(evaluate, out_shardings=scalar),
+        check=lambda params, batch: digest_replicas(params, spread_rows(batch)),
     )
+
+
+def _digest_rows(x: jax.Array) -> jax.Array:
+    """[n] uint32 of the bits of float32 [n, m]; with odd weights, so that a change of one number is always seen."""
+    weights = jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1
+    return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
 
 
 def _sum_gradients(nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params) -> tuple[jax.Array, Params]:

@@ -7,7 +7,10 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 from baichuan_jax.config import Config
 from baichuan_jax.config_file import make_parser, parse_command
@@ -126,6 +129,16 @@ def apply_flags(config: Config) -> dict[str, str]:
             os.environ[name] = value
             added[f"{name}={value}"] = why
     return added
+
+
+def keep_compiled(config: Config, platform: str) -> None:
+    """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again; process 0 writes them, all read.
+
+    Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it: there jax's keys differ by process, so that process 0 alone would
+    profit and wait for the others, and every program that is read prints pages about features of the machine.
+    """
+    if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))
 
 
 def main(words: list[str]) -> int:

@@ -48,7 +48,7 @@ def our_step(config: Config) -> Callable[[], None]:
     G, T = config.train.global_batch_size, config.train.context_length
     rows = np.random.default_rng(0).integers(1, config.model.vocab_size, (1, G, T + 1)).astype(np.int32)
     batch = jax.device_put({"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding)
-    state, stop = steps.init(), steps.stop_flag(False)
+    state, stop = steps.init(), steps.wish(0)
 
     def step() -> None:
         nonlocal state

@@ -13,8 +13,18 @@ FILES = {
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "config_file", "files", "hardware", "hlo", "resilience.exits", "resilience"},
+    {"config", "config_file", "files", "hardware", "hlo", "resilience", "resilience.exits", "resilience.clock"},
+    {
+        "resilience.reports",
+        "resilience.stragglers",
+        "resilience.blame",
+        "resilience.watch",
+        "resilience.policy",
+        "resilience.attempts",
+    },
+    {"resilience.guard", "resilience.cadence", "resilience.corruption"},
     {"data.text", "sharding", "xla_flags", "run", "console"},
+    {"resilience.ledger", "resilience.__main__"},
     {
         "tokenizer",
         "kernels",
@@ -39,15 +49,16 @@ LAYERS = [
     {"data.quality", "data.decontaminate", "data.rules", "data.dedup", "data.select"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},
-    {"generate", "summary"},
+    {"generate", "preflight", "summary", "saving", "start", "tracing"},
     {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
     {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
-    {"train"},
+    {"trainer"},
+    {"train", "launch"},
     {"roofline", "data.mixture"},
     {"plan"},
 ]
-COMMANDS = ["train", "generate", "evaluate", "hf", "tokenizer", "kernels", "data.rows", "data.quality", "data.decontaminate",
-            "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
+COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
+            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
 
 
 def imports(path) -> set[str]:

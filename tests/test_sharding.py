@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig
+from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
 from baichuan_jax.config_file import load_config
 from baichuan_jax.model import abstract_model
 from baichuan_jax.sharding import AXES, RULES, Layout, activate, constrain, crosses_nodes, initialize_processes, make_mesh
@@ -108,7 +108,7 @@ def test_half_a_description_of_the_processes_is_refused(settings, variables, mes
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        initialize_processes(settings)
+        initialize_processes(settings, ResilienceConfig())
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,9 @@ def test_processes_are_described_by_settings_environment_or_slurm(settings, vari
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **words: calls.append((args, words)))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    initialize_processes(settings)
-    assert calls == ([] if wanted is None else [wanted])
+    initialize_processes(settings, ResilienceConfig())
+    timeouts = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+    assert calls == ([] if wanted is None else [(wanted[0], wanted[1] | timeouts)])
 
 
 def test_a_real_mesh_has_the_axes_in_order():

@@ -11,6 +11,8 @@ import pytest
 from conftest import batch_of, build
 
 from baichuan_jax.config import Config, ConfigError, TokenizerConfig
+from baichuan_jax.resilience.corruption import compare_digests
+from baichuan_jax.resilience.exits import BadHost
 
 USUAL = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 EVERY = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8 and shape[3] <= 4]
@@ -37,7 +39,7 @@ def run(config, shape, tokens, num_steps=2):
     state = jax.device_put(initial, steps.state_shardings)
     figures = []
     for rows in tokens[:num_steps]:
-        state, metrics = steps.train(state, batch_of(config, steps, rows), steps.stop_flag(False))
+        state, metrics = steps.train(state, batch_of(config, steps, rows), steps.wish(0))
         figures.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(figures), jax.device_get(state.params)
 
@@ -121,7 +123,7 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
     config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
-    text = steps.train.lower(abstract_state(steps), batch, steps.stop_flag(False)).compile().as_text()
+    text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
     reductions = loops_and_collectives(text)
     assert reductions
     entry = re.search(r"ENTRY %?([\w.\-]+)", text)[1]
@@ -132,7 +134,7 @@ def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
     """A tensor axis cuts heads, so nothing is exchanged between devices in a block; and XLA never gathers what it cannot place."""
     config, steps = build(tiny_config, (2, 2, 1, 2))
     batch = batch_of(config, steps, tokens[0])
-    text = steps.train.lower(abstract_state(steps), batch, steps.stop_flag(False)).compile().as_text()
+    text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
     assert "all-reduce" in text
     assert "all-to-all" not in text
     assert "rematerialization" not in capfd.readouterr().err
@@ -141,7 +143,7 @@ def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
 def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, tokens, mesh_steps):
     config, steps = mesh_steps(tiny_config)
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
-    no = steps.stop_flag(False)
+    no = steps.wish(0)
     state, _ = steps.train(state, batch_of(config, steps, tokens[0]), no)
     # A weight of 3e38 overflows the forward pass; all else must come out as it went in.
     before = jax.device_get(state)
@@ -159,12 +161,12 @@ def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, token
     assert (int(metrics["nonfinite"]), int(metrics["nonfinite_run"])) == (1, 0)
 
 
-def test_any_process_can_ask_all_to_stop(tiny_config, tokens, mesh_steps):
+def test_what_any_process_wishes_all_hear(tiny_config, tokens, mesh_steps):
     config, steps = mesh_steps(tiny_config)
-    for stop in (False, True):
+    for wish in (0, 1, 3):
         state = jax.device_put(initial_state(config.model), steps.state_shardings)
-        _, metrics = steps.train(state, batch_of(config, steps, tokens[0]), steps.stop_flag(stop))
-        assert int(metrics["stop"]) == stop
+        _, metrics = steps.train(state, batch_of(config, steps, tokens[0]), steps.wish(wish))
+        assert int(metrics["wish"]) == wish
 
 
 def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, mesh_steps):
@@ -173,7 +175,7 @@ def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, 
     config, steps = mesh_steps(tiny_config)
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
     before = np.asarray(state.params["embedding"])
-    state, metrics = steps.train(state, batch_of(config, steps, rows), steps.stop_flag(False))
+    state, metrics = steps.train(state, batch_of(config, steps, rows), steps.wish(0))
     after = np.asarray(state.params["embedding"])
     decay = 1 - float(metrics["learning_rate"]) * config.optimizer.weight_decay
     np.testing.assert_allclose(after[0], before[0] * decay, rtol=1e-6)  # decayed, as in the original, and nothing more
@@ -186,7 +188,7 @@ def test_training_overfits_one_batch(tiny_config, tokens):
     state, losses = steps.init(), []
     batch = batch_of(config, steps, tokens[0])
     for _ in range(60):
-        state, metrics = steps.train(state, batch, steps.stop_flag(False))
+        state, metrics = steps.train(state, batch, steps.wish(0))
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(512), rel=0.02)
     assert losses[-1] < losses[0] / 2
@@ -197,7 +199,7 @@ def test_evaluation_sums_over_valid_labels(tiny_config, tokens, mesh_steps):
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
     batch = batch_of(config, steps, tokens[0])
     total, count = steps.evaluate(state.params, batch)
-    _, metrics = steps.train(state, batch, steps.stop_flag(False))
+    _, metrics = steps.train(state, batch, steps.wish(0))
     assert int(count) == 16 * 32 - 5 == int(metrics["tokens"])
     assert float(total) / int(count) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
@@ -213,3 +215,34 @@ def test_no_device_holds_the_whole_model_at_the_start(tiny_config):
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_allocated(tiny_config):
     with pytest.raises(ConfigError, match=r"mesh.tensor=8 does not divide model.num_heads=4"):
         build(tiny_config, (1, 1, 1, 8))
+
+
+def test_a_flipped_bit_in_one_copy_is_seen_and_its_process_named(tiny_config, tokens):
+    """Four replicas of two shards each; a copy differs in one bit of one number, used by the checked rows or not."""
+    config, steps = build(tiny_config, (4, 2, 1, 1))
+    batch = batch_of(config, steps, tokens[0])
+    params = steps.init().params
+    right = jax.device_get(steps.check(params, batch))
+    assert len(set(right.tolist())) == 1
+    leaves, tree = jax.tree.flatten(params)
+    used = [
+        index for index, (path, _) in enumerate(jax.tree.leaves_with_path(params)) if "embed" not in jax.tree_util.keystr(path)
+    ]
+    for name in used[:3]:
+        leaf = leaves[name]
+        copies = [shard.data for shard in leaf.addressable_shards]
+        bits = np.asarray(copies[5]).copy()  # device 5: replica 2
+        bits.view(np.uint32)[(0,) * bits.ndim] ^= 1 << 22
+        copies[5] = jax.device_put(bits, copies[5].device)
+        wrong = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
+        found = jax.device_get(
+            steps.check(jax.tree.unflatten(tree, [*leaves[:name], wrong, *leaves[name + 1 :]]), batch)
+        ).tolist()
+        assert found[:2] + found[3:] == right.tolist()[:3]
+        assert found[2] != right[2]
+        with pytest.raises(BadHost, match="3 of 4 agree") as caught:
+            compare_digests(found, {0: [0], 1: [0], 2: [1, 1], 3: [1]})
+        assert caught.value.processes == (1,)
+    with pytest.raises(BadHost, match="no majority") as caught:
+        compare_digests([1, 2], {0: [0], 1: [3]})
+    assert caught.value.processes == (0, 3)

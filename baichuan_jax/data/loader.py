@@ -5,7 +5,7 @@ G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tok
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -25,6 +25,7 @@ class Loader:
     """Endless iterator over training batches, beginning at `position`.
 
     Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight, each shuffled anew every epoch.
+    Windows [begin, end) of positions in `skip` are left out.
     Yields dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
     `segment_ids` and `positions`. Every process reads only the rows that its own devices need. Raises ConfigError naming a row that
     cannot be read; the loader is closed then, since to go on would leave out a batch.
@@ -41,14 +42,16 @@ class Loader:
         document_mask: bool,
         sharding: NamedSharding,
         position: int = 0,
+        skip: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        self.position = position
+        self._skip = _merged(skip)
+        self._index = _index_of(position, self._skip)
         self._sharding = sharding
         self._eos_id = eos_id if document_mask else None
         self._shape = (accumulation_steps, batch_size // accumulation_steps, sources[0][0].context_length)
         self._rows = _needed_rows(sharding, self._shape)
-        batches = _Batches(mixture(sources, seed), self._rows, batch_size)
-        dataset: Any = grain.MapDataset.source(batches)[position:]  # pyright: ignore[reportArgumentType]
+        batches = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
+        dataset: Any = grain.MapDataset.source(batches)[self._index :]  # pyright: ignore[reportArgumentType]
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -61,8 +64,13 @@ class Loader:
         except Exception:
             self.close()
             raise
-        self.position += 1
+        self._index += 1
         return _to_devices(_arrays(rows, self._eos_id), self._rows, self._shape, self._sharding)
+
+    @property
+    def position(self) -> int:
+        """Of the next batch."""
+        return _position_of(self._index, self._skip)
 
     def close(self) -> None:
         """Stop reading. grain's own close can wait for ever on a thread that is blocked (grain#1372), so it gets a deadline."""
@@ -84,17 +92,42 @@ def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
 
 
+def _merged(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Windows [begin, end) in order, those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(windows):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _position_of(index: int, skip: list[tuple[int, int]]) -> int:
+    """The position of the index-th batch that is not left out."""
+    position = index
+    for begin, end in skip:
+        position += end - begin if position >= begin else 0
+    return position
+
+
+def _index_of(position: int, skip: list[tuple[int, int]]) -> int:
+    """How many batches before a position are not left out."""
+    return position - sum(max(0, min(end, position) - begin) for begin, end in skip if begin < position)
+
+
 class _Batches:
     """Random access to this process's part of every global batch: [rows needed, T + 1]."""
 
-    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int) -> None:
+    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int, skip: list[tuple[int, int]]) -> None:
         self._sequence: Any = sequence
-        self._rows, self._batch_size = rows, batch_size
+        self._rows, self._batch_size, self._skip = rows, batch_size, skip
 
     def __len__(self) -> int:
         return len(self._sequence) // self._batch_size
 
-    def __getitem__(self, position: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
+        position = _position_of(index, self._skip)
         return np.stack([self._sequence[position * self._batch_size + int(row)] for row in self._rows])
 
 

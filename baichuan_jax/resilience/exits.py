@@ -12,15 +12,39 @@ from typing import NoReturn
 
 from baichuan_jax.config import ConfigError
 
-BUG = 70  # an error of the program: a restart would meet it again
+BUG = 70  # an error of the program: a restart would meet it again, unless it is one host's alone
 PREEMPTED = 75  # asked to stop, saved: start again at will
-NUMERICS = 77  # losses or gradients not finite
+HANG = 76  # nothing moved, or another process failed: start again
+NUMERICS = 77  # losses or gradients not finite, or a spike: start again, which rolls back
 CONFIGURATION = 78  # a setting or input that cannot be right: a restart would meet it again
+BAD_HOST = 79  # a check found a host bad: start again without it
 INTERRUPTED = 130  # a second Ctrl-C: nothing saved
 
 
 class NumericsError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Losses or gradients that are not finite, or a spike: the run must go back to a checkpoint."""
+
+
+class PeerFailed(RuntimeError):
+    """Another process of the run failed, and this one with it."""
+
+
+class BadHost(RuntimeError):
+    """A check found that `processes` compute or communicate wrongly."""
+
+    def __init__(self, message: str, processes: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.processes = processes
+
+
+MEANINGS: dict[type[BaseException], int] = {
+    ConfigError: CONFIGURATION, NumericsError: NUMERICS, PeerFailed: HANG, BadHost: BAD_HOST,
+}  # fmt: skip
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that an error means."""
+    return next((code for kind, code in MEANINGS.items() if isinstance(error, kind)), BUG)
 
 
 def leave(code: int) -> NoReturn:
@@ -37,12 +61,9 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     """Run a command's main function and leave with its code, or with the one that its error means."""
     try:
         code = command()
-    except ConfigError as error:
+    except tuple(MEANINGS) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = CONFIGURATION
-    except NumericsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = NUMERICS
+        code = exit_code(error)
     except KeyboardInterrupt:
         print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
         code = INTERRUPTED

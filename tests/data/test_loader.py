@@ -61,8 +61,8 @@ def load():
     """Start a loader; all are closed at the end."""
     loaders = []
 
-    def start(*sources, seed=3, position=0, **chosen):
-        loaders.append(Loader(list(sources), seed=seed, position=position, **settings(**chosen)))
+    def start(*sources, seed=3, position=0, skip=(), **chosen):
+        loaders.append(Loader(list(sources), seed=seed, position=position, skip=skip, **settings(**chosen)))
         return loaders[-1]
 
     yield start
@@ -106,6 +106,17 @@ def test_starting_at_a_position_equals_stepping_to_it(corpora, load, position):
         assert (stepped.position, started.position) == (position + 3, position)
         assert take(started, 3) == wanted
         assert started.position == position + 3
+
+
+@pytest.mark.parametrize("position", [0, 3, 5, 8])
+def test_windows_are_left_out_wherever_reading_starts(corpora, load, position):
+    skip = ((4, 6), (7, 8), (5, 7), (12, 13))  # 4 to 7 and 12 are left out
+    kept = [p for p in range(20) if p not in (4, 5, 6, 7, 12)]
+    whole = take(load((corpora[0], 1.0)), 20)
+    loader = load((corpora[0], 1.0), position=position, skip=skip)
+    for wanted in [p for p in kept if p >= position][:8]:
+        assert loader.position == wanted
+        assert take(loader, 1) == [whole[wanted]]
 
 
 def test_an_epoch_has_every_row_once_and_each_epoch_another_order(corpora, load):

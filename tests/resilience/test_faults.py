@@ -1,0 +1,183 @@
+"""Real processes, real faults: three supervised "hosts" on this machine. Who is named, does the run go on, are the losses the same?
+
+The machinery is that of benchmarks/chaos.py. Its limits are the protocol's with slack, since a busy machine may pause for seconds.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from launches import REPOSITORY, environment, lines
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import chaos
+
+from baichuan_jax.config import ResilienceConfig
+from baichuan_jax.resilience.clock import Clock
+from baichuan_jax.resilience.ledger import CAUSES, read_ledger
+from baichuan_jax.resilience.watch import BEAT, Watch
+
+HANG = SILENCE = 8.0
+LISTEN_AND_WORDS = 2.5 + 3.0 + 2.0  # standing still before others are listened to, last words, keeping them
+SLACK = 12.0  # of a busy machine
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Settings of a small run; its tokens are packed once."""
+    limits = (
+        "--resilience.hang_seconds",
+        str(HANG),
+        "--resilience.silence_seconds",
+        str(SILENCE),
+        "--resilience.check_every",
+        "0",
+    )
+    return [*chaos.words_of(tmp_path_factory.mktemp("cache")), *limits]
+
+
+@pytest.fixture(scope="module")
+def disturbed(words, tmp_path_factory):
+    """One run through a kill of process 0, a live hang and NaN in one copy of a parameter; and the same run without them."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    outcomes = []
+    with chaos.Cluster(folder / "run", words) as cluster:
+        for kind, process in (("kill", 0), ("hang", 1), ("nan", 2)):
+            cluster.steps(12, after=cluster.attempt - 1)
+            outcomes.append(chaos.suffer(cluster, kind, process))
+        last, _ = cluster.steps(3, after=cluster.attempt - 1)
+        codes = cluster.stop()
+    return cluster, outcomes, codes, last
+
+
+def test_the_culprit_and_the_cause_are_named_in_time(disturbed):
+    cluster, outcomes, codes, _ = disturbed
+    found = [(outcome.kind, outcome.cause, outcome.rule, outcome.named) for outcome in outcomes]
+    assert found == [
+        ("kill", "killed", "ended by a signal", "a"),
+        ("hang", "hang", "not in the collective", "b"),
+        ("nan", "numerics", "not finite or a spike", None),
+    ]
+    assert outcomes[1].detect_seconds < HANG + SLACK
+    assert all(outcome.localise_seconds < LISTEN_AND_WORDS + 10 + SLACK for outcome in outcomes)
+    assert codes == [75, 75, 75]
+    words = cluster.file("process-1", 2)
+    assert (words["cause"], words["phase"]) == ("hang", "data")
+    assert "sitecustomize.py:suffer" in words["stack"]
+    stacks = (cluster.run_dir / "attempts" / "2" / "stacks-1.txt").read_text()
+    assert "in suffer" in stacks
+    assert "in _watchdog" in stacks  # all threads
+
+
+def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, tmp_path):
+    cluster, outcomes, _, last = disturbed
+    straight = chaos.undisturbed(tmp_path / "straight", words, last, 3)
+    curve = cluster.run.curve("loss")
+    assert {step: curve[step] for step in range(1, last + 1)} == {step: straight[step] for step in range(1, last + 1)}
+    saved = [event["step"] for event in lines(cluster.run_dir, "events") if event["kind"] == "checkpoint"]
+    for outcome in outcomes:  # saves are 10 steps apart, and one may have been under way
+        assert outcome.lost_steps <= 20, outcome
+    assert saved
+
+
+def test_the_ledger_accounts_for_every_second_and_every_fault(disturbed):
+    cluster, outcomes, _, _ = disturbed
+    ledger = read_ledger(cluster.run_dir)
+    assert [(fault.cause, fault.host) for fault in ledger.faults] == [(outcome.cause, outcome.named) for outcome in outcomes]
+    assert ledger.launches == 4
+    assert sum(ledger.seconds.values()) == pytest.approx(ledger.total, rel=1e-6)
+    assert set(ledger.seconds) == set(CAUSES)
+    assert ledger.seconds["hang"] > HANG - 1
+    assert ledger.lost_steps >= 3
+    attempts = cluster.run_dir / "attempts"
+    began, ended = ((attempts / name).stat().st_mtime for name in ("1/coordinator.json", "4/process-0.json"))
+    assert ledger.total == pytest.approx(ended - began, abs=4)
+    assert all(fault.recover > 0 for fault in ledger.faults)
+
+
+def test_the_table_of_a_run(disturbed, tmp_path):
+    import json
+    import subprocess
+
+    cluster, *_ = disturbed
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.resilience", str(cluster.run_dir), "--json", str(tmp_path / "ledger.json")],
+        env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    for text in ("killed", "a: 0", "not in the collective", "goodput", "lost steps", "1 x hang on b"):
+        assert text in done.stdout, done.stdout
+    assert json.loads((tmp_path / "ledger.json").read_text())["launches"] == 4
+
+
+def test_heartbeats_cost_less_than_a_thousandth(tmp_path):
+    watch = Watch(ResilienceConfig(), Clock(), tmp_path / "attempts")
+    with watch:
+        watch.join()
+        began = time.thread_time()
+        for _ in range(200):
+            watch._publish(watch._folder, watch.report())
+        assert (time.thread_time() - began) / 200 < 0.001 * BEAT
+    assert not watch.report().cause
+
+
+def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
+    clock = Clock()
+    with Watch(ResilienceConfig(hang_seconds=0.5, start_seconds=0.5), clock, tmp_path / "attempts"), clock("data"):
+        time.sleep(2.5)
+    said = capfd.readouterr().err
+    assert said.count("nothing has happened for") == 1
+    assert "in test_alone_a_standstill" in said
+
+
+@pytest.mark.slow
+def test_every_kind_of_fault_once(words, tmp_path):
+    words = [*words, "--resilience.check_every", "5"]
+    with chaos.Cluster(tmp_path / "run", words) as cluster:
+        for number, kind in enumerate(chaos.KINDS):
+            cluster.steps(12, after=cluster.attempt - 1)
+            outcome = chaos.suffer(cluster, kind, (number + 1) % 3)
+            assert outcome.right, outcome
+        kinds = [event["kind"] for event in cluster.run.events]
+        assert "checkpoint_corrupt" in kinds
+        assert "corruption" in kinds
+        (taken,) = [event for event in cluster.run.events if event["kind"] == "port_taken"]
+        assert taken["host"] == "a"
+        last, _ = cluster.steps(3, after=cluster.attempt - 1)
+        cluster.stop()
+    straight = chaos.undisturbed(tmp_path / "straight", words, last, 3)
+    curve = cluster.run.curve("loss")
+    assert all(curve[step] == straight[step] for step in range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, tmp_path):
+    """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), back to 4; losses to rounding."""
+    batch = ["--train.global_batch_size", "8"]
+    with chaos.Cluster(tmp_path / "run", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")) as cluster:
+
+        def lose(*hosts: str) -> None:
+            attempt = cluster.attempt
+            for host in hosts:
+                child = cluster.pid(cluster.file("plan")["hosts"].index(host))
+                cluster.supervisors[host].kill()
+                os.kill(child, signal.SIGKILL)
+            cluster.steps(12, after=attempt)
+
+        cluster.steps(12)
+        lose("b")
+        assert sorted(cluster.file("plan")["hosts"]) == ["a", "c", "d", "e"]
+        lose("d")
+        assert len(cluster.file("plan")["hosts"]) == 2
+        attempt = cluster.attempt
+        for host in "bd":
+            cluster.supervisors[host] = cluster.start(host)
+        cluster.steps(12, after=attempt)
+        cluster.wait(lambda: len(cluster.file("plan")["hosts"]) == 4, "it did not grow")
+        last, _ = cluster.steps(12, after=cluster.attempt - 1)
+        cluster.stop()
+    straight = chaos.undisturbed(tmp_path / "straight", [*words, *batch], last, 4)
+    curve = cluster.run.curve("loss")
+    assert all(curve[step] == pytest.approx(straight[step], rel=1e-4) for step in range(1, last + 1))

@@ -1,0 +1,84 @@
+"""Spikes, rollbacks and the cadence of saves, without a model."""
+
+import math
+
+import numpy as np
+import pytest
+
+from baichuan_jax.resilience.cadence import DEVICE_SECONDS_PER_FAULT, seconds_between_saves, seconds_per_fault
+from baichuan_jax.resilience.guard import Spikes, plan_rollback
+
+
+def curve(num_steps: int, seed: int = 0) -> list[float]:
+    """Losses like those of a run: falling, noisy."""
+    rng = np.random.default_rng(seed)
+    return [2 + 4 * math.exp(-step / 150) + 0.05 * rng.normal() for step in range(num_steps)]
+
+
+def test_an_ordinary_curve_has_no_spike():
+    spikes = Spikes(20.0, [])
+    rng = np.random.default_rng(1)
+    for loss in curve(1500):
+        assert spikes.check(loss=loss, grad_norm=float(rng.lognormal(0, 0.5))) is None
+
+
+@pytest.mark.parametrize("values", [{"loss": 5.0, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 60.0}])
+def test_a_spike_is_named_with_its_limit_and_does_not_become_usual(values):
+    spikes = Spikes(20.0, [])
+    rng = np.random.default_rng(1)
+    for loss in curve(1200):
+        spikes.check(loss=loss, grad_norm=float(rng.lognormal(0, 0.3)))
+    for _ in range(200):
+        found = spikes.check(**values)
+        assert found is not None
+        assert "deviations" in found
+    assert spikes.check(loss=2.0, grad_norm=1.0) is None
+    assert Spikes(0.0, curve(1200)).check(**values) is None
+
+
+def test_too_few_steps_say_nothing():
+    assert Spikes(20.0, curve(63)).check(loss=1e6, grad_norm=1.0) is None
+    assert Spikes(20.0, curve(64)).check(loss=1e6, grad_norm=1.0) is not None
+
+
+def numerics(step: int, begin: int, end: int) -> dict:
+    return {"kind": "numerics", "step": step, "begin": begin, "end": end, "reason": "not finite"}
+
+
+def test_the_first_time_replays_the_second_leaves_the_window_out_and_so_on_until_there_were_enough():
+    events = [numerics(10, 12, 15)]
+    plan = plan_rollback(events, [], 2)
+    assert (plan.windows, plan.before, plan.back) == ((), 10, 0)
+    events += plan.events
+    assert plan_rollback(events, [], 2).before is None  # answered: an ordinary restart changes nothing
+    events.append(numerics(10, 12, 15))
+    plan = plan_rollback(events, [[3, 4]], 2)
+    assert (plan.windows, plan.before, plan.back) == (((3, 4), (12, 15)), 10, 1)
+    events += plan.events
+    for begin in (20, 40):
+        events.append(numerics(begin, begin, begin + 1))
+        events += plan_rollback(events, [], 2).events
+        events.append(numerics(begin, begin, begin + 1))
+        if begin == 20:
+            events += plan_rollback(events, [], 2).events
+    assert [event["begin"] for event in events if event["kind"] == "window_skipped"] == [12, 20]
+    with pytest.raises(RuntimeError, match="2 windows of data have been left out already"):
+        plan_rollback(events, [], 2)
+
+
+def test_young_and_daly():
+    """A thousand GPUs, a save that blocks for 3 s: sqrt(2 * 3 * 50.7 h) = 17 minutes, by hand."""
+    mean = seconds_per_fault(1000, 0.0, 0)
+    assert mean == DEVICE_SECONDS_PER_FAULT / 1000
+    assert seconds_between_saves(3.0, 20.0, mean) == pytest.approx(math.sqrt(6 * 50.7 * 3600), rel=1e-6)
+    assert seconds_between_saves(30.0, 20.0, 60.0) == 3000.0  # never more than a hundredth of the time
+    assert seconds_between_saves(0.01, 90.0, 60.0) == 135.0  # saves do not overlap
+    assert seconds_per_fault(1000, 36_000.0, 9) == pytest.approx((50.7 * 3600 + 36_000) / 10)
+
+
+def test_the_optimum_loses_least():
+    """Against the cost itself: time blocked and steps repeated per second, over a grid."""
+    blocked, mean = 2.0, 4 * 3600.0
+    loss = lambda interval: blocked / interval + interval / 2 / mean
+    best = min((float(x) for x in np.geomspace(10, 1e5, 4000)), key=loss)
+    assert seconds_between_saves(blocked, 1.0, mean) == pytest.approx(best, rel=0.01)

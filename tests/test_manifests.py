@@ -1,0 +1,115 @@
+"""Launch scripts and manifests: real schemas, the enumerations that these leave open, exit codes that are ours."""
+
+import copy
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+from launches import REPOSITORY
+
+from baichuan_jax.config_file import load_config
+from baichuan_jax.resilience import exits
+
+LAUNCH = REPOSITORY / "launch"
+# JobSet's and Job's own words, which the schemas give as plain strings.
+JOBSET_ACTIONS = {
+    "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob", "RestartJobAndIgnoreMaxRestarts",
+}  # fmt: skip
+JOB_FAILURE_REASONS = {
+    "BackoffLimitExceeded",
+    "DeadlineExceeded",
+    "FailedIndexes",
+    "MaxFailedIndexesExceeded",
+    "PodFailurePolicy",
+}
+
+
+def documents(name: str) -> dict[str, dict]:
+    return {doc["kind"]: doc for doc in yaml.safe_load_all((LAUNCH / "k8s" / name).read_text(encoding="utf-8"))}
+
+
+def validate(kind: str, document: dict) -> None:
+    """Against the generated models of the real APIs; what a model does not know is refused too."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    model = {
+        "JobSet": models.JobsetV1alpha2JobSet, "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+    }[kind]  # fmt: skip
+    parsed = model.from_dict(copy.deepcopy(document))
+    assert missing(document, parsed.to_dict()) == [], "keys that the API does not know"
+    for job in jobs(document):
+        kubernetes_validate.validate(
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}, "1.33", strict=True
+        )
+
+
+def missing(given: Any, known: Any, path: str = "") -> list[str]:
+    """Paths of a document that its parsed form has lost."""
+    if isinstance(given, dict):
+        return [
+            lost
+            for key, value in given.items()
+            for lost in (missing(value, known[key], f"{path}.{key}") if key in (known or {}) else [f"{path}.{key}"])
+        ]  # fmt: skip
+    if isinstance(given, list):
+        return [lost for index, value in enumerate(given) for lost in missing(value, known[index], f"{path}[{index}]")]
+    return []
+
+
+def jobset_of(document: dict) -> dict:
+    return document["spec"] if document["kind"] == "JobSet" else document["spec"].get("template", {}).get("spec", {})
+
+
+def jobs(document: dict) -> list[dict]:
+    return [{"spec": job["template"]["spec"]} for job in jobset_of(document).get("replicatedJobs", [])]
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
+def test_a_manifest_is_what_the_real_apis_take(name):
+    for kind, document in documents(name).items():
+        validate(kind, document)
+
+
+def test_a_misspelt_key_would_be_seen():
+    document = documents("jobset.yaml")["JobSet"]
+    document["spec"]["failurePolicy"]["maxRestart"] = 3
+    with pytest.raises(AssertionError, match=r"failurePolicy\.maxRestart"):
+        validate("JobSet", document)
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
+def test_bugs_stop_a_jobset_and_faults_recreate_it(name):
+    for document in documents(name).values():
+        jobset = jobset_of(document)
+        if not jobset:
+            continue
+        first, second = jobset["failurePolicy"]["rules"]
+        assert {first["action"], second["action"]} <= JOBSET_ACTIONS
+        assert set(first["onJobFailureReasons"] + second["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
+        assert (first["action"], first["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+        assert (second["action"], second["onJobFailureReasons"]) == ("RestartJobSet", ["BackoffLimitExceeded"])
+        (job,) = jobset["replicatedJobs"]
+        spec = job["template"]["spec"]
+        assert spec["backoffLimit"] == 0
+        (rule,) = spec["podFailurePolicy"]["rules"]
+        assert rule["action"] == "FailJob"
+        assert rule["onExitCodes"]["values"] == [exits.BUG, exits.CONFIGURATION]
+        assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
+
+
+def test_the_arguments_in_manifests_name_a_configuration_that_loads():
+    job = documents("jobset.yaml")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    for words in (container["args"], documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]["args"]):
+        assert load_config(REPOSITORY / words[1], ["run_dir=" + words[3]]).run_dir == "/shared/runs/7b"
+    number = next(item["value"] for item in container["env"] if item["name"] == "JAX_NUM_PROCESSES")
+    assert int(number) == job["completions"] == job["parallelism"]
+
+
+def test_the_batch_script_is_a_script():
+    script = LAUNCH / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text(encoding="utf-8")
+    assert f"{exits.BUG} | {exits.CONFIGURATION})" in text

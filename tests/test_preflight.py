@@ -1,0 +1,91 @@
+"""Checks before a run: on right hardware they pass; each kind of fault is found, and the right process named."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from launches import environment, write_config
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.preflight import compare_hosts, judge_pairs, memory_is_right, pairs_of, products_are_right, storage_fault
+from baichuan_jax.resilience.exits import BadHost
+
+
+def test_right_devices_pass_and_a_wrong_product_is_seen():
+    device = jax.devices()[3]
+    assert products_are_right(device)
+    assert memory_is_right(device)
+    assert not products_are_right(device, lambda a, b: jnp.matmul(a, b).at[7, 7].add(1))
+
+
+def test_storage_that_cannot_be_written_is_told(tmp_path):
+    assert storage_fault(tmp_path / "new" / "folder") is None
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert "cannot save in" in (storage_fault(tmp_path / "file") or "")
+    assert "cannot save in" in (storage_fault(tmp_path / "file" / "below") or "")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9])
+def test_pairs_are_disjoint_and_everyone_has_two_partners_where_it_can(count):
+    partners: dict[int, set[int]] = {process: set() for process in range(count)}
+    for pairs in pairs_of(count):
+        members = [process for pair in pairs for process in pair]
+        assert len(members) == len(set(members))
+        for a, b in pairs:
+            partners[a].add(b)
+            partners[b].add(a)
+    assert all(len(found) >= 1 for found in partners.values())
+    assert sum(len(found) == 2 for found in partners.values()) >= (0 if count == 2 else count - 2 if count % 2 else count)
+
+
+def results_of(pairs, count, works):
+    """What every process reports of a round."""
+    return [next(((pair, works(pair)) for pair in pairs if process in pair), None) for process in range(count)]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+def test_a_process_that_fails_with_every_partner_is_named(count):
+    for bad in range(count):
+        rounds = [results_of(pairs, count, lambda pair: bad not in pair) for pairs in pairs_of(count)]  # noqa: B023
+        with pytest.raises(BadHost) as caught:
+            judge_pairs(rounds)
+        ends = count % 2 and bad in (0, count - 1)  # of an odd number two have one partner only
+        assert caught.value.processes in ({(bad,)} if not ends else {(bad,), ()})
+
+
+def test_one_bad_way_between_two_good_hosts_is_a_warning_and_two_hosts_give_no_name():
+    rounds = [results_of(pairs, 4, lambda pair: pair != (1, 2)) for pairs in pairs_of(4)]
+    assert judge_pairs(rounds) == ["processes 1 and 2 cannot talk, each of them can with others"]
+    with pytest.raises(BadHost) as caught:
+        judge_pairs([[((0, 1), False), ((0, 1), False)]])
+    assert caught.value.processes == ()
+
+
+def host(name: str, time: float = 0.0, **versions: str) -> dict:
+    return {"host": name, "time": time, "versions": {"jax": "0.10.1", **versions}, "devices": [8, "A800"]}
+
+
+def test_what_differs_between_hosts_is_refused_or_told():
+    assert compare_hosts([host("a"), host("b", 0.5)], "a:1234") == []
+    (warning,) = compare_hosts([host("a"), host("b", 9.5)], "a:1234")
+    assert "differ by up to 9.5 s" in warning
+    with pytest.raises(ConfigError, match="process 1 on b has other versions"):
+        compare_hosts([host("a"), host("b", numpy="1")], "a:1234")
+    with pytest.raises(ConfigError, match="is each host's own"):
+        compare_hosts([host("a"), host("b")], "127.0.0.1:1234")
+    assert compare_hosts([host("a"), host("a")], "127.0.0.1:1234") == []
+    with pytest.raises(ConfigError, match=r"jax 0\.10\.2: it miscompiles"):
+        compare_hosts([host("a") | {"versions": {"jax": "0.10.2"}}], None)
+
+
+def test_the_command_says_that_all_is_well(tmp_path):
+    config = write_config(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.preflight", "--config", str(config), "--run_dir", str(tmp_path / "run")],
+        env=environment(2), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 process(es), 2 device(s): all well" in done.stdout
