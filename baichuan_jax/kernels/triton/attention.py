@@ -19,8 +19,6 @@ import triton.language as tl
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import activate, current_layout
 
-HEAD_SIZES = (64, 128)
-
 
 class Blocks(NamedTuple):
     """Lengths of the blocks of queries and keys, warps of a program, stages of its loads' pipeline."""
