@@ -53,7 +53,7 @@ def choose_attention(
 
 def choose_rms_norm(implementation: str, *, device: Any, dtype: str, width: int) -> tuple[str, str]:
     """The RMSNorm that will run and why: (name, reason). Raises ConfigError where a forced one cannot serve."""
-    wide = f"rows of {width} are beyond the registers of one program (16384)" if width > 16384 else None
+    wide = f"rows of {width} are beyond the registers of one program (8192)" if width > 8192 else None
     obstacles = {
         "triton": _triton_obstacle(device) or wide,
         "pallas": _pallas_obstacle(device, dtype) or (f"rows of {width} are beyond VMEM (32768)" if width > 32768 else None),

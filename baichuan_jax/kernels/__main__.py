@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = {target: package for target, package in NEEDED.items() if importlib.util.find_spec(package) is None}
     chosen = options.targets or [target for target in NEEDED if target not in missing]
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "140")  # the table's width, where no terminal has one
     display = Display()
     for package in dict.fromkeys(missing[target] for target in (options.targets or NEEDED) if target in missing):
         targets = ", ".join(target for target in missing if missing[target] == package)
@@ -61,9 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
         display.say(message, style="yellow")
     with _no_accelerator():
         rows = [row for target in chosen for row in (_tpu_rows(target) if target == "v5p" else _gpu_rows(target))]
-    display.table(f"Kernels, {ROWS} x {LENGTH} tokens", list(_COLUMNS.values()), [_cells(row) for row in rows])
+    for target in chosen:
+        cells = [_cells(row) for row in rows if row["target"] == target]
+        display.table(f"{target}: {ROWS} x {LENGTH} tokens of {WIDTH} channels", list(_COLUMNS.values()), cells)
     display.say(
-        "Bound: what the busiest unit allows of the peak: of products (attention) or of memory bandwidth (RMSNorm). Predicted."
+        "Share of peak: what the busiest unit allows at best, of dense products below the diagonal (attention; float32: of "
+        "TF32's peak) or of memory bandwidth (RMSNorm). Predicted from the instructions, not measured."
     )
     if options.json:
         write_atomically(options.json, json.dumps(rows, indent=1).encode())

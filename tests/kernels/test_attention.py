@@ -173,3 +173,21 @@ def test_a_choice_that_cannot_serve_raises(monkeypatch, implementation, change, 
     monkeypatch.setattr(bridge, "obstacle", lambda: None)
     with pytest.raises(ConfigError, match=word):
         choose_attention(implementation, **{**USUAL, **change})
+
+
+@pytest.mark.parametrize(
+    ("implementation", "change", "word"),
+    [
+        ("triton", {"width": 9000}, "9000"),
+        ("triton", {"device": CPU}, "backend is cpu"),
+        ("pallas", {"device": TPU, "width": 40000}, "40000"),
+    ],
+    ids=str,
+)
+def test_a_norm_that_cannot_serve_is_refused_or_passed_over(monkeypatch, implementation, change, word):
+    monkeypatch.setattr(bridge, "obstacle", lambda: None)
+    usual = {"device": A800, "dtype": "bfloat16", "width": 4096}
+    assert choose_rms_norm("auto", **usual)[0] == "triton"
+    assert choose_rms_norm("auto", **{**usual, **change})[0] == "reference"
+    with pytest.raises(ConfigError, match=word):
+        choose_rms_norm(implementation, **{**usual, **change})

@@ -34,8 +34,8 @@ def needs(*modules):
 def test_numbers_in_the_interpreter():
     """Every test of interpreted.py, in a process that imports triton as an interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "interpreted.py", "-q", "-p", "no:cacheprovider", "--rootdir", HERE.parents[1]],
-        cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", HERE / "interpreted.py", "-q", "-p", "no:cacheprovider"],
+        cwd=HERE.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -19,8 +19,6 @@ import triton.language as tl
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.sharding import activate, current_layout
 
-HEAD_SIZES = (64, 128)
-
 
 class Blocks(NamedTuple):
     """Lengths of the blocks of queries and keys, warps of a program, stages of its loads' pipeline."""
@@ -37,7 +35,7 @@ class Blocks(NamedTuple):
 # 128 of a thread's 255 registers. A second stage loads the next block while this one is multiplied; a third one where memory is left.
 _FORWARD = {128: Blocks(128, 64, 8, 3), 64: Blocks(128, 64, 4, 3)}
 _DKV = {128: Blocks(64, 64, 4, 2), 64: Blocks(32, 128, 4, 2)}
-_DKV_90 = {**_DKV, 128: Blocks(64, 64, 8, 2)}  # four warps would spill on sm_90
+_DKV_90 = {**_DKV, 128: Blocks(32, 64, 4, 3)}  # 64 queries would spill on sm_90
 _DQ = {128: Blocks(128, 64, 8, 2), 64: Blocks(128, 64, 4, 2)}
 # float32: three TF32 products for each, with both parts of every operand in registers.
 _FORWARD_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(64, 32, 4, 2)}

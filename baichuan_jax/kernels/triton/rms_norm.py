@@ -16,7 +16,7 @@ import triton.language as tl
 
 from baichuan_jax.kernels.triton import bridge
 
-MAX_WIDTH = 16384  # a row lies in the registers of one program
+MAX_WIDTH = 8192  # a row lies in the registers of one program; beyond, the backward pass spills
 ELEMENTS = 4096  # of one array that a program holds at once: 16 a thread of 8 warps, so that the backward pass spills nothing
 
 
@@ -72,16 +72,18 @@ def _backward_kernel(
 
 def _constants(D: int, R: int, eps: float, residual: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
+    if D > MAX_WIDTH:
+        raise ValueError(f"Triton RMSNorm of rows of {D}: it takes up to {MAX_WIDTH}")
     width = triton.next_power_of_2(D)
     rows = max(1, ELEMENTS // width)
     return {
         "R": R, "D": D, "ROWS": rows, "WIDTH": width, "EPS": eps, "RESIDUAL": residual,
-        "num_warps": 8 if width <= 8192 else 16, "num_stages": 1,
+        "num_warps": 8, "num_stages": 1,
     }  # fmt: skip
 
 
 def forward(weight_D: jax.Array, x: jax.Array, residual: jax.Array | None = None, *, eps: float) -> list[jax.Array]:
-    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 inside; D up to MAX_WIDTH."""
+    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 inside; D up to MAX_WIDTH, else ValueError."""
     D = x.shape[-1]
 
     def run(weight_GD: jax.Array, x_GRD: jax.Array, *residual_GRD: jax.Array) -> list[jax.Array]:
