@@ -15,12 +15,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # a script, run from anywhere
 
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # what is measured, whatever else is installed
+
 import argparse
 import contextlib
 import io
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -171,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a Hugging Face folder with tokenizer.model, instead of the random model")
     parser.add_argument("--questions", type=int, default=40, help="of each subject")
-    parser.add_argument("--batch_sizes", default="1,4,16", help="that lm-eval tries")
+    parser.add_argument("--batch_sizes", default="4,16,32", help="that lm-eval tries")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="save the figures")
     options = parser.parse_args()

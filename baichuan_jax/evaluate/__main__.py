@@ -82,7 +82,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="where results go; finished subjects in it are kept")
     add("--tokenizer", metavar="FILE", help="a SentencePiece model, where none lies with the checkpoint")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    add("--batch_tokens", type=int, metavar="N", help="tokens of one batch on a device (default: 2048 on a CPU, else 8192)")
+    add("--batch_tokens", type=int, metavar="N", help="tokens of one batch on a device (default: 1024 on a CPU, else 8192)")
     add("--json", metavar="FILE", help="save the figures, and the speed, here too")
     add_mesh_options(command, MeshConfig())
 

@@ -23,8 +23,8 @@ MIN_SHARING_ROWS = 3
 
 
 def default_batch_tokens() -> int:
-    """A CPU is fastest where attention's scores stay in its caches; an accelerator wants long products."""
-    return 2048 if jax.default_backend() == "cpu" else 8192
+    """A CPU is fastest with little padding and attention's scores in its caches; an accelerator wants long products."""
+    return 1024 if jax.default_backend() == "cpu" else 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +122,21 @@ class Scorer:
             self.work.run_tokens += B * T
             yield batch, self._run(self._score, self.params, prefix, *arrays)
 
-    def _length(self, count: int, parts: int = 4) -> int:
-        """The next of 16, 20, 24, 28, 32, 40, ...: `parts` lengths to each doubling, so that few shapes are compiled.
+    def _length(self, count: int) -> int:
+        """The next of 16, 20, 24, 28, 32, 40, ...: four lengths to each doubling, so that few shapes are compiled.
 
         On a mesh that cuts sequences, a multiple of its pieces.
         """
-        step = (1 << max(count - 1, 16).bit_length() - 1) // parts
+        step = (1 << max(count - 1, 16).bit_length() - 1) // 4
         length = -(-max(count, 16) // step) * step
         return -(-length // self._length_step) * self._length_step
 
     def _batch_size(self, count: int, T: int) -> int:
-        """Rows of the next batch: what batch_tokens hold on every device, or for the rest a fourth of it, a sixteenth, ..."""
+        """Rows of the next batch: what batch_tokens hold on every device, or for the rest half of it, a fourth, ..."""
         most = max(1, self._batch_tokens // T)
         sizes = [most * self._shards]
         while most > 1:
-            most = -(-most // 4)
+            most = -(-most // 2)
             sizes.append(most * self._shards)
         if count >= sizes[0]:
             return sizes[0]
@@ -145,7 +145,7 @@ class Scorer:
         return up if 2 * up <= 3 * count else down
 
     def _prefix(self, tokens: list[int]) -> Cache:
-        S = self._length(len(tokens), parts=2)
+        S = self._length(len(tokens))
         tokens_1S = np.zeros((1, S), np.int32)
         tokens_1S[0, : len(tokens)] = tokens
         self.work.run_tokens += S
