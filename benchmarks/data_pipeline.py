@@ -6,9 +6,9 @@
     python benchmarks/data_pipeline.py loader [--json FILE]
 
 `peers`: near-duplicate documents alone, one worker each, on a corpus of corpus_truth.py, whose planted copies give the recall: the
-pipeline; datatrove with its defaults (5-grams of words, 14 bands of 8); datatrove with 5-grams of characters. Also all stages of the
-pipeline. `scale`: CPU-seconds of every stage, and the peak memory of a process, by size. CPU-seconds are those of a process and all
-that it started: other load on the machine changes them little.
+pipeline; datatrove with its defaults (5-grams of words as its English tokeniser cuts them, 14 bands of 8); with its tokeniser of each
+language; with 5-grams of characters. Also all stages of the pipeline. `scale`: CPU-seconds of every stage, and the peak memory of a
+process, by size. CPU-seconds are those of a process and all that it started: other load on the machine changes them little.
 """
 
 import sys
@@ -34,6 +34,7 @@ REPOSITORY = Path(__file__).parents[1]
 CLOCK = os.sysconf("SC_CLK_TCK")
 OFF = {"rules": ["--rules.enabled", "false", "--rules.personal_data", "keep"], "quality": ["--quality.enabled", "false"]}
 OFF["sentences"] = ["--sentences.enabled", "false"]
+GRAMS = ("words", "language", "characters")
 NEAR = ("exact", "punctuation", "edit_01", "edit_02")  # kinds of copies that de-duplication owes
 
 
@@ -138,6 +139,7 @@ def datatrove(corpus: Path, output: Path, grams: str) -> None:
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
     from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import LambdaFilter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.utils.text import ngrams, simplify_text
 
@@ -156,17 +158,27 @@ def datatrove(corpus: Path, output: Path, grams: str) -> None:
             kept.append(document.id)
             yield document
 
-    reader = JsonlReader(str(corpus), glob_pattern="corpus-*.jsonl")
-    signature = Characters if grams == "characters" else MinhashDedupSignature
-    steps = [
-        [reader, signature(str(output / "signatures"), config=config)],
-        [MinhashDedupBuckets(str(output / "signatures"), str(output / "buckets"), config=config)],
-        [MinhashDedupCluster(str(output / "buckets"), str(output / "remove"), config=config)],
-        [reader, MinhashDedupFilter(str(output / "remove")), collect],
-    ]
-    for number, step in enumerate(steps):
-        tasks = config.num_buckets if number == 1 else 1
-        LocalPipelineExecutor(step, tasks=tasks, workers=1, logging_dir=str(output / f"logs-{number}")).run()
+    def run(folder: Path, signature: MinhashDedupSignature, *select: Any) -> None:
+        read = [JsonlReader(str(corpus), glob_pattern="corpus-*.jsonl"), *select]
+        steps = [
+            [*read, signature],
+            [MinhashDedupBuckets(str(folder / "signatures"), str(folder / "buckets"), config=config)],
+            [MinhashDedupCluster(str(folder / "buckets"), str(folder / "remove"), config=config)],
+            [*read, MinhashDedupFilter(str(folder / "remove")), collect],
+        ]
+        for number, step in enumerate(steps):
+            tasks = config.num_buckets if number == 1 else 1
+            LocalPipelineExecutor(step, tasks=tasks, workers=1, logging_dir=str(folder / f"logs-{number}")).run()
+
+    if grams == "words":
+        run(output, MinhashDedupSignature(str(output / "signatures"), config=config))
+    elif grams == "characters":
+        run(output, Characters(str(output / "signatures"), config=config))
+    else:
+        for lang, name in (("en", "eng"), ("zh", "cmn_Hani")):
+            folder = output / lang
+            signature = MinhashDedupSignature(str(folder / "signatures"), config=config, language=name)
+            run(folder, signature, LambdaFilter(lambda document, lang=lang: document.metadata["lang"] == lang))
     (output / "kept.json").write_text(json.dumps(kept))
 
 
@@ -180,10 +192,10 @@ def peers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         output = folder / name.replace(" ", "-")
         measured = run_pipeline(corpus, output, "--num_workers", "1", *words)
         rows[f"baichuan_jax, {name}"] = _row(measured, size, recall(corpus, kept_by_pipeline(output)))
-    for grams in ("words", "characters"):
+    for grams in GRAMS:
         output = folder / f"datatrove-{grams}"
         output.mkdir()
-        words = [__file__, "datatrove", "--corpus", str(corpus), "--output", str(output), "--grams", grams]
+        words = [str(Path(__file__).absolute()), "datatrove", "--corpus", str(corpus), "--output", str(output), "--grams", grams]
         measured = Measured(words, folder / f"{grams}.log")
         rows[f"datatrove, {grams}"] = _row(measured, size, recall(corpus, set(json.loads((output / "kept.json").read_text()))))
     ours = rows["baichuan_jax, documents only"]["mb_per_cpu_second"]
@@ -300,7 +312,7 @@ def main() -> None:
     one = commands.add_parser("datatrove", help="one run of datatrove: what `peers` starts")
     one.add_argument("--corpus", type=Path, required=True)
     one.add_argument("--output", type=Path, required=True)
-    one.add_argument("--grams", choices=["words", "characters"], required=True)
+    one.add_argument("--grams", choices=GRAMS, required=True)
     options = parser.parse_args()
     if options.command == "datatrove":
         datatrove(options.corpus, options.output, options.grams)

@@ -20,6 +20,7 @@ COMMON_HAN = (
 FORMAT_CHARACTERS = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"  # harmless in any text
 RUN = 5  # characters that are the same make a run from here on: 哈哈哈哈哈, soooooo
 LONG_WORD = 30  # letters and digits; German has longer words, English has not
+ENOUGH_HAN = 300  # characters whose order can be judged
 FULL_LINE = 20  # characters; a list of shorter lines is no text
 GRAM = 10  # units of a repeated passage (Gopher's longest n-gram)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -114,7 +115,13 @@ def _units(points: np.ndarray, classes: np.ndarray, owner: np.ndarray, documents
     first = np.flatnonzero(unit)
     if not len(first):
         zero = np.zeros(documents, np.int64)
-        return {"units": zero, "words": zero, "long_word_letters": zero, "repeated": zero, "coincidence": np.ones(documents)}
+        return {
+            "units": zero,
+            "words": zero,
+            "long_word_letters": zero,
+            "repeated": zero,
+            "coincidence": np.full(documents, np.inf),
+        }
     # A unit's hash: its code points times odd powers, summed; wrap-around is meant. Words are told apart without regard to case.
     place = np.arange(len(points), dtype=np.int64)
     inside = np.where(unit, place, 0)
@@ -172,14 +179,15 @@ def _coincidence(key: np.ndarray, own: np.ndarray, place: np.ndarray, documents:
     """How much oftener two places of a document have the same pair of Han characters than if these stood in random order.
 
     Friedman's index of coincidence of pairs over the square of that of characters: about 1 for shuffled text, many times that for
-    language.
+    language; infinite where too few characters are there to tell.
     """
     singles, count = _equal_pairs(key, own, documents)
     pair = key[:-1] * _MIX + key[1:]
     inside = place[:-1] + 1 == place[1:]
     doubles, pairs = _equal_pairs(pair[inside], own[:-1][inside], documents)
     chance = (singles / np.maximum(count, 1)) ** 2 * pairs
-    return (doubles + 5) / (chance + 5)  # +5: in a short text a few coincidences prove nothing
+    ratio = (doubles + 5) / (chance + 5)  # + 5: a few coincidences prove nothing
+    return np.where(np.bincount(own, minlength=documents) >= ENOUGH_HAN, ratio, np.inf)
 
 
 def _equal_pairs(key: np.ndarray, own: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import collections
 import glob
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -16,12 +15,12 @@ import daft.functions as F  # pyright: ignore[reportMissingImports]
 import numpy as np
 from daft import DataFrame, DataType, Expression, col, lit  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data import dedup, select, sentences, tasks
+from baichuan_jax.data import dedup, rules, select, sentences, tasks
 from baichuan_jax.data.corpus_config import CorpusConfig
 from baichuan_jax.data.decontaminate import EvaluationSets
 from baichuan_jax.data.documents import Slice, find_inputs, make_parts, record_id
 from baichuan_jax.data.engine import ROW_BITS, Engine, Stage, read_table, stage_key
-from baichuan_jax.data.quality import MODEL
+from baichuan_jax.data.quality import MODEL, score
 
 STAGES = ("read", "rules", "quality", "decontaminate", "documents", "sentences", "select")
 SHOWN_DUPLICATE_IDS = 1000  # by file and line in the report; all are counted
@@ -33,6 +32,11 @@ class Plan:
     def __init__(self, config: CorpusConfig, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.output = Path(config.output)
+        rules.limits_of(config.rules)  # refuses what is wrong before hours of work
+        self.phrases = config.rules.blocked_phrases and rules.blocked_pattern(config.rules.blocked_phrases)
+        self.model = Path(config.quality.model or MODEL)
+        if config.quality.enabled:
+            score([], self.model)
         self.files = find_inputs(config.input)
         self.parts = make_parts(self.files)
         self.numbers = list(range(len(self.parts)))
@@ -83,9 +87,7 @@ class Plan:
         if any(piece.by_bytes for part in parts for piece in part):
             counts = self.engine.run(self.stage("lines", self.input_key), tasks.lines, self.numbers, None, parts)
             parts = _numbered(parts, counts)
-        rules = self.config.rules
-        phrases = None if rules.blocked_phrases is None else hashlib.sha256(Path(rules.blocked_phrases).read_bytes()).hexdigest()
-        stage = self.stage("read", self.input_key, self.config.read, rules, phrases, self.config.on_error)
+        stage = self.stage("read", self.input_key, self.config.read, self.config.rules, self.phrases, self.config.on_error)
         return stage, self.engine.run(stage, tasks.read, self.numbers, None, parts, self.config)
 
     def rename(self, documents: Stage) -> DataFrame:
@@ -106,10 +108,8 @@ class Plan:
         """Score every document."""
         if not self.config.quality.enabled:
             return None
-        model = Path(self.config.quality.model or MODEL)
-        card = hashlib.sha256((model / "card.json").read_bytes() if (model / "card.json").is_file() else b"").hexdigest()
-        stage = self.stage("quality", documents.key, card)
-        self.engine.run(stage, tasks.score_part, self.numbers, None, documents, model)
+        stage = self.stage("quality", documents.key, (self.model / "card.json").read_text(encoding="utf-8"))
+        self.engine.run(stage, tasks.score_part, self.numbers, None, documents, self.model)
         least = self.config.quality.least
         fit = (
             read_table(documents).where(col("reason").is_null()).select("doc", "source", "lang").join(read_table(stage), on="doc")

@@ -1,0 +1,193 @@
+"""The data pipeline as a real program: what it keeps and removes, bad input, any number of workers, kills."""
+
+import collections
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launches import SAMPLE, environment
+
+pytest.importorskip("daft")
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+EMAIL, PHONE, IDENTITY = "someone@example.org", "13812345678", "11010519491231002X"
+
+
+def sample(name: str, count: int) -> list[str]:
+    with gzip.open(SAMPLE / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(next(file))["text"] for _ in range(count)]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def pipeline(folder: Path, output: Path, *words: str, expect: int | None = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{folder}/*", "--output", str(output), *words],
+        env=environment(), capture_output=True, text=True, timeout=300, cwd=folder,
+    )  # fmt: skip
+    assert expect is None or done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def rows(output: Path, folder: str) -> dict[str, dict]:
+    found = [row for path in sorted((output / folder).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len({row["id"] for row in found}) == len(found)
+    return {row["id"]: row for row in found}
+
+
+def content(output: Path) -> dict[str, bytes]:
+    """The bytes of final/ and removed/."""
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(output.glob("[fr]*/*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Chinese and English documents in two files, with copies, a repeated sentence, garbage and personal data."""
+    folder = tmp_path_factory.mktemp("corpus")
+    zh, en = sample("train-zh", 6), sample("train-en", 6)
+    sentence = "It is not every day that a sentence like this one comes twice in a corpus."
+    records = [{"id": f"zh{i}", "text": text, "source": "verse"} for i, text in enumerate(zh)]
+    records += [{"id": f"en{i}", "text": text[:4000]} for i, text in enumerate(en)]
+    records[6]["text"] += f"\n{sentence} The end of the first."
+    records[7]["text"] += f"\nThe beginning. {sentence}\nThe end of the second."
+    records.append({"id": "copy", "text": zh[0].replace("，", " , ")})
+    records.append({"id": "personal", "text": f"{en[5][4000:6000]}\nWrite to {EMAIL}, call {PHONE}, 证件号{IDENTITY}。"})
+    records.append({"id": "table", "text": "\n".join(f"{i}\t{i * i}\t{i**3}" for i in range(200))})
+    write_jsonl(folder / "a.jsonl", records[::2])
+    write_jsonl(folder / "b.jsonl", records[1::2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("result")
+    pipeline(corpus, output, "--num_workers", "1")
+    return output
+
+
+def test_every_document_is_kept_or_removed_for_a_reason(corpus, result):
+    final, removed = rows(result, "final"), rows(result, "removed")
+    given = {json.loads(line)["id"] for path in corpus.iterdir() for line in path.read_text(encoding="utf-8").splitlines()}
+    assert final.keys() | removed.keys() == given
+    assert not final.keys() & removed.keys()
+    assert list(next(iter(final.values()))) == ["id", "text", "source", "lang", "quality", "frequency"]
+    assert list(next(iter(removed.values()))) == ["id", "stage", "reason", "duplicate_of"]
+    kept = {"zh0", "copy"} & final.keys()
+    assert len(kept) == 1
+    gone = removed[({"zh0", "copy"} - kept).pop()]
+    assert (gone["stage"], gone["duplicate_of"]) == ("documents", kept.pop())
+    assert {final[name]["frequency"] for name in ({"zh0", "copy"} & final.keys())} == {2}
+    assert removed["table"] == {"id": "table", "stage": "rules", "reason": "few_letters", "duplicate_of": None}
+    assert (final["zh1"]["lang"], final["zh1"]["source"]) == ("zh", "verse")
+    assert final["en1"]["source"] in ("a", "b")
+
+
+def test_a_sentence_stays_once_and_its_neighbours_keep_their_places(result):
+    texts = [row["text"] for row in rows(result, "final").values()]
+    assert sum("comes twice in a corpus" in text for text in texts) == 1
+    second = next(text for text in texts if "The beginning." in text)
+    assert second.endswith("\nThe beginning.\nThe end of the second.")
+
+
+def test_personal_data_are_masked(result):
+    text = rows(result, "final")["personal"]["text"]
+    assert text.endswith("Write to <email>, call <phone>, 证件号<identity>。")
+
+
+def test_the_report_adds_up(result):
+    report = json.loads((result / "report.json").read_text(encoding="utf-8"))
+    removed = collections.Counter((row["stage"], row["reason"]) for row in rows(result, "removed").values())
+    counted = {
+        (stage["stage"], reason): found["documents"] for stage in report["stages"] for reason, found in stage["removed"].items()
+    }
+    assert counted == dict(removed)
+    final = rows(result, "final")
+    assert report["final"] == {"documents": len(final), "bytes": sum(len(row["text"].encode()) for row in final.values())}
+    assert (result / "funnel.png").read_bytes().startswith(b"\x89PNG")
+    assert "few_letters" in (result / "funnel.html").read_text(encoding="utf-8")
+
+
+def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tmp_path):
+    """Killed at a random moment, every process of it; started again with other workers, it ends with the same bytes."""
+    command = [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path / "o")]
+    process = subprocess.Popen(
+        [*command, "--num_workers", "2"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(random.Random(os.getpid()).uniform(2, 6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    pipeline(corpus, tmp_path / "o", "--num_workers", "3")
+    assert content(tmp_path / "o") == content(result)
+
+
+def test_bad_input_is_counted_by_file_and_line(tmp_path):
+    text = sample("train-en", 1)[0][:3000]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = json.dumps({"id": "x", "text": text})
+    lines = [
+        good.encode(),
+        b'{"text": "\xff\xfe"}',
+        b"no json",
+        b'{"body": "no text"}',
+        b"",
+        good.encode(),
+        b'{"text": "' + b"a" * 70000 + b'"}',
+        b'{"text": "\\ud83d"}',
+    ]
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (folder / "empty.jsonl").write_bytes(b"")
+    whole = gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in sample("train-en", 50)), mtime=0)
+    (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "none.parquet").write_bytes(b"PAR1 this is none")
+    pq.write_table(pa.table({"text": [text.upper(), None]}), folder / "some.parquet")
+    done = pipeline(
+        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false"
+    )
+    report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
+    problems = {(Path(p["file"]).name, p["reason"]): (p["count"], p["lines"]) for p in report["problems"]}
+    lines_before_the_cut = problems.pop(("cut.jsonl.gz", "unreadable"))[1][0] - 1
+    assert 0 < lines_before_the_cut < 50
+    assert problems == {
+        ("a.jsonl", "broken_utf8"): (2, [2, 8]),
+        ("a.jsonl", "no_json"): (1, [3]),
+        ("a.jsonl", "no_text"): (1, [4]),
+        ("a.jsonl", "line_too_long"): (1, [7]),
+        ("a.jsonl", "duplicate_id"): (1, [6]),
+        ("empty.jsonl", "empty_file"): (1, [1]),
+        ("none.parquet", "unreadable"): (1, [1]),
+        ("some.parquet", "no_text"): (1, [2]),
+    }
+    assert len(rows(tmp_path / "o", "final")) + len(rows(tmp_path / "o", "removed")) == 7 + lines_before_the_cut + 2
+    assert "a.jsonl: 2 broken_utf8 at line 2, 8" in done.stdout.replace("\n", "")
+    failed = pipeline(folder, tmp_path / "f", "--on_error", "fail", expect=78)
+    assert "a.jsonl, line 2: broken_utf8" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--rules.limits", "{few_leters: 0.1}"], "few_letters"),
+        (["--dedup.band", "3"], "dedup.bands"),
+        (["--dedup.bands", "64"], "256"),
+        (["--rules.blocked_phrases", "/nowhere"], "cannot be read"),
+        (["--quality.model", "/nowhere"], "holds no quality model"),
+    ],
+)
+def test_a_wrong_setting_is_refused(corpus, tmp_path, words, message):
+    done = pipeline(corpus, tmp_path, *words, expect=78)
+    assert message in done.stderr
