@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps corpus train test test-slow lint types clean
+.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos chaos lint types clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -26,10 +26,16 @@ train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
 
 test: dev  ## the tests, under about ten minutes
-	exec $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
 
 test-slow: dev  ## the tests that are left out of `make test`
 	exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
+	exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+chaos: dev  ## real faults at random moments to a real run, losses compared
+	exec $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: dev  ## ruff: lint and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -287,9 +287,8 @@ def show(result: dict[str, Any]) -> None:
     for item in result.get("search", []):
         peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
         speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
-        display.say(
-            f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{'' if item['fits'] else ', does not fit'}"
-        )
+        fits = "" if item["fits"] else ", does not fit"
+        display.say(f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{fits}")
     memory = [[name, f"{size:.1f}"] for name, size in result["memory_gib"].items()]
     memory += [["peak", f"{result['peak_gib']:.1f}"], ["capacity", f"{result['capacity_gib']:.1f}"]]
     display.table("Memory of one device", ["", "GiB"], memory)

@@ -132,7 +132,7 @@ def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
     assert "in test_alone_a_standstill" in said
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_every_kind_of_fault_once(words, tmp_path):
     words = [*words, "--resilience.check_every", "5"]
     with chaos.Cluster(tmp_path / "run", words) as cluster:
@@ -152,7 +152,7 @@ def test_every_kind_of_fault_once(words, tmp_path):
     assert all(curve[step] == straight[step] for step in range(1, last + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, tmp_path):
     """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), back to 4; losses to rounding."""
     batch = ["--train.global_batch_size", "8"]

@@ -83,7 +83,7 @@ def _constants(D: int, R: int, eps: float, residual: bool) -> dict[str, Any]:
 
 
 def forward(weight_D: jax.Array, x: jax.Array, residual: jax.Array | None = None, *, eps: float) -> list[jax.Array]:
-    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 inside; D up to MAX_WIDTH, else ValueError."""
+    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 inside. ValueError: D > MAX_WIDTH."""
     D = x.shape[-1]
 
     def run(weight_GD: jax.Array, x_GRD: jax.Array, *residual_GRD: jax.Array) -> list[jax.Array]:
