@@ -159,7 +159,8 @@ def chart(result: dict[str, Any], path: Path | str) -> None:
         axes.axhline(25, color="gray", linestyle="--", linewidth=1, label="chance" if axes is top else None)
         axes.set_ylabel("accuracy, %")
         axes.grid(axis="y", alpha=0.3)
-    top.legend()
+    top.margins(y=0.25)  # room for the legend
+    top.legend(loc="upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
