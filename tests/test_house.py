@@ -14,14 +14,15 @@ FILES = {
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
     {"config", "config_file", "files", "resilience.exits", "resilience"},
-    {"data.text", "sharding", "xla_flags", "run", "console"},
+    {"data.text", "data.engine", "sharding", "xla_flags", "run", "console"},
     {"tokenizer", "kernels", "kernels.reference", "kernels.blockwise"},
     {"model"},
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"data.corpus_config", "data.documents", "data.engine", "data.funnel", "data.measures", "data.sentences"},
+    {"data.corpus_config", "data.documents", "data.funnel", "data.measures"},
     {"data.quality", "data.decontaminate", "data.rules", "data.dedup", "data.select"},
+    {"data.sentences"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},
     {"generate", "summary"},

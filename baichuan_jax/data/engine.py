@@ -135,6 +135,15 @@ class Engine:
         results = [self.keep(make(frame.where(F.pmod(col(key), lit(turns)) == lit(turn)))) for turn in range(turns)]
         return functools.reduce(DataFrame.concat, results)
 
+    def each(self, work: Callable[[Any], None], items: list[Any]) -> Iterator[Any]:
+        """Do work on items in worker processes, each at least once; yields every item that is done, in any order."""
+        frame = daft.from_pydict({"number": list(range(len(items)))})
+        if self.on_ray:
+            frame = frame.into_partitions(min(len(items), 4 * self.num_workers))
+        worker = daft.cls(_Each, max_concurrency=min(self.num_workers, len(items)), use_process=True)
+        for row in frame.select(worker(work, items).run(daft.col("number")).alias("number")).iter_rows():
+            yield items[row["number"]]
+
     def _shows(self) -> bool:
         return self._progress and sys.stderr.isatty()
 
@@ -173,6 +182,17 @@ class _Worker:
             return [json.dumps({"error": f"{stage.folder.name}, part {number}: {error}"})]
         write_atomically(stage.record_file(number), json.dumps({"key": stage.key, "result": result}, ensure_ascii=False).encode())
         return ["{}"]
+
+
+class _Each:
+    def __init__(self, work: Callable[[Any], None], items: list[Any]) -> None:
+        self._work, self._items = work, items
+
+    @daft.method.batch(return_dtype=DataType.int64(), batch_size=1)
+    def run(self, number: Any) -> list[int]:
+        index = number.to_pylist()[0]
+        self._work(self._items[index])
+        return [index]
 
 
 class ParquetFile:
