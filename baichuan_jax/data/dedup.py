@@ -74,7 +74,10 @@ def signatures(
 
 def units_of(text: str, lang: str) -> str:
     """A text's letters and digits, of one width and case, in units with a space between: characters (Chinese) or words."""
-    words = _NO_LETTERS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    words = _NO_LETTERS.sub(" ", text)
+    if not unicodedata.is_normalized("NFKC", words):  # a quick test, which Chinese punctuation would fail
+        words = _NO_LETTERS.sub(" ", unicodedata.normalize("NFKC", words))
+    words = words.casefold().strip()
     return " ".join(words.replace(" ", "")) if lang == "zh" else words
 
 
