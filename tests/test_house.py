@@ -23,7 +23,7 @@ LAYERS = [
         "resilience.attempts",
     },
     {"resilience.guard", "resilience.cadence", "resilience.corruption"},
-    {"data.text", "sharding", "xla_flags", "run", "console"},
+    {"data.text", "data.engine", "sharding", "xla_flags", "run", "console"},
     {"resilience.ledger", "resilience.__main__"},
     {
         "tokenizer",
@@ -45,7 +45,7 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"data.corpus_config", "data.documents", "data.engine", "data.funnel", "data.measures", "data.dedup", "data.sentences"},
+    {"data.corpus_config", "data.documents", "data.funnel", "data.measures", "data.dedup", "data.sentences"},
     {"data.quality", "data.decontaminate", "data.rules", "data.select"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -150,19 +151,25 @@ def test_no_more_text_than_the_bound_is_held_and_all_of_it_is_counted(bound):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_the_share_of_chinese_is_kept(tmp_path, share):
+def test_the_share_of_chinese_is_kept(share):
     english = "\n".join(f"a line of English text, number {i}" for i in range(3000))
     chinese = "\n".join(f"一行中文，第{'一二三四五六七八九十'[i % 10]}行" for i in range(1000))
-    used = train_tokenizer([english, chinese], tmp_path / "a.model", 320, sample_bytes=40_000, chinese_share=share)
+    lines, used = module._choose([english, chinese], 40_000, share)
     assert used["zh_bytes"] == len(chinese.replace("\n", "").encode())
     assert used["en_bytes"] == len(english.replace("\n", "").encode())
-    both = used["zh_bytes_used"] + used["en_bytes_used"]
-    assert used["zh_bytes_used"] / both == pytest.approx(share, abs=0.01)
-    assert 15_000 < both <= 40_100  # a power of two of lines, then the scarcer language decides
+    sizes = [len("".join(line for line in lines if line.startswith(first)).encode()) for first in ("一", "a")]
+    assert sizes == [used["zh_bytes_used"], used["en_bytes_used"]]
+    assert sizes[0] / sum(sizes) == pytest.approx(share, abs=0.01)
+    assert 15_000 < sum(sizes) <= 40_100  # a power of two of lines, then the scarcer language decides
+    places = [english.split("\n").index(line) for line in lines if line.startswith("a")]
+    assert max(b - a for a, b in itertools.pairwise([0, *places, 2999])) < 48  # evenly
+
+
+def test_a_share_of_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="asks for 'zh' text too, and there is none"):
-        train_tokenizer([english], tmp_path / "b.model", 320, chinese_share=share)
+        train_tokenizer(["only English"], tmp_path / "b.model", 320, chinese_share=0.5)
     with pytest.raises(ConfigError, match="chinese_share=1"):
-        train_tokenizer([english], tmp_path / "b.model", 320, chinese_share=1.0)
+        train_tokenizer(["only English"], tmp_path / "b.model", 320, chinese_share=1.0)
 
 
 def test_half_of_a_small_vocabulary_is_the_most_frequent_characters(tmp_path):

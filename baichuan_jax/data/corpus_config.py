@@ -70,12 +70,12 @@ class DedupConfig:
     """LSH bands; two documents are compared where all hashes of one band are equal."""
     rows: int = 8
     """Hashes of a band. 20 x 8 finds Jaccard 0.85 with probability 0.998, 0.8 with 0.975, 0.5 with 0.075."""
-    threshold: float = 0.75
+    threshold: float = 0.77
     """Least Jaccard similarity, estimated from all hashes, of a duplicate to the document that is kept."""
 
     def __post_init__(self) -> None:
         size = self.bands * self.rows
-        require(0 < size <= 256, f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 256 hashes")
+        require(0 < size <= 160, f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 hashes")
         _between("dedup.threshold", self.threshold, 0, 1)
 
 

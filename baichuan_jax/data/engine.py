@@ -24,6 +24,7 @@ import daft.functions as F  # pyright: ignore[reportMissingImports]
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 from daft import DataFrame, DataType, col, lit  # pyright: ignore[reportMissingImports]
+from daft.exceptions import DaftCoreException  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from baichuan_jax import __version__
@@ -32,20 +33,22 @@ from baichuan_jax.files import publish, write_atomically
 
 VERSION = 1  # of the files of all stages: a change makes finished stages anew
 ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
+START_AGAIN = "; free some and start again: what is finished is kept"  # after an error of a full disk
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
 PARQUET = {"compression": "zstd", "compression_level": 3, "write_statistics": False, "store_schema": False}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A folder of finished work, and the key of all it was made from; its Parquet files may lie in another folder."""
+    """A folder of finished work, and the key of all it was made from; its files may lie in other folders."""
 
     folder: Path
     key: str
-    files: Path | None = None
+    outputs: tuple[Path, ...] = ()
 
-    def file(self, part: int) -> Path:
-        return (self.files or self.folder) / f"part-{part:05d}.parquet"
+    def file(self, part: int, output: int = 0) -> Path:
+        folder = self.outputs[output] if self.outputs else self.folder
+        return folder / f"part-{part:05d}.parquet"
 
     def record_file(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"
@@ -61,7 +64,7 @@ class Stage:
     def prepare(self) -> None:
         """Make the folders; remove what was made from other things, and what a killed run left unfinished."""
         note = self.folder / "key"
-        for folder in (self.folder, self.files or self.folder):
+        for folder in (*self.outputs, self.folder):
             if not note.exists() or note.read_text(encoding="utf-8") != self.key:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,15 @@ class Engine:
         results = [self.keep(make(frame.where(F.pmod(col(key), lit(turns)) == lit(turn)))) for turn in range(turns)]
         return functools.reduce(DataFrame.concat, results)
 
+    def each(self, work: Callable[[Any], None], items: list[Any]) -> Iterator[Any]:
+        """Do work on items in worker processes, each at least once; yields every item that is done, in any order."""
+        frame = daft.from_pydict({"number": list(range(len(items)))})
+        if self.on_ray:
+            frame = frame.into_partitions(min(len(items), 4 * self.num_workers))
+        worker = daft.cls(_Each, max_concurrency=min(self.num_workers, len(items)), use_process=True)
+        for row in frame.select(worker(work, items).run(daft.col("number")).alias("number")).iter_rows():
+            yield items[row["number"]]
+
     def _shows(self) -> bool:
         return self._progress and sys.stderr.isatty()
 
@@ -147,9 +159,19 @@ class Engine:
             finished = False
         if not finished:
             shutil.rmtree(stage.folder, ignore_errors=True)
-            make().write_parquet(str(stage.folder), compression="zstd")
+            try:
+                make().write_parquet(str(stage.folder), compression="zstd")
+            except (OSError, DaftCoreException) as error:
+                if hint := _hint(str(error)):
+                    raise ConfigError(f"{stage.folder}: {error}{hint}") from None
+                raise
             write_atomically(done, json.dumps({"key": stage.key}).encode())
         return read_table(stage)
+
+
+def _hint(error: str) -> str:
+    """What to do about an error that a user can mend."""
+    return START_AGAIN if "No space left" in error else ""
 
 
 def read_table(stage: Stage) -> DataFrame:
@@ -169,10 +191,22 @@ class _Worker:
         try:
             with ParquetFile(stage.file(number)) as file:
                 result = self._task(number, row, file, *self._arguments)
+            record = json.dumps({"key": stage.key, "result": result}, ensure_ascii=False)
+            write_atomically(stage.record_file(number), record.encode())
         except (ConfigError, OSError) as error:  # what a user can mend; anything else ends the run with its traceback
-            return [json.dumps({"error": f"{stage.folder.name}, part {number}: {error}"})]
-        write_atomically(stage.record_file(number), json.dumps({"key": stage.key, "result": result}, ensure_ascii=False).encode())
+            return [json.dumps({"error": f"{stage.folder.name}, part {number}: {error}{_hint(str(error))}"})]
         return ["{}"]
+
+
+class _Each:
+    def __init__(self, work: Callable[[Any], None], items: list[Any]) -> None:
+        self._work, self._items = work, items
+
+    @daft.method.batch(return_dtype=DataType.int64(), batch_size=1)
+    def run(self, number: Any) -> list[int]:
+        index = number.to_pylist()[0]
+        self._work(self._items[index])
+        return [index]
 
 
 class ParquetFile:

@@ -60,16 +60,17 @@ def _marks() -> dict[str, np.ndarray]:
     return result
 
 
-def measure(texts: list[str]) -> pa.Table:
-    """One row a text: `length` in code points, counts by class, and what the fields' names say (see MEASURES)."""
+def measure(texts: list[str], enough_for_language: bool = False) -> pa.Table:
+    """One row a text: `length` in code points, counts by class, and what the functions below count.
+
+    `enough_for_language`: counts by class alone, in a tenth of the time.
+    """
     joined = "\0".join(texts) + "\0"  # a NUL after every text keeps runs, words and n-grams apart
     points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     starts = np.concatenate([[0], np.cumsum(lengths + 1)])
     classes = _classes()[points]
-    owner = np.repeat(np.arange(len(texts), dtype=np.int32), lengths + 1)
-    ends = starts[1:] - 1
-    classes[ends] = SPACE
+    classes[starts[1:] - 1] = SPACE
 
     def total(of: np.ndarray) -> np.ndarray:
         """Sums over each document of a bool or number a code point."""
@@ -77,18 +78,22 @@ def measure(texts: list[str]) -> pa.Table:
 
     counts = {name: total(classes == number) for name, number in CLASSES.items()}
     counts["space"] -= 1  # the NUL
+    if enough_for_language:
+        return pa.table({"length": lengths, **counts})
+    owner = np.repeat(np.arange(len(texts), dtype=np.int32), lengths + 1)
     marks = _marks()
     follow = np.append(points[1:], 0)
     ended = marks["end"][points] | (marks["stop"][points] & (_classes()[follow] == SPACE))
+    lines = _lines(texts)
     table = {
         "length": lengths,
         **counts,
         "common_han": total(marks["common"][points]),
         "mojibake": total(marks["lead"][points] & marks["follow"][follow]),
-        "sentence_ends": total(ended),
+        "sentence_ends": total(ended) + lines.pop("full_lines"),
         **_runs(points, classes, starts, owner),
         **_units(points, classes, owner, len(texts)),
-        **_lines(texts),
+        **lines,
     }
     return pa.table(table)
 

@@ -9,6 +9,7 @@ and the settings, whatever the number of workers and restarts. RAY_ADDRESS names
 """
 
 import dataclasses
+import errno
 import json
 import sys
 from pathlib import Path
@@ -26,19 +27,24 @@ from baichuan_jax.resilience.exits import run_command
 def run(config: CorpusConfig, progress: bool = True) -> dict[str, Any]:
     """The whole pipeline; goes on where a killed run stopped. Returns what report.json holds. Raises ConfigError."""
     try:
-        from baichuan_jax.data.engine import Engine
+        from baichuan_jax.data.engine import START_AGAIN, Engine
         from baichuan_jax.data.stages import Plan
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the data pipeline needs {error.name}: make data-deps, or pip install -r requirements-data.txt"
         ) from None
     output = Path(config.output)
-    with locked(output / "lock"):
-        report = Plan(config, Engine(config.num_workers, progress)).run()
-        report["settings"] = dataclasses.asdict(config)
-        write_atomically(output / "funnel.png", funnel.picture(report))
-        write_atomically(output / "funnel.html", funnel.page(report).encode())
-        write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    try:
+        with locked(output / "lock"):
+            report = Plan(config, Engine(config.num_workers, progress)).run()
+            report["settings"] = dataclasses.asdict(config)
+            write_atomically(output / "funnel.png", funnel.picture(report))
+            write_atomically(output / "funnel.html", funnel.page(report).encode())
+            write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ConfigError(f"{output}: {error}{START_AGAIN}") from None
     return report
 
 

@@ -188,23 +188,29 @@ class _Work:
 
 
 def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: str) -> None:
+    """Make shards on all cores of this machine, or on the Ray cluster that RAY_ADDRESS names, whose hosts share the folders."""
     if not todo:
         return
-    workers = min(len(todo), num_workers or os.cpu_count() or 1)
-    total = sum((item.part.stop or os.path.getsize(item.part.path)) - item.part.start for item in todo)
     terminal = sys.stderr.isatty()
     bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc=description, disable=not progress,
+        total=len(todo), unit="shard", desc=description, disable=not progress,
         mininterval=0.1 if terminal else 30, delay=0 if terminal else 30,  # in a log: nothing, or a line now and then
     )  # fmt: skip
+    if os.environ.get("RAY_ADDRESS"):
+        from baichuan_jax.data.engine import Engine
+
+        with bar:
+            for _ in Engine(num_workers, progress).each(_make_shard, todo):
+                bar.update()
+        return
+    workers = min(len(todo), num_workers or os.cpu_count() or 1)
     # spawn: a fork of a process whose jax has threads may hang
     with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        futures = {pool.submit(_make_shard, item): item for item in todo}
+        futures = [pool.submit(_make_shard, item) for item in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-                part = futures[future].part
-                bar.update((part.stop or os.path.getsize(part.path)) - part.start)
+                bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -229,7 +235,7 @@ def _make_shard(work: _Work) -> None:
     length = work.context_length + 1
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     totals = {"documents": 0, "empty_documents": 0, "text_bytes": 0, "tokens": 0, "rows": 0, "tokens_dropped": 0}
-    temporary = work.stem.with_suffix(f".{os.getpid()}.tmp")
+    temporary = work.stem.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")  # rows are read one at a time, in any order
     left = np.zeros(0, dtype)
     for batch in _batches(read_documents(work.part, work.text_field), totals):
@@ -325,7 +331,7 @@ def main(words: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="tokenise and pack text; started again, it goes on where it was")
     packing.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst"
+        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst; or .parquet"
     )
     packing.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
     packing.add_argument("--context_length", type=int, required=True, help="tokens a row is trained on")
@@ -342,7 +348,12 @@ def main(words: list[str]) -> int:
             options.input, options.output, tokenizer, options.context_length,
             text_field=options.text_field, num_workers=options.num_workers,
         )  # fmt: skip
-        print(f"{options.output}: {summary(rows)}; {time.perf_counter() - began:.1f} s")
+        seconds = time.perf_counter() - began
+        m = rows.manifest
+        print(f"{options.output}: {summary(rows)}")
+        print(
+            f"{seconds:.1f} s: {m['tokens'] / seconds:,.0f} tokens and {m['text_bytes'] / seconds / 1e6:.2f} MB of text a second"
+        )
     else:
         rows = Rows(options.folder)
         if options.command == "verify":

@@ -46,7 +46,11 @@ def _share(part: str, whole: str = "length") -> daft.Expression:
     return daft.col(part).cast(daft.DataType.float64()) / F.clip(daft.col(whole), daft.lit(1), None)
 
 
-# The columns are those of measures.measure and of LATER below.
+def _int(value: daft.Expression) -> daft.Expression:
+    return value.cast(daft.DataType.int64())
+
+
+# The columns are those of measures.measure, and of DERIVED and LATER below.
 RULES = [
     Rule("boilerplate", _share("boilerplate", "length_before"), "max", 0.5, "C4: menus, notices, scripts; the rest is too little"),
     Rule("too_short", daft.col("units"), "min", 40, "Gopher: 50 words; here words and Han characters"),
@@ -65,7 +69,7 @@ RULES = [
     Rule("repeated_grams", _share("repeated", "units"), "max", 0.6, "Gopher: in repeated 10-grams 0.1; verse and law have more"),
     Rule("open_lines", _share("open_lines", "lines"), "max", 0.3, "Gopher: lines that end with an ellipsis 0.3"),
     Rule("markup", _share("markup"), "max", 0.4, "C4: lines of HTML, CSS and JavaScript"),
-    Rule("no_sentences", _share("ends", "units"), "min", 0.0005, "C4: ends of sentences; here of full lines too, the first aside"),
+    Rule("no_sentences", _share("sentence_ends", "units"), "min", 0.0005, "C4: ends of sentences; here of full lines too"),
     Rule("odd_neighbours", _share("odd_pairs", "openers"), "max", 0.047, "'the of', 'of was': words in random order", "en"),
     Rule("random_order", daft.col("coincidence"), "min", 1.9, "Friedman 1922: pairs of characters recur no more than by chance", "zh"),
 ]  # fmt: skip
@@ -76,20 +80,6 @@ _OBJECT_FOLLOWS = "of|from|with|at"
 _NO_OBJECT = "of|and|to|is|was|for|with|be|he|but|were|they|she|or|on|had|have|are|will|can"
 _NO_NOUN = f"the|a|an|by|at|from|as|in|that|it|you|his|her|if|when|which|this|not|{_NO_OBJECT}"
 _TEXT = daft.col("text")
-# Counted by regular expressions once the text is clean.
-LATER = {
-    "openers": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS}|{_OBJECT_FOLLOWS})\b") + 6,  # + 6: a few prove nothing
-    "odd_pairs": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS})\s+(?:{_NO_NOUN})\b|\b(?:{_OBJECT_FOLLOWS})\s+(?:{_NO_OBJECT})\b"),
-    "markup": F.length(_TEXT)
-    - F.length(
-        F.regexp_replace(
-            _TEXT,
-            r"(?m)^.*(?:</?(?:div|span|td|tr|li|a|ul|p|h[1-6]|script|style|table|img|br)\b[^<>\n]*>|\{[^{}\n]*:[^{}\n]*;[^{}\n]*\}"
-            r"|document\.\w+|\bvar \w+ ?=|function ?\(\w*\) ?\{).*$",
-            "",
-        )
-    ),
-}
 
 _MENU = (
     "首页|主页|关于我们|联系我们|登录|登陆|注册|退出|网站地图|新闻中心|产品展示|下载|下载中心|帮助|帮助中心|搜索|购物车|我的收藏|会员中心|友情链接"
@@ -118,7 +108,33 @@ _BOILERPLATE_LINES = [
     r"[ \t]*(?:posted (?:by|on|in)|filed under|tagged (?:with|as)|share this|follow us on) ?:? .{0,120}",
     r".{0,40}(?:lorem ipsum|copyright ©|© ?(?:19|20)\d\d).{0,80}",
 ]  # fmt: skip
-_LINES = rf"(?mi)^(?:{'|'.join(_BOILERPLATE_LINES)})[ \t\r]*$\n?"
+
+_MARKUP_LINES = [
+    r".*</?(?:div|span|td|tr|li|a|ul|p|h[1-6]|script|style|table|img|br)\b[^<>\n]*>.*",
+    r".*\{[^{}\n]*:[^{}\n]*;[^{}\n]*\}.*",
+    r".*(?:\bdocument\.\w+|\bvar \w+ ?=|\bfunction ?\(\w*\) ?\{).*",
+]
+
+
+def _without_lines(text: daft.Expression, lines: list[str]) -> daft.Expression:
+    """A text without lines of these kinds. One kind after the other: a single expression for all takes three times as long."""
+    for line in lines:
+        text = F.regexp_replace(text, rf"(?mi)^(?:{line})[ \t\r]*$\n?", "")
+    return text
+
+
+# Made of the counts by class.
+DERIVED = {
+    "letters": daft.col("han") + daft.col("latin") + daft.col("other_letters"),
+    "visible": daft.col("length") - daft.col("space"),
+    "boilerplate": _int(daft.col("length_before")) - _int(daft.col("length")),
+}
+# Counted by regular expressions once the text is clean.
+LATER = {
+    "openers": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS}|{_OBJECT_FOLLOWS})\b") + 6,  # + 6: a few prove nothing
+    "odd_pairs": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS})\s+(?:{_NO_NOUN})\b|\b(?:{_OBJECT_FOLLOWS})\s+(?:{_NO_OBJECT})\b"),
+    "markup": F.length(_TEXT) - F.length(_without_lines(_TEXT, _MARKUP_LINES)),
+}
 
 # Personal data. (?-u:\b) is an edge of ASCII words: between a Han character and a digit too.
 _EDGE = r"(?-u:\b)"
@@ -165,16 +181,9 @@ def blocked_pattern(path: str) -> str:
 
 def apply(texts: list[str], config: RulesConfig) -> pa.Table:
     """Clean and judge texts: `text` (boilerplate lines dropped, personal data masked), `lang` ("zh" or "en"), `reason` (null: fit)."""
-    raw = pa.table({"raw": pa.array(texts, pa.large_string())})
-    cleaned = F.regexp_replace(daft.col("raw"), _LINES, "") if config.enabled else daft.col("raw")
-    table = _evaluate(
-        raw,
-        {
-            "text": cleaned,
-            "length_before": F.length(daft.col("raw")),
-            "boilerplate": _int(F.length(daft.col("raw"))) - _int(F.length(cleaned)),
-        },
-    )
+    raw = pa.table({"text": pa.array(texts, pa.large_string())})
+    cleaned = _without_lines(_TEXT, _BOILERPLATE_LINES) if config.enabled else _TEXT
+    table = _evaluate(raw, {"text": cleaned, "length_before": F.length(_TEXT)})
     if config.personal_data == "keep":
         personal = pa.array(np.zeros(len(texts), bool))
     else:
@@ -182,30 +191,15 @@ def apply(texts: list[str], config: RulesConfig) -> pa.Table:
         personal = pa.array(np.asarray(masked) != np.asarray(table["text"]))
         if config.personal_data == "mask":
             table = table.set_column(0, "text", masked)
-    measured = measure(table["text"].to_pylist())
+    measured = measure(table["text"].to_pylist(), enough_for_language=not config.enabled)
     for name in measured.column_names:
         table = table.append_column(name, measured[name])
     table = table.append_column("personal_data", personal)
-    col = daft.col
-    table = _evaluate(
-        table,
-        {name: col(name) for name in table.column_names}
-        | LATER
-        | {
-            "letters": col("han") + col("latin") + col("other_letters"),
-            "visible": col("length") - col("space"),
-            "ends": col("sentence_ends") + col("full_lines"),
-        },
-    )
-    chinese = col("han").cast(daft.DataType.float64()) >= HAN_SHARE * F.clip(col("letters"), daft.lit(1), None)
-    table = _evaluate(
-        table,
-        {name: col(name) for name in table.column_names}
-        | {
-            "lang": F.when(chinese, daft.lit("zh")).otherwise(daft.lit("en")),
-        },
-    )
-    return _evaluate(table, {"text": col("text"), "lang": col("lang"), "reason": _reason(config)})
+    table = _evaluate(table, {name: daft.col(name) for name in table.column_names} | DERIVED | (LATER if config.enabled else {}))
+    chinese = daft.col("han").cast(daft.DataType.float64()) >= HAN_SHARE * F.clip(daft.col("letters"), daft.lit(1), None)
+    lang = F.when(chinese, daft.lit("zh")).otherwise(daft.lit("en"))
+    table = _evaluate(table, {name: daft.col(name) for name in table.column_names} | {"lang": lang})
+    return _evaluate(table, {"text": _TEXT, "lang": daft.col("lang"), "reason": _reason(config)})
 
 
 def _reason(config: RulesConfig) -> daft.Expression:
@@ -231,10 +225,6 @@ def mask(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     ]
     table = pa.table({"text": pa.array(replaced, pa.large_string())})
     return _evaluate(table, {"text": F.regexp_replace(F.regexp_replace(_TEXT, _EMAIL, "<email>"), _PHONE, "<phone>")})["text"]
-
-
-def _int(value: daft.Expression) -> daft.Expression:
-    return value.cast(daft.DataType.int64())
 
 
 def _evaluate(table: pa.Table, columns: dict[str, daft.Expression]) -> pa.Table:

@@ -49,7 +49,7 @@ _END = re.compile(
     r"|\s*\n\s*"
 )
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rev|Hon|Gen|Col|Capt|Lt|Sgt|Messrs|Mme|Mlle|vs|cf|viz|No|Nos|Vol|Fig|Figs|Eq"
+    r"(?<![^\s(\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rev|Hon|Gen|Col|Capt|Lt|Sgt|Messrs|Mme|Mlle|vs|cf|viz|No|Nos|Vol|Fig|Figs|Eq"
     r"|Sec|Ch|pp|Inc|Ltd|Co|Corp|e\.g|i\.e|etc|al|approx|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|U\.S|a\.m|p\.m)\.$"
 )
 _SPACE = " \t\u3000"
@@ -58,7 +58,7 @@ _SPACE = " \t\u3000"
 def spans(text: str) -> list[tuple[int, int]]:
     """(start, stop) of each sentence, without the white space around it; a line ends a sentence too."""
     found = []
-    start = 0
+    start = len(text) - len(text.lstrip())
     for match in _END.finditer(text):
         line = "\n" in match[0]
         stop = match.start() if line else match.end()

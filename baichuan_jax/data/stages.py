@@ -66,8 +66,8 @@ class Plan:
             finished = self.finish(documents, quality)
         return self.report(read, repeated_ids, finished) | {"evaluation_sets": leaked}
 
-    def stage(self, name: str, *made_from: Any, files: Path | None = None) -> Stage:
-        return Stage(self.output / "stages" / name, stage_key(name, *made_from), files)
+    def stage(self, name: str, *made_from: Any) -> Stage:
+        return Stage(self.output / "stages" / name, stage_key(name, *made_from))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -224,10 +224,9 @@ class Plan:
         """Write final/ and removed/."""
         struct = F.to_struct(col("doc"), col("what"), *(col(name) for name in EVENT))
         by_part = self.told().select(_part(), struct.alias("events")).groupby("part").agg(col("events").list_agg())
-        removed = self.output / "removed"
-        stage = self.stage("final", documents.key, *self.keys, files=self.output / "final")
-        removed.mkdir(parents=True, exist_ok=True)
-        return self.engine.run(stage, tasks.finish, self.numbers, by_part, documents, quality, removed)
+        stage = self.stage("final", documents.key, quality and quality.key, *self.keys)
+        stage = replace(stage, outputs=(self.output / "final", self.output / "removed"))
+        return self.engine.run(stage, tasks.finish, self.numbers, by_part, stage, documents, quality)
 
     def report(self, read: list[dict[str, Any]], repeated_ids: DataFrame, finished: list[dict[str, Any]]) -> dict[str, Any]:
         """Counts of every stage, in order: documents and bytes in and out, and by reason, with examples; and all problems."""

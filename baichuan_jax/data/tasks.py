@@ -182,7 +182,7 @@ REMOVED = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.
 
 
 def finish(
-    part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, quality: Stage | None, removed_folder: Path
+    part: int, given: dict[str, Any], file: ParquetFile, stage: Stage, documents: Stage, quality: Stage | None
 ) -> dict[str, Any]:
     """Write a part's documents that are left into final/, and the others with stage and reason into removed/.
 
@@ -195,7 +195,7 @@ def finish(
         events.setdefault(event["doc"], []).append(event)
     tally = Tally()
     totals = collections.Counter(documents=0, bytes=0, bytes_cut=0)
-    with ParquetFile(removed_folder / f"part-{part:05d}.parquet") as removed_file:
+    with ParquetFile(stage.file(part, 1)) as removed_file:
         file.write(FINAL.empty_table())
         removed_file.write(REMOVED.empty_table())
         scored = read_part(quality, part) if quality else itertools.repeat(None)

@@ -9,9 +9,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -23,7 +24,7 @@ PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this siz
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or the lines of an uncompressed JSONL file that begin in [start, stop)."""
+    """A file; or the lines of an uncompressed JSONL file that begin in [start, stop); or those row groups of a Parquet file."""
 
     path: str
     start: int = 0
@@ -39,9 +40,9 @@ def find_files(patterns: list[str]) -> list[str]:
             raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
         files.update(found)
     for path in files:
-        if kind_of(path) not in (".jsonl", ".json", ".txt"):
+        if kind_of(path) not in (".jsonl", ".json", ".txt", ".parquet"):
             raise ConfigError(
-                f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst"
+                f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst; or .parquet"
             )
     return sorted(files)
 
@@ -56,7 +57,9 @@ def split_files(files: list[str]) -> list[Part]:
     parts = []
     for path in files:
         size = os.path.getsize(path)
-        if path.endswith((".jsonl", ".json")) and size > PART_BYTES:
+        if kind_of(path) == ".parquet":
+            parts += [Part(path, start, stop) for start, stop in _row_groups(path)]
+        elif path.endswith((".jsonl", ".json")) and size > PART_BYTES:
             borders = [*range(0, size, PART_BYTES), size]
             parts += [Part(path, start, stop) for start, stop in itertools.pairwise(borders)]
         else:
@@ -69,6 +72,9 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
     if kind_of(part.path) == ".txt":
         content = b"".join(_lines(part))
         yield _decode(content, part.path)
+        return
+    if kind_of(part.path) == ".parquet":
+        yield from _read_parquet(part, text_field)
         return
     for number, line in enumerate(_lines(part), start=1):
         where = f"{part.path}, line {number}" + (f" after byte {part.start}" if part.start else "")
@@ -87,6 +93,47 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
         except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
             raise ConfigError(f"{where} has no text in field {text_field!r}: {error}") from None
         yield record[text_field]
+
+
+def _row_groups(path: str) -> list[tuple[int, int]]:
+    """[start, stop) of row groups that hold about PART_BYTES together."""
+    with _parquet(path) as file:
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    borders = [0]
+    for group in range(len(sizes)):
+        if sum(sizes[borders[-1] : group + 1]) >= PART_BYTES or group + 1 == len(sizes):
+            borders.append(group + 1)
+    return list(itertools.pairwise(borders))
+
+
+def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
+    with _parquet(part.path) as file:
+        if text_field not in file.schema_arrow.names:
+            raise ConfigError(
+                f"{part.path} has no column {text_field!r} (it has: {file.schema_arrow.names}); set data.text_field"
+            )
+        groups = list(range(part.start, part.stop if part.stop is not None else file.num_row_groups))
+        row = 0
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    raise ConfigError(f"{part.path}, row {row} after row group {part.start} has no text in column {text_field!r}")
+                yield text
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(f"{path}: Parquet needs pyarrow: pip install -r requirements-data.txt") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{path} cannot be read to its end: {error}") from None
 
 
 def language(text: str) -> str:

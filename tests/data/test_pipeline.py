@@ -134,6 +134,29 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tm
     assert content(tmp_path / "o") == content(result)
 
 
+def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(corpus, tmp_path):
+    """A file of two parts, whose last line is broken, and a small one; then the small one alone."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    documents = [{"id": f"n{i}", "text": f"{i}. {text}"} for i, text in enumerate(sample("train-en", 15) * 80)]
+    write_jsonl(folder / "large.jsonl", documents)
+    with (folder / "large.jsonl").open("a", encoding="utf-8") as file:
+        file.write("no json\n")
+    (folder / "small.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
+    given = {json.loads(line)["id"] for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()}
+    words = ["--dedup.enabled", "false", "--sentences.enabled", "false", "--quality.enabled", "false"]
+    pipeline(folder, tmp_path / "o", *words)
+    assert len(content(tmp_path / "o")) == 4
+    found = rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys()
+    assert found >= given | {document["id"] for document in documents}
+    assert len(found) == len(given) + 1200 + 1
+    report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
+    assert [(problem["reason"], problem["lines"]) for problem in report["problems"]] == [("no_json", [1201])]
+    (folder / "large.jsonl").unlink()
+    pipeline(folder, tmp_path / "o", *words)
+    assert rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys() == given
+
+
 def test_bad_input_is_counted_by_file_and_line(tmp_path):
     text = sample("train-en", 1)[0][:3000]
     folder = tmp_path / "in"
@@ -183,7 +206,7 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     [
         (["--rules.limits", "{few_leters: 0.1}"], "few_letters"),
         (["--dedup.band", "3"], "dedup.bands"),
-        (["--dedup.bands", "64"], "256"),
+        (["--dedup.bands", "64"], "160"),
         (["--rules.blocked_phrases", "/nowhere"], "cannot be read"),
         (["--quality.model", "/nowhere"], "holds no quality model"),
     ],
@@ -191,3 +214,48 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
 def test_a_wrong_setting_is_refused(corpus, tmp_path, words, message):
     done = pipeline(corpus, tmp_path, *words, expect=78)
     assert message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_ends_the_run_and_costs_nothing_that_is_finished(corpus, result, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(done.stderr)
+    try:
+        full = pipeline(corpus, disk / "o", expect=78)
+        assert "No space left on device" in full.stderr
+        assert "start again" in full.stderr
+        assert not list(disk.glob("o/final/*.parquet"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        pipeline(corpus, disk / "o")
+        assert content(disk / "o") == content(result)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bytes(corpus, result, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path)],
+        env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path) == content(result)
+
+
+@pytest.mark.slow
+def test_ten_kills_give_the_same_bytes(corpus, result, tmp_path):
+    command = [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path)]
+    rng = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(rng.uniform(1, 8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    pipeline(corpus, tmp_path)
+    assert content(tmp_path) == content(result)

@@ -501,3 +501,16 @@ def test_the_samples_validation_text_is_not_in_its_training_text():
         known = {s for piece in pieces("train") for s in (piece[i : i + length] for i in range(len(piece))) if s in wanted}
         assert sum(map(len, held_out)) > 30_000
         assert max(len(found & known) / max(1, len(found)) for found in held_out) <= 0.05
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_packs_the_same_bytes(corpus, packed, tokenizer, tmp_path):
+    pytest.importorskip("daft")
+    words = ["--input", corpus, "--tokenizer", str(tokenizer.path), "--context_length", "32", "--output", str(tmp_path / "rows")]
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.data.rows", "pack", *words],
+        env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens and" in done.stdout
+    assert shards(tmp_path / "rows") == shards(packed.path)

@@ -148,7 +148,25 @@ def test_a_glob_that_matches_no_file_and_an_unknown_suffix_are_refused(tmp_path)
     for pattern in (f"{tmp_path}/*.json", f"{tmp_path}/folder*"):
         with pytest.raises(ConfigError, match=f"'{re.escape(pattern)}' matches no file"):
             find_files([f"{tmp_path}/a*", pattern])
-    for name in ("b.parquet", "b.csv.gz", "b.gz", "b"):
+    for name in ("b.pdf", "b.csv.gz", "b.gz", "b"):
         (tmp_path / name).touch()
         with pytest.raises(ConfigError, match=rf"{name}: expected \.jsonl"):
             find_files([f"{tmp_path}/a*", str(tmp_path / name)])
+
+
+def test_parquet_reads_whole_whatever_its_row_groups(tmp_path, monkeypatch):
+    """Parts are runs of row groups; one after the other they are the file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"document {i} " + "字" * (i * 37 % 500) for i in range(1000)]
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"id": list(range(1000)), "text": texts}), path, row_group_size=77, compression="none")
+    monkeypatch.setattr("baichuan_jax.data.text.PART_BYTES", 100_000)
+    parts = split_files([path])
+    assert len(parts) > 3
+    assert [text for part in parts for text in read_documents(part, "text")] == texts
+    with pytest.raises(ConfigError, match=r"a\.parquet has no column 'body' \(it has: \['id', 'text'\]\)"):
+        list(read_documents(parts[0], "body"))
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read"):
+        split_files([str(tmp_path / "cut.parquet")])
