@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from baichuan_jax.config import CheckpointConfig, Config, ConfigError, ModelConfig
 from baichuan_jax.config_file import dump_config
+from baichuan_jax.digest import digest
 from baichuan_jax.files import write_atomically
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.exits import PeerFailed
@@ -211,23 +212,6 @@ def _find_damage(path: Path) -> str | None:
         if found.get(name) != size:
             return f"{name} has {found.get(name, 'no')} bytes of {size}"
     return None
-
-
-def digest(tree: Any) -> list[jax.Array]:
-    """One uint32 per leaf (4-byte elements): sum over elements of bits * odd weight of the index, modulo 2^32.
-
-    The weights make it depend on order; being a sum, it does not depend on how the array is cut.
-    """
-
-    def leaf(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        weight = jnp.ones((), jnp.uint32)
-        for axis in range(x.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            weight = weight + index * jnp.uint32(2 * (0x9E3779B1 >> axis) & 0xFFFFFFFF)
-        return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-    return [leaf(x) for x in jax.tree.leaves(tree)]
 
 
 def _names(tree: Any) -> list[str]:

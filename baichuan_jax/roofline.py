@@ -2,13 +2,14 @@
 order, with collectives beside the compute that stands between their start and their end.
 
 Nothing here is measured on the machine that runs it: the rates are shares of what the data sheets state, fitted on published
-measurements (docs/plan.md tells which, and how well the others are foretold).
+measurements where docs/plan.md says so.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from baichuan_jax.hardware import Topology
 from baichuan_jax.hlo import COLLECTIVES, Computation, Instruction, Program, replica_groups, shape_arrays, shape_bytes
@@ -20,6 +21,8 @@ class Rates:
 
     matmul: float
     """Of the peak, by large bfloat16 products."""
+    kernel: float
+    """Of their own bound, by the attention kernels."""
     memory: float
     """Of the memory's bandwidth, by instructions that it bounds."""
     intra_node: float
@@ -36,11 +39,12 @@ class Rates:
     """Of one hop of a ring between nodes."""
 
 
-# By accelerator. a100/a800 and h100: docs/plan.md, "How well it foretells". TPU: as "How to scale your model" finds them.
+# By accelerator. `matmul` is fitted on published runs (benchmarks/plan_validation.py, docs/plan.md); the rest, and all of a TPU's, is
+# assumed.
 RATES = {
-    "a100": Rates(matmul=0.80, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
-    "h100": Rates(matmul=0.66, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
-    "tpu": Rates(matmul=0.88, memory=0.85, intra_node=0.80, inter_node=0.80, contention=0.0, launch_us=0.0),
+    "a100": Rates(matmul=0.68, kernel=0.8, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
+    "h100": Rates(matmul=0.54, kernel=0.5, memory=0.85, intra_node=0.78, inter_node=0.80, contention=0.06),
+    "tpu": Rates(matmul=0.88, kernel=0.5, memory=0.85, intra_node=0.80, inter_node=0.80, contention=0.0, launch_us=0.0),
 }
 
 
@@ -93,19 +97,19 @@ class Prediction:
         return sum(item.exposed_seconds for item in self.collectives)
 
 
-# Causal matrix products of the attention kernels, by the scope in which they stand, and the share of the peak that bounds them: for
-# Triton from their own instructions (python -m baichuan_jax.kernels, docs/kernels.md); splash attention is predicted alike.
-KERNELS = {
-    "attention_forward": (2, 0.60),
-    "attention_dkv": (4, 0.50),
-    "attention_dq": (3, 0.50),
-    "splash_mha_fwd": (2, 0.60),
-    "splash_mha_dkv": (5, 0.50),
-    "splash_mha_dq": (3, 0.50),
+# Causal matrix products of the attention kernels, by the scope in which they stand.
+PRODUCTS = {
+    "attention_forward": 2, "attention_dkv": 4, "attention_dq": 3, "splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3,
+}  # fmt: skip
+# The share of the peak that bounds them at head size 128 in bfloat16, from their own instructions (python -m baichuan_jax.kernels,
+# docs/kernels.md). Not known for a TPU: 1.
+BOUNDS = {
+    80: {"attention_forward": 0.735, "attention_dkv": 0.799, "attention_dq": 0.762},
+    90: {"attention_forward": 0.970, "attention_dkv": 0.985, "attention_dq": 0.970},
 }
 
 
-def predict(program: Program, mesh: Mesh, topology: Topology, rates: Rates) -> Prediction:
+def predict(program: Program, mesh: Mesh | AbstractMesh, topology: Topology, rates: Rates) -> Prediction:
     """Run the schedule of a compiled step on paper. mesh: the one it was compiled for."""
     return _Simulation(program, mesh, topology, rates).run()
 
@@ -113,7 +117,7 @@ def predict(program: Program, mesh: Mesh, topology: Topology, rates: Rates) -> P
 @dataclass
 class _Simulation:
     program: Program
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     topology: Topology
     rates: Rates
     now: float = 0.0
@@ -188,7 +192,7 @@ class _Simulation:
     def _kernel(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
         """A Triton or Pallas kernel: its products against its own bound, or its traffic."""
         hardware, rates = self.topology.hardware, self.rates
-        known = (*KERNELS, "rms_norm")
+        known = (*PRODUCTS, "rms_norm")
         name = next((name for name in known if name in instruction.op_name or name in instruction.name), None)
         traffic = self.program.traffic(computation, instruction)
         by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
@@ -197,11 +201,11 @@ class _Simulation:
                 self._count_unknown(f"custom call {instruction.target} (its traffic alone is counted)")
             return "memory", by_memory, 0.0
         self.kernels[name] = self.kernels.get(name, 0) + 1
-        if name not in KERNELS:
+        if name not in PRODUCTS:
             return "kernel", by_memory + rates.launch_us * 1e-6, 0.0
-        products, share = KERNELS[name]
+        share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
         shapes = [dims for operand in instruction.operands for _, dims in shape_arrays(computation.shape_of(operand))]
-        flops = causal_attention_flops(next(dims for dims in shapes if len(dims) == 4), products, name.startswith("splash"))
+        flops = causal_attention_flops(max(shapes, key=math.prod), PRODUCTS[name], name.startswith("splash"))
         by_products = flops / (hardware.peak_tflops * 1e12 * share)
         return "kernel", max(by_memory, by_products) + rates.launch_us * 1e-6, flops
 
@@ -275,9 +279,9 @@ class _Simulation:
         return passed / together / (hardware.inter_node_gbps / 8 * 1e9 * rates.inter_node) + hops
 
 
-def axes_of(groups: np.ndarray, mesh: Mesh) -> str:
+def axes_of(groups: np.ndarray, mesh: Mesh | AbstractMesh) -> str:
     """The mesh axes along which groups of devices (numbered in the mesh's order) lie, such as "fsdp" or "data+fsdp"; "?": none."""
-    numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
+    numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
     wanted = {tuple(sorted(group)) for group in groups.tolist()}
     names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
     for choice in range(1, 2 ** len(names)):
@@ -291,8 +295,6 @@ def axes_of(groups: np.ndarray, mesh: Mesh) -> str:
 
 
 def causal_attention_flops(shape: tuple[int, ...], products: int, heads_first: bool = False) -> float:
-    """Operations of `products` matrix products of causal attention over [B, T, N, H] or [B, N, T, H]: half of the square each."""
-    B, T, N, H = shape
-    if heads_first:
-        T, N = N, T
-    return products * 2.0 * B * N * T * T * H / 2
+    """Operations of `products` matrix products of causal attention over [..., T, N, H] or [..., N, T, H]: half of the square each."""
+    length = shape[-2] if heads_first else shape[-3]
+    return products * 2.0 * math.prod(shape) * length / 2

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config import Config
+from baichuan_jax.digest import digest
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, abstract_model, init_params, matmul_precision
 from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
@@ -128,31 +129,6 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
         return nll(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
 
-    replicas = mesh.shape["data"]
-
-    def spread(batch: Batch) -> Batch:
-        """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
-        shards = mesh.shape["fsdp"]
-        return {name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1])) for name, array in batch.items()}
-
-    def digest_copies(*leaves: jax.Array) -> jax.Array:
-        """[1]: of this replica's own copy of the parameters."""
-        total = sum(_digest_rows(x.reshape(1, -1)) for x in leaves)
-        return jax.lax.psum(total, ("fsdp", "context", "tensor"))
-
-    def digests(params: Params, same: Batch) -> jax.Array:
-        one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
-        computed = jax.vmap(one, spmd_axis_name="data")(same)
-        leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(param_shardings)
-        specs = tuple(sharding.spec for sharding in shardings)
-        # Copies are replicas of one array only as long as hardware is right: so not checked by the partitioner.
-        copies = jax.shard_map(digest_copies, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(*leaves)
-        return copies * 31 + sum(_digest_rows(x.reshape(replicas, -1)) for x in jax.tree.leaves(computed))
-
-    # Two programs: if one knew that all rows are the same, it could compute them once.
-    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
-    digest_replicas = jax.jit(digests, out_shardings=scalar)
-
     return Steps(
         layout=layout,
         state_shapes=state_shapes,
@@ -162,14 +138,38 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
         evaluate=jax.jit(evaluate, out_shardings=scalar),
-        check=lambda params, batch: digest_replicas(params, spread_rows(batch)),
+        check=_make_check(nll, layout, param_shardings),
     )
 
 
-def _digest_rows(x: jax.Array) -> jax.Array:
-    """[n] uint32 of the bits of float32 [n, m]; with odd weights, so that a change of one number is always seen."""
-    weights = jnp.arange(x.shape[1], dtype=jnp.uint32) * 2 + 1
-    return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32) * weights, axis=1, dtype=jnp.uint32)
+def _make_check(nll: Callable, layout: Layout, shardings: Params) -> Callable[[Params, Batch], jax.Array]:
+    """Steps.check."""
+    mesh, replicas = layout.mesh, layout.mesh.shape["data"]
+
+    def spread(batch: Batch) -> Batch:
+        """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
+        shards = mesh.shape["fsdp"]
+        return {name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1])) for name, array in batch.items()}
+
+    def digest_all(*leaves: jax.Array) -> jax.Array:
+        return jnp.stack(digest(leaves)).sum(dtype=jnp.uint32)
+
+    def digest_copies(*leaves: jax.Array) -> jax.Array:
+        """[1]: of this replica's own copy of the parameters."""
+        return jax.lax.psum(digest_all(*leaves), ("fsdp", "context", "tensor"))[None]
+
+    def digests(params: Params, same: Batch) -> jax.Array:
+        one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
+        computed = jax.vmap(one, spmd_axis_name="data")(same)
+        specs = tuple(sharding.spec for sharding in jax.tree.leaves(shardings))
+        # Copies are replicas of one array only as long as hardware is right: so not checked by the partitioner.
+        on_replicas = jax.shard_map(digest_copies, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+        return on_replicas(*jax.tree.leaves(params)) * 31 + jax.vmap(digest_all)(*jax.tree.leaves(computed))
+
+    # Two programs: if one knew that all rows are the same, it could compute them once.
+    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
+    digest_replicas = jax.jit(digests, out_shardings=NamedSharding(mesh, P()))
+    return lambda params, batch: digest_replicas(params, spread_rows(batch))
 
 
 def _sum_gradients(nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params) -> tuple[jax.Array, Params]:

@@ -19,12 +19,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from jax.sharding import AbstractMesh
 from tqdm import tqdm
 
 from baichuan_jax import hlo, roofline
-from baichuan_jax.config import MeshConfig
 from baichuan_jax.console import Display
 from baichuan_jax.hardware import Topology, parse_topology
+from baichuan_jax.sharding import AXES
 
 
 class Row(NamedTuple):
@@ -105,25 +106,15 @@ def compiled(row: Row, cache: Path) -> hlo.Program:
     return hlo.parse(path.read_text(encoding="utf-8"))
 
 
-class AbstractMesh:
-    """Names and sizes of a mesh's axes; all that a prediction asks of it."""
-
-    def __init__(self, config: MeshConfig) -> None:
-        self.axis_names = ("data", "fsdp", "context", "tensor")
-        self.devices = np.empty(config.shape, object)
-        self.shape = dict(zip(self.axis_names, config.shape, strict=True))
-        self.size = self.devices.size
-
-
 def predicted(row: Row, program: hlo.Program, rates: roofline.Rates) -> float:
     """Seconds of the row's step."""
     topology = parse_topology(row.topology)
     topology = Topology(dataclasses.replace(topology.hardware, **row.hardware), topology.shape)
-    mesh = AbstractMesh(MeshConfig(topology.num_devices // 8, 8))
-    return roofline.predict(program, mesh, topology, rates).seconds  # type: ignore[arg-type]
+    mesh = AbstractMesh((topology.num_devices // 8, 8, 1, 1), AXES)
+    return roofline.predict(program, mesh, topology, rates).seconds
 
 
-MATMUL = [round(float(share), 2) for share in np.arange(0.46, 0.87, 0.04)]
+MATMUL = [round(float(share), 2) for share in np.arange(0.46, 0.87, 0.02)]
 NETWORK = [0.2, 0.3, 0.4, 0.6, 0.8]
 
 

@@ -23,7 +23,7 @@ LAYERS = [
         "resilience.attempts",
     },
     {"resilience.guard", "resilience.cadence", "resilience.corruption"},
-    {"data.text", "data.engine", "sharding", "xla_flags", "run", "console"},
+    {"data.text", "data.engine", "digest", "sharding", "xla_flags", "run", "console"},
     {"resilience.ledger", "resilience.__main__"},
     {
         "tokenizer",
@@ -55,7 +55,7 @@ LAYERS = [
     {"trainer"},
     {"train", "launch"},
     {"roofline", "data.mixture"},
-    {"plan"},
+    {"plan", "plan_report"},
 ]
 COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
             "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip

@@ -8,20 +8,31 @@ import sys
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from launches import REPOSITORY, environment
 
 from baichuan_jax import hlo
-from baichuan_jax.config import MeshConfig, ModelConfig
+from baichuan_jax.config import ModelConfig
 from baichuan_jax.hardware import Topology, parse_topology
 from baichuan_jax.metrics import flops_per_token
-from baichuan_jax.plan import candidates, capacity_gib
+from baichuan_jax.plan import candidates
+from baichuan_jax.plan_report import capacity_gib
 from baichuan_jax.roofline import Rates, axes_of, predict
+from baichuan_jax.sharding import AXES
 
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("jax_triton")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA's compiler is not installed (make plan-deps)")
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)")
 RATES = Rates(
-    matmul=0.5, memory=0.5, intra_node=0.5, inter_node=0.5, contention=0.0, launch_us=0, intra_latency_us=0, inter_latency_us=0
+    matmul=0.5,
+    kernel=1,
+    memory=0.5,
+    intra_node=0.5,
+    inter_node=0.5,
+    contention=0,
+    launch_us=0,
+    intra_latency_us=0,
+    inter_latency_us=0,
 )
 # One block of the 7B model's width compiles in seconds.
 NARROW = ["--model.num_layers", "3", "--model.hidden_size", "512", "--model.intermediate_size", "1376", "--model.num_heads", "4",
@@ -80,7 +91,7 @@ def test_sixteen_a800s(tmp_path, loops):
 
     # A network of a tenth makes the same program slower.
     given = dataclasses.replace(parse_topology("a800:2x8").hardware, inter_node_gbps=20.0)
-    slow = predict(hlo.parse(text.read_text()), Mesh(MeshConfig(2, 8)), Topology(given, (2, 8)), Rates(**result["rates"]))
+    slow = predict(hlo.parse(text.read_text()), mesh_of(2, 8), Topology(given, (2, 8)), Rates(**result["rates"]))
     assert slow.seconds > result["predicted_step_seconds"]
 
 
@@ -110,13 +121,14 @@ def test_eight_v5p_chips_run_splash_attention(tmp_path):
 def test_a_missing_compiler_is_named(tmp_path):
     variables = {**environment(), "PYTHONPATH": str(tmp_path)}
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name in ('jax_cuda12_plugin', 'jax_plugins.xla_cuda12') else find(name, *rest)\n"
+        "import importlib.metadata as m\nversion = m.version\n"
+        "def hide(name):\n    if 'cuda12' in name: raise m.PackageNotFoundError(name)\n    return version(name)\n"
+        "m.version = hide\n"
     )
     command = [sys.executable, "-m", "baichuan_jax.plan", "--config", "configs/baichuan_7b_a800.yaml"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 78
-    assert "jax_cuda12_plugin" in done.stderr
+    assert "jax-cuda12-plugin" in done.stderr
     assert "make plan-deps" in done.stderr
 
 
@@ -131,19 +143,12 @@ def test_a_gpu_keeps_room_for_nccl_and_context():
     assert capacity_gib(parse_topology("a800:1x8").hardware) == pytest.approx(0.92 * 79.25)
 
 
-class Mesh:
-    """As much of a mesh as a prediction asks for."""
-
-    axis_names = ("data", "fsdp", "context", "tensor")
-
-    def __init__(self, config: MeshConfig) -> None:
-        self.devices = np.empty(config.shape, object)
-        self.shape = dict(zip(self.axis_names, config.shape, strict=True))
-        self.size = self.devices.size
+def mesh_of(data: int, fsdp: int, tensor: int = 1) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, 1, tensor), AXES)
 
 
 def test_groups_of_devices_are_named_by_their_axes():
-    mesh = Mesh(MeshConfig(2, 4, 1, 2))
+    mesh = mesh_of(2, 4, 2)
     numbers = np.arange(16).reshape(2, 4, 2)
     assert axes_of(numbers.transpose(1, 2, 0).reshape(-1, 2), mesh) == "data"
     assert axes_of(numbers.transpose(0, 2, 1).reshape(-1, 4), mesh) == "fsdp"
@@ -175,7 +180,7 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     topology = parse_topology("a800:1x4")
     hardware = topology.hardware
     topology = type(topology)(type(hardware)(**{**hardware.__dict__, "intra_node_bandwidth": bandwidth}), topology.shape)
-    prediction = predict(hlo.parse(STEP), Mesh(MeshConfig(2, 2)), topology, RATES)
+    prediction = predict(hlo.parse(STEP), mesh_of(2, 2), topology, RATES)
     product = max(2e9 / (312e12 / 2), 12e6 / (2039e9 / 2))
     collective = 4e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(max(product, collective))

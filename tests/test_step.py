@@ -106,16 +106,20 @@ def abstract_state(steps):
     )
 
 
-def loops_and_collectives(text: str) -> dict[str, list[str]]:
-    """Computation name -> replica groups of its all-reduces, from HLO text."""
+def computations_with(collective: str, text: str) -> dict[str, list[str]]:
+    """Computation name -> its collectives of one kind, from HLO text."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
             name = match[1]
-        if "all-reduce(" in line or "all-reduce-start(" in line:
+        if f" {collective}(" in line or f" {collective}-start(" in line:
             found.setdefault(name, []).append(line.strip())
     return found
+
+
+def entry_of(text: str) -> str:
+    return re.search(r"ENTRY %?([\w.\-]+)", text)[1]
 
 
 def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
@@ -124,19 +128,17 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
     text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
-    reductions = loops_and_collectives(text)
-    assert reductions
-    entry = re.search(r"ENTRY %?([\w.\-]+)", text)[1]
-    assert set(reductions) == {entry}
+    assert set(computations_with("all-reduce", text)) == {entry_of(text)}
 
 
 def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
-    """A tensor axis cuts heads, so nothing is exchanged between devices in a block; and XLA never gathers what it cannot place."""
+    """Blocks exchange nothing, since a tensor axis cuts heads; the embedding does, both ways; XLA gathers nothing it cannot place."""
     config, steps = build(tiny_config, (2, 2, 1, 2))
     batch = batch_of(config, steps, tokens[0])
     text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
     assert "all-reduce" in text
-    assert "all-to-all" not in text
+    exchanges = computations_with("all-to-all", text)
+    assert {name: len(found) for name, found in exchanges.items()} == {entry_of(text): 2}
     assert "rematerialization" not in capfd.readouterr().err
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.hardware import HARDWARE, Hardware
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.kernels.triton.bridge import Launch
 
@@ -61,10 +62,13 @@ class Chip:
 
 # A800 = A100-SXM-80GB: 312 TFLOP/s = 108 x 1.41 GHz x 2,048; the cache gives 5,120 bytes a cycle. H100 SXM: 989 TFLOP/s = 132 x
 # 1.83 GHz x 4,096; its cache's bandwidth is not published: measured at about that of the A100 (Luo et al. 2024), so it is taken over.
-CHIPS = {
-    "sm_80": Chip("sm_80", 80, 108, 1.41, 2048, 5120 / 108, 2.039e12, 167_936),
-    "sm_90": Chip("sm_90", 90, 132, 1.83, 4096, 5120 / 132, 3.352e12, 233_472),
-}
+def _chip(hardware: Hardware, clock_ghz: float, flops_per_cycle: int) -> Chip:
+    capability, count = hardware.compute_capability, hardware.multiprocessors
+    memory = hardware.memory_bandwidth * 1e9
+    return Chip(f"sm_{capability}", capability, count, clock_ghz, flops_per_cycle, 5120 / count, memory, hardware.shared_bytes)
+
+
+CHIPS = {chip.target: chip for chip in (_chip(HARDWARE["a800"], 1.41, 2048), _chip(HARDWARE["h100"], 1.83, 4096))}
 
 
 @dataclass(frozen=True)
