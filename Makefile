@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos chaos lint types clean
+.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -21,6 +21,9 @@ plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB
 
 data-deps: venv  ## and what the data pipeline needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-data.txt
+
+browser-deps: dev  ## and playwright, for the tests in a browser (apt-get install chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
 
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)

@@ -56,9 +56,11 @@ LAYERS = [
     {"train", "launch"},
     {"roofline", "data.mixture"},
     {"plan", "plan_report"},
+    {"report", "report.recorded", "report.figures", "report.page", "report.__main__"},
 ]
 COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
-            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
+            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags",
+            "report"]  # fmt: skip
 
 
 def imports(path) -> set[str]:
