@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types docs clean
+.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -45,6 +45,9 @@ lint: dev  ## ruff: lint and format
 
 types: dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: dev plan-deps data-deps  ## execute all notebooks, ten minutes
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
 
 docs: dev  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt

@@ -16,8 +16,8 @@ python -m baichuan_jax.train --config configs/tiny.yaml --optimizer.learning_rat
 python -m baichuan_jax.train --config configs/tiny.yaml --print_config
 ```
 
-`--config` takes a file, or the name alone (`tiny`) of one of `configs/`, which an installed package brings along. A misspelt setting is
-refused with the nearest right name; settings that contradict each other are refused with both values. In a notebook
+`--config` takes a file, or the name alone (`tiny`) of one of `configs/`, which an installed package brings along. A misspelt setting
+is refused with the nearest right name; settings that contradict each other are refused with both values. In a notebook
 `load_config("configs/tiny.yaml", ["train.num_steps=60"])` gives the same object.
 """
 PARTS = (
