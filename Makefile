@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos chaos lint types clean
+.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -21,6 +21,9 @@ plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB
 
 data-deps: venv  ## and what the data pipeline needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-data.txt
+
+browser-deps: dev  ## and playwright, for the tests in a browser (apt-get install chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
 
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
@@ -42,6 +45,14 @@ lint: dev  ## ruff: lint and format
 
 types: dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: dev plan-deps data-deps  ## execute all notebooks, ten minutes
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
+
+docs: dev  ## the documentation as a site, in site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python docs/write_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove environments and caches; runs stay
 	rm -rf .venv .venv-* cache .pytest_cache .ruff_cache
