@@ -18,6 +18,10 @@ pytest.importorskip("daft")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from baichuan_jax.data import documents, engine
+from baichuan_jax.data import pipeline as pipeline_module
+from baichuan_jax.data.corpus_config import CorpusConfig
+
 EMAIL, PHONE, IDENTITY = "someone@example.org", "13812345678", "11010519491231002X"
 
 
@@ -134,6 +138,17 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tm
     assert content(tmp_path / "o") == content(result)
 
 
+def test_any_number_of_parts_and_of_turns_gives_the_same_documents(corpus, result, tmp_path, monkeypatch):
+    """A part for every few documents, and tables of keys that are grouped a few hundred rows at a time, on the disk."""
+    monkeypatch.setattr(documents, "PART_BYTES", 20_000)
+    monkeypatch.setattr(engine, "ROWS_AT_ONCE", 300)
+    report = pipeline_module.run(CorpusConfig(input=[f"{corpus}/*"], output=str(tmp_path / "o")), progress=False)
+    assert report["input"]["parts"] >= 3
+    for folder in ("final", "removed"):
+        assert rows(tmp_path / "o", folder) == rows(result, folder)
+    assert not (tmp_path / "o" / "stages" / "scratch").exists()
+
+
 def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(corpus, tmp_path):
     """A file of two parts, whose last line is broken, and a small one; then the small one alone."""
     folder = tmp_path / "in"
@@ -144,7 +159,7 @@ def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(co
         file.write("no json\n")
     (folder / "small.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
     given = {json.loads(line)["id"] for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()}
-    words = ["--dedup.enabled", "false", "--sentences.enabled", "false", "--quality.enabled", "false"]
+    words = [word for stage in ("rules", "dedup", "sentences", "quality") for word in (f"--{stage}.enabled", "false")]
     pipeline(folder, tmp_path / "o", *words)
     assert len(content(tmp_path / "o")) == 4
     found = rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys()
@@ -179,8 +194,9 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     (folder / "none.parquet").write_bytes(b"PAR1 this is none")
     pq.write_table(pa.table({"text": [text.upper(), None]}), folder / "some.parquet")
     done = pipeline(
-        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false"
-    )
+        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false",
+        "--quality.enabled", "false",
+    )  # fmt: skip
     report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
     problems = {(Path(p["file"]).name, p["reason"]): (p["count"], p["lines"]) for p in report["problems"]}
     lines_before_the_cut = problems.pop(("cut.jsonl.gz", "unreadable"))[1][0] - 1
