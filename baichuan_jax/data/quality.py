@@ -66,8 +66,7 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
         lines = [_tokens(texts[index]) for index in indices]
         found = entry["slope"] * _logits(classifier, entry["direction"], lines) + entry["intercept"]
         if entry["damaged"] and lang == "en":
-            running = np.array([not line or _is_running(line) for line in lines])
-            found = np.where(running, found, np.maximum(found, 0))
+            found = np.array([0 if z < 0 and line and not _is_running(line) else z for z, line in zip(found, lines, strict=True)])
         logits[indices] = found
     with np.errstate(over="ignore"):
         return (1 / (1 + np.exp(-logits))).astype(np.float32)

@@ -103,7 +103,7 @@ _BOILERPLATE_LINES = [
     r"[ \t]*(?:责任编辑|本文来源|文章来源|稿源|编辑|来源) ?[:：].{0,60}",
     r".{0,120}(?:…|\.\.\.|。) ?[\[(【［](?:详细|全文|更多|查看全文|阅读全文|read more|more|continue reading)[\])】］].{0,10}",
     r".{0,20}click here (?:for|to (?:read|see|view|find|learn|download|visit|go|get|register)).{0,120}",
-    r".{0,20}(?:read more (?:about|»|\.\.\.)|continue reading).{0,120}",
+    r"[ \t]*(?:read more (?:about|»|\.\.\.)|continue reading).{0,120}",
     r".{0,20}(?:subscribe to our (?:newsletter|mailing list)|sign up for our).{0,120}",
     r".{0,20}(?:you must be logged in|log in to (?:post|reply|comment)|please enable javascript|leave a (?:reply|comment)).{0,80}",
     r"[ \t]*(?:posted (?:by|on|in)|filed under|tagged (?:with|as)|share this|follow us on) ?:? .{0,120}",
