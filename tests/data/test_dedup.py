@@ -36,6 +36,8 @@ def test_hashes_estimate_the_jaccard_similarity():
 def test_width_case_and_punctuation_do_not_count():
     assert units_of("Ｈｅｌｌｏ,  WORLD! don't", "en") == "hello world don t"
     assert units_of("你好，世界！ＡＢ", "zh") == "你 好 世 界 a b"
+    plain = "_It's_ 3.14 --\tor so;\n\nTHE END\x0c"
+    assert units_of(plain, "en") == units_of(f"{plain}\u2014", "en") == "it s 3 14 or so the end"  # ASCII alone, and not
 
 
 @pytest.mark.parametrize("seed", range(3))
