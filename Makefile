@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types notebooks docs clean
+.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train corpus corpus-scale test test-slow test-chaos chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,6 +27,16 @@ browser-deps: dev  ## and playwright, for the tests in a browser (apt-get instal
 
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
+
+CORPUS := runs/corpus
+corpus: data-deps  ## clean bundled text with planted noise and duplicates, show the funnel, judge the result: minutes
+	$(BIN)/python benchmarks/corpus_truth.py --output $(CORPUS)/truth --megabytes 12
+	$(BIN)/python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input '$(CORPUS)/truth/corpus-*.jsonl' --output $(CORPUS)/cleaned $(ARGS)
+	$(BIN)/python benchmarks/corpus_score.py --corpus $(CORPUS)/truth --result $(CORPUS)/cleaned
+	@echo "the funnel: $(CORPUS)/cleaned/funnel.html, funnel.png; what is left: $(CORPUS)/cleaned/final/"
+
+corpus-scale: data-deps  ## the data pipeline's cost by the corpus's size, 25 to 400 MB: half an hour
+	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
 
 test: dev  ## the tests, under about ten minutes
 	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
