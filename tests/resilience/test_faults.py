@@ -26,7 +26,13 @@ SLACK = 12.0  # of a busy machine
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where all runs lie: they share what they packed and compiled."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def words(folder):
     """Settings of a small run; its tokens are packed once."""
     limits = (
         "--resilience.hang_seconds",
@@ -36,16 +42,15 @@ def words(tmp_path_factory):
         "--resilience.check_every",
         "0",
     )
-    return [*chaos.words_of(tmp_path_factory.mktemp("cache")), *limits]
+    return [*chaos.words_of(folder), *limits]
 
 
 @pytest.fixture(scope="module")
-def disturbed(words, tmp_path_factory):
-    """One run through a kill of process 0, a live hang and NaN in one copy of a parameter; and the same run without them."""
-    folder = tmp_path_factory.mktemp("disturbed")
+def disturbed(words, folder):
+    """One run through a kill of process 0 in a save, a live hang and NaN in one copy of a parameter."""
     outcomes = []
     with chaos.Cluster(folder / "run", words) as cluster:
-        for kind, process in (("kill", 0), ("hang", 1), ("nan", 2)):
+        for kind, process in (("kill in a save", 0), ("hang", 1), ("nan", 2)):
             cluster.steps(12, after=cluster.attempt - 1)
             outcomes.append(chaos.suffer(cluster, kind, process))
         last, _ = cluster.steps(3, after=cluster.attempt - 1)
@@ -57,7 +62,7 @@ def test_the_culprit_and_the_cause_are_named_in_time(disturbed):
     cluster, outcomes, codes, _ = disturbed
     found = [(outcome.kind, outcome.cause, outcome.rule, outcome.named) for outcome in outcomes]
     assert found == [
-        ("kill", "killed", "ended by a signal", "a"),
+        ("kill in a save", "killed", "ended by a signal", "a"),
         ("hang", "hang", "not in the collective", "b"),
         ("nan", "numerics", "not finite or a spike", None),
     ]
@@ -72,9 +77,9 @@ def test_the_culprit_and_the_cause_are_named_in_time(disturbed):
     assert "in _watchdog" in stacks  # all threads
 
 
-def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, tmp_path):
+def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, folder):
     cluster, outcomes, _, last = disturbed
-    straight = chaos.undisturbed(tmp_path / "straight", words, last, 3)
+    straight = chaos.undisturbed(folder / "straight", words, last, 3)
     curve = cluster.run.curve("loss")
     assert {step: curve[step] for step in range(1, last + 1)} == {step: straight[step] for step in range(1, last + 1)}
     saved = [event["step"] for event in lines(cluster.run_dir, "events") if event["kind"] == "checkpoint"]
