@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos chaos lint types clean
+.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos test-slurm chaos lint types clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-slow: dev  ## the tests that are left out of `make test`
 
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+test-slurm: dev  ## training under a real Slurm of virtual nodes here (root; apt-get install slurm-wlm munge)
+	exec unshare --mount --net --pid --fork --mount-proc --kill-child $(BIN)/python -m pytest tests/resilience/test_slurm.py $(ARGS)
 
 chaos: dev  ## real faults at random moments to a real run, losses compared
 	exec $(BIN)/python benchmarks/chaos.py $(ARGS)

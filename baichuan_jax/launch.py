@@ -81,7 +81,9 @@ class Supervisor:
         return number
 
     def _ask(self, signum: int, frame: Any) -> None:
-        """The first signal asks the processes to save and stop, the second ends them."""
+        """The first signal asks the processes to save and stop, a later Ctrl-C ends them; a later SIGTERM says nothing new."""
+        if self.asked and signum == signal.SIGTERM:
+            return
         self.asked += 1
         os.write(2, f"\n{signal.Signals(signum).name}: ".encode())
         os.write(2, b"saving, then stopping; once more quits unsaved\n" if self.asked == 1 else b"quitting\n")

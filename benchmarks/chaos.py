@@ -37,7 +37,8 @@ MODEL = (
     "--model.hidden_size", "64", "--model.intermediate_size", "176", "--model.num_layers", "2", "--model.num_heads", "4",
     "--model.vocab_size", "512", "--tokenizer.vocab_size", "512", "--train.context_length", "64", "--train.global_batch_size", "6",
     "--train.num_steps", "1000000", "--optimizer.warmup_steps", "100", "--evaluate.every", "1000000", "--checkpoint.every", "10",
-    "--metrics.tensorboard", "false", "--data.train", "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}", "--data.validation", "{}",
+    "--metrics.tensorboard", "false", "--data.validation", "{}",
+    "--data.train", "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}",
 )  # fmt: skip
 KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port", "slow")
 FULL_DISK = "full disk"  # one more kind, where this is root: the checkpoints lie on a small file system of their own, in memory

@@ -80,7 +80,9 @@ def run_command(command: Callable[[], int]) -> NoReturn:
 
 @contextlib.contextmanager
 def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Iterator[None]:
-    """Inside: the first SIGINT or SIGTERM calls on_stop(name), a second one raises KeyboardInterrupt; SIGUSR1 calls on_trace.
+    """Inside: the first SIGINT or SIGTERM calls on_stop(name), a later SIGINT raises KeyboardInterrupt; SIGUSR1 calls on_trace.
+
+    A later SIGTERM means the same as the first: schedulers send one to every process of a job, and supervisors pass it on.
 
     Only the main thread may handle signals; elsewhere (a server's thread) this does nothing.
     """
@@ -92,6 +94,8 @@ def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Ite
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
+            if number == signal.SIGTERM:
+                return
             raise KeyboardInterrupt
         asked = True
         on_stop(signal.Signals(number).name)
