@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 # What a last word says. "peer" is secondary: another one's failure reached this process.
-EXCEPTION, CONFIGURATION, NUMERICS, BAD_HOST, HANG, PEER = "exception", "configuration", "numerics", "bad host", "hang", "peer"
+EXCEPTION, CONFIGURATION, NUMERICS, BAD_HOST = "exception", "configuration", "numerics", "bad host"
+STORAGE, HANG, PEER = "storage", "hang", "peer"
 
 
 @dataclasses.dataclass(frozen=True)
