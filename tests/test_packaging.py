@@ -46,7 +46,7 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
     assert config.run_dir == "runs/tiny"
     assert len(find_files(list(config.data.train))) == 2
     for words in ("tinny", "tinny.yaml"):
-        with pytest.raises(ConfigError, match="there is no configuration .*small.*tiny"):
+        with pytest.raises(ConfigError, match=r"there is no configuration .*small.*tiny"):
             load_config(words)
     assert {"tiny", "small", "baichuan_7b_a800", "baichuan_7b_v5p", "corpus"} == set(shipped())
 
