@@ -11,6 +11,7 @@ import venv
 import pytest
 from launches import REPOSITORY
 
+from baichuan_jax.config import ConfigError
 from baichuan_jax.config_file import load_config, shipped
 from baichuan_jax.data.text import find_files
 
@@ -44,6 +45,9 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
     config = load_config("tiny", ["train.num_steps=60"])
     assert config.run_dir == "runs/tiny"
     assert len(find_files(list(config.data.train))) == 2
+    for words in ("tinny", "tinny.yaml"):
+        with pytest.raises(ConfigError, match=r"there is no configuration .*small.*tiny"):
+            load_config(words)
     assert {"tiny", "small", "baichuan_7b_a800", "baichuan_7b_v5p", "corpus"} == set(shipped())
 
 

@@ -202,6 +202,7 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         ("twice", "a run is given twice"),
         ("too many", "9 runs were given and a page shows at most 8"),
         ("folder as output", "is a folder; name a file"),
+        ("no place for the output", "cannot be written in"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
@@ -221,6 +222,8 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
         (path / "config.yaml").write_text("a: [")
     elif case == "folder as output":
         output = tmp_path
+    elif case == "no place for the output":
+        output = path / "config.yaml" / "report.html"
     with pytest.raises(ConfigError, match=re.escape(words)):
         main([*map(str, runs), "-o", str(output)])
     assert not (tmp_path / "report.html").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
+from baichuan_jax.files import require_writable, write_atomically
 from baichuan_jax.resilience.exits import run_command
 
 
@@ -28,6 +28,7 @@ def main(words: list[str]) -> int:
     from baichuan_jax.report.page import make_page
     from baichuan_jax.report.recorded import read_runs
 
+    require_writable(options.output.parent, "output")
     text = make_page(read_runs(options.runs), datetime.datetime.now())
     write_atomically(options.output, text.encode())
     Display().say(f"{options.output} ({len(text) / 1e6:.1f} MB): open it in a browser")

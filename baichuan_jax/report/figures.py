@@ -86,7 +86,7 @@ def loss(records: list[Recorded]) -> go.Figure:
         start = f"{record.label} " if len(records) > 1 else ""
         x, y = record.curve("loss")
         points = [(tokens, value) for tokens, value in zip(x, y, strict=True) if value is not None]
-        smoothed = smooth([value for _, value in points])
+        smoothed = smooth([value for _, value in points], min(0.015, 100 / max(1, len(points))))  # 100 steps lag little
         thin_x, thin_y, _ = thin(x, y)
         every = max(1, len(points) // MOST_POINTS)
         _line(figure, record, thin_x, thin_y, f"{start}every step", line={"width": 1}, opacity=0.3)
@@ -95,7 +95,7 @@ def loss(records: list[Recorded]) -> go.Figure:
         )
         tokens, values = record.validation("eval_loss")
         if tokens:
-            marker = {"size": 8, "symbol": "diamond", "line": {"width": 1, "color": "#ffffff"}}
+            marker = {"size": 8 if len(tokens) < 50 else 4, "symbol": "diamond"}
             _line(figure, record, tokens, values, f"{start}validation", mode="lines+markers", line={"dash": "dot"}, marker=marker)
         if (entropy := record.last_event("started").get("unigram_entropy")) is not None:
             _line(figure, record, [x[0], x[-1]], [entropy] * 2, f"{start}unigram entropy", line={"dash": "dash", "width": 1},
