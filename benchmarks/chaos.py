@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import statistics
@@ -119,9 +120,12 @@ class Cluster(Supervised):
         super().__init__(run_dir)
         self._words, self._options = [*words, "--run_dir", str(run_dir)], options
         self._hosts, self._held, self._disk = hosts, [], run_dir / "checkpoints" if small_disk else None
+        self._kept = run_dir.parent / f"{run_dir.name}-checkpoints"
         if self._disk is not None:
-            self._disk.mkdir(parents=True)
+            self._kept.mkdir(parents=True, exist_ok=True)
+            self._disk.mkdir(parents=True, exist_ok=True)
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", self._disk], check=True)
+            shutil.copytree(self._kept, self._disk, dirs_exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("", 0))
             self.port = probe.getsockname()[1]
@@ -175,6 +179,8 @@ class Cluster(Supervised):
         for held in self._held:
             held.close()
         if self._disk is not None:
+            shutil.rmtree(self._kept)
+            shutil.copytree(self._disk, self._kept)  # for a later call, since memory forgets
             subprocess.run(["umount", "--lazy", self._disk], check=True)
 
 

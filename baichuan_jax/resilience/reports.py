@@ -77,6 +77,11 @@ class Folder:
             found[report.process] = report
         return found
 
+    def ended(self) -> set[int]:
+        """Processes of which supervisors have written here that they have ended."""
+        files = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("ended-*.json")]
+        return {int(process) for content in files for process in content["exits"]}
+
 
 class Service:
     """Reports as keys of jax's coordination service. Every call may block for as long as process 0 does not answer."""

@@ -237,9 +237,15 @@ class Watch:
     def _hear_the_others(self) -> dict[int, Report]:
         """Last words of all processes that can still speak, or as many as come in time."""
         deadline = time.monotonic() + GRACE
-        silent = set(self._words[self._process].silent)
-        while len(self._words) + len(silent - set(self._words)) < self._processes and time.monotonic() < deadline:
-            reader = threading.Thread(target=lambda: _quietly(lambda: self._listen(self._folder.read())), daemon=True)  # type: ignore
+        mute = set(self._words[self._process].silent)
+
+        def listen() -> None:
+            assert self._folder is not None
+            mute.update(self._folder.ended())
+            self._listen(self._folder.read())
+
+        while len(self._words) + len(mute - set(self._words)) < self._processes and time.monotonic() < deadline:
+            reader = threading.Thread(target=_quietly, args=(listen,), daemon=True)
             reader.start()
             reader.join(deadline - time.monotonic())
             time.sleep(0.1)
