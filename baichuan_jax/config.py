@@ -102,6 +102,8 @@ class TrainConfig:
     """Of the initial weights and of the order of the data."""
     deterministic: bool = False
     """On GPUs: only kernels that give the same bits every time (slower). A CPU always does."""
+    schedule_profile: str | None = None
+    """A file that `plan` wrote for this configuration: on GPUs XLA's scheduler takes the latencies of collectives from it."""
 
     def __post_init__(self) -> None:
         _positive("train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size")

@@ -236,7 +236,7 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
 def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
     """Apply the blocks one after the other: no stack of saved activations is written, and the compiler sees all of them at once.
 
-    In the backward pass a block waits until the gradients of the second block after it are reduced. Left free, XLA's scheduler puts
+    In the backward pass a block waits until the gradients of the third block after it are reduced. Left free, XLA's scheduler puts
     every reduction behind the last block, where no compute hides them.
     """
     variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -245,8 +245,8 @@ def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
     blocks = [jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(count)]
     for i in range(count):
         x_BTD, _ = body(x_BTD, blocks[i])
-        if i + 2 < count:
-            x_BTD, blocks[i + 2] = _reduced_first(x_BTD, blocks[i + 2], axes)
+        if i + 3 < count:
+            x_BTD, blocks[i + 3] = _reduced_first(x_BTD, blocks[i + 3], axes)
     return x_BTD
 
 

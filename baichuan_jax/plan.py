@@ -17,14 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from baichuan_jax import hlo
 from baichuan_jax.config import Config, ConfigError, require
 from baichuan_jax.config_file import make_parser, parse_command
 from baichuan_jax.console import Display
 from baichuan_jax.hardware import Hardware, Topology, parse_topology
 from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.roofline import rates_for
-from baichuan_jax.xla_flags import choose_flags
+from baichuan_jax.roofline import Rates, predict, rates_for, schedule_profile
+from baichuan_jax.xla_flags import PROFILE_FLAG, choose_flags
 
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
 OWN = ("topology", "search", "sweep", "output", "json", "hlo")
@@ -98,8 +99,11 @@ def described_devices(topology: Topology) -> list[Any]:
     return list(described.devices)
 
 
-def compile_step(config: Config, devices: list[Any]) -> Compiled:
-    """Trace and compile the training step of step.py. Raises ConfigError where mesh and model do not fit each other."""
+def compile_step(config: Config, devices: list[Any], profile: Path | None = None) -> Compiled:
+    """Trace and compile the training step of step.py. Raises ConfigError where mesh and model do not fit each other.
+
+    profile: instructions' times for XLA's scheduler (roofline.schedule_profile).
+    """
     import jax
     import jax.numpy as jnp
 
@@ -122,7 +126,8 @@ def compile_step(config: Config, devices: list[Any]) -> Compiled:
     )  # fmt: skip
     names = ["inputs", "labels", *(["segment_ids", "positions"] if config.data.document_mask else [])]
     stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
-    compiled = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding)).compile()
+    lowered = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding))
+    compiled = lowered.compile({PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None)
     memory = compiled.memory_analysis()
 
     def on_one_device(tree: Any) -> int:
@@ -163,15 +168,13 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
     rates = dataclasses.replace(rates_for(topology), **options["rates"])
     devices = described_devices(topology)
     if not options["search"]:
-        compiled = compile_step(config, devices)
-        if options["hlo"]:
-            Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
-        return report(compiled, topology, rates)
+        return _compile_twice(config, devices, topology, rates, options)
     tried, found = [], []
     bar = tqdm(list(candidates(config, topology.num_devices)), desc="compiling candidates", unit="program", disable=None)
     for candidate in bar:
         try:
             result = report(compile_step(candidate, devices), topology, rates)
+            result["config"] = candidate
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -187,7 +190,30 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
             "raise mesh.fsdp or mesh.tensor, or use more devices"
         )
     best = min(found, key=lambda item: item["predicted_step_seconds"])
-    return {**best, "search": tried}
+    return {**_compile_twice(best["config"], devices, topology, rates, options), "search": tried}
+
+
+def _compile_twice(
+    config: Config, devices: list[Any], topology: Topology, rates: Rates, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Compile, predict each instruction's time, and on GPUs let XLA schedule again with these (kept as a file for training)."""
+    compiled = compile_step(config, devices)
+    first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
+    added = {}
+    if topology.hardware.platform == "gpu" and config.train.schedule_profile is None:
+        path = _output(options, topology, ".pbtxt")
+        path.write_text(schedule_profile(first), encoding="utf-8")
+        compiled = compile_step(config, devices, path)
+        added = {"schedule_profile": str(path), "predicted_step_seconds_without_profile": first.seconds}
+    if options["hlo"]:
+        Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
+    return report(compiled, topology, rates) | added
+
+
+def _output(options: dict[str, Any], topology: Topology, suffix: str) -> Path:
+    folder = Path(options["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{str(topology).replace(':', '-')}{suffix}"
 
 
 def _hardware(topology: Topology, overrides: dict[str, Any]) -> Topology:
@@ -227,19 +253,14 @@ def main(words: list[str]) -> int:
         return _run_child(words, config, topology)
     result = _plan(config, topology, options)
     show(result)
-    _save(result, options, str(topology).replace(":", "-"))
+    target = _output(options, topology, ".json")
+    for path in [target, *([Path(options["json"])] if options["json"] else [])]:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, target.with_suffix(".png"))
+    print(f"saved: {target} and .png")
+    if "schedule_profile" in result:
+        print(f"train with this schedule: --train.schedule_profile {result['schedule_profile']}")
     return 0
-
-
-def _save(result: dict[str, Any], options: dict[str, Any], name: str) -> None:
-    folder = Path(options["output"])
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    if options["json"]:
-        Path(options["json"]).write_text(text + "\n", encoding="utf-8")
-    plot(result, folder / f"{name}.png")
-    print(f"saved: {folder / name}.json and .png")
 
 
 # What the compilers say, before they read any setting, of a machine without an accelerator.

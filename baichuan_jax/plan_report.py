@@ -122,6 +122,11 @@ def show(result: dict[str, Any]) -> None:
         f"(causal): {result['recomputation']:.3f} times"
     )
     total = result["predicted_step_seconds"]
+    if "schedule_profile" in result:
+        display.say(
+            f"scheduled with a profile of predicted times ({result['schedule_profile']}); without it "
+            f"{result['predicted_step_seconds_without_profile'] * 1e3:.0f} ms a step"
+        )
     display.table(
         "Predicted step (one device)", ["", "ms", "share"],
         [[name, f"{value * 1e3:.1f}", f"{value / total:.1%}"] for name, value in result["seconds"].items()]

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax
 
-from baichuan_jax.config import Config
+from baichuan_jax.config import Config, require
 from baichuan_jax.config_file import make_parser, parse_command
 from baichuan_jax.hardware import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
 GPU_MEMORY_FRACTION = 0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
+PROFILE_FLAG = "--xla_gpu_pgle_profile_file_or_directory_path"
 RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
@@ -58,14 +59,14 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     nodes = max(topology.num_devices // topology.devices_per_node, 1)
     # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five times as long as that.
     least = int(5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
-    # A block waits for the sums of the second block after it (model.py), so a message never holds more than a layer.
+    # A block waits for the sums of the third block after it (model.py), so a message never holds more than a layer.
     flags = {
         "--xla_gpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
         "--xla_gpu_enable_pipelined_all_gather=true": "a layer's weights are gathered while the layer before it computes",
         "--xla_gpu_enable_pipelined_reduce_scatter=true": "a layer's gradients are scattered while the next one's are computed",
         "--xla_gpu_enable_pipelined_all_reduce=true": "the same for sums across nodes",
-        "--xla_gpu_experimental_parallel_collective_overlap_limit=3": (
-            "a sum across nodes leaves NVLink free: gathers and scatters inside the node go on beside it"
+        "--xla_gpu_experimental_parallel_collective_overlap_limit=2": (
+            "a sum across nodes leaves NVLink free: a gather or scatter inside the node goes on beside it"
         ),
         "--xla_gpu_enable_while_loop_double_buffering=true": "two layers a turn of the loop, so that pipelining needs no copies",
         f"--xla_gpu_all_gather_combine_threshold_bytes={weights}": f"one message a layer: its weights are {_mib(weights)}",
@@ -82,6 +83,12 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
         "--xla_disable_hlo_passes=rematerialization": "model.remat says what is recomputed; XLA must not add to it",
         "--xla_gpu_nccl_termination_timeout_seconds=120": "a collective that a dead peer left open ends, instead of after 600 s",
     }  # fmt: skip
+    if profile := config.train.schedule_profile:
+        require(Path(profile).is_file(), f"train.schedule_profile={profile!r} is no file: python -m baichuan_jax.plan writes it")
+        flags[f"{PROFILE_FLAG}={Path(profile).absolute()}"] = (
+            "train.schedule_profile: collectives start by their predicted latency"
+        )
+        flags["--xla_gpu_pgle_accuracy_checker=PGLE_STRICTNESS_LEVEL_WARN"] = "instructions that the profile lacks are named"
     return flags
 
 
