@@ -240,6 +240,8 @@ def scale(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         memory = {"peak_gb": measured.peak_gb, "sum_gb": measured.sum_gb}
         rows.append({"bytes": size, "cpu_seconds": measured.cpu_seconds, "seconds": measured.seconds, "stages": stages, **memory})
         print(f"{size / 1e6:.0f} MB: {measured.cpu_seconds:.0f} CPU-seconds", flush=True)
+        if options.json:  # what there is, should a later size not end
+            options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
     names = list(reversed(rows[0]["stages"]))
     table = Table("MB", *names, "all", "all, a MB", "minutes", "peak GB of a process", "of all", title="CPU-seconds")
     for row in rows:
