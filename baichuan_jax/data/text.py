@@ -19,6 +19,7 @@ import zstandard
 from baichuan_jax.config import ConfigError
 
 _HAN = re.compile("[\u4e00-\u9fff]+")
+INSTALLED = Path(__file__).parents[2]  # the folder that the package lies in
 PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
 
 
@@ -32,10 +33,14 @@ class Part:
 
 
 def find_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind."""
+    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind.
+
+    baichuan_jax/... means the files that come with the program, wherever it is installed and whatever the working directory is.
+    """
     files = set()
     for pattern in patterns:
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        own = os.path.join(glob.escape(str(INSTALLED)), pattern) if pattern.startswith("baichuan_jax/") else pattern
+        found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
         if not found:
             raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
         files.update(found)
