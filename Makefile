@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps browser-deps train test test-slow test-chaos chaos lint types notebooks docs clean
+.PHONY: help venv dev bench-deps eval-bench-deps plan-deps data-deps browser-deps train corpus corpus-scale test test-slow test-chaos test-slurm chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -15,6 +15,9 @@ dev: $(VENV)/.installed-dev  ## and what tests and lint need
 
 bench-deps: dev  ## and torch and transformers, for benchmarks and the tests that compare with them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+
+eval-bench-deps: dev  ## and lm-eval, for benchmarks/evaluation.py and the test against it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval-bench.txt
 
 plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB, no driver needed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
@@ -28,6 +31,16 @@ browser-deps: dev  ## and playwright, for the tests in a browser (apt-get instal
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
 
+CORPUS := runs/corpus
+corpus: data-deps  ## clean bundled text with planted noise and duplicates, show the funnel, judge the result: minutes
+	$(BIN)/python benchmarks/corpus_truth.py --output $(CORPUS)/truth --megabytes 12
+	$(BIN)/python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input '$(CORPUS)/truth/corpus-*.jsonl' --output $(CORPUS)/cleaned $(ARGS)
+	$(BIN)/python benchmarks/corpus_score.py --corpus $(CORPUS)/truth --result $(CORPUS)/cleaned
+	@echo "the funnel: $(CORPUS)/cleaned/funnel.html, funnel.png; what is left: $(CORPUS)/cleaned/final/"
+
+corpus-scale: data-deps  ## the data pipeline's cost by the corpus's size, 25 to 400 MB: half an hour
+	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
+
 test: dev  ## the tests, under about ten minutes
 	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
 
@@ -36,6 +49,9 @@ test-slow: dev  ## the tests that are left out of `make test`
 
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+test-slurm: dev  ## training under a real Slurm of virtual nodes here (root; apt-get install slurm-wlm munge)
+	exec unshare --mount --net --pid --fork --mount-proc --kill-child $(BIN)/python -m pytest tests/resilience/test_slurm.py $(ARGS)
 
 chaos: dev  ## real faults at random moments to a real run, losses compared
 	exec $(BIN)/python benchmarks/chaos.py $(ARGS)

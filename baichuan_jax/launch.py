@@ -22,6 +22,7 @@ from baichuan_jax.config_file import make_parser, parse_config
 from baichuan_jax.console import Display
 from baichuan_jax.resilience.attempts import Attempts
 from baichuan_jax.resilience.blame import Exit, Verdict, blame
+from baichuan_jax.resilience.clock import WAIT
 from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command
 from baichuan_jax.resilience.ledger import read_ledger, say_ledger
 from baichuan_jax.resilience.policy import MAX_BLAMES, Decision, choose_hosts, decide
@@ -80,7 +81,9 @@ class Supervisor:
         return number
 
     def _ask(self, signum: int, frame: Any) -> None:
-        """The first signal asks the processes to save and stop, the second ends them."""
+        """The first signal asks the processes to save and stop, a later Ctrl-C ends them; a later SIGTERM says nothing new."""
+        if self.asked and signum == signal.SIGTERM:
+            return
         self.asked += 1
         os.write(2, f"\n{signal.Signals(signum).name}: ".encode())
         os.write(2, b"saving, then stopping; once more quits unsaved\n" if self.asked == 1 else b"quitting\n")
@@ -105,12 +108,15 @@ class Supervisor:
         before = self.attempts.read(number - 1, "verdict") if number > 1 else None
         again = before is not None and before["restart"]
         history = before["history"] if before is not None and again else {"blames": {}, "hosts": [], "fruitless": 0}
+        lost = set(before["lost"]) if before is not None else set()
         said = None
         while not self.asked:
             plan = self.attempts.read(number, "plan")
             if plan is not None:
                 return plan
-            alive, waited = self.attempts.alive(), time.monotonic() - started
+            # A host that the verdict counts as lost must have been heard since: this one may hold on to its heartbeat for longer.
+            alive = {host for host in self.attempts.alive() if host not in lost or self.attempts.heard_since(host, started)}
+            waited = time.monotonic() - started
             wanted = options.hosts
             if len(alive) < wanted and waited < (REJOIN_SECONDS if again else options.join_seconds):
                 at_least = wanted
@@ -197,7 +203,7 @@ class Supervisor:
             return subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True, stdout=log, stderr=log)
 
     def _wait(self, number: int, plan: dict) -> dict[int, tuple[Exit, float]]:
-        """How all processes of this host ended. Once one of the launch has ended, the others get a while to leave by themselves."""
+        """How all processes of this host ended. Once one of the launch has failed, the others get a while to leave by themselves."""
         exits: dict[int, tuple[Exit, float]] = {}
         since: dict[str, float] = {}  # when the first process ended well, when the first failed, since when the launch could grow
         stopped: set[int] = set()
@@ -213,8 +219,12 @@ class Supervisor:
             if any(code not in (0, PREEMPTED) for code in codes):
                 since.setdefault("failed", now)
             if now - since.get("failed", now) > LAST_WORDS_SECONDS or now - since.get("ended", now) > PARTING_SECONDS:
-                stopped |= set(self.children) - set(exits)
-                self._signal(signal.SIGKILL)
+                useless = set(self.children) - set(exits)
+            else:
+                useless = self._silent(number) - set(exits) if "failed" in since else set()
+            for process in useless:
+                stopped.add(process)
+                self.children[process].kill()
             if self._could_grow(plan) and not codes:
                 if now - since.setdefault("grow", now) > REJOIN_SECONDS:
                     print(f"more hosts are there: saving, then going on with them ({self.host})", file=sys.stderr)
@@ -223,6 +233,13 @@ class Supervisor:
             elif since.get("grow") != math.inf:
                 since.pop("grow", None)
         return exits
+
+    def _silent(self, number: int) -> set[int]:
+        """Processes of this host, past their first step, whose hearts stopped without a last word: none will come."""
+        reports = Folder(self.attempts.path / str(number)).read()
+        last = time.time() - self.config.resilience.silence_seconds
+        found = {p: reports[p] for p in self.children if p in reports}
+        return {p for p, report in found.items() if report.cause is None and report.time < last and WAIT in report.seconds}
 
     def _codes_elsewhere(self, number: int, plan: dict) -> list[int]:
         """Exit codes on other hosts of the launch; a host that is dead counts as killed."""
@@ -287,7 +304,7 @@ class Supervisor:
             blames[verdict.host] = blames.get(verdict.host, 0) + (MAX_BLAMES if verdict.cause == "bad host" else 1)
         return {
             "verdict": dataclasses.asdict(verdict), **dataclasses.asdict(decision), "detected": min(times, default=time.time()),
-            "concluded": time.time(), "checkpoint": newest,
+            "concluded": time.time(), "checkpoint": newest, "lost": sorted(set(plan["hosts"]) - set(ended)),
             "history": {"blames": blames, "hosts": plan["hosts"], "fruitless": fruitless, "checkpoint": newest},
         }  # fmt: skip
 
@@ -315,8 +332,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="python -m baichuan_jax.launch [OPTIONS] -- --config FILE [--SETTING VALUE ...]",
         description="Run training on this host and keep it going: start its processes, find out who caused a fault, start again "
         "without the culprit. Run it on every host of the run, and on spare ones; what follows -- goes to baichuan_jax.train.",
-        epilog="Exit codes: 0 complete, 70 bug, 75 asked to stop, 76 faults without progress, 77 numerics, 78 configuration, "
-        "79 too few hosts. See docs/operations.md.",
+        epilog="Exit codes: 0 complete, 70 bug, 74 checkpoints cannot be written, 75 asked to stop, 76 faults without progress, "
+        "77 numerics, 78 configuration, 79 too few hosts. See docs/operations.md.",
     )  # fmt: skip
     slurm = int(os.environ.get("SLURM_NNODES", "1"))
     parser.add_argument("--hosts", type=int, default=slurm, help="hosts that train; further ones are spares (Slurm: all nodes)")

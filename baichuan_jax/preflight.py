@@ -2,7 +2,8 @@
 
 `train` makes them at every start; `python -m baichuan_jax.preflight --config FILE` makes them alone, started on every host like it.
 
-What a check finds is a BadHost error that names the processes (exit code 79), or a ConfigError (78) where no host is to blame.
+What a check finds is a BadHost error that names the processes (exit code 79), a ConfigError (78) where no host is to blame, or
+SaveFailed (74) where none can save.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config import Config, ConfigError
 from baichuan_jax.config_file import make_parser, parse_config
 from baichuan_jax.console import Display
-from baichuan_jax.resilience.exits import BadHost, run_command
+from baichuan_jax.resilience.exits import BadHost, SaveFailed, run_command
 from baichuan_jax.resilience.reports import coordinator_address, gather
 from baichuan_jax.sharding import initialize_processes
 
@@ -46,7 +47,7 @@ class Findings:
 
 
 def preflight(config: Config) -> Findings:
-    """Make all checks, on all processes together. Raises BadHost, ConfigError."""
+    """Make all checks, on all processes together. Raises BadHost, ConfigError, SaveFailed."""
     seconds: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -56,11 +57,13 @@ def preflight(config: Config) -> Findings:
 
     warnings = compare_hosts(gather("preflight/host", _describe()), coordinator_address())
     took("versions and clocks")
-    bad = {process: words for process, words in enumerate(gather("preflight/local", _check_locally(config))) if words}
-    if bad:
-        told = "; ".join(f"process {process}: {words}" for process, words in sorted(bad.items())[:4])
-        raise BadHost(f"preflight: {told}", tuple(sorted(bad)))
-    took("devices and storage")
+    _refuse(gather("preflight/devices", _device_fault()))
+    took("devices")
+    faults = gather("preflight/storage", storage_fault(config.run_path / "checkpoints"))
+    if all(faults):
+        raise SaveFailed(f"preflight: {faults[0]}")
+    _refuse(faults)
+    took("storage")
     if jax.process_count() > 1:
         rounds = [
             gather(f"preflight/pairs {number}", _try_pair(pairs)) for number, pairs in enumerate(pairs_of(jax.process_count()))
@@ -107,14 +110,22 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"] if skew > MAX_SKEW_SECONDS else []
 
 
-def _check_locally(config: Config) -> str | None:
-    """What is wrong with this process's devices and its way to the checkpoints; None: nothing."""
+def _refuse(faults: Sequence[str | None]) -> None:
+    """Raise BadHost with the processes that have a fault."""
+    bad = {process: words for process, words in enumerate(faults) if words}
+    if bad:
+        told = "; ".join(f"process {process}: {words}" for process, words in sorted(bad.items())[:4])
+        raise BadHost(f"preflight: {told}", tuple(sorted(bad)))
+
+
+def _device_fault() -> str | None:
+    """What is wrong with this process's devices; None: nothing."""
     for device in jax.local_devices():
         if not products_are_right(device):
             return f"{device} multiplies matrices wrongly"
         if not memory_is_right(device):
             return f"{device} does not remember what was written"
-    return storage_fault(config.run_path / "checkpoints")
+    return None
 
 
 def products_are_right(device: Any, multiply: Callable = jnp.matmul) -> bool:

@@ -12,6 +12,7 @@ from baichuan_jax.console import Display
 from baichuan_jax.metrics import Writer
 from baichuan_jax.resilience.cadence import seconds_between_saves, seconds_per_fault
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
+from baichuan_jax.resilience.exits import SaveFailed
 from baichuan_jax.step import TrainState
 
 FIRST_SECONDS = 60.0  # before the first save, whose cost is not known yet
@@ -22,8 +23,8 @@ class Saver:
     """Saves a run's state through `checkpoints`.
 
     A save that failed does not count, is reported, and ends nothing where it need not succeed; among several processes it ends this
-    one, since Orbax leaves the others waiting. `faults` so far and the `run_seconds` they came in decide how often to save, unless
-    checkpoint.every does.
+    one with SaveFailed, since Orbax leaves the others waiting. `faults` so far and the `run_seconds` they came in decide how often to
+    save, unless checkpoint.every does.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Saver:
         return step - self._step >= MIN_STEPS
 
     def save(self, state: TrainState, step: int, position: int, must_succeed: bool) -> None:
-        """Start a checkpoint; wait for it where it must succeed, and raise where it then failed."""
+        """Start a checkpoint; wait for it where it must succeed, and raise SaveFailed where it then failed."""
         self.finish(must_succeed=False)
         between = time.monotonic() - self._began
         self._step, self._began, self._blocked = step, time.monotonic(), 0.0
@@ -97,4 +98,4 @@ class Saver:
             self._writer.event("checkpoint_failed", step=step, reason=str(error))
             self._display.say(f"checkpoint {step} failed and does not count: {error}", style="red")
             if must_succeed or jax.process_count() > 1:
-                raise
+                raise SaveFailed(f"checkpoint {step} could not be written: {type(error).__name__}: {error}") from error

@@ -29,7 +29,7 @@ from baichuan_jax.metrics import Throughput, Writer, peak_flops, peak_memory_gib
 from baichuan_jax.model import abstract_model
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT, Clock
 from baichuan_jax.resilience.corruption import compare_digests
-from baichuan_jax.resilience.exits import BadHost, NumericsError
+from baichuan_jax.resilience.exits import BadHost, NumericsError, SaveFailed
 from baichuan_jax.resilience.guard import Rollback, Spikes, plan_rollback
 from baichuan_jax.resilience.ledger import history
 from baichuan_jax.resilience.reports import agree
@@ -355,7 +355,8 @@ class Trainer:
         if isinstance(error, KeyboardInterrupt):
             return None
         self.writer.event("failed", step=self.step, error=f"{type(error).__name__}: {error}"[:2000])
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+        memory = "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+        if isinstance(error, SaveFailed) or not memory:  # of a full disk TensorStore says RESOURCE_EXHAUSTED too
             return None
         profile = self.run.path / "memory.prof"
         jax.profiler.save_device_memory_profile(str(profile))

@@ -1,16 +1,21 @@
 """Start the real program in real processes, for the tests that kill it."""
 
+import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+COMPILED = tempfile.mkdtemp(prefix="compiled-")  # programs that one test's process has compiled need no other's time
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 SAMPLE = REPOSITORY / "baichuan_jax" / "data" / "sample"
 
 
@@ -52,6 +57,9 @@ def environment(devices: int = 1, **variables: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA warns of every program that it takes from there
         **variables,
     }
 
@@ -115,7 +123,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return found
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 600) -> None:
     """Until the run has written this step. Fails where it ends or stalls first."""
     deadline = time.monotonic() + seconds
     while not any(line["step"] >= step for line in lines(run_dir)):

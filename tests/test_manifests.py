@@ -114,7 +114,7 @@ def test_the_batch_script_is_a_script():
     script = LAUNCH / "slurm" / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert f"{exits.BUG} | {exits.CONFIGURATION})" in text
+    assert f"{exits.BUG} | {exits.UNSAVED} | {exits.CONFIGURATION})" in text
 
 
 def test_the_containers_recipe_is_clean_and_pins_its_base():

@@ -43,6 +43,10 @@ class Attempts:
         now = time.monotonic()
         return {host for host, (_, since, moved) in self._seen.items() if moved and now - since < self._seconds}
 
+    def heard_since(self, host: str, moment: float) -> bool:
+        """Whether a host's heart has beaten after a moment of time.monotonic()."""
+        return host in self._seen and self._seen[host][1] > moment
+
     def lost(self, host: str) -> bool:
         """Whether a host's heart has not beaten for so long, as far as this host has been able to see."""
         _, since, _ = self._seen.get(host, (None, self._began, False))

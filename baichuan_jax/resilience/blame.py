@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from baichuan_jax.resilience.clock import ALONE
 from baichuan_jax.resilience.exits import BUG, PREEMPTED
 from baichuan_jax.resilience.exits import CONFIGURATION as REFUSED
-from baichuan_jax.resilience.reports import BAD_HOST, CONFIGURATION, EXCEPTION, NUMERICS, PEER, Report
+from baichuan_jax.resilience.reports import BAD_HOST, CONFIGURATION, EXCEPTION, NUMERICS, PEER, STORAGE, Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Exit:
 class Verdict:
     """What happened, to whom, and how that is known.
 
-    `cause`: completed, preempted, bad host, killed, silent, hang, exception, configuration, numerics or unknown. `rule` is the line of
+    `cause`: completed, preempted, bad host, killed, silent, storage, hang, exception, configuration, numerics or
+    unknown. `rule` is the line of
     blame() that decided. `host` and `processes` are the culprit, None and () where nobody can be named.
     """
 
@@ -42,14 +43,15 @@ def blame(hosts: Mapping[int, str], reports: Mapping[int, Report], exits: Mappin
     """The verdict on a launch that has ended or that must end.
 
     `hosts` maps every process to its host, `reports` to its last word or, where it had none, to its last heartbeat; `exits` to how it
-    ended, where a supervisor knows. Rules, in this order: all ended well; named by a check; ended by a signal; silent; an exception of
-    its own; did not end; not in the collective; lowest step; minority stack; unknown. A rule that points at several hosts names none.
+    ended, where a supervisor knows. Rules, in this order: all ended well; named by a check; ended by a signal; silent; could not save;
+    an exception of its own; did not end; not in the collective; lowest step; minority stack; unknown. A rule that points at several
+    hosts names none.
     """
     codes = [ended.code for ended in exits.values()]
     if len(codes) == len(hosts) and set(codes) == {0}:
         return Verdict("completed", "exit codes", "every process ended with 0")
     words = {process: report for process, report in reports.items() if report.cause is not None}
-    for rule in (_checked, _killed, _silent, _configuration, _exception, _numerics):
+    for rule in (_checked, _killed, _silent, _unsaved, _configuration, _exception, _numerics):
         verdict = rule(hosts, reports, words, exits)
         if verdict is not None:
             return verdict
@@ -108,6 +110,12 @@ def _did_not_end(hosts, reports, words, exits) -> Verdict | None:
     ended = {process for process, end in exits.items() if not end.stopped}
     found = set(hosts) - ended - set(words)
     return _name(hosts, "silent", "did not end", found, f"last {_where(reports, found)}") if found and ended else None
+
+
+def _unsaved(hosts, reports, words, exits) -> Verdict | None:
+    """All hosts share the disk: who writes when it is full is no culprit."""
+    errors = [report.error for report in words.values() if report.cause == STORAGE]
+    return Verdict("storage", "could not save", errors[0] or "") if errors else None
 
 
 def _configuration(hosts, reports, words, exits) -> Verdict | None:

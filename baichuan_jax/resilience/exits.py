@@ -13,6 +13,7 @@ from typing import NoReturn
 from baichuan_jax.config import ConfigError
 
 BUG = 70  # an error of the program: a restart would meet it again, unless it is one host's alone
+UNSAVED = 74  # a checkpoint could not be written: make room, start again
 PREEMPTED = 75  # asked to stop, saved: start again at will
 HANG = 76  # nothing moved, or another process failed: start again
 NUMERICS = 77  # losses or gradients not finite, or a spike: start again, which rolls back
@@ -29,6 +30,10 @@ class PeerFailed(RuntimeError):
     """Another process of the run failed, and this one with it."""
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: a full disk, a lost file system."""
+
+
 class BadHost(RuntimeError):
     """A check found that `processes` compute or communicate wrongly."""
 
@@ -38,7 +43,7 @@ class BadHost(RuntimeError):
 
 
 MEANINGS: dict[type[BaseException], int] = {
-    ConfigError: CONFIGURATION, NumericsError: NUMERICS, PeerFailed: HANG, BadHost: BAD_HOST,
+    ConfigError: CONFIGURATION, NumericsError: NUMERICS, PeerFailed: HANG, BadHost: BAD_HOST, SaveFailed: UNSAVED,
 }  # fmt: skip
 
 
@@ -75,7 +80,9 @@ def run_command(command: Callable[[], int]) -> NoReturn:
 
 @contextlib.contextmanager
 def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Iterator[None]:
-    """Inside: the first SIGINT or SIGTERM calls on_stop(name), a second one raises KeyboardInterrupt; SIGUSR1 calls on_trace.
+    """Inside: the first SIGINT or SIGTERM calls on_stop(name), a later SIGINT raises KeyboardInterrupt; SIGUSR1 calls on_trace.
+
+    A later SIGTERM means the same as the first: schedulers send one to every process of a job, and supervisors pass it on.
 
     Only the main thread may handle signals; elsewhere (a server's thread) this does nothing.
     """
@@ -87,6 +94,8 @@ def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Ite
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
+            if number == signal.SIGTERM:
+                return
             raise KeyboardInterrupt
         asked = True
         on_stop(signal.Signals(number).name)

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 from baichuan_jax.resilience.blame import Verdict
-from baichuan_jax.resilience.exits import BAD_HOST, BUG, CONFIGURATION, HANG, NUMERICS, PREEMPTED
+from baichuan_jax.resilience.exits import BAD_HOST, BUG, CONFIGURATION, HANG, NUMERICS, PREEMPTED, UNSAVED
 
 MAX_FRUITLESS = 3  # restarts that reach no new checkpoint
 MAX_BLAMES = 2  # times that a host is named before it is left out even though no other stands ready
 CODES = {
     "completed": 0, "preempted": PREEMPTED, "configuration": CONFIGURATION, "exception": BUG, "numerics": NUMERICS,
-    "bad host": BAD_HOST,
+    "bad host": BAD_HOST, "storage": UNSAVED,
 }  # fmt: skip
 
 

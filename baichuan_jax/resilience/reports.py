@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 # What a last word says. "peer" is secondary: another one's failure reached this process.
-EXCEPTION, CONFIGURATION, NUMERICS, BAD_HOST, HANG, PEER = "exception", "configuration", "numerics", "bad host", "hang", "peer"
+EXCEPTION, CONFIGURATION, NUMERICS, BAD_HOST = "exception", "configuration", "numerics", "bad host"
+STORAGE, HANG, PEER = "storage", "hang", "peer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Folder:
             report = Report.parse(file.read_text(encoding="utf-8"))
             found[report.process] = report
         return found
+
+    def ended(self) -> set[int]:
+        """Processes of which supervisors have written here that they have ended."""
+        files = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("ended-*.json")]
+        return {int(process) for content in files for process in content["exits"]}
 
 
 class Service:

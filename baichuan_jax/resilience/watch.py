@@ -21,13 +21,14 @@ from typing import Any
 from baichuan_jax.config import ConfigError, ResilienceConfig
 from baichuan_jax.resilience.blame import blame
 from baichuan_jax.resilience.clock import CHECKPOINT, EVALUATE, LOOP, WAIT, Clock
-from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed
+from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed, SaveFailed
 from baichuan_jax.resilience.reports import (
     BAD_HOST,
     CONFIGURATION,
     EXCEPTION,
     NUMERICS,
     PEER,
+    STORAGE,
     Folder,
     Report,
     Service,
@@ -41,7 +42,7 @@ BEAT = 1.0  # seconds between heartbeats: together under 0.1 % of a core
 LISTEN = 2.5  # seconds in one phase, from which on others are listened to
 GRACE = 3.0  # seconds that others get to say their last word
 PATIENCE = 5  # a phase may last this many times its longest so far
-ROUND = 10  # heartbeats between two looks for slow processes
+ROUND = 4  # heartbeats between two looks for slow processes
 PUBLISH = 2.0  # seconds that a board gets to take a last word
 
 # Variables by which a supervisor (launch.py) tells a process that it is not alone.
@@ -236,9 +237,15 @@ class Watch:
     def _hear_the_others(self) -> dict[int, Report]:
         """Last words of all processes that can still speak, or as many as come in time."""
         deadline = time.monotonic() + GRACE
-        silent = set(self._words[self._process].silent)
-        while len(self._words) + len(silent - set(self._words)) < self._processes and time.monotonic() < deadline:
-            reader = threading.Thread(target=lambda: _quietly(lambda: self._listen(self._folder.read())), daemon=True)  # type: ignore
+        mute = set(self._words[self._process].silent)
+
+        def listen() -> None:
+            assert self._folder is not None
+            mute.update(self._folder.ended())
+            self._listen(self._folder.read())
+
+        while len(self._words) + len(mute - set(self._words)) < self._processes and time.monotonic() < deadline:
+            reader = threading.Thread(target=_quietly, args=(listen,), daemon=True)
             reader.start()
             reader.join(deadline - time.monotonic())
             time.sleep(0.1)
@@ -281,7 +288,7 @@ def _cause(error: BaseException) -> str:
         if type(link).__name__ == "JaxRuntimeError" and any(words in str(link) for words in PEER_WORDS):
             return PEER
         link = link.__cause__ or link.__context__
-    return EXCEPTION
+    return STORAGE if isinstance(error, SaveFailed) else EXCEPTION
 
 
 def _first_line(text: str | None) -> str:

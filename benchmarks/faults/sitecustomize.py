@@ -7,12 +7,16 @@ With this folder on PYTHONPATH and FAULTS naming another, process P of a trainin
     exception    raises
     nan          its copy of a parameter becomes NaN
     bits         one exponent bit of one parameter flips in its copy alone
-    late         from now on it loses a tenth of a second in every step
+    slow         from now on it loses a tenth of a second in every step, until the same comes again
+
+Where there is a file `poison` with two numbers, the batches at these positions of the data and between hold tokens that the
+vocabulary has not, on all processes: their loss is not a number.
 """
 
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 
@@ -49,6 +53,14 @@ def _flip(values):
     return values
 
 
+def _let_all_keep_what_they_compile() -> None:
+    """On accelerators all processes share compiled programs. On the CPU each has its own, of which jax keeps process 0's alone."""
+    from jax._src import compiler
+
+    first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
+    compiler._cache_write = types.FunctionType(compiler._cache_write.__code__, {**vars(compiler), "distributed": first})
+
+
 def _install(folder: Path) -> None:
     import jax
 
@@ -56,6 +68,8 @@ def _install(folder: Path) -> None:
     from baichuan_jax.trainer import Trainer
 
     create, load = Trainer.__init__, Loader.__next__
+    poison = folder / "poison"
+    begin, end = map(int, poison.read_text().split()) if poison.exists() else (0, 0)
     trainer, late = None, False
 
     def remember(self, *arguments):
@@ -73,11 +87,14 @@ def _install(folder: Path) -> None:
             raise OSError("a fault put into this process from outside")
         if kind in ("nan", "bits"):
             trainer.state = _changed(trainer.state, _nan if kind == "nan" else _flip)
-        late = late or kind == "late"
+        late ^= kind == "slow"
         if late:
             time.sleep(0.1)
-        return load(self)
+        poisoned = begin <= self.position < end
+        batch = load(self)
+        return {**batch, "inputs": batch["inputs"] + 1_000_000} if poisoned else batch
 
+    _let_all_keep_what_they_compile()
     Trainer.__init__, Loader.__next__ = remember, suffer
 
 

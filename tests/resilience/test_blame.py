@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from baichuan_jax.resilience.blame import Exit, Verdict, blame
-from baichuan_jax.resilience.exits import BAD_HOST, BUG, CONFIGURATION, HANG, NUMERICS, PREEMPTED
+from baichuan_jax.resilience.exits import BAD_HOST, BUG, CONFIGURATION, HANG, NUMERICS, PREEMPTED, UNSAVED
 from baichuan_jax.resilience.policy import choose_hosts, decide
 from baichuan_jax.resilience.reports import Report
 
@@ -95,6 +95,10 @@ TABLE = {
     "not finite": (
         [word(p, "numerics", error="3 steps") for p in HOSTS], ended(*[NUMERICS] * 4), "numerics", "not finite or a spike", None, (),
     ),
+    "a full disk, met by two": (
+        [word(0, "storage", error="no space"), word(1, "peer"), word(2, "storage", error="no space"), word(3, "peer")],
+        ended(UNSAVED, HANG, UNSAVED, HANG), "storage", "could not save", None, (),
+    ),
     "a check names one": (
         [word(p, "bad host", named=(3,), error="digest") for p in HOSTS], ended(*[BAD_HOST] * 4),
         "bad host", "named by a check", "d", (3,),
@@ -169,6 +173,7 @@ def verdict(cause: str, host: str | None = "b", processes: tuple[int, ...] = (1,
         (verdict("exception"), {"before": verdict("exception", evidence="other")}, True, BUG),
         (verdict("numerics", None), {}, True, NUMERICS),
         (verdict("bad host"), {}, True, BAD_HOST),
+        (verdict("storage", None), {}, True, UNSAVED),
         (verdict("hang", None), {"fruitless": 3}, True, HANG),
         (verdict("hang", None), {"fruitless": 4}, False, HANG),
     ],

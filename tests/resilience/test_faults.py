@@ -26,7 +26,13 @@ SLACK = 12.0  # of a busy machine
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where all runs lie: they share what they packed and compiled."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def words(folder):
     """Settings of a small run; its tokens are packed once."""
     limits = (
         "--resilience.hang_seconds",
@@ -36,16 +42,15 @@ def words(tmp_path_factory):
         "--resilience.check_every",
         "0",
     )
-    return [*chaos.words_of(tmp_path_factory.mktemp("cache")), *limits]
+    return [*chaos.words_of(folder), *limits]
 
 
 @pytest.fixture(scope="module")
-def disturbed(words, tmp_path_factory):
-    """One run through a kill of process 0, a live hang and NaN in one copy of a parameter; and the same run without them."""
-    folder = tmp_path_factory.mktemp("disturbed")
+def disturbed(words, folder):
+    """One run through a kill of process 0 in a save, a live hang and NaN in one copy of a parameter."""
     outcomes = []
     with chaos.Cluster(folder / "run", words) as cluster:
-        for kind, process in (("kill", 0), ("hang", 1), ("nan", 2)):
+        for kind, process in (("kill in a save", 0), ("hang", 1), ("nan", 2)):
             cluster.steps(12, after=cluster.attempt - 1)
             outcomes.append(chaos.suffer(cluster, kind, process))
         last, _ = cluster.steps(3, after=cluster.attempt - 1)
@@ -57,7 +62,7 @@ def test_the_culprit_and_the_cause_are_named_in_time(disturbed):
     cluster, outcomes, codes, _ = disturbed
     found = [(outcome.kind, outcome.cause, outcome.rule, outcome.named) for outcome in outcomes]
     assert found == [
-        ("kill", "killed", "ended by a signal", "a"),
+        ("kill in a save", "killed", "ended by a signal", "a"),
         ("hang", "hang", "not in the collective", "b"),
         ("nan", "numerics", "not finite or a spike", None),
     ]
@@ -72,9 +77,9 @@ def test_the_culprit_and_the_cause_are_named_in_time(disturbed):
     assert "in _watchdog" in stacks  # all threads
 
 
-def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, tmp_path):
+def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, folder):
     cluster, outcomes, _, last = disturbed
-    straight = chaos.undisturbed(tmp_path / "straight", words, last, 3)
+    straight = chaos.undisturbed(folder / "straight", words, last, 3)
     curve = cluster.run.curve("loss")
     assert {step: curve[step] for step in range(1, last + 1)} == {step: straight[step] for step in range(1, last + 1)}
     saved = [event["step"] for event in lines(cluster.run_dir, "events") if event["kind"] == "checkpoint"]
@@ -133,13 +138,17 @@ def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
 
 
 @pytest.mark.chaos
-def test_every_kind_of_fault_once(words, tmp_path):
+def test_every_kind_of_fault_once(words, folder):
+    """SIGSTOP twice: of process 0, whose coordination service stops with it, and of another; a full disk where this is root."""
     words = [*words, "--resilience.check_every", "5"]
-    with chaos.Cluster(tmp_path / "run", words) as cluster:
-        for number, kind in enumerate(chaos.KINDS):
+    root = os.geteuid() == 0
+    with chaos.Cluster(folder / "every", words, small_disk=root) as cluster:
+        for number, kind in enumerate([*chaos.KINDS, "stop", *([chaos.FULL_DISK] if root else [])]):
             cluster.steps(12, after=cluster.attempt - 1)
             outcome = chaos.suffer(cluster, kind, (number + 1) % 3)
+            print(outcome)
             assert outcome.right, outcome
+            assert outcome.recovered, outcome
         kinds = [event["kind"] for event in cluster.run.events]
         assert "checkpoint_corrupt" in kinds
         assert "corruption" in kinds
@@ -147,22 +156,44 @@ def test_every_kind_of_fault_once(words, tmp_path):
         assert taken["host"] == "a"
         last, _ = cluster.steps(3, after=cluster.attempt - 1)
         cluster.stop()
-    straight = chaos.undisturbed(tmp_path / "straight", words, last, 3)
+    straight = chaos.undisturbed(folder / "every-straight", words, last, 3)
     curve = cluster.run.curve("loss")
     assert all(curve[step] == straight[step] for step in range(1, last + 1))
 
 
 @pytest.mark.chaos
-def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, tmp_path):
-    """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), back to 4; losses to rounding."""
-    batch = ["--train.global_batch_size", "8"]
-    with chaos.Cluster(tmp_path / "run", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")) as cluster:
+def test_data_that_give_no_number_are_left_out_as_if_from_the_start(words, folder):
+    faults = folder / "poisoned-faults"
+    faults.mkdir()
+    (faults / "poison").write_text("24 27")
+    with chaos.Cluster(folder / "poisoned", words) as cluster:
+        last, _ = cluster.steps(30, after=2)
+        cluster.stop()
+    assert [cluster.file("verdict", attempt)["verdict"]["cause"] for attempt in (1, 2)] == ["numerics", "numerics"]
+    found = [(event["begin"], event["end"]) for event in cluster.run.events if event["kind"] == "window_skipped"]
+    assert found == [(24, 27)]
+    straight = chaos.undisturbed(folder / "poisoned-straight", [*words, "--data.skip", "[[24, 27]]"], last, 3)
+    curve = cluster.run.curve("loss")
+    assert last > 27
+    assert all(curve[step] == straight[step] for step in range(1, last + 1))
+
+
+@pytest.mark.chaos
+def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, folder):
+    """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), 1, back to 4; losses to rounding.
+
+    Other sums of the same numbers differ in their last bits, and steps enlarge that: so these are tiny. Other rows would differ by a
+    thousandth.
+    """
+    batch = ["--train.global_batch_size", "8", "--optimizer.learning_rate", "1e-5"]
+    with chaos.Cluster(folder / "elastic", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")) as cluster:
 
         def lose(*hosts: str) -> None:
             attempt = cluster.attempt
             for host in hosts:
                 child = cluster.pid(cluster.file("plan")["hosts"].index(host))
                 cluster.supervisors[host].kill()
+                cluster.supervisors[host].wait()
                 os.kill(child, signal.SIGKILL)
             cluster.steps(12, after=attempt)
 
@@ -170,14 +201,17 @@ def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the
         lose("b")
         assert sorted(cluster.file("plan")["hosts"]) == ["a", "c", "d", "e"]
         lose("d")
-        assert len(cluster.file("plan")["hosts"]) == 2
+        two = cluster.file("plan")["hosts"]
+        assert len(two) == 2
+        lose(two[0])
+        assert len(cluster.file("plan")["hosts"]) == 1
         attempt = cluster.attempt
-        for host in "bd":
+        for host in ("b", "d", two[0]):
             cluster.supervisors[host] = cluster.start(host)
         cluster.steps(12, after=attempt)
         cluster.wait(lambda: len(cluster.file("plan")["hosts"]) == 4, "it did not grow")
         last, _ = cluster.steps(12, after=cluster.attempt - 1)
         cluster.stop()
-    straight = chaos.undisturbed(tmp_path / "straight", [*words, *batch], last, 4)
+    straight = chaos.undisturbed(folder / "elastic-straight", [*words, *batch], last, 4)
     curve = cluster.run.curve("loss")
-    assert all(curve[step] == pytest.approx(straight[step], rel=1e-4) for step in range(1, last + 1))
+    assert all(curve[step] == pytest.approx(straight[step], rel=1e-5) for step in range(1, last + 1))
