@@ -1,5 +1,6 @@
 """What a launch says of itself: at its start what it runs on and chose, at its end what came of it and what to do next."""
 
+import shlex
 from typing import Any
 
 import jax
@@ -74,12 +75,13 @@ def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
 
 
 def say_next(display: Display, run: Run) -> None:
-    """Where everything lies, and the command to try."""
-    display.say(f"the run's folder: {run.path}  (curves: tensorboard --logdir {run.path})")
+    """Where everything lies, and the commands to try, fit to be pasted."""
+    path = shlex.quote(str(run.path))
+    display.say(f"the run's folder: {run.path}  (curves: tensorboard --logdir {path})")
     display.say("next: look at it in a browser:")
-    display.say(f"  python -m baichuan_jax.report {run.path} -o {run.path / 'report.html'}", style="bold")
+    display.say(f"  python -m baichuan_jax.report {path} -o {shlex.quote(str(run.path / 'report.html'))}", style="bold")
     display.say("or let it write:")
-    display.say(f"  python -m baichuan_jax.generate --checkpoint {run.path} --prompt '春' --max_new_tokens 48", style="bold")
+    display.say(f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48", style="bold")
 
 
 def what_would_fit(config: Config) -> str:

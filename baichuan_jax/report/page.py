@@ -5,6 +5,7 @@ import datetime
 import html
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
     }  # fmt: skip
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda found: fields[found[1]], template)
+
+
+def _word(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _summary(page: Page, records: list[Recorded]) -> None:
@@ -237,7 +243,7 @@ def _memory(page: Page, records: list[Recorded]) -> None:
     if not any(record.plans for record in records):
         page.say(
             "No memory plan lies in the folder: python -m baichuan_jax.plan --config CONFIG --topology a800:128x8 --output "
-            f"{records[0].run.path / 'plans'}", "none",
+            f"{_word(records[0].run.path / 'plans')}", "none",
         )  # fmt: skip
 
 
@@ -270,8 +276,8 @@ def _tests(page: Page, records: list[Recorded]) -> None:
                 page.say(f"{run}: {caution}.")
     if not names and not during:
         page.say(
-            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {records[0].run.path} --data DIR --output "
-            f"{records[0].run.path / 'evaluations' / 'mmlu'}, or evaluate.tasks during a run.", "none",
+            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {_word(records[0].run.path)} --data DIR --output "
+            f"{_word(records[0].run.path / 'evaluations' / 'mmlu')}, or evaluate.tasks during a run.", "none",
         )  # fmt: skip
 
 
@@ -302,7 +308,7 @@ def _samples(page: Page, records: list[Recorded]) -> None:
         if not samples:
             page.say(
                 f"{record.name}: none; a run writes them at its end for sample.prompts, and python -m baichuan_jax.generate "
-                f"--checkpoint {record.run.path} --prompt '春' at any time.", "none",
+                f"--checkpoint {_word(record.run.path)} --prompt '春' at any time.", "none",
             )  # fmt: skip
         for prompt, text in samples.items():
             dot = f'<span class="dot" style="background:{record.colour}"></span>' if len(records) > 1 else ""
