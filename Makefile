@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps plan-deps data-deps train test test-slow test-chaos test-slurm chaos lint types clean
+.PHONY: help venv dev bench-deps eval-bench-deps plan-deps data-deps browser-deps train corpus corpus-scale test test-slow test-chaos test-slurm chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -16,14 +16,30 @@ dev: $(VENV)/.installed-dev  ## and what tests and lint need
 bench-deps: dev  ## and torch and transformers, for benchmarks and the tests that compare with them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 
+eval-bench-deps: dev  ## and lm-eval, for benchmarks/evaluation.py and the test against it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval-bench.txt
+
 plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB, no driver needed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
 
 data-deps: venv  ## and what the data pipeline needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-data.txt
 
+browser-deps: dev  ## and playwright, for the tests in a browser (apt-get install chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
+
+CORPUS := runs/corpus
+corpus: data-deps  ## clean bundled text with planted noise and duplicates, show the funnel, judge the result: minutes
+	$(BIN)/python benchmarks/corpus_truth.py --output $(CORPUS)/truth --megabytes 12
+	$(BIN)/python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input '$(CORPUS)/truth/corpus-*.jsonl' --output $(CORPUS)/cleaned $(ARGS)
+	$(BIN)/python benchmarks/corpus_score.py --corpus $(CORPUS)/truth --result $(CORPUS)/cleaned
+	@echo "the funnel: $(CORPUS)/cleaned/funnel.html, funnel.png; what is left: $(CORPUS)/cleaned/final/"
+
+corpus-scale: data-deps  ## the data pipeline's cost by the corpus's size, 25 to 400 MB: half an hour
+	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
 
 test: dev  ## the tests, under about ten minutes
 	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
@@ -45,6 +61,14 @@ lint: dev  ## ruff: lint and format
 
 types: dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: dev plan-deps data-deps  ## execute all notebooks, ten minutes
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
+
+docs: dev  ## the documentation as a site, in site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python docs/write_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove environments and caches; runs stay
 	rm -rf .venv .venv-* cache .pytest_cache .ruff_cache

@@ -53,7 +53,9 @@ def make_parser(prog: str, description: str, settings: type = Config) -> jsonarg
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
     parser = jsonargparse.ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings, or a name (tiny); options after it override it."
+    )
     parser.add_class_arguments(settings)
     return parser
 
@@ -75,6 +77,7 @@ def parse_command(
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
     if path is not None:
+        path, words = _find(path, words)
         _check_file(path, known)
     for word in words:
         if match := re.match(r"--([^=]+)", word):
@@ -95,10 +98,31 @@ def parse_command(
     return config, options
 
 
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the program, by name."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"  # installed; a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _find(path: str, words: list[str]) -> tuple[str, list[str]]:
+    """A file of settings: a path, or the name alone (tiny) of one that comes with the program; and the words with its path."""
+    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
+        return path, words
+    known = shipped()
+    require(path in known, f"there is no configuration {path!r}; give a file, or one of these names: {', '.join(known)}")
+    found = str(known[path])
+    given = [f"--config={found}" if word == f"--config={path}" else word for word in words]
+    return found, [found if place and words[place - 1] == "--config" else word for place, word in enumerate(given)]
+
+
 def _check_file(path: str | os.PathLike, known: list[str]) -> None:
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()})")
+        raise ConfigError(
+            f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()}); those that come with the program are "
+            f"given by name: --config {' | '.join(shipped())}"
+        )
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

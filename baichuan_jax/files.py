@@ -3,6 +3,22 @@
 import os
 from pathlib import Path
 
+from baichuan_jax.config import ConfigError
+
+
+def require_writable(folder: Path | str, setting: str) -> None:
+    """Make a folder that a setting names. Raises ConfigError where nothing can be written into it."""
+    probe = Path(folder) / f".{os.getpid()}.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); name another folder with "
+            f"--{setting}, or start from one that may be written"
+        ) from None
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under another name, then rename it: no reader and no killed writer leaves half of it. Makes its folder."""

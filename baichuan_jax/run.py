@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from baichuan_jax.config import ConfigError
+
 
 class Run:
     """One run, finished or not. `status` of the last launch: "completed", "interrupted" or "running"."""
@@ -45,7 +47,7 @@ class Run:
         figure = _make_figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(list(loss), list(loss.values()), color="tab:blue", alpha=0.35, linewidth=1, label="training, every step")
-        axes.plot(list(loss), _smooth(list(loss.values())), color="tab:blue", linewidth=2, label="training, smoothed")
+        axes.plot(list(loss), smooth(list(loss.values())), color="tab:blue", linewidth=2, label="training, smoothed")
         if validation:
             axes.plot(list(validation), list(validation.values()), "o-", color="tab:orange", label="validation")
         if entropy is not None:
@@ -88,7 +90,7 @@ def _make_figure(**settings: Any) -> Any:
     return Shown(**settings)
 
 
-def _smooth(values: list[float], share: float = 0.015) -> list[float]:
+def smooth(values: list[float], share: float = 0.015) -> list[float]:
     """Exponential mean over about this share of the curve, corrected for its start."""
     keep = math.exp(-1 / max(1.0, share * len(values)))
     mean, weight, out = 0.0, 0.0, []
@@ -103,4 +105,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ConfigError(f"{path}, line {number} is no JSON: {line[:60]!r}; repair or delete that line") from None
+    return found

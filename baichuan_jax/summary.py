@@ -76,7 +76,9 @@ def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
 def say_next(display: Display, run: Run) -> None:
     """Where everything lies, and the command to try."""
     display.say(f"the run's folder: {run.path}  (curves: tensorboard --logdir {run.path})")
-    display.say("next: let it write:")
+    display.say("next: look at it in a browser:")
+    display.say(f"  python -m baichuan_jax.report {run.path} -o {run.path / 'report.html'}", style="bold")
+    display.say("or let it write:")
     display.say(f"  python -m baichuan_jax.generate --checkpoint {run.path} --prompt '春' --max_new_tokens 48", style="bold")
 
 

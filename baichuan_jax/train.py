@@ -16,7 +16,7 @@ from baichuan_jax.config_file import dump_config, make_parser, parse_config
 from baichuan_jax.console import Display
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
-from baichuan_jax.files import write_atomically
+from baichuan_jax.files import require_writable, write_atomically
 from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.metrics import Writer, seconds_since_process_start
 from baichuan_jax.preflight import preflight
@@ -40,6 +40,7 @@ def _train(config: Config, clock: Clock) -> Run:
     run = Run(config.run_path)
     if _is_complete(config, run):
         return run
+    require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
             flags = apply_flags(config)

@@ -6,7 +6,8 @@ Reads PIPELINE_OUTPUT/final/*.parquet (`id, text, ...`) and removed/*.parquet (`
 pipeline's own code is used: similarities are computed here, exactly.
 
 - documents: of a document and its copies all but one should be gone. Removed as a duplicate rightly: a Jaccard similarity of at least
-  0.7 to a document that was kept, over 5-grams of characters (Chinese) or words (English), letters and digits only.
+  0.7 to a document that was kept, as it came or as it stands in final/, over 5-grams of characters (Chinese) or words (English),
+  letters and digits only.
 - sentences: of the places of a planted sentence, all but one should be gone. A sentence that is gone from a kept document is rightly
   gone where one at least 0.8 alike (1 - insertions and deletions / letters of both) stands elsewhere in final/.
 - garbage: gone, by whatever stage. Clean text: kept; what the duplicate stage removed is judged above.
@@ -31,7 +32,8 @@ JACCARD, ALIKE = 0.7, 0.8
 SHORT = 10  # letters; a shorter sentence is nobody's duplicate and not judged
 CLOSING = "”’」』\"')"
 SENTENCE_END = re.compile(
-    rf"(?<=[。！？!?])(?![。！？!?{CLOSING}])|(?<=[。！？!?.][{CLOSING}])(?![{CLOSING}])|(?<=[a-z) ]\.)(?= +[\"'“‘(]?[A-Z])|\n"
+    rf"(?<=[。！？!?])(?![。！？!?{CLOSING}])|(?<=[。！？!?.][{CLOSING}])(?![{CLOSING}])"
+    r"|(?:(?<=[a-z) ]\.)|(?<=[A-Z0-9]{2}\.))(?= +[\"'“‘(]?[A-Z])|\n"
 )
 
 
@@ -42,7 +44,7 @@ def letters(text: str) -> str:
 
 def shingles(text: str, lang: str) -> set:
     """5-grams of characters (Chinese) or words (English)."""
-    units: Any = letters(text) if lang == "zh" else re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    units: Any = letters(text) if lang == "zh" else re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
     return {units[i : i + 5] if lang == "zh" else tuple(units[i : i + 5]) for i in range(max(1, len(units) - 4))}
 
 
@@ -133,7 +135,8 @@ class Judge:
             mine = shingles(self.texts[name], lang)
             candidates = {row["duplicate_of"], *kept[self.kinds[name]["of"] or name]} & self.texts.keys()
             candidates = {c for c in candidates if (self.removed.get(c) or {"duplicate_of": None})["duplicate_of"] is None}
-            best = max((jaccard(mine, shingles(self.texts[c], lang)) for c in candidates), default=0.0)
+            versions = [text for c in candidates for text in (self.texts[c], self.final.get(c)) if text is not None]
+            best = max((jaccard(mine, shingles(text, lang)) for text in versions), default=0.0)
             right += best >= JACCARD
             if best < JACCARD:
                 wrong.append(

@@ -44,6 +44,7 @@ class Measured:
     def __init__(self, words: list[str], log: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.curve: list[tuple[float, float]] = []  # (time, CPU-seconds until then)
+        began = time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, stdout=output, stderr=output)
             watch = threading.Thread(target=self._watch, args=(process,))
@@ -56,13 +57,14 @@ class Measured:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         self.curve.append((self.ended, self.cpu_seconds))
-        self.peak_gb = self._peak / 1e9
+        self.seconds = self.ended - began
+        self.peak_gb, self.sum_gb = self._peak / 1e9, self._sum / 1e9
 
     def _watch(self, process: subprocess.Popen) -> None:
-        self._peak = 0
+        self._peak = self._sum = 0
         while process.poll() is None:
-            cpu, memory = _tree(process.pid)
-            self._peak = max(self._peak, memory)
+            cpu, largest, together = _tree(process.pid)
+            self._peak, self._sum = max(self._peak, largest), max(self._sum, together)
             self.curve.append((time.monotonic(), cpu))
             time.sleep(0.2)
 
@@ -71,8 +73,8 @@ class Measured:
         return max((cpu for when, cpu in self.curve if when <= moment), default=0.0)
 
 
-def _tree(root: int) -> tuple[float, int]:
-    """CPU-seconds of a process, its living descendants and those of theirs that ended; bytes of memory of the largest of them."""
+def _tree(root: int) -> tuple[float, int, int]:
+    """CPU-seconds of a process, its living descendants and those of theirs that ended; bytes of memory of the largest and of all."""
     children: dict[int, list[int]] = {}
     cpu: dict[int, float] = {}
     memory: dict[int, int] = {}
@@ -86,13 +88,14 @@ def _tree(root: int) -> tuple[float, int]:
         children.setdefault(int(fields[1]), []).append(int(entry))
         cpu[int(entry)] = sum(map(int, fields[11:15])) / CLOCK
         memory[int(entry)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    total, largest, todo = 0.0, 0, [root]
+    total, largest, together, todo = 0.0, 0, 0, [root]
     while todo:
         pid = todo.pop()
         total += cpu.get(pid, 0.0)
         largest = max(largest, memory.get(pid, 0))
+        together += memory.get(pid, 0)
         todo += children.get(pid, [])
-    return total, largest
+    return total, largest, together
 
 
 def make_corpus(folder: Path, megabytes: float, clean: list[str]) -> int:
@@ -234,16 +237,18 @@ def scale(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             stages[stage] = measured.at(moment) - measured.at(moment - seconds)
             moment -= seconds
         stages["start"] = measured.at(moment)
-        rows.append({"bytes": size, "cpu_seconds": measured.cpu_seconds, "stages": stages, "peak_gb": measured.peak_gb})
+        memory = {"peak_gb": measured.peak_gb, "sum_gb": measured.sum_gb}
+        rows.append({"bytes": size, "cpu_seconds": measured.cpu_seconds, "seconds": measured.seconds, "stages": stages, **memory})
         print(f"{size / 1e6:.0f} MB: {measured.cpu_seconds:.0f} CPU-seconds", flush=True)
+        if options.json:  # what there is, should a later size not end
+            options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
     names = list(reversed(rows[0]["stages"]))
-    table = Table("MB", *names, "all", "all, a MB", "peak GB of a process", title="CPU-seconds")
+    table = Table("MB", *names, "all", "all, a MB", "minutes", "peak GB of a process", "of all", title="CPU-seconds")
     for row in rows:
         cells = [f"{row['stages'].get(name, 0):.1f}" for name in names]
         total = row["cpu_seconds"]
-        table.add_row(
-            f"{row['bytes'] / 1e6:.0f}", *cells, f"{total:.1f}", f"{total / row['bytes'] * 1e6:.3f}", f"{row['peak_gb']:.2f}"
-        )
+        cells += [f"{total:.1f}", f"{total / row['bytes'] * 1e6:.3f}", f"{row['seconds'] / 60:.1f}"]
+        table.add_row(f"{row['bytes'] / 1e6:.0f}", *cells, f"{row['peak_gb']:.2f}", f"{row['sum_gb']:.2f}")
     Console(soft_wrap=True).print(table)
     return {"rows": rows}
 

@@ -178,11 +178,11 @@ def encoded(text: str, lang: str, rng: random.Random) -> str:
 
 
 def shuffled(text: str, lang: str, rng: random.Random) -> str:
-    """The words of a clean text (its characters, in Chinese) in random order, punctuation where it was."""
+    """The words and Han characters of a clean text in random order, punctuation where it was."""
     text = text[:2000]
-    words = words_of(text, lang)
+    pattern = r"[\u3400-\u9fff]|[A-Za-z']+"
+    words = re.findall(pattern, text)
     rng.shuffle(words)
-    pattern = r"[\u3400-\u9fff]" if lang == "zh" else r"[A-Za-z']+"
     rest = iter(words)
     return re.sub(pattern, lambda _: next(rest), text)
 

@@ -123,7 +123,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return found
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 600) -> None:
     """Until the run has written this step. Fails where it ends or stalls first."""
     deadline = time.monotonic() + seconds
     while not any(line["step"] >= step for line in lines(run_dir)):

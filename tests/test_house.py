@@ -56,9 +56,11 @@ LAYERS = [
     {"train", "launch"},
     {"roofline", "data.mixture"},
     {"plan", "plan_report"},
+    {"__main__", "report", "report.recorded", "report.figures", "report.page", "report.__main__"},
 ]
 COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
-            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags"]  # fmt: skip
+            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags",
+            "report"]  # fmt: skip
 
 
 def imports(path) -> set[str]:
@@ -143,3 +145,14 @@ def test_the_readmes_say_the_same_and_name_commands_that_exist():
             if "python -m baichuan_jax." in line:
                 module = line.split("python -m baichuan_jax.")[1].split()[0].strip("`,.;:|)")
                 assert f"baichuan_jax.{module}" in FILES, line
+
+
+def test_the_package_lists_its_commands(capsys):
+    from baichuan_jax.__main__ import COMMANDS as listed
+    from baichuan_jax.__main__ import main
+
+    assert sorted(name for group in listed.values() for name in group) == sorted(COMMANDS)
+    assert main([]) == 0
+    assert all(f"  {command} " in capsys.readouterr().out for command in COMMANDS[:1])
+    assert main(["trian", "--config", "x"]) == 2
+    assert "python -m baichuan_jax.train --config x" in capsys.readouterr().err

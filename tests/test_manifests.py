@@ -2,6 +2,8 @@
 
 import copy
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +115,16 @@ def test_the_batch_script_is_a_script():
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
     assert f"{exits.BUG} | {exits.UNSAVED} | {exits.CONFIGURATION})" in text
+
+
+def test_the_containers_recipe_is_clean_and_pins_its_base():
+    recipe, hadolint = LAUNCH / "Containerfile", Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint is not installed (make dev)")
+    done = subprocess.run([hadolint, "--failure-threshold", "style", recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in recipe.read_text(encoding="utf-8").splitlines()]
+    (base,) = [words[1] for words in lines if words[:1] == ["FROM"]]
+    assert base.rpartition(":")[2][0].isdigit()
+    for source in [word for words in lines if words[:1] == ["COPY"] for word in words[1:-1]]:
+        assert (REPOSITORY / source).exists(), source

@@ -210,3 +210,9 @@ def test_bfloat16_ends_within_half_a_percent_of_float32(tmp_path):
         )  # fmt: skip
         ends[dtype] = Run(tmp_path / dtype).curve("eval_loss")[60]
     assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=5e-3)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_setting(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run_dir='.*file/run' cannot be written in .*Not a directory.*--run_dir"):
+        main(["--config", str(config), "--run_dir", str(tmp_path / "file" / "run")])

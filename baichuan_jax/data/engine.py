@@ -5,7 +5,6 @@ the same settings is kept, so that a killed run goes on with the parts that are 
 grouped by Daft's own operators and written in one piece.
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from baichuan_jax import __version__
 from baichuan_jax.config import ConfigError
 from baichuan_jax.files import publish, write_atomically
 
-VERSION = 1  # of the files of all stages: a change makes finished stages anew
+VERSION = 2  # of the files of all stages: a change makes finished stages anew
 ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
 START_AGAIN = "; free some and start again: what is finished is kept"  # after an error of a full disk
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
@@ -82,7 +81,9 @@ def stage_key(*parents: Any) -> str:
 class Engine:
     """Daft on this machine, or on the Ray cluster that RAY_ADDRESS names."""
 
-    def __init__(self, num_workers: int, progress: bool) -> None:
+    def __init__(self, num_workers: int, progress: bool, scratch: Path | None = None) -> None:
+        self.scratch = scratch  # a folder for what in_buckets puts aside
+        self._shuffles = 0
         self.on_ray = bool(os.environ.get("RAY_ADDRESS"))
         self._progress = progress
         if self.on_ray:
@@ -132,11 +133,29 @@ class Engine:
         """A table computed once for all that is made from it. On Ray unions and joins multiply partitions; this gathers them."""
         return (frame.into_partitions(self.num_workers) if self.on_ray else frame).collect()
 
-    def in_buckets(self, frame: DataFrame, key: str, rows: int, make: Callable[[DataFrame], DataFrame]) -> DataFrame:
-        """What `make` makes of rows with equal keys, in as many turns as keep a turn's rows few: memory does not grow with them."""
-        turns = 1 if self.on_ray else -(-rows // ROWS_AT_ONCE) or 1
-        results = [self.keep(make(frame.where(F.pmod(col(key), lit(turns)) == lit(turn)))) for turn in range(turns)]
-        return functools.reduce(DataFrame.concat, results)
+    def in_buckets(self, rows: int, make: Callable[..., DataFrame], *keyed: tuple[DataFrame, str]) -> DataFrame:
+        """What `make` makes of tables, each with a key: rows with equal keys meet, in as many turns as keep a turn's rows few.
+
+        On one machine the turns' rows lie on the disk, so memory does not grow with them; a Ray cluster has its own way to do that.
+        """
+        turns = 1 if self.on_ray else max(1, -(-rows // ROWS_AT_ONCE))
+        if turns == 1:
+            return self.keep(make(*(frame for frame, _ in keyed)))
+        assert self.scratch is not None
+        self._shuffles += 1
+        folder = self.scratch / str(self._shuffles)
+        shutil.rmtree(folder, ignore_errors=True)
+        for number, (frame, key) in enumerate(keyed):
+            bucket = F.pmod(col(key), lit(turns)).alias("bucket")
+            frame.with_column("bucket", bucket).write_parquet(str(folder / f"in-{number}"), partition_cols=["bucket"])
+        for turn in range(turns):
+            files = [folder / f"in-{number}" / f"bucket={turn}" for number in range(len(keyed))]
+            frames = [_read_folder(file, frame) for file, (frame, _) in zip(files, keyed, strict=True)]
+            made = make(*frames)
+            made.write_parquet(str(folder / "out" / str(turn)))
+            for file in files:
+                shutil.rmtree(file, ignore_errors=True)
+        return daft.read_parquet(str(folder / "out" / "*" / "*.parquet"))
 
     def each(self, work: Callable[[Any], None], items: list[Any]) -> Iterator[Any]:
         """Do work on items in worker processes, each at least once; yields every item that is done, in any order."""
@@ -167,6 +186,13 @@ class Engine:
                 raise
             write_atomically(done, json.dumps({"key": stage.key}).encode())
         return read_table(stage)
+
+
+def _read_folder(folder: Path, like: DataFrame) -> DataFrame:
+    """The Parquet files of a folder; where there is none, no row of the columns of another table."""
+    if folder.exists():
+        return daft.read_parquet(str(folder / "*.parquet"))
+    return daft.from_arrow(like.schema().to_pyarrow_schema().empty_table())
 
 
 def _hint(error: str) -> str:

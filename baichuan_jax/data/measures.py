@@ -4,6 +4,7 @@ C code points of the whole batch, D documents, U units: a unit is a Han characte
 """
 
 import functools
+import itertools
 import unicodedata
 
 import numpy as np
@@ -31,7 +32,7 @@ def _classes() -> np.ndarray:
     """The class of every code point: uint8 [0x110000]."""
     classes = np.full(0x110000, BROKEN, np.uint8)
     by_category = {"L": LETTER, "M": LETTER, "N": DIGIT, "Z": SPACE, "P": PUNCTUATION, "S": SYMBOL}
-    for point in range(0x110000):
+    for point in itertools.chain(range(0x20000), range(0xE0000, 0xE1000)):  # what lies between is Han or of no use
         classes[point] = by_category.get(unicodedata.category(chr(point))[0], BROKEN)
     for low, high in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)):
         classes[low : high + 1] = HAN

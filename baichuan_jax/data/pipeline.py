@@ -11,6 +11,7 @@ and the settings, whatever the number of workers and restarts. RAY_ADDRESS names
 import dataclasses
 import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def run(config: CorpusConfig, progress: bool = True) -> dict[str, Any]:
     output = Path(config.output)
     try:
         with locked(output / "lock"):
-            report = Plan(config, Engine(config.num_workers, progress)).run()
+            scratch = output / "stages" / "scratch"
+            report = Plan(config, Engine(config.num_workers, progress, scratch)).run()
+            shutil.rmtree(scratch, ignore_errors=True)
             report["settings"] = dataclasses.asdict(config)
             write_atomically(output / "funnel.png", funnel.picture(report))
             write_atomically(output / "funnel.html", funnel.page(report).encode())

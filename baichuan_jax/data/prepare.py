@@ -12,6 +12,7 @@ from typing import Any
 from baichuan_jax.config import Config, ConfigError
 from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, locked, pack, summary
 from baichuan_jax.data.text import Part, find_files, read_documents
+from baichuan_jax.files import require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 WAIT_SECONDS = 3600.0  # that the other processes of a run wait for the one that prepares its tokens
@@ -63,6 +64,7 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
     if not writer:
         _wait_for(path, say)
         return Tokenizer(path)
+    require_writable(config.data.cache_dir, "data.cache_dir")
     with locked(path.with_suffix(".lock")):
         if not path.exists():
             began = time.perf_counter()
@@ -99,6 +101,7 @@ def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, pr
         return Rows(folder)
     if (folder / MANIFEST).exists():
         return Rows(folder)
+    require_writable(config.data.cache_dir, "data.cache_dir")
     rows = pack(
         [path], folder, tokenizer, length,
         text_field=config.data.text_field, num_workers=config.data.num_workers, progress=progress,

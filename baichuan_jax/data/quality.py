@@ -35,6 +35,13 @@ HELD_OUT = 10  # one document in so many is kept from training: half of them to 
 SHORTEST, LONGEST = 20, 1500  # characters of a training piece: a sentence up to a page
 MAX_CHARACTERS = 30_000_000  # held in memory for one language and label; more is sampled evenly, and said
 
+DAMAGED = "damaged copies of the good text"  # what the card says where no bad text was given
+RUNNING = 0.08  # of the words of running English text are function words, at least; of prose a third
+
+_FUNCTION_WORD = re.compile(
+    r"\b(?:the|of|and|to|a|in|is|that|for|it|with|as|be|on|by|this|are|or|not|from|at|an|if|you|can|was|he|his|her|i|have|had|but"
+    r"|they|which|will|when)\b"
+)
 _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[，。、；：！？,.;:!?]")
 
 
@@ -42,6 +49,7 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
     """Probability that each text is good: float32 [len(texts)]; 0 where a text has no letter.
 
     Documents and sentences alike; a text of mostly Han letters is judged by the Chinese classifier, any other by the English one.
+    A table or a list in English has no order of words to be damaged: a model that learned from damaged text gives it 0.5 or more.
     `model` is a folder that `train` wrote. Raises ConfigError where it holds no classifier of a text's language.
     """
     classifiers = _load(str(model))
@@ -55,14 +63,21 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
                 f"{model} holds no classifier of {lang!r}; train one: python -m baichuan_jax.data.quality train --help"
             )
         classifier, entry = classifiers[lang]
-        raw = _logits(classifier, entry["direction"], [_tokens(texts[index]) for index in indices])
-        logits[indices] = entry["slope"] * raw + entry["intercept"]
+        lines = [_tokens(texts[index]) for index in indices]
+        found = entry["slope"] * _logits(classifier, entry["direction"], lines) + entry["intercept"]
+        if entry["damaged"] and lang == "en":
+            found = np.array([0 if z < 0 and line and not _is_running(line) else z for z, line in zip(found, lines, strict=True)])
+        logits[indices] = found
     with np.errstate(over="ignore"):
         return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 def _tokens(text: str) -> str:
     return " ".join(_TOKEN.findall(text.lower()))
+
+
+def _is_running(line: str) -> bool:
+    return len(_FUNCTION_WORD.findall(line)) >= RUNNING * (1 + line.count(" "))
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,14 +89,14 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         raise ConfigError(
             f"{folder} holds no quality model (no card.json); train one: python -m baichuan_jax.data.quality train --help"
         )
-    described = json.loads(card.read_text(encoding="utf-8"))["languages"]
+    described = json.loads(card.read_text(encoding="utf-8"))
     loaded = {}
-    for lang, entry in described.items():
+    for lang, entry in described["languages"].items():
         path = Path(folder) / f"{lang}.ftz"
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         if found != entry["sha256"]:
             raise ConfigError(f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again")
-        loaded[lang] = (fasttext.load_model(str(path)), entry)
+        loaded[lang] = (fasttext.load_model(str(path)), {**entry, "damaged": described["bad"] == DAMAGED})
     return loaded
 
 
@@ -119,7 +134,7 @@ def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: st
     bad_pieces = _read(bad, text_field, rng) if bad else {}
     card: dict[str, Any] = {
         "good": _described(good),
-        "bad": _described(bad) or "damaged copies of the good text",
+        "bad": _described(bad) or DAMAGED,
         "languages": {},
     }
     for lang in LANGUAGES:

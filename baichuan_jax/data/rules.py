@@ -94,7 +94,7 @@ _BETWEEN = r"(?:>>|[\s|>»›‹«·•/,，、\-])"
 _BOILERPLATE_LINES = [
     rf"[ \t]*(?:{_MENU})(?:{_BETWEEN}+(?:{_MENU}))+{_BETWEEN}*?",  # two and more on a line, or on lines one below the other
     r".{0,60}(?:[京沪粤浙苏津渝川鲁豫冀晋辽吉黑皖闽赣鄂湘桂琼贵云陕甘青宁新藏蒙]ICP[备证]|公网安备|ICP备案|增值电信业务经营许可证).{0,80}",
-    r".{0,40}(?:点击(?:查看|阅读|进入|下载|这里|此处)|(?:扫描|长按|识别)(?:上方|下方)?二维码|关注.{0,12}公众号).{0,60}",
+    r".{0,40}(?:点击(?:(?:这里|此处)?(?:查看|阅读|进入|下载|返回|了解)|这里)|(?:扫描|长按|识别)(?:上方|下方)?二维码|关注.{0,12}公众号).{0,60}",
     r".{0,40}(?:版权所有|未经.{0,8}(?:许可|授权).{0,8}(?:不得|禁止).{0,6}转载|转载请注明|all rights reserved).{0,60}",
     r".{0,60}(?:使用 ?cookies?|uses? (?:of )?cookies|cookie policy|accept (?:all )?cookies).{0,120}",
     r".{0,20}(?:您(?:所在|现在|当前)的?位置|当前位置|you are here) ?[:：].{0,100}",
@@ -102,7 +102,8 @@ _BOILERPLATE_LINES = [
     r"[ \t]*(?:(?:上|下)一(?:篇|页|章|条)|« ?previous|previous post|next post) ?[:：].{0,160}",
     r"[ \t]*(?:责任编辑|本文来源|文章来源|稿源|编辑|来源) ?[:：].{0,60}",
     r".{0,120}(?:…|\.\.\.|。) ?[\[(【［](?:详细|全文|更多|查看全文|阅读全文|read more|more|continue reading)[\])】］].{0,10}",
-    r".{0,20}(?:click here (?:to|for)|read more (?:about|»|\.\.\.)|continue reading).{0,120}",
+    r".{0,20}click here (?:for|to (?:read|see|view|find|learn|download|visit|go|get|register)).{0,120}",
+    r"[ \t]*(?:read more (?:about|»|\.\.\.)|continue reading).{0,120}",
     r".{0,20}(?:subscribe to our (?:newsletter|mailing list)|sign up for our).{0,120}",
     r".{0,20}(?:you must be logged in|log in to (?:post|reply|comment)|please enable javascript|leave a (?:reply|comment)).{0,80}",
     r"[ \t]*(?:posted (?:by|on|in)|filed under|tagged (?:with|as)|share this|follow us on) ?:? .{0,120}",

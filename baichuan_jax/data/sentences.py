@@ -204,17 +204,22 @@ def _emptied(removed: DataFrame, config: SentencesConfig) -> DataFrame:
 
 def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: SentencesConfig) -> DataFrame:
     """(sentence, kept) of sentences that are nearly equal to others, and of those that they are like."""
-    found = engine.in_buckets(
-        table.select("sentence", col("anchors").alias("anchor")).explode("anchor"), "anchor", anchors, _pairs
-    )
-    several = found.groupby("low", "high").agg(col("low").count().alias("count")).where(col("count") >= lit(SHARED))
-    pairs = engine.keep(several.select("low", "high"))
-    some = pairs.select(col("low").alias("sentence")).concat(pairs.select(col("high").alias("sentence"))).distinct()
-    letters = engine.keep(table.select("sentence", "letters").join(some, on="sentence", how="semi"))
-    pairs = pairs.join(letters.select(col("sentence").alias("low"), col("letters").alias("a")), on="low")
-    pairs = pairs.join(letters.select(col("sentence").alias("high"), col("letters").alias("b")), on="high")
-    alike: Any = _alike(col("a"), col("b"), config.threshold)
-    edges = engine.keep(pairs.where(alike).select("low", "high"))
+    exploded = table.select("sentence", col("anchors").alias("anchor")).explode("anchor")
+    found = engine.in_buckets(anchors, _pairs, (exploded, "anchor"))
+    rows = found.count_rows()
+    pairs = engine.in_buckets(rows, _several, (found, "low"))
+    letters = table.select("sentence", "letters")
+
+    def of_low(pairs: DataFrame, letters: DataFrame) -> DataFrame:
+        return pairs.join(letters.select(col("sentence").alias("low"), col("letters").alias("a")), on="low")
+
+    def of_high(pairs: DataFrame, letters: DataFrame) -> DataFrame:
+        pairs = pairs.join(letters.select(col("sentence").alias("high"), col("letters").alias("b")), on="high")
+        alike: Any = _alike(col("a"), col("b"), config.threshold)
+        return pairs.where(alike).select("low", "high")
+
+    pairs = engine.in_buckets(rows, of_low, (pairs, "low"), (letters, "sentence"))
+    edges = engine.keep(engine.in_buckets(rows, of_high, (pairs, "high"), (letters, "sentence")))
     labels = components(engine, edges).select(col("doc").alias("sentence"), "component")
     member = F.to_struct(col("sentence"), col("letters")).alias("members")
     clusters = labels.join(letters, on="sentence").select("component", member).groupby("component").agg(col("members").list_agg())
@@ -223,29 +228,51 @@ def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: Senten
     return engine.keep(result.select(col("pair").get("sentence").alias("sentence"), col("pair").get("kept").alias("kept")))
 
 
+def _several(found: DataFrame) -> DataFrame:
+    """(low, high) of sentences that share anchors enough to be compared."""
+    counted = found.groupby("low", "high").agg(col("low").count().alias("count"))
+    return counted.where(col("count") >= lit(SHARED)).select("low", "high")
+
+
 def _pairs(anchors: DataFrame) -> DataFrame:
     """(low, high), once for every anchor that two sentences share."""
-    ends = anchors.groupby("anchor").agg(
-        col("sentence").min().alias("first"), col("sentence").max().alias("last"), col("sentence").count().alias("count")
-    )
-    members = anchors.join(ends.where(col("first") < col("last")), on="anchor")
-    few = members.where(col("count") <= lit(FEW)).groupby("anchor").agg(col("sentence").list_agg().alias("members"))
-    each: Any = _each_with_each(col("members"))
-    few = few.select(each.alias("pair")).explode("pair")
-    few = few.select(col("pair").get("low").alias("low"), col("pair").get("high").alias("high"))
-    many = members.where(col("count") > lit(FEW))
-    with_first = many.select(col("first").alias("low"), col("sentence").alias("high"))
-    with_last = many.select(col("sentence").alias("low"), col("last").alias("high"))
-    return few.concat(with_first).concat(with_last).where(col("low") < col("high"))
+    # The number is counted beside the list: daft's list_count imports every array library that is installed.
+    lists = anchors.groupby("anchor").agg(col("sentence").list_agg().alias("members"), col("sentence").count().alias("count"))
+    pairs: Any = _pairs_of(col("members"))
+    pairs = lists.where(col("count") > lit(1)).select(pairs.alias("pair")).explode("pair")
+    pairs = pairs.where(~col("pair").is_null())
+    return pairs.select(col("pair").get("low").alias("low"), col("pair").get("high").alias("high"))
 
 
 PAIR = DataType.struct({"low": DataType.int64(), "high": DataType.int64()})
 
 
-@daft.func(return_dtype=DataType.list(PAIR))
-def _each_with_each(members: list) -> list[dict[str, int]]:
-    members = sorted(set(members))
-    return [{"low": low, "high": high} for index, low in enumerate(members) for high in members[index + 1 :]]
+@daft.func.batch(return_dtype=DataType.list(PAIR))
+def _pairs_of(members: daft.Series) -> Any:
+    """Pairs (low, high), low < high, of each list: all of FEW members; of more, each with the first and with the last."""
+    lists = members.to_arrow()
+    sizes = np.diff(lists.offsets.to_numpy())
+    value, owner = lists.flatten().to_numpy(), np.repeat(np.arange(len(sizes)), sizes)
+    value = value[np.lexsort((value, owner))]  # the owners are in order already
+    new = np.append(True, (value[1:] != value[:-1]) | (owner[1:] != owner[:-1]))[: len(value)]
+    value, owner = value[new], owner[new]  # a sentence may have a run twice
+    number = np.bincount(owner, minlength=len(sizes))
+    start = np.cumsum(number) - number
+    few = number[owner] <= FEW
+    place = np.arange(len(value))
+    found = []  # (places of low, places of high)
+    for gap in range(1, FEW):
+        low = np.flatnonzero(few[:-gap] & (owner[gap:] == owner[:-gap]))
+        found.append((low, low + gap))
+    first, last = start[owner], (start + number - 1)[owner]
+    found.append((first[~few & (place > first)], place[~few & (place > first)]))
+    inside = ~few & (place > first) & (place < last)
+    found.append((place[inside], last[inside]))
+    low, high = (np.concatenate(side) for side in zip(*found, strict=True))
+    order = np.argsort(owner[low], kind="stable")
+    pairs = pa.StructArray.from_arrays([pa.array(value[side[order]]) for side in (low, high)], ["low", "high"])
+    offsets = np.append(0, np.cumsum(np.bincount(owner[low], minlength=len(sizes))))
+    return daft.Series.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pairs))
 
 
 @daft.func.batch(return_dtype=DataType.bool())
@@ -258,10 +285,15 @@ def alike(left: list[str], right: list[str], threshold: float) -> np.ndarray:
 
     Their digits are the same, and so is the share `threshold` of their letters, in order; or all but two letters of short ones.
     """
-    same_digits = np.array([_digits(x) == _digits(y) for x, y in zip(left, right, strict=True)], bool)
-    distance = cpdist(left, right, scorer=Indel.distance, dtype=np.int64)
-    length = np.array([len(x) + len(y) for x, y in zip(left, right, strict=True)])
-    return same_digits & (distance <= np.maximum((1 - threshold) * length, 4))
+    lengths = np.array([[len(x), len(y)] for x, y in zip(left, right, strict=True)], np.int64).reshape(-1, 2)
+    limit = np.maximum((1 - threshold) * lengths.sum(axis=1), 4)
+    result = np.abs(lengths[:, 0] - lengths[:, 1]) <= limit  # the distance is at least this difference
+    some = np.flatnonzero(result)
+    distance = cpdist([left[i] for i in some], [right[i] for i in some], scorer=Indel.distance, dtype=np.int64)
+    result[some] = distance <= limit[some]
+    for index in np.flatnonzero(result):
+        result[index] = _digits(left[index]) == _digits(right[index])
+    return result
 
 
 def _digits(letters: str) -> str:

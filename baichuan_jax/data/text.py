@@ -18,7 +18,8 @@ import zstandard
 
 from baichuan_jax.config import ConfigError
 
-_HAN = re.compile("[\u4e00-\u9fff]")
+_HAN = re.compile("[\u4e00-\u9fff]+")
+INSTALLED = Path(__file__).parents[2]  # the folder that the package lies in
 PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
 
 
@@ -32,10 +33,14 @@ class Part:
 
 
 def find_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind."""
+    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind.
+
+    baichuan_jax/... means the files that come with the program, wherever it is installed and whatever the working directory is.
+    """
     files = set()
     for pattern in patterns:
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        own = os.path.join(glob.escape(str(INSTALLED)), pattern) if pattern.startswith("baichuan_jax/") else pattern
+        found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
         if not found:
             raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
         files.update(found)
@@ -138,8 +143,10 @@ def _parquet(path: str) -> Iterator[Any]:
 
 def language(text: str) -> str:
     """ "zh" where more than half of the letters are Han, else "en"."""
-    letters = sum(character.isalpha() for character in text)
-    return "zh" if 2 * len(_HAN.findall(text)) > letters else "en"
+    han = sum(map(len, _HAN.findall(text)))
+    if 2 * han > len(text) or not han:  # no need to count letters
+        return "zh" if han else "en"
+    return "zh" if 2 * han > sum(map(str.isalpha, text)) else "en"
 
 
 def _decode(content: bytes, where: str) -> str:

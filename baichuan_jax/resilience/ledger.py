@@ -80,7 +80,7 @@ def read_ledger(path: Path | str) -> Ledger:
         if report.cause in (HANG, PEER):
             seconds["hang"] += report.age
             seconds[_CAUSE_OF.get(report.phase, "imports and start")] -= report.age
-    times = [(report.time - sum(report.seconds.values()), report.time) for _, report in sorted(launches.items())]
+    times = list(launch_spans(run.path).values())
     total = times[-1][1] - times[0][0] if times else 0.0
     seconds["restart"] = max(0.0, total - sum(end - begin for begin, end in times))
     newest = {line["step"]: index for index, line in enumerate(steps)}
@@ -100,6 +100,12 @@ def history(events: list[dict[str, Any]]) -> dict[str, Any]:
     begun = [event["time"] for event in events if event["kind"] == "started"]
     good = sum(event["kind"] in ("interrupted", "completed") for event in events)
     return {"faults": max(0, len(begun) - good), "run_seconds": events[-1]["time"] - begun[0] if begun else 0.0}
+
+
+def launch_spans(path: Path | str) -> dict[int, tuple[float, float]]:
+    """Launch -> when its process 0 began, and when it was last heard (seconds since the epoch)."""
+    launches = sorted(_launches(Path(path) / "attempts").items())
+    return {number: (report.time - sum(report.seconds.values()), report.time) for number, report in launches}
 
 
 def _launches(attempts: Path) -> dict[int, Report]:

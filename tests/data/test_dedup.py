@@ -14,8 +14,8 @@ from baichuan_jax.data.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(2, progress=False)
+def engine(tmp_path_factory) -> Engine:
+    return Engine(2, progress=False, scratch=tmp_path_factory.mktemp("scratch"))
 
 
 def test_hashes_estimate_the_jaccard_similarity():
@@ -36,6 +36,8 @@ def test_hashes_estimate_the_jaccard_similarity():
 def test_width_case_and_punctuation_do_not_count():
     assert units_of("Ｈｅｌｌｏ,  WORLD! don't", "en") == "hello world don t"
     assert units_of("你好，世界！ＡＢ", "zh") == "你 好 世 界 a b"
+    plain = "_It's_ 3.14 --\tor so;\n\nTHE END\x0c"
+    assert units_of(plain, "en") == units_of(f"{plain}\u2014", "en") == "it s 3 14 or so the end"  # ASCII alone, and not
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,8 +62,10 @@ def test_components_are_those_of_union_find(engine, seed):
     assert dict(zip(found["doc"], found["component"], strict=True)) == {node: find(node) for node in parent}
 
 
-def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(engine):
+@pytest.mark.parametrize("rows_at_once", [2 << 20, 3])
+def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(engine, monkeypatch, rows_at_once):
     """A chain of four documents, each like the next but not like the one after; an exact copy; and one that is alone."""
+    monkeypatch.setattr("baichuan_jax.data.engine.ROWS_AT_ONCE", rows_at_once)  # the same, a few rows at a time
     rng = np.random.default_rng(0)
     sketches = [rng.integers(0, 65536, HASHES, dtype=np.uint16)]
     for _ in range(3):

@@ -30,11 +30,20 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def pipeline(folder: Path, output: Path, *words: str, expect: int | None = 0) -> subprocess.CompletedProcess:
+def command(folder: Path, output: Path, *words: str, part_bytes: int = 40_000, rows_at_once: int = 2 << 20) -> list[str]:
+    """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
+    program = (
+        "import sys; from baichuan_jax.data import documents, engine, pipeline; "
+        f"documents.PART_BYTES, engine.ROWS_AT_ONCE = {part_bytes}, {rows_at_once}; "
+        "pipeline.run_command(lambda: pipeline.main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", program, "--input", f"{folder}/*", "--output", str(output), *words]
+
+
+def pipeline(folder: Path, output: Path, *words: str, expect: int | None = 0, **sizes: int) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{folder}/*", "--output", str(output), *words],
-        env=environment(), capture_output=True, text=True, timeout=300, cwd=folder,
-    )  # fmt: skip
+        command(folder, output, *words, **sizes), env=environment(), capture_output=True, text=True, timeout=300, cwd=folder
+    )
     assert expect is None or done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -118,10 +127,9 @@ def test_the_report_adds_up(result):
 
 
 def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tmp_path):
-    """Killed at a random moment, every process of it; started again with other workers, it ends with the same bytes."""
-    command = [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path / "o")]
+    """Killed at a random moment, every process of it; started again, it ends with the same bytes."""
     process = subprocess.Popen(
-        [*command, "--num_workers", "2"],
+        command(corpus, tmp_path / "o", "--num_workers", "2"),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -130,30 +138,41 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tm
     time.sleep(random.Random(os.getpid()).uniform(2, 6))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    pipeline(corpus, tmp_path / "o", "--num_workers", "3")
+    pipeline(corpus, tmp_path / "o")
     assert content(tmp_path / "o") == content(result)
+    assert len(content(result)) >= 6  # two files a part
+
+
+def test_one_part_and_many_turns_give_the_same_documents(corpus, result, tmp_path):
+    """All documents in one part, and tables of keys that are grouped 4,000 rows at a time, on the disk."""
+    pipeline(corpus, tmp_path / "o", part_bytes=16 << 20, rows_at_once=4000)
+    assert len(content(tmp_path / "o")) == 2 < len(content(result))
+    for folder in ("final", "removed"):
+        assert rows(tmp_path / "o", folder) == rows(result, folder)
+    assert not (tmp_path / "o" / "stages" / "scratch").exists()
 
 
 def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(corpus, tmp_path):
     """A file of two parts, whose last line is broken, and a small one; then the small one alone."""
     folder = tmp_path / "in"
     folder.mkdir()
-    documents = [{"id": f"n{i}", "text": f"{i}. {text}"} for i, text in enumerate(sample("train-en", 15) * 80)]
+    documents = [{"id": f"n{i}", "text": f"{i}. {text}"} for i, text in enumerate(sample("train-en", 15) * 20)]
     write_jsonl(folder / "large.jsonl", documents)
     with (folder / "large.jsonl").open("a", encoding="utf-8") as file:
         file.write("no json\n")
     (folder / "small.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
     given = {json.loads(line)["id"] for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()}
-    words = ["--dedup.enabled", "false", "--sentences.enabled", "false", "--quality.enabled", "false"]
-    pipeline(folder, tmp_path / "o", *words)
+    words = [word for stage in ("rules", "dedup", "sentences", "quality") for word in (f"--{stage}.enabled", "false")]
+    words += ["--num_workers", "1"]
+    pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
     assert len(content(tmp_path / "o")) == 4
     found = rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys()
     assert found >= given | {document["id"] for document in documents}
-    assert len(found) == len(given) + 1200 + 1
+    assert len(found) == len(given) + 300 + 1
     report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
-    assert [(problem["reason"], problem["lines"]) for problem in report["problems"]] == [("no_json", [1201])]
+    assert [(problem["reason"], problem["lines"]) for problem in report["problems"]] == [("no_json", [301])]
     (folder / "large.jsonl").unlink()
-    pipeline(folder, tmp_path / "o", *words)
+    pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
     assert rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys() == given
 
 
@@ -179,8 +198,9 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     (folder / "none.parquet").write_bytes(b"PAR1 this is none")
     pq.write_table(pa.table({"text": [text.upper(), None]}), folder / "some.parquet")
     done = pipeline(
-        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false"
-    )
+        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false",
+        "--quality.enabled", "false", "--num_workers", "1",
+    )  # fmt: skip
     report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
     problems = {(Path(p["file"]).name, p["reason"]): (p["count"], p["lines"]) for p in report["problems"]}
     lines_before_the_cut = problems.pop(("cut.jsonl.gz", "unreadable"))[1][0] - 1
@@ -239,21 +259,20 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_that_is_finished(corpus, res
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_bytes(corpus, result, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path)],
-        env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        command(corpus, tmp_path), env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert content(tmp_path) == content(result)
 
 
 @pytest.mark.slow
 def test_ten_kills_give_the_same_bytes(corpus, result, tmp_path):
-    command = [sys.executable, "-m", "baichuan_jax.data.pipeline", "--input", f"{corpus}/*", "--output", str(tmp_path)]
     rng = random.Random(0)
     for _ in range(10):
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+            command(corpus, tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         time.sleep(rng.uniform(1, 8))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

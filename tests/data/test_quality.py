@@ -62,6 +62,17 @@ def test_a_score_depends_on_its_text_alone():
     assert quality.score(["It was a\n\ntruth ."]) == quality.score(["it WAS a TRUTH. 17"])  # layout, case and digits aside
 
 
+def test_a_list_is_not_judged_by_the_order_of_its_words():
+    """Names and numbers in any order, of which the classifier alone thinks little; with function words it is text again."""
+    names = "Pinnacle PCTV; Hauppauge WinTV-HVR; Leadtek TV; Terratec Cinergy; Flyvideo; MSI; Zoran; Philips tuner cards"
+    text = quality._tokens(names)
+    classifier, entry = quality._load(str(quality.MODEL))["en"]
+    raw = entry["slope"] * quality._logits(classifier, entry["direction"], [text])[0] + entry["intercept"]
+    assert raw < 0
+    assert quality.score([names]).item() == 0.5
+    assert quality.score(["of the " * 3 + names]).item() < 0.5
+
+
 def test_training_twice_gives_the_same_bytes(trained, tmp_path):
     model, good, card = trained
     used = [np.full(10**6, np.nan) for _ in range(8)]  # fastText reads memory that it never wrote; let that be no zeros

@@ -1,0 +1,39 @@
+"""The command: `python -m baichuan_jax.report RUN [RUN ...] -o report.html`."""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+from baichuan_jax.config import ConfigError
+from baichuan_jax.console import Display
+from baichuan_jax.files import require_writable, write_atomically
+from baichuan_jax.resilience.exits import run_command
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.report",
+        description="One HTML page of a run, or of several side by side: loss, speed, faults, memory, tests, samples, settings. "
+        "It needs no network and no server. It also shows what lies in RUN/evaluations/NAME (evaluate --output) and RUN/plans "
+        "(plan --output).",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    options = parser.parse_args(words)
+    if options.output.is_dir():
+        raise ConfigError(f"{options.output} is a folder; name a file: -o {options.output / 'report.html'}")
+    # Not at the top: plotly takes half a second, and --help has no use for it.
+    from baichuan_jax.report.page import make_page
+    from baichuan_jax.report.recorded import read_runs
+
+    require_writable(options.output.parent, "output")
+    text = make_page(read_runs(options.runs), datetime.datetime.now())
+    write_atomically(options.output, text.encode())
+    Display().say(f"{options.output} ({len(text) / 1e6:.1f} MB): open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
