@@ -5,12 +5,14 @@ the same settings is kept, so that a killed run goes on with the parts that are 
 grouped by Daft's own operators and written in one piece.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from baichuan_jax.files import publish, write_atomically
 VERSION = 2  # of the files of all stages: a change makes finished stages anew
 ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
 START_AGAIN = "; free some and start again: what is finished is kept"  # after an error of a full disk
+FAILED = "failed"  # a file in a stage's folder: a task of it has failed
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
 PARQUET = {"compression": "zstd", "compression_level": 3, "write_statistics": False, "store_schema": False}
 
@@ -67,7 +70,7 @@ class Stage:
             if not note.exists() or note.read_text(encoding="utf-8") != self.key:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):
+            for leftover in (*folder.glob("*.tmp"), *folder.glob(FAILED)):
                 leftover.unlink()
         write_atomically(note, self.key.encode())
 
@@ -120,11 +123,13 @@ class Engine:
             bar = tqdm(
                 total=len(parts), initial=len(parts) - len(todo), desc=stage.folder.name, unit="part", disable=not self._shows()
             )
-            with bar:
+            errors = []
+            with bar:  # to its end whatever happens: a process that leaves while daft works crashes
                 for row in frame.select(run.alias("result")).iter_rows():
-                    if error := json.loads(row["result"]).get("error"):
-                        raise ConfigError(error)
+                    errors += [error for error in [json.loads(row["result"])] if error]
                     bar.update()
+            for error in sorted(errors, key=lambda error: error["part"]):
+                raise ConfigError(error["text"]) if error["known"] else RuntimeError(error["text"])
         results = [stage.record(part) for part in parts]
         assert None not in results
         return results
@@ -214,13 +219,20 @@ class _Worker:
         number = part.to_pylist()[0]
         row = {name: column.to_pylist()[0] for name, column in zip(self._names, given, strict=True)}
         stage = self._stage
+        failed = stage.folder / FAILED
+        if failed.exists():  # nobody needs the rest
+            return ["{}"]
         try:
             with ParquetFile(stage.file(number)) as file:
                 result = self._task(number, row, file, *self._arguments)
             record = json.dumps({"key": stage.key, "result": result}, ensure_ascii=False)
             write_atomically(stage.record_file(number), record.encode())
-        except (ConfigError, OSError) as error:  # what a user can mend; anything else ends the run with its traceback
-            return [json.dumps({"error": f"{stage.folder.name}, part {number}: {error}{_hint(str(error))}"})]
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                failed.touch()
+            known = isinstance(error, ConfigError | OSError)  # what a user can mend
+            text = f"{error}{_hint(str(error))}" if known else traceback.format_exc()
+            return [json.dumps({"part": number, "known": known, "text": f"{stage.folder.name}, part {number}: {text}"})]
         return ["{}"]
 
 

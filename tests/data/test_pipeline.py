@@ -30,7 +30,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def command(folder: Path, output: Path, *words: str, part_bytes: int = 40_000, rows_at_once: int = 2 << 20) -> list[str]:
+def command(folder: Path, output: Path, *words: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20) -> list[str]:
     """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
     program = (
         "import sys; from baichuan_jax.data import documents, engine, pipeline; "
