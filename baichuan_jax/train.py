@@ -33,13 +33,14 @@ from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 def train(config: Config) -> Run:
     """Train to the end, or until interrupted (`run.status` tells). Raises ConfigError, NumericsError."""
-    return _train(config, Clock())
+    return _train(config, Clock())[0]
 
 
-def _train(config: Config, clock: Clock) -> Run:
+def _train(config: Config, clock: Clock) -> tuple[Run, bool]:
+    """The run, and whether it is complete: so this process knows it, whose word must not wait for process 0's in the run's folder."""
     run = Run(config.run_path)
     if _is_complete(config, run):
-        return run
+        return run, True
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
@@ -79,7 +80,7 @@ def _train(config: Config, clock: Clock) -> Run:
             if advice is not None:
                 raise ConfigError(advice) from error
             raise
-    return run
+    return run, completed
 
 
 def _resolve(config: Config, num_devices: int) -> Config:
@@ -143,8 +144,8 @@ def main(words: list[str]) -> int:
         "Train a Baichuan model. Started again with the same settings, it goes on where it was: --config configs/tiny.yaml "
         "trains a small model on bundled text in minutes on a CPU.",
     )
-    run = _train(parse_config(parser, words), clock)
-    return PREEMPTED if run.status == "interrupted" else 0
+    _, completed = _train(parse_config(parser, words), clock)
+    return 0 if completed else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -183,9 +183,12 @@ class Watch:
                 self._leave(HUNG, f"process {', '.join(map(str, silent))} not heard for {self._config.silence_seconds:g} s")
 
     def _limit(self, phase: str) -> float:
-        """Seconds that a phase may last: its setting, or a multiple of its longest; the first of its kind as long as a start."""
+        """Seconds that a phase may last: its setting, or a multiple of its longest; the first of its kind as long as a start.
+
+        As long as a start, too, before the first step is done: who has its programs from a cache waits for those who compile.
+        """
         config = self._config
-        if phase not in LOOP or phase not in self._clock.longest:
+        if phase not in LOOP or not {phase, WAIT} <= set(self._clock.longest):
             return config.start_seconds
         limit = config.hang_seconds * (10 if phase in (CHECKPOINT, EVALUATE) else 1)
         return max(limit, PATIENCE * self._clock.longest[phase])

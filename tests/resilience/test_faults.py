@@ -128,6 +128,18 @@ def test_heartbeats_cost_less_than_a_thousandth(tmp_path):
     assert not watch.report().cause
 
 
+def test_who_has_compiled_first_waits_for_the_others(tmp_path):
+    clock = Clock()
+    watch = Watch(ResilienceConfig(hang_seconds=5, start_seconds=50), clock, tmp_path / "attempts")
+    for phase in ("data", "dispatch"):
+        with clock(phase):
+            pass
+    assert watch._limit("dispatch") == 50
+    with clock("wait"):
+        pass
+    assert (watch._limit("dispatch"), watch._limit("wait"), watch._limit("evaluate")) == (5, 5, 50)
+
+
 def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
     clock = Clock()
     with Watch(ResilienceConfig(hang_seconds=0.5, start_seconds=0.5), clock, tmp_path / "attempts"), clock("data"):

@@ -206,6 +206,8 @@ def test_a_job_goes_on_after_a_hang_a_lost_node_and_the_loss_of_its_first_node_a
     slurm.wait(lambda: job.show("Restarts") == "1", "the job was not requeued", 60)
     assert job.file("verdict", attempt)["verdict"]["cause"] == "preempted"
     slurm.wait(lambda: job.state == "PENDING", "the job does not wait", 60)
+    for node in (lost, first):  # it waits for as many nodes as it began with
+        slurm.start(node)
     command("scontrol", "update", f"job={job.id}", "StartTime=now")
     job.steps(12, after=attempt)
     command("scancel", job.id)
