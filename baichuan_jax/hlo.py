@@ -107,7 +107,20 @@ class Program:
         state = computation.by_name[loop.operands[0]]
         start = computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
         first = int(start.operands[0]) if start is not None and start.opcode == "constant" else 0
-        return int(limit.operands[0]) - first
+        step = self._step(self.computations[loop.called[0]], int(index[1]))
+        return -(-(int(limit.operands[0]) - first) // step) if step else None
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        """What a turn of a loop adds to its counter, element `index` of its state; a loop of unrolled turns adds as many."""
+        inner = body
+        update = body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
+        if update is not None and update.opcode == "fusion":
+            inner = self.computations[update.called[0]]
+            update = inner.root
+        if update is None or update.opcode != "add":
+            return None
+        constants = [inner.by_name[name] for name in update.operands if inner.by_name[name].opcode == "constant"]
+        return int(constants[0].operands[0]) if len(constants) == 1 else None
 
     def walk(self, computation: Computation | None = None, times: int = 1, depth: int = 0) -> Iterator:
         """(computation, instruction, times it runs, loops around it), loops entered, fusions not."""

@@ -27,6 +27,40 @@ def test_products_are_counted_with_the_turns_of_loops_around_them():
     assert total(compiled(function, (16, 64), (64, 64)), compiled(function, (16, 64), (64, 64)).flops) == 15 * 2 * 16 * 64 * 64
 
 
+LOOP = """HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %by = s32[] constant(BY)
+  %next = s32[] add(%i, %by)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %x)
+}
+
+%condition (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %limit = s32[] constant(8)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> (s32[], f32[8]) {
+  %a = f32[8]{0} parameter(0)
+  %first = s32[] constant(1)
+  %state = (s32[], f32[8]{0}) tuple(%first, %a)
+  ROOT %loop = (s32[], f32[8]{0}) while(%state), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("by", "turns"), [(1, 7), (2, 4), (7, 1)])
+def test_a_loop_counts_by_its_own_step(by, turns):
+    """As where a compiler has unrolled two turns into one: the counter goes up by two."""
+    program = hlo.parse(LOOP.replace("BY", str(by)))
+    assert program.trip_count(program.entry, program.entry.root) == turns
+
+
 def test_a_batched_product_counts_every_batch():
     program = compiled(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 16, 32), (7, 32, 24))
     assert total(program, program.flops) == 7 * 2 * 16 * 32 * 24
