@@ -22,10 +22,13 @@ def start_jax(flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_installed_jaxlib_knows_every_flag():
-    config = load_config(A800, ["train.deterministic=true"])
+def test_the_installed_jaxlib_knows_every_flag(tmp_path):
+    profile = tmp_path / "plan.pbtxt"
+    profile.write_text('costs { name: "dot.1" cost_us: 5.0 }\n')
+    config = load_config(A800, ["train.deterministic=true", f"train.schedule_profile={profile}"])
     flags = choose_flags(config, parse_topology("a800:128x8")).xla
     assert len(flags) > 10
+    assert f"--xla_gpu_pgle_profile_file_or_directory_path={profile}" in flags
     done = start_jax(" ".join(flags))
     assert done.returncode == 0, done.stderr
     assert start_jax("--xla_gpu_no_such_flag=true").returncode != 0  # an unknown one would have been noticed
@@ -40,6 +43,11 @@ def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
     assert threshold("all_gather") == 2 * layer  # bfloat16, whole
     assert threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8  # the shard of one of 8 devices
     assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
+
+
+def test_a_profile_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="plan writes it"):
+        choose_flags(load_config(A800, ["train.schedule_profile=nowhere.pbtxt"]), parse_topology("a800:1x8"))
 
 
 def test_a_cpu_gets_no_flag_that_was_not_asked_for():
