@@ -41,7 +41,7 @@ corpus: data-deps  ## clean bundled text with planted noise and duplicates, show
 corpus-scale: data-deps  ## the data pipeline's cost by the corpus's size, 25 to 400 MB: half an hour
 	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
 
-test: dev  ## the tests, under about ten minutes
+test: dev  ## the tests, about a quarter of an hour on two cores
 	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
 
 test-slow: dev  ## the tests that are left out of `make test`
