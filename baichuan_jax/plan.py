@@ -7,6 +7,7 @@ compiled program come memory, operations and collectives; the step's time is pre
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def compile_step(config: Config, devices: list[Any], profile: Path | None = None
 
     def on_one_device(tree: Any) -> int:
         leaves = jax.tree.leaves(tree)
-        return sum(int(jnp.dtype(x.dtype).itemsize * _size(x.sharding.shard_shape(x.shape))) for x in leaves)
+        return sum(int(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
 
     return Compiled(
         config, mesh, compiled.as_text(),
@@ -145,15 +146,8 @@ def compile_step(config: Config, devices: list[Any], profile: Path | None = None
     )  # fmt: skip
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
 def candidates(config: Config, num_devices: int) -> Iterator[Config]:
-    """Ways to run the same batch: what is recomputed, rows a pass, blocks looped or unrolled; the least recomputation first."""
+    """Ways to run the same batch: what is recomputed, rows a pass; the least recomputation first."""
     mesh = config.mesh.resolve(num_devices)
     share = config.train.global_batch_size // (mesh.data * mesh.fsdp)
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= share and share % size == 0]
