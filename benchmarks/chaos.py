@@ -120,7 +120,7 @@ class Cluster(Supervised):
         super().__init__(run_dir)
         self._words, self._options = [*words, "--run_dir", str(run_dir)], options
         self._hosts, self._held, self._disk = hosts, [], run_dir / "checkpoints" if small_disk else None
-        self._kept = run_dir.parent / f"{run_dir.name}-checkpoints"
+        self._kept, self.earlier = run_dir.parent / f"{run_dir.name}-checkpoints", self.attempt
         if self._disk is not None:
             self._kept.mkdir(parents=True, exist_ok=True)
             self._disk.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,8 @@ class Outcome:
     """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody).
 
     `right`: they are the same; NaN may also be nobody's, where they are everywhere before the replicas are compared, and a full disk
-    is whosoever writes to it first.
+    is whosoever writes to it first. `lost_steps`: those since the checkpoint that the run went on from, or since the beginning where none
+    was finished yet.
     """
 
     kind: str
@@ -242,14 +243,14 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
         (cluster.run_dir / "checkpoints" / FILLER).unlink()
     reached = max(line["step"] for line in cluster.run.metrics)
     _, again = cluster.steps(after=attempt)
-    restored = [event["step"] for event in cluster.run.events if event["kind"] == "restored"]
+    restored = [event["step"] for event in cluster.run.events if event["kind"] == "restored" and event["time"] > began]
     named = found["verdict"]["host"]
     right = named == culprit or (kind == "nan" and named is None)
     if kind == FULL_DISK:
         right = "No space left" in found["verdict"]["evidence"]
     return Outcome(
         kind, culprit, named, right, found["verdict"]["cause"], found["verdict"]["rule"], found["detected"] - began,
-        found["concluded"] - found["detected"], again - began, reached - restored[-1], again > began,
+        found["concluded"] - found["detected"], again - began, reached - (restored or [0])[-1], again > began,
     )  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def _harm(cluster: Cluster, options: argparse.Namespace, display: Display, kept:
     deadline = time.monotonic() + 60 * options.minutes
     while len(outcomes) < options.faults and time.monotonic() < deadline:
         rng = random.Random(f"{options.seed} {len(outcomes)}")
-        cluster.steps(12, after=cluster.attempt - 1)  # so that each launch reaches a new checkpoint
+        cluster.steps(12, after=max(cluster.earlier, cluster.attempt - 1))  # so that each launch reaches a new checkpoint
         time.sleep(rng.uniform(0, 2))
         kind = rng.choice(options.kinds)
         outcomes.append(outcome := suffer(cluster, kind, rng.randrange(options.hosts)))
