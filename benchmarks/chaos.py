@@ -189,8 +189,8 @@ class Outcome:
     """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody).
 
     `right`: they are the same; NaN may also be nobody's, where they are everywhere before the replicas are compared, and a full disk
-    is whosoever writes to it first. `lost_steps`: those since the checkpoint that the run went on from, or since the beginning where none
-    was finished yet.
+    is whosoever writes to it first. `lost_steps`: those since the checkpoint that the run went on from, or since the beginning where
+    none was finished yet.
     """
 
     kind: str
