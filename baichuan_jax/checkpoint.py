@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,7 +173,26 @@ _ITEMS = ("params", "optimizer", "run")
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    return ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True)
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()),
+    )  # fmt: skip
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's barrier between processes, which a thread that failed does not enter.
+
+    On its way out of a failure Orbax's saving thread waits for the others, who wait for its files: nobody would hear of the failure.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        failure = sys.exc_info()[1]
+        if failure is not None and threading.current_thread() is not threading.main_thread():
+            raise failure
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 def _as_items(state: Any) -> dict[str, Any]:

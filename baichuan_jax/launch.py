@@ -23,7 +23,7 @@ from baichuan_jax.console import Display
 from baichuan_jax.resilience.attempts import Attempts
 from baichuan_jax.resilience.blame import Exit, Verdict, blame
 from baichuan_jax.resilience.clock import WAIT
-from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command
+from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command, say
 from baichuan_jax.resilience.ledger import read_ledger, say_ledger
 from baichuan_jax.resilience.policy import MAX_BLAMES, Decision, choose_hosts, decide
 from baichuan_jax.resilience.reports import Folder
@@ -99,7 +99,7 @@ class Supervisor:
             try:
                 self.attempts.beat(self.options.address)
             except OSError as error:
-                print(f"heartbeat: {error}", file=sys.stderr)
+                say(f"heartbeat: {error}")
             time.sleep(1.0)
 
     def _plan(self, number: int, started: float) -> dict | None:
@@ -130,11 +130,11 @@ class Supervisor:
                 self.attempts.claim(number, "plan", {"hosts": hosts, "processes": options.processes})
                 continue
             if waited > options.join_seconds:
-                print(f"only {sorted(alive)} of {options.min_hosts} hosts came within {waited:.0f} s", file=sys.stderr)
+                say(f"only {sorted(alive)} of {options.min_hosts} hosts came within {waited:.0f} s")
                 return None
             if said != alive:
                 said = alive
-                print(f"waiting for {wanted} hosts; here: {', '.join(sorted(alive))}", file=sys.stderr)
+                say(f"waiting for {wanted} hosts; here: {', '.join(sorted(alive))}")
             time.sleep(TICK)
         return None
 
@@ -154,14 +154,14 @@ class Supervisor:
         """Run this host's processes of a launch to their end, and say how they ended; nothing where the plan goes without it."""
         hosts, processes = plan["hosts"], plan["processes"]
         if self.host not in hosts:
-            print(f"launch {number} runs on {', '.join(hosts)}; {self.host} stands ready", file=sys.stderr)
+            say(f"launch {number} runs on {', '.join(hosts)}; {self.host} stands ready")
             return
         if self.attempts.read(number, f"ended-{self.host}") is not None:
             return
         coordinator = self._coordinator(number, hosts)
         if coordinator is not None:
             if self.host == hosts[0]:
-                print(f"launch {number} on {', '.join(hosts)}; coordinator {coordinator}", file=sys.stderr)
+                say(f"launch {number} on {', '.join(hosts)}; coordinator {coordinator}")
             first = hosts.index(self.host) * processes
             for process in range(first, first + processes):
                 self.children[process] = self._start(number, process, processes * len(hosts), coordinator)
@@ -179,7 +179,7 @@ class Supervisor:
                     self.attempts.write(number, "coordinator", {"address": address})
                     return address
                 append_event(self.run.path, "port_taken", attempt=number, host=self.host, port=port)
-                print(f"port {port} of {self.host} is taken; trying the next", file=sys.stderr)
+                say(f"port {port} of {self.host} is taken; trying the next")
             raise ConfigError(f"no free port from {self.options.port} to {self.options.port + PORTS} on {self.host}; set --port")
         while (found := self.attempts.read(number, "coordinator")) is None:
             if self.asked or self.attempts.read(number, "verdict") or self.attempts.lost(hosts[0]):
@@ -227,7 +227,7 @@ class Supervisor:
                 self.children[process].kill()
             if self._could_grow(plan) and not codes:
                 if now - since.setdefault("grow", now) > REJOIN_SECONDS:
-                    print(f"more hosts are there: saving, then going on with them ({self.host})", file=sys.stderr)
+                    say(f"more hosts are there: saving, then going on with them ({self.host})")
                     self._signal(signal.SIGTERM)
                     since["grow"] = math.inf
             elif since.get("grow") != math.inf:
@@ -273,7 +273,7 @@ class Supervisor:
         verdict = Verdict(**{**found["verdict"], "processes": tuple(found["verdict"]["processes"])})
         if self.host == plan["hosts"][0] or self.host not in plan["hosts"]:
             then = "starting again" if found["restart"] else "stopping"
-            print(f"launch {number}: {verdict}\n{then}: {found['reason']}", file=sys.stderr)
+            say(f"launch {number}: {verdict}\n{then}: {found['reason']}")
         return Decision(found["restart"], found["code"], found["reason"])
 
     def _judge(self, number: int, plan: dict, ended: dict[str, dict]) -> dict[str, Any]:

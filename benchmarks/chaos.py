@@ -3,7 +3,8 @@
     python benchmarks/chaos.py --faults 50 --seed 0 --json chaos.json
 
 Every "host" is a supervisor on this machine with one training process. Kills and stops are signals from outside; hangs, exceptions,
-NaN and flipped bits happen inside the process (benchmarks/faults). Afterwards an undisturbed run is made, and every loss compared.
+NaN, flipped bits and quotas happen inside the process (benchmarks/faults). Afterwards an undisturbed run is made, and every loss
+compared.
 """
 
 import argparse
@@ -41,9 +42,10 @@ MODEL = (
     "--metrics.tensorboard", "false", "--data.validation", "{}",
     "--data.train", "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}",
 )  # fmt: skip
-KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port", "slow")
+KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port", "slow", "quota")
 FULL_DISK = "full disk"  # one more kind, where this is root: the checkpoints lie on a small file system of their own, in memory
 DISK_MIB, FILLER = 64, ".filler"
+STORAGE = {FULL_DISK: "No space left", "quota": "too large"}  # kinds that are nobody's fault, and what a verdict must say
 
 
 class Supervised:
@@ -188,9 +190,9 @@ class Cluster(Supervised):
 class Outcome:
     """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody).
 
-    `right`: they are the same; NaN may also be nobody's, where they are everywhere before the replicas are compared, and a full disk
-    is whosoever writes to it first. `lost_steps`: those since the checkpoint that the run went on from, or since the beginning where
-    none was finished yet.
+    `right`: they are the same; NaN may also be nobody's, where they are everywhere before the replicas are compared, and so may a disk
+    that takes nothing more, if only the reason is told. `lost_steps`: those since the checkpoint that the run went on from, or since
+    the beginning where none was finished yet.
     """
 
     kind: str
@@ -246,8 +248,8 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
     restored = [event["step"] for event in cluster.run.events if event["kind"] == "restored" and event["time"] > began]
     named = found["verdict"]["host"]
     right = named == culprit or (kind == "nan" and named is None)
-    if kind == FULL_DISK:
-        right = "No space left" in found["verdict"]["evidence"]
+    if kind in STORAGE:
+        right = named in (None, culprit) and STORAGE[kind] in found["verdict"]["evidence"]
     return Outcome(
         kind, culprit, named, right, found["verdict"]["cause"], found["verdict"]["rule"], found["detected"] - began,
         found["concluded"] - found["detected"], again - began, reached - (restored or [0])[-1], again > began,

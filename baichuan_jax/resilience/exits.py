@@ -54,12 +54,19 @@ def exit_code(error: BaseException) -> int:
 
 def leave(code: int) -> NoReturn:
     """End this process with a code. With other processes in the run, at once: jax would wait minutes for them at its own exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     jax = sys.modules.get("jax")
     if code not in (0, PREEMPTED) and jax is not None and jax.distributed.is_initialized():
         os._exit(code)
     sys.exit(code)
+
+
+def say(text: str) -> None:
+    """Write a line to stderr. Where that cannot be (its file lies on a full disk), nothing else is kept from being done."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
@@ -67,13 +74,13 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     try:
         code = command()
     except tuple(MEANINGS) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         code = exit_code(error)
     except KeyboardInterrupt:
-        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+        say("interrupted: nothing was saved after the last checkpoint")
         code = INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc())
         code = BUG
     leave(code)
 

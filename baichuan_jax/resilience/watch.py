@@ -21,7 +21,7 @@ from typing import Any
 from baichuan_jax.config import ConfigError, ResilienceConfig
 from baichuan_jax.resilience.blame import blame
 from baichuan_jax.resilience.clock import CHECKPOINT, EVALUATE, LOOP, WAIT, Clock
-from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed, SaveFailed
+from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed, SaveFailed, say
 from baichuan_jax.resilience.reports import (
     BAD_HOST,
     CONFIGURATION,
@@ -137,7 +137,7 @@ class Watch:
                 elif first and self._process == 0 and self._processes > 1 and self._beat % ROUND == 0:
                     self._look_for_stragglers(board.read())
             except Exception as error:  # a board that fails for now is one that the others do not hear from either
-                print(f"heartbeat: {type(board).__name__.lower()}: {error}", file=sys.stderr)
+                say(f"heartbeat: {type(board).__name__.lower()}: {error}")
                 self._closed.wait(5 * BEAT)
 
     def _look_for_stragglers(self, reports: dict[int, Report]) -> None:
@@ -175,7 +175,7 @@ class Watch:
                     self._leave(HUNG, f"{age:.0f} s in {phase}, over its limit of {limit:.0f} s")
                 elif self._warned != (phase, self.step):
                     self._warned = (phase, self.step)
-                    print(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):", file=sys.stderr)
+                    say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):")
                     faulthandler.dump_traceback(sys.stderr)
             elif age > LISTEN and self._words:
                 self._leave(PEER, _first_line(next(iter(self._words.values())).error))
@@ -207,13 +207,12 @@ class Watch:
                 return
             word = self._say(cause, error)
             words = self._hear_the_others()
-            print(f"\nprocess {self._process} on {self.host}: {cause}: {error}; at step {word.step} in {word.phase}; "
-                  f"stacks: {self._stacks.name}", file=sys.stderr)  # fmt: skip
+            at = f"at step {word.step} in {word.phase}; stacks: {self._stacks.name}"
+            say(f"\nprocess {self._process} on {self.host}: {cause}: {error}; {at}")
             if not self._supervised and self._process == min(words):
-                print(f"verdict: {self._verdict(words)}", file=sys.stderr)
+                say(f"verdict: {self._verdict(words)}")
             if self._process == 0:
                 time.sleep(BEAT)  # its coordination service ends with it, and jax aborts those that still use it
-            sys.stderr.flush()
             os._exit(HANG)
 
     def _verdict(self, words: dict[int, Report]) -> str:

@@ -7,6 +7,7 @@ With this folder on PYTHONPATH and FAULTS naming another, process P of a trainin
     exception    raises
     nan          its copy of a parameter becomes NaN
     bits         one exponent bit of one parameter flips in its copy alone
+    quota        its files may not grow beyond 16 KiB any more, as if a quota were used up
     slow         from now on it loses a tenth of a second in every step, until the same comes again
 
 Where there is a file `poison` with two numbers, the batches at these positions of the data and between hold tokens that the
@@ -14,6 +15,7 @@ vocabulary has not, on all processes: their loss is not a number.
 """
 
 import os
+import resource
 import sys
 import time
 import types
@@ -87,6 +89,8 @@ def _install(folder: Path) -> None:
             raise OSError("a fault put into this process from outside")
         if kind in ("nan", "bits"):
             trainer.state = _changed(trainer.state, _nan if kind == "nan" else _flip)
+        if kind == "quota":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
         late ^= kind == "slow"
         if late:
             time.sleep(0.1)
