@@ -58,8 +58,8 @@ class Checkpoints:
     def __init__(self, directory: Path, config: Config, tokenizer_hash: str, state_shapes: Any, state_shardings: Any) -> None:
         self.directory = directory.absolute()
         self._config = config
-        self._tokenizer_hash = tokenizer_hash
-        self._target = jax.tree.map(
+        self.tokenizer = tokenizer_hash
+        self.target = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
             state_shapes,
             state_shardings,
@@ -75,11 +75,11 @@ class Checkpoints:
         run = {
             "step": step,
             "position": position,
-            "tokenizer": self._tokenizer_hash,
+            "tokenizer": self.tokenizer,
             "config": yaml.safe_load(dump_config(self._config)),
-            "digest": _named_digest(self._digest, _as_items(state)),
+            "digest": self.digest(state),
         }
-        self._manager.save(step, args=_save_arguments(_as_items(state), run))
+        self._manager.save(step, args=_save_arguments(as_items(state), run))
         self._saving = step
 
     def finish(self) -> int | None:
@@ -95,6 +95,10 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _write_sizes(self.directory / str(step))
         return step
+
+    def digest(self, state: Any) -> dict[str, int]:
+        """A number of every array's bits by its name; all processes must call this together."""
+        return _named_digest(self._digest, as_items(state))
 
     def finite(self, state: Any) -> bool:
         """Whether every number of a state is finite; the same on all processes."""
@@ -156,14 +160,13 @@ class Checkpoints:
     def _restore(self, step: int) -> Restored:
         path = self.directory / str(step)
         run = _read_run(path)
-        if run["tokenizer"] != self._tokenizer_hash:
+        if run["tokenizer"] != self.tokenizer:
             raise ConfigError(
-                f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is {self._tokenizer_hash[:12]}; "
+                f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is {self.tokenizer[:12]}; "
                 "use the run's own tokenizer, or another run_dir"
             )
-        items = _restore_items(path, _as_items(self._target), run["digest"], self._digest)
-        state = type(self._target)(params=items["params"], **items["optimizer"])
-        return Restored(state, run["step"], run["position"])
+        items = _restore_items(path, as_items(self.target), run["digest"], self._digest)
+        return Restored(as_state(self.target, items), run["step"], run["position"])
 
     def close(self) -> None:
         self._manager.close()
@@ -195,9 +198,15 @@ def _barrier() -> Callable[..., None]:
     return barrier
 
 
-def _as_items(state: Any) -> dict[str, Any]:
+def as_items(state: Any) -> dict[str, Any]:
+    """A TrainState in the parts that are saved."""
     fields = state._asdict()
     return {"params": fields.pop("params"), "optimizer": fields}
+
+
+def as_state(like: Any, items: dict[str, Any]) -> Any:
+    """The TrainState of saved parts."""
+    return type(like)(params=items["params"], **items["optimizer"])
 
 
 def _save_arguments(items: dict[str, Any], run: dict[str, Any]) -> ocp.args.Composite:
@@ -234,13 +243,14 @@ def _find_damage(path: Path) -> str | None:
     return None
 
 
-def _names(tree: Any) -> list[str]:
+def names_of(tree: Any) -> list[str]:
+    """A name of every leaf of a tree: layers/w_qkv."""
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
 
 
 def _named_digest(function: Callable, items: dict[str, Any]) -> dict[str, int]:
     values = jax.device_get(function(items))
-    return {name: int(value) for name, value in zip(_names(items), values, strict=True)}
+    return {name: int(value) for name, value in zip(names_of(items), values, strict=True)}
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -276,8 +286,8 @@ def _restore_items(path: Path, targets: dict[str, Any], digests: dict[str, int],
 
 def _compare(path: Path, metadata: Any, target: Any) -> None:
     tree = metadata.item_metadata.tree
-    saved = dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
-    wanted = dict(zip(_names(target), jax.tree.leaves(target), strict=True))
+    saved = dict(zip(names_of(tree), jax.tree.leaves(tree), strict=True))
+    wanted = dict(zip(names_of(target), jax.tree.leaves(target), strict=True))
     differences = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
     differences += [f"{name} is not in the model" for name in saved.keys() - wanted.keys()]
     for name in wanted.keys() & saved.keys():

@@ -4,6 +4,7 @@ Every setting stands here with its default, which is the original Baichuan-7B's 
 """
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -243,9 +244,25 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    local_dir: str | None = None
+    """Folder on each host's own disk, or /dev/shm, for copies of the newest state beside the checkpoints; $VARIABLES are put in."""
+    local_every: int | None = None
+    """Steps between copies in local_dir. A start takes the newest state there is, from any host."""
+
+    @property
+    def local_path(self) -> Path | None:
+        """local_dir with this host's environment put in."""
+        return None if self.local_dir is None else Path(os.path.expandvars(self.local_dir))
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", self, "keep_last", *(["every"] if self.every is not None else []))
+        _positive(
+            "checkpoint", self, "keep_last", *(name for name in ("every", "local_every") if getattr(self, name) is not None)
+        )
+        require(
+            (self.local_dir is None) == (self.local_every is None),
+            f"checkpoint.local_dir={self.local_dir} and checkpoint.local_every={self.local_every}: set both or neither",
+        )
+        require(self.local_every != 1, "checkpoint.local_every=1: a copy counts two steps after it was made; set 2 or more")
         if self.keep_every is not None:
             _positive("checkpoint", self, "keep_every")
             require(

@@ -310,7 +310,8 @@ class Supervisor:
 
     def _newest_checkpoint(self) -> int:
         folder = self.run.path / "checkpoints"
-        return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+        copied = [event["step"] for event in self.run.events if event["kind"] == "local_copy"][-1:]
+        return max([int(path.name) for path in folder.glob("*") if path.name.isdigit()] + copied, default=0)
 
 
 def _is_free(port: int) -> bool:

@@ -63,6 +63,8 @@ def preflight(config: Config) -> Findings:
     if all(faults):
         raise SaveFailed(f"preflight: {faults[0]}")
     _refuse(faults)
+    if (local := config.checkpoint.local_path) is not None:
+        _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
     if jax.process_count() > 1:
         rounds = [

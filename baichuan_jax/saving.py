@@ -9,13 +9,15 @@ import jax
 from baichuan_jax.checkpoint import Checkpoints
 from baichuan_jax.config import CheckpointConfig
 from baichuan_jax.console import Display
+from baichuan_jax.local_copies import LocalCopies
 from baichuan_jax.metrics import Writer
 from baichuan_jax.resilience.cadence import seconds_between_saves, seconds_per_fault
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
-from baichuan_jax.resilience.exits import SaveFailed
+from baichuan_jax.resilience.exits import SaveFailed, say
 from baichuan_jax.step import TrainState
 
 FIRST_SECONDS = 60.0  # before the first save, whose cost is not known yet
+RECORDED = 2  # steps after a copy's at whose figures it counts: process 0 took part in them, so it has written the copy's before
 MIN_STEPS = 4  # between saves that the clock asks for; a wish for one takes two steps to be heard
 
 
@@ -24,8 +26,11 @@ class Saver:
 
     A save that failed does not count, is reported, and ends nothing where it need not succeed; among several processes it ends this
     one with SaveFailed, since Orbax leaves the others waiting. `faults` so far and the `run_seconds` they came in decide how often to
-    save, unless checkpoint.every does.
+    save, unless checkpoint.every does. Where there are `copies`, the state is kept on every host's own disk as well; one that fails
+    there is told, and nothing ends. A copy counts once process 0 has surely written the figures of all steps up to it.
     """
+
+    copies: LocalCopies | None = None
 
     def __init__(
         self, checkpoints: Checkpoints, config: CheckpointConfig, clock: Clock, writer: Writer, display: Display, *, devices: int,
@@ -39,11 +44,16 @@ class Saver:
         self._blocked = 0.0
         self._step = -MIN_STEPS
         self.blocked_share: float | None = None
+        self._copying: tuple[int, float, float] | None = None  # step, when it began, seconds that the loop stood still for it
 
     def due(self, step: int) -> bool:
         """Whether the settings want a checkpoint of this step; the same on all processes."""
         every, keep = self._config.every, self._config.keep_every
         return (every is not None and step % every == 0) or (keep is not None and step % keep == 0)
+
+    def copy_due(self, step: int) -> bool:
+        """Whether the settings want a copy of this step on every host."""
+        return self._config.local_every is not None and step % self._config.local_every == 0
 
     def wanted(self) -> bool:
         """Whether, by this process's clock, it is time for one."""
@@ -64,8 +74,37 @@ class Saver:
         if must_succeed:
             self.finish(must_succeed=True)
 
-    def poll(self) -> None:
-        """Notice that the save under way is whole, as soon as it is."""
+    def copy(self, state: TrainState, step: int, position: int) -> None:
+        """Start a copy of the state on every host's own disk."""
+        assert self.copies is not None
+        self._finish_copy()
+        began = time.monotonic()
+        with self._clock(CHECKPOINT):
+            self.copies.save(state, step, position)
+        self._copying = step, began, time.monotonic() - began
+
+    def _finish_copy(self) -> None:
+        if self.copies is None or self._copying is None:
+            return
+        (step, began, blocked), self._copying = self._copying, None
+        waited = time.monotonic()
+        try:
+            with self._clock(CHECKPOINT):
+                self.copies.finish()
+        except OSError as error:
+            self._writer.event("local_copy_failed", step=step, reason=str(error))
+            say(f"the copy of step {step} in checkpoint.local_dir failed and does not count: {error}")
+            return
+        now = time.monotonic()
+        self._writer.event(
+            "local_copy", step=step, seconds=round(now - began, 3), blocked_seconds=round(blocked + now - waited, 4)
+        )
+
+    def poll(self, recorded: int) -> None:
+        """Notice that what is being saved is whole, as soon as it is. `recorded`: the step whose figures came last."""
+        counts = self._copying is not None and recorded >= self._copying[0] + RECORDED
+        if counts and self.copies is not None and not self.copies.is_saving():
+            self._finish_copy()
         if self._checkpoints.saving is not None and not self._checkpoints.is_saving():
             self.finish(must_succeed=False)
 

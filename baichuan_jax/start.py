@@ -7,16 +7,19 @@ from baichuan_jax.checkpoint import Checkpoints, Restored, load_params
 from baichuan_jax.config import Config, ConfigError, ModelConfig
 from baichuan_jax.console import Display
 from baichuan_jax.hf import import_params, read_config
+from baichuan_jax.local_copies import LocalCopies
 from baichuan_jax.metrics import Writer
 from baichuan_jax.model import Params
 from baichuan_jax.resilience.guard import Rollback
+from baichuan_jax.resilience.reports import agree
 from baichuan_jax.sharding import Layout
 from baichuan_jax.step import Steps
 
 
 def restore_or_start(
-    config: Config, steps: Steps, checkpoints: Checkpoints, rollback: Rollback, writer: Writer, display: Display
-) -> Restored:
+    config: Config, steps: Steps, checkpoints: Checkpoints, copies: LocalCopies | None, rollback: Rollback, writer: Writer,
+    display: Display,
+) -> Restored:  # fmt: skip
     """The state to go on from, its step and its position in the data. Raises ConfigError where weights do not fit the model."""
 
     def report(kind: str, **fields: Any) -> None:
@@ -26,6 +29,13 @@ def restore_or_start(
     for event in rollback.events:
         writer.event(**event)
         display.say(f"{event['kind'].replace('_', ' ')}: {event['reason']}", style="yellow")
+    if copies is not None and rollback.before is None:
+        newest = agree("newest checkpoint", lambda: max(checkpoints.steps(), default=0))
+        restored = copies.restore(newest, report)
+        if restored is not None:
+            display.say(f"going on from the copy of step {restored.step} in {config.checkpoint.local_path}", style="green")
+            writer.event("restored", step=restored.step, position=restored.position, local=True)
+            return restored
     restored = checkpoints.restore(report, rollback.before, rollback.back)
     if restored is not None:
         display.say(f"going on from checkpoint {restored.step} in {checkpoints.directory}", style="green")

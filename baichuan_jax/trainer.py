@@ -25,6 +25,7 @@ from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.generate import Generator
+from baichuan_jax.local_copies import LocalCopies
 from baichuan_jax.metrics import Throughput, Writer, peak_flops, peak_memory_gib, seconds_since_process_start
 from baichuan_jax.model import abstract_model
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT, Clock
@@ -112,15 +113,26 @@ class Trainer:
     def restore_or_start(self) -> None:
         """Take the newest good checkpoint, or `init_from`'s weights, or fresh ones."""
         resilience, skip = self.config.resilience, self.config.data.skip
-        found = agree("rollback", lambda: dataclasses.asdict(plan_rollback(self.run.events, skip, resilience.max_skips)))
+        found = agree("rollback", lambda: self._plan_rollback(skip, resilience.max_skips))
         self.skip = tuple((begin, end) for begin, end in found["windows"])
         rollback = Rollback(self.skip, found["before"], found["back"], tuple(found["events"]))
-        begun = restore_or_start(self.config, self.steps, self.checkpoints, rollback, self.writer, self.display)
+        if (local_path := self.config.checkpoint.local_path) is not None:
+            self.saver.copies = LocalCopies(local_path / found["run"], found["rollbacks"], self.watch.host, self.checkpoints)
+        begun = restore_or_start(
+            self.config, self.steps, self.checkpoints, self.saver.copies, rollback, self.writer, self.display
+        )  # fmt: skip
         self.state, self.step, self.position = begun.state, begun.step, begun.position
         self.watch.step = self._checked = self.step
         self.eval_loss = self.run.curve("eval_loss").get(self.step)
         self.losses = [loss for step, loss in self.run.curve("loss").items() if step <= self.step]
         self.spikes = Spikes(resilience.spike_deviations, self.losses)
+
+    def _plan_rollback(self, skip: list[list[int]], max_skips: int) -> dict[str, Any]:
+        """The rollback that this launch begins with, a name for the run, and how often it will have rolled back."""
+        events = self.run.events
+        plan = plan_rollback(events, skip, max_skips)
+        rollbacks = sum(event["kind"] == "rolled_back" for event in [*events, *plan.events])
+        return {**dataclasses.asdict(plan), "run": f"{self.run.path.name}-{events[0]['time']:.3f}", "rollbacks": rollbacks}
 
     def loop(self) -> bool:
         """Step to the end: True, or until asked to stop: save and return False. Raises NumericsError."""
@@ -150,12 +162,13 @@ class Trainer:
                 # The step before this one: its figures are fetched while the devices work on this one.
                 wish = self._record(pending, progress)
                 pending = (self.step, here, metrics)
-                self.saver.poll()
+                self.saver.poll(recorded=self.step - 1)
                 last = self.step == config.train.num_steps
                 evaluate = last or self.step % config.evaluate.every == 0
                 save = last or self.saver.due(self.step) or (wish == SAVE and self.saver.far_enough(self.step))
                 check = self._replicas > 1 and every > 0 and self.step % every == 0
-                if evaluate or save or check or wish == STOP or self.step == self.tracer.until:
+                copy = self.saver.copy_due(self.step) and not last
+                if evaluate or save or copy or check or wish == STOP or self.step == self.tracer.until:
                     wish = max(self._record(pending, progress), wish)
                     pending = None
                     stop = wish == STOP
@@ -165,8 +178,8 @@ class Trainer:
                         self._check(batch)
                     if evaluate:
                         self._evaluate()
-                    if save or stop:
-                        self._save(must_succeed=last or stop)
+                    if save or copy or stop:
+                        self._save(durably=save or stop, locally=copy and not stop, must_succeed=last or stop)
                     if stop and not last:
                         self.writer.event("interrupted", step=self.step, position=self.position)
                         self.display.say(
@@ -189,12 +202,15 @@ class Trainer:
             return ROLL_BACK
         return STOP if self.stop_requested else SAVE if self.saver.wanted() else NOTHING
 
-    def _save(self, must_succeed: bool) -> None:
+    def _save(self, durably: bool, locally: bool, must_succeed: bool) -> None:
         with self.clock(CHECKPOINT):
             finite = self.checkpoints.finite(self.state)
         if not finite:
             self._numbers_broke(f"the state after step {self.step} is not finite", self.step, self.position, self.position + 1)
-        self.saver.save(self.state, self.step, self.position, must_succeed)
+        if durably:
+            self.saver.save(self.state, self.step, self.position, must_succeed)
+        if locally:
+            self.saver.copy(self.state, self.step, self.position)
 
     def _record(self, pending: Pending | None, progress: Progress) -> int:
         """Fetch and write a step's figures; the largest wish of all processes. Raises NumericsError."""

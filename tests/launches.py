@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from baichuan_jax.resilience.watch import HOST_VARIABLE
+
 REPOSITORY = Path(__file__).parents[1]
 COMPILED = tempfile.mkdtemp(prefix="compiled-")  # programs that one test's process has compiled need no other's time
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
@@ -82,8 +84,10 @@ def run(config: Path, run_dir: Path, *words: str, expect: int = 0, devices: int 
     return done.stdout + done.stderr
 
 
-def start_all(config: Path, run_dir: Path, *words: str, processes: int, devices: int) -> list[subprocess.Popen]:
-    """All processes of a run on this machine, `devices` CPU devices each."""
+def start_all(
+    config: Path, run_dir: Path, *words: str, processes: int, devices: int, hosts: str | None = None
+) -> list[subprocess.Popen]:
+    """All processes of a run on this machine, `devices` CPU devices each; a letter of `hosts` names the host of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,6 +95,7 @@ def start_all(config: Path, run_dir: Path, *words: str, processes: int, devices:
         start(
             config, run_dir, *words, devices=devices,
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(number),
+            **({} if hosts is None else {HOST_VARIABLE: hosts[number]}),
         )
         for number in range(processes)
     ]  # fmt: skip

@@ -50,7 +50,7 @@ LAYERS = [
     {"data.quality", "data.decontaminate", "data.rules", "data.select"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},
-    {"generate", "preflight", "summary", "saving", "start", "tracing"},
+    {"generate", "preflight", "summary", "local_copies", "saving", "start", "tracing"},
     {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
     {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"trainer"},

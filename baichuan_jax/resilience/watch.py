@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
+import re
 import socket
 import sys
 import threading
@@ -280,6 +281,9 @@ PEER_WORDS = (
     "DEADLINE_EXCEEDED", "Barrier", "CoordinationService", "remote process exited", "ncclRemoteError", "ncclSystemError", "heartbeat",
 )  # fmt: skip
 
+# XLA's errors begin with a status; they come as JaxRuntimeError, and where an array is fetched as ValueError.
+_STATUS = re.compile(r"[A-Z_]+: ")
+
 
 def _cause(error: BaseException) -> str:
     for kind, cause in ((PeerFailed, PEER), (ConfigError, CONFIGURATION), (NumericsError, NUMERICS), (BadHost, BAD_HOST)):
@@ -287,7 +291,7 @@ def _cause(error: BaseException) -> str:
             return cause
     link: BaseException | None = error
     while link is not None:
-        if type(link).__name__ == "JaxRuntimeError" and any(words in str(link) for words in PEER_WORDS):
+        if _STATUS.match(str(link)) and any(words in str(link) for words in PEER_WORDS):
             return PEER
         link = link.__cause__ or link.__context__
     return STORAGE if isinstance(error, SaveFailed) else EXCEPTION

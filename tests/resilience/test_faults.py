@@ -17,8 +17,9 @@ import chaos
 
 from baichuan_jax.config import ResilienceConfig
 from baichuan_jax.resilience.clock import Clock
+from baichuan_jax.resilience.exits import SaveFailed
 from baichuan_jax.resilience.ledger import CAUSES, read_ledger
-from baichuan_jax.resilience.watch import BEAT, Watch
+from baichuan_jax.resilience.watch import BEAT, Watch, _cause
 
 HANG = SILENCE = 8.0
 LISTEN_AND_WORDS = 2.5 + 3.0 + 2.0  # standing still before others are listened to, last words, keeping them
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(folder):
-    """Settings of a small run; its tokens are packed once."""
+    """Settings of a small run with copies on every host's disk; its tokens are packed once."""
     limits = (
         "--resilience.hang_seconds",
         str(HANG),
@@ -41,6 +42,10 @@ def words(folder):
         str(SILENCE),
         "--resilience.check_every",
         "0",
+        "--checkpoint.local_dir",
+        f"{folder}/disk-of-$BAICHUAN_JAX_HOST",
+        "--checkpoint.local_every",
+        "4",
     )
     return [*chaos.words_of(folder), *limits]
 
@@ -138,6 +143,17 @@ def test_who_has_compiled_first_waits_for_the_others(tmp_path):
     with clock("wait"):
         pass
     assert (watch._limit("dispatch"), watch._limit("wait"), watch._limit("evaluate")) == (5, 5, 50)
+
+
+def test_a_peer_s_failure_is_told_from_one_s_own():
+    """As fetching an array raises it: seen where another process had left between two steps."""
+    lost = "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22762"
+    assert _cause(ValueError(lost)) == "peer"
+    assert _cause(ValueError("the Gloo of our own")) == "exception"
+    assert _cause(SaveFailed("checkpoint 5 could not be written: No space left on device")) == "storage"
+    failed = SaveFailed("checkpoint 5 could not be written")
+    failed.__cause__ = ValueError(lost)
+    assert _cause(failed) == "peer"
 
 
 def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
