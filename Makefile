@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps eval-bench-deps plan-deps data-deps browser-deps train corpus corpus-scale test test-slow test-chaos test-slurm chaos lint types notebooks docs clean
+.PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -19,6 +19,9 @@ bench-deps: dev  ## and torch and transformers, for benchmarks and the tests tha
 eval-bench-deps: dev  ## and lm-eval, for benchmarks/evaluation.py and the test against it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval-bench.txt
 
+data-bench-deps: dev  ## and datatrove, for benchmarks/data_pipeline.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-data.txt -r requirements-data-bench.txt
+
 plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB, no driver needed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
 
@@ -30,6 +33,9 @@ browser-deps: dev  ## and playwright, for the tests in a browser (apt-get instal
 
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
+
+bench: bench-deps eval-bench-deps data-bench-deps plan-deps  ## every benchmark, small, beside its peers, into docs/benchmarks.md: ten minutes
+	exec $(BIN)/python benchmarks/all.py $(ARGS)
 
 CORPUS := runs/corpus
 corpus: data-deps  ## clean bundled text with planted noise and duplicates, show the funnel, judge the result: minutes

@@ -29,8 +29,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from results import Results
+
 from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
 from baichuan_jax.run import Run
 
 # Shorter limits than a cluster's, longer than a busy machine's pauses; three replicas; a save every few steps.
@@ -339,14 +340,13 @@ def main() -> int:
     straight = undisturbed(folder / "undisturbed", words_of(folder), last, options.hosts)
     common = set(disturbed) & set(straight)
     equal = len(common) >= last and all(disturbed[step] == straight[step] for step in common)
-    columns = ["kind", "rightly named", "detect", "localise", "recover"]
-    display.table("Faults: median / worst seconds", columns, _rows(outcomes, options.kinds))
-    display.say(
-        f"{sum(o.recovered for o in outcomes)} of {len(outcomes)} recovered; losses of {len(common)} steps equal: {equal}"
-    )
-    if options.json is not None:
-        figures = {"losses_equal": equal, "steps": last, "faults": [dataclasses.asdict(outcome) for outcome in outcomes]}
-        write_atomically(options.json, (json.dumps(figures, indent=1) + "\n").encode())
+    results = Results()
+    recovered = f"{sum(outcome.recovered for outcome in outcomes)} of {len(outcomes)} recovered"
+    results.table(
+        f"Faults, {recovered}, losses of {len(common)} steps {'equal' if equal else 'NOT EQUAL'}: median / worst seconds",
+        ["kind", "rightly named", "detect", "localise", "recover"], _rows(outcomes, options.kinds),
+    )  # fmt: skip
+    results.save(options.json, losses_equal=equal, steps=last, faults=[dataclasses.asdict(outcome) for outcome in outcomes])
     wrong = [o for o in outcomes if not o.right and o.named is not None]
     return 0 if equal and not wrong and all(o.recovered for o in outcomes) else 1
 

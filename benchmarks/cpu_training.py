@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywher
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -21,8 +20,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from results import Results
 
 from baichuan_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from baichuan_jax.config_file import load_config
@@ -143,14 +141,12 @@ def main() -> None:
         "overhead_seconds": overhead,
         "overhead_share": overhead / (ROWS * LENGTH / ours),
     }
-    table = Table("", "tokens/s", "of baichuan_jax")
-    for name, rate in {"baichuan_jax": ours, **rates}.items():
-        table.add_row(name, f"{rate:,.0f}", f"{rate / ours:.2f}")
-    Console().print(table)
-    print(f"{result['share_of_matmul_peak']:.1%} of {peak / 1e9:.0f} GFLOP/s, counting causal attention")
-    print(f"the loop adds {1e3 * overhead:.2f} ms to a step: {result['overhead_share']:.2%}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    results = Results()
+    rows = [[name, f"{rate:,.0f}", f"{rate / ours:.2f}"] for name, rate in {"baichuan_jax": ours, **rates}.items()]
+    of_peak = f"{result['share_of_matmul_peak']:.0%} of the matrix products' {peak / 1e9:.0f} GFLOP/s"
+    results.table(f"Training steps on this CPU (baichuan_jax: {of_peak})", ["", "tokens/s", "of baichuan_jax"], rows)
+    results.display.say(f"the loop adds {1e3 * overhead:.2f} ms to a step: {result['overhead_share']:.2%}")
+    results.save(options.json, **result)
 
 
 if __name__ == "__main__":

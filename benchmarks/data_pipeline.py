@@ -27,8 +27,7 @@ import threading
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from results import Results
 
 REPOSITORY = Path(__file__).parents[1]
 CLOCK = os.sysconf("SC_CLK_TCK")
@@ -185,7 +184,7 @@ def datatrove(corpus: Path, output: Path, grams: str) -> None:
     (output / "kept.json").write_text(json.dumps(kept))
 
 
-def peers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def peers(options: argparse.Namespace, folder: Path, results: Results) -> dict[str, Any]:
     """MB per CPU-second and recall of each, on the same corpus."""
     corpus = folder / "corpus"
     size = make_corpus(corpus, options.megabytes, options.input)
@@ -202,18 +201,13 @@ def peers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         measured = Measured(words, folder / f"{grams}.log")
         rows[f"datatrove, {grams}"] = _row(measured, size, recall(corpus, set(json.loads((output / "kept.json").read_text()))))
     ours = rows["baichuan_jax, documents only"]["mb_per_cpu_second"]
-    table = Table("", "CPU-seconds", "MB/CPU-second", "ours is faster", "recall of copies", "peak GB of a process")
+    lines = []
     for name, row in rows.items():
         faster = f"{ours / row['mb_per_cpu_second']:.1f} x" if name.startswith("datatrove") else "-"
-        table.add_row(
-            name,
-            f"{row['cpu_seconds']:.1f}",
-            f"{row['mb_per_cpu_second']:.3f}",
-            faster,
-            f"{row['recall']:.4f}",
-            f"{row['peak_gb']:.2f}",
-        )
-    Console(soft_wrap=True).print(table)
+        speed = [f"{row['cpu_seconds']:.1f}", f"{row['mb_per_cpu_second']:.3f}", faster]
+        lines.append([name, *speed, f"{row['recall']:.4f}", f"{row['peak_gb']:.2f}"])
+    columns = ["", "CPU-seconds", "MB/CPU-second", "ours is faster", "recall of copies", "peak GB of a process"]
+    results.table(f"Near-duplicate documents of {size / 1e6:.0f} MB", columns, lines)
     return {"bytes": size, "rows": rows}
 
 
@@ -224,7 +218,7 @@ def _row(measured: Measured, size: int, found: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def scale(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def scale(options: argparse.Namespace, folder: Path, results: Results) -> dict[str, Any]:
     """CPU-seconds of every stage by size of the corpus."""
     rows = []
     for megabytes in options.megabytes:
@@ -240,20 +234,20 @@ def scale(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         memory = {"peak_gb": measured.peak_gb, "sum_gb": measured.sum_gb}
         rows.append({"bytes": size, "cpu_seconds": measured.cpu_seconds, "seconds": measured.seconds, "stages": stages, **memory})
         print(f"{size / 1e6:.0f} MB: {measured.cpu_seconds:.0f} CPU-seconds", flush=True)
-        if options.json:  # what there is, should a later size not end
-            options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+        results.save(options.json, rows=rows)  # what there is, should a later size not end
     names = list(reversed(rows[0]["stages"]))
-    table = Table("MB", *names, "all", "all, a MB", "minutes", "peak GB of a process", "of all", title="CPU-seconds")
+    lines = []
     for row in rows:
         cells = [f"{row['stages'].get(name, 0):.1f}" for name in names]
         total = row["cpu_seconds"]
         cells += [f"{total:.1f}", f"{total / row['bytes'] * 1e6:.3f}", f"{row['seconds'] / 60:.1f}"]
-        table.add_row(f"{row['bytes'] / 1e6:.0f}", *cells, f"{row['peak_gb']:.2f}", f"{row['sum_gb']:.2f}")
-    Console(soft_wrap=True).print(table)
+        lines.append([f"{row['bytes'] / 1e6:.0f}", *cells, f"{row['peak_gb']:.2f}", f"{row['sum_gb']:.2f}"])
+    columns = ["MB", *names, "all", "all, a MB", "minutes", "peak GB of a process", "of all"]
+    results.table("CPU-seconds of the data pipeline by size", columns, lines)
     return {"rows": rows}
 
 
-def loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[str, Any]:
     """Rows a second that the loader gives for configs/tiny.yaml, beside what its training takes."""
     import jax
 
@@ -273,8 +267,8 @@ def loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     try:
         state = steps.init()
-        batch = next(batches)
-        step = steps.train.lower(state, batch, steps.stop_flag(False)).compile()
+        batch, wish = next(batches), steps.wish(0)
+        step = steps.train.lower(state, batch, wish).compile()
         reading, training = [], []
         for number in range(options.rounds * 20):
             began = time.perf_counter()
@@ -282,7 +276,7 @@ def loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             reading.append(time.perf_counter() - began)
             if number % 20 < 5:
                 began = time.perf_counter()
-                state, metrics = step(state, batch, steps.stop_flag(False))
+                state, metrics = step(state, batch, wish)
                 jax.block_until_ready(metrics)
                 training.append(time.perf_counter() - began)
     finally:
@@ -293,10 +287,9 @@ def loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "times": statistics.median(training) / statistics.median(reading),
         "share_of_step": statistics.median(reading) / (statistics.median(reading) + statistics.median(training)),
     }  # fmt: skip
-    print(
-        f"the loader gives {result['read_rows_per_second']:,.0f} rows a second and the training takes "
-        f"{result['trained_rows_per_second']:,.0f}: {result['times']:.0f} times, {result['share_of_step']:.2%} of a step"
-    )
+    figures = [f"{result[name]:,.0f}" for name in ("read_rows_per_second", "trained_rows_per_second", "times")]
+    columns = ["loader, rows/s", "training, rows/s", "times as fast", "of a step"]
+    results.table("The loader beside the training of configs/tiny.yaml", columns, [[*figures, f"{result['share_of_step']:.2%}"]])
     return result
 
 
@@ -325,9 +318,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        result = {"peers": peers, "scale": scale, "loader": loader}[options.command](options, folder)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        results = Results()
+        figures = {"peers": peers, "scale": scale, "loader": loader}[options.command](options, folder, results)
+    results.save(options.json, **figures)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 from exam import SAMPLE, make_ceval, make_mmlu
+from results import Results
 
 from baichuan_jax.config import ModelConfig
 from baichuan_jax.data.text import read_documents, split_files
@@ -190,18 +191,22 @@ def main() -> None:
             ("ceval, fixed order", Plan("ceval", ceval, subjects=SUBJECTS["ceval"], shot_order="file")),
             ("ceval, shuffled for every question", Plan("ceval", ceval, subjects=SUBJECTS["ceval"])),
         ):
-            found[title] = figures = measure(plan, checkpoint, sizes, options.repeats, folder)
-            print(
-                f"{title}: {figures['questions']} questions of {figures['prompt_tokens'] // figures['questions']} tokens: "
-                f"{figures['seconds']:.2f} s, lm-eval {figures['lm_eval_seconds'][figures['best_batch_size']]:.2f} s at batch size "
-                f"{figures['best_batch_size']}: {figures['speedup']:.1f} times as fast, {figures['cpu_speedup']:.1f} times in "
-                f"processor time; choices {'equal' if figures['choices_equal'] else 'NOT EQUAL'}, differences between answers "
-                f"within {figures['max_difference']:.1e}",
-                flush=True,
-            )
-    if options.json:
-        content = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "tasks": found}
-        Path(options.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            found[title] = measure(plan, checkpoint, sizes, options.repeats, folder)
+    results = Results()
+    rows = []
+    for title, figures in found.items():
+        theirs, times = figures["lm_eval_seconds"][figures["best_batch_size"]], (figures["speedup"], figures["cpu_speedup"])
+        row = [
+            title,
+            f"{figures['questions']}",
+            f"{figures['seconds']:.2f}",
+            f"{theirs:.2f}",
+            *(f"{value:.1f}" for value in times),
+        ]
+        rows.append([*row, "yes" if figures["choices_equal"] else "NO", f"{figures['max_difference']:.0e}"])
+    columns = ["5-shot", "questions", "s", "lm-eval's s", "times as fast", "in CPU time", "choices equal", "largest difference"]
+    results.table("Evaluation beside lm-eval with transformers", columns, rows)
+    results.save(options.json, device=jax.devices()[0].device_kind, cores=os.cpu_count(), tasks=found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywher
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +22,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from results import Results
 from tqdm import tqdm
 
 from baichuan_jax.config import Config
@@ -168,7 +165,7 @@ def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> 
     return candidates, (x, weight, added) if residual else (x, weight), (dy, dtotal) if residual else (dy,)
 
 
-def run_attention(options: argparse.Namespace, dtype: str) -> dict:
+def run_attention(options: argparse.Namespace, dtype: str, shown: Results) -> dict:
     candidates, inputs, cotangents = attention_candidates(options, dtype)
     prepare(candidates, lambda q, k, v: (reference.attention(q, k, v),), inputs, cotangents)
     size = 1024 if jax.default_backend() == "cpu" else 8192
@@ -177,10 +174,10 @@ def run_attention(options: argparse.Namespace, dtype: str) -> dict:
     measure([product, *candidates], options.rounds)
     B, T, N, H = inputs[0].shape
     title = f"attention {dtype}: batch {B}, {T} tokens, {N} heads of {H}"
-    return report(title, candidates, product, "FLOP/s")
+    return report(title, candidates, product, "FLOP/s", shown)
 
 
-def run_norm(options: argparse.Namespace, dtype: str, residual: bool) -> dict:
+def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Results) -> dict:
     candidates, inputs, cotangents = norm_candidates(options, dtype, residual)
 
     def exact(x, weight, *added):
@@ -191,18 +188,16 @@ def run_norm(options: argparse.Namespace, dtype: str, residual: bool) -> dict:
     copy = plain_call("a copy", jnp.negative, 2.0 * inputs[0].nbytes, inputs[0])
     measure([copy, *candidates], options.rounds)
     title = f"rms_norm {'with residual ' if residual else ''}{dtype}: {inputs[0].shape[1]} rows of {inputs[0].shape[2]}"
-    return report(title, candidates, copy, "B/s")
+    return report(title, candidates, copy, "B/s", shown)
 
 
-def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str) -> dict:
+def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Results) -> dict:
     """Print a table and return the same as a dictionary. Shares are of the yardstick's rate, measured in the same rounds."""
     peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
     scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
-    caption = f"both: forward and backward. Share: of {yardstick.name}, {peak / scale:,.1f} {prefix}{unit}"
-    table = Table(title=title, caption=caption, box=SIMPLE)
-    table.add_column(no_wrap=True)
-    for heading in ("fwd ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"):
-        table.add_column(heading, justify="right")
+    caption = f"both: forward and backward; share: of {yardstick.name}, {peak / scale:,.1f} {prefix}{unit}"
+    columns = ["", "fwd ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"]
+    lines = []
     results: dict[str, dict] = {}
     for candidate in candidates:
         if candidate.why_not:
@@ -214,13 +209,12 @@ def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: 
             rate = candidate.work[name] / seconds
             row[name] = {"seconds": seconds, unit: rate, "share": rate / peak}
             cells += [f"{1e3 * seconds:,.2f}", f"{rate / scale:,.1f}", f"{rate / peak:.0%}"]
-        table.add_row(*cells, f"{candidate.error:.0e}")
+        lines.append([*cells, f"{candidate.error:.0e}"])
         results[candidate.name] = row
-    console = Console()
-    console.print(table)
+    shown.table(f"{title} ({caption})", columns, lines)
     for candidate in candidates:
         if candidate.why_not:
-            console.print(f"  {candidate.name}: not timed: {candidate.why_not}", highlight=False, markup=False)
+            shown.display.say(f"  {candidate.name}: not timed: {candidate.why_not}")
     return {"title": title, "measured_peak": peak, "implementations": results}
 
 
@@ -254,25 +248,19 @@ def main() -> None:
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}; one device is used")
     sheet, source = (None, "") if device.platform == "cpu" else peak_flops(Config(), device)
-    results = []
+    results, shown = [], Results()
     # As the model does: float32 products stay float32 where the backend would round them.
     with jax.default_matmul_precision("float32" if options.dtype == "float32" else "default"):
         if options.operator != "rms_norm":
-            results.append(run_attention(options, options.dtype))
+            results.append(run_attention(options, options.dtype, shown))
             if sheet:
                 print(f"the matrix product reaches {results[0]['measured_peak'] / sheet:.0%} of the data sheet ({source})")
         if options.operator != "attention":
-            results += [run_norm(options, options.dtype, residual) for residual in (False, True)]
-    if options.json:
-        saved = {
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "tokamax": tokamax and tokamax.__version__,
-            "options": vars(options),
-            "data_sheet_flops": sheet,
-            "results": results,
-        }
-        Path(options.json).write_text(json.dumps(saved, indent=1), encoding="utf-8")
+            results += [run_norm(options, options.dtype, residual, shown) for residual in (False, True)]
+    shown.save(
+        options.json, device=device.device_kind, jax=jax.__version__, tokamax=tokamax and tokamax.__version__,
+        options=vars(options), data_sheet_flops=sheet, results=results,
+    )  # fmt: skip
     wrong = [
         f"{result['title']}: {name}"
         for result in results

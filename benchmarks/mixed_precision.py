@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
 
 import argparse
-import json
 import statistics
 import tempfile
 
 from matplotlib.figure import Figure
+from results import Results
 
 from baichuan_jax.config_file import load_config
 from baichuan_jax.train import train
@@ -40,9 +40,18 @@ def main() -> None:
     curves = {dtype: curve for dtype, (curve, _) in found.items()}
     ends = {dtype: validation for dtype, (_, validation) in found.items()}
     difference = ends["bfloat16"] / ends["float32"] - 1
-    print(f"validation loss after {options.steps} steps: {ends}; bfloat16 differs by {difference:+.3%}")
     last = {dtype: statistics.fmean(list(curve.values())[-5:]) for dtype, curve in curves.items()}
-    print(f"training loss, mean of the last 5 steps: {last}; {last['bfloat16'] / last['float32'] - 1:+.3%}")
+    results = Results()
+    rows = [
+        [
+            name,
+            *(f"{values[dtype]:.4f}" for dtype in ("float32", "bfloat16")),
+            f"{values['bfloat16'] / values['float32'] - 1:+.2%}",
+        ]
+        for name, values in (("validation loss", ends), ("training loss, mean of the last 5 steps", last))
+    ]
+    title = f"{options.steps} steps of configs/tiny.yaml from the same weights on the same rows"
+    results.table(title, ["", "float32", "bfloat16", "difference"], rows)
     if options.plot:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
@@ -52,8 +61,7 @@ def main() -> None:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(options.plot, dpi=120)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"difference": difference, "curves": curves}, indent=1), encoding="utf-8")
+    results.save(options.json, difference=difference, curves=curves)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ trusted to.
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from jax.sharding import AbstractMesh
+from results import Results
 from tqdm import tqdm
 
 from baichuan_jax import hlo, roofline
-from baichuan_jax.console import Display
 from baichuan_jax.hardware import Topology, parse_topology
 from baichuan_jax.sharding import AXES
 
@@ -85,8 +84,6 @@ ROWS = [
         "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"),
     *(_maxtext(nodes, tflops) for nodes, tflops in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))),
 ]  # fmt: skip
-# What the original reached on 1,000 A800; how many rows it ran and what it recomputed is not published.
-ORIGINAL_TFLOPS = 182.0
 
 
 def compiled(row: Row, cache: Path) -> hlo.Program:
@@ -129,15 +126,16 @@ def fit(rows: list[Row], seconds: dict[tuple[str, float, float], float]) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=["a100", "h100"], default=["a100", "h100"], help="(default: both)")
     parser.add_argument("--cache", type=Path, default=Path("cache/plan"), help="folder of compiled programs")
     parser.add_argument("--json", metavar="FILE", help="save the table")
     options = parser.parse_args()
     programs = {}
-    for row in ROWS:
+    for row in [row for row in ROWS if row.topology.split(":")[0] in options.kinds]:
         print(f"compiling {row.name} ({row.topology})", file=sys.stderr)
         programs[row.name] = compiled(row, options.cache)
     table, lines = [], []
-    for kind in ("a100", "h100"):
+    for kind in options.kinds:
         rows = [row for row in ROWS if row.topology.startswith(kind)]
         seconds = {}
         for row in tqdm(rows, desc=f"predicting on {kind}", disable=None):
@@ -157,9 +155,9 @@ def main() -> None:
             lines.append([row.name, row.topology, f"{row.seconds:.3f}", f"{found:.3f}", f"{found / row.seconds - 1:+.1%}",
                           f"{matmul:.2f}", f"{network:.2f}"])  # fmt: skip
     columns = ["run", "cluster", "measured s", "predicted s", "error", "products", "network"]
-    Display().table("Each row predicted with rates fitted on the others", columns, lines)
-    if options.json:
-        Path(options.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    results = Results()
+    results.table("Published runs, each predicted with rates fitted on the others", columns, lines)
+    results.save(options.json, rows=table)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ SIZES = ["--length", "40", "--heads", "2", "--head-size", "8", "--rows", "9", "-
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
     """The benchmark as a module, its command line set."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     spec = importlib.util.spec_from_file_location("kernels_benchmark", REPOSITORY / "benchmarks" / "kernels.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     spec.loader.exec_module(module)
 
     monkeypatch.setattr(sys, "argv", ["kernels.py", *SIZES, "--json", str(tmp_path / "figures.json")])

@@ -147,7 +147,9 @@ def test_who_has_compiled_first_waits_for_the_others(tmp_path):
 
 def test_a_peer_s_failure_is_told_from_one_s_own():
     """As fetching an array raises it: seen where another process had left between two steps."""
-    lost = "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22762"
+    lost = (
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22762"
+    )
     assert _cause(ValueError(lost)) == "peer"
     assert _cause(ValueError("the Gloo of our own")) == "exception"
     assert _cause(SaveFailed("checkpoint 5 could not be written: No space left on device")) == "storage"

@@ -1,0 +1,118 @@
+"""Run every benchmark at a small size and write its tables into docs/benchmarks.md: `make bench`, about ten minutes on two cores.
+
+    python benchmarks/all.py [NAME ...] [--docs FILE]
+
+Each runs alone, and compares with a peer or a limit measured in the same run. A name runs that one only and replaces its table only.
+What is compared with has to be installed: requirements-bench.txt, -eval-bench.txt, -data.txt, -data-bench.txt and -plan.txt.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+
+from baichuan_jax.console import Display
+from baichuan_jax.files import write_atomically
+
+REPOSITORY = Path(__file__).parents[1]
+BENCHMARKS = {
+    "training": "cpu_training.py --rounds 3",
+    "mixed precision": "mixed_precision.py --steps 20",
+    "kernels": "kernels.py --rounds 5",
+    "checkpoints": "checkpoint.py --gigabytes 1",
+    "faults": "chaos.py --faults 3 --kinds kill hang truncate",
+    "evaluation": "evaluation.py --questions 8 --repeats 1 --batch_sizes 16",
+    "data peers": "data_pipeline.py peers --megabytes 2",
+    "data scale": "data_pipeline.py scale --megabytes 2 4 8",
+    "data loader": "data_pipeline.py loader",
+    "plan": "plan_validation.py --kinds a100",
+}
+PACKAGES = ("jax", "torch", "transformers", "tokamax", "lm_eval", "datatrove")
+BEGIN, END = "<!-- {}: written by make bench -->", "<!-- end -->"
+
+
+def machine() -> str:
+    """This machine in words."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB"
+
+
+def versions() -> str:
+    """Of what was compared, as far as it is installed."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
+def markdown(command: str, tables: Iterable[dict], seconds: float) -> str:
+    """Tables of one benchmark, with the command, machine and date."""
+    parts = [f"`python benchmarks/{command}` ({datetime.date.today()}, {seconds:.0f} s)"]
+    for table in tables:
+        lines = [f"**{table['title']}**", "", "| " + " | ".join(table["columns"]) + " |", "|---" * len(table["columns"]) + "|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table["rows"]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def put(text: str, name: str, content: str) -> str:
+    """A page with what stands between the two comments of a name replaced."""
+    begin = BEGIN.format(name)
+    found = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
+    if not found.search(text):
+        raise SystemExit(f"no place for {name!r}: expected a line {begin!r} and below it {END!r}")
+    return found.sub(lambda _: f"{begin}\n\n{content}\n\n{END}", text, count=1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "benchmarks.md", help="page to write into")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    display, failed, began = Display(), [], time.monotonic()
+    chosen = options.names or list(BENCHMARKS)
+    for number, name in enumerate(chosen, 1):
+        display.say(f"{number}/{len(chosen)} {name}: python benchmarks/{BENCHMARKS[name]}", style="bold")
+        script, *words = BENCHMARKS[name].split()
+        with tempfile.TemporaryDirectory() as folder:
+            file, log, since = Path(folder) / "figures.json", Path(folder) / "log", time.monotonic()
+            with open(log, "wb") as errors:
+                command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *words, "--json", str(file)]
+                code = subprocess.run(command, stderr=errors, cwd=REPOSITORY, check=False).returncode
+            if code or not file.exists():
+                failed.append(name)
+                display.say(f"{name} ended with {code}:\n{log.read_text(errors='replace')[-2000:]}", style="red")
+                continue
+            tables = json.loads(file.read_text(encoding="utf-8"))["tables"]
+        text = put(options.docs.read_text(encoding="utf-8"), name, markdown(BENCHMARKS[name], tables, time.monotonic() - since))
+        text = put(text, "machine", f"{machine()}; Python {platform.python_version()}, {versions()}.")
+        write_atomically(options.docs, text.encode())
+    display.say(
+        f"{len(chosen) - len(failed)} of {len(chosen)} in {(time.monotonic() - began) / 60:.1f} minutes; see {options.docs}"
+    )
+    if failed:
+        display.say(f"failed: {', '.join(failed)}", style="red")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""What a benchmark found: tables for a person and, in JSON, the same with all figures; benchmarks/all.py puts them together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from baichuan_jax.console import Display
+
+
+class Results:
+    """Tables are shown as they come; `save` writes them with the figures behind them, where a file is named."""
+
+    def __init__(self) -> None:
+        self.display = Display()
+        self._tables: list[dict[str, Any]] = []
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        self.display.table(title, columns, rows)
+        self._tables.append({"title": title, "columns": columns, "rows": rows})
+
+    def save(self, path: Path | str | None, **figures: Any) -> None:
+        if path is not None:
+            Path(path).write_text(json.dumps({**figures, "tables": self._tables}, indent=1, ensure_ascii=False), encoding="utf-8")
