@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,10 @@ def described_devices(topology: Topology) -> list[Any]:
     return list(described.devices)
 
 
-def compile_step(config: Config, devices: list[Any], profile: Path | None = None) -> Compiled:
-    """Trace and compile the training step of step.py. Raises ConfigError where mesh and model do not fit each other.
+def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
+    """Trace the training step of step.py; what is returned compiles it. Raises ConfigError where mesh and model do not fit each other.
 
-    profile: instructions' times for XLA's scheduler (roofline.schedule_profile).
+    It takes a `profile`: a file of instructions' times for XLA's scheduler (roofline.schedule_profile), or None.
     """
     import jax
     import jax.numpy as jnp
@@ -128,22 +128,25 @@ def compile_step(config: Config, devices: list[Any], profile: Path | None = None
     names = ["inputs", "labels", *(["segment_ids", "positions"] if config.data.document_mask else [])]
     stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
     lowered = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding))
-    compiled = lowered.compile({PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None)
-    memory = compiled.memory_analysis()
 
     def on_one_device(tree: Any) -> int:
         leaves = jax.tree.leaves(tree)
         return sum(int(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
 
-    return Compiled(
-        config, mesh, compiled.as_text(),
-        {
-            "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        },
-        {"parameters": on_one_device(state.params), "optimiser": on_one_device(state.opt_state)},
-        time.perf_counter() - began,
-    )  # fmt: skip
+    def compile_it(profile: Path | None = None) -> Compiled:
+        compiled = lowered.compile({PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None)
+        memory = compiled.memory_analysis()
+        return Compiled(
+            config, mesh, compiled.as_text(),
+            {
+                "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
+                "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+            },
+            {"parameters": on_one_device(state.params), "optimiser": on_one_device(state.opt_state)},
+            time.perf_counter() - began,
+        )  # fmt: skip
+
+    return compile_it
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Config]:
@@ -162,12 +165,12 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
     rates = dataclasses.replace(rates_for(topology), **options["rates"])
     devices = described_devices(topology)
     if not options["search"]:
-        return _compile_twice(config, devices, topology, rates, options)
+        return _compile_twice(trace_step(config, devices), topology, rates, options)
     tried, found = [], []
     bar = tqdm(list(candidates(config, topology.num_devices)), desc="compiling candidates", unit="program", disable=None)
     for candidate in bar:
         try:
-            result = report(compile_step(candidate, devices), topology, rates)
+            result = report(trace_step(candidate, devices)(), topology, rates)
             result["config"] = candidate
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -184,20 +187,20 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
             "raise mesh.fsdp or mesh.tensor, or use more devices"
         )
     best = min(found, key=lambda item: item["predicted_step_seconds"])
-    return {**_compile_twice(best["config"], devices, topology, rates, options), "search": tried}
+    return {**_compile_twice(trace_step(best["config"], devices), topology, rates, options), "search": tried}
 
 
 def _compile_twice(
-    config: Config, devices: list[Any], topology: Topology, rates: Rates, options: dict[str, Any]
+    compile_it: Callable[..., Compiled], topology: Topology, rates: Rates, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Compile, predict each instruction's time, and on GPUs let XLA schedule again with these (kept as a file for training)."""
-    compiled = compile_step(config, devices)
+    compiled = compile_it()
     first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
     added = {}
-    if topology.hardware.platform == "gpu" and config.train.schedule_profile is None:
+    if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
         path = _output(options, topology, ".pbtxt")
         path.write_text(schedule_profile(first), encoding="utf-8")
-        compiled = compile_step(config, devices, path)
+        compiled = compile_it(path)
         added = {"schedule_profile": str(path), "predicted_step_seconds_without_profile": first.seconds}
     if options["hlo"]:
         Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
