@@ -39,7 +39,7 @@ class LocalCopies:
         self._rollbacks, self._checkpoints, self._target = rollbacks, checkpoints, as_items(checkpoints.target)
         self._writer = gather("local/hosts", host).index(host) == jax.process_index()
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._rounds = 0
         leaves = zip(names_of(self._target), jax.tree.leaves(self._target), strict=True)
         parts = [name for name, leaf in leaves if not _is_whole(leaf)]
@@ -50,7 +50,7 @@ class LocalCopies:
             )
 
     def save(self, state: Any, step: int, position: int) -> None:
-        """Start a copy; returns once the state is in the host's memory. Raises OSError where the one before failed."""
+        """Start a copy; returns once the state is in the host's memory. Raises what the one before failed with."""
         self.finish()
         digest = self._checkpoints.digest(state)  # on all devices together
         if not self._writer:
@@ -71,7 +71,7 @@ class LocalCopies:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for the copy under way and let it count, in place of the one before. Raises OSError where it failed."""
+        """Wait for the copy under way and let it count, in place of the one before. Raises what it failed with."""
         if self._thread is None:
             return
         self._thread.join()
@@ -94,7 +94,7 @@ class LocalCopies:
                     _assemble(leaf, pieces).tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
+        except Exception as error:  # whatever it is, this copy does not count
             self._error = error
             self._draft.unlink(missing_ok=True)
 
@@ -120,12 +120,8 @@ class LocalCopies:
             if not any(bad):
                 return Restored(state, step, head["position"])
             damaged = [process for process, count in enumerate(bad) if count and (everywhere or process == source)]
-            report(
-                "local_copy_corrupt",
-                step=step,
-                path=str(self._folder),
-                reason=f"not the bits that were saved, on processes {damaged}",
-            )
+            reason = f"not the bits that were saved, on processes {damaged}"
+            report("local_copy_corrupt", step=step, path=str(self._folder), reason=reason)
             if jax.process_index() in damaged and path is not None:
                 path.unlink(missing_ok=True)
 

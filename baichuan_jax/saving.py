@@ -91,7 +91,7 @@ class Saver:
         try:
             with self._clock(CHECKPOINT):
                 self.copies.finish()
-        except OSError as error:
+        except Exception as error:
             self._writer.event("local_copy_failed", step=step, reason=str(error))
             say(f"the copy of step {step} in checkpoint.local_dir failed and does not count: {error}")
             return

@@ -43,7 +43,20 @@ MODEL = (
     "--metrics.tensorboard", "false", "--data.validation", "{}",
     "--data.train", "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}",
 )  # fmt: skip
-KINDS = ("kill", "kill in a save", "stop", "hang", "exception", "nan", "bits", "truncate", "port", "slow", "quota")
+KINDS = (
+    "kill",
+    "kill in a save",
+    "kill in a start",
+    "stop",
+    "hang",
+    "exception",
+    "nan",
+    "bits",
+    "truncate",
+    "port",
+    "slow",
+    "quota",
+)
 FULL_DISK = "full disk"  # one more kind, where this is root: the checkpoints lie on a small file system of their own, in memory
 DISK_MIB, FILLER = 64, ".filler"
 STORAGE = {FULL_DISK: "No space left", "quota": "too large"}  # kinds that are nobody's fault, and what a verdict must say
@@ -223,7 +236,7 @@ def inflict(cluster: Cluster, kind: str, process: int) -> float:
         os.kill(cluster.pid(process), signal.SIGSTOP)
     elif kind == FULL_DISK:
         cluster.fill()
-    elif kind in ("kill", "kill in a save", "truncate", "port"):
+    elif kind in ("kill", "kill in a save", "kill in a start", "truncate", "port"):
         port = int(cluster.file("coordinator")["address"].rsplit(":", 1)[1])
         os.kill(cluster.pid(process), signal.SIGKILL)
         if kind == "port":  # another program has taken process 0's port by the time that the next launch wants it
@@ -235,9 +248,13 @@ def inflict(cluster: Cluster, kind: str, process: int) -> float:
 
 def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
     """Inflict a fault and wait until the run goes on."""
+    cluster.steps()
+    if kind == "kill in a start":  # of the launch that follows another kill, before it has done a step
+        before = cluster.attempt
+        os.kill(cluster.pid(process), signal.SIGKILL)
+        cluster.wait(lambda: cluster.attempt > before and cluster.file("plan"), "no launch after a kill")
     attempt = cluster.attempt
     culprit = cluster.file("plan")["hosts"][process]
-    cluster.steps()
     began = inflict(cluster, kind, process)
     if kind == "slow":
         return _suffer_slowness(cluster, process, culprit, began)
