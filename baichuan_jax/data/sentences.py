@@ -160,11 +160,12 @@ def _anchors(letters: list[str], runs: list[int]) -> list[np.ndarray]:
     return np.split(hashes[chosen].view(np.int64), borders[:-1])
 
 
-def find_repeated(engine: Engine, table: DataFrame, anchors: int, config: SentencesConfig) -> tuple[DataFrame, DataFrame]:
+def find_repeated(
+    engine: Engine, table: DataFrame, compared: int, anchors: int, config: SentencesConfig
+) -> tuple[DataFrame, DataFrame]:
     """What goes: (doc, start, stop, bytes) of sentences, and (doc) of documents of which too little would be left."""
-    groups = _equal(table)
+    groups = engine.in_buckets(compared, _equal, (table.select("sentence", "exact"), "exact"))
     if config.near:
-        groups = engine.keep(groups)
         repeated = groups.where(col("sentence") != col("kept")).select("sentence")
         near = _nearly_equal(engine, table.join(repeated, on="sentence", how="anti"), anchors, config)
         onward = near.select(col("sentence").alias("kept"), col("kept").alias("onward"))
@@ -173,7 +174,8 @@ def find_repeated(engine: Engine, table: DataFrame, anchors: int, config: Senten
         )
         alone = near.join(groups.select("sentence"), on="sentence", how="anti")
         groups = groups.concat(alone)
-    groups = engine.keep(groups.join(table.select("sentence", "doc", "start", "stop", "bytes", "size"), on="sentence"))
+    places = table.select("sentence", "doc", "start", "stop", "bytes", "size")
+    groups = engine.in_buckets(compared, _placed, (groups, "sentence"), (places, "sentence"))
     emptied = engine.keep(_emptied(_all_but_first(groups), config))
     # What stayed in a document that goes now makes way for the next one like it. Other documents only gain, so none goes after that.
     return _all_but_first(groups.join(emptied, on="doc", how="anti")).select("doc", "start", "stop", "bytes"), emptied
@@ -183,7 +185,11 @@ def _equal(table: DataFrame) -> DataFrame:
     """(sentence, kept) of all sentences whose letters occur more than once; kept is the first of them."""
     several = table.groupby("exact").agg(col("sentence").min().alias("kept"), col("sentence").max().alias("last"))
     several = several.where(col("kept") < col("last")).select("exact", "kept")
-    return table.select("sentence", "exact").join(several, on="exact").select("sentence", "kept")
+    return table.join(several, on="exact").select("sentence", "kept")
+
+
+def _placed(groups: DataFrame, places: DataFrame) -> DataFrame:
+    return groups.join(places, on="sentence")
 
 
 def _all_but_first(groups: DataFrame) -> DataFrame:

@@ -160,11 +160,11 @@ class Plan:
         stage = self.stage("sentence-keys", documents.key, *self.keys, config)
         gone = self.removed().select(_part(), col("doc").alias("gone")).groupby("part").agg(col("gone").list_agg())
         counts = self.engine.run(stage, sentences.find_sentences, self.numbers, gone, documents, config)
-        anchors = sum(count["anchors"] for count in counts)
+        compared, anchors = (sum(count[name] for count in counts) for name in ("compared", "anchors"))
         table = read_table(stage)
 
         def find() -> DataFrame:
-            cuts, emptied = sentences.find_repeated(self.engine, table, anchors, config)
+            cuts, emptied = sentences.find_repeated(self.engine, table, compared, anchors, config)
             none = lit(None).cast(DataType.int64())
             return cuts.concat(emptied.select("doc", *(none.alias(name) for name in ("start", "stop", "bytes"))))
 
