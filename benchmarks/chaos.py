@@ -237,10 +237,10 @@ def inflict(cluster: Cluster, kind: str, process: int) -> float:
     elif kind == FULL_DISK:
         cluster.fill()
     elif kind in ("kill", "kill in a save", "kill in a start", "truncate", "port"):
-        port = int(cluster.file("coordinator")["address"].rsplit(":", 1)[1])
+        coordinator = cluster.file("coordinator")  # None where a launch has only begun
         os.kill(cluster.pid(process), signal.SIGKILL)
         if kind == "port":  # another program has taken process 0's port by the time that the next launch wants it
-            cluster.take(port)
+            cluster.take(int(coordinator["address"].rsplit(":", 1)[1]))
     else:
         now = cluster.inject(kind, process)
     return now
