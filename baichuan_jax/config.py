@@ -346,7 +346,7 @@ class ResilienceConfig:
     silence_seconds: float = 10.0
     """A process whose heartbeat, one a second, is not heard for this long is taken for dead; the others leave with 76."""
     spike_deviations: float = 20.0
-    """A loss or gradient norm so many deviations above the median of the last 128 steps is a spike: back to a checkpoint. 0: never."""
+    """A loss, or three gradient norms in a row, so many deviations above the last 128 steps' median: to a checkpoint. 0: never."""
     max_skips: int = 5
     """Windows of data that a run leaves out by itself before it gives up."""
     check_every: int = 0

@@ -269,7 +269,8 @@ class Trainer:
         if values["wish"] == ROLL_BACK:
             self._numbers_broke(*(self._spike or ("process 0 saw a spike", step, position, position + 1)))
         if self._spike is None and (spike := self.spikes.check(loss=values["loss"], grad_norm=values["grad_norm"])):
-            self._spike = (f"step {step}: {spike}", step, position, position + 1)
+            words, steps = spike
+            self._spike = (f"step {step}: {words}", step - steps + 1, position - steps + 1, position + 1)
 
     def _check(self, batch: dict[str, jax.Array]) -> None:
         """Whether all replicas compute the same bits. Raises BadHost on all processes where they do not."""

@@ -25,19 +25,20 @@ def test_notebooks_are_kept_without_outputs(path):
 
 
 @pytest.mark.notebook
-def test_quickstart_trains_plots_and_samples(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [24, pytest.param(120, marks=pytest.mark.slow)])  # 120: as it stands
+def test_quickstart_trains_plots_and_samples(tmp_path, monkeypatch, steps):
     notebook = nbformat.read(REPOSITORY / "notebooks" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:  # few steps, and nothing left behind in the repository
-        cell.source = cell.source.replace("train.num_steps=120", "train.num_steps=24").replace(
+        cell.source = cell.source.replace("train.num_steps=120", f"train.num_steps={steps}").replace(
             '"run_dir=runs/quickstart"', f'"run_dir={tmp_path}/run", "data.cache_dir={tmp_path}/cache"'
         )
     outputs = execute(notebook, tmp_path, monkeypatch)
     text = str(outputs)
     assert "validation loss" in text
-    assert "completed, 24 steps" in text
+    assert f"completed, {steps} steps" in text
     assert "<table>" in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert (tmp_path / "run" / "checkpoints" / "24").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / str(steps)).is_dir()
 
 
 @pytest.mark.notebook

@@ -12,15 +12,20 @@ ENOUGH = 64  # of them must be there before anything is called a spike
 FLOOR = 0.2
 
 
+# Steps in a row above the limit that make a spike. One large gradient is clipped and does no harm: ordinary data have some.
+IN_A_ROW = {"loss": 1, "grad_norm": 3}
+
+
 class Spikes:
     """Notices losses and gradient norms above median + k * 1.4826 MAD of the last steps (1.4826 MAD is a normal's deviation)."""
 
     def __init__(self, mads: float, losses: list[float]) -> None:
         self._mads = mads
         self._windows = {"loss": deque(losses[-WINDOW:], WINDOW), "grad_norm": deque(maxlen=WINDOW)}
+        self._above = dict.fromkeys(IN_A_ROW, 0)
 
-    def check(self, **values: float) -> str | None:
-        """Words on the figure of a step that is a spike, or None. Values that are spikes do not become usual."""
+    def check(self, **values: float) -> tuple[str, int] | None:
+        """Words on what has become a spike, and over how many steps; or None. What is above the limit does not become usual."""
         if not self._mads:
             return None
         found = None
@@ -30,8 +35,11 @@ class Spikes:
                 median = statistics.median(window)
                 spread = 1.4826 * statistics.median(abs(other - median) for other in window)
                 limit = median + max(self._mads * spread, FLOOR * abs(median))
+                self._above[name] = self._above[name] + 1 if value > limit else 0
                 if value > limit:
-                    found = f"{name} {value:.4g} is above {limit:.4g}: median {median:.4g} + {self._mads:g} deviations of {spread:.3g}"
+                    words = f"median {median:.4g} + {self._mads:g} deviations of {spread:.3g}"
+                    if self._above[name] >= IN_A_ROW[name]:
+                        found = (f"{name} {value:.4g} is above {limit:.4g}: {words}", self._above[name])
                     continue
             if math.isfinite(value):
                 window.append(value)
