@@ -28,7 +28,7 @@ from baichuan_jax.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = {
-    "training": "cpu_training.py --rounds 3",
+    "training": "cpu_training.py --rounds 7",
     "mixed precision": "mixed_precision.py --steps 20",
     "kernels": "kernels.py --rounds 5",
     "checkpoints": "checkpoint.py --gigabytes 1",
