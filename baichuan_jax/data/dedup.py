@@ -6,6 +6,7 @@ components by alternating large and small stars (Kiveris et al. 2014, https://do
 document stays, by quality, then length, then place in the input; the others go if they are like one that stays.
 """
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -52,11 +53,11 @@ def signatures(
             continue
         table = table.take(fit)
         texts = table["text"].to_pylist()
-        units = [units_of(text, lang) for text, lang in zip(texts, table["lang"].to_pylist(), strict=True)]
+        units = units_of(texts, table["lang"].to_pylist())
         rank = (scores[fit] * (1 << 20)).astype(np.int64) << 32 | np.array([min(len(text), (1 << 32) - 1) for text in texts])
         hashes = minhash(units)
         exact = [
-            int.from_bytes(hashlib.blake2b(u.replace(" ", "").encode(), digest_size=8).digest(), "little", signed=True)
+            int.from_bytes(hashlib.blake2b(u.encode().translate(None, b" "), digest_size=8).digest(), "little", signed=True)
             for u in units
         ]
         bands = _bands(hashes[:, : config.bands * config.rows].reshape(len(fit), config.bands, config.rows))
@@ -74,8 +75,34 @@ def signatures(
     return number
 
 
-def units_of(text: str, lang: str) -> str:
-    """A text's letters and digits, of one width and case, in units with a space between: characters (Chinese) or words."""
+def units_of(texts: list[str], langs: list[str]) -> list[str]:
+    """Each text's letters and digits, of one width and case, in units with a space between: characters (Chinese) or words."""
+    chinese = iter(_spaced([text for text, lang in zip(texts, langs, strict=True) if lang == "zh"]))
+    units = [next(chinese) if lang == "zh" else "" for lang in langs]
+    # What is not yet of one width, as Chinese with Latin letters may be, takes the long way.
+    return [
+        unit if lang == "zh" and unicodedata.is_normalized("NFKC", unit) else _units_of(text, lang)
+        for text, lang, unit in zip(texts, langs, units, strict=True)
+    ]
+
+
+@functools.cache
+def _letters() -> np.ndarray:
+    """Whether each code point is a letter or digit."""
+    return np.array([chr(point).isalnum() for point in range(0x110000)])
+
+
+def _spaced(texts: list[str]) -> list[str]:
+    """Letters and digits of each text in lower case with a space between: all texts at once, in a quarter of the time."""
+    line, space = ord("\n"), ord(" ")
+    points = np.frombuffer("\n".join(text.replace("\n", " ") for text in texts).casefold().encode("utf-32-le"), np.uint32)
+    kept = points[_letters()[points] | (points == line)]
+    spaced = np.full(2 * len(kept), space, np.uint32)
+    spaced[::2] = kept
+    return [text.strip(" ") for text in spaced.tobytes().decode("utf-32-le").split("\n")] if texts else []
+
+
+def _units_of(text: str, lang: str) -> str:
     if text.isascii() and lang != "zh":  # most English text; the same in a third of the time
         return " ".join(text.translate(_ASCII).split())
     words = _NO_LETTERS.sub(" ", text)

@@ -32,12 +32,12 @@ from baichuan_jax import __version__
 from baichuan_jax.config import ConfigError
 from baichuan_jax.files import publish, write_atomically
 
-VERSION = 2  # of the files of all stages: a change makes finished stages anew
+VERSION = 3  # of the files of all stages: a change makes finished stages anew
 ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
 START_AGAIN = "; free some and start again: what is finished is kept"  # after an error of a full disk
 FAILED = "failed"  # a file in a stage's folder: a task of it has failed
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
-PARQUET = {"compression": "zstd", "compression_level": 3, "write_statistics": False, "store_schema": False}
+PARQUET = {"compression": "zstd", "compression_level": 1, "write_statistics": False, "store_schema": False}
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,18 @@ def test_hashes_estimate_the_jaccard_similarity():
             other = [rng.choice(words) if rng.random() < share else word for word in base]
             grams = [{tuple(text[i : i + 5]) for i in range(596)} for text in (base, other)]
             true = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
-            a, b = minhash([units_of(space.join(text), lang) for text in (base, other)]).astype(np.uint16)
+            a, b = minhash(units_of([space.join(text) for text in (base, other)], [lang] * 2)).astype(np.uint16)
             found = similarity([a.tobytes()], [b.tobytes()])[0]
             assert abs(found - true) <= 4 * (true * (1 - true) / HASHES) ** 0.5 + 1e-9
 
 
 def test_width_case_and_punctuation_do_not_count():
-    assert units_of("Ｈｅｌｌｏ,  WORLD! don't", "en") == "hello world don t"
-    assert units_of("你好，世界！ＡＢ", "zh") == "你 好 世 界 a b"
+    texts = ["Ｈｅｌｌｏ,  WORLD! don't", "你好，世界！ＡＢ", "——", "第1章\nABC，（二）", "②", "一"]
+    langs = ["en", *["zh"] * 5]
+    assert units_of(texts, langs) == ["hello world don t", "你 好 世 界 a b", "", "第 1 章 a b c 二", "2", "一"]
+    assert units_of([], []) == []
     plain = "_It's_ 3.14 --\tor so;\n\nTHE END\x0c"
-    assert units_of(plain, "en") == units_of(f"{plain}\u2014", "en") == "it s 3 14 or so the end"  # ASCII alone, and not
+    assert units_of([plain, f"{plain}\u2014"], ["en"] * 2) == ["it s 3 14 or so the end"] * 2  # ASCII alone, and not
 
 
 @pytest.mark.parametrize("seed", range(3))
