@@ -1,7 +1,7 @@
 """Cost of the data pipeline: beside datatrove on the same text, against the corpus's size, and of the loader beside a training.
 
     pip install -r requirements-data.txt -r requirements-data-bench.txt
-    python benchmarks/data_pipeline.py peers [--megabytes 25] [--json FILE]
+    python benchmarks/data_pipeline.py peers [--megabytes 25] [--grams words ...] [--json FILE]
     python benchmarks/data_pipeline.py scale --megabytes 25 50 100 200 400 [--json FILE]
     python benchmarks/data_pipeline.py loader [--json FILE]
 
@@ -194,7 +194,7 @@ def peers(options: argparse.Namespace, folder: Path, results: Results) -> dict[s
         output = folder / name.replace(" ", "-")
         measured = run_pipeline(corpus, output, "--num_workers", "1", *words)
         rows[f"baichuan_jax, {name}"] = _row(measured, size, recall(corpus, kept_by_pipeline(output)))
-    for grams in GRAMS:
+    for grams in options.grams:
         output = folder / f"datatrove-{grams}"
         output.mkdir()
         words = [str(Path(__file__).absolute()), "datatrove", "--corpus", str(corpus), "--output", str(output), "--grams", grams]
@@ -298,6 +298,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     comparing = commands.add_parser("peers", help="beside datatrove")
     comparing.add_argument("--megabytes", type=float, default=25)
+    comparing.add_argument("--grams", nargs="+", choices=GRAMS, default=GRAMS, help="of datatrove (default: all)")
     scaling = commands.add_parser("scale", help="by the corpus's size")
     scaling.add_argument("--megabytes", type=float, nargs="+", default=[25, 50, 100, 200, 400])
     reading = commands.add_parser("loader", help="beside the training of configs/tiny.yaml")
