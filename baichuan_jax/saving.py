@@ -73,6 +73,7 @@ class Saver:
         self.blocked_share = self._blocked / max(between, 1e-9)
         if must_succeed:
             self.finish(must_succeed=True)
+            self._finish_copy()  # or its draft would stay behind
 
     def copy(self, state: TrainState, step: int, position: int) -> None:
         """Start a copy of the state on every host's own disk."""

@@ -151,6 +151,8 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
     assert restored[0]["step"] >= 4
     assert losses(disturbed) == losses(straight)
     copied = [event for event in events if event["kind"] == "local_copy"]
+    for host in "ab":
+        assert [path.name for path in tmp_path.glob(f"disk-{host}/*/*")] == ["28.state"]
     assert all(event["blocked_seconds"] <= event["seconds"] for event in copied)
 
 
