@@ -79,10 +79,11 @@ class LocalCopies:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        publish(self._draft, self._draft.with_suffix(""))
-        for path in self._folder.glob(f"*{SUFFIX}*"):
-            if path != self._draft.with_suffix(""):
-                path.unlink(missing_ok=True)
+        path = self._draft.with_suffix("")
+        publish(self._draft, path)
+        for other in self._folder.glob(f"*{SUFFIX}*"):
+            if other != path:
+                other.unlink(missing_ok=True)
 
     def _write(self, head: dict[str, Any], parts: list[list[tuple[Any, np.ndarray]]]) -> None:
         try:
@@ -119,7 +120,8 @@ class LocalCopies:
             bad = self._tell("digest", sum(found[name] != head["digest"].get(name) for name in found))
             if not any(bad):
                 return Restored(state, step, head["position"])
-            damaged = [process for process, count in enumerate(bad) if count and (everywhere or process == source)]
+            # Each process judges what it holds; where all were sent one copy, that one goes, whoever finds it wrong.
+            damaged = [process for process, count in enumerate(bad) if count] if everywhere else [source]
             reason = f"not the bits that were saved, on processes {damaged}"
             report("local_copy_corrupt", step=step, path=str(self._folder), reason=reason)
             if jax.process_index() in damaged and path is not None:

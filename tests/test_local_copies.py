@@ -103,6 +103,21 @@ def test_a_damaged_copy_is_told_and_not_used(opened, tmp_path, damage, capfd):
     assert ("7.state is not a copy to go on from" in capfd.readouterr().err) != (reports == [("local_copy_corrupt", 7)])
 
 
+def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_ever(opened, tmp_path, monkeypatch):
+    import baichuan_jax.local_copies
+
+    copies, steps = opened((1, 1, 1, 1))
+    copies.save(filled(steps, 0), 7, 7)
+    copies.finish()
+    theirs = {"steps": None, "head": {}, "digest": 1}  # another host, which has no copy
+    monkeypatch.setattr(baichuan_jax.local_copies, "gather", lambda name, value: [value, theirs[name.rsplit("/", 1)[1]]])
+    monkeypatch.setattr(baichuan_jax.local_copies, "_send", lambda content, source: content)
+    reports = []
+    assert copies.restore(0, lambda kind, **fields: reports.append(fields["reason"])) is None
+    assert reports == ["not the bits that were saved, on processes [0]"]
+    assert not list((tmp_path / "local").iterdir())
+
+
 def test_a_full_disk_is_told_and_the_copy_before_stays(opened, tmp_path):
     copies, steps = opened((1, 1, 1, 1))
     copies.save(filled(steps, 0), 1, 1)
