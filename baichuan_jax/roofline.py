@@ -93,6 +93,8 @@ class Prediction:
     """Custom calls and loops that could not be counted, and how often."""
     costs: dict[str, float]
     """Seconds of one run of every instruction, by name; of a collective, from its start to its end if nothing is in its way."""
+    bounds: dict[str, str]
+    """What bounds each of them: matmul, memory or kernel; of a collective, its link."""
 
     @property
     def exposed_seconds(self) -> float:
@@ -109,6 +111,12 @@ BOUNDS = {
     80: {"attention_forward": 0.735, "attention_dkv": 0.799, "attention_dq": 0.762},
     90: {"attention_forward": 0.970, "attention_dkv": 0.985, "attention_dq": 0.970},
 }
+
+
+def kernel_of(instruction: Instruction) -> str | None:
+    """Which of our kernels a custom call is: a name of PRODUCTS or "rms_norm"; None: none of them."""
+    known = (*PRODUCTS, "rms_norm")
+    return next((name for name in known if name in instruction.op_name or name in instruction.name), None)
 
 
 def schedule_profile(prediction: Prediction) -> str:
@@ -152,12 +160,17 @@ class _Simulation:
         found = list(self.collectives.values())
         return Prediction(
             self.now, self.spent["matmul"], self.spent["memory"], self.spent["kernel"], self.spent["contention"], found,
-            self.flops["matmul"], self.flops["kernel"], self.kernels, self.unknown, self._seconds_by_name(),
+            self.flops["matmul"], self.flops["kernel"], self.kernels, self.unknown,
+            self._seconds_by_name(), self._bounds_by_name(),
         )  # fmt: skip
 
     def _seconds_by_name(self) -> dict[str, float]:
         computed = {name: seconds for (_, name), (_, seconds, _) in self.costs.items()}
         return computed | {key.split("/")[1]: item.seconds / item.count for key, item in self.collectives.items()}
+
+    def _bounds_by_name(self) -> dict[str, str]:
+        computed = {name: bound for (_, name), (bound, _, _) in self.costs.items()}
+        return computed | {key.split("/")[1]: item.link for key, item in self.collectives.items()}
 
     def _computation(self, computation: Computation, depth: int) -> None:
         for instruction in computation.instructions:
@@ -212,8 +225,7 @@ class _Simulation:
     def _kernel(self, computation: Computation, instruction: Instruction) -> tuple[str, float, float]:
         """A Triton or Pallas kernel: its products against its own bound, or its traffic."""
         hardware, rates = self.topology.hardware, self.rates
-        known = (*PRODUCTS, "rms_norm")
-        name = next((name for name in known if name in instruction.op_name or name in instruction.name), None)
+        name = kernel_of(instruction)
         traffic = self.program.traffic(computation, instruction)
         by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
         if name is None:

@@ -1,0 +1,318 @@
+"""Device time by HLO instruction, read from a jax profiler trace, and what the roofline predicted for each beside it.
+
+In: the folder of jax.profiler.start_trace, and for the comparison the compiled program's text and its prediction. Out: seconds and
+executions by instruction, the device's busy time and span, groups, and where measurement and prediction differ most. Every kernel
+carries the name of the HLO instruction that launched it, so both sides are joined by that name. The program must be the very
+executable that ran (`compiled.as_text()`): a second compilation may number its instructions differently.
+
+How a GPU's trace is laid out. This was read in the sources of openxla/xla (2026-11: xla/backends/profiler/gpu/cupti_collector.cc,
+xla/backends/gpu/runtime/annotation.cc, xla/tsl/profiler/utils/xplane_schema.cc); no real GPU's trace was at hand:
+
+- Plane "/device:GPU:0" has one line a CUDA stream, such as "Stream #14(Compute)" or "Stream #14(MemcpyD2D,Compute)". An event is one
+  activity that CUPTI recorded; its name is the demangled CUDA function, or "MemcpyD2D", "Memset". Kernels have the stat
+  `kernel_details`, copies `memcpy_details`.
+- The innermost annotation gives the stats `hlo_op` (the instruction's name) and, from the module around it, `hlo_module` and
+  `program_id`. That holds for cuBLAS's kernels and Triton's custom calls too. Several nested names are joined by "::".
+- Lines "XLA Ops", "XLA Modules", "Steps", "Framework Ops", "Source code", ... are derived from the streams when a trace is displayed,
+  and older versions write them into the file. They repeat the same time and are left out: only "Stream #" lines are read.
+- Inside a command buffer (a CUDA graph) kernels carry the buffer's name or none (openxla/xprof issues 2544 and 3070). The project's
+  flags switch command buffers off (xla_flags.py); otherwise their time appears as "measured only".
+
+A CPU backend has no device plane: plane "/host:CPU" has one line a thread, and an event with `hlo_op` is one execution of one
+instruction. That serves to rehearse; there an event may contain those of other instructions, and its own time is what they leave.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.profiler import ProfileData
+
+from baichuan_jax.hlo import COLLECTIVES, Computation, Instruction, Program
+from baichuan_jax.roofline import Prediction, kernel_of
+
+STREAM = re.compile(r"Stream #\d+")
+# Copies between host and device run on engines of their own: they keep no multiprocessor busy.
+HOST_COPIES = ("MemcpyH2D", "MemcpyD2H")
+# Instructions that run others. Their own time is a loop's predicate that is copied to the host, or on a CPU what their parts leave.
+CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
+
+PRODUCTS = "matrix products"
+KERNELS = {
+    "attention_forward": "attention forward", "splash_mha_fwd": "attention forward",
+    "attention_dkv": "attention dkv", "splash_mha_dkv": "attention dkv",
+    "attention_dq": "attention dq", "splash_mha_dq": "attention dq",
+    "rms_norm": "RMSNorm",
+}  # fmt: skip
+MEMORY = "other fusions (memory-bound)"
+COPIES = "copies"
+CALLS = "other custom calls"
+COLLECTIVE = "collectives"
+CONTROL = "loops and calls"
+UNMEASURED = "predicted only"
+UNPREDICTED = "measured only"
+GROUPS = [PRODUCTS, *dict.fromkeys(KERNELS.values()), MEMORY, COPIES, CALLS, COLLECTIVE, CONTROL, UNPREDICTED, UNMEASURED]
+
+
+class Measured(NamedTuple):
+    """Over a whole trace: seconds of the device, and how often it ran."""
+
+    seconds: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Device time of one program in one trace. Seconds are sums over the trace, not of a step."""
+
+    platform: str
+    """gpu; cpu where the trace has no GPU's stream. A caller compares it with jax.default_backend(): a GPU's trace without device
+    activity (CUPTI not loaded) would otherwise be read as its host's."""
+    module: str
+    """The program that was read, such as "jit_step": the one with the most device time, or the one asked for."""
+    instructions: dict[str, Measured]
+    """By HLO instruction. An instruction may launch several kernels a run (split-K and its sum, a memset before): `count` is that of
+    its most frequent kernel."""
+    kernels: dict[str, dict[str, int]]
+    """By HLO instruction: launches by CUDA function (on a CPU, by the event's name)."""
+    unnamed: dict[str, Measured]
+    """By CUDA function: device activity without hlo_op, such as copies of inputs. On a CPU: empty."""
+    other_modules: dict[str, Measured]
+    """By program: device activity of others in the same trace (small jitted functions beside the step)."""
+    busy_seconds: float
+    """Time in which at least one activity ran: the union over all streams, without copies between host and device."""
+    span_seconds: float
+    """From the first to the last of them."""
+    lines: dict[str, Measured]
+    """By "plane / line": where everything above was found."""
+
+
+class _Event(NamedTuple):
+    line: str
+    name: str
+    start: float
+    """ns"""
+    end: float
+    own: float
+    """ns, without events inside it."""
+    op: str
+    module: tuple[str, str]
+    """Name and number of the program: a function that was compiled twice has two numbers."""
+
+
+def read_trace(folder: Path, module: str | None = None, device: int = 0) -> Trace:
+    """Summarise the one trace in `folder` (of jax.profiler.start_trace) for one device.
+
+    module: the program to read, such as "jit_step"; None: the one with the most device time. Raises FileNotFoundError where there is
+    no trace or there are several, ValueError where it holds no activity of a device or none of that module.
+    """
+    found = sorted(Path(folder).rglob("*.xplane.pb"))
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"{folder} must hold one trace (*.xplane.pb) and holds {len(found)}: give start_trace a new folder"
+        )
+    return summarise(ProfileData.from_file(str(found[0])), str(found[0]), module, device)
+
+
+def summarise(data: ProfileData, where: str, module: str | None = None, device: int = 0) -> Trace:
+    """As read_trace, of a profile that is read already; `where` names it in errors."""
+    planes = {plane.name: plane for plane in data.planes}
+    streams = planes.get(f"/device:GPU:{device}")
+    events = list(_gpu_events(streams)) if streams is not None else []
+    platform = "gpu" if events else "cpu"
+    if not events and "/host:CPU" in planes:
+        events = list(_cpu_events(planes["/host:CPU"], device))
+    if not events:
+        raise ValueError(
+            f"{where} holds no activity of device {device}; planes: {', '.join(planes)}. On a GPU: is CUPTI's library installed, and "
+            "may this user profile?"
+        )
+    named = [event for event in events if event.op]
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for event in named:
+        if module is None or event.module[0] == module:
+            seconds[event.module] += event.own
+    if not seconds:
+        known = sorted({event.module[0] for event in named})
+        raise ValueError(f"{where} holds no activity of {module or 'any program'}; its programs: {', '.join(known) or 'none'}")
+    chosen = max(seconds, key=lambda key: seconds[key])
+    ours = [event for event in named if event.module == chosen]
+    kernels: dict[str, dict[str, int]] = {}
+    for event in ours:
+        launches = kernels.setdefault(event.op, {})
+        launches[event.name] = launches.get(event.name, 0) + 1
+    instructions = {name: Measured(each.seconds, max(kernels[name].values())) for name, each in _sums(ours, "op").items()}
+    working = [event for event in events if not event.name.startswith(HOST_COPIES)]
+    return Trace(
+        platform=platform,
+        module=chosen[0],
+        instructions=instructions,
+        kernels=kernels,
+        unnamed=_sums([event for event in events if not event.op], "name"),
+        other_modules={
+            f"{name}({number})" if number else name: each
+            for (name, number), each in _sums([event for event in named if event.module != chosen], "module").items()
+        },
+        busy_seconds=_union(working),
+        span_seconds=(max(e.end for e in working) - min(e.start for e in working)) * 1e-9 if working else 0.0,
+        lines=_sums(events, "line"),
+    )
+
+
+def _gpu_events(plane: Any) -> Iterator[_Event]:
+    """Activities of a GPU's streams (ProfilePlane). Those of one stream follow each other: all of an event's time is its own."""
+    for line in plane.lines:
+        if not STREAM.match(line.name):
+            continue
+        for event in line.events:
+            if event.duration_ns <= 0:  # allocations and markers
+                continue
+            stats = dict(event.stats)
+            op = str(stats.get("hlo_op", "")).split("::")[-1]
+            module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
+            where = f"{plane.name} / {line.name}"
+            yield _Event(where, event.name, event.start_ns, event.end_ns, event.duration_ns, op, module)
+
+
+def _cpu_events(plane: Any, device: int) -> Iterator[_Event]:
+    """Executions of instructions on a CPU's threads; what is nested in an event is taken from its own time."""
+    for line in plane.lines:
+        found = [(event, dict(event.stats)) for event in line.events]
+        found = [(e, stats) for e, stats in found if "hlo_op" in stats and int(stats.get("device_ordinal", device)) == device]
+        found.sort(key=lambda item: (item[0].start_ns, -item[0].end_ns))
+        inside = [0.0] * len(found)
+        open_events: list[int] = []
+        for index, (event, _) in enumerate(found):
+            while open_events and found[open_events[-1]][0].end_ns <= event.start_ns:
+                open_events.pop()
+            if open_events:
+                inside[open_events[-1]] += event.duration_ns
+            open_events.append(index)
+        for (event, stats), nested in zip(found, inside, strict=True):
+            module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
+            own = max(event.duration_ns - nested, 0.0)
+            where = f"{plane.name} / {line.name}"
+            yield _Event(where, event.name, event.start_ns, event.end_ns, own, str(stats["hlo_op"]), module)
+
+
+def _sums(events: list[_Event], by: str) -> dict:
+    """Seconds and number of events by one of their fields, the longest first."""
+    seconds: dict = defaultdict(float)
+    counts: dict = defaultdict(int)
+    for event in events:
+        key = getattr(event, by)
+        seconds[key] += event.own * 1e-9
+        counts[key] += 1
+    return {key: Measured(seconds[key], counts[key]) for key in sorted(seconds, key=lambda key: -seconds[key])}
+
+
+def _union(events: list[_Event]) -> float:
+    total = 0.0
+    end = float("-inf")
+    for event in sorted(events, key=lambda event: event.start):
+        total += max(event.end - max(event.start, end), 0.0)
+        end = max(end, event.end)
+    return total * 1e-9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction, or a group of them, per step."""
+
+    name: str
+    group: str
+    op_name: str
+    """The end of the jax operation's path, from the HLO's metadata."""
+    measured_seconds: float
+    predicted_seconds: float
+    measured_count: float
+    """Executions a step; of a group, instructions."""
+    predicted_count: float
+
+    @property
+    def difference(self) -> float:
+        """Seconds a step that the measurement lies above the prediction."""
+        return self.measured_seconds - self.predicted_seconds
+
+
+def compare(measured: Mapping[str, tuple[float, int]], steps: int, program: Program, prediction: Prediction) -> list[Row]:
+    """Every instruction of either side, per step; the longest measured first.
+
+    measured: (seconds, executions) of `steps` runs of the program, by instruction (Trace.instructions). An instruction inside a loop
+    is predicted as often as the loop turns. A name that differs in "-start" or "-done" alone is one instruction. What only one side
+    knows is a row of its own (UNMEASURED, UNPREDICTED): a loop's condition, say, is run but never predicted.
+    """
+    known = {item.name: (computation, item) for computation in program.computations.values() for item in computation.instructions}
+    times: dict[str, int] = defaultdict(int)
+    for _, instruction, runs, _ in program.walk():
+        times[instruction.name] += runs
+    spent: dict[str, list[float]] = {}
+    for name, (seconds, count) in measured.items():
+        total = spent.setdefault(_name_in(name, known), [0.0, 0.0])
+        total[0] += seconds / steps
+        total[1] = max(total[1], count / steps)
+    predicted = {name: seconds for name, seconds in prediction.costs.items() if seconds > 0}
+    rows = []
+    for name in {**spent, **predicted}:
+        seconds, count = spent.get(name, (0.0, 0.0))
+        runs = times[name] or 1 if name in predicted else 0  # inside a TPU's fused collective walk() does not come
+        computation, instruction = known.get(name, (None, None))
+        rows.append(
+            Row(
+                name=name,
+                group=_group(computation, instruction, name in spent, name in predicted, prediction.bounds.get(name, "")),
+                op_name=instruction.op_name[-80:] if instruction else "",
+                measured_seconds=seconds,
+                predicted_seconds=predicted.get(name, 0.0) * runs,
+                measured_count=count,
+                predicted_count=float(runs),
+            )
+        )
+    return sorted(rows, key=lambda row: (-row.measured_seconds, -row.predicted_seconds))
+
+
+def _name_in(name: str, known: Mapping[str, object]) -> str:
+    """The program's name of a measured instruction: an asynchronous one may be reported by its start or its end."""
+    others = (name, name.replace("-done", "-start"), name.replace("-start", "-done"), name.replace("-start", ""))
+    return next((other for other in others if other in known), name)
+
+
+def _group(computation: Computation | None, instruction: Instruction | None, measured: bool, predicted: bool, bound: str) -> str:
+    if not measured:
+        return UNMEASURED
+    if instruction is None or computation is None:
+        return UNPREDICTED
+    kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
+    if kind in COLLECTIVES:
+        return COLLECTIVE
+    if instruction.opcode in CONTAINERS:
+        return CONTROL
+    if not predicted:
+        return UNPREDICTED
+    if instruction.opcode == "custom-call" and bound != "matmul":
+        return KERNELS.get(kernel_of(instruction) or "", CALLS)
+    if bound == "matmul":
+        return PRODUCTS
+    return COPIES if kind == "copy" else MEMORY
+
+
+def by_group(rows: list[Row]) -> list[Row]:
+    """Sums of the rows in the order of GROUPS, and of all ("in all"); counts are of instructions, on either side."""
+
+    def total(name: str, items: list[Row]) -> Row:
+        return Row(
+            name, name, "",
+            sum(item.measured_seconds for item in items), sum(item.predicted_seconds for item in items),
+            sum(item.measured_count > 0 for item in items), sum(item.predicted_count > 0 for item in items),
+        )  # fmt: skip
+
+    groups = [(name, [row for row in rows if row.group == name]) for name in GROUPS]
+    return [total(name, items) for name, items in groups if items] + [total("in all", rows)]
+
+
+def largest_differences(rows: list[Row], number: int = 15) -> list[Row]:
+    """The instructions where measurement and prediction differ most, in seconds a step."""
+    return sorted(rows, key=lambda row: -abs(row.difference))[:number]
