@@ -28,12 +28,14 @@ def _hide_compilers() -> None:
     """
     wanted = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") or "jax" in sys.modules
     devices = any(glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*"))
-    if wanted or devices or not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "libtpu")):
+    compilers = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
+    if wanted or devices or not any(importlib.util.find_spec(name) for name in compilers):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    plugin = types.ModuleType("jax_plugins.xla_cuda12")
-    plugin.initialize = lambda: None  # type: ignore[attr-defined]
-    sys.modules |= {"jax_cuda12_plugin": None, "jax_plugins.xla_cuda12": plugin}  # type: ignore[dict-item]
+    for cuda in ("cuda12", "cuda13"):
+        plugin = types.ModuleType(f"jax_plugins.xla_{cuda}")
+        plugin.initialize = lambda: None  # type: ignore[attr-defined]
+        sys.modules |= {f"jax_{cuda}_plugin": None, f"jax_plugins.xla_{cuda}": plugin}  # type: ignore[dict-item]
 
 
 _hide_compilers()

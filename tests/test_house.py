@@ -36,6 +36,7 @@ LAYERS = [
         "kernels.pallas.rms_norm",
         "kernels.triton",
         "kernels.triton.bridge",
+        "kernels.triton.interpreter",
         "kernels.triton.attention",
         "kernels.triton.rms_norm",
         "kernels.sass",

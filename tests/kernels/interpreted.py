@@ -7,44 +7,25 @@ bfloat16 on its raw bits, so float32 and float16 stand for it here.
 
 import functools
 import itertools
-import os
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from test_attention import assert_close, documents, inputs, value_and_gradients
 
 from baichuan_jax import kernels
 from baichuan_jax.config import MeshConfig
 from baichuan_jax.kernels import _rms_norm, reference
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.kernels.triton import bridge, interpreter
 from baichuan_jax.kernels.triton.attention import attention
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
-ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its state in globals, and a mesh has a thread for each device
-
 
 @pytest.fixture(autouse=True)
-def interpreter():
-    assert os.environ["TRITON_INTERPRET"] == "1"
-    with bridge.run_with(interpret, 80):
+def interpreted():
+    with bridge.run_with(interpreter.interpret, 80):
         yield
-
-
-def interpret(launch):
-    """Run a kernel in the interpreter, on torch's CPU tensors. What it does not write is NaN."""
-
-    def run(*arrays):
-        tensors = [torch.from_numpy(np.array(array)) for array in arrays]
-        outputs = [torch.full(out.shape, float("nan"), dtype=getattr(torch, out.dtype.name)) for out in launch.outputs]
-        with ONE_AT_A_TIME:
-            launch.kernel[launch.grid](*tensors, *outputs, **launch.constants)
-        return [output.numpy() for output in outputs]
-
-    return jax.pure_callback(run, list(launch.outputs), *launch.arrays)
 
 
 # Products in another order differ by float32's last bits. In float16 both round weights to 11 bits, at different scales.

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from baichuan_jax.config import ConfigError, KernelsConfig, MeshConfig, ModelConfig
 from baichuan_jax.kernels import attention, bound, rms_norm, sass
 from baichuan_jax.kernels.__main__ import list_launches, main
+from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.model import Transformer, apply_rope, rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
@@ -24,13 +25,15 @@ HERE = Path(__file__).parent
 
 
 def needs(*modules):
-    missing = [name for name in modules if importlib.util.find_spec(name.split(".")[0]) is None]
-    return pytest.mark.skipif(
-        bool(missing), reason=f"not installed: {', '.join(missing)} (requirements-plan.txt, requirements-bench.txt)"
-    )
+    """Skips where a module is missing; of "a or b" either serves."""
+    missing = [names for names in modules if not any(importlib.util.find_spec(name) for name in names.split(" or "))]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (requirements-plan.txt)")
 
 
-@needs("triton", "torch")
+CUDA = "jax_cuda12_plugin or jax_cuda13_plugin"
+
+
+@needs("triton")
 def test_numbers_in_the_interpreter():
     """Every test of interpreted.py, in a process that imports triton as an interpreter."""
     done = subprocess.run(
@@ -38,6 +41,15 @@ def test_numbers_in_the_interpreter():
         cwd=HERE.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@needs("triton")
+def test_the_interpreter_says_that_triton_was_imported_to_compile():
+    from baichuan_jax.kernels.triton.interpreter import interpret
+
+    (launch, *_) = list_launches("float32", 64, 80)
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 in the environment before"):
+        interpret(launch)
 
 
 TARGET = """
@@ -62,7 +74,7 @@ def no_driver(monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
-@needs("triton", "jax_triton", "jax_cuda12_plugin")
+@needs("triton", "jax_triton", CUDA)
 @pytest.mark.parametrize(
     ("major", "shape", "T", "H", "dtype", "masked"),
     [
@@ -103,6 +115,52 @@ def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
     # In two loops: norm and attention forward; both again and, backward, attention's two and the norm's.
     assert len(calls) == 7, calls
     assert "while" in compiled
+
+
+@needs("triton", "jax_triton", CUDA)
+def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch, tmp_path):
+    """In bridge.compile_as(80) an H100 gets the A100's code and blocks; before and after it, each GPU its own."""
+    from jax_triton import triton_lib
+
+    from baichuan_jax.kernels.triton.attention import attention as triton_attention
+
+    library = triton_lib.triton_kernel_call_lib
+    make, made = library.TritonKernel, []
+
+    def record(*arguments):
+        made.append((arguments[6], re.search(r"\.target (\w+)", arguments[4])[1], arguments[4]))
+        return make(*arguments)
+
+    monkeypatch.setattr(library, "TritonKernel", record)
+
+    def gradient():
+        """A new function, which jax has not traced yet."""
+        return jax.jit(jax.grad(lambda q: jnp.sum(triton_attention(q, q, q).astype(jnp.float32))))
+
+    def lower(major, jitted):
+        made.clear()
+        layout = Layout(make_mesh(MeshConfig(1, 1, 1, 1), gpus(major, 1)))
+        shape = jax.ShapeDtypeStruct((1, 512, 1, 128), "bfloat16", sharding=layout.sharding("batch", "length", "heads", None))
+        with activate(layout):
+            jitted.lower(shape)
+            return {(capability, target) for capability, target, _ in made}
+
+    jitted = gradient()
+    assert lower(9, jitted) == {(90, "sm_90a")}
+    with bridge.compile_as(80):
+        assert lower(9, jitted) == {(90, "sm_80")}  # traced again
+        assert len(made) == 3
+        assert bridge.compute_capability() == 80
+    for number, (_, _, ptx) in enumerate(made):
+        (tmp_path / f"{number}.ptx").write_text(ptx)
+        for target in ("sm_90", "sm_90a"):
+            command = [bridge.ptxas(), f"--gpu-name={target}", tmp_path / f"{number}.ptx", "-o", tmp_path / "cubin"]
+            assert subprocess.run(command).returncode == 0
+    assert lower(9, gradient()) == set()  # jax-triton kept what it made first
+    assert lower(8, gradient()) == {(80, "sm_80")}
+    with bridge.compile_as(90), pytest.raises(ValueError, match="sm_90 does not run on sm_80"):
+        lower(8, gradient())
+    assert triton_lib.triton_kernel_call_lib is library
 
 
 @needs("triton")
@@ -170,7 +228,7 @@ def test_the_command_says_what_to_install(monkeypatch, capsys):
         main(["--targets", "sm_80"])
 
 
-@needs("jax_cuda12_plugin")
+@needs(CUDA)
 def test_xla_fuses_swiglu_and_rope():
     """For CUDA, forward and backward: all elementwise work of each is fused, none of its intermediate arrays is written."""
     device = gpus(8, 1)[0]

@@ -1,11 +1,11 @@
 """The one file that imports jax_triton, lazily: what its two versions call differently, and for which GPU a kernel is compiled.
 
-jax-triton 0.3.1 (Python 3.11) and 0.4.1 (3.12 and newer) differ in the name of the outputs' argument. Both need jax's CUDA plugin, and
-change TRITON_CACHE_DIR on import, which is put back here.
+jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the name of the outputs' argument. Both need
+jax's CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import, which is put back here.
 
 A kernel is compiled when its caller is lowered, and jax-triton alone would ask the first GPU of this process what it can. Here the
 devices of the current mesh are asked while the caller is traced (sharding.activate), which may be those of a topology that is not
-there.
+there. `compile_as` compiles for an older GPU than the one that runs the kernel.
 """
 
 import contextlib
@@ -15,6 +15,10 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,14 +30,17 @@ import jax.numpy as jnp
 from baichuan_jax.sharding import current_layout
 
 _elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
+_substitute: ContextVar["_Substitute | None"] = ContextVar("substitute", default=None)
 
 
 @functools.cache
 def obstacle() -> str | None:
     """Why Triton kernels cannot be compiled here, or None."""
-    missing = [name for name in ("triton", "jax_triton", "jax_cuda12_plugin") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+        missing.append("jax_cuda12_plugin or jax_cuda13_plugin")
     if missing:
-        return f"{' and '.join(missing)} not installed (requirements-cuda.txt)"
+        return f"{' and '.join(missing)} not installed (requirements-cuda12.txt or requirements-cuda13.txt)"
     try:
         _jax_triton()
     except ImportError as error:
@@ -42,9 +49,17 @@ def obstacle() -> str | None:
 
 
 def compute_capability() -> int:
-    """Of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80."""
+    """That kernels are compiled for: of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80.
+
+    Inside run_with and compile_as it is theirs.
+    """
     if (elsewhere := _elsewhere.get()) is not None:
         return elsewhere[1]
+    substitute = _substitute.get()
+    return _device_capability() if substitute is None else substitute.capability
+
+
+def _device_capability() -> int:
     layout = current_layout()
     device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
     return int(device.compute_capability.replace(".", ""))
@@ -86,10 +101,11 @@ def call(
 
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     jax_triton, outputs_name = _jax_triton()
+    substitute = _substitute.get()
     with jax.named_scope(launch.name):  # so that a compiled program tells which kernel a call is
         result = jax_triton.triton_call(
             *launch.arrays,
-            kernel=launch.kernel,
+            kernel=launch.kernel if substitute is None else substitute.copy(launch.kernel),
             name=launch.name,
             grid=launch.grid,
             num_warps=launch.num_warps,
@@ -111,21 +127,119 @@ def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> It
         _elsewhere.reset(token)
 
 
+@dataclasses.dataclass
+class _Substitute:
+    """What compile_as keeps: the capability to compile for, and that of the devices, known once a kernel is traced."""
+
+    capability: int
+    device: int | None = None
+    copies: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def copy(self, kernel: Any) -> Any:
+        """Another object of the same kernel: jax-triton keeps what it compiled by kernel and capability, not by assembler's target."""
+        from triton import jit  # pyright: ignore
+
+        device = _device_capability()
+        # "a" features (sm_90a), which Triton uses from sm_90 on, run on that very GPU alone.
+        if device < self.capability or device > self.capability >= 90:
+            raise ValueError(
+                f"compile_as({self.capability}): code for sm_{self.capability} does not run on sm_{device}; give the device's "
+                "own capability, or an older one below 90"
+            )
+        if self.device not in (None, device):
+            raise ValueError(f"compile_as: devices of sm_{self.device} and of sm_{device} in one context; take one for each")
+        self.device = device
+        return self.copies.setdefault(kernel, jit(kernel.fn))
+
+
+@functools.cache
+def _jit_key() -> Any:
+    """A part of the key by which jax keeps traced and compiled functions; made at its first use, so that nothing else changes."""
+    return jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def compile_as(capability: int) -> Iterator[None]:
+    """Inside, kernels are compiled for this compute capability, their blocks too, and assembled for that of the device.
+
+    So an A800's code (sm_80) runs on a newer GPU: PTX does. Trace and lower inside; what jax traced outside is traced again.
+    ValueError while tracing where the devices are older, or where the code would be bound to another GPU (from sm_90 on).
+    RuntimeError where this version of jax_triton calls the assembler otherwise.
+    """
+    _jax_triton()
+    library: Any = sys.modules["jax_triton.triton_lib"]
+    original, substitute = library.triton_kernel_call_lib, _Substitute(capability)
+
+    def assemble(*arguments: Any) -> Any:
+        """TritonKernel(name, num_warps, num_ctas, shared bytes, PTX, TTIR, capability, ...): its last is what ptxas gets."""
+        if len(arguments) < 7 or not isinstance(arguments[6], int):
+            version = importlib.metadata.version("jax-triton")
+            raise RuntimeError(f"compile_as knows jax-triton 0.3.1 and 0.4.1; TritonKernel of {version} takes other arguments")
+        if _substitute.get() is not substitute or arguments[6] != capability or substitute.device is None:
+            return original.TritonKernel(*arguments)
+        return original.TritonKernel(*arguments[:6], substitute.device, *arguments[7:])
+
+    class Library:
+        TritonKernel = staticmethod(assemble)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original, name)
+
+    token = _substitute.set(substitute)
+    library.triton_kernel_call_lib = Library()
+    try:
+        with _jit_key()(capability):
+            yield
+    finally:
+        library.triton_kernel_call_lib = original
+        _substitute.reset(token)
+
+
+def cuda_folders() -> list[Path]:
+    """Where XLA looks for CUDA's bin/ptxas and nvvm/libdevice: CUDA_ROOT or else NVIDIA's wheels (jax's choice), then toolkits."""
+    nvidia = importlib.util.find_spec("nvidia")
+    wheels = [
+        Path(folder) / name
+        for folder in (nvidia.submodule_search_locations or () if nvidia else ())
+        for name in ("cu13", "cuda_nvcc")  # nvidia-cuda-nvcc of CUDA 13, nvidia-cuda-nvcc-cu12
+    ]
+    root = os.environ.get("CUDA_ROOT")
+    return [*([Path(root)] if root else wheels), Path("/usr/local/cuda"), Path("/opt/cuda")]
+
+
+def xla_ptxas() -> Path | None:
+    """The assembler that XLA will use: jax's choice, the first on PATH, or that of a toolkit (seen by strace, jax 0.10.1, 0.11.2)."""
+    *chosen, local, opt = (folder / "bin" / "ptxas" for folder in cuda_folders())
+    on_path = shutil.which("ptxas")
+    places = [*chosen, *([Path(on_path)] if on_path else []), local, opt]
+    return next((place for place in places if place.exists()), None)
+
+
 @functools.cache
 def ptxas() -> Path:
-    """The assembler that XLA will use, from NVIDIA's wheel, or else triton's of CUDA 12; triton is told to write for its version.
+    """The assembler that XLA will use, or else the one of triton's wheel (CUDA 12); triton is told to write for its version.
 
     Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on sm_90, where 12.9 knows 8.8).
     """
-    nvcc, triton = (importlib.util.find_spec(name) for name in ("nvidia.cuda_nvcc", "triton"))
-    assert triton is not None
-    assert triton.origin is not None
-    places = [Path(folder) / "bin" for folder in nvcc.submodule_search_locations or ()] if nvcc else []
-    places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = next(place / "ptxas" for place in places if (place / "ptxas").exists())
+    found = xla_ptxas()
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        assert triton is not None
+        assert triton.origin is not None
+        found = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         os.environ.setdefault(variable, str(found))
     return found
+
+
+@functools.cache
+def ptxas_version() -> str:
+    """Of ptxas(), such as "12.9.86". 12.8.93 and 13.0.88 are known to miscompile Triton's code for sm_90a; 13.1.80 is not."""
+    text = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    if found is None:
+        raise RuntimeError(f"{ptxas()} --version printed no version: {text.strip()!r}")
+    return found[1]
 
 
 @functools.cache
