@@ -23,6 +23,7 @@ from baichuan_jax.config import Config, ConfigError, require
 from baichuan_jax.config_file import make_parser, parse_command
 from baichuan_jax.console import Display
 from baichuan_jax.hardware import Hardware, Topology, parse_topology
+from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.roofline import Rates, predict, rates_for, schedule_profile
@@ -35,10 +36,15 @@ RATES = ("matmul", "kernel", "memory", "intra_node", "inter_node", "contention")
 
 
 def missing(topology: Topology) -> list[str]:
-    """Packages without which this topology cannot be compiled for."""
-    tpu = topology.hardware.platform == "tpu"
-    needed = ["libtpu"] if tpu else ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "triton", "jax-triton"]
-    return [name for name in needed if not _installed(name)]
+    """Packages without which this topology cannot be compiled for. For CUDA: the plugin of 12 or 13, and ptxas and libdevice."""
+    if topology.hardware.platform == "tpu":
+        return [name for name in ["libtpu"] if not _installed(name)]
+    cuda = 13 if _installed("jax-cuda13-plugin") and not _installed("jax-cuda12-plugin") else 12
+    lacking = [f"jax-cuda{cuda}-{part}" for part in ("plugin", "pjrt") if not _installed(f"jax-cuda{cuda}-{part}")]
+    libdevice = any((folder / "nvvm/libdevice/libdevice.10.bc").exists() for folder in bridge.cuda_folders())
+    if bridge.xla_ptxas() is None or not libdevice:  # neither NVIDIA's wheels nor a toolkit
+        lacking += ["nvidia-cuda-nvcc-cu12"] if cuda == 12 else ["nvidia-cuda-nvcc", "nvidia-nvvm"]
+    return lacking + [name for name in ("triton", "jax-triton") if not _installed(name)]
 
 
 def _installed(name: str) -> bool:

@@ -20,7 +20,7 @@ from baichuan_jax.plan_report import capacity_gib
 from baichuan_jax.roofline import Rates, axes_of, predict
 from baichuan_jax.sharding import AXES
 
-CUDA = importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("jax_triton")
+CUDA = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))) and importlib.util.find_spec("jax_triton")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA's compiler is not installed (make plan-deps)")
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)")
 RATES = Rates(
@@ -124,7 +124,7 @@ def test_a_missing_compiler_is_named(tmp_path):
     variables = {**environment(), "PYTHONPATH": str(tmp_path)}
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as m\nversion = m.version\n"
-        "def hide(name):\n    if 'cuda12' in name: raise m.PackageNotFoundError(name)\n    return version(name)\n"
+        "def hide(name):\n    if 'jax-cuda1' in name: raise m.PackageNotFoundError(name)\n    return version(name)\n"
         "m.version = hide\n"
     )
     command = [sys.executable, "-m", "baichuan_jax.plan", "--config", "configs/baichuan_7b_a800.yaml"]
