@@ -24,15 +24,14 @@ from baichuan_jax.config_file import make_parser, parse_command
 from baichuan_jax.console import Display
 from baichuan_jax.hardware import Hardware, Topology, parse_topology
 from baichuan_jax.kernels.triton import bridge
-from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show
+from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show, show_rates
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.roofline import Rates, predict, rates_for, schedule_profile
+from baichuan_jax.roofline import RATE_NAMES, Rates, predict, rates_for, read_rates, schedule_profile
 from baichuan_jax.xla_flags import PROFILE_FLAG, choose_flags
 
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
-OWN = ("topology", "search", "sweep", "output", "json", "hlo")
+OWN = ("topology", "search", "sweep", "output", "json", "hlo", "rates_file")
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
-RATES = ("matmul", "kernel", "memory", "intra_node", "inter_node", "contention")
 
 
 def missing(topology: Topology) -> list[str]:
@@ -224,6 +223,17 @@ def _hardware(topology: Topology, overrides: dict[str, Any]) -> Topology:
     return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
 
 
+def _rates(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Rates that take the place of the accelerator's own, and for the report where each rate comes from: given on the command line,
+    else measured (--rates_file), else the default of roofline.py. Raises ConfigError.
+    """
+    given = {name: options[f"rates.{name}"] for name in RATE_NAMES if options[f"rates.{name}"] is not None}
+    measured = read_rates(options["rates_file"], topology.hardware) if options["rates_file"] else None
+    rates = {**(measured.rates if measured else {}), **given}
+    sources = {name: "given" if name in given else "measured" if name in rates else "default" for name in RATE_NAMES}
+    return rates, {"rates_from": sources, "rates_file": dataclasses.asdict(measured) if measured else None}
+
+
 def main(words: list[str]) -> int:
     """`python -m baichuan_jax.plan`."""
     description = "Compile the training step for a cluster that is not there: memory, operations, collectives, predicted speed."
@@ -240,12 +250,17 @@ def main(words: list[str]) -> int:
     parser.add_argument("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
     for name in OVERRIDES:
         parser.add_argument(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's (hardware.py).")
-    for name in RATES:
-        parser.add_argument(f"--rates.{name}", type=float, default=None, help="Instead of the fitted share (roofline.py).")
-    own = (*OWN, *(f"hardware.{name}" for name in OVERRIDES), *(f"rates.{name}" for name in RATES))
+    parser.add_argument(
+        "--rates_file", default=None, metavar="FILE", help="Rates measured on one GPU (make gpu), instead of roofline.py's."
+    )
+    for name in RATE_NAMES:
+        parser.add_argument(
+            f"--rates.{name}", type=float, default=None, help="Instead of roofline.py's or the rates file's (a share, or us)."
+        )
+    own = (*OWN, *(f"hardware.{name}" for name in OVERRIDES), *(f"rates.{name}" for name in RATE_NAMES))
     config, options = parse_command(parser, words, own=own)
     topology = _hardware(parse_topology(options["topology"]), options)
-    options["rates"] = {name: options[f"rates.{name}"] for name in RATES if options[f"rates.{name}"] is not None}
+    options["rates"], sources = _rates(topology, options)
     absent = missing(topology)
     require(not absent, f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
             "pip install -r requirements-plan.txt")  # fmt: skip
@@ -254,7 +269,7 @@ def main(words: list[str]) -> int:
         return _sweep(config, topology, words, options)
     if CHILD not in os.environ:
         return _run_child(words, config, topology)
-    result = _plan(config, topology, options)
+    result = _plan(config, topology, options) | sources
     show(result)
     target = _output(options, topology, ".json")
     for path in [target, *([Path(options["json"])] if options["json"] else [])]:
@@ -311,6 +326,7 @@ def _sweep(config: Config, topology: Topology, words: list[str], options: dict[s
         for r in results
     ]  # fmt: skip
     Display().table("Weak scaling, predicted", ["devices", "step ms", "MFU", "waited ms", "peak GiB"], rows)
+    show_rates(results[0])
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -140,6 +140,21 @@ def show(result: dict[str, Any]) -> None:
     for what, count in result["unknown"].items():
         display.say(f"not counted: {count} x {what}", style="yellow")
     display.table("Collectives", ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"], _grouped(result))
+    show_rates(result)
+
+
+def show_rates(result: dict[str, Any]) -> None:
+    """Print every rate of a report and where it comes from: measured, given, or the default."""
+    display = Display()
+    file = result["rates_file"]
+    if file is not None:
+        display.say(f"rates measured on {file['device']} ({file['hardware']}), {file['date']}: {file['path']}")
+        unused = [name for name in file["rates"] if result["rates_from"][name] != "measured"]
+        if unused:
+            display.say(f"given instead of measured: {', '.join(unused)}")
+    rows = [[name, f"{value:g}{' us' if name.endswith('_us') else ''}", result["rates_from"][name]]
+            for name, value in result["rates"].items()]  # fmt: skip
+    display.table("Rates (shares of the data sheet)", ["", "value", "from"], rows)
 
 
 def _grouped(result: dict[str, Any]) -> list[list[str]]:

@@ -2,16 +2,21 @@
 order, with collectives beside the compute that stands between their start and their end.
 
 Nothing here is measured on the machine that runs it: the rates are shares of what the data sheets state, fitted on published
-measurements where docs/plan.md says so.
+measurements where docs/plan.md says so, or read from a file of rates that were measured on one accelerator.
 """
 
+import difflib
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from baichuan_jax.hardware import Topology
+from baichuan_jax.config import ConfigError, require
+from baichuan_jax.hardware import HARDWARE, Hardware, Topology
 from baichuan_jax.hlo import COLLECTIVES, Computation, Instruction, Program, replica_groups, shape_arrays, shape_bytes
 
 
@@ -39,6 +44,8 @@ class Rates:
     """Of one hop of a ring between nodes."""
 
 
+RATE_NAMES = tuple(item.name for item in fields(Rates))
+
 # By accelerator. `matmul` is fitted on published runs (benchmarks/plan_validation.py, docs/plan.md); the rest, and all of a TPU's, is
 # assumed.
 RATES = {
@@ -53,6 +60,86 @@ def rates_for(topology: Topology) -> Rates:
     if topology.hardware.platform == "tpu":
         return RATES["tpu"]
     return RATES["a100" if topology.hardware.compute_capability == 80 else "h100"]
+
+
+@dataclass(frozen=True)
+class MeasuredRates:
+    """Rates that were measured on one accelerator, and where: the JSON that benchmarks/gpu.py writes."""
+
+    path: str
+    device: str
+    """As its driver calls it."""
+    hardware: str
+    """Its name in hardware.py."""
+    date: str
+    rates: dict[str, float]
+    """Some of the fields of Rates, by name."""
+
+
+# A share above 1 is possible: data sheets state a lower clock than cards reach, and a kernel's bound is itself computed. A share above
+# this is a mistake of units (per cent, or another card's data sheet).
+LARGEST_SHARE = 1.5
+
+
+def read_rates(path: str | Path, hardware: Hardware) -> MeasuredRates:
+    """Read a file of measured rates for a cluster of `hardware`. Raises ConfigError where it cannot be read or does not fit.
+
+    Shares of the data sheet hold for all accelerators of one compute capability: what an H100 measured serves an H800 and an H200.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"rates_file={str(path)!r} cannot be read ({error.strerror}); benchmarks/gpu.py writes one") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(f"rates_file={str(path)!r} is no JSON ({error}); benchmarks/gpu.py writes one") from None
+    require(
+        isinstance(found, dict) and isinstance(found.get("rates"), dict),
+        f'rates_file={str(path)!r} must hold {{"device": ..., "hardware": ..., "date": ..., "rates": {{"matmul": 0.7, ...}}}}',
+    )
+    for name in ("device", "hardware", "date"):
+        require(
+            isinstance(found.get(name), str) and found[name] != "", f"rates_file={str(path)!r} must state its {name!r} as text"
+        )
+    measured = HARDWARE.get(found["hardware"])
+    if measured is None:
+        raise ConfigError(
+            f"rates_file={str(path)!r} was measured on hardware {found['hardware']!r}, which is none of {', '.join(HARDWARE)}"
+        )
+    alike = (measured.platform, measured.compute_capability) == (hardware.platform, hardware.compute_capability)
+    require(
+        alike and (hardware.platform == "gpu" or measured.name == hardware.name),
+        f"rates_file={str(path)!r} was measured on {_named(measured)} and the topology is of {_named(hardware)}; measure on "
+        f"{hardware.name}, take a topology of {measured.name}, or leave --rates_file out",
+    )
+    for name, value in found["rates"].items():
+        _check_rate(str(path), name, value)
+    return MeasuredRates(
+        str(path),
+        found["device"],
+        found["hardware"],
+        found["date"],
+        {name: float(value) for name, value in found["rates"].items()},
+    )
+
+
+def _named(hardware: Hardware) -> str:
+    capability = divmod(hardware.compute_capability, 10)
+    return hardware.name + (f" (compute capability {capability[0]}.{capability[1]})" if hardware.platform == "gpu" else "")
+
+
+def _check_rate(path: str, name: str, value: Any) -> None:
+    if name not in RATE_NAMES:
+        near = difflib.get_close_matches(name, RATE_NAMES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"rates_file={path!r} holds an unknown rate {name!r}; did you mean {near!r}?")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        number and math.isfinite(value) and value > 0, f"rates_file={path!r}: {name}={value!r} must be a finite number above 0"
+    )
+    require(
+        name.endswith("_us") or value <= LARGEST_SHARE,
+        f"rates_file={path!r}: {name}={value!r} is a share and may be {LARGEST_SHARE} at most; 1 is the data sheet's value "
+        "(hardware.py), so was it measured in per cent, or on another card?",
+    )
 
 
 @dataclass

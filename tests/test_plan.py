@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from jax.sharding import AbstractMesh
 from launches import REPOSITORY, environment
 
 from baichuan_jax import hlo
-from baichuan_jax.config import ModelConfig
+from baichuan_jax import plan as plan_command
+from baichuan_jax.config import ConfigError, ModelConfig
 from baichuan_jax.hardware import Topology, parse_topology
 from baichuan_jax.metrics import flops_per_token
 from baichuan_jax.plan import candidates
 from baichuan_jax.plan_report import capacity_gib
-from baichuan_jax.roofline import Rates, axes_of, predict
+from baichuan_jax.roofline import RATE_NAMES, Rates, axes_of, predict, rates_for, read_rates
 from baichuan_jax.sharding import AXES
 
 CUDA = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))) and importlib.util.find_spec("jax_triton")
@@ -49,14 +51,32 @@ def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subpr
     return done, json.loads(path.read_text()) if path.exists() else {}
 
 
+def write_rates(folder: Path, **changes: object) -> Path:
+    """A file of rates as benchmarks/gpu.py writes it."""
+    content = {
+        "device": "NVIDIA H100 80GB HBM3", "hardware": "h100", "date": "2026-11-27", "versions": {"jax": "0.11.2"},
+        "rates": {"matmul": 0.71, "memory": 0.9, "launch_us": 2.1}, "measured": {"products": [1, 2]},
+    }  # fmt: skip
+    path = folder / "rates.json"
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+    return path
+
+
 @needs_cuda
 @pytest.mark.parametrize("loops", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_sixteen_a800s(tmp_path, loops):
     text = tmp_path / "step.hlo"
+    rates = write_rates(tmp_path, hardware="a100", rates={"matmul": 0.6, "kernel": 0.7, "launch_us": 4.5})
     done, result = plan(
         tmp_path,
         "--topology",
         "a800:2x8",
+        "--rates_file",
+        str(rates),
+        "--rates.kernel",
+        "0.75",
+        "--rates.intra_latency_us",
+        "30",
         "--train.global_batch_size",
         "16",
         "--hlo",
@@ -79,6 +99,16 @@ def test_sixteen_a800s(tmp_path, loops):
     formula = flops_per_token(model, 1024)
     attention = formula[0] - formula[1]
     assert result["flops_per_token"] == pytest.approx(formula[1] + attention / 2, rel=0.02)
+
+    # A measured rate takes the place of the default, a given one that of both, and the report says which.
+    defaults = rates_for(parse_topology("a800:2x8"))
+    expected = dataclasses.replace(defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0)
+    assert result["rates"] == dataclasses.asdict(expected)
+    sources = {"matmul": "measured", "launch_us": "measured", "kernel": "given", "intra_latency_us": "given"}
+    assert result["rates_from"] == dict.fromkeys(RATE_NAMES, "default") | sources
+    assert result["rates_file"]["path"] == str(rates)
+    assert f"rates measured on NVIDIA H100 80GB HBM3 (a100), 2026-11-27: {rates}" in done.stdout
+    assert "given instead of measured: kernel" in done.stdout
 
     # Parameters are gathered and gradients scattered inside a node, sums go between nodes, and nothing else of size does.
     large = [item for item in result["collectives"] if item["bytes"] > 2e5]
@@ -132,6 +162,77 @@ def test_a_missing_compiler_is_named(tmp_path):
     assert done.returncode == 78
     assert "jax-cuda12-plugin" in done.stderr
     assert "make plan-deps" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["h100", "h800", "h200"])
+def test_measured_rates_serve_every_accelerator_of_their_compute_capability(tmp_path, name):
+    found = read_rates(write_rates(tmp_path), parse_topology(f"{name}:1x8").hardware)
+    assert found.rates == {"matmul": 0.71, "memory": 0.9, "launch_us": 2.1}
+    assert (found.device, found.hardware, found.date) == ("NVIDIA H100 80GB HBM3", "h100", "2026-11-27")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": {"matmull": 0.7}}, "'matmull'; did you mean 'matmul'"),
+        ({"rates": {"latency_us": 3}}, "did you mean '.*_us'"),
+        ({"rates": {"memory": 0}}, "memory=0 must be a finite number above 0"),
+        ({"rates": {"memory": float("nan")}}, "memory=nan must be"),
+        ({"rates": {"launch_us": float("inf")}}, "launch_us=inf must be"),
+        ({"rates": {"matmul": True}}, "matmul=True must be"),
+        ({"rates": {"matmul": "0.7"}}, "matmul='0.7' must be"),
+        ({"rates": {"matmul": 71.0}}, "1.5 at most.*per cent"),
+        ({"rates": [0.7]}, "must hold"),
+        ({"date": None}, "must state its 'date'"),
+        ({"hardware": "h1000"}, "none of a100, a800"),
+        ({"hardware": "a100"}, r"a100 \(compute capability 8.0\).* h800 \(compute capability 9.0\)"),
+        ({"hardware": "v5p"}, r"v5p .* h800 \(compute"),
+    ],
+)
+def test_rates_that_cannot_be_meant_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=f"rates.json.*{message}"):
+        read_rates(write_rates(tmp_path, **changes), parse_topology("h800:2x8").hardware)
+
+
+def test_one_tpus_rates_are_not_anothers(tmp_path):
+    path = write_rates(tmp_path, hardware="v5p")
+    assert read_rates(path, parse_topology("v5p:2x2x2").hardware).hardware == "v5p"
+    with pytest.raises(ConfigError, match="measured on v5p and the topology is of v4"):
+        read_rates(path, parse_topology("v4:2x2x2").hardware)
+
+
+def test_a_rates_file_that_cannot_be_read_is_named(tmp_path):
+    """The command refuses it before it looks for a compiler."""
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"device": ')
+    for path, reason in ((broken, "is no JSON"), (tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=reason):
+            read_rates(path, parse_topology("h100:1x8").hardware)
+    done, _ = plan(tmp_path, "--topology", "h100:1x8", "--rates_file", str(broken))
+    assert done.returncode == 78
+    assert f"rates_file={str(broken)!r} is no JSON" in done.stderr
+
+
+def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
+    report = {
+        "num_devices": 8, "predicted_step_seconds": 1.0, "predicted_mfu": 0.5, "seconds": {"waiting for collectives": 0.0},
+        "peak_gib": 1.0, "rates": {"matmul": 0.71}, "rates_from": {"matmul": "measured"},
+        "rates_file": {"device": "card", "hardware": "h100", "date": "today", "path": "rates.json", "rates": {"matmul": 0.71}},
+    }  # fmt: skip
+    given = []
+
+    def child(words, config, topology):
+        given.append(words[words.index("--rates_file") + 1])
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(report))
+        return 0
+
+    monkeypatch.setattr(plan_command, "missing", lambda topology: [])
+    monkeypatch.setattr(plan_command, "_run_child", child)
+    path = str(write_rates(tmp_path))
+    words = ["--config", "baichuan_7b_a800", "--topology", "h100:128x8", "--sweep", "data", "--output", str(tmp_path)]
+    assert plan_command.main([*words, "--rates_file", path]) == 0
+    assert given == [path] * 10
+    assert "rates measured on card (h100), today: rates.json" in capsys.readouterr().out
 
 
 def test_candidates_keep_the_batch_and_divide_it(tiny_config):
