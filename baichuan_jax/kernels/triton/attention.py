@@ -29,18 +29,37 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# Chosen on sm_80 by `python -m baichuan_jax.kernels` (docs/kernels.md): no spilled register, two warps at least for each of a
-# multiprocessor's four schedulers, then the highest bound. Every warp of 16 rows reads the whole block of the other side from shared
-# memory, which then takes about as long as the tensor cores; 32 rows halve that, but at head size 128 their sums alone take
-# 128 of a thread's 255 registers. A second stage loads the next block while this one is multiplied; a third one where memory is left.
-_FORWARD = {128: Blocks(128, 64, 8, 3), 64: Blocks(128, 64, 4, 3)}
-_DKV = {128: Blocks(64, 64, 4, 2), 64: Blocks(32, 128, 4, 2)}
-_DKV_90 = {**_DKV, 128: Blocks(32, 64, 4, 3)}  # 64 queries would spill on sm_90
-_DQ = {128: Blocks(128, 64, 8, 2), 64: Blocks(128, 64, 4, 2)}
-# float32: three TF32 products for each, with both parts of every operand in registers.
-_FORWARD_32 = {128: Blocks(32, 32, 4, 1), 64: Blocks(64, 32, 4, 2)}
-_DKV_32 = {128: Blocks(32, 16, 4, 1), 64: Blocks(16, 64, 4, 1)}
-_DQ_32 = {128: Blocks(16, 32, 4, 1), 64: Blocks(64, 16, 4, 1)}
+# By kernel, bytes of an element and head size. Chosen on sm_80 by `python -m baichuan_jax.kernels` (docs/kernels.md): no spilled
+# register, two warps at least for each of a multiprocessor's four schedulers, then the highest bound. Every warp of 16 rows reads the
+# whole block of the other side from shared memory, which then takes about as long as the tensor cores; 32 rows halve that, but at
+# head size 128 their sums alone take 128 of a thread's 255 registers. A second stage loads the next block while this one is
+# multiplied; a third one where memory is left. float32: three TF32 products for each, with both parts of every operand in registers.
+_BLOCKS = {
+    ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
+    ("attention_forward", 2, 64): Blocks(128, 64, 4, 3),
+    ("attention_forward", 4, 128): Blocks(32, 32, 4, 1),
+    ("attention_forward", 4, 64): Blocks(64, 32, 4, 2),
+    ("attention_dkv", 2, 128): Blocks(64, 64, 4, 2),
+    ("attention_dkv", 2, 64): Blocks(32, 128, 4, 2),
+    ("attention_dkv", 4, 128): Blocks(32, 16, 4, 1),
+    ("attention_dkv", 4, 64): Blocks(16, 64, 4, 1),
+    ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
+    ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
+    ("attention_dq", 4, 128): Blocks(16, 32, 4, 1),
+    ("attention_dq", 4, 64): Blocks(64, 16, 4, 1),
+}
+# Where the same shape would spill or lose: on sm_90 and newer.
+_BLOCKS_90 = {("attention_dkv", 2, 128): Blocks(32, 64, 4, 3)}  # 64 queries would spill
+
+
+def choose_blocks(kernel: str, dtype: Any, head_dim: int, capability: int) -> Blocks:
+    """The shape of one kernel's programs: attention_forward, attention_dkv or attention_dq.
+
+    dtype: of q, k, v. head_dim: 64 or 128. capability: that the kernel is compiled for, such as 80. Called while the kernel's caller
+    is traced, by this name, so that a benchmark can put another function in its place.
+    """
+    case = (kernel, jnp.dtype(dtype).itemsize, head_dim)
+    return _BLOCKS_90.get(case, _BLOCKS[case]) if capability >= 90 else _BLOCKS[case]
 
 
 @triton.jit
@@ -309,19 +328,18 @@ def attention(
     return _attention(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, current_layout())
 
 
-def _blocks(blocks: dict[int, Blocks], blocks_32: dict[int, Blocks], q_BTNH: jax.Array) -> Blocks:
-    return (blocks_32 if q_BTNH.dtype == jnp.float32 else blocks)[q_BTNH.shape[-1]]
-
-
-def _constants(q_BTNH: jax.Array, k_BSNH: jax.Array, segmented: bool, blocks: Blocks) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    _, T, N, H = q_BTNH.shape
-    precision = "tf32x3" if q_BTNH.dtype == jnp.float32 else "ieee"
-    return {
-        "T": T, "S": k_BSNH.shape[1], "N": N, "H": H, "Q": blocks.q, "K": blocks.k,
-        "SCALE": H**-0.5 * 1.4426950408889634, "PRECISION": precision, "SEGMENTED": segmented,
-        "num_warps": blocks.num_warps, "num_stages": blocks.num_stages,
-    }  # fmt: skip
+def _call(kernel: Any, name: str, *arrays: jax.Array, outputs: list[jax.ShapeDtypeStruct], segmented: bool) -> list[jax.Array]:
+    """One of the kernels, with a program for each block of queries, or of keys (dkv), of each head; arrays begin with q, k."""
+    q_BTNH, k_BSNH = arrays[:2]
+    B, T, N, H = q_BTNH.shape
+    S = k_BSNH.shape[1]
+    blocks = choose_blocks(name, q_BTNH.dtype, H, bridge.compute_capability())
+    rows = triton.cdiv(S, blocks.k) if name == "attention_dkv" else triton.cdiv(T, blocks.q)
+    return bridge.call(
+        kernel, *arrays, name=name, outputs=outputs, grid=(rows, B * N),
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages, T=T, S=S, N=N, H=H, Q=blocks.q, K=blocks.k,
+        SCALE=H**-0.5 * 1.4426950408889634, PRECISION="tf32x3" if q_BTNH.dtype == jnp.float32 else "ieee", SEGMENTED=segmented,
+    )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -337,14 +355,10 @@ def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
 
 
 def _run_forward(segmented, *arrays):
-    q_BTNH, k_BSNH = arrays[:2]
+    q_BTNH = arrays[0]
     B, T, N, _ = q_BTNH.shape
-    blocks = _blocks(_FORWARD, _FORWARD_32, q_BTNH)
-    return bridge.call(
-        _forward_kernel, *arrays,
-        outputs=[jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        grid=(triton.cdiv(T, blocks.q), B * N), name="attention_forward", **_constants(q_BTNH, k_BSNH, segmented, blocks),
-    )  # fmt: skip
+    outputs = [jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
+    return _call(_forward_kernel, "attention_forward", *arrays, outputs=outputs, segmented=segmented)
 
 
 def _backward(layout, saved, dout_BTNH):
@@ -357,20 +371,9 @@ def _backward(layout, saved, dout_BTNH):
 
 
 def _run_backward(segmented, *arrays):
-    q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, _ = q_BTNH.shape
-    S = k_BSNH.shape[1]
-    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSNH))
-    blocks = _blocks(_DKV if bridge.compute_capability() < 90 else _DKV_90, _DKV_32, q_BTNH)
-    dk_dv = bridge.call(
-        _dkv_kernel, *arrays, outputs=[like_k, like_k],
-        grid=(triton.cdiv(S, blocks.k), B * N), name="attention_dkv", **_constants(q_BTNH, k_BSNH, segmented, blocks),
-    )  # fmt: skip
-    blocks = _blocks(_DQ, _DQ_32, q_BTNH)
-    dq = bridge.call(
-        _dq_kernel, *arrays, outputs=[like_q],
-        grid=(triton.cdiv(T, blocks.q), B * N), name="attention_dq", **_constants(q_BTNH, k_BSNH, segmented, blocks),
-    )  # fmt: skip
+    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:2])
+    dk_dv = _call(_dkv_kernel, "attention_dkv", *arrays, outputs=[like_k, like_k], segmented=segmented)
+    dq = _call(_dq_kernel, "attention_dq", *arrays, outputs=[like_q], segmented=segmented)
     return [*dq, *dk_dv]
 
 
