@@ -13,7 +13,7 @@ from baichuan_jax.hardware import parse_topology
 from baichuan_jax.sharding import AXES
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from gpu_stages import trace as reader
+from gpu_stages import device_trace as reader
 
 # jaxlib 0.11.2 under Python 3.12, at the first read of an event's stats; as an error it would abort the process.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
