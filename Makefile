@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos lint types notebooks docs clean
+.PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos gpu gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -62,6 +62,31 @@ test-slurm: dev  ## training under a real Slurm of virtual nodes here (root; apt
 chaos: dev  ## real faults at random moments to a real run, losses compared
 	exec $(BIN)/python benchmarks/chaos.py $(ARGS)
 
+# The CUDA of `make gpu`: requirements-cuda12.txt or requirements-cuda13.txt.
+CUDA ?= 13
+BUNDLE := dist/gpu-bundle
+gpu:  ## everything that must be seen on a GPU, nine minutes; from dist/gpu-bundle where it is, else from PyPI (CUDA=12 or 13)
+	@if [ -d $(BUNDLE) ]; then \
+	  echo "installing $(BUNDLE) beside the packages of $(PYTHON)"; PYTHON=$(PYTHON) bash benchmarks/gpu_bundle.sh $(BUNDLE) $(ARGS); \
+	else \
+	  echo "no $(BUNDLE): installing requirements-cuda$(CUDA).txt into $(VENV)"; $(MAKE) --silent gpu-from-pypi; \
+	fi
+
+gpu-from-pypi: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cuda$(CUDA).txt
+	exec $(BIN)/python benchmarks/gpu.py $(ARGS)
+
+gpu-bundle:  ## wheels for a GPU machine without a network, into dist/gpu-bundle
+	$(PYTHON) benchmarks/gpu_bundle.py --output $(BUNDLE)
+
+# Python 3.12 with the packages of benchmarks/gpu_image.txt; a CPU serves.
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
+REHEARSAL := runs/gpu-rehearsal
+gpu-rehearse: .venv-gpu/.installed  ## make gpu at small sizes on a CPU, in the environment of a CUDA 13 image: eight minutes
+	.venv-gpu/bin/python benchmarks/gpu_bundle.py --output $(REHEARSAL)-bundle
+	rm -rf $(REHEARSAL)
+	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh $(REHEARSAL)-bundle --rehearse --output $(REHEARSAL) $(ARGS)
+
 lint: dev  ## ruff: lint and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -78,6 +103,11 @@ docs: dev  ## the documentation as a site, in site/
 
 clean:  ## remove environments and caches; runs stay
 	rm -rf .venv .venv-* cache .pytest_cache .ruff_cache
+
+.venv-gpu/.installed: benchmarks/gpu_image.txt
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/gpu_image.txt
+	touch $@
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """Times every implementation of attention and RMSNorm that can run here, beside others' where they are installed.
 
-    pip install tokamax
+    pip install tokamax torch
     python benchmarks/kernels.py [--operator attention] [--dtype bfloat16] [--rounds 9] [--json FILE]
 
 Sizes are the 7B model's on a GPU or TPU and small ones on a CPU, unless given. Every result is first compared with the plain operator
@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywher
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from clock import sample
 from results import Results
 from tqdm import tqdm
 
@@ -34,6 +36,11 @@ try:
 except ImportError:
     tokamax = None
 
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+except ImportError:
+    torch = None
+
 EPS = 1e-6
 # Largest difference from the plain operator in float32, relative to its largest value. bfloat16 rounds by 0.4 %, a few times over.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -41,12 +48,16 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 @dataclass
 class Candidate:
-    """One implementation of an operator. `function` maps its inputs to a tuple of results; `work` is what a call does."""
+    """One implementation of an operator. `function` maps its inputs to a tuple of results; `work` is what a call does.
+
+    Of another framework: `function` maps inputs and cotangents to (results and gradients, calls), and `foreign` is set.
+    """
 
     name: str
     function: Callable
     work: dict[str, float]
     why_not: str | None = None
+    foreign: bool = False
     error: float | None = None
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -68,6 +79,10 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
         if candidate.why_not:
             continue
         try:
+            if candidate.foreign:
+                got, candidate.calls = candidate.function(inputs, cotangents)
+                compare(candidate, got, wanted, dtype)
+                continue
             forward = jax.jit(candidate.function).lower(*inputs).compile()
             both = jax.jit(functools.partial(both_passes, candidate.function)).lower(inputs, cotangents).compile()
             got = jax.block_until_ready(both(inputs, cotangents))
@@ -77,15 +92,19 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
                 error = error.exceptions[0]
             candidate.why_not = str(error).strip().splitlines()[0].split("cannot serve: ")[-1].split("; use ")[0]
             continue
-        candidate.error = max(
-            float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
-            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-        )
-        if not candidate.error <= TOLERANCE[dtype]:
-            candidate.why_not = f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
-            continue
-        candidate.calls["forward"] = functools.partial(forward, *inputs)
-        candidate.calls["both"] = functools.partial(both, inputs, cotangents)
+        candidate.calls = {"forward": functools.partial(forward, *inputs), "both": functools.partial(both, inputs, cotangents)}
+        compare(candidate, got, wanted, dtype)
+
+
+def compare(candidate: Candidate, got: tuple, wanted: tuple, dtype: str) -> None:
+    """Note the largest relative error; a candidate that is wrong is not timed."""
+    candidate.error = max(
+        float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    )
+    if not candidate.error <= TOLERANCE[dtype]:
+        candidate.why_not = f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
+        candidate.calls = {}
 
 
 def measure(candidates: list[Candidate], rounds: int) -> None:
@@ -98,15 +117,6 @@ def measure(candidates: list[Candidate], rounds: int) -> None:
     for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
         for candidate, name in timed:
             candidate.seconds[name].append(sample(candidate.calls[name], repeats[candidate.name, name]))
-
-
-def sample(call: Callable[[], object], count: int) -> float:
-    began = time.perf_counter()
-    results = None
-    for _ in range(count):
-        results = call()
-    jax.block_until_ready(results)
-    return (time.perf_counter() - began) / count
 
 
 def plain_call(name: str, function: Callable, work: float, *inputs: jax.Array) -> Candidate:
@@ -135,7 +145,44 @@ def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[
     missing = None if tokamax else "tokamax is not installed"
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
         candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
+    candidates.append(Candidate("torch sdpa", torch_sdpa, work, None if torch else "torch is not installed", foreign=True))
     return candidates, tuple(inputs), (cotangent,)
+
+
+class Queued:
+    """What a call of torch has started; jax.block_until_ready waits for it as for an array."""
+
+    def block_until_ready(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Callable]]:
+    """PyTorch's scaled_dot_product_attention on the same device, by the fastest kernel that it has; heads before length."""
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("this torch sees no GPU")
+    dtype = getattr(torch, inputs[0].dtype.name)
+    q, k, v, dout = (
+        torch.tensor(np.asarray(x, np.float32), device=device).to(dtype).transpose(1, 2).contiguous().requires_grad_()
+        for x in (*inputs, *cotangents)
+    )
+
+    def forward() -> Queued:
+        with torch.no_grad():
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return Queued()
+
+    def results() -> tuple:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    def both() -> Queued:
+        results()
+        return Queued()
+
+    got = tuple(jnp.asarray(x.detach().float().transpose(1, 2).cpu().numpy()) for x in results())
+    return got, {"forward": forward, "both": both}
 
 
 def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> tuple[list[Candidate], tuple, tuple]:
@@ -165,7 +212,7 @@ def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> 
     return candidates, (x, weight, added) if residual else (x, weight), (dy, dtotal) if residual else (dy,)
 
 
-def run_attention(options: argparse.Namespace, dtype: str, shown: Results) -> dict:
+def run_attention(options: argparse.Namespace, dtype: str, shown: Any) -> dict:
     candidates, inputs, cotangents = attention_candidates(options, dtype)
     prepare(candidates, lambda q, k, v: (reference.attention(q, k, v),), inputs, cotangents)
     size = 1024 if jax.default_backend() == "cpu" else 8192
@@ -177,7 +224,7 @@ def run_attention(options: argparse.Namespace, dtype: str, shown: Results) -> di
     return report(title, candidates, product, "FLOP/s", shown)
 
 
-def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Results) -> dict:
+def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Any) -> dict:
     candidates, inputs, cotangents = norm_candidates(options, dtype, residual)
 
     def exact(x, weight, *added):
@@ -191,7 +238,7 @@ def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Res
     return report(title, candidates, copy, "B/s", shown)
 
 
-def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Results) -> dict:
+def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Any) -> dict:
     """Print a table and return the same as a dictionary. Shares are of the yardstick's rate, measured in the same rounds."""
     peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
     scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
@@ -214,7 +261,7 @@ def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: 
     shown.table(f"{title} ({caption})", columns, lines)
     for candidate in candidates:
         if candidate.why_not:
-            shown.display.say(f"  {candidate.name}: not timed: {candidate.why_not}")
+            shown.say(f"{candidate.name}: not timed: {candidate.why_not}")
     return {"title": title, "measured_peak": peak, "implementations": results}
 
 

@@ -18,6 +18,9 @@ class Results:
         self.display.table(title, columns, rows)
         self._tables.append({"title": title, "columns": columns, "rows": rows})
 
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
     def save(self, path: Path | str | None, **figures: Any) -> None:
         if path is not None:
             Path(path).write_text(json.dumps({**figures, "tables": self._tables}, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,30 @@
+"""Seconds of compiled calls on a device: medians of interleaved samples."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def sample(call: Callable[[], object], count: int) -> float:
+    """Seconds of one call, of `count` that queue one behind the other: that hides the microseconds of a start from Python."""
+    began = time.perf_counter()
+    results = None
+    for _ in range(count):
+        results = call()
+    jax.block_until_ready(results)
+    return (time.perf_counter() - began) / count
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
+    """Median seconds of each call. A sample is as many calls as take `seconds`; all are sampled in turn, `rounds` times."""
+    counts = {}
+    for name, call in calls.items():
+        sample(call, 1)  # the first one loads the program
+        counts[name] = max(1, min(200, round(seconds / max(sample(call, 1), 1e-7))))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(sample(call, counts[name]))
+    return {name: statistics.median(values) for name, values in found.items()}

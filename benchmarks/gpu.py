@@ -1,0 +1,234 @@
+"""Everything that must be seen on a GPU, in one program of at most nine minutes: `make gpu`.
+
+    python benchmarks/gpu.py [--output DIR] [--minutes 9] [--stages NAME ...] [--rehearse]
+    python benchmarks/gpu.py --publish DIR [--docs docs/gpu.md]
+
+Stages run in the order of their worth, each in a process of its own with a time limit. The result of each is in DIR the moment it
+ends: results.json, and gpu.md for people; so a stop at any moment loses one stage. A stage that fails is recorded with its traceback,
+and the next one runs. --rehearse runs all stages at small sizes on a CPU: Triton kernels interpreted, and compiled for sm_80 and
+sm_90. --publish puts the page of a machine into docs/gpu.md.
+
+Exit status: 0 where every stage was right, else 1.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+
+import argparse
+import ast
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from baichuan_jax.console import Display
+from baichuan_jax.files import write_atomically
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent / "gpu_stages"
+# In the order of their worth, with the seconds that each may take of nine minutes. Together they are more than that: few stages need
+# their limit, and the last ones give way.
+LIMITS = {
+    "environment": 40, "numerics": 120, "speed": 110, "products": 60, "step": 120, "training": 160, "commands": 70, "costs": 120,
+}  # fmt: skip
+MINUTES = 9.0
+RESERVE = 5.0  # seconds kept for writing the last results
+LEAST = 10.0  # seconds below which no stage is started
+LOG_BYTES = 1 << 20  # of each stage's output that is kept
+MARK = "<!-- {}: written by benchmarks/gpu.py -->"
+
+
+def environment(rehearse: bool, work: Path) -> dict[str, str]:
+    """Of the stages' processes."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    if rehearse:
+        # No device is looked for, and CUDA's compiler serves without a driver.
+        return {**variables, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # A program that one stage has compiled costs the next one nothing.
+    return {**variables, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), "TF_CPP_MIN_LOG_LEVEL": "1"}
+
+
+class Session:
+    """One call of the program: runs the stages and keeps the output folder up to date."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work, self.output = options, work, options.output
+        self.display = Display()
+        self.began = time.monotonic()
+        self.results: dict[str, Any] = {
+            "date": str(datetime.date.today()), "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "rehearsal": options.rehearse, "minutes": options.minutes, "machine": platform.machine(), "stages": {},
+        }  # fmt: skip
+
+    @property
+    def seconds_left(self) -> float:
+        return self.options.minutes * 60 - RESERVE - (time.monotonic() - self.began)
+
+    def run(self) -> int:
+        """Run the stages one after the other. Returns the exit status."""
+        names = self.options.stages or list(LIMITS)
+        with tqdm(total=round(self.options.minutes * 60), unit="s", disable=None, bar_format="{l_bar}{bar}| {n}/{total} s") as bar:
+            for number, name in enumerate(names, 1):
+                limit = min(LIMITS[name] * self.options.minutes / MINUTES, self.seconds_left)
+                bar.set_description(name)
+                if limit < LEAST:
+                    result = {"outcome": "skipped", "seconds": 0.0, "headline": f"{max(limit, 0):.0f} s were left for it"}
+                else:
+                    self.display.say(f"{number}/{len(names)} {name}, {limit:.0f} s at most", style="bold")
+                    result = self._run_stage(name, limit, bar)
+                self.results["stages"][name] = result
+                self.write()
+                style = {"ok": "green", "skipped": "yellow"}.get(result["outcome"], "red")
+                self.display.say(f"  {result['outcome']} after {result['seconds']:.0f} s: {result['headline']}", style=style)
+        outcomes = [result["outcome"] for result in self.results["stages"].values()]
+        good = outcomes.count("ok")
+        self.display.say(f"{good} of {len(outcomes)} stages are right, {time.monotonic() - self.began:.0f} s; read {self.output / 'gpu.md'}")
+        if not self.options.rehearse:
+            self.display.say(f"keep it: python benchmarks/gpu.py --publish {shlex.quote(str(self.output))}")
+        return 0 if good == len(outcomes) else 1
+
+    def _run_stage(self, name: str, limit: float, bar: Any) -> dict[str, Any]:
+        state, log = self.work / f"{name}.json", self.work / f"{name}.log"
+        command = [
+            sys.executable, str(FOLDER / "stage.py"), name, str(state), str(self.work), str(self.output), f"{limit:.1f}",
+            "small" if self.options.rehearse else "full",
+        ]  # fmt: skip
+        began, timed_out = time.monotonic(), False
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=environment(self.options.rehearse, self.work), cwd=REPOSITORY,
+            )  # fmt: skip
+            try:
+                while process.poll() is None and not timed_out:
+                    time.sleep(0.1)
+                    bar.update(int(time.monotonic() - self.began) - bar.n)
+                    timed_out = time.monotonic() - began > limit
+            finally:  # and whatever the stage has started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+                self._append_log(name, log)
+        result = {"outcome": "ok", "seconds": time.monotonic() - began, "limit": limit, **_read_state(state)}
+        if timed_out:
+            result |= {"outcome": "timed out", "error": f"stopped after {limit:.0f} s; what it had found by then stands here"}
+        elif result["error"] or not result["finished"]:
+            tail = log.read_bytes()[-2000:].decode(errors="replace")
+            result |= {"outcome": "failed", "error": result["error"] or f"the process ended with {code}:\n{tail}"}
+        elif result["wrong"]:
+            result["outcome"] = "wrong"
+        if result["outcome"] in ("failed", "timed out"):
+            last = result["error"].strip().splitlines()[-1] if result["outcome"] == "failed" else result["error"]
+            result["headline"] = f"{last[:200]}" + (f" ({result['headline']})" if result["headline"] else "")
+        if result["wrong"]:
+            result["headline"] = f"{len(result['wrong'])} wrong, first: {result['wrong'][0]}; {result['headline']}"
+        return result
+
+    def _append_log(self, name: str, log: Path) -> None:
+        content = log.read_bytes()
+        cut = f"[the first {len(content) - LOG_BYTES} bytes are left out]\n" if len(content) > LOG_BYTES else ""
+        with open(self.output / "log.txt", "ab") as file:
+            file.write(f"==== {name}\n{cut}".encode() + content[-LOG_BYTES:] + b"\n")
+
+    def write(self) -> None:
+        """results.json and gpu.md, whole at any moment."""
+        write_atomically(self.output / "results.json", json.dumps(self.results, indent=1).encode())
+        write_atomically(self.output / "gpu.md", page(self.results).encode())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    empty = {
+        "headline": "", "notes": [], "tables": [], "values": {}, "wrong": [], "left_out": [], "error": None, "finished": False,
+    }  # fmt: skip
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown, for someone who was not there."""
+    stages = results["stages"]
+    device = stages.get("environment", {}).get("values", {}).get("device", "device not known")
+    title = f"{'Rehearsal: ' if results['rehearsal'] else ''}{device}, {results['date']}"
+    lines = [f"## {title}", "", f"`{results['command']}`", ""]
+    if results["rehearsal"]:
+        lines += ["**No GPU was used.** Sizes are small, Triton kernels are interpreted, and times mean nothing.", ""]
+    lines += ["| stage | outcome | s | in one line |", "|---|---|---|---|"]
+    for name, result in stages.items():
+        lines.append(f"| {name} | {result['outcome']} | {result['seconds']:.0f} | {_cell(result['headline'])} |")
+    for name, result in stages.items():
+        lines += ["", f"### {name.capitalize()}: {result['outcome']}", "", explanation(name)]
+        for table in result.get("tables", []):
+            lines += ["", f"**{table['title']}**", ""]
+            lines += ["| " + " | ".join(map(_cell, table["columns"])) + " |", "|---" * len(table["columns"]) + "|"]
+            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in table["rows"]]
+        lines += ["", *(f"- {note}" for note in result.get("notes", []))]
+        lines += [f"- **Wrong:** {what}" for what in result.get("wrong", [])]
+        lines += [f"- Left out: {what}" for what in result.get("left_out", [])]
+        if result.get("error"):
+            lines += ["", "```text", result["error"].strip().replace("```", "'''"), "```"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def explanation(name: str) -> str:
+    """What a stage does and what its numbers mean: its module's docstring."""
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
+    assert text is not None
+    return text
+
+
+def publish(folder: Path, docs: Path) -> None:
+    """Put a page into docs/gpu.md: a rehearsal in the place of the last one, a machine's results above those of earlier dates."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    content, text = page(results), docs.read_text(encoding="utf-8")
+    begin, end = MARK.format("rehearsal" if results["rehearsal"] else "results"), MARK.format("end")
+    if begin not in text:
+        raise SystemExit(f"{docs} has no line {begin!r}, below which this belongs")
+    before, after = text.split(begin, 1)
+    kept, rest = after.split(end, 1)
+    kept = "" if results["rehearsal"] else kept.replace("Not yet: no GPU has run this.", "").strip()
+    write_atomically(docs, f"{before}{begin}\n\n{content}\n{kept}{chr(10) * 2 if kept else chr(10)}{end}{rest}".encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results; must be new or empty")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="at most so many, 9 by default; limits of stages shrink with it")
+    parser.add_argument("--stages", nargs="+", choices=list(LIMITS), metavar="NAME", help=f"only these: {', '.join(LIMITS)}")
+    parser.add_argument("--rehearse", action="store_true", help="all stages at small sizes on a CPU")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="put the page of an earlier call into --docs")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "gpu.md", metavar="FILE", help="default: docs/gpu.md")
+    options = parser.parse_args()
+    if options.publish:
+        publish(options.publish, options.docs)
+        return 0
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes} must be greater than 0")
+    options.output = options.output.absolute()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if any(options.output.iterdir()):
+        parser.error(f"--output {options.output} is not empty: results of two calls must not mix; name another folder")
+    work = Path(tempfile.mkdtemp(prefix="gpu-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stages are ended and their folder removed
+    try:
+        return Session(options, work).run()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Install the wheels of a folder beside this machine's own packages, without a network, and run benchmarks/gpu.py.
+#   bash benchmarks/gpu_bundle.sh dist/gpu-bundle --output gpu-results
+# PYTHON: the interpreter that has jax and PyTorch (default: python3).
+set -euo pipefail
+if [ $# -lt 1 ] || ! ls "$1"/*.whl >/dev/null 2>&1; then
+  echo "usage: bash benchmarks/gpu_bundle.sh FOLDER_OF_WHEELS [options of benchmarks/gpu.py]; make gpu-bundle makes the folder" >&2
+  exit 2
+fi
+here=$(cd "$(dirname "$0")" && pwd)
+wheels=$1
+shift
+python=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
+  "$wheels"/*.whl
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+# XLA takes the first ptxas on PATH. One that this machine's driver cannot serve would spoil everything: try it first.
+if PATH="$site/bin:$PATH" "$python" -c 'import jax; jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(99)))'; then
+  export PATH="$site/bin:$PATH"
+else
+  echo "the bundle's ptxas does not serve here: this machine's own is used" >&2
+fi
+"$python" "$here/gpu.py" "$@"

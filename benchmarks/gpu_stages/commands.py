@@ -1,0 +1,141 @@
+"""What a user types, on this device: import of a published checkpoint, evaluation, generation.
+
+Logits of the golden model (tests/golden/tiny: what the original's code computed in float32 on a CPU) have to agree within the
+rounding of each type. The model of the stage `training` answers questions, here and on this machine's CPU, with the same choices;
+tokens/s of its generation leave compilation out.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from stage import REPOSITORY, Stage
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+# Largest difference of logits, relative to the largest logit.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+QUESTIONS, SUBJECTS = 4, ["logic", "law"]
+CHOICE = 2e-2  # a difference of logits below which another choice is no error: the answers are as good as equal
+
+
+def run(stage: Stage) -> None:
+    """Import, logits, evaluation, generation."""
+    folder = stage.work / "commands"
+    folder.mkdir()
+    imported = folder / "imported"
+    seconds = command(stage, "hf", "import", str(GOLDEN / "tiny"), str(imported))
+    stage.say(f"`hf import` of the golden checkpoint took {seconds:.1f} s, most of it the start of jax.")
+    logits(stage, imported)
+    run_path = trained(stage)
+    if run_path is None:
+        stage.leave_out("evaluation and generation", "the stage `training` left no run")
+        return
+    evaluation(stage, run_path, folder)
+    generation(stage, run_path)
+
+
+def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
+    """Run a command of the package; its seconds. Raises RuntimeError where it fails."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", f"baichuan_jax.{name}", *words], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "XLA_CLIENT_MEM_FRACTION": "0.5", **variables}, timeout=max(stage.seconds_left, 1),
+    )  # fmt: skip
+    print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
+    if done.returncode:
+        raise RuntimeError(f"python -m baichuan_jax.{name} {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return time.monotonic() - began
+
+
+def trained(stage: Stage) -> Path | None:
+    """The folder of the undisturbed run of the stage `training`."""
+    path = stage.work / "training.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["values"].get("run") if path.exists() else None
+    return Path(found) if found else None
+
+
+def logits(stage: Stage, imported: Path) -> None:
+    """The golden model's logits in both types, from the published files and from the imported checkpoint."""
+    import jax
+
+    from baichuan_jax import load_pretrained
+    from baichuan_jax.kernels import choose_attention
+
+    golden = dict(np.load(GOLDEN / "tiny" / "parity.npz"))
+    wanted, rows = golden["A_logits"], []
+    for dtype in ("float32", "bfloat16"):
+        for source, path in (("published", GOLDEN / "tiny"), ("imported", imported)):
+            model = load_pretrained(path, dtype=dtype)
+            got = np.asarray(model(golden["A_ids"]), np.float32)
+            error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+            kernel, _ = choose_attention(
+                "auto", device=jax.devices()[0], dtype=dtype, head_dim=model.config.head_dim, masked=False, length=wanted.shape[1],
+                context=1,
+            )  # fmt: skip
+            rows.append([f"{source}, {dtype}", kernel, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}"])
+            if not error <= TOLERANCE[dtype]:
+                stage.wrong(f"golden logits in {dtype} differ by {error:.1e} of the largest ({TOLERANCE[dtype]:.0e} allowed)")
+    stage.table("Logits of the golden model", ["", "attention", "largest difference", "allowed"], rows)
+    stage.headline(f"golden logits within {rows[0][2]} (float32) and {rows[2][2]} (bfloat16)")
+
+
+def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
+    """The same questions on the device and on this machine's CPU."""
+    from exam import make_ceval  # tests/exam.py
+
+    data = make_ceval(folder / "ceval", SUBJECTS, QUESTIONS)
+    found, seconds = {}, {}
+    for place in ("device", "CPU"):
+        variables = {"JAX_PLATFORMS": "cpu"} if place == "CPU" else {}
+        output = folder / f"evaluation-{place}"
+        words = ["--checkpoint", str(run_path), "--data", str(data), "--output", str(output), "--limit", str(QUESTIONS)]
+        words += ["--subjects", ",".join(SUBJECTS), "--shots", "1" if stage.sizes.small else "3"]
+        try:
+            seconds[place] = command(stage, "evaluate", "ceval", *words, **variables)
+        except subprocess.TimeoutExpired:
+            stage.leave_out(f"evaluation on the {place}", "no time was left")
+            return
+        lines = (output / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        found[place] = {(line["subject"], line["index"]): line for line in map(json.loads, lines)}
+    differences, changed = [], []
+    for key, here in found["device"].items():
+        there = found["CPU"][key]
+        differences.append(max(abs(a - b) for a, b in zip(here["logits"], there["logits"], strict=True)))
+        first, second = sorted(there["logits"])[:-3:-1]
+        if here["prediction"] != there["prediction"] and first - second > CHOICE:
+            changed.append(key)
+    stage.table("C-Eval's protocol on bundled text", ["", ""], [
+        ["questions", str(len(differences))], ["largest difference of logits from the CPU's", f"{max(differences):.1e}"],
+        ["other choices", str(len(changed))], *[[f"seconds on the {place}", f"{s:.1f}"] for place, s in seconds.items()],
+    ])  # fmt: skip
+    if changed:
+        stage.wrong(f"{len(changed)} of {len(differences)} questions are answered otherwise than on the CPU: {changed[:3]}")
+
+
+def generation(stage: Stage, run_path: Path) -> None:
+    """Tokens a second, without compilation, and a text for people to read."""
+    from baichuan_jax import Generator, load_pretrained
+    from baichuan_jax.generate import find_tokenizer
+
+    tokenizer, rows = find_tokenizer(str(run_path), None), []
+    for dtype in ("bfloat16", "float32"):
+        generator = Generator(load_pretrained(run_path, dtype=dtype))
+        for prompts in (1, 16):
+            texts = generator.generate(tokenizer, ["It was a truth"] * prompts, 64, temperature=0.8, top_p=0.9, seed=0)
+            assert generator.speed is not None
+            speed = generator.speed
+            rows.append([dtype, str(prompts), f"{speed.prompt_tokens / speed.prefill_seconds:,.0f}",
+                         f"{speed.new_tokens / speed.decode_seconds:,.0f}"])  # fmt: skip
+            if dtype == "bfloat16" and prompts == 1:
+                stage.say(f"It writes: {' '.join(texts[0].split())[:200]}")
+            stage.table("Generation", ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"], rows)
+            if stage.seconds_left < 15:
+                stage.leave_out("the rest of generation", "no time was left")
+                return
+    if shutil.disk_usage(stage.work).free < 1 << 30:
+        stage.say("Less than 1 GiB of disk is left.")

@@ -1,0 +1,115 @@
+"""What this machine is: driver, device, clocks and memory as `nvidia-smi` and jax see them, versions, and what `auto` chooses here.
+
+A clock below its maximum while products run (the last rows) lowers every speed of the other stages by the same share.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+from stage import Stage
+
+from baichuan_jax.config import Config
+from baichuan_jax.hardware import detect_topology, hardware_of
+from baichuan_jax.kernels import choose_attention, choose_rms_norm
+from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.xla_flags import choose_flags
+
+PACKAGES = (
+    "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "optax", "orbax-checkpoint", "grain",
+    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "torch", "tokamax", "numpy",
+)  # fmt: skip
+QUERY = (
+    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw",
+    "temperature.gpu", "pcie.link.gen.current", "ecc.mode.current", "mig.mode.current",
+)  # fmt: skip
+# Assemblers that are known to miscompile Triton's code for sm_90a.
+BAD_PTXAS = ("12.8.93", "13.0.88")
+
+
+def run(stage: Stage) -> None:
+    """Fill the tables; nothing here can be wrong, only missing."""
+    device = jax.devices()[0]
+    stage.record(device=device.device_kind, platform=device.platform, devices=jax.device_count())
+    stage.headline(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+    memory = device.memory_stats() or {}
+    ptxas = bridge.ptxas_version() if bridge.obstacle() is None else None
+    rows = [
+        ["device", device.device_kind], ["devices", str(jax.device_count())], ["host", f"{os.cpu_count()} cores, {platform.platform()}"],
+        ["Python", platform.python_version()],
+        ["memory that jax may use", f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told"],
+        ["compute capability", str(getattr(device, "compute_capability", "-"))],
+        ["row of hardware.py", getattr(hardware_of(device.device_kind), "name", "none")],
+        ["topology as train sees it", str(detect_topology() or "none")],
+        ["ptxas", f"{ptxas} ({bridge.ptxas()})" if ptxas else f"no Triton: {bridge.obstacle()}"],
+    ]  # fmt: skip
+    stage.table("Device", ["", ""], rows)
+    if ptxas in BAD_PTXAS:
+        stage.say(f"ptxas {ptxas} is known to miscompile Triton's code for sm_90a: a wrong result on sm_90 alone may be the assembler's.")
+    stage.table("Versions", ["package", "version"], [[name, _version(name)] for name in PACKAGES])
+    _choices(stage, device)
+    flags = choose_flags(Config(), detect_topology())
+    stage.record(flags=list(flags.reasons), versions={name: _version(name) for name in PACKAGES}, ptxas=ptxas)
+    stage.table("Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in flags.reasons.items()])
+    if shutil.which("nvidia-smi") is None:
+        stage.leave_out("driver, clocks, NVLink", "nvidia-smi is not installed")
+        return
+    quiet = _query()
+    busy = _query_under_load()
+    stage.record(nvidia_smi=quiet, nvidia_smi_under_load=busy)
+    stage.table("nvidia-smi", ["", "quiet", "while products run"], [[name, quiet[name], busy[name]] for name in QUERY])
+    for words in (["topo", "-m"], ["nvlink", "--status"]):
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20)
+        print(done.stdout, done.stderr)
+        links = sum("GB/s" in line for line in done.stdout.splitlines())
+        if words[0] == "nvlink":
+            stage.say(f"NVLink: {links} active links." if links else f"NVLink: none is seen ({done.stdout.strip()[:100] or 'no answer'}).")
+            stage.record(nvlinks=links)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _choices(stage: Stage, device: object) -> None:
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        for masked in (False, True):
+            name, why = choose_attention(
+                "auto", device=device, dtype=dtype, head_dim=128, masked=masked, length=4096, context=1
+            )  # fmt: skip
+            rows.append([f"attention {dtype}{', document masks' if masked else ''}", name, why])
+        rows.append([f"RMSNorm {dtype}", *choose_rms_norm("auto", device=device, dtype=dtype, width=4096)])
+    stage.table("What `auto` chooses", ["operator", "implementation", "why"], rows)
+
+
+def _query() -> dict[str, str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    cells = [cell.strip() for cell in done.stdout.strip().split(",")]
+    if len(cells) != len(QUERY):  # a field that this driver does not know fails the whole query
+        return dict.fromkeys(QUERY, f"not told: {(done.stdout + done.stderr).strip()[:60]}")
+    return dict(zip(QUERY, cells, strict=True))
+
+
+def _query_under_load(seconds: float = 2.0) -> dict[str, str]:
+    """What nvidia-smi says in the middle of large products."""
+    x = jax.random.normal(jax.random.key(0), (8192, 8192)).astype(jnp.bfloat16)
+    product = jax.jit(lambda x: jnp.matmul(x, x) / 8192)
+    jax.block_until_ready(product(x))
+    found: list[dict[str, str]] = []
+    timer = threading.Timer(seconds / 2, lambda: found.append(_query()))
+    timer.start()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or timer.is_alive():
+        jax.block_until_ready([product(x) for _ in range(20)])
+    return found[0] if found else dict.fromkeys(QUERY, "not told")

@@ -1,0 +1,58 @@
+"""Fill a GPU's free memory with NaN, so that a kernel's output that nobody writes is NaN and no leftover of an earlier call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+
+from baichuan_jax.kernels.triton import bridge
+
+LARGE = 16  # arrays that share most of what is free
+SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)  # and arrays for the gaps between others
+
+
+@functools.cache
+def _fill(size: int):
+    return jax.jit(lambda: jnp.full(size, jnp.nan, jnp.float32))
+
+
+def fill_free_memory() -> None:
+    """Fill jax's pool with arrays of NaN, large ones and then small ones, and free them. Nothing on a CPU.
+
+    A tenth stays free: where memory runs out, jax's allocator waits ten seconds for some to come back.
+    """
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    large = int(0.9 * free / LARGE) >> 20 << 18  # float32 numbers of whole MiB, so that few programs are compiled
+    held = [_fill(large)() for _ in range(LARGE)]
+    held += [_fill(size // 4)() for size in SMALL_BYTES for _ in range(SMALL_COUNT)]
+    jax.block_until_ready(held)
+    for array in held:
+        array.delete()
+
+
+@triton.jit
+def _half_kernel(x_pointer, out_pointer, SIZE: tl.constexpr):
+    """Write the first half of an output, leave the second."""
+    places = tl.arange(0, SIZE)
+    tl.store(out_pointer + places, tl.load(x_pointer + places))
+
+
+@functools.cache
+def proves_itself(size: int = 4096) -> bool:
+    """Whether what a kernel does not write is NaN after fill_free_memory."""
+    x = jnp.ones(size, jnp.float32)
+
+    def run(x: jax.Array) -> jax.Array:
+        like = jax.ShapeDtypeStruct((2 * size,), jnp.float32)
+        return bridge.call(_half_kernel, x, name="half", outputs=[like], grid=(1,), num_warps=4, num_stages=1, SIZE=size)[0]
+
+    call = jax.jit(run).lower(x).compile()
+    fill_free_memory()
+    out = np.asarray(call(x))
+    return bool((out[:size] == 1).all() and np.isnan(out[size:]).all())

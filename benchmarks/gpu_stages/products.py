@@ -1,0 +1,166 @@
+"""The matrix products of a training step at their real shapes and layouts, the memory's bandwidth, and the cost of a kernel's start:
+from them come **measured rates** for `plan`, in rates.json.
+
+`forward`: activations times weights; `input`: the gradient of the activations; `weight`: the gradient of the weights, also with a
+float32 result, which is what summing gradients in float32 would take. Shares are of the data sheet's peak. The rate of all products is
+that of a step of Baichuan-7B: each as often as the step has it. `plan --rates_file rates.json` predicts a cluster of this GPU with
+them; links and contention stay assumed.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clock import measure
+from stage import Stage
+
+from baichuan_jax.config import Config
+from baichuan_jax.files import write_atomically
+from baichuan_jax.hardware import hardware_of
+from baichuan_jax.metrics import measure_matmul_flops
+from baichuan_jax.roofline import BOUNDS
+from baichuan_jax.xla_flags import apply_flags
+
+LAUNCHES = 256  # kernels that follow each other in the program that measures a start
+
+
+def run(stage: Stage) -> None:
+    """Time everything, then write the rates."""
+    apply_flags(Config())  # as training does: without command buffers, cuBLAS for products
+    device = jax.devices()[0]
+    hardware = hardware_of(device.device_kind)
+    peak = hardware.peak_tflops * 1e12 if hardware else measure_matmul_flops()
+    sheet = f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}" if hardware else "a product of 1024 x 1024 on this CPU"
+    dtype = jnp.float32 if stage.sizes.small else jnp.bfloat16
+    calls, flops, counts = {}, {}, {}
+    for name, (rows, weight, times) in shapes(stage).items():
+        for kind, function, arguments, amount in products(rows, weight, dtype):
+            key = f"{name} / {kind}"
+            calls[key] = functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
+            flops[key], counts[key] = amount, times
+    seconds = measure(calls, stage.sizes.rounds, stage.sizes.sample_seconds)
+    rows = []
+    for name in shapes(stage):
+        kinds = {kind: flops[f"{name} / {kind}"] / seconds[f"{name} / {kind}"] for kind in ("forward", "input", "weight", "weight, float32")}
+        rows.append([name, *(f"{rate / 1e12:,.1f} ({rate / peak:.0%})" for rate in kinds.values())])
+    stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", "forward", "input", "weight", "weight, float32"], rows)
+    stage.record(products={key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]} for key in calls})
+    in_step = [key for key in calls if counts[key] and not key.endswith("float32")]
+    share = sum(flops[key] * counts[key] for key in in_step) / sum(seconds[key] * counts[key] for key in in_step) / peak
+    both = seconds["gate + up as one / forward"] / (2 * seconds["gate / forward"])
+    stage.say(f"Gate and up as one product take {both:.2f} of the time of two, forward.")
+    bandwidth = copy_bandwidth(stage)
+    start = launch_seconds(stage)
+    rates = {"matmul": share, "launch_us": start * 1e6}
+    if hardware:
+        rates["memory"] = bandwidth / (hardware.memory_bandwidth * 1e9)
+    rates |= kernel_rate(stage, hardware)
+    stage.table(
+        "Measured rates", ["rate", "value", "what"],
+        [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()],
+    )  # fmt: skip
+    stage.record(rates=rates, copy_bandwidth=bandwidth)
+    stage.headline(f"products {share:.1%} of {sheet}; copies {bandwidth / 1e12:.2f} TB/s; a start {start * 1e6:.1f} us")
+    write_rates(stage, device.device_kind, hardware, rates)
+
+
+MEANING = {
+    "matmul": "of the peak, by the products of a step",
+    "memory": "of the data sheet's bandwidth, by a copy",
+    "kernel": "of the bound in roofline.py, by the attention kernels",
+    "launch_us": "microseconds of a kernel that does nothing, between two others",
+}
+
+
+def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Name -> activations, weight, and how often a step of 32 blocks has it. The weight's first dimensions are summed over."""
+    sizes = stage.sizes
+    rows, D, F, N, H, V = sizes.batch * sizes.length, sizes.hidden, sizes.intermediate, sizes.heads, sizes.head_dim, sizes.vocab
+    chunk = min(sizes.loss_chunk, rows)
+    return {
+        "QKV": ((rows, D), (D, 3, N, H), 32),
+        "out": ((rows, N, H), (N, H, D), 32),
+        "gate": ((rows, D), (D, F), 2 * 32),  # and up, of the same shape
+        "gate + up as one": ((rows, D), (D, 2 * F), 0),
+        "down": ((rows, F), (F, D), 32),
+        "head": ((chunk, D), (D, V), rows // chunk),
+    }
+
+
+def products(rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any) -> list[tuple[str, Callable, tuple, float]]:
+    """(kind, function, arguments, operations) of a product and of both its gradients, as the model's layout has them."""
+    summed = len(rows) - 1
+    out = (rows[0], *weight[summed:])
+    keys = jax.random.split(jax.random.key(len(weight)), 3)
+    x, w, dy = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, (rows, weight, out), strict=True))
+    amount = 2.0 * rows[0] * float(w.size)
+    free = tuple(range(1, dy.ndim))
+    weights = tuple(range(summed, w.ndim))
+
+    def forward(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, w, summed)
+
+    def into_input(dy: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tensordot(dy, w, (free, weights))
+
+    def into_weight(x: jax.Array, dy: jax.Array, kind: Any = None) -> jax.Array:
+        return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kind)
+
+    return [
+        ("forward", forward, (x, w), amount), ("input", into_input, (dy, w), amount), ("weight", into_weight, (x, dy), amount),
+        ("weight, float32", functools.partial(into_weight, kind=jnp.float32), (x, dy), amount),
+    ]  # fmt: skip
+
+
+def copy_bandwidth(stage: Stage) -> float:
+    """Bytes a second, read and written, of a copy far larger than any cache."""
+    x = jnp.ones(stage.sizes.copy_bytes // 4, jnp.float32)
+    call = functools.partial(jax.jit(jnp.negative).lower(x).compile(), x)
+    return 2.0 * x.nbytes / measure({"copy": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["copy"]
+
+
+def launch_seconds(stage: Stage) -> float:
+    """Seconds from one kernel to the next where each does next to nothing."""
+    x = jnp.zeros(32, jnp.float32)
+
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(LAUNCHES):
+            x = jax.lax.optimization_barrier(x + 1)  # keeps the additions apart: a kernel for each
+        return x
+
+    call = functools.partial(jax.jit(chain).lower(x).compile(), x)
+    return measure({"chain": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["chain"] / LAUNCHES
+
+
+def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
+    """Share of their bounds that the attention kernels reached in the stage `speed`; nothing where that has no result."""
+    path = stage.work / "speed.json"
+    values = json.loads(path.read_text(encoding="utf-8"))["values"] if path.exists() else {}
+    alone, flops = values.get("kernels_alone", {}), values.get("kernel_flops", {})
+    # The bounds that plan multiplies the rate with, so that together they give the seconds that were measured.
+    bounds = BOUNDS.get(hardware.compute_capability, {}) if hardware else {}
+    names = [name for name in alone if name in bounds]
+    if not names or hardware is None:
+        stage.leave_out("rate `kernel`", "the stage `speed` has timed no kernel beside its bound")
+        return {}
+    ideal = sum(flops[name] / (hardware.peak_tflops * 1e12 * bounds[name]) for name in names)
+    return {"kernel": ideal / sum(alone[name] for name in names)}
+
+
+def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float]) -> None:
+    """rates.json, as `plan --rates_file` reads it."""
+    if hardware is None:
+        stage.leave_out("rates.json", f"{device} is no accelerator of hardware.py")
+        return
+    import datetime
+    import importlib.metadata
+
+    content = {
+        "device": device, "hardware": hardware.name, "date": str(datetime.date.today()),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton")}, "rates": rates,
+    }  # fmt: skip
+    write_atomically(stage.output / "rates.json", json.dumps(content, indent=1).encode())
+    stage.say("Rates are in rates.json: python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ...")

@@ -1,0 +1,223 @@
+"""A training step with the width of Baichuan-7B and few blocks, the real `step.py` with its kernels and flags: seconds and memory
+beside what `plan` predicts for this device, with default and with measured rates.
+
+A profiler trace of some steps is summed by instruction and set beside the roofline's line for it: where the two part, and by how much.
+The trace itself is in step.xplane.pb.gz (TensorBoard's profile plugin or xprof reads it).
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from stage import REPOSITORY, Stage
+
+from baichuan_jax.config import Config
+from baichuan_jax.config_file import load_config
+from baichuan_jax.xla_flags import apply_flags
+
+STEPS, TRACED = 10, 3
+TRACE_BYTES = 15 << 20  # beyond, the trace is not kept
+
+
+def overrides(stage: Stage, **changes: Any) -> list[str]:
+    """Settings on top of configs/baichuan_7b_a800.yaml: one device, few blocks; in a rehearsal, small."""
+    sizes = stage.sizes
+    settings = {
+        "model.num_layers": sizes.layers, "model.hidden_size": sizes.hidden, "model.intermediate_size": sizes.intermediate,
+        "model.num_heads": sizes.hidden // sizes.head_dim, "model.vocab_size": sizes.vocab, "tokenizer.vocab_size": sizes.vocab,
+        "train.context_length": sizes.length, "train.global_batch_size": sizes.batch, "train.micro_batch_size": sizes.batch,
+        "train.loss_chunk_size": sizes.loss_chunk, "mesh.data": 1, "mesh.fsdp": 1, **changes,
+    }  # fmt: skip
+    return [f"{name}={'null' if value is None else str(value).lower()}" for name, value in settings.items()]
+
+
+def make_config(stage: Stage, **changes: Any) -> Config:
+    """The configuration of the step that is measured."""
+    return load_config(REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage, **changes))
+
+
+def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str, Any]:
+    """Random tokens as the loader would give them."""
+    import jax
+    import numpy as np
+
+    train = config.train
+    accumulation = config.accumulation_steps(config.mesh)
+    shape = (accumulation, train.global_batch_size // accumulation, train.context_length)
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(3, config.model.vocab_size, shape).astype(np.int32) for name in ("inputs", "labels")}
+    if documents:
+        # Of a mean length of an eighth of a row.
+        starts = rng.random(shape) < 8 / train.context_length
+        starts[..., 0] = True
+        batch["segment_ids"] = np.cumsum(starts, axis=-1).astype(np.int32)
+        place = np.broadcast_to(np.arange(train.context_length), shape)
+        batch["positions"] = (place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1)).astype(np.int32)
+    return jax.device_put(batch, steps.batch_sharding)
+
+
+def run(stage: Stage) -> None:
+    """Measure, predict, trace, compare."""
+    config = make_config(stage)
+    apply_flags(config)  # before jax starts
+
+    import jax
+
+    from baichuan_jax import hlo, roofline
+    from baichuan_jax.hardware import hardware_of, parse_topology
+    from baichuan_jax.metrics import Throughput, peak_flops
+    from baichuan_jax.sharding import make_mesh
+    from baichuan_jax.step import make_steps
+
+    device = jax.devices()[0]
+    hardware = hardware_of(device.device_kind)
+    name = f"{hardware.name if hardware else 'h100'}:1x1"
+    if hardware is None:
+        stage.say(f"{device.device_kind} is no accelerator of hardware.py: the prediction is that of {name}.")
+    plans = start_plans(stage, name)
+    mesh = make_mesh(config.mesh, [device])
+    steps = make_steps(config, mesh)
+    state = steps.init()
+    batch, wish = make_batch(config, steps), steps.wish(0)
+    began = time.perf_counter()
+    compiled = steps.train.lower(state, batch, wish).compile()
+    compile_seconds = time.perf_counter() - began
+    losses, seconds = [], []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch, wish)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - began)
+    step = statistics.median(seconds[2:])
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    speed = Throughput(config, 1, peak_flops(config, device)[0]).figures(step)
+    mfu = "unknown" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
+    parameters = config.model.num_parameters / 1e9
+    stage.headline(f"{step * 1e3:.1f} ms a step, MFU {mfu}")
+    stage.record(
+        step_seconds=step, all_seconds=seconds, losses=losses, mfu=speed["mfu"], mfu_causal=speed["mfu_causal"], peak_bytes=peak,
+        compile_seconds=compile_seconds, parameters=config.model.num_parameters,
+    )  # fmt: skip
+    stage.say(
+        f"{config.model.num_layers} blocks, {parameters:.2f}B parameters, {config.train.global_batch_size} rows of "
+        f"{config.train.context_length} tokens; compiled in {compile_seconds:.0f} s; loss {losses[0]:.3f} to {losses[-1]:.3f}."
+    )
+    if not losses[-1] < losses[0]:
+        stage.wrong(f"the loss of the same rows does not fall: {losses}")
+    traced, state = trace(stage, compiled, state, batch, wish)
+    program = hlo.parse(compiled.as_text())
+    topology = parse_topology(name)
+    rates = roofline.rates_for(topology)
+    if (path := stage.output / "rates.json").exists():
+        rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
+    compare(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
+    show_plans(stage, plans, step, peak)
+
+
+def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen, Path]]:
+    """`plan` for this device in the background: with default rates, and with measured ones where there are some."""
+    variants = {"default rates": []}
+    if (path := stage.output / "rates.json").exists():
+        variants["measured rates"] = ["--rates_file", str(path)]
+    else:
+        stage.leave_out("plan with measured rates", "there is no rates.json: the stage `products` wrote none")
+    started = {}
+    dotted = [word for setting in overrides(stage) for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
+    for number, (label, words) in enumerate(variants.items()):
+        folder = stage.work / f"plan-{number}"
+        command = [
+            sys.executable, "-m", "baichuan_jax.plan", "--config", str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml"),
+            "--topology", topology, "--output", str(folder), "--json", str(folder / "plan.json"), *dotted, *words,
+        ]  # fmt: skip
+        folder.mkdir()
+        with open(folder / "log", "wb") as log:
+            variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # plan chooses its own
+            started[label] = (subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=REPOSITORY), folder)
+    return started
+
+
+def show_plans(stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], step: float, peak: int | None) -> None:
+    """Measured beside predicted: seconds and memory."""
+    rows = [["measured", f"{step * 1e3:.1f}", "", "-" if peak is None else f"{peak / 2**30:.1f}"]]
+    for label, (process, folder) in plans.items():
+        try:
+            code = process.wait(max(1.0, stage.seconds_left - 3))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            stage.leave_out(f"plan, {label}", "it had not ended when the stage's time was up")
+            continue
+        if code:
+            stage.wrong(f"plan, {label}, ended with {code}: {(folder / 'log').read_text(errors='replace').strip()[-300:]}")
+            continue
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        predicted = plan["predicted_step_seconds"]
+        rows.append([f"plan, {label}", f"{predicted * 1e3:.1f}", f"{predicted / step - 1:+.1%}", f"{plan['peak_gib']:.1f}"])
+        stage.record(**{f"plan, {label}": {key: plan[key] for key in ("predicted_step_seconds", "peak_gib", "seconds", "rates")}})
+    stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
+
+
+def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> tuple[Any, Any]:
+    """Trace some steps; what device_trace.read_trace finds, and the state."""
+    import jax
+    from device_trace import read_trace
+
+    folder = stage.work / "trace"
+    jax.profiler.start_trace(str(folder))
+    for _ in range(TRACED):
+        state, metrics = compiled(state, batch, wish)
+    jax.block_until_ready(metrics)
+    jax.profiler.stop_trace()
+    for path in folder.rglob("*.xplane.pb"):
+        content = gzip.compress(path.read_bytes(), 6)
+        if len(content) <= TRACE_BYTES:
+            (stage.output / "step.xplane.pb.gz").write_bytes(content)
+        else:
+            stage.leave_out("step.xplane.pb.gz", f"{len(content) >> 20} MiB are too much to keep")
+    return read_trace(folder), state
+
+
+def compare(stage: Stage, traced: Any, program: Any, prediction: Any, step: float) -> None:
+    """By group of instructions, and those where measurement and prediction part most."""
+    import jax
+    from device_trace import by_group, compare, largest_differences
+
+    if traced.platform != jax.default_backend():
+        stage.wrong(f"the trace holds no activity of the {jax.default_backend()}, only of the {traced.platform}: is CUPTI there?")
+        return
+    rows = compare(traced.instructions, TRACED, program, prediction)
+
+    def milliseconds(row: Any) -> list[str]:
+        ratio = f"{row.measured_seconds / row.predicted_seconds:.2f}" if row.predicted_seconds else "-"
+        return [f"{row.measured_seconds * 1e3:.2f}", f"{row.predicted_seconds * 1e3:.2f}", ratio]
+
+    groups = by_group(rows)
+    stage.table(
+        "A step by kind of kernel, traced and predicted for this program", ["", "measured ms", "predicted ms", "ratio", "instructions"],
+        [[row.name, *milliseconds(row), f"{row.measured_count:.0f}"] for row in groups],
+    )  # fmt: skip
+    stage.table(
+        "Where they part most", ["instruction", "of", "measured ms", "predicted ms", "ratio", "times"],
+        [[row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"] for row in largest_differences(rows)],
+    )  # fmt: skip
+    unnamed = sum(item.seconds for item in traced.unnamed.values()) / TRACED
+    others = sum(item.seconds for item in traced.other_modules.values()) / TRACED
+    busy = traced.busy_seconds / TRACED
+    stage.say(
+        f"Traced, a step: {busy * 1e3:.1f} ms busy of {traced.span_seconds / TRACED * 1e3:.1f} ms (untraced: {step * 1e3:.1f} ms); "
+        f"{unnamed * 1e3:.2f} ms of kernels carry no instruction's name, {others * 1e3:.2f} ms are of other programs."
+    )
+    stage.record(
+        trace={
+            "busy_seconds": busy, "span_seconds": traced.span_seconds / TRACED, "unnamed_seconds": unnamed, "other_seconds": others,
+            "groups": [dataclasses.asdict(row) for row in groups], "instructions": [dataclasses.asdict(row) for row in rows[:200]],
+            "kernels": {name: traced.kernels.get(name) for name in [row.name for row in rows[:40]]},
+            "lines": traced.lines,
+        }
+    )  # fmt: skip
