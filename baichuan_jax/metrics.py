@@ -1,5 +1,6 @@
 """What a run measures and where it is written: FLOPs, MFU, memory; JSONL, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
 import math
 import os
@@ -102,17 +103,25 @@ class Throughput:
 class Writer:
     """Appends to metrics.jsonl and events.jsonl of a run's folder, and to TensorBoard and W&B where asked for.
 
-    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run has all its lines.
+    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run has all its lines. `warnings`:
+    what is not written although the settings say so, for the caller to show.
     """
 
     def __init__(self, run_path: Path, config: Config, active: bool = True) -> None:
         self._files: dict[str, Any] = {}
         self._tensorboard = self._wandb = None
+        self.warnings: list[str] = []
         if not active:
             return
         if config.metrics.wandb_project is not None:
             self._wandb = _wandb_run(run_path, config)
-        if config.metrics.tensorboard:
+        if config.metrics.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            # On by default, so it may not have been asked for; and metrics.jsonl has the same figures.
+            self.warnings.append(
+                "TensorBoard events are not written: tensorboardX is not installed; pip install tensorboardX, or turn them off with "
+                "--metrics.tensorboard false"
+            )
+        elif config.metrics.tensorboard:
             from tensorboardX import SummaryWriter  # imported late: half a second that runs without it save
 
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))

@@ -6,6 +6,7 @@ compiled program come memory, operations and collectives; the step's time is pre
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -274,8 +275,11 @@ def main(words: list[str]) -> int:
     target = _output(options, topology, ".json")
     for path in [target, *([Path(options["json"])] if options["json"] else [])]:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, target.with_suffix(".png"))
-    print(f"saved: {target} and .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"saved: {target}; its picture is not drawn: matplotlib is not installed (pip install matplotlib)")
+    else:
+        plot(result, target.with_suffix(".png"))
+        print(f"saved: {target} and .png")
     if "schedule_profile" in result:
         print(f"train with this schedule: --train.schedule_profile {result['schedule_profile']}")
     return 0

@@ -62,7 +62,8 @@ def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: st
     for prompt, text in completed["samples"].items():
         display.say(f"\n{prompt!r} continues:", style="bold")
         display.say(text)
-    display.say(f"\nloss curve: {run.path / 'loss.png'}")
+    if (run.path / "loss.png").exists():
+        display.say(f"\nloss curve: {run.path / 'loss.png'}")
     say_next(display, run)
 
 
@@ -77,7 +78,8 @@ def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
 def say_next(display: Display, run: Run) -> None:
     """Where everything lies, and the commands to try, fit to be pasted."""
     path = shlex.quote(str(run.path))
-    display.say(f"the run's folder: {run.path}  (curves: tensorboard --logdir {path})")
+    curves = f"  (curves: tensorboard --logdir {path})" if (run.path / "tensorboard").exists() else ""
+    display.say(f"the run's folder: {run.path}{curves}")
     display.say("next: look at it in a browser:")
     display.say(f"  python -m baichuan_jax.report {path} -o {shlex.quote(str(run.path / 'report.html'))}", style="bold")
     display.say("or let it write:")

@@ -132,7 +132,10 @@ def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, ac
             display.say(f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow")
         write_atomically(file, now.encode())
         write_atomically(run.path / "tokenizer.model", Path(prepared.tokenizer.path).read_bytes())
-    return Writer(run.path, config, active)
+    writer = Writer(run.path, config, active)
+    for warning in writer.warnings:
+        display.say(warning, style="yellow")
+    return writer
 
 
 def main(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import math
 import os
 import statistics
@@ -336,12 +337,23 @@ class Trainer:
         self.writer.event("profiled", step=self.step)
         self.display.say(f"profile of the steps up to {self.step} in {self.run.path / 'profile'}")
 
+    def _draw(self) -> None:
+        """The loss curve, where there is what draws it: a run must not end in an error for want of a picture."""
+        if importlib.util.find_spec("matplotlib") is not None:
+            self.run.plot()
+            return
+        self.display.say(
+            f"{self.run.path / 'loss.png'} is not drawn: matplotlib is not installed; pip install matplotlib, then in Python: "
+            f"from baichuan_jax.run import Run; Run({str(self.run.path)!r}).plot()",
+            style="yellow",
+        )
+
     def conclude(self) -> None:
         """After the last step: validation if it is still missing, curve, samples, and what came of it all."""
         if self.eval_loss is None and self.prepared.validation:
             self._evaluate()
         if jax.process_index() == 0:
-            self.run.plot()
+            self._draw()
         samples = self._sample()
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         completed = {

@@ -2,10 +2,24 @@
 
 import random
 import signal
+import subprocess
 
 import numpy as np
 import pytest
-from launches import REPOSITORY, kill, lines, losses, run, start, start_all, wait_all, wait_for_step, write_config
+from launches import (
+    REPOSITORY,
+    command,
+    environment,
+    kill,
+    lines,
+    losses,
+    run,
+    start,
+    start_all,
+    wait_all,
+    wait_for_step,
+    write_config,
+)
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.config_file import load_config
@@ -180,6 +194,26 @@ def test_a_profile_is_written_for_the_steps_asked_for(config, tmp_path):
     run(config, folder, "--profile.steps", "[4, 5]", "--train.num_steps", "6")
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert [event["step"] for event in lines(folder, "events") if event["kind"] == "profiled"] == [5]
+
+
+def test_packages_that_only_draw_or_unpack_may_be_missing(config, tmp_path):
+    """A run ends well without them, and says what it left out and how to get it."""
+    hidden = ("matplotlib", "plotly", "tensorboardX", "zstandard")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n")
+    variables = environment() | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    words = ["--train.num_steps", "6", "--metrics.tensorboard", "true"]
+    done = subprocess.run(
+        command(config, tmp_path / "run", *words), env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("tensorboardX is not installed; pip install tensorboardX, or turn them off with --metrics.tensorboard false",
+                  "loss.png is not drawn: matplotlib is not installed; pip install matplotlib"):  # fmt: skip
+        assert words in " ".join(done.stdout.split())
+    assert "loss curve:" not in done.stdout
+    assert "tensorboard --logdir" not in done.stdout
+    assert lines(tmp_path / "run", "events")[-1]["kind"] == "completed"
+    Run(tmp_path / "run").plot()
+    assert (tmp_path / "run" / "loss.png").exists()
 
 
 def test_documents_can_be_kept_apart(config, tmp_path):

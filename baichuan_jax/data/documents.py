@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow  # pyright: ignore[reportMissingImports]
 import pyarrow.fs  # pyright: ignore[reportMissingImports]
 import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-import zstandard
 
 from baichuan_jax.config import ConfigError
 from baichuan_jax.data.text import kind_of, open_file
@@ -161,7 +160,7 @@ def read_records(piece: Slice, fields: Any) -> Iterator[Record | Problem]:
         for record in read(piece, fields):
             line = record.line
             yield record
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
         yield Problem(piece.path, line + 1, "unreadable", f"cannot be read on: {error}")
     else:
         if line < piece.first_line and piece.start == 0:

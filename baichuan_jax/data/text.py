@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -13,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import zstandard
 
 from baichuan_jax.config import ConfigError
 
@@ -164,25 +163,34 @@ def _lines(part: Part) -> Iterator[bytes]:
                 file.readline()  # the line that begins before this part belongs to the part before
             while (part.stop is None or file.tell() < part.stop) and (line := file.readline()):
                 yield line
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"{part.path} cannot be read to its end: {error}") from None
 
 
 def open_file(path: str, raw: BinaryIO | None = None) -> BinaryIO:
-    """A file's bytes, decompressed as its name says; `raw`: its bytes as they are, where they do not lie on a local disk."""
+    """A file's bytes, decompressed as its name says; `raw`: its bytes as they are, where they do not lie on a local disk.
+
+    What is damaged raises EOFError, OSError or zlib.error while it is read. ConfigError: .zst without the package zstandard.
+    """
     if path.endswith(".gz"):
         return gzip.open(raw or path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
+        if importlib.util.find_spec("zstandard") is None:
+            raise ConfigError(f"{path} cannot be read: zstandard is not installed; pip install zstandard, or decompress the file")
         return io.BufferedReader(_Zstd(raw or open(path, "rb")))  # type: ignore[return-value]
     return raw or open(path, "rb")
 
 
 class _Zstd(io.RawIOBase):
-    """A zstd file that complains where it is cut short, which zstandard's own reader does not."""
+    """A zstd file that complains where it is cut short, which zstandard's own reader does not. Damage raises OSError."""
 
     def __init__(self, file: BinaryIO) -> None:
+        import zstandard  # here, since only .zst files need it
+
         self._file = file
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._decompressor = self._new()
+        self._damage = zstandard.ZstdError
         self._pending = b""
         self._ended = False  # a reader may ask again after the end
 
@@ -194,10 +202,13 @@ class _Zstd(io.RawIOBase):
             if self._decompressor.eof:
                 chunk = self._decompressor.unused_data or self._file.read(1 << 20)
                 self._ended = not chunk
-                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                self._decompressor = self._new()
             elif not (chunk := self._file.read(1 << 20)):
                 raise EOFError("the last zstd frame is not complete")
-            self._pending = self._decompressor.decompress(chunk)
+            try:
+                self._pending = self._decompressor.decompress(chunk)
+            except self._damage as error:
+                raise OSError(str(error)) from error
         size = min(len(buffer), len(self._pending))
         buffer[:size], self._pending = self._pending[:size], self._pending[size:]
         return size

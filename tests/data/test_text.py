@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import sys
 
 import pytest
 import zstandard
@@ -83,6 +84,13 @@ def test_bad_utf8_in_a_txt_file_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("中文".encode("gb18030"))
     with pytest.raises(ConfigError, match=r"a\.txt is no UTF-8"):
         read(tmp_path / "a.txt")
+
+
+def test_a_zst_file_without_its_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(COMPRESS[".zst"](b'{"text": "a"}'))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst cannot be read: zstandard is not installed; pip install zstandard"):
+        read(tmp_path / "a.jsonl.zst")
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".txt"])
