@@ -85,7 +85,7 @@ REHEARSAL := runs/gpu-rehearsal
 gpu-rehearse: .venv-gpu/.installed  ## make gpu at small sizes on a CPU, in the environment of a CUDA 13 image: eight minutes
 	.venv-gpu/bin/python benchmarks/gpu_bundle.py --output $(REHEARSAL)-bundle
 	rm -rf $(REHEARSAL)
-	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh $(REHEARSAL)-bundle --rehearse --output $(REHEARSAL) $(ARGS)
+	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh $(REHEARSAL)-bundle --rehearse --minutes 16 --output $(REHEARSAL) $(ARGS)
 
 lint: dev  ## ruff: lint and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,6 +3,8 @@
 import glob
 import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,22 @@ def parse_topology(name: str) -> Topology:
     return Topology(hardware, shape)
 
 
+def _driver_models() -> list[str]:
+    """What the driver calls this host's GPUs: from /proc, or from nvidia-smi where a container does not show /proc/driver."""
+    models = []
+    for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
+        with open(path, encoding="utf-8") as file:
+            models += re.findall(r"^Model:\s*(.+)$", file.read(), re.MULTILINE)
+    if models or (program := shutil.which("nvidia-smi")) is None:
+        return models
+    try:
+        command = [program, "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
 def detect_topology() -> Topology | None:
     """The GPUs that this process's driver lists, times the run's nodes, without starting jax. None: no NVIDIA GPU, or an unknown one.
 
@@ -126,10 +144,7 @@ def detect_topology() -> Topology | None:
     """
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("cpu", "tpu"):
         return None
-    models = []
-    for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
-        with open(path, encoding="utf-8") as file:
-            models += re.findall(r"^Model:\s*(.+)$", file.read(), re.MULTILINE)
+    models = _driver_models()
     if not models or (hardware := hardware_of(models[0])) is None:
         return None
     visible = os.environ.get("JAX_LOCAL_DEVICE_IDS") or os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -38,11 +38,19 @@ from baichuan_jax.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "gpu_stages"
+RUNNER = FOLDER / "stage.py"
 # In the order of their worth, with the seconds that each may take of nine minutes. Together they are more than that: few stages need
 # their limit, and the last ones give way.
 LIMITS = {
-    "environment": 40, "numerics": 120, "speed": 110, "products": 60, "step": 120, "training": 160, "commands": 70, "costs": 120,
-}  # fmt: skip
+    "environment": 40,
+    "numerics": 120,
+    "speed": 110,
+    "products": 60,
+    "step": 120,
+    "training": 160,
+    "commands": 70,
+    "costs": 120,
+}
 MINUTES = 9.0
 RESERVE = 5.0  # seconds kept for writing the last results
 LEAST = 10.0  # seconds below which no stage is started
@@ -52,7 +60,11 @@ MARK = "<!-- {}: written by benchmarks/gpu.py -->"
 
 def environment(rehearse: bool, work: Path) -> dict[str, str]:
     """Of the stages' processes."""
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    variables = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+    }
     if rehearse:
         # No device is looked for, and CUDA's compiler serves without a driver.
         return {**variables, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -68,9 +80,13 @@ class Session:
         self.display = Display()
         self.began = time.monotonic()
         self.results: dict[str, Any] = {
-            "date": str(datetime.date.today()), "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-            "rehearsal": options.rehearse, "minutes": options.minutes, "machine": platform.machine(), "stages": {},
-        }  # fmt: skip
+            "date": str(datetime.date.today()),
+            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "rehearsal": options.rehearse,
+            "minutes": options.minutes,
+            "machine": platform.machine(),
+            "stages": {},
+        }
 
     @property
     def seconds_left(self) -> float:
@@ -79,7 +95,9 @@ class Session:
     def run(self) -> int:
         """Run the stages one after the other. Returns the exit status."""
         names = self.options.stages or list(LIMITS)
-        with tqdm(total=round(self.options.minutes * 60), unit="s", disable=None, bar_format="{l_bar}{bar}| {n}/{total} s") as bar:
+        with tqdm(
+            total=round(self.options.minutes * 60), unit="s", disable=None, bar_format="{l_bar}{bar}| {n}/{total} s"
+        ) as bar:
             for number, name in enumerate(names, 1):
                 limit = min(LIMITS[name] * self.options.minutes / MINUTES, self.seconds_left)
                 bar.set_description(name)
@@ -94,7 +112,9 @@ class Session:
                 self.display.say(f"  {result['outcome']} after {result['seconds']:.0f} s: {result['headline']}", style=style)
         outcomes = [result["outcome"] for result in self.results["stages"].values()]
         good = outcomes.count("ok")
-        self.display.say(f"{good} of {len(outcomes)} stages are right, {time.monotonic() - self.began:.0f} s; read {self.output / 'gpu.md'}")
+        self.display.say(
+            f"{good} of {len(outcomes)} stages are right, {time.monotonic() - self.began:.0f} s; read {self.output / 'gpu.md'}"
+        )
         if not self.options.rehearse:
             self.display.say(f"keep it: python benchmarks/gpu.py --publish {shlex.quote(str(self.output))}")
         return 0 if good == len(outcomes) else 1
@@ -102,15 +122,26 @@ class Session:
     def _run_stage(self, name: str, limit: float, bar: Any) -> dict[str, Any]:
         state, log = self.work / f"{name}.json", self.work / f"{name}.log"
         command = [
-            sys.executable, str(FOLDER / "stage.py"), name, str(state), str(self.work), str(self.output), f"{limit:.1f}",
+            sys.executable,
+            str(RUNNER),
+            name,
+            str(state),
+            str(self.work),
+            str(self.output),
+            f"{limit:.1f}",
             "small" if self.options.rehearse else "full",
-        ]  # fmt: skip
+        ]
         began, timed_out = time.monotonic(), False
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=environment(self.options.rehearse, self.work), cwd=REPOSITORY,
-            )  # fmt: skip
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment(self.options.rehearse, self.work),
+                cwd=REPOSITORY,
+            )
             try:
                 while process.poll() is None and not timed_out:
                     time.sleep(0.1)
@@ -150,8 +181,15 @@ class Session:
 
 def _read_state(path: Path) -> dict[str, Any]:
     empty = {
-        "headline": "", "notes": [], "tables": [], "values": {}, "wrong": [], "left_out": [], "error": None, "finished": False,
-    }  # fmt: skip
+        "headline": "",
+        "notes": [],
+        "tables": [],
+        "values": {},
+        "wrong": [],
+        "left_out": [],
+        "error": None,
+        "finished": False,
+    }
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
@@ -206,8 +244,12 @@ def publish(folder: Path, docs: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results; must be new or empty")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="at most so many, 9 by default; limits of stages shrink with it")
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results; must be new or empty"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="at most so many, 9 by default; limits of stages shrink with it"
+    )
     parser.add_argument("--stages", nargs="+", choices=list(LIMITS), metavar="NAME", help=f"only these: {', '.join(LIMITS)}")
     parser.add_argument("--rehearse", action="store_true", help="all stages at small sizes on a CPU")
     parser.add_argument("--publish", type=Path, metavar="DIR", help="put the page of an earlier call into --docs")

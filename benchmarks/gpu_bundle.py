@@ -19,7 +19,13 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("gpu_bundle.txt")
 NVCC = "nvidia-cuda-nvcc==13.1.80"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_24_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 LIMIT = 45 << 20
 
 
@@ -27,9 +33,23 @@ def download(folder: Path, *what: str) -> None:
     """Wheels without their dependencies."""
     words = [word for platform in PLATFORMS for word in ("--platform", platform)]
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-        "--python-version", "3.12", "--implementation", "cp", *words, "--dest", str(folder), *what,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.12",
+        "--implementation",
+        "cp",
+        *words,
+        "--dest",
+        str(folder),
+        *what,
+    ]
     subprocess.run(command, check=True)
 
 
@@ -65,7 +85,9 @@ def _digest(data: bytes) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("dist/gpu-bundle"), metavar="DIR", help="default: dist/gpu-bundle; replaced")
+    parser.add_argument(
+        "--output", type=Path, default=Path("dist/gpu-bundle"), metavar="DIR", help="default: dist/gpu-bundle; replaced"
+    )
     options = parser.parse_args()
     made = options.output.with_name(f"{options.output.name}.tmp")
     shutil.rmtree(made, ignore_errors=True)
@@ -79,7 +101,9 @@ def main() -> None:
         raise SystemExit(f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: a machine without a network may not take them")
     shutil.rmtree(options.output, ignore_errors=True)
     made.rename(options.output)
-    print(f"{size / 2**20:6.1f} MiB in {options.output}; there: bash benchmarks/gpu_bundle.sh {options.output} --output gpu-results")
+    print(
+        f"{size / 2**20:6.1f} MiB in {options.output}; there: bash benchmarks/gpu_bundle.sh {options.output} --output gpu-results"
+    )
 
 
 if __name__ == "__main__":

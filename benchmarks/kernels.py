@@ -141,7 +141,7 @@ def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[
         return lambda q, k, v: (tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),)
 
     candidates = [Candidate(name, ours(name), work) for name in ("reference", "blockwise", "triton", "cudnn", "pallas")]
-    candidates += [Candidate(f"jax.nn {name}", jaxs(name), work) for name in ("xla", "cudnn")]
+    candidates.append(Candidate("jax.nn xla", jaxs("xla"), work))  # its cuDNN is the `cudnn` above
     missing = None if tokamax else "tokamax is not installed"
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
         candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))

@@ -124,3 +124,19 @@ def test_gpus_are_found_without_jax(tmp_path, monkeypatch):
     assert detect_topology() == Topology(hardware_of("A800"), (16, 8))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert detect_topology() is None
+
+
+def test_gpus_are_found_where_a_container_hides_proc(tmp_path, monkeypatch):
+    """From nvidia-smi; one that fails, or is not there, finds none."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\necho 'NVIDIA H100 80GB HBM3'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("baichuan_jax.hardware.glob.glob", lambda pattern: [])
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_NTASKS", "JAX_NUM_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    assert detect_topology() == parse_topology("h100:1x2")
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert detect_topology() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert detect_topology() is None

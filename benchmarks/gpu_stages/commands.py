@@ -17,8 +17,8 @@ import numpy as np
 from stage import REPOSITORY, Stage
 
 GOLDEN = REPOSITORY / "tests" / "golden"
-# Largest difference of logits, relative to the largest logit.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+# Largest difference of logits, relative to the largest logit. bfloat16 keeps 8 bits, and a logit is a sum of terms that cancel.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 QUESTIONS, SUBJECTS = 4, ["logic", "law"]
 CHOICE = 2e-2  # a difference of logits below which another choice is no error: the answers are as good as equal
 
@@ -27,6 +27,7 @@ def run(stage: Stage) -> None:
     """Import, logits, evaluation, generation."""
     folder = stage.work / "commands"
     folder.mkdir()
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.4"  # of this process, and of each command beside it
     imported = folder / "imported"
     seconds = command(stage, "hf", "import", str(GOLDEN / "tiny"), str(imported))
     stage.say(f"`hf import` of the golden checkpoint took {seconds:.1f} s, most of it the start of jax.")
@@ -43,12 +44,18 @@ def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
     """Run a command of the package; its seconds. Raises RuntimeError where it fails."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", f"baichuan_jax.{name}", *words], cwd=REPOSITORY, capture_output=True, text=True,
-        env={**os.environ, "XLA_CLIENT_MEM_FRACTION": "0.5", **variables}, timeout=max(stage.seconds_left, 1),
-    )  # fmt: skip
+        [sys.executable, "-m", f"baichuan_jax.{name}", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        timeout=max(stage.seconds_left, 1),
+    )
     print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
     if done.returncode:
-        raise RuntimeError(f"python -m baichuan_jax.{name} {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"python -m baichuan_jax.{name} {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return time.monotonic() - began
 
 
@@ -74,9 +81,14 @@ def logits(stage: Stage, imported: Path) -> None:
             got = np.asarray(model(golden["A_ids"]), np.float32)
             error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
             kernel, _ = choose_attention(
-                "auto", device=jax.devices()[0], dtype=dtype, head_dim=model.config.head_dim, masked=False, length=wanted.shape[1],
+                "auto",
+                device=jax.devices()[0],
+                dtype=dtype,
+                head_dim=model.config.head_dim,
+                masked=False,
+                length=wanted.shape[1],
                 context=1,
-            )  # fmt: skip
+            )
             rows.append([f"{source}, {dtype}", kernel, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}"])
             if not error <= TOLERANCE[dtype]:
                 stage.wrong(f"golden logits in {dtype} differ by {error:.1e} of the largest ({TOLERANCE[dtype]:.0e} allowed)")
@@ -109,10 +121,16 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
         first, second = sorted(there["logits"])[:-3:-1]
         if here["prediction"] != there["prediction"] and first - second > CHOICE:
             changed.append(key)
-    stage.table("C-Eval's protocol on bundled text", ["", ""], [
-        ["questions", str(len(differences))], ["largest difference of logits from the CPU's", f"{max(differences):.1e}"],
-        ["other choices", str(len(changed))], *[[f"seconds on the {place}", f"{s:.1f}"] for place, s in seconds.items()],
-    ])  # fmt: skip
+    stage.table(
+        "C-Eval's protocol on bundled text",
+        ["", ""],
+        [
+            ["questions", str(len(differences))],
+            ["largest difference of logits from the CPU's", f"{max(differences):.1e}"],
+            ["other choices", str(len(changed))],
+            *[[f"seconds on the {place}", f"{s:.1f}"] for place, s in seconds.items()],
+        ],
+    )
     if changed:
         stage.wrong(f"{len(changed)} of {len(differences)} questions are answered otherwise than on the CPU: {changed[:3]}")
 
@@ -129,8 +147,14 @@ def generation(stage: Stage, run_path: Path) -> None:
             texts = generator.generate(tokenizer, ["It was a truth"] * prompts, 64, temperature=0.8, top_p=0.9, seed=0)
             assert generator.speed is not None
             speed = generator.speed
-            rows.append([dtype, str(prompts), f"{speed.prompt_tokens / speed.prefill_seconds:,.0f}",
-                         f"{speed.new_tokens / speed.decode_seconds:,.0f}"])  # fmt: skip
+            rows.append(
+                [
+                    dtype,
+                    str(prompts),
+                    f"{speed.prompt_tokens / speed.prefill_seconds:,.0f}",
+                    f"{speed.new_tokens / speed.decode_seconds:,.0f}",
+                ]
+            )
             if dtype == "bfloat16" and prompts == 1:
                 stage.say(f"It writes: {' '.join(texts[0].split())[:200]}")
             stage.table("Generation", ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"], rows)

@@ -105,10 +105,10 @@ def show(stage: Stage, programs: dict[str, Any], state: Any) -> None:
         stage.leave_out("float32 results of the weights' gradients", "the stage `products` has no result")
         return
     total = sum(item["seconds"] * item["a_step"] for key, item in products.items() if not key.endswith("float32"))
-    extra = sum(
-        (products[f"{key}, float32"]["seconds"] - item["seconds"]) * item["a_step"]
-        for key, item in products.items() if key.endswith("/ weight")
-    )  # fmt: skip
+    pairs = [
+        (item, products[f"{key}, float32"])
+        for key, item in products.items()
+        if key.endswith("/ weight") and f"{key}, float32" in products
+    ]
+    extra = sum((other["seconds"] - item["seconds"]) * item["a_step"] for item, other in pairs)
     stage.say(f"Weights' gradients with a float32 result take {extra / total:+.1%} of all products of a step of the 7B.")
-
-

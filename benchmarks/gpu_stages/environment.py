@@ -22,13 +22,38 @@ from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.xla_flags import choose_flags
 
 PACKAGES = (
-    "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "optax", "orbax-checkpoint", "grain",
-    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "torch", "tokamax", "numpy",
-)  # fmt: skip
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "jax-triton",
+    "triton",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-cublas",
+    "torch",
+    "tokamax",
+    "numpy",
+)
 QUERY = (
-    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw",
-    "temperature.gpu", "pcie.link.gen.current", "ecc.mode.current", "mig.mode.current",
-)  # fmt: skip
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "power.draw",
+    "temperature.gpu",
+    "pcie.link.gen.current",
+    "ecc.mode.current",
+    "mig.mode.current",
+)
 # Assemblers that are known to miscompile Triton's code for sm_90a.
 BAD_PTXAS = ("12.8.93", "13.0.88")
 
@@ -41,22 +66,28 @@ def run(stage: Stage) -> None:
     memory = device.memory_stats() or {}
     ptxas = bridge.ptxas_version() if bridge.obstacle() is None else None
     rows = [
-        ["device", device.device_kind], ["devices", str(jax.device_count())], ["host", f"{os.cpu_count()} cores, {platform.platform()}"],
+        ["device", device.device_kind],
+        ["devices", str(jax.device_count())],
+        ["host", f"{os.cpu_count()} cores, {platform.platform()}"],
         ["Python", platform.python_version()],
         ["memory that jax may use", f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told"],
         ["compute capability", str(getattr(device, "compute_capability", "-"))],
         ["row of hardware.py", getattr(hardware_of(device.device_kind), "name", "none")],
         ["topology as train sees it", str(detect_topology() or "none")],
         ["ptxas", f"{ptxas} ({bridge.ptxas()})" if ptxas else f"no Triton: {bridge.obstacle()}"],
-    ]  # fmt: skip
+    ]
     stage.table("Device", ["", ""], rows)
     if ptxas in BAD_PTXAS:
-        stage.say(f"ptxas {ptxas} is known to miscompile Triton's code for sm_90a: a wrong result on sm_90 alone may be the assembler's.")
+        stage.say(
+            f"ptxas {ptxas} is known to miscompile Triton's code for sm_90a: a wrong result on sm_90 alone may be the assembler's."
+        )
     stage.table("Versions", ["package", "version"], [[name, _version(name)] for name in PACKAGES])
     _choices(stage, device)
     flags = choose_flags(Config(), detect_topology())
     stage.record(flags=list(flags.reasons), versions={name: _version(name) for name in PACKAGES}, ptxas=ptxas)
-    stage.table("Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in flags.reasons.items()])
+    stage.table(
+        "Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in flags.reasons.items()]
+    )
     if shutil.which("nvidia-smi") is None:
         stage.leave_out("driver, clocks, NVLink", "nvidia-smi is not installed")
         return
@@ -69,7 +100,11 @@ def run(stage: Stage) -> None:
         print(done.stdout, done.stderr)
         links = sum("GB/s" in line for line in done.stdout.splitlines())
         if words[0] == "nvlink":
-            stage.say(f"NVLink: {links} active links." if links else f"NVLink: none is seen ({done.stdout.strip()[:100] or 'no answer'}).")
+            stage.say(
+                f"NVLink: {links} active links."
+                if links
+                else f"NVLink: none is seen ({done.stdout.strip()[:100] or 'no answer'})."
+            )
             stage.record(nvlinks=links)
 
 
@@ -84,9 +119,7 @@ def _choices(stage: Stage, device: object) -> None:
     rows = []
     for dtype in ("bfloat16", "float32"):
         for masked in (False, True):
-            name, why = choose_attention(
-                "auto", device=device, dtype=dtype, head_dim=128, masked=masked, length=4096, context=1
-            )  # fmt: skip
+            name, why = choose_attention("auto", device=device, dtype=dtype, head_dim=128, masked=masked, length=4096, context=1)
             rows.append([f"attention {dtype}{', document masks' if masked else ''}", name, why])
         rows.append([f"RMSNorm {dtype}", *choose_rms_norm("auto", device=device, dtype=dtype, width=4096)])
     stage.table("What `auto` chooses", ["operator", "implementation", "why"], rows)

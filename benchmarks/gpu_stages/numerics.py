@@ -46,8 +46,12 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
     wide = (4096, 4095, 8192) if not small else (64, 300)
     long = max(length for length in lengths if length <= 4096)
     found = [Case("attention", "bfloat16", long, 128, "causal"), Case("attention", "bfloat16", long, 128, "sm_80 causal")]
-    found += [Case("rms_norm", dtype, 4095 if not small else 19, width, variant)
-              for width in wide for dtype in ("bfloat16", "float32") for variant in ("residual", "alone")]  # fmt: skip
+    found += [
+        Case("rms_norm", dtype, 4095 if not small else 19, width, variant)
+        for width in wide
+        for dtype in ("bfloat16", "float32")
+        for variant in ("residual", "alone")
+    ]
     order = sorted(lengths, key=lambda length: -(length <= 4096) * length)
     for length in order:
         for dtype in ("bfloat16", "float32"):
@@ -56,8 +60,10 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
     for dtype in ("bfloat16", "float32"):
         for size in (128, 64):
             found += [Case("attention", dtype, max(2, long), size, variant) for variant in ("sm_80 causal", "sm_80 segments")]
-            found += [Case("attention", dtype, 127 if not small else 40, size, variant)
-                      for variant in ("unseen query", "offset", "extreme", "scan remat vmap shard_map", "sm_80 causal")]  # fmt: skip
+            found += [
+                Case("attention", dtype, 127 if not small else 40, size, variant)
+                for variant in ("unseen query", "offset", "extreme", "scan remat vmap shard_map", "sm_80 causal")
+            ]
         found.append(Case("rms_norm", dtype, 1, wide[0], "residual"))
         found.append(Case("rms_norm", dtype, 256 if not small else 16, wide[0], "sm_80 residual"))
     found = list(dict.fromkeys(found))
@@ -102,8 +108,10 @@ def run(stage: Any) -> None:
     if stage.sizes.small:
         compile_all(stage)
     right = sum("wrong" not in result for result in found.values())
-    worst = {dtype: max((r["norm_error"] for c, r in found.items() if c.dtype == dtype and "norm_error" in r), default=0.0)
-             for dtype in ("bfloat16", "float32")}  # fmt: skip
+    worst = {
+        dtype: max((r["norm_error"] for c, r in found.items() if c.dtype == dtype and "norm_error" in r), default=0.0)
+        for dtype in ("bfloat16", "float32")
+    }
     errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items() if error)
     stage.headline(f"{right} of {len(everything)} cases right; worst norm error {errors}")
 
@@ -202,10 +210,16 @@ class Worker(threading.Thread):
     def _start(self) -> subprocess.Popen[str]:
         # Each takes a part of the GPU's memory, and torch some of the rest.
         environment = {**os.environ, "XLA_CLIENT_MEM_FRACTION": f"{0.7 / self._sizes.workers:.3f}"}
-        environment |= {"TRITON_INTERPRET": "1"} if self._platform == "cpu" else {}
+        if self._platform == "cpu":
+            environment["TRITON_INTERPRET"] = "1"
+        else:
+            # The reference's products need not be fast, so nothing is tuned for them.
+            environment["XLA_FLAGS"] = (
+                f"--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
+            )
         return subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-        )  # fmt: skip
+        )
 
 
 def compile_all(stage: Any) -> None:
@@ -224,6 +238,33 @@ def compile_all(stage: Any) -> None:
     spilled = [row for row in rows if row[3] != "0"]
     if spilled:
         stage.say(f"{len(spilled)} of {len(rows)} kernels spill registers.")
+    compile_for_h100(stage)
+
+
+def compile_for_h100(stage: Any) -> None:
+    """Programs of real cases, through jax-triton, for a GPU that is described by a topology: all but running them."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from baichuan_jax.config import MeshConfig
+    from baichuan_jax.hardware import parse_topology
+    from baichuan_jax.kernels.triton import bridge
+    from baichuan_jax.plan import described_devices
+    from baichuan_jax.sharding import Layout, activate, make_mesh
+
+    (device,) = described_devices(parse_topology("h100:1x1"))
+    layout = Layout(make_mesh(MeshConfig(1), [device]))
+    programs = 0
+    for variant in ("causal", "segments", "offset", "unseen query", "sm_80 segments"):
+        case = Case("attention", "bfloat16", 4095, 128, variant)
+        function, _, arguments, _ = attention_case(case)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in arguments]
+        with activate(layout), bridge.compile_as(80) if "sm_80" in variant else contextlib.nullcontext():
+            text = jax.jit(function).lower(*shapes).compile().as_text()
+        programs += 1
+        if text.count("triton_kernel_call") < 3:
+            stage.wrong(f"{case}: compiled for an H100, it holds fewer than three kernels")
+    stage.say(f"{programs} of these cases were compiled whole for an H100, in bfloat16 at 4,095 tokens.")
 
 
 def compiled_rows(job: tuple[str, str, int]) -> list[list[str]]:
@@ -354,8 +395,8 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         if variant == "offset":
             first, count = T // 3, T // 2
             part = slice(first, first + count)
-            return lambda q, k, v: jnp.zeros_like(q).at[:, part].set(
-                function(q[:, part], k, v, segments[:, part], segments, jnp.int32(first))
+            return lambda q, k, v: (
+                jnp.zeros_like(q).at[:, part].set(function(q[:, part], k, v, segments[:, part], segments, jnp.int32(first)))
             )
         assert variant == "scan remat vmap shard_map"
         return under_everything(function)
@@ -385,7 +426,9 @@ def under_everything(function: Any) -> Any:
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
 
     def one(q: Any, k: Any, v: Any) -> Any:
-        local = jax.shard_map(lambda q, k, v: function(q, k, v), mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"), check_vma=False)
+        local = jax.shard_map(
+            lambda q, k, v: function(q, k, v), mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"), check_vma=False
+        )
 
         def block(x: Any, _: None) -> tuple:
             return x + local(x, k, v), None
@@ -393,8 +436,10 @@ def under_everything(function: Any) -> Any:
         return jax.lax.scan(jax.checkpoint(block), q, None, length=2)[0]
 
     def run(q: Any, k: Any, v: Any) -> Any:
-        split = [array.reshape(2, 1, array.shape[1] // 2, *array.shape[2:]) for array in (q[:, : q.shape[1] // 2 * 2],
-                 k[:, : k.shape[1] // 2 * 2], v[:, : v.shape[1] // 2 * 2])]  # fmt: skip
+        split = [
+            array.reshape(2, 1, array.shape[1] // 2, *array.shape[2:])
+            for array in (q[:, : q.shape[1] // 2 * 2], k[:, : k.shape[1] // 2 * 2], v[:, : v.shape[1] // 2 * 2])
+        ]
         return jax.vmap(one)(*split)
 
     def padded(q: Any, k: Any, v: Any) -> Any:

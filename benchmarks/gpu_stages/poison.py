@@ -28,7 +28,7 @@ def fill_free_memory() -> None:
     if not stats or "bytes_limit" not in stats:
         return
     free = stats["bytes_limit"] - stats["bytes_in_use"]
-    large = int(0.9 * free / LARGE) >> 20 << 18  # float32 numbers of whole MiB, so that few programs are compiled
+    large = int(0.9 * free / LARGE) >> 26 << 24  # float32 numbers of 64 MiB and its multiples, so that few programs are compiled
     held = [_fill(large)() for _ in range(LARGE)]
     held += [_fill(size // 4)() for size in SMALL_BYTES for _ in range(SMALL_COUNT)]
     jax.block_until_ready(held)

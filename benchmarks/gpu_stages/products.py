@@ -24,6 +24,9 @@ from baichuan_jax.metrics import measure_matmul_flops
 from baichuan_jax.roofline import BOUNDS
 from baichuan_jax.xla_flags import apply_flags
 
+FLOAT32 = "weight, float32"
+KINDS = ("forward", "input", "weight", FLOAT32)
+LEFT_TO_TIME = 12  # seconds before the end from which no further product is compiled
 LAUNCHES = 256  # kernels that follow each other in the program that measures a start
 
 
@@ -36,22 +39,34 @@ def run(stage: Stage) -> None:
     sheet = f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}" if hardware else "a product of 1024 x 1024 on this CPU"
     dtype = jnp.float32 if stage.sizes.small else jnp.bfloat16
     calls, flops, counts = {}, {}, {}
-    for name, (rows, weight, times) in shapes(stage).items():
-        for kind, function, arguments, amount in products(rows, weight, dtype):
-            key = f"{name} / {kind}"
-            calls[key] = functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
-            flops[key], counts[key] = amount, times
+    wanted = [
+        (name, times, *product)
+        for name, (rows, weight, times) in shapes(stage).items()
+        for product in products(rows, weight, dtype)
+    ]
+    # Those of a step first: the rates need them.
+    wanted.sort(key=lambda item: item[1] == 0 or item[2] == FLOAT32)
+    for name, times, kind, function, arguments, amount in wanted:
+        key = f"{name} / {kind}"
+        if stage.seconds_left < LEFT_TO_TIME:
+            stage.leave_out(key, "no time was left")
+            continue
+        calls[key] = functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
+        flops[key], counts[key] = amount, times
     seconds = measure(calls, stage.sizes.rounds, stage.sizes.sample_seconds)
+    rate_of = {key: flops[key] / seconds[key] for key in calls}
     rows = []
     for name in shapes(stage):
-        kinds = {kind: flops[f"{name} / {kind}"] / seconds[f"{name} / {kind}"] for kind in ("forward", "input", "weight", "weight, float32")}
-        rows.append([name, *(f"{rate / 1e12:,.1f} ({rate / peak:.0%})" for rate in kinds.values())])
-    stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", "forward", "input", "weight", "weight, float32"], rows)
+        found = [rate_of.get(f"{name} / {kind}") for kind in KINDS]
+        rows.append([name, *("-" if rate is None else f"{rate / 1e12:,.1f} ({rate / peak:.0%})" for rate in found)])
+    stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", *KINDS], rows)
     stage.record(products={key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]} for key in calls})
-    in_step = [key for key in calls if counts[key] and not key.endswith("float32")]
+    in_step = [key for key in calls if counts[key] and not key.endswith(FLOAT32)]
     share = sum(flops[key] * counts[key] for key in in_step) / sum(seconds[key] * counts[key] for key in in_step) / peak
-    both = seconds["gate + up as one / forward"] / (2 * seconds["gate / forward"])
-    stage.say(f"Gate and up as one product take {both:.2f} of the time of two, forward.")
+    if (together := seconds.get("gate + up as one / forward")) is not None:
+        stage.say(
+            f"Gate and up as one product take {together / (2 * seconds['gate / forward']):.2f} of the time of two, forward."
+        )
     bandwidth = copy_bandwidth(stage)
     start = launch_seconds(stage)
     rates = {"matmul": share, "launch_us": start * 1e6}
@@ -59,9 +74,10 @@ def run(stage: Stage) -> None:
         rates["memory"] = bandwidth / (hardware.memory_bandwidth * 1e9)
     rates |= kernel_rate(stage, hardware)
     stage.table(
-        "Measured rates", ["rate", "value", "what"],
+        "Measured rates",
+        ["rate", "value", "what"],
         [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()],
-    )  # fmt: skip
+    )
     stage.record(rates=rates, copy_bandwidth=bandwidth)
     stage.headline(f"products {share:.1%} of {sheet}; copies {bandwidth / 1e12:.2f} TB/s; a start {start * 1e6:.1f} us")
     write_rates(stage, device.device_kind, hardware, rates)
@@ -110,9 +126,11 @@ def products(rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any) -> list
         return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kind)
 
     return [
-        ("forward", forward, (x, w), amount), ("input", into_input, (dy, w), amount), ("weight", into_weight, (x, dy), amount),
-        ("weight, float32", functools.partial(into_weight, kind=jnp.float32), (x, dy), amount),
-    ]  # fmt: skip
+        ("forward", forward, (x, w), amount),
+        ("input", into_input, (dy, w), amount),
+        ("weight", into_weight, (x, dy), amount),
+        (FLOAT32, functools.partial(into_weight, kind=jnp.float32), (x, dy), amount),
+    ]
 
 
 def copy_bandwidth(stage: Stage) -> float:
@@ -152,15 +170,22 @@ def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
 
 def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float]) -> None:
     """rates.json, as `plan --rates_file` reads it."""
-    if hardware is None:
+    if hardware is None and not stage.sizes.small:
         stage.leave_out("rates.json", f"{device} is no accelerator of hardware.py")
         return
     import datetime
     import importlib.metadata
 
     content = {
-        "device": device, "hardware": hardware.name, "date": str(datetime.date.today()),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton")}, "rates": rates,
-    }  # fmt: skip
+        # In a rehearsal the file serves to try what reads it.
+        "device": device if hardware else f"{device}, a rehearsal",
+        "hardware": hardware.name if hardware else "h100",
+        "date": str(datetime.date.today()),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton")},
+        "rates": rates,
+    }
     write_atomically(stage.output / "rates.json", json.dumps(content, indent=1).encode())
+    if hardware is None:
+        stage.say(f"rates.json describes no accelerator: it was measured on {device}, to rehearse with it.")
+        return
     stage.say("Rates are in rates.json: python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ...")

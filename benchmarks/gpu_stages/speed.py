@@ -9,9 +9,11 @@ one by more than 3 % is named: it belongs into `kernels/triton/attention.py`.
 import argparse
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import multiprocessing
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +21,16 @@ import jax.numpy as jnp
 from clock import measure
 from stage import Stage
 
+from baichuan_jax.config import Config
+from baichuan_jax.xla_flags import apply_flags
+
 KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
 PRODUCTS = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}
+LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
 BETTER = 1.03  # below this ratio a difference is noise
+
+
+trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)  # (kernel, shape) that a thread compiles
 
 
 class Shape(NamedTuple):
@@ -41,13 +50,19 @@ def run(stage: Stage) -> None:
     sizes = stage.sizes
     if sizes.small:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    apply_flags(Config())  # as training does
     import kernels as bench  # benchmarks/kernels.py
 
     dtype = "bfloat16" if not sizes.small else "float32"
     options = argparse.Namespace(
-        batch=sizes.batch, length=sizes.length, heads=sizes.heads, head_size=sizes.head_dim, rows=sizes.batch * sizes.length,
-        width=sizes.hidden, rounds=sizes.rounds,
-    )  # fmt: skip
+        batch=sizes.batch,
+        length=sizes.length,
+        heads=sizes.heads,
+        head_size=sizes.head_dim,
+        rows=sizes.batch * sizes.length,
+        width=sizes.hidden,
+        rounds=sizes.rounds,
+    )
     lines = []
     attention = bench.run_attention(options, dtype, stage)
     stage.record(attention=attention)
@@ -90,11 +105,14 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
     chosen = {name: Shape(*attention.choose_blocks(name, dtype, sizes.head_dim, capability)) for name in KERNELS}
     tried = {name: around(shape)[: 3 if sizes.small else None] for name, shape in chosen.items()}
     # Spawned: a fork of a process that holds a GPU is not safe.
-    pool = concurrent.futures.ProcessPoolExecutor(sizes.workers, mp_context=multiprocessing.get_context("spawn"), initializer=compile_only)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        sizes.workers, mp_context=multiprocessing.get_context("spawn"), initializer=compile_only
+    )
     assembling = {
         (name, shape): pool.submit(assemble, name, shape, dtype, sizes.head_dim, capability)
-        for name in KERNELS for shape in tried[name]
-    }  # fmt: skip
+        for name in KERNELS
+        for shape in tried[name]
+    }
     B, T, N, H = sizes.batch, sizes.length, sizes.heads, sizes.head_dim
     q, k, v, dout = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
     offset = jnp.zeros((B,), jnp.int32)
@@ -107,24 +125,37 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
         "attention_dkv": (lambda *a: attention._run_backward(False, *a)[1:], saved),
         "attention_dq": (lambda *a: attention._run_backward(False, *a)[0], saved),
     }
-    calls, failed = {}, {}
-    for name in KERNELS:
+    failed: dict[tuple[str, Shape], str] = {}
+
+    def compile_one(job: tuple[str, Shape]) -> Callable[[], object] | None:
+        name, _ = job
+        if stage.seconds_left < LEFT_TO_TIME:
+            failed[job] = "no time was left"
+            return None
         function, arguments = parts[name]
-        for shape in tried[name]:
-            if stage.seconds_left < 25:
-                failed[name, shape] = "no time was left"
-                continue
+        token = trying.set(job)
+        try:
+            compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
+            jax.block_until_ready(compiled(*arguments))
+            return functools.partial(compiled, *arguments)
+        except Exception as error:  # too much shared memory, above all
+            failed[job] = str(error).strip().splitlines()[0][:80]
+            return None
+        finally:
+            trying.reset(token)
 
-            def choose(kernel: str, *others: Any, name: str = name, shape: Shape = shape) -> Any:
-                return attention.Blocks(*(shape if kernel == name else chosen[kernel]))
+    def choose(kernel: str, *others: Any) -> Any:
+        job = trying.get()
+        return attention.Blocks(*(job[1] if job is not None and job[0] == kernel else chosen[kernel]))
 
-            with mock.patch.object(attention, "choose_blocks", choose):
-                try:
-                    compiled = jax.jit(lambda *a, f=function: f(*a)).lower(*arguments).compile()
-                    jax.block_until_ready(compiled(*arguments))
-                    calls[f"{name} {shape}"] = functools.partial(compiled, *arguments)
-                except Exception as error:  # too much shared memory, above all
-                    failed[name, shape] = str(error).strip().splitlines()[0][:80]
+    # The chosen ones first, then the neighbours of all kernels in turn.
+    most = max(map(len, tried.values()))
+    jobs = [(name, tried[name][place]) for place in range(most) for name in KERNELS if place < len(tried[name])]
+    with mock.patch.object(attention, "choose_blocks", choose), concurrent.futures.ThreadPoolExecutor(sizes.workers) as threads:
+        # A thread sees this one's context: kernels may be interpreted.
+        made_calls = [threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs]
+        compiled_jobs = {job: future.result() for job, future in zip(jobs, made_calls, strict=True)}
+    calls = {f"{name} {shape}": call for (name, shape), call in compiled_jobs.items() if call is not None}
     seconds = measure(calls, sizes.rounds, sizes.sample_seconds)
     hardware = hardware_of(jax.devices()[0].device_kind)
     flops = {name: PRODUCTS[name] * 2 * B * N * H * T * (T + 1) / 2 for name in KERNELS}
@@ -142,11 +173,19 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
             rate = flops[name] / timed[shape]
             share = rate / (hardware.peak_tflops * 1e12) if hardware else None
             bound = made.get("bound")
-            rows.append([
-                name, str(shape), *cells, f"{timed[shape] * 1e3:.3f}", f"{rate / 1e12:.0f}",
-                "-" if share is None else f"{share:.1%}", "-" if bound is None else f"{bound:.1%}",
-                "-" if share is None or not bound else f"{share / bound:.0%}", mark,
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    str(shape),
+                    *cells,
+                    f"{timed[shape] * 1e3:.3f}",
+                    f"{rate / 1e12:.0f}",
+                    "-" if share is None else f"{share:.1%}",
+                    "-" if bound is None else f"{bound:.1%}",
+                    "-" if share is None or not bound else f"{share / bound:.0%}",
+                    mark,
+                ]
+            )
             if shape == chosen[name] and bound:
                 bounded[name] = bound
         if timed:
@@ -155,7 +194,18 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
             if base is not None and base > BETTER * timed[fastest]:
                 stage.say(f"{name}: {fastest} is {base / timed[fastest]:.2f} times as fast as the chosen {chosen[name]}.")
     pool.shutdown(cancel_futures=True)
-    columns = ["kernel", "blocks: queries x keys", "registers", "spilled", "ms", "TFLOP/s", "of peak", "bound", "of its bound", ""]
+    columns = [
+        "kernel",
+        "blocks: queries x keys",
+        "registers",
+        "spilled",
+        "ms",
+        "TFLOP/s",
+        "of peak",
+        "bound",
+        "of its bound",
+        "",
+    ]
     stage.table(f"Triton kernels alone, {B} x {T} tokens, {N} heads of {H}, {dtype}", columns, rows)
     alone = {name: seconds[f"{name} {chosen[name]}"] for name in KERNELS if f"{name} {chosen[name]}" in seconds}
     stage.record(kernels_alone=alone, kernel_flops=flops, kernel_bounds=bounded, best_blocks=best)
@@ -204,8 +254,6 @@ def assemble(name: str, shape: Shape, dtype: str, head_dim: int, capability: int
     chip = sass.CHIPS["sm_80" if capability < 90 else "sm_90"]
     made = sass.assemble(launch, chip)
     found: dict[str, Any] = {"registers": made.registers, "spilled_bytes": made.spilled_bytes}
-    try:
+    with contextlib.suppress(RuntimeError):  # another number of loops than the bound knows
         found["bound"] = attention_bound(launch, made, chip).share_of_peak
-    except RuntimeError:  # another number of loops than the bound knows
-        pass
     return found

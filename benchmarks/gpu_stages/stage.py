@@ -53,24 +53,68 @@ class Sizes:
 
 
 FULL = Sizes(
-    small=False, lengths=(1, 127, 4095, 4096, 8192), workers=8, batch=2, length=4096, heads=32, head_dim=128, hidden=4096,
-    intermediate=11008, vocab=64000, layers=4, loss_chunk=2048, rounds=5, sample_seconds=0.03, copy_bytes=2**31, train_steps=100,
+    small=False,
+    lengths=(1, 127, 4095, 4096, 8192),
+    workers=8,
+    batch=2,
+    length=4096,
+    heads=32,
+    head_dim=128,
+    hidden=4096,
+    intermediate=11008,
+    vocab=64000,
+    layers=4,
+    loss_chunk=2048,
+    rounds=5,
+    sample_seconds=0.03,
+    copy_bytes=2**31,
+    train_steps=100,
     train_settings=(
         # 350 million parameters with heads of 128, as the 7B has.
-        "model.hidden_size=1024", "model.intermediate_size=2816", "model.num_layers=26", "model.num_heads=8",
-        "model.scan_layers=true", "model.remat=none", "train.context_length=1024", "train.global_batch_size=8",
-        "train.loss_chunk_size=2048", "optimizer.learning_rate=3e-4", "optimizer.warmup_steps=10",
+        "model.hidden_size=1024",
+        "model.intermediate_size=2816",
+        "model.num_layers=26",
+        "model.num_heads=8",
+        "model.scan_layers=true",
+        "model.remat=none",
+        "train.context_length=1024",
+        "train.global_batch_size=8",
+        "train.loss_chunk_size=2048",
+        "optimizer.learning_rate=3e-4",
+        "optimizer.warmup_steps=10",
     ),
-)  # fmt: skip
+)
 SMALL = Sizes(
-    small=True, lengths=(1, 40, 127), workers=2, batch=1, length=64, heads=2, head_dim=64, hidden=128, intermediate=344,
-    vocab=512, layers=2, loss_chunk=64, rounds=1, sample_seconds=0.0, copy_bytes=2**24, train_steps=12,
+    small=True,
+    lengths=(1, 40, 127),
+    workers=2,
+    batch=1,
+    length=64,
+    heads=2,
+    head_dim=64,
+    hidden=128,
+    intermediate=344,
+    vocab=512,
+    layers=2,
+    loss_chunk=64,
+    rounds=1,
+    sample_seconds=0.0,
+    copy_bytes=2**24,
+    train_steps=20,
     train_settings=(
-        "model.hidden_size=64", "model.intermediate_size=176", "model.num_layers=2", "model.num_heads=1",
-        "model.scan_layers=true", "model.remat=none", "train.context_length=64", "train.global_batch_size=4",
-        "train.loss_chunk_size=128", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=2",
+        "model.hidden_size=64",
+        "model.intermediate_size=176",
+        "model.num_layers=2",
+        "model.num_heads=1",
+        "model.scan_layers=true",
+        "model.remat=none",
+        "train.context_length=64",
+        "train.global_batch_size=4",
+        "train.loss_chunk_size=128",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.warmup_steps=2",
     ),
-)  # fmt: skip
+)
 
 
 class Stage:
@@ -80,8 +124,15 @@ class Stage:
         self.sizes, self.work, self.output = sizes, work, output
         self._state, self._deadline = state, time.monotonic() + seconds
         self._report: dict[str, Any] = {
-            "headline": "", "notes": [], "tables": [], "values": {}, "wrong": [], "left_out": [], "error": None, "finished": False,
-        }  # fmt: skip
+            "headline": "",
+            "notes": [],
+            "tables": [],
+            "values": {},
+            "wrong": [],
+            "left_out": [],
+            "error": None,
+            "finished": False,
+        }
         self._save()
 
     @property

@@ -16,31 +16,40 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stage import REPOSITORY, Stage
+from stage import FULL, REPOSITORY, Sizes, Stage
 
 from baichuan_jax.config import Config
 from baichuan_jax.config_file import load_config
 from baichuan_jax.xla_flags import apply_flags
 
 STEPS, TRACED = 10, 3
+FULL_WIDTH = "of the real step, with the width of the 7B"  # in a rehearsal, so that its program too has been compiled
 TRACE_BYTES = 15 << 20  # beyond, the trace is not kept
 
 
-def overrides(stage: Stage, **changes: Any) -> list[str]:
+def overrides(sizes: Sizes, **changes: Any) -> list[str]:
     """Settings on top of configs/baichuan_7b_a800.yaml: one device, few blocks; in a rehearsal, small."""
-    sizes = stage.sizes
     settings = {
-        "model.num_layers": sizes.layers, "model.hidden_size": sizes.hidden, "model.intermediate_size": sizes.intermediate,
-        "model.num_heads": sizes.hidden // sizes.head_dim, "model.vocab_size": sizes.vocab, "tokenizer.vocab_size": sizes.vocab,
-        "train.context_length": sizes.length, "train.global_batch_size": sizes.batch, "train.micro_batch_size": sizes.batch,
-        "train.loss_chunk_size": sizes.loss_chunk, "mesh.data": 1, "mesh.fsdp": 1, **changes,
-    }  # fmt: skip
+        "model.num_layers": sizes.layers,
+        "model.hidden_size": sizes.hidden,
+        "model.intermediate_size": sizes.intermediate,
+        "model.num_heads": sizes.hidden // sizes.head_dim,
+        "model.vocab_size": sizes.vocab,
+        "tokenizer.vocab_size": sizes.vocab,
+        "train.context_length": sizes.length,
+        "train.global_batch_size": sizes.batch,
+        "train.micro_batch_size": sizes.batch,
+        "train.loss_chunk_size": sizes.loss_chunk,
+        "mesh.data": 1,
+        "mesh.fsdp": 1,
+        **changes,
+    }
     return [f"{name}={'null' if value is None else str(value).lower()}" for name, value in settings.items()]
 
 
 def make_config(stage: Stage, **changes: Any) -> Config:
     """The configuration of the step that is measured."""
-    return load_config(REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage, **changes))
+    return load_config(REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage.sizes, **changes))
 
 
 def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str, Any]:
@@ -102,9 +111,15 @@ def run(stage: Stage) -> None:
     parameters = config.model.num_parameters / 1e9
     stage.headline(f"{step * 1e3:.1f} ms a step, MFU {mfu}")
     stage.record(
-        step_seconds=step, all_seconds=seconds, losses=losses, mfu=speed["mfu"], mfu_causal=speed["mfu_causal"], peak_bytes=peak,
-        compile_seconds=compile_seconds, parameters=config.model.num_parameters,
-    )  # fmt: skip
+        step_seconds=step,
+        all_seconds=seconds,
+        losses=losses,
+        mfu=speed["mfu"],
+        mfu_causal=speed["mfu_causal"],
+        peak_bytes=peak,
+        compile_seconds=compile_seconds,
+        parameters=config.model.num_parameters,
+    )
     stage.say(
         f"{config.model.num_layers} blocks, {parameters:.2f}B parameters, {config.train.global_batch_size} rows of "
         f"{config.train.context_length} tokens; compiled in {compile_seconds:.0f} s; loss {losses[0]:.3f} to {losses[-1]:.3f}."
@@ -123,19 +138,33 @@ def run(stage: Stage) -> None:
 
 def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen, Path]]:
     """`plan` for this device in the background: with default rates, and with measured ones where there are some."""
-    variants = {"default rates": []}
+    variants: dict[str, list[str]] = {"default rates": []}
     if (path := stage.output / "rates.json").exists():
         variants["measured rates"] = ["--rates_file", str(path)]
     else:
         stage.leave_out("plan with measured rates", "there is no rates.json: the stage `products` wrote none")
+    if stage.sizes.small:
+        variants[FULL_WIDTH] = []
     started = {}
-    dotted = [word for setting in overrides(stage) for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
     for number, (label, words) in enumerate(variants.items()):
+        settings = overrides(FULL if label == FULL_WIDTH else stage.sizes)
+        dotted = [word for setting in settings for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
         folder = stage.work / f"plan-{number}"
         command = [
-            sys.executable, "-m", "baichuan_jax.plan", "--config", str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml"),
-            "--topology", topology, "--output", str(folder), "--json", str(folder / "plan.json"), *dotted, *words,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "baichuan_jax.plan",
+            "--config",
+            str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml"),
+            "--topology",
+            topology,
+            "--output",
+            str(folder),
+            "--json",
+            str(folder / "plan.json"),
+            *dotted,
+            *words,
+        ]
         folder.mkdir()
         with open(folder / "log", "wb") as log:
             variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # plan chooses its own
@@ -158,7 +187,8 @@ def show_plans(stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], st
             continue
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         predicted = plan["predicted_step_seconds"]
-        rows.append([f"plan, {label}", f"{predicted * 1e3:.1f}", f"{predicted / step - 1:+.1%}", f"{plan['peak_gib']:.1f}"])
+        off = "-" if label == FULL_WIDTH else f"{predicted / step - 1:+.1%}"
+        rows.append([f"plan, {label}", f"{predicted * 1e3:.1f}", off, f"{plan['peak_gib']:.1f}"])
         stage.record(**{f"plan, {label}": {key: plan[key] for key in ("predicted_step_seconds", "peak_gib", "seconds", "rates")}})
     stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
 
@@ -199,13 +229,15 @@ def compare(stage: Stage, traced: Any, program: Any, prediction: Any, step: floa
 
     groups = by_group(rows)
     stage.table(
-        "A step by kind of kernel, traced and predicted for this program", ["", "measured ms", "predicted ms", "ratio", "instructions"],
+        "A step by kind of kernel, traced and predicted for this program",
+        ["", "measured ms", "predicted ms", "ratio", "instructions"],
         [[row.name, *milliseconds(row), f"{row.measured_count:.0f}"] for row in groups],
-    )  # fmt: skip
+    )
     stage.table(
-        "Where they part most", ["instruction", "of", "measured ms", "predicted ms", "ratio", "times"],
+        "Where they part most",
+        ["instruction", "of", "measured ms", "predicted ms", "ratio", "times"],
         [[row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"] for row in largest_differences(rows)],
-    )  # fmt: skip
+    )
     unnamed = sum(item.seconds for item in traced.unnamed.values()) / TRACED
     others = sum(item.seconds for item in traced.other_modules.values()) / TRACED
     busy = traced.busy_seconds / TRACED
@@ -215,9 +247,13 @@ def compare(stage: Stage, traced: Any, program: Any, prediction: Any, step: floa
     )
     stage.record(
         trace={
-            "busy_seconds": busy, "span_seconds": traced.span_seconds / TRACED, "unnamed_seconds": unnamed, "other_seconds": others,
-            "groups": [dataclasses.asdict(row) for row in groups], "instructions": [dataclasses.asdict(row) for row in rows[:200]],
+            "busy_seconds": busy,
+            "span_seconds": traced.span_seconds / TRACED,
+            "unnamed_seconds": unnamed,
+            "other_seconds": others,
+            "groups": [dataclasses.asdict(row) for row in groups],
+            "instructions": [dataclasses.asdict(row) for row in rows[:200]],
             "kernels": {name: traced.kernels.get(name) for name in [row.name for row in rows[:40]]},
             "lines": traced.lines,
         }
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""A run from text to the end through `python -m baichuan_jax.train` (grain, Orbax checkpoints, metrics): undisturbed, then the same run
+"""A run from text to the end through `python -m baichuan_jax.train` (grain, Orbax checkpoints, metrics): undisturbed, then the same
 killed with SIGKILL in its middle and started again, and the same in float32.
 
 The losses of the killed run have to equal those of the undisturbed one bit for bit (`train.deterministic`). The first losses stand
@@ -31,10 +31,16 @@ ACCURACY = 0.01  # of the last losses in bfloat16 beside float32's
 def settings(sizes: Sizes, folder: Path, dtype: str) -> list[str]:
     """Words of the command line, without the run's folder."""
     found = [
-        *sizes.train_settings, f"model.dtype={dtype}", f"train.num_steps={sizes.train_steps}", f"data.cache_dir={folder / 'cache'}",
-        "train.deterministic=true", f"evaluate.every={sizes.train_steps}", "evaluate.num_batches=4",
-        "metrics.tensorboard=false", "sample.prompts=[]",
-    ]  # fmt: skip
+        *sizes.train_settings,
+        f"model.dtype={dtype}",
+        f"train.num_steps={sizes.train_steps}",
+        f"data.cache_dir={folder / 'cache'}",
+        "train.deterministic=true",
+        f"evaluate.every={sizes.train_steps}",
+        "evaluate.num_batches=4",
+        "metrics.tensorboard=false",
+        "sample.prompts=[]",
+    ]
     return [word for setting in found for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
 
 
@@ -45,18 +51,28 @@ class Training:
         self.run = Run(folder / name)
         self._log = folder / f"{name}.log"
         self._command = [
-            sys.executable, "-m", "baichuan_jax.train", "--config", str(REPOSITORY / "configs" / "tiny.yaml"),
-            "--run_dir", str(self.run.path), *settings(sizes, folder, dtype), *words,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "baichuan_jax.train",
+            "--config",
+            str(REPOSITORY / "configs" / "tiny.yaml"),
+            "--run_dir",
+            str(self.run.path),
+            *settings(sizes, folder, dtype),
+            *words,
+        ]
         self._fraction = fraction
         self.start()
 
     def start(self) -> None:
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=REPOSITORY,
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=REPOSITORY,
                 env={**os.environ, "XLA_CLIENT_MEM_FRACTION": str(self._fraction)},
-            )  # fmt: skip
+            )
 
     def wait(self, seconds: float) -> None:
         """To the end. Raises RuntimeError with the end of its output where it failed."""
@@ -81,15 +97,24 @@ def run(stage: Stage) -> None:
     sizes, folder = stage.sizes, stage.work / "training"
     folder.mkdir()
     num_steps = sizes.train_steps
-    plain = Training(sizes, folder, "undisturbed", "bfloat16" if not sizes.small else "float32", "--checkpoint.every", str(num_steps))
+    plain = Training(
+        sizes, folder, "undisturbed", "bfloat16" if not sizes.small else "float32", "--checkpoint.every", str(num_steps)
+    )
     plain.wait(stage.seconds_left)
     dtype = "bfloat16" if not sizes.small else "float32"
     show_speed(stage, plain.run)
     first_losses(stage, plain.run, dtype)
-    every, kill_at = max(2, round(0.4 * num_steps)), max(3, round(0.55 * num_steps))
+    # The second save waits for the first, so when the run is killed one checkpoint at least is whole.
+    every, kill_at = num_steps // 4, round(0.55 * num_steps)
     other = Training(
-        sizes, folder, "other-dtype", "float32" if not sizes.small else "bfloat16", "--checkpoint.every", str(num_steps), fraction=0.4
-    )  # fmt: skip
+        sizes,
+        folder,
+        "other-dtype",
+        "float32" if not sizes.small else "bfloat16",
+        "--checkpoint.every",
+        str(num_steps),
+        fraction=0.4,
+    )
     killed = Training(sizes, folder, "killed", dtype, "--checkpoint.every", str(every), fraction=0.4)
     killed.wait_for_step(kill_at, stage.seconds_left)
     killed.process.send_signal(signal.SIGKILL)
@@ -112,11 +137,16 @@ def show_speed(stage: Stage, run: Run) -> None:
     completed = next(event for event in run.events if event["kind"] == "completed")
     mfu = "-" if completed.get("mfu") is None else f"{completed['mfu']:.1%} ({started['mfu_of']})"
     rows = [
-        ["parameters", f"{started['parameters']:,}"], ["device", started["device"]], ["attention", started["attention"]],
-        ["RMSNorm", started["rms_norm"]], ["median step, s", f"{completed['step_seconds']:.4f}"],
-        ["tokens/s", f"{completed['tokens_per_second']:,.0f}"], ["MFU", mfu], ["loss, last 20 steps", f"{completed['loss']:.4f}"],
+        ["parameters", f"{started['parameters']:,}"],
+        ["device", started["device"]],
+        ["attention", started["attention"]],
+        ["RMSNorm", started["rms_norm"]],
+        ["median step, s", f"{completed['step_seconds']:.4f}"],
+        ["tokens/s", f"{completed['tokens_per_second']:,.0f}"],
+        ["MFU", mfu],
+        ["loss, last 20 steps", f"{completed['loss']:.4f}"],
         ["unigram entropy of the text", f"{completed['unigram_entropy']:.4f}"],
-    ]  # fmt: skip
+    ]
     rows += [[f"seconds of {name}", f"{seconds:.1f}"] for name, seconds in completed["seconds"].items()]
     stage.table("The undisturbed run", ["", ""], rows)
     stage.record(completed=completed)
@@ -131,10 +161,16 @@ def show_recovery(stage: Stage, plain: Run, killed: Run, before: int, died: floa
     different = [line["step"] for line in lines if line["loss"] != wanted[line["step"]]]
     again = next(line["time"] for line in killed.metrics[before:] if "loss" in line)
     restored = [event["step"] for event in killed.events if event["kind"] == "restored"]
-    stage.table("Killed and started again", ["", ""], [
-        ["steps written", f"{len(lines)} for {len(wanted)} steps"], ["went on from checkpoint", ", ".join(map(str, restored)) or "none"],
-        ["from the kill to the next step, s", f"{again - died:.1f}"], ["losses that differ", str(len(different))],
-    ])  # fmt: skip
+    stage.table(
+        "Killed and started again",
+        ["", ""],
+        [
+            ["steps written", f"{len(lines)} for {len(wanted)} steps"],
+            ["went on from checkpoint", ", ".join(map(str, restored)) or "none"],
+            ["from the kill to the next step, s", f"{again - died:.1f}"],
+            ["losses that differ", str(len(different))],
+        ],
+    )
     stage.record(recovery_seconds=again - died, losses_compared=len(lines), losses_different=len(different))
     if not restored:
         stage.wrong("the killed run did not go on from a checkpoint")
@@ -163,7 +199,11 @@ def first_losses(stage: Stage, run: Run, dtype: str) -> None:
     here = [run.curve("loss")[step] for step in range(1, FIRST + 1)]
     off = [a / b - 1 for a, b in zip(here, recorded["losses"], strict=True)]
     rows = [[str(step + 1), f"{here[step]:.6f}", f"{recorded['losses'][step]:.6f}", f"{off[step]:+.1e}"] for step in range(FIRST)]
-    stage.table(f"First losses in {dtype}, beside a CPU's ({recorded['machine']}, jax {recorded['jax']})", ["step", "here", "CPU", "off"], rows)
+    stage.table(
+        f"First losses in {dtype}, beside a CPU's ({recorded['machine']}, jax {recorded['jax']})",
+        ["step", "here", "CPU", "off"],
+        rows,
+    )
     if not max(map(abs, off)) <= TOLERANCE[dtype]:
         stage.wrong(f"first losses in {dtype} differ from a CPU's by {max(map(abs, off)):.1e} ({TOLERANCE[dtype]:.0e} allowed)")
 
@@ -221,9 +261,12 @@ def main() -> None:
                 losses = training.run.curve("loss")
                 started = training.run.events[0]
             kept.setdefault(size, {})[dtype] = {
-                "losses": [losses[step] for step in range(1, FIRST + 1)], "tokenizer": started["tokenizer"], "jax": started["jax"],
-                "machine": names[0] if names else "CPU", "date": str(datetime.date.today()),
-            }  # fmt: skip
+                "losses": [losses[step] for step in range(1, FIRST + 1)],
+                "tokenizer": started["tokenizer"],
+                "jax": started["jax"],
+                "machine": names[0] if names else "CPU",
+                "date": str(datetime.date.today()),
+            }
             print(size, dtype, kept[size][dtype], flush=True)
             RECORDED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
