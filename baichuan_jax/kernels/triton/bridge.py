@@ -1,7 +1,7 @@
 """The one file that imports jax_triton, lazily: what its two versions call differently, and for which GPU a kernel is compiled.
 
-jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the name of the outputs' argument. Both need
-jax's CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import, which is put back here.
+jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the names of arguments. Both need jax's
+CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import, which is put back here.
 
 A kernel is compiled when its caller is lowered, and jax-triton alone would ask the first GPU of this process what it can. Here the
 devices of the current mesh are asked while the caller is traced (sharding.activate), which may be those of a topology that is not
@@ -100,7 +100,12 @@ def call(
 
 
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
-    jax_triton, outputs_name = _jax_triton()
+    jax_triton, version = _jax_triton()
+    outputs = list(launch.outputs)
+    if version.startswith("0.3."):
+        versioned = {"out_shape": outputs, "enable_fp_fusion": True}
+    else:  # said to triton, whose default changes in 3.10
+        versioned = {"out_type": outputs, "backend_options": {"enable_fp_fusion": True}}
     substitute = _substitute.get()
     with jax.named_scope(launch.name):  # so that a compiled program tells which kernel a call is
         result = jax_triton.triton_call(
@@ -111,7 +116,7 @@ def _through_jax_triton(launch: Launch) -> list[jax.Array]:
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             compute_capability=compute_capability(),
-            **{outputs_name: list(launch.outputs)},
+            **versioned,
             **launch.constants,
         )
     return list(result)
@@ -166,14 +171,13 @@ def compile_as(capability: int) -> Iterator[None]:
     ValueError while tracing where the devices are older, or where the code would be bound to another GPU (from sm_90 on).
     RuntimeError where this version of jax_triton calls the assembler otherwise.
     """
-    _jax_triton()
+    _, version = _jax_triton()
     library: Any = sys.modules["jax_triton.triton_lib"]
     original, substitute = library.triton_kernel_call_lib, _Substitute(capability)
 
     def assemble(*arguments: Any) -> Any:
         """TritonKernel(name, num_warps, num_ctas, shared bytes, PTX, TTIR, capability, ...): its last is what ptxas gets."""
         if len(arguments) < 7 or not isinstance(arguments[6], int):
-            version = importlib.metadata.version("jax-triton")
             raise RuntimeError(f"compile_as knows jax-triton 0.3.1 and 0.4.1; TritonKernel of {version} takes other arguments")
         if _substitute.get() is not substitute or arguments[6] != capability or substitute.device is None:
             return original.TritonKernel(*arguments)
@@ -244,7 +248,7 @@ def ptxas_version() -> str:
 
 @functools.cache
 def _jax_triton() -> tuple[Any, str]:
-    """The module, and what it calls the outputs' shapes. Raises ImportError."""
+    """The module and its version. Raises ImportError."""
     ptxas()
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
@@ -253,8 +257,7 @@ def _jax_triton() -> tuple[Any, str]:
         os.environ.pop("TRITON_CACHE_DIR", None)
         if before is not None:
             os.environ["TRITON_CACHE_DIR"] = before
-    version = importlib.metadata.version("jax-triton")
-    return jax_triton, "out_shape" if version.startswith("0.3.") else "out_type"
+    return jax_triton, importlib.metadata.version("jax-triton")
 
 
 def merge_vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
