@@ -20,6 +20,7 @@ import argparse
 import ast
 import contextlib
 import datetime
+import glob
 import json
 import os
 import platform
@@ -101,7 +102,9 @@ class Session:
             for number, name in enumerate(names, 1):
                 limit = min(LIMITS[name] * self.options.minutes / MINUTES, self.seconds_left)
                 bar.set_description(name)
-                if limit < LEAST:
+                if not self.options.rehearse and (backend := self._platform()) not in (None, "gpu"):
+                    result = {"outcome": "skipped", "seconds": 0.0, "headline": f"jax sees no GPU: its backend is {backend}"}
+                elif limit < LEAST:
                     result = {"outcome": "skipped", "seconds": 0.0, "headline": f"{max(limit, 0):.0f} s were left for it"}
                 else:
                     self.display.say(f"{number}/{len(names)} {name}, {limit:.0f} s at most", style="bold")
@@ -118,6 +121,10 @@ class Session:
         if not self.options.rehearse:
             self.display.say(f"keep it: python benchmarks/gpu.py --publish {shlex.quote(str(self.output))}")
         return 0 if good == len(outcomes) else 1
+
+    def _platform(self) -> str | None:
+        """What jax runs on, as the stage `environment` saw it; None: it has not run, or did not come so far."""
+        return self.results["stages"].get("environment", {}).get("values", {}).get("platform")
 
     def _run_stage(self, name: str, limit: float, bar: Any) -> dict[str, Any]:
         state, log = self.work / f"{name}.json", self.work / f"{name}.log"
@@ -153,18 +160,20 @@ class Session:
                 code = process.wait()
                 self._append_log(name, log)
         result = {"outcome": "ok", "seconds": time.monotonic() - began, "limit": limit, **_read_state(state)}
+        what = None
         if timed_out:
-            result |= {"outcome": "timed out", "error": f"stopped after {limit:.0f} s; what it had found by then stands here"}
-        elif result["error"] or not result["finished"]:
-            tail = log.read_bytes()[-2000:].decode(errors="replace")
-            result |= {"outcome": "failed", "error": result["error"] or f"the process ended with {code}:\n{tail}"}
+            what = result["error"] = f"stopped after {limit:.0f} s; what it had found by then stands here"
+            result["outcome"] = "timed out"
+        elif result["error"]:
+            result["outcome"], what = "failed", result["error"].strip().splitlines()[-1]
+        elif not result["finished"]:
+            what = f"the process ended with {code}"
+            result |= {"outcome": "failed", "error": f"{what}:\n{log.read_bytes()[-2000:].decode(errors='replace')}"}
         elif result["wrong"]:
             result["outcome"] = "wrong"
-        if result["outcome"] in ("failed", "timed out"):
-            last = result["error"].strip().splitlines()[-1] if result["outcome"] == "failed" else result["error"]
-            result["headline"] = f"{last[:200]}" + (f" ({result['headline']})" if result["headline"] else "")
         if result["wrong"]:
-            result["headline"] = f"{len(result['wrong'])} wrong, first: {result['wrong'][0]}; {result['headline']}"
+            what = f"{len(result['wrong'])} wrong, first: {result['wrong'][0]}" + (f"; {what}" if what else "")
+        result["headline"] = "; ".join(part for part in (what and what[:300], result["headline"]) if part)
         return result
 
     def _append_log(self, name: str, log: Path) -> None:
@@ -260,6 +269,8 @@ def main() -> int:
         return 0
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes} must be greater than 0")
+    if not options.rehearse and not (glob.glob("/dev/nvidia*") or shutil.which("nvidia-smi")):
+        parser.error("no NVIDIA GPU is seen here (no /dev/nvidia*, no nvidia-smi); --rehearse runs all stages on a CPU")
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
     if any(options.output.iterdir()):

@@ -6,7 +6,8 @@ import sys
 import pytest
 from launches import REPOSITORY
 
-HELPERS = {"all", "results", "corpus_truth", "corpus_score", "garbage"}  # no benchmarks themselves
+# No benchmarks themselves, or for a GPU.
+HELPERS = {"all", "results", "clock", "corpus_truth", "corpus_score", "garbage", "gpu", "gpu_bundle"}
 PAGE = "before\n<!-- machine: written by make bench -->\n<!-- end -->\n<!-- one: written by make bench -->\nold\n<!-- end -->\nafter\n"
 
 
