@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from baichuan_jax.sharding import current_layout
 
+TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))  # where XLA looks last
 _elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
 _substitute: ContextVar["_Substitute | None"] = ContextVar("substitute", default=None)
 
@@ -208,14 +209,14 @@ def cuda_folders() -> list[Path]:
         for name in ("cu13", "cuda_nvcc")  # nvidia-cuda-nvcc of CUDA 13, nvidia-cuda-nvcc-cu12
     ]
     root = os.environ.get("CUDA_ROOT")
-    return [*([Path(root)] if root else wheels), Path("/usr/local/cuda"), Path("/opt/cuda")]
+    return [*([Path(root)] if root else wheels), *TOOLKITS]
 
 
 def xla_ptxas() -> Path | None:
     """The assembler that XLA will use: jax's choice, the first on PATH, or that of a toolkit (seen by strace, jax 0.10.1, 0.11.2)."""
-    *chosen, local, opt = (folder / "bin" / "ptxas" for folder in cuda_folders())
-    on_path = shutil.which("ptxas")
-    places = [*chosen, *([Path(on_path)] if on_path else []), local, opt]
+    places = [folder / "bin" / "ptxas" for folder in cuda_folders()]
+    if on_path := shutil.which("ptxas"):
+        places.insert(len(places) - len(TOOLKITS), Path(on_path))
     return next((place for place in places if place.exists()), None)
 
 
