@@ -20,7 +20,6 @@ def fresh(monkeypatch):
     """As in a process that has asked for nothing yet, on a machine without toolkits."""
     for function in (bridge.obstacle, bridge.ptxas, bridge.ptxas_version):
         function.cache_clear()
-
     for name in ("CUDA_ROOT", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
