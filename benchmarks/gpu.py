@@ -64,6 +64,7 @@ def environment(rehearse: bool, work: Path) -> dict[str, str]:
     variables = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
+        "JAX_TRACEBACK_FILTERING": "off",  # a traceback is all that is left of a machine that is gone
         "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", ""),
     }
     if rehearse:
@@ -165,7 +166,7 @@ class Session:
             what = result["error"] = f"stopped after {limit:.0f} s; what it had found by then stands here"
             result["outcome"] = "timed out"
         elif result["error"]:
-            result["outcome"], what = "failed", result["error"].strip().splitlines()[-1]
+            result["outcome"], what = "failed", result["reason"]
         elif not result["finished"]:
             what = f"the process ended with {code}"
             result |= {"outcome": "failed", "error": f"{what}:\n{log.read_bytes()[-2000:].decode(errors='replace')}"}

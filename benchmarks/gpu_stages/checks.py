@@ -90,6 +90,12 @@ def check(case: Case) -> dict[str, Any]:
     return result
 
 
+def functions(case: Case) -> tuple[Any, list[Any]]:
+    """The kernel's function of a case, with gradients, and its arguments."""
+    function, _, arguments, _ = (attention_case if case.operator == "attention" else norm_case)(case)
+    return function, arguments
+
+
 def difference(got: Any, wanted: Any) -> tuple[float, float]:
     """Largest and norm of the difference, relative to the wanted array's; absolute where that is 0."""
     import numpy as np
@@ -193,6 +199,7 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     import jax
 
     from baichuan_jax.kernels import _rms_norm, reference
+    from baichuan_jax.sharding import current_layout
 
     residual = case.variant.endswith("residual")
     keys = jax.random.split(jax.random.key(hash_of(case)), 5)
@@ -207,7 +214,7 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         return outputs, *pull(dy)
 
     def kernel(x: Any, added: Any, weight: Any) -> Any:
-        outputs = _rms_norm(weight, x, added, 1e-6, "triton", None)
+        outputs = _rms_norm(weight, x, added, 1e-6, "triton", current_layout())
         return tuple(outputs) if added is not None else outputs[0]
 
     def plain(x: Any, added: Any, weight: Any) -> Any:

@@ -75,7 +75,7 @@ FULL = Sizes(
         "model.intermediate_size=2816",
         "model.num_layers=26",
         "model.num_heads=8",
-        "model.scan_layers=true",
+        "model.scan_layers=false",
         "model.remat=none",
         "train.context_length=1024",
         "train.global_batch_size=8",
@@ -106,7 +106,7 @@ SMALL = Sizes(
         "model.intermediate_size=176",
         "model.num_layers=2",
         "model.num_heads=1",
-        "model.scan_layers=true",
+        "model.scan_layers=false",
         "model.remat=none",
         "train.context_length=64",
         "train.global_batch_size=4",
@@ -175,9 +175,10 @@ class Stage:
         self._report["left_out"].append(f"{what}: {why}")
         self._save()
 
-    def fail(self, error: str) -> None:
-        """The traceback that ended the stage."""
-        self._report["error"] = error
+    def fail(self, error: BaseException) -> None:
+        """What ended the stage, in a line and as a traceback."""
+        reason = f"{type(error).__name__}: {error}".strip()
+        self._report |= {"error": "".join(traceback.format_exception(error)), "reason": reason.splitlines()[0]}
         self._save()
 
     def finish(self) -> None:
@@ -193,8 +194,8 @@ def main(argv: list[str]) -> int:
     stage = Stage(SMALL if size == "small" else FULL, Path(state), Path(work), Path(output), float(seconds))
     try:
         importlib.import_module(name).run(stage)
-    except BaseException:
-        stage.fail(traceback.format_exc())
+    except BaseException as error:
+        stage.fail(error)
         traceback.print_exc()
         return 1
     stage.finish()
