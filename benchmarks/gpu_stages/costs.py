@@ -92,7 +92,10 @@ def show(stage: Stage, programs: dict[str, Any], state: Any) -> None:
             if number or stage.sizes.rounds == 1:  # the first round loads the programs
                 seconds[name].append((time.perf_counter() - began) / rows)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    first = next(iter(medians.values()))
+    base = next(iter(VARIANTS))
+    if base not in medians:
+        raise RuntimeError(f"{base!r}, which all others are compared with, was not compiled: see what was left out")
+    first = medians[base]
     memory = {name: compiled.memory_analysis().temp_size_in_bytes / 2**30 for name, (compiled, *_) in programs.items()}
     table = [[name, f"{medians[name] * 1e3:.1f}", f"{medians[name] / first:.3f}", f"{memory[name]:.2f}"] for name in medians]
     stage.table("A step of the 7B's width", ["", "ms", "ratio", "temporaries, GiB"], table)
