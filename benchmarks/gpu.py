@@ -203,19 +203,20 @@ def _read_state(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
-def page(results: dict[str, Any]) -> str:
-    """The results as Markdown, for someone who was not there."""
+def page(results: dict[str, Any], level: int = 1) -> str:
+    """The results as Markdown, for someone who was not there; `level` of its first heading."""
+    head = "#" * level
     stages = results["stages"]
     device = stages.get("environment", {}).get("values", {}).get("device", "device not known")
     title = f"{'Rehearsal: ' if results['rehearsal'] else ''}{device}, {results['date']}"
-    lines = [f"## {title}", "", f"`{results['command']}`", ""]
+    lines = [f"{head} {title}", "", f"`{results['command']}`", ""]
     if results["rehearsal"]:
         lines += ["**No GPU was used.** Sizes are small, Triton kernels are interpreted, and times mean nothing.", ""]
     lines += ["| stage | outcome | s | in one line |", "|---|---|---|---|"]
     for name, result in stages.items():
         lines.append(f"| {name} | {result['outcome']} | {result['seconds']:.0f} | {_cell(result['headline'])} |")
     for name, result in stages.items():
-        lines += ["", f"### {name.capitalize()}: {result['outcome']}", "", explanation(name)]
+        lines += ["", f"{head}# {name.capitalize()}: {result['outcome']}", "", explanation(name)]
         for table in result.get("tables", []):
             lines += ["", f"**{table['title']}**", ""]
             lines += ["| " + " | ".join(map(_cell, table["columns"])) + " |", "|---" * len(table["columns"]) + "|"]
@@ -242,7 +243,7 @@ def explanation(name: str) -> str:
 def publish(folder: Path, docs: Path) -> None:
     """Put a page into docs/gpu.md: a rehearsal in the place of the last one, a machine's results above those of earlier dates."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    content, text = page(results), docs.read_text(encoding="utf-8")
+    content, text = page(results, level=3), docs.read_text(encoding="utf-8")
     begin, end = MARK.format("rehearsal" if results["rehearsal"] else "results"), MARK.format("end")
     if begin not in text:
         raise SystemExit(f"{docs} has no line {begin!r}, below which this belongs")

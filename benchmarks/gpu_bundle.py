@@ -11,6 +11,7 @@ import argparse
 import base64
 import hashlib
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,8 @@ def ptxas_wheel(folder: Path) -> Path:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, data in {**files, f"{info}/RECORD": "\n".join(record).encode()}.items():
             entry = zipfile.ZipInfo(path)
-            entry.external_attr = (0o755 if path.endswith("/ptxas") else 0o644) << 16
+            # With the bits of a regular file: without them pip does not make it executable.
+            entry.external_attr = (stat.S_IFREG | (0o755 if path.endswith("/ptxas") else 0o644)) << 16
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return target
 

@@ -16,6 +16,10 @@ trap 'rm -rf "$site"' EXIT
 "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
   "$wheels"/*.whl
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+if ! [ -x "$site/bin/ptxas" ]; then
+  echo "$wheels has no ptxas: make gpu-bundle makes it anew" >&2
+  exit 2
+fi
 # XLA takes the first ptxas on PATH. One that this machine's driver cannot serve would spoil everything: try it first.
 if PATH="$site/bin:$PATH" "$python" -c 'import jax; jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(99)))'; then
   export PATH="$site/bin:$PATH"

@@ -261,7 +261,7 @@ def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: 
     shown.table(f"{title} ({caption})", columns, lines)
     for candidate in candidates:
         if candidate.why_not:
-            shown.say(f"{candidate.name}: not timed: {candidate.why_not}")
+            shown.say(f"{title.split(':')[0]}, {candidate.name}: not timed: {candidate.why_not}")
     return {"title": title, "measured_peak": peak, "implementations": results}
 
 

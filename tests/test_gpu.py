@@ -229,7 +229,7 @@ def test_a_page_is_published_in_its_place(fakes, monkeypatch, tmp_path):
         gpu.publish(fakes, docs)
     text = docs.read_text()
     assert "Not yet" not in text
-    assert text.index("## H200") < text.index("## H100") < text.index(mark("rehearsal"))
+    assert text.index("### H200") < text.index("### H100") < text.index(mark("rehearsal"))
     assert text.count(mark("end")) == 2
     docs.write_text("nothing")
     with pytest.raises(SystemExit, match="has no line"):
@@ -480,6 +480,7 @@ def test_the_rehearsal_passes(tmp_path):
     output = tmp_path / "rehearsal"
     results = json.loads((output / "results.json").read_text())
     assert {name: result["outcome"] for name, result in results["stages"].items()} == dict.fromkeys(gpu.LIMITS, "ok")
+    assert results["stages"]["environment"]["values"]["ptxas"] == "13.1.80"  # the bundle's own
     files = [path for path in output.rglob("*") if path.is_file()]
     assert len(files) <= 8
     assert all(path.stat().st_size < 16 << 20 for path in files)

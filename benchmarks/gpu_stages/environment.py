@@ -68,7 +68,7 @@ def run(stage: Stage) -> None:
     rows = [
         ["device", device.device_kind],
         ["devices", str(jax.device_count())],
-        ["host", f"{os.cpu_count()} cores, {platform.platform()}"],
+        ["host", f"{os.cpu_count()} cores, {platform.system()} on {platform.machine()}"],
         ["Python", platform.python_version()],
         ["memory that jax may use", f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told"],
         ["compute capability", str(getattr(device, "compute_capability", "-"))],

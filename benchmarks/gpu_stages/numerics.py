@@ -292,6 +292,6 @@ def compiled_rows(job: tuple[str, str, int]) -> list[list[str]]:
         if "norm" in launch.name and head_dim != 128:
             continue  # RMSNorm does not depend on heads
         made = sass.assemble(launch, chip)
-        name = f"{launch.name} {dtype} head {head_dim}"
+        name = f"{launch.name} {dtype}" + ("" if "norm" in launch.name else f" head {head_dim}")
         rows.append([target, name, str(made.registers), str(made.spilled_bytes), f"{made.shared_bytes / 1024:.0f}"])
     return rows
