@@ -62,6 +62,7 @@ def child_environment(config: Config, topology: Topology) -> dict[str, str]:
         CHILD: "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver to ask for its version
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program for described devices is written to it but cannot be read again
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TPU_SKIP_MDS_QUERY": "1",  # no cloud machine to ask what it is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

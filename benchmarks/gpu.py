@@ -49,7 +49,7 @@ LIMITS = {
     "products": 60,
     "step": 120,
     "training": 160,
-    "commands": 70,
+    "commands": 80,
     "costs": 120,
 }
 MINUTES = 9.0
@@ -67,6 +67,9 @@ def environment(rehearse: bool, work: Path) -> dict[str, str]:
         "JAX_TRACEBACK_FILTERING": "off",  # a traceback is all that is left of a machine that is gone
         "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", ""),
     }
+    # Stages say themselves what they take of the memory; jax refuses the old name beside the new one.
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        variables.pop(name, None)
     if rehearse:
         # No device is looked for, and CUDA's compiler serves without a driver.
         return {**variables, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}

@@ -43,6 +43,7 @@ NARROW = ["--model.num_layers", "3", "--model.hidden_size", "512", "--model.inte
 
 def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subprocess.CompletedProcess, dict]:
     variables = {name: value for name, value in environment().items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     path = tmp_path / "plan.json"
     command = [sys.executable, "-m", "baichuan_jax.plan", "--config", f"configs/{config}.yaml", "--json", str(path)]
     done = subprocess.run(
@@ -88,6 +89,7 @@ def test_sixteen_a800s(tmp_path, loops):
     assert done.returncode == 0, done.stderr
     assert "ematerializ" not in done.stderr  # no involuntary full rematerialisation
     assert "cudart" not in done.stderr
+    assert not (tmp_path / "compiled").exists()  # jax could not read such a program again
     assert result["num_devices"] == 16
     assert result["fits"]
     assert result["unknown"] == {}

@@ -27,8 +27,11 @@ from checks import Case
 # Largest and norm error. bfloat16 keeps 8 bits (a relative error of 0.4 %), which a few roundings in a row multiply. float32 products
 # are three TF32 ones, about float32's own precision; sums of thousands of terms in another order lose a few bits more.
 TOLERANCE = {"bfloat16": (2e-2, 1e-2), "float32": (1e-4, 2e-5)}
-# Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, so weights are right to about 0.3 %.
-EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (1e-2, 1e-2)}
+# Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of products of 1e5 to about 0.01, so weights
+# are right to 1 %.
+EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
+# Two blocks one after the other, the first one's result rounded before the second takes it.
+TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
 
 
 def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
@@ -112,7 +115,8 @@ def judge(stage: Any, case: Case, result: dict[str, Any]) -> None:
         result["wrong"] = result["error"]
         stage.wrong(f"{case}: {result['error']}")
         return
-    largest, norm = (EXTREME if case.variant == "extreme" else TOLERANCE)[case.dtype]
+    allowed = {"extreme": EXTREME, "scan remat vmap shard_map": TWICE}.get(case.variant, TOLERANCE)
+    largest, norm = allowed[case.dtype]
     problems = []
     if not (result["largest_error"] <= largest and result["norm_error"] <= norm):
         problems.append(
