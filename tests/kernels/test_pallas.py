@@ -63,6 +63,7 @@ def norm_exactly(x, residual, dy, dtotal, weight, with_residual):
         ((2, 1030, 384), "float32", 1.0),  # several blocks, the last in part
         ((130, 4096), "bfloat16", 1.0),
         ((5, 96), "bfloat16", 1.0),
+        ((35, 32700), "bfloat16", 1.0),  # 8 rows at a time of blocks of 16
         ((17, 128), "float32", 1e15),
         ((17, 128), "float32", 1e-12),  # eps decides
     ],

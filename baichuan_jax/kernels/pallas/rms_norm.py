@@ -17,7 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MAX_WIDTH = 32768  # a tile of rows in each of four arrays, double-buffered, is 8 MiB of the 16 MiB of VMEM that a kernel is given
+MAX_WIDTH = (
+    32768  # a tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel is given; in all 13
+)
+WIDE = 16384  # beyond it a kernel computes 8 rows of bfloat16 at a time: 16 of 32,768, in float32, would take it to 17 MiB
 LANES = 128  # the last dimension of a register
 BLOCK_ELEMENTS = 2**18  # of one array: 0.5 MiB in bfloat16, long enough to hide the start of a transfer
 
@@ -85,7 +88,7 @@ def _call(
 
 def _for_tiles(ref, body: Callable) -> None:
     """Run body(first row, index of the rows) tile by tile: a whole block at once spills more and takes a quarter more instructions."""
-    tile = _tile(ref.dtype)
+    tile = _tile(ref.dtype) if ref.shape[1] <= WIDE else 8
 
     @pl.loop(0, ref.shape[0] // tile)
     def _(i):
