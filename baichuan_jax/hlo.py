@@ -52,8 +52,9 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations it names, in order: a fusion's, or a loop's body (`calls`, `body`)."""
-        return re.findall(r"\b(?:calls|body)=%?([\w.\-]+)", self.attributes)
+        """Computations it names, in order: a fusion's, a loop's body, or what another thread runs (`calls`, `body`, `to_apply`)."""
+        names = "to_apply" if self.opcode == "call-start" else "calls|body"
+        return re.findall(rf"\b(?:{names})=%?([\w.\-]+)", self.attributes)
 
     @property
     def op_name(self) -> str:

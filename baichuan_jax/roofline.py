@@ -272,7 +272,9 @@ class _Simulation:
                 for name in instruction.called:
                     self._computation(self.program.computations[name], depth)
             elif instruction.opcode == "fusion" and instruction.name.startswith("async-collective-start"):
-                self._start_fused(instruction, depth)
+                self._start_inside(instruction, depth)
+            elif instruction.opcode in ("call-start", "call-update"):
+                self._start_offloaded(computation, instruction, depth)
             elif instruction.opcode.endswith("-done") or instruction.name.startswith("async-collective-done"):
                 self._await(computation, instruction)
             elif kind in COLLECTIVES:
@@ -347,8 +349,17 @@ class _Simulation:
             collective.exposed_seconds += end - self.now
             self.now = end
 
-    def _start_fused(self, instruction: Instruction, depth: int) -> None:
-        """A TPU's asynchronous collective: a fusion that holds its start."""
+    def _start_offloaded(self, computation: Computation, instruction: Instruction, depth: int) -> None:
+        """A collective on a TPU's SparseCores: it starts when it gets its operand.
+
+        libtpu 0.0.41 hands that over with the call, 0.0.48 with an update of it.
+        """
+        call = computation.by_name[instruction.operands[0]] if instruction.opcode == "call-update" else instruction
+        if bool(call.operands) == (instruction is call):
+            self._start_inside(call, depth)
+
+    def _start_inside(self, instruction: Instruction, depth: int) -> None:
+        """A TPU's asynchronous collective: a fusion that holds its start, or a call to the SparseCores."""
         inner = self.program.computations[instruction.called[0]]
         for item in inner.instructions:
             kind = item.opcode.removesuffix("-start")
@@ -358,7 +369,7 @@ class _Simulation:
     def _await(self, computation: Computation, instruction: Instruction) -> None:
         collective, end = None, 0.0
         for name in instruction.operands:  # the start itself, or on a TPU parts of its result
-            while name in computation.by_name and computation.by_name[name].opcode == "get-tuple-element":
+            while name in computation.by_name and computation.by_name[name].opcode in ("get-tuple-element", "call-update"):
                 name = computation.by_name[name].operands[0]
             if name in self.in_flight:
                 collective, end = self.in_flight.pop(name)

@@ -4,6 +4,7 @@
 (`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
 """
 
+import importlib.metadata
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from baichuan_jax.resilience.exits import run_command
 
 GPU_MEMORY_FRACTION = 0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
 PROFILE_FLAG = "--xla_gpu_pgle_profile_file_or_directory_path"
+FUSES_GATHERS = (0, 0, 41)  # the newest libtpu tried that runs a gather's steps inside the products beside it on v5p
 RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
@@ -46,7 +48,7 @@ def choose_flags(config: Config, topology: Topology | None) -> Settings:
     if topology is None or platform == "cpu":
         return Settings(xla, {}, {})
     if platform == "tpu":
-        return Settings(xla, _libtpu(), {})
+        return Settings(xla, _libtpu(_libtpu_version()), {})
     return Settings({**xla, **_gpu(config, topology)}, {}, _environment(topology))
 
 
@@ -96,13 +98,33 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-def _libtpu() -> dict[str, str]:
-    return {
+def _libtpu(version: tuple[int, ...] | None) -> dict[str, str]:
+    """Of a TPU, for this version of libtpu; None where it is not installed here: the newest's, which the older one takes too."""
+    flags = {
         "--xla_tpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
-        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": "a gather's steps run inside the products beside it",
         "--xla_enable_async_all_gather=true": "weights are gathered while the layer before computes",
         "--xla_enable_async_collective_permute=true": "rings of single steps overlap too",
     }
+    if version is not None and version <= FUSES_GATHERS:
+        why = "a gather's steps run inside the products beside it"
+        return {**flags, "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": why}
+    # libtpu 0.0.48 refuses to fuse gathers on all but v5e ("might lead to ... incorrect results, hang"); on v5e it does so unasked.
+    return {
+        **flags,
+        "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true": (
+            "gathers run on the SparseCores while the TensorCores compute; without, this libtpu lets compute wait for each of them"
+        ),
+        "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true": (
+            "also where fsdp covers two axes of the torus, as 16 chips of 4x4x8 do"
+        ),
+    }
+
+
+def _libtpu_version() -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("libtpu").split(".")[:3])
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:

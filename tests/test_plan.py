@@ -150,6 +150,9 @@ def test_eight_v5p_chips_run_splash_attention(tmp_path):
     assert done.returncode == 0, done.stderr
     assert result["kernels"]["splash_mha_fwd"] > 0
     assert result["recomputation"] == pytest.approx(4 / 3, abs=0.15)  # remat full, and what splash computes again
+    gathers = [item for item in result["collectives"] if item["kind"] == "all-gather" and item["in_loop"]]
+    assert {item["axis"] for item in gathers} == {"fsdp"}
+    assert sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2  # libtpu 0.0.41 leaves some, 0.0.48 none
 
 
 def test_a_missing_compiler_is_named(tmp_path):
@@ -292,3 +295,46 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     assert prediction.exposed_seconds == pytest.approx(max(collective - product, 0))
     (found,) = prediction.collectives
     assert (found.axis, found.link, found.count, found.asynchronous) == ("fsdp", "intra_node", 1, True)
+
+
+SPARSE_CORES = """HloModule step, is_scheduled=true
+
+%gather (shard: f32[500,1000]) -> f32[1000,1000] {
+  %shard = f32[500,1000]{1,0} parameter(0)
+  ROOT %gathered = f32[1000,1000]{1,0} all-gather(%shard), replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[500,1000], b: f32[1000,1000]) -> f32[1000,1000] {
+  %a = f32[500,1000]{1,0} parameter(0)
+  %b = f32[1000,1000]{1,0} parameter(1)
+CALL
+  %product = f32[1000,1000]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = f32[1000,1000]{1,0} call-done(%AWAITED)
+}
+"""
+CALL_WITH_OPERAND = """\
+  %start = ((f32[500,1000]), f32[1000,1000]) call-start(%a), async_execution_thread="sparsecore", to_apply=%gather"""
+CALL_THEN_OPERAND = """\
+  %start = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %before = f32[1000,1000]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %update = ((f32[500,1000]), f32[1000,1000]) call-update(%start, %a)"""
+
+
+@pytest.mark.parametrize(
+    ("call", "awaited", "products_before"),
+    [(CALL_WITH_OPERAND, "start", 0), (CALL_THEN_OPERAND, "update", 1)],
+    ids=["libtpu 0.0.41", "libtpu 0.0.48"],
+)
+@pytest.mark.parametrize("bandwidth", [0.1, 1000.0])
+def test_a_gather_on_sparse_cores_runs_beside_what_follows_its_operand(call, awaited, products_before, bandwidth):
+    """By hand: the gather passes half of 4 MB; one product is beside it, and the one before its operand is not."""
+    topology = parse_topology("v5p:2x2x1")
+    topology = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, intra_node_bandwidth=bandwidth))
+    text = SPARSE_CORES.replace("CALL", call).replace("AWAITED", awaited)
+    prediction = predict(hlo.parse(text), mesh_of(2, 2), topology, RATES)
+    product = max(2e9 / (459e12 / 2), 12e6 / (2765e9 / 2))
+    gather = 2e6 / (bandwidth * 1e9 / 2)
+    assert prediction.seconds == pytest.approx(products_before * product + max(product, gather))
+    (found,) = prediction.collectives
+    assert (found.kind, found.axis, found.count, found.asynchronous) == ("all-gather", "fsdp", 1, True)
+    assert found.exposed_seconds == pytest.approx(max(gather - product, 0))

@@ -1,5 +1,6 @@
 """The flags for a cluster: known to the installed jaxlib, computed from model and mesh, and what is already set wins."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -32,6 +33,21 @@ def test_the_installed_jaxlib_knows_every_flag(tmp_path):
     done = start_jax(" ".join(flags))
     assert done.returncode == 0, done.stderr
     assert start_jax("--xla_gpu_no_such_flag=true").returncode != 0  # an unknown one would have been noticed
+
+
+@pytest.mark.parametrize(("version", "fused"), [("0.0.41", True), ("0.0.48.1", False), (None, False)])
+def test_a_tpus_gathers_are_fused_only_where_libtpu_takes_it(monkeypatch, version, fused):
+    """Each installed libtpu compiles with its own in test_plan.py; without one here the newest is assumed."""
+
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("baichuan_jax.xla_flags.importlib.metadata.version", installed)
+    flags = choose_flags(load_config(A800), parse_topology("v5p:4x4x8")).libtpu
+    assert any("fuse_all_gather" in word for word in flags) == fused
+    assert any("sparse_core" in word for word in flags) != fused
 
 
 def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
