@@ -66,6 +66,7 @@ chaos: dev  ## real faults at random moments to a real run, losses compared
 CUDA ?= 13
 BUNDLE := dist/gpu-bundle
 gpu:  ## everything that must be seen on a GPU, nine minutes; from dist/gpu-bundle where it is, else from PyPI (CUDA=12 or 13)
+	@ls /dev/nvidia* >/dev/null 2>&1 || command -v nvidia-smi >/dev/null || { echo "no NVIDIA GPU is seen here; make gpu-rehearse runs on a CPU" >&2; exit 2; }
 	@if [ -d $(BUNDLE) ]; then \
 	  echo "installing $(BUNDLE) beside the packages of $(PYTHON)"; PYTHON=$(PYTHON) bash benchmarks/gpu_bundle.sh $(BUNDLE) $(ARGS); \
 	else \

@@ -27,7 +27,7 @@ from baichuan_jax.hardware import Hardware, Topology, parse_topology
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show, show_rates
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.roofline import RATE_NAMES, Rates, predict, rates_for, read_rates, schedule_profile
+from baichuan_jax.roofline import RATE_NAMES, Rates, check_rate, predict, rates_for, read_rates, schedule_profile
 from baichuan_jax.xla_flags import PROFILE_FLAG, choose_flags
 
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
@@ -230,6 +230,8 @@ def _rates(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float
     else measured (--rates_file), else the default of roofline.py. Raises ConfigError.
     """
     given = {name: options[f"rates.{name}"] for name in RATE_NAMES if options[f"rates.{name}"] is not None}
+    for name, value in given.items():
+        check_rate(f"--rates.{name}", name, value)
     measured = read_rates(options["rates_file"], topology.hardware) if options["rates_file"] else None
     rates = {**(measured.rates if measured else {}), **given}
     sources = {name: "given" if name in given else "measured" if name in rates else "default" for name in RATE_NAMES}

@@ -79,6 +79,8 @@ class MeasuredRates:
 # A share above 1 is possible: data sheets state a lower clock than cards reach, and a kernel's bound is itself computed. A share above
 # this is a mistake of units (per cent, or another card's data sheet).
 LARGEST_SHARE = 1.5
+SMALLEST_SHARE = 1e-6
+LARGEST_US = 1e6  # a second between two kernels is no latency
 
 
 def read_rates(path: str | Path, hardware: Hardware) -> MeasuredRates:
@@ -86,11 +88,12 @@ def read_rates(path: str | Path, hardware: Hardware) -> MeasuredRates:
 
     Shares of the data sheet hold for all accelerators of one compute capability: what an H100 measured serves an H800 and an H200.
     """
+    require(Path(path).is_file(), f"rates_file={str(path)!r} is no file; benchmarks/gpu.py writes one")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"rates_file={str(path)!r} cannot be read ({error.strerror}); benchmarks/gpu.py writes one") from None
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested too deep
         raise ConfigError(f"rates_file={str(path)!r} is no JSON ({error}); benchmarks/gpu.py writes one") from None
     require(
         isinstance(found, dict) and isinstance(found.get("rates"), dict),
@@ -112,7 +115,7 @@ def read_rates(path: str | Path, hardware: Hardware) -> MeasuredRates:
         f"{hardware.name}, take a topology of {measured.name}, or leave --rates_file out",
     )
     for name, value in found["rates"].items():
-        _check_rate(str(path), name, value)
+        check_rate(f"rates_file={str(path)!r}", name, value)
     return MeasuredRates(
         str(path),
         found["device"],
@@ -127,17 +130,22 @@ def _named(hardware: Hardware) -> str:
     return hardware.name + (f" (compute capability {capability[0]}.{capability[1]})" if hardware.platform == "gpu" else "")
 
 
-def _check_rate(path: str, name: str, value: Any) -> None:
+def check_rate(where: str, name: str, value: Any) -> None:
+    """Refuse a rate that cannot be one. `where` begins the message: the file, or the option. Raises ConfigError."""
     if name not in RATE_NAMES:
         near = difflib.get_close_matches(name, RATE_NAMES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"rates_file={path!r} holds an unknown rate {name!r}; did you mean {near!r}?")
+        raise ConfigError(f"{where} holds an unknown rate {name!r}; did you mean {near!r}?")
+    # Everything but these divides.
+    least = 0 if name == "contention" or name.endswith("_us") else SMALLEST_SHARE
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared, not converted: an integer of hundreds of digits is no float.
     require(
-        number and math.isfinite(value) and value > 0, f"rates_file={path!r}: {name}={value!r} must be a finite number above 0"
+        number and least <= value <= LARGEST_US,
+        f"{where}: {name}={repr(value)[:40]} must be a number of {least:g} at least and {LARGEST_US:g} at most",
     )
     require(
         name.endswith("_us") or value <= LARGEST_SHARE,
-        f"rates_file={path!r}: {name}={value!r} is a share and may be {LARGEST_SHARE} at most; 1 is the data sheet's value "
+        f"{where}: {name}={value!r} is a share and may be {LARGEST_SHARE} at most; 1 is the data sheet's value "
         "(hardware.py), so was it measured in per cent, or on another card?",
     )
 

@@ -64,6 +64,7 @@ def environment(rehearse: bool, work: Path) -> dict[str, str]:
     variables = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
+        "BAICHUAN_JAX_GPU_PARENT": str(os.getpid()),
         "JAX_TRACEBACK_FILTERING": "off",  # a traceback is all that is left of a machine that is gone
         "PYTHONPATH": str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", ""),
     }
@@ -73,8 +74,14 @@ def environment(rehearse: bool, work: Path) -> dict[str, str]:
     if rehearse:
         # No device is looked for, and CUDA's compiler serves without a driver.
         return {**variables, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    # A program that one stage has compiled costs the next one nothing.
-    return {**variables, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), "TF_CPP_MIN_LOG_LEVEL": "1"}
+    # A program that one stage has compiled costs the next one nothing. Without a working CUDA a stage fails, instead of running on the
+    # CPU at full size.
+    return {
+        **variables,
+        "JAX_PLATFORMS": "cuda,cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+    }
 
 
 class Session:
@@ -90,7 +97,7 @@ class Session:
             "rehearsal": options.rehearse,
             "minutes": options.minutes,
             "machine": platform.machine(),
-            "stages": {},
+            "stages": {name: _result("not run") for name in options.stages or LIMITS},
         }
 
     @property
@@ -99,25 +106,25 @@ class Session:
 
     def run(self) -> int:
         """Run the stages one after the other. Returns the exit status."""
-        names = self.options.stages or list(LIMITS)
-        with tqdm(
-            total=round(self.options.minutes * 60), unit="s", disable=None, bar_format="{l_bar}{bar}| {n}/{total} s"
-        ) as bar:
-            for number, name in enumerate(names, 1):
-                limit = min(LIMITS[name] * self.options.minutes / MINUTES, self.seconds_left)
+        stages = self.results["stages"]
+        seconds = round(self.options.minutes * 60)
+        with tqdm(total=seconds, unit="s", disable=None, bar_format="{l_bar}{bar}| {n}/{total} s") as bar:
+            for number, name in enumerate(stages, 1):
+                # Less time shrinks the limits, but none below what a start of jax takes.
+                limit = min(max(LIMITS[name] * self.options.minutes / MINUTES, LEAST), self.seconds_left)
                 bar.set_description(name)
                 if not self.options.rehearse and (backend := self._platform()) not in (None, "gpu"):
-                    result = {"outcome": "skipped", "seconds": 0.0, "headline": f"jax sees no GPU: its backend is {backend}"}
+                    stages[name] = _result("skipped", headline=f"jax sees no GPU: its backend is {backend}")
                 elif limit < LEAST:
-                    result = {"outcome": "skipped", "seconds": 0.0, "headline": f"{max(limit, 0):.0f} s were left for it"}
+                    stages[name] = _result("skipped", headline=f"{max(limit, 0):.0f} s were left for it")
                 else:
-                    self.display.say(f"{number}/{len(names)} {name}, {limit:.0f} s at most", style="bold")
-                    result = self._run_stage(name, limit, bar)
-                self.results["stages"][name] = result
+                    self.display.say(f"{number}/{len(stages)} {name}, {limit:.0f} s at most", style="bold")
+                    self._run_stage(name, limit, bar)
                 self.write()
-                style = {"ok": "green", "skipped": "yellow"}.get(result["outcome"], "red")
-                self.display.say(f"  {result['outcome']} after {result['seconds']:.0f} s: {result['headline']}", style=style)
-        outcomes = [result["outcome"] for result in self.results["stages"].values()]
+                outcome = stages[name]["outcome"]
+                style = {"ok": "green", "skipped": "yellow", "incomplete": "yellow"}.get(outcome, "red")
+                self.display.say(f"  {outcome} after {stages[name]['seconds']:.0f} s: {stages[name]['headline']}", style=style)
+        outcomes = [result["outcome"] for result in stages.values()]
         good = outcomes.count("ok")
         self.display.say(
             f"{good} of {len(outcomes)} stages are right, {time.monotonic() - self.began:.0f} s; read {self.output / 'gpu.md'}"
@@ -130,19 +137,13 @@ class Session:
         """What jax runs on, as the stage `environment` saw it; None: it has not run, or did not come so far."""
         return self.results["stages"].get("environment", {}).get("values", {}).get("platform")
 
-    def _run_stage(self, name: str, limit: float, bar: Any) -> dict[str, Any]:
-        state, log = self.work / f"{name}.json", self.work / f"{name}.log"
-        command = [
-            sys.executable,
-            str(RUNNER),
-            name,
-            str(state),
-            str(self.work),
-            str(self.output),
-            f"{limit:.1f}",
-            "small" if self.options.rehearse else "full",
-        ]
-        began, timed_out = time.monotonic(), False
+    def _run_stage(self, name: str, limit: float, bar: Any) -> None:
+        """Run one stage to its end or limit. Its result is in results.json every few seconds, also if this process is killed."""
+        stages, state, log = self.results["stages"], self.work / f"{name}.json", self.work / f"{name}.log"
+        size = "small" if self.options.rehearse else "full"
+        command = [sys.executable, str(RUNNER), name, str(state), str(self.work), str(self.output), f"{limit:.1f}", size]
+        began = written = time.monotonic()
+        outcome, code = "stopped", None  # unless it ends by itself
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 command,
@@ -154,56 +155,75 @@ class Session:
                 cwd=REPOSITORY,
             )
             try:
-                while process.poll() is None and not timed_out:
+                while process.poll() is None and time.monotonic() - began <= limit:
                     time.sleep(0.1)
                     bar.update(int(time.monotonic() - self.began) - bar.n)
-                    timed_out = time.monotonic() - began > limit
+                    if time.monotonic() - written > 3:
+                        written = time.monotonic()
+                        stages[name] = _result("running", seconds=written - began, limit=limit, **_read_state(state))
+                        self.write()
+                outcome = "ended" if process.poll() is not None else "timed out"
             finally:  # and whatever the stage has started
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait()
                 self._append_log(name, log)
-        result = {"outcome": "ok", "seconds": time.monotonic() - began, "limit": limit, **_read_state(state)}
-        what = None
-        if timed_out:
-            what = result["error"] = f"stopped after {limit:.0f} s; what it had found by then stands here"
-            result["outcome"] = "timed out"
-        elif result["error"]:
-            result["outcome"], what = "failed", result["reason"]
-        elif not result["finished"]:
-            what = f"the process ended with {code}"
-            result |= {"outcome": "failed", "error": f"{what}:\n{log.read_bytes()[-2000:].decode(errors='replace')}"}
-        elif result["wrong"]:
-            result["outcome"] = "wrong"
-        if result["wrong"]:
-            what = f"{len(result['wrong'])} wrong, first: {result['wrong'][0]}" + (f"; {what}" if what else "")
-        result["headline"] = "; ".join(part for part in (what and what[:300], result["headline"]) if part)
-        return result
+                found = _result(outcome, seconds=time.monotonic() - began, limit=limit, **_read_state(state))
+                stages[name] = _judge(found, code, log.read_bytes()[-2000:].decode(errors="replace"))
 
     def _append_log(self, name: str, log: Path) -> None:
         content = log.read_bytes()
         cut = f"[the first {len(content) - LOG_BYTES} bytes are left out]\n" if len(content) > LOG_BYTES else ""
-        with open(self.output / "log.txt", "ab") as file:
-            file.write(f"==== {name}\n{cut}".encode() + content[-LOG_BYTES:] + b"\n")
+        try:
+            with open(self.output / "log.txt", "ab") as file:
+                file.write(f"==== {name}\n{cut}".encode() + content[-LOG_BYTES:] + b"\n")
+        except OSError as error:
+            self.display.say(f"log.txt cannot be written: {error}", style="red")
 
     def write(self) -> None:
-        """results.json and gpu.md, whole at any moment."""
-        write_atomically(self.output / "results.json", json.dumps(self.results, indent=1).encode())
-        write_atomically(self.output / "gpu.md", page(self.results).encode())
+        """results.json and gpu.md, whole at any moment. Where the disk is full the next stage tries again."""
+        try:
+            write_atomically(self.output / "results.json", json.dumps(self.results, indent=1).encode())
+            write_atomically(self.output / "gpu.md", page(self.results).encode())
+        except OSError as error:
+            self.display.say(
+                f"results cannot be written to {self.output}: {error}; tried again after the next stage", style="red"
+            )
+            for path in self.output.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+
+
+def _result(outcome: str, **found: Any) -> dict[str, Any]:
+    """The result of a stage, with all that the page reads."""
+    empty: dict[str, Any] = {
+        "seconds": 0.0, "headline": "", "notes": [], "tables": [], "values": {}, "wrong": [], "left_out": [], "lacking": False,
+        "error": None, "finished": False,
+    }  # fmt: skip
+    return {**empty, **found, "outcome": outcome}
+
+
+def _judge(result: dict[str, Any], code: int, tail: str) -> dict[str, Any]:
+    """The result of a stage whose process has ended with `code`: its outcome, and what went wrong before its headline."""
+    what = None
+    if result["outcome"] == "timed out":
+        what = result["error"] = f"stopped after {result['limit']:.0f} s; what it had found by then stands here"
+    elif result["outcome"] == "stopped":
+        what = result["error"] = f"the program was stopped after {result['seconds']:.0f} s of this stage"
+    elif result["error"]:
+        result["outcome"], what = "failed", result["reason"]
+    elif not result["finished"]:
+        what = f"the process ended with {code}"
+        result |= {"outcome": "failed", "error": f"{what}:\n{tail}"}
+    else:
+        result["outcome"] = "wrong" if result["wrong"] else "incomplete" if result["lacking"] else "ok"
+    if result["wrong"]:
+        what = f"{len(result['wrong'])} wrong, first: {result['wrong'][0]}" + (f"; {what}" if what else "")
+    result["headline"] = "; ".join(part for part in (what and what[:300], result["headline"]) if part)
+    return result
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    empty = {
-        "headline": "",
-        "notes": [],
-        "tables": [],
-        "values": {},
-        "wrong": [],
-        "left_out": [],
-        "error": None,
-        "finished": False,
-    }
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def page(results: dict[str, Any], level: int = 1) -> str:
@@ -245,11 +265,14 @@ def explanation(name: str) -> str:
 
 def publish(folder: Path, docs: Path) -> None:
     """Put a page into docs/gpu.md: a rehearsal in the place of the last one, a machine's results above those of earlier dates."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} holds no results of an earlier call: {error}") from None
     content, text = page(results, level=3), docs.read_text(encoding="utf-8")
     begin, end = MARK.format("rehearsal" if results["rehearsal"] else "results"), MARK.format("end")
-    if begin not in text:
-        raise SystemExit(f"{docs} has no line {begin!r}, below which this belongs")
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise SystemExit(f"{docs} has no line {begin!r}, or below it none {end!r}: this belongs between them")
     before, after = text.split(begin, 1)
     kept, rest = after.split(end, 1)
     kept = "" if results["rehearsal"] else kept.replace("Not yet: no GPU has run this.", "").strip()
@@ -272,19 +295,30 @@ def main() -> int:
     if options.publish:
         publish(options.publish, options.docs)
         return 0
-    if not options.minutes > 0:
-        parser.error(f"--minutes {options.minutes} must be greater than 0")
+    if not 0 < options.minutes <= 600:
+        parser.error(f"--minutes {options.minutes} must be greater than 0 and at most 600")
     if not options.rehearse and not (glob.glob("/dev/nvidia*") or shutil.which("nvidia-smi")):
         parser.error("no NVIDIA GPU is seen here (no /dev/nvidia*, no nvidia-smi); --rehearse runs all stages on a CPU")
     options.output = options.output.absolute()
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / ".tmp").touch()
+        (options.output / ".tmp").unlink()
+    except OSError as error:
+        parser.error(f"--output {options.output} cannot be written: {error.strerror}")
     if any(options.output.iterdir()):
         parser.error(f"--output {options.output} is not empty: results of two calls must not mix; name another folder")
     work = Path(tempfile.mkdtemp(prefix="gpu-"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stages are ended and their folder removed
+    session = Session(options, work)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage is ended and the folder removed
     try:
-        return Session(options, work).run()
+        return session.run()
+    except KeyboardInterrupt:
+        session.display.say(f"stopped; what was found by then: {options.output / 'gpu.md'}", style="yellow")
+        return 130
     finally:
+        session.write()
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -26,4 +26,14 @@ if PATH="$site/bin:$PATH" "$python" -c 'import jax; jax.block_until_ready(jax.ji
 else
   echo "the bundle's ptxas does not serve here: this machine's own is used" >&2
 fi
-"$python" "$here/gpu.py" "$@"
+# In the background, so that a signal to this script reaches the program at once.
+"$python" "$here/gpu.py" "$@" &
+program=$!
+trap 'kill -TERM "$program" 2>/dev/null' TERM INT
+status=0
+wait "$program" || status=$?
+while kill -0 "$program" 2>/dev/null; do  # `wait` returns when a signal comes
+  status=0
+  wait "$program" || status=$?
+done
+exit "$status"

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clock import sample
-from results import Results
+from results import Results, reason
 from tqdm import tqdm
 
 from baichuan_jax.config import Config
@@ -38,8 +38,10 @@ except ImportError:
 
 try:
     import torch  # pyright: ignore[reportMissingImports]
-except ImportError:
-    torch = None
+
+    NO_TORCH = None
+except Exception as error:  # one that is installed but broken raises OSError
+    torch, NO_TORCH = None, f"torch cannot be imported: {reason(error)}"
 
 EPS = 1e-6
 # Largest difference from the plain operator in float32, relative to its largest value. bfloat16 rounds by 0.4 %, a few times over.
@@ -88,9 +90,8 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
             got = jax.block_until_ready(both(inputs, cotangents))
             jax.block_until_ready(forward(*inputs))
         except Exception as error:  # whatever a library raises where it cannot serve
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
-            candidate.why_not = str(error).strip().splitlines()[0].split("cannot serve: ")[-1].split("; use ")[0]
+            candidate.why_not = reason(error, 1000).split("cannot serve: ")[-1].split("; use ")[0]
+            candidate.calls = {}
             continue
         candidate.calls = {"forward": functools.partial(forward, *inputs), "both": functools.partial(both, inputs, cotangents)}
         compare(candidate, got, wanted, dtype)
@@ -145,7 +146,7 @@ def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[
     missing = None if tokamax else "tokamax is not installed"
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
         candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
-    candidates.append(Candidate("torch sdpa", torch_sdpa, work, None if torch else "torch is not installed", foreign=True))
+    candidates.append(Candidate("torch sdpa", torch_sdpa, work, NO_TORCH, foreign=True))
     return candidates, tuple(inputs), (cotangent,)
 
 
@@ -158,7 +159,7 @@ class Queued:
 
 
 def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Callable]]:
-    """PyTorch's scaled_dot_product_attention on the same device, by the fastest kernel that it has; heads before length."""
+    """PyTorch's scaled_dot_product_attention on the same device, by the kernel that it chooses; heads before length."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("this torch sees no GPU")

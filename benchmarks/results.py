@@ -7,6 +7,14 @@ from typing import Any
 from baichuan_jax.console import Display
 
 
+def reason(error: BaseException, length: int = 160) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    lines = str(error).strip().splitlines()
+    return lines[0][:length] if lines else type(error).__name__
+
+
 class Results:
     """Tables are shown as they come; `save` writes them with the figures behind them, where a file is named."""
 

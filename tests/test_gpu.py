@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ for folder in (STAGES, STAGES.parent):
         sys.path.insert(0, str(folder))
 
 import checks
+import costs
 import gpu
 import numerics
 import products
+import speed
 import stage as stage_module
+import step
 import training
 from stage import SMALL, Stage
 
@@ -44,6 +48,7 @@ FAKES = {
     (stage.output.parent / 'child').write_text(str(child.pid))
     time.sleep(600)""",
     "left_out": "stage.leave_out('torch', 'it is not installed')",
+    "lacks_much": "stage.leave_out('cases', 'no time was left', needed=True)",
 }
 
 
@@ -79,7 +84,7 @@ def test_every_end_of_a_stage_is_told_and_the_next_one_runs(fakes, monkeypatch, 
     outcomes = {name: result["outcome"] for name, result in stages.items()}
     assert outcomes == {
         "good": "ok", "wrong": "wrong", "raises": "failed", "lacks": "failed", "dies": "failed", "hangs": "timed out",
-        "left_out": "ok",
+        "left_out": "ok", "lacks_much": "incomplete",
     }  # fmt: skip
     assert stages["wrong"]["tables"][0]["rows"] == [["1"]]
     assert "ValueError: a reason" in stages["raises"]["error"]
@@ -178,7 +183,7 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(STAGES.parent)!r})\nimport gpu\n"
-        f"gpu.FOLDER = Path({str(gpu.FOLDER)!r})\ngpu.LIMITS = {{'good': 60, 'hangs': 300}}\nsys.exit(gpu.main())\n"
+        f"gpu.FOLDER = Path({str(gpu.FOLDER)!r})\ngpu.LIMITS = {{'good': 60, 'hangs': 300, 'left_out': 60}}\nsys.exit(gpu.main())\n"
     )
     process = subprocess.Popen(
         [sys.executable, str(script), "--rehearse", "--output", str(fakes), "--minutes", "9"], stdout=subprocess.PIPE, text=True
@@ -192,12 +197,15 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
         process.send_signal(number)
         process.wait(30)
         assert process.returncode == (143 if number == signal.SIGTERM else -number)
-        results = json.loads((fakes / "results.json").read_text())
-        assert results["stages"]["good"]["outcome"] == "ok"
-        assert "fine" in (fakes / "gpu.md").read_text()
-        child = int((tmp_path / "child").read_text())
-        if number == signal.SIGTERM:
-            assert_ends(child)
+        stages = json.loads((fakes / "results.json").read_text())["stages"]
+        assert stages["good"]["outcome"] == "ok"
+        assert stages["left_out"]["outcome"] == "not run"
+        if number == signal.SIGTERM:  # what the stage had found by then is kept too
+            assert (stages["hangs"]["outcome"], stages["hangs"]["values"]) == ("stopped", {"found": 7})
+        page = (fakes / "gpu.md").read_text()
+        assert "fine" in page
+        assert "| left_out | not run |" in page
+        assert_ends(int((tmp_path / "child").read_text()))  # also where nobody was left to end it
     finally:
         process.kill()
         process.wait()
@@ -205,6 +213,22 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
         subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
         if (tmp_path / "child").exists():
             subprocess.run(["kill", "-KILL", (tmp_path / "child").read_text()], check=False, stderr=subprocess.DEVNULL)
+
+
+def test_a_full_disk_is_told_and_the_next_stage_tries_again(fakes, monkeypatch, capsys):
+    write, calls = gpu.write_atomically, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) < 3:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(gpu, "write_atomically", full)
+    code, results, _ = run(monkeypatch, fakes, "--stages", "good", "left_out")
+    assert code == 0
+    assert list(results["stages"]) == ["good", "left_out"]
+    assert "No space left on device; tried again" in capsys.readouterr().out
 
 
 def test_a_page_is_published_in_its_place(fakes, monkeypatch, tmp_path):
@@ -257,7 +281,11 @@ def report(stage: Stage) -> dict:
     return json.loads(stage._state.read_text())
 
 
-RIGHT = {"largest_error": 1e-3, "norm_error": 1e-3, "worst": "dq", "same_bits": True, "poison_works": True}
+SMALL_ERRORS = {"largest": 1e-3, "norm": 1e-3, "row": 1e-3}
+RIGHT = {
+    "largest_error": 1e-3, "norm_error": 1e-3, "worst": "dq", "same_bits": True, "poison_works": True,
+    "errors": {"out": SMALL_ERRORS, "dq": {**SMALL_ERRORS, "row": 0.3}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -268,6 +296,9 @@ RIGHT = {"largest_error": 1e-3, "norm_error": 1e-3, "worst": "dq", "same_bits": 
         ({"norm_error": float("nan")}, "norm nan"),
         ({"largest_error": float("nan")}, "largest error nan"),
         ({"same_bits": False}, "different bits"),
+        ({"errors": {"out": {**SMALL_ERRORS, "row": 0.02}}}, "a row of out is off by 2.0e-02"),
+        ({"errors": {"dk": {**SMALL_ERRORS, "row": 1.0}}}, "a row of dk is off by 1.0e+00"),
+        ({"errors": {"dk": {**SMALL_ERRORS, "row": float("nan")}}}, "a row of dk is off by nan"),
         ({"torch_error": 0.3}, "differs from torch"),
         ({"error": "CUDA_ERROR_ILLEGAL_ADDRESS"}, "ILLEGAL_ADDRESS"),
     ],
@@ -385,6 +416,80 @@ def test_measured_rates_are_what_plan_reads(stage, tmp_path):
         read_rates(path, HARDWARE["a800"])
     products.write_rates(stage, "cpu", None, rates)
     assert "rehearsal" in read_rates(path, HARDWARE["h100"]).device
+
+
+def test_products_without_time_are_told_and_the_rest_is_there(tmp_path):
+    (tmp_path / "output").mkdir()
+    stage = Stage(SMALL, tmp_path / "state.json", tmp_path, tmp_path / "output", products.LEFT_TO_TIME - 1.0)
+    products.run(stage)
+    found = report(stage)
+    assert found["lacking"]
+    assert any("QKV / forward" in what and "no time was left" in what for what in found["left_out"])
+    assert set(found["values"]["rates"]) == {"launch_us"}
+    assert found["values"]["copy_bandwidth"] > 0
+
+
+def test_a_kernel_that_is_wrong_at_the_timed_sizes_is_wrong(stage):
+    wrong = {"why_not": "WRONG: differs by 5.0e-01 from the plain operator in float32"}
+    speed.report_wrong(stage, {"title": "attention", "implementations": {"triton": wrong, "torch sdpa": wrong, "cudnn": {}}})
+    assert report(stage)["wrong"] == ["attention: triton: differs by 5.0e-01 from the plain operator in float32"]
+
+
+def test_cases_that_were_not_checked_are_all_named_and_the_stage_is_incomplete(stage):
+    everything = numerics.cases(SMALL.lengths, small=True)
+    numerics.conclude(stage, everything, {everything[0]: dict(RIGHT)})
+    found = report(stage)
+    assert found["lacking"]
+    assert all(str(case) in found["left_out"][0] for case in everything[1:])
+    assert found["headline"].startswith(f"1 of {len(everything)} cases right")
+
+
+def test_a_step_keeps_its_result_where_the_profiler_fails(stage, monkeypatch):
+    def no_profiler(*_):
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    monkeypatch.setattr(step, "trace", no_profiler)
+    monkeypatch.setattr(step, "start_plans", lambda *_: {})
+    step.run(stage)
+    found = report(stage)
+    assert "CUPTI_ERROR_NOT_INITIALIZED" in found["wrong"][0]
+    assert found["values"]["step_seconds"] > 0
+    assert found["tables"][-1]["rows"][0][0] == "measured"
+
+
+def test_a_variant_that_fails_costs_its_row_alone(stage):
+    class Fake:
+        rows, batch, wish = 1.0, None, None
+
+        def __init__(self, error=None):
+            self.seconds, self.error, self.compiled = [], error, self
+
+        def __call__(self, state, batch, wish):
+            assert state == "state"
+            if self.error:
+                raise self.error
+            return state, {}
+
+        def memory_analysis(self):
+            return types.SimpleNamespace(temp_size_in_bytes=1 << 30)
+
+    variants = {
+        costs.BASE: Fake(),
+        "deterministic": Fake(RuntimeError("RESOURCE_EXHAUSTED")),
+        "other": Fake(NotImplementedError()),
+    }
+    costs.measure(stage, variants, lambda: "state")
+    found = report(stage)
+    assert [row[0] for row in found["tables"][0]["rows"]] == [costs.BASE]
+    assert found["left_out"] == [
+        "deterministic: RuntimeError: RESOURCE_EXHAUSTED", "other: NotImplementedError: NotImplementedError"
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_says_why_in_a_line(tmp_path):
+    run = training.Training(SMALL, tmp_path, "broken", "float32", "--train.num_steps", "many")
+    with pytest.raises(RuntimeError, match=r"broken ended with \d+: .*num_steps"):
+        run.wait_for_step(1, 60)
 
 
 def test_the_kernels_rate_gives_back_the_seconds_that_were_measured(stage):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,9 +182,11 @@ def test_measured_rates_serve_every_accelerator_of_their_compute_capability(tmp_
     [
         ({"rates": {"matmull": 0.7}}, "'matmull'; did you mean 'matmul'"),
         ({"rates": {"latency_us": 3}}, "did you mean '.*_us'"),
-        ({"rates": {"memory": 0}}, "memory=0 must be a finite number above 0"),
+        ({"rates": {"memory": 0}}, "memory=0 must be a number of 1e-06 at least"),
         ({"rates": {"memory": float("nan")}}, "memory=nan must be"),
         ({"rates": {"launch_us": float("inf")}}, "launch_us=inf must be"),
+        ({"rates": {"launch_us": 1e300}}, r"launch_us=1e\+300 must be"),
+        ({"rates": {"matmul": 10**400}}, "matmul=1000.* must be"),
         ({"rates": {"matmul": True}}, "matmul=True must be"),
         ({"rates": {"matmul": "0.7"}}, "matmul='0.7' must be"),
         ({"rates": {"matmul": 71.0}}, "1.5 at most.*per cent"),
@@ -199,6 +202,21 @@ def test_rates_that_cannot_be_meant_are_refused(tmp_path, changes, message):
         read_rates(write_rates(tmp_path, **changes), parse_topology("h800:2x8").hardware)
 
 
+def test_a_file_nested_too_deep_and_a_pipe_are_refused(tmp_path):
+    deep, pipe = tmp_path / "deep.json", tmp_path / "pipe"
+    deep.write_text("[" * 100_000)
+    os.mkfifo(pipe)
+    for path, words in ((deep, "is no JSON"), (pipe, "is no file")):
+        with pytest.raises(ConfigError, match=words):
+            read_rates(path, parse_topology("h100:1x8").hardware)
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "1e300"])
+def test_a_rate_on_the_command_line_is_checked_too(rate):
+    with pytest.raises(ConfigError, match=r"rates\.matmul"):
+        plan_command.main(["--config", "configs/baichuan_7b_a800.yaml", "--topology", "h100:1x8", f"--rates.matmul={rate}"])
+
+
 def test_one_tpus_rates_are_not_anothers(tmp_path):
     path = write_rates(tmp_path, hardware="v5p")
     assert read_rates(path, parse_topology("v5p:2x2x2").hardware).hardware == "v5p"
@@ -210,7 +228,7 @@ def test_a_rates_file_that_cannot_be_read_is_named(tmp_path):
     """The command refuses it before it looks for a compiler."""
     broken = tmp_path / "broken.json"
     broken.write_text('{"device": ')
-    for path, reason in ((broken, "is no JSON"), (tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((broken, "is no JSON"), (tmp_path / "none.json", "is no file"), (tmp_path, "is no file")):
         with pytest.raises(ConfigError, match=reason):
             read_rates(path, parse_topology("h100:1x8").hardware)
     done, _ = plan(tmp_path, "--topology", "h100:1x8", "--rates_file", str(broken))

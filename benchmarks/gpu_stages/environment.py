@@ -3,7 +3,6 @@
 A clock below its maximum while products run (the last rows) lowers every speed of the other stages by the same share.
 """
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,13 +12,13 @@ import time
 
 import jax
 import jax.numpy as jnp
-from stage import Stage
+from results import reason
+from stage import Stage, version_of
 
 from baichuan_jax.config import Config
 from baichuan_jax.hardware import detect_topology, hardware_of
 from baichuan_jax.kernels import choose_attention, choose_rms_norm
 from baichuan_jax.kernels.triton import bridge
-from baichuan_jax.xla_flags import choose_flags
 
 PACKAGES = (
     "jax",
@@ -81,13 +80,10 @@ def run(stage: Stage) -> None:
         stage.say(
             f"ptxas {ptxas} is known to miscompile Triton's code for sm_90a: a wrong result on sm_90 alone may be the assembler's."
         )
-    stage.table("Versions", ["package", "version"], [[name, _version(name)] for name in PACKAGES])
+    stage.table("Versions", ["package", "version"], [[name, version_of(name)] for name in PACKAGES])
     _choices(stage, device)
-    flags = choose_flags(Config(), detect_topology())
-    stage.record(flags=list(flags.reasons), versions={name: _version(name) for name in PACKAGES}, ptxas=ptxas)
-    stage.table(
-        "Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in flags.reasons.items()]
-    )
+    stage.record(versions={name: version_of(name) for name in PACKAGES}, ptxas=ptxas)
+    _flags(stage)
     if shutil.which("nvidia-smi") is None:
         stage.leave_out("driver, clocks, NVLink", "nvidia-smi is not installed")
         return
@@ -108,11 +104,15 @@ def run(stage: Stage) -> None:
             stage.record(nvlinks=links)
 
 
-def _version(name: str) -> str:
+def _flags(stage: Stage) -> None:
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        from baichuan_jax.xla_flags import choose_flags  # needs jsonargparse, without which the rest can still be told
+    except ImportError as error:
+        stage.leave_out("settings for XLA", reason(error), needed=True)
+        return
+    reasons = choose_flags(Config(), detect_topology()).reasons
+    stage.record(flags=list(reasons))
+    stage.table("Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in reasons.items()])
 
 
 def _choices(stage: Stage, device: object) -> None:

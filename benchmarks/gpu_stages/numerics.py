@@ -2,8 +2,11 @@
 gradients.
 
 Errors are the largest difference and the norm of the difference, each relative to the reference's, over results and gradients; the
-worst of all cases of a row is shown. Before each call all free memory of the pool is filled with NaN, so a result that a kernel does
-not write shows; a kernel that writes half of its output proves that this works. Every call is made twice and has to give the same
+worst of all cases of a row is shown. Every single vector (of a token and head) is compared with its own size too. Of `extreme`
+(scores of tens of thousands) out and dv are compared; dq and dk are all but 0 there and have to be finite.
+
+Before each call all free memory of the pool is filled with NaN, so a result that a kernel does not write shows; a kernel that writes
+half of its output proves that this works. Every call is made twice and has to give the same
 bits. `sm_80` rows run the A800's code: the same kernels written for compute capability 8.0 and assembled for this device. `torch` is
 the error beside PyTorch's attention in float64, which shares no code with the reference.
 """
@@ -24,14 +27,22 @@ from typing import Any
 import checks
 from checks import Case
 
-# Largest and norm error. bfloat16 keeps 8 bits (a relative error of 0.4 %), which a few roundings in a row multiply. float32 products
-# are three TF32 ones, about float32's own precision; sums of thousands of terms in another order lose a few bits more.
-TOLERANCE = {"bfloat16": (2e-2, 1e-2), "float32": (1e-4, 2e-5)}
+# Largest and norm error. bfloat16 keeps 8 bits: right kernels differ by 2.8e-3 in norm (computed with every rounding of the kernels,
+# for 40 to 4,095 tokens). float32 products are three TF32 ones, about float32's own precision; sums of thousands of terms in another
+# order lose a few bits more.
+TOLERANCE = {"bfloat16": (2e-2, 6e-3), "float32": (1e-4, 2e-5)}
+# Of the worst row. dq and dk are differences that may cancel within a row, down to a fifth of which is left right in bfloat16; a row
+# that is not written or belongs to another place is off by 1 or more.
+ROW = {"bfloat16": 1.5e-2, "float32": 5e-4}
+ROW_CANCELLING = {"bfloat16": 0.5, "float32": 5e-2}
 # Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of products of 1e5 to about 0.01, so weights
 # are right to 1 %.
 EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
 # Two blocks one after the other, the first one's result rounded before the second takes it.
 TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
+
+
+LEFT_TO_END = 8  # seconds before the end of the stage in which no further result is awaited: to end the workers takes some
 
 
 def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
@@ -83,21 +94,32 @@ def run(stage: Any) -> None:
     pool = [Worker(todo, done, stage.sizes) for _ in range(stage.sizes.workers)]
     found: dict[Case, dict[str, Any]] = {}
     try:
-        while len(found) < len(everything) and stage.seconds_left > 3:
+        while len(found) < len(everything) and stage.seconds_left > LEFT_TO_END:
             with contextlib.suppress(queue.Empty):
                 case, result = done.get(timeout=0.2)
                 found[case] = result
                 print(case, result, flush=True)
                 judge(stage, case, result)
                 show(stage, found)
+        conclude(stage, everything, found)
     finally:
         for worker in pool:
+            worker.kill()
+        for worker in pool:
             worker.stop()
-    if missing := [case for case in everything if case not in found]:
-        stage.leave_out(f"{len(missing)} of {len(everything)} cases, the first {missing[0]}", "no time was left")
-    stage.record(cases=[{**case._asdict(), **result} for case, result in found.items()])
     if stage.sizes.small:
         compile_all(stage)
+
+
+def conclude(stage: Any, everything: list[Case], found: dict[Case, dict[str, Any]]) -> None:
+    """Record all cases, say which were not checked, and sum up."""
+    stage.record(cases=[{**case._asdict(), **result} for case, result in found.items()])
+    if missing := [case for case in everything if case not in found]:
+        stage.leave_out(
+            f"{len(missing)} of {len(everything)} cases", f"no time was left: {', '.join(map(str, missing))}", needed=True
+        )
+    if without := sorted({result["no_torch"] for result in found.values() if "no_torch" in result}):
+        stage.leave_out("some of torch's comparisons", "; ".join(without))
     if not all(result.get("poison_works", True) for result in found.values()):
         stage.wrong("memory could not be prefilled with NaN: an output that a kernel does not write would not show")
     right = sum("wrong" not in result for result in found.values())
@@ -123,6 +145,11 @@ def judge(stage: Any, case: Case, result: dict[str, Any]) -> None:
             f"largest error {result['largest_error']:.1e} ({largest:.0e} allowed), norm {result['norm_error']:.1e} ({norm:.0e}), "
             f"worst in {result['worst']}"
         )
+    if case.variant not in ("extreme", "scan remat vmap shard_map"):
+        for name, errors in result["errors"].items():
+            limit = (ROW_CANCELLING if name in ("dq", "dk") else ROW)[case.dtype]
+            if not errors["row"] <= limit:
+                problems.append(f"a row of {name} is off by {errors['row']:.1e} of itself ({limit:.0e} allowed)")
     if "torch_error" in result and not result["torch_error"] <= norm:
         problems.append(f"differs from torch by {result['torch_error']:.1e} ({norm:.0e} allowed)")
     if not result["same_bits"]:
@@ -174,6 +201,12 @@ class Worker(threading.Thread):
             except queue.Empty:
                 return
             self._done.put((case, self._ask(case)))
+
+    def kill(self) -> None:
+        """Let the process end, without waiting for it."""
+        self._stopped = True
+        if (process := self._process) is not None:
+            process.kill()
 
     def stop(self) -> None:
         """End the process, also in the middle of a case."""

@@ -7,6 +7,7 @@ that of a step of Baichuan-7B: each as often as the step has it. `plan --rates_f
 them; links and contention stay assumed.
 """
 
+import datetime
 import functools
 import json
 from collections.abc import Callable
@@ -15,12 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clock import measure
-from stage import Stage
+from stage import Stage, version_of
 
 from baichuan_jax.config import Config
 from baichuan_jax.files import write_atomically
 from baichuan_jax.hardware import hardware_of
-from baichuan_jax.metrics import measure_matmul_flops
 from baichuan_jax.roofline import BOUNDS
 from baichuan_jax.xla_flags import apply_flags
 
@@ -35,9 +35,16 @@ def run(stage: Stage) -> None:
     apply_flags(Config())  # as training does: without command buffers, cuBLAS for products
     device = jax.devices()[0]
     hardware = hardware_of(device.device_kind)
-    peak = hardware.peak_tflops * 1e12 if hardware else measure_matmul_flops()
-    sheet = f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}" if hardware else "a product of 1024 x 1024 on this CPU"
     dtype = jnp.float32 if stage.sizes.small else jnp.bfloat16
+    # First what is quick, so that it is there whatever comes.
+    bandwidth, start = copy_bandwidth(stage), launch_seconds(stage)
+    stage.record(copy_bandwidth=bandwidth, launch_seconds=start)
+    stage.headline(f"copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us")
+    if hardware:
+        peak, sheet = hardware.peak_tflops * 1e12, f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}"
+    else:
+        size = 1024 if stage.sizes.small else 8192
+        peak, sheet = product_flops(stage, size, dtype), f"a product of {size} x {size} here"
     calls, flops, counts = {}, {}, {}
     wanted = [
         (name, times, *product)
@@ -61,26 +68,27 @@ def run(stage: Stage) -> None:
         rows.append([name, *("-" if rate is None else f"{rate / 1e12:,.1f} ({rate / peak:.0%})" for rate in found)])
     stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", *KINDS], rows)
     stage.record(products={key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]} for key in calls})
-    in_step = [key for key in calls if counts[key] and not key.endswith(FLOAT32)]
-    share = sum(flops[key] * counts[key] for key in in_step) / sum(seconds[key] * counts[key] for key in in_step) / peak
     if (together := seconds.get("gate + up as one / forward")) is not None:
         stage.say(
             f"Gate and up as one product take {together / (2 * seconds['gate / forward']):.2f} of the time of two, forward."
         )
-    bandwidth = copy_bandwidth(stage)
-    start = launch_seconds(stage)
-    rates = {"matmul": share, "launch_us": start * 1e6}
+    rates = {"launch_us": start * 1e6}
     if hardware:
         rates["memory"] = bandwidth / (hardware.memory_bandwidth * 1e9)
+    needed = [f"{name} / {kind}" for name, (_, _, times) in shapes(stage).items() if times for kind in KINDS if kind != FLOAT32]
+    share = None
+    if lacking := [key for key in needed if key not in calls]:
+        stage.leave_out("rate `matmul`", f"these products of a step were not timed: {', '.join(lacking)}", needed=True)
+    else:
+        share = sum(flops[key] * counts[key] for key in needed) / sum(seconds[key] * counts[key] for key in needed) / peak
+        rates["matmul"] = share
     rates |= kernel_rate(stage, hardware)
-    stage.table(
-        "Measured rates",
-        ["rate", "value", "what"],
-        [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()],
-    )
-    stage.record(rates=rates, copy_bandwidth=bandwidth)
-    stage.headline(f"products {share:.1%} of {sheet}; copies {bandwidth / 1e12:.2f} TB/s; a start {start * 1e6:.1f} us")
+    rows = [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()]
+    stage.table("Measured rates", ["rate", "value", "what"], rows)
+    stage.record(rates=rates)
     write_rates(stage, device.device_kind, hardware, rates)
+    if share is not None:
+        stage.headline(f"products {share:.1%} of {sheet}; copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us")
 
 
 MEANING = {
@@ -133,6 +141,13 @@ def products(rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any) -> list
     ]
 
 
+def product_flops(stage: Stage, size: int, dtype: Any) -> float:
+    """FLOP/s of one large product, where no data sheet is known."""
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    call = functools.partial(jax.jit(jnp.matmul).lower(x, x).compile(), x, x)
+    return 2.0 * size**3 / measure({"product": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["product"]
+
+
 def copy_bandwidth(stage: Stage) -> float:
     """Bytes a second, read and written, of a copy far larger than any cache."""
     x = jnp.ones(stage.sizes.copy_bytes // 4, jnp.float32)
@@ -173,15 +188,12 @@ def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float
     if hardware is None and not stage.sizes.small:
         stage.leave_out("rates.json", f"{device} is no accelerator of hardware.py")
         return
-    import datetime
-    import importlib.metadata
-
     content = {
         # In a rehearsal the file serves to try what reads it.
         "device": device if hardware else f"{device}, a rehearsal",
         "hardware": hardware.name if hardware else "h100",
         "date": str(datetime.date.today()),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton")},
+        "versions": {name: version_of(name) for name in ("jax", "jaxlib", "triton")},
         "rates": rates,
     }
     write_atomically(stage.output / "rates.json", json.dumps(content, indent=1).encode())

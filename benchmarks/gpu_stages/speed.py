@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from clock import measure
+from results import reason
 from stage import Stage
 
 from baichuan_jax.config import Config
@@ -65,10 +66,12 @@ def run(stage: Stage) -> None:
     )
     lines = []
     attention = bench.run_attention(options, dtype, stage)
+    report_wrong(stage, attention)
     stage.record(attention=attention)
     lines.append(_beside_best("attention", attention["implementations"], "both", "FLOP/s"))
     stage.headline("; ".join(lines))
     norm = bench.run_norm(options, dtype, True, stage)
+    report_wrong(stage, norm)
     stage.record(rms_norm=norm)
     lines.append(_beside_best("RMSNorm", norm["implementations"], "both", "B/s"))
     stage.headline("; ".join(lines))
@@ -82,13 +85,20 @@ def run(stage: Stage) -> None:
         kernels_alone(stage, dtype)
 
 
+def report_wrong(stage: Stage, result: dict[str, Any]) -> None:
+    """An implementation of ours that gives other numbers at these sizes is wrong; of others it is a note."""
+    for name, row in result["implementations"].items():
+        if row.get("why_not", "").startswith("WRONG") and not name.startswith(("tokamax", "torch", "jax.nn")):
+            stage.wrong(f"{result['title']}: {name}: {row['why_not'].removeprefix('WRONG: ')}")
+
+
 def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -> str:
     """Triton's speed and its ratio to the fastest other one, in words."""
     speeds = {name: row[passes][unit] for name, row in found.items() if passes in row}
     others = {name: speed for name, speed in speeds.items() if name != "triton"}
     best = max(others, key=lambda name: others[name]) if others else None
     if "triton" not in speeds:
-        return f"{operator}: triton was not timed ({found['triton']['why_not']}); fastest {best}"
+        return f"{operator}: triton was not timed ({found['triton']['why_not']}); the fastest here is {best}"
     ours = f"{operator} {speeds['triton'] / 1e12:.0f} T{unit} forward and backward"
     return ours if best is None else f"{ours}, {speeds['triton'] / others[best]:.2f} times the best other ({best})"
 
@@ -139,7 +149,7 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
             jax.block_until_ready(compiled(*arguments))
             return functools.partial(compiled, *arguments)
         except Exception as error:  # too much shared memory, above all
-            failed[job] = str(error).strip().splitlines()[0][:80]
+            failed[job] = reason(error, 80)
             return None
         finally:
             trying.reset(token)
@@ -231,7 +241,7 @@ def around(shape: Shape) -> list[Shape]:
 
 def compile_only() -> None:
     """In a process that assembles: it takes no device, and does not interpret."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     os.environ.pop("TRITON_INTERPRET", None)
 
 

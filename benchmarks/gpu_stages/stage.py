@@ -7,8 +7,13 @@ The report is on disk after every addition, so a stage that is killed keeps what
 
 import dataclasses
 import importlib
+import importlib.metadata
 import json
+import math
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -130,6 +135,7 @@ class Stage:
             "values": {},
             "wrong": [],
             "left_out": [],
+            "lacking": False,
             "error": None,
             "finished": False,
         }
@@ -169,10 +175,11 @@ class Stage:
         self._report["wrong"].append(what)
         self._save()
 
-    def leave_out(self, what: str, why: str) -> None:
-        """Something that was not looked at, and the reason."""
+    def leave_out(self, what: str, why: str, needed: bool = False) -> None:
+        """Something that was not looked at, and the reason. `needed`: without it the stage is not complete."""
         print("left out:", what, "-", why, flush=True)
         self._report["left_out"].append(f"{what}: {why}")
+        self._report["lacking"] = self._report["lacking"] or needed
         self._save()
 
     def fail(self, error: BaseException) -> None:
@@ -186,11 +193,42 @@ class Stage:
         self._save()
 
     def _save(self) -> None:
-        write_atomically(self._state, json.dumps(self._report, default=str).encode())
+        write_atomically(self._state, json.dumps(_finite(self._report), default=str).encode())
+
+
+def version_of(package: str) -> str:
+    """As its metadata tell."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinity as text: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def end_with_parent() -> None:
+    """End this process and all that it has started as soon as benchmarks/gpu.py is gone: they would keep the GPU."""
+    parent = int(os.environ.get("BAICHUAN_JAX_GPU_PARENT", "0"))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: list[str]) -> int:
     name, state, work, output, seconds, size = argv
+    end_with_parent()
     stage = Stage(SMALL if size == "small" else FULL, Path(state), Path(work), Path(output), float(seconds))
     try:
         importlib.import_module(name).run(stage)

@@ -13,9 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+from results import reason
 from stage import FULL, REPOSITORY, Sizes, Stage
 
 from baichuan_jax.config import Config
@@ -126,14 +128,20 @@ def run(stage: Stage) -> None:
     )
     if not losses[-1] < losses[0]:
         stage.wrong(f"the loss of the same rows does not fall: {losses}")
-    traced, state = trace(stage, compiled, state, batch, wish)
-    program = hlo.parse(compiled.as_text())
-    topology = parse_topology(name)
-    rates = roofline.rates_for(topology)
-    if (path := stage.output / "rates.json").exists():
-        rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
-    compare(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
-    show_plans(stage, plans, step, peak)
+    try:
+        traced = trace(stage, compiled, state, batch, wish)
+        topology = parse_topology(name)
+        rates = roofline.rates_for(topology)
+        if (path := stage.output / "rates.json").exists():
+            rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
+        program = hlo.parse(compiled.as_text())
+        compare(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
+    except Exception as error:  # the main result, measured beside planned, does not depend on it
+        traceback.print_exc()
+        stage.wrong(f"no trace beside the prediction: {type(error).__name__}: {reason(error)}")
+    memory = compiled.memory_analysis()
+    planned = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
+    show_plans(stage, plans, step, peak, planned)
 
 
 def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen, Path]]:
@@ -172,15 +180,18 @@ def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen
     return started
 
 
-def show_plans(stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], step: float, peak: int | None) -> None:
-    """Measured beside predicted: seconds and memory."""
+def show_plans(
+    stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], step: float, peak: int | None, planned: float
+) -> None:
+    """Measured beside predicted: seconds and memory (of the process, with the start of the state in it)."""
     rows = [["measured", f"{step * 1e3:.1f}", "", "-" if peak is None else f"{peak / 2**30:.1f}"]]
+    rows.append(["the program that ran, as compiled", "", "", f"{planned:.1f}"])
     for label, (process, folder) in plans.items():
         try:
             code = process.wait(max(1.0, stage.seconds_left - 3))
         except subprocess.TimeoutExpired:
             process.kill()
-            stage.leave_out(f"plan, {label}", "it had not ended when the stage's time was up")
+            stage.leave_out(f"plan, {label}", "it had not ended when the stage's time was up", needed=True)
             continue
         if code:
             stage.wrong(f"plan, {label}, ended with {code}: {(folder / 'log').read_text(errors='replace').strip()[-300:]}")
@@ -193,8 +204,8 @@ def show_plans(stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], st
     stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
 
 
-def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> tuple[Any, Any]:
-    """Trace some steps; what device_trace.read_trace finds, and the state."""
+def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> Any:
+    """Trace some steps: what device_trace.read_trace finds."""
     import jax
     from device_trace import read_trace
 
@@ -210,7 +221,7 @@ def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> tup
             (stage.output / "step.xplane.pb.gz").write_bytes(content)
         else:
             stage.leave_out("step.xplane.pb.gz", f"{len(content) >> 20} MiB are too much to keep")
-    return read_trace(folder), state
+    return read_trace(folder)
 
 
 def compare(stage: Stage, traced: Any, program: Any, prediction: Any, step: float) -> None:

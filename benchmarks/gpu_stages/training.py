@@ -25,6 +25,7 @@ RECORDED = Path(__file__).with_name("cpu_losses.json")
 FIRST = 3  # losses that a CPU computed beforehand
 # Relative. Weights and rows are the same; products are rounded in another order, and in bfloat16 to 8 bits.
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}
+LEFT_TO_END = 5  # seconds before the end of the stage in which a run that is late is told, with the end of its output
 ACCURACY = 0.01  # of the last losses in bfloat16 beside float32's
 
 
@@ -76,19 +77,27 @@ class Training:
 
     def wait(self, seconds: float) -> None:
         """To the end. Raises RuntimeError with the end of its output where it failed."""
-        code = self.process.wait(max(seconds, 0.1))
+        try:
+            code = self.process.wait(max(seconds - LEFT_TO_END, 0.1))
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{self.run.path.name} was not at its end in time\n{self._tail()}") from None
+        print(f"==== {self.run.path.name}\n{self._tail()}", flush=True)
         if code:
-            raise RuntimeError(f"{self.run.path.name} ended with {code}:\n{self._log.read_text(errors='replace')[-3000:]}")
+            lines = self._tail().strip().splitlines() or ["no output"]
+            raise RuntimeError(f"{self.run.path.name} ended with {code}: {lines[-1][:200]}\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
 
     def wait_for_step(self, step: int, seconds: float) -> None:
         """Until a step at or beyond this one is on the disk."""
         end = time.monotonic() + seconds
         while not any(line["step"] >= step for line in self.run.metrics):
             if self.process.poll() is not None:
-                self.wait(0)
-                raise RuntimeError(f"{self.run.path.name} ended before step {step}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"{self.run.path.name}: no step {step} after {seconds:.0f} s")
+                self.wait(LEFT_TO_END)
+                raise RuntimeError(f"{self.run.path.name} ended before step {step}\n{self._tail()}")
+            if time.monotonic() > end - LEFT_TO_END:
+                raise RuntimeError(f"{self.run.path.name}: no step {step} in time\n{self._tail()}")
             time.sleep(0.02)
 
 
@@ -101,6 +110,7 @@ def run(stage: Stage) -> None:
         sizes, folder, "undisturbed", "bfloat16" if not sizes.small else "float32", "--checkpoint.every", str(num_steps)
     )
     plain.wait(stage.seconds_left)
+    stage.record(run=str(plain.run.path))  # for the stage `commands`
     dtype = "bfloat16" if not sizes.small else "float32"
     show_speed(stage, plain.run)
     first_losses(stage, plain.run, dtype)
@@ -127,8 +137,6 @@ def run(stage: Stage) -> None:
     losses = {dtype: plain.run.curve("loss"), "float32" if dtype == "bfloat16" else "bfloat16": other.run.curve("loss")}
     first_losses(stage, other.run, "float32" if dtype == "bfloat16" else "bfloat16")
     show_precision(stage, losses["bfloat16"], losses["float32"])
-    # For the stage `commands`.
-    stage.record(run=str(plain.run.path))
 
 
 def show_speed(stage: Stage, run: Run) -> None:
