@@ -12,8 +12,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from results import reason
-from stage import Stage, version_of
+from stage import REPOSITORY, Stage, version_of
 
 from baichuan_jax.config import Config
 from baichuan_jax.hardware import detect_topology, hardware_of
@@ -58,12 +60,32 @@ BAD_PTXAS = ("12.8.93", "13.0.88")
 
 
 def run(stage: Stage) -> None:
-    """Fill the tables; nothing here can be wrong, only missing."""
+    """Fill the tables, first what needs no working device; nothing here can be wrong, only missing."""
+    _versions(stage)
+    driver = shutil.which("nvidia-smi") is not None
+    if driver:
+        quiet = _query()
+        stage.record(nvidia_smi=quiet)
+        stage.table("nvidia-smi", ["", "quiet"], [[name, quiet[name]] for name in QUERY])
+    else:
+        stage.leave_out("driver, clocks, NVLink", "nvidia-smi is not installed")
+    _device(stage)
+    _choices(stage, jax.devices()[0])
+    _flags(stage)
+    if driver:
+        busy = _query_under_load()
+        stage.record(nvidia_smi_under_load=busy)
+        stage.table("nvidia-smi", ["", "quiet", "while products run"], [[name, quiet[name], busy[name]] for name in QUERY])
+        _links(stage)
+
+
+def _device(stage: Stage) -> None:
     device = jax.devices()[0]
     stage.record(device=device.device_kind, platform=device.platform, devices=jax.device_count())
     stage.headline(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
     memory = device.memory_stats() or {}
     ptxas = bridge.ptxas_version() if bridge.obstacle() is None else None
+    stage.record(ptxas=ptxas)
     rows = [
         ["device", device.device_kind],
         ["devices", str(jax.device_count())],
@@ -80,28 +102,31 @@ def run(stage: Stage) -> None:
         stage.say(
             f"ptxas {ptxas} is known to miscompile Triton's code for sm_90a: a wrong result on sm_90 alone may be the assembler's."
         )
-    stage.table("Versions", ["package", "version"], [[name, version_of(name)] for name in PACKAGES])
-    _choices(stage, device)
-    stage.record(versions={name: version_of(name) for name in PACKAGES}, ptxas=ptxas)
-    _flags(stage)
-    if shutil.which("nvidia-smi") is None:
-        stage.leave_out("driver, clocks, NVLink", "nvidia-smi is not installed")
-        return
-    quiet = _query()
-    busy = _query_under_load()
-    stage.record(nvidia_smi=quiet, nvidia_smi_under_load=busy)
-    stage.table("nvidia-smi", ["", "quiet", "while products run"], [[name, quiet[name], busy[name]] for name in QUERY])
-    for words in (["topo", "-m"], ["nvlink", "--status"]):
-        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20)
-        print(done.stdout, done.stderr)
-        links = sum("GB/s" in line for line in done.stdout.splitlines())
-        if words[0] == "nvlink":
-            stage.say(
-                f"NVLink: {links} active links."
-                if links
-                else f"NVLink: none is seen ({done.stdout.strip()[:100] or 'no answer'})."
-            )
-            stage.record(nvlinks=links)
+
+
+def _links(stage: Stage) -> None:
+    for argv in (["topo", "-m"], ["nvlink", "--status"]):
+        done = subprocess.run(["nvidia-smi", *argv], capture_output=True, text=True, timeout=20)
+        print(done.stdout, done.stderr)  # whole, in log.txt
+    links = sum("GB/s" in line for line in done.stdout.splitlines())
+    stage.record(nvlinks=links)
+    none = f"none is seen ({done.stdout.strip()[:100] or 'no answer'})"
+    stage.say(f"NVLink: {f'{links} active links' if links else none}.")
+
+
+def _versions(stage: Stage) -> None:
+    """What is installed, beside what requirements.txt asks for; an older package may work, but was not run."""
+    lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    asked = {found.name: found.specifier for found in (Requirement(line) for line in lines if line and line[0] != "#")}
+    rows = []
+    stage.record(versions={name: version_of(name) for name in PACKAGES})
+    for name in dict.fromkeys((*PACKAGES, *asked)):
+        version, wanted = version_of(name), asked.get(name, SpecifierSet())
+        fits = version == "not installed" or wanted.contains(version, prereleases=True)
+        rows.append([name, version, str(wanted) or "-"])
+        if not fits:
+            stage.say(f"{name} {version} is not what requirements.txt asks for ({wanted}): this pair was not tried.")
+    stage.table("Versions", ["package", "installed", "asked for"], rows)
 
 
 def _flags(stage: Stage) -> None:

@@ -247,7 +247,7 @@ class Worker(threading.Thread):
 
     def _start(self) -> subprocess.Popen[str]:
         # Each takes a part of the GPU's memory, and torch some of the rest.
-        environment = {**os.environ, "XLA_CLIENT_MEM_FRACTION": f"{0.7 / self._sizes.workers:.3f}"}
+        environment = {**os.environ, "XLA_CLIENT_MEM_FRACTION": f"{0.55 / self._sizes.workers:.3f}"}
         if self._sizes.small:
             environment["TRITON_INTERPRET"] = "1"
         else:
