@@ -73,7 +73,7 @@ def run(stage: Stage) -> None:
     _choices(stage, jax.devices()[0])
     _flags(stage)
     if driver:
-        busy = _query_under_load()
+        busy = _query_under_load(512 if stage.sizes.small else 8192)
         stage.record(nvidia_smi_under_load=busy)
         stage.table("nvidia-smi", ["", "quiet", "while products run"], [[name, quiet[name], busy[name]] for name in QUERY])
         _links(stage)
@@ -159,10 +159,10 @@ def _query() -> dict[str, str]:
     return dict(zip(QUERY, cells, strict=True))
 
 
-def _query_under_load(seconds: float = 2.0) -> dict[str, str]:
+def _query_under_load(size: int, seconds: float = 2.0) -> dict[str, str]:
     """What nvidia-smi says in the middle of large products."""
-    x = jax.random.normal(jax.random.key(0), (8192, 8192)).astype(jnp.bfloat16)
-    product = jax.jit(lambda x: jnp.matmul(x, x) / 8192)
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(jnp.bfloat16)
+    product = jax.jit(lambda x: jnp.matmul(x, x) / size)
     jax.block_until_ready(product(x))
     found: list[dict[str, str]] = []
     timer = threading.Timer(seconds / 2, lambda: found.append(_query()))
