@@ -20,9 +20,19 @@ if ! [ -x "$site/bin/ptxas" ]; then
   echo "$wheels has no ptxas: make gpu-bundle makes it anew" >&2
   exit 2
 fi
-# XLA takes the first ptxas on PATH. One that this machine's driver cannot serve would spoil everything: try it first.
-if PATH="$site/bin:$PATH" "$python" -c 'import jax; jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(99)))'; then
+# XLA takes the ptxas of CUDA_ROOT where that is set, else the first on PATH.
+root=${CUDA_ROOT:-}
+if [ -n "$root" ]; then  # the same folder, with the other ptxas in it
+  mkdir -p "$site/cuda/bin"
+  for entry in "$root"/*; do [ "$entry" = "$root/bin" ] || ln -s "$entry" "$site/cuda/"; done
+  ln -s "$root"/bin/* "$site/cuda/bin/"
+  ln -sf "$site/bin/ptxas" "$site/cuda/bin/ptxas"
+  root=$site/cuda
+fi
+# One that this machine's driver cannot serve would spoil everything: try it first.
+if env ${root:+"CUDA_ROOT=$root"} PATH="$site/bin:$PATH" "$python" -c 'import jax; jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(99)))'; then
   export PATH="$site/bin:$PATH"
+  if [ -n "$root" ]; then export CUDA_ROOT="$root"; fi
 else
   echo "the bundle's ptxas does not serve here: this machine's own is used" >&2
 fi
