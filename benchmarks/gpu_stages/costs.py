@@ -139,8 +139,8 @@ def show(stage: Stage, variants: dict[str, Variant]) -> None:
     rows = [[name, f"{medians[name] * 1e3:.1f}", f"{medians[name] / first:.3f}", f"{memory[name]:.2f}"] for name in medians]
     stage.table("A step of the 7B's width", ["", "ms", "ratio", "temporaries, GiB"], rows)
     stage.record(seconds=medians, temporaries_gib=memory)
-    dear = max(medians, key=lambda name: medians[name])
-    stage.headline(f"{first * 1e3:.1f} ms; the dearest is {dear!r} with {medians[dear] / first:.2f} times that")
+    slowest = max(medians, key=lambda name: medians[name])
+    stage.headline(f"{first * 1e3:.1f} ms; the slowest is {slowest!r} with {medians[slowest] / first:.2f} times that")
 
 
 def float32_sums(stage: Stage) -> None:

@@ -30,7 +30,6 @@ PRODUCTS = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}
 LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
 BETTER = 1.03  # below this ratio a difference is noise
 
-
 trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)  # (kernel, shape) that a thread compiles
 
 
@@ -86,10 +85,14 @@ def run(stage: Stage) -> None:
 
 
 def report_wrong(stage: Stage, result: dict[str, Any]) -> None:
-    """An implementation of ours that gives other numbers at these sizes is wrong; of others it is a note."""
+    """An implementation of ours that gives other numbers at these sizes is wrong, and so is Triton where it does not run on a GPU; of
+    others it is a note.
+    """
     for name, row in result["implementations"].items():
-        if row.get("why_not", "").startswith("WRONG") and not name.startswith(("tokamax", "torch", "jax.nn")):
-            stage.wrong(f"{result['title']}: {name}: {row['why_not'].removeprefix('WRONG: ')}")
+        why = row.get("why_not", "")
+        differs = why.startswith("WRONG") and not name.startswith(("tokamax", "torch", "jax.nn"))
+        if differs or (why and name == "triton" and not stage.sizes.small):
+            stage.wrong(f"{result['title']}: {name}: {why.removeprefix('WRONG: ')}")
 
 
 def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -> str:
