@@ -18,7 +18,7 @@ from gpu_stages import device_trace as reader
 # jaxlib 0.11.2 under Python 3.12, at the first read of an event's stats; as an error it would abort the process.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
 
-# A child: the profiler keeps threads, and this session's backend has eight devices. Its loop runs a product five times.
+# A child: the profiler keeps threads, and the tests' backend has eight devices. Its loop runs a product five times.
 PROGRAM = """
 import sys
 from pathlib import Path
