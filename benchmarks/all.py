@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywher
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
+
+from results import machine, markdown_table, version_of
 
 from baichuan_jax.console import Display
 from baichuan_jax.files import write_atomically
@@ -43,31 +43,15 @@ PACKAGES = ("jax", "torch", "transformers", "tokamax", "lm_eval", "datatrove")
 BEGIN, END = "<!-- {}: written by make bench -->", "<!-- end -->"
 
 
-def machine() -> str:
-    """This machine in words."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB"
-
-
 def versions() -> str:
     """Of what was compared, as far as it is installed."""
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
+    return ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
 
 
 def markdown(command: str, tables: Iterable[dict], seconds: float) -> str:
     """Tables of one benchmark, with the command, machine and date."""
     parts = [f"`python benchmarks/{command}` ({datetime.date.today()}, {seconds:.0f} s)"]
-    for table in tables:
-        lines = [f"**{table['title']}**", "", "| " + " | ".join(table["columns"]) + " |", "|---" * len(table["columns"]) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table["rows"]]
-        parts.append("\n".join(lines))
+    parts += map(markdown_table, tables)
     return "\n\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -17,13 +18,13 @@ def sample(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
+def measure(calls: dict[Any, Callable[[], object]], rounds: int, seconds: float) -> dict[Any, float]:
     """Median seconds of each call. A sample is as many calls as take `seconds`; all are sampled in turn, `rounds` times."""
     counts = {}
     for name, call in calls.items():
         sample(call, 1)  # the first one loads the program
         counts[name] = max(1, min(200, round(seconds / max(sample(call, 1), 1e-7))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             found[name].append(sample(call, counts[name]))

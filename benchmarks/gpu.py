@@ -32,6 +32,7 @@ import tempfile
 import time
 from typing import Any
 
+from results import markdown_table
 from tqdm import tqdm
 
 from baichuan_jax.console import Display
@@ -235,25 +236,18 @@ def page(results: dict[str, Any], level: int = 1) -> str:
     lines = [f"{head} {title}", "", f"`{results['command']}`", ""]
     if results["rehearsal"]:
         lines += ["**No GPU was used.** Sizes are small, Triton kernels are interpreted, and times mean nothing.", ""]
-    lines += ["| stage | outcome | s | in one line |", "|---|---|---|---|"]
-    for name, result in stages.items():
-        lines.append(f"| {name} | {result['outcome']} | {result['seconds']:.0f} | {_cell(result['headline'])} |")
+    rows = [[name, result["outcome"], f"{result['seconds']:.0f}", result["headline"]] for name, result in stages.items()]
+    lines.append(markdown_table({"title": "All stages", "columns": ["stage", "outcome", "s", "in one line"], "rows": rows}))
     for name, result in stages.items():
         lines += ["", f"{head}# {name.capitalize()}: {result['outcome']}", "", explanation(name)]
         for table in result.get("tables", []):
-            lines += ["", f"**{table['title']}**", ""]
-            lines += ["| " + " | ".join(map(_cell, table["columns"])) + " |", "|---" * len(table["columns"]) + "|"]
-            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in table["rows"]]
+            lines += ["", markdown_table(table)]
         lines += ["", *(f"- {note}" for note in result.get("notes", []))]
         lines += [f"- **Wrong:** {what}" for what in result.get("wrong", [])]
         lines += [f"- Left out: {what}" for what in result.get("left_out", [])]
         if result.get("error"):
             lines += ["", "```text", result["error"].strip().replace("```", "'''"), "```"]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def explanation(name: str) -> str:

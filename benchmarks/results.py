@@ -1,6 +1,9 @@
 """What a benchmark found: tables for a person and, in JSON, the same with all figures; benchmarks/all.py puts them together."""
 
+import importlib.metadata
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,31 @@ def reason(error: BaseException, length: int = 160) -> str:
         error = error.exceptions[0]
     lines = str(error).strip().splitlines()
     return lines[0][:length] if lines else type(error).__name__
+
+
+def machine() -> str:
+    """This machine in words."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB"
+
+
+def version_of(package: str) -> str:
+    """As its metadata tell, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def markdown_table(table: dict[str, Any]) -> str:
+    """A table of Results.table as Markdown, under its title."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    columns = table["columns"]
+    return "\n".join([f"**{table['title']}**", "", line(columns), "|---" * len(columns) + "|", *map(line, table["rows"])])
 
 
 class Results:

@@ -55,7 +55,7 @@ def check(case: Case) -> dict[str, Any]:
     from baichuan_jax.kernels.triton import bridge
 
     device = jax.devices()[0]
-    function, plain, arguments, names = (attention_case if case.operator == "attention" else norm_case)(case)
+    function, plain, arguments, names = parts_of(case)
     with contextlib.ExitStack() as stack:
         if device.platform == "cpu":
             from baichuan_jax.kernels.triton.interpreter import interpret
@@ -98,10 +98,9 @@ def check(case: Case) -> dict[str, Any]:
     return result
 
 
-def functions(case: Case) -> tuple[Any, list[Any]]:
-    """The kernel's function of a case, with gradients, and its arguments."""
-    function, _, arguments, _ = (attention_case if case.operator == "attention" else norm_case)(case)
-    return function, arguments
+def parts_of(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
+    """The kernel with its gradients, the same by the plain operator, their arguments, names of the results."""
+    return (attention_case if case.operator == "attention" else norm_case)(case)
 
 
 def difference(got: Any, wanted: Any) -> tuple[float, float, float]:
@@ -123,7 +122,7 @@ def difference(got: Any, wanted: Any) -> tuple[float, float, float]:
 
 
 def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
-    """The kernel with its gradients, the same by the plain operator, arguments, names of the results."""
+    """See parts_of."""
     import jax
     import jax.numpy as jnp
 
@@ -208,7 +207,7 @@ def under_everything(function: Any) -> Any:
 
 
 def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
-    """RMSNorm with its gradients, with or without a residual."""
+    """See parts_of; with or without a residual."""
     import jax
 
     from baichuan_jax.kernels import _rms_norm, reference

@@ -63,8 +63,7 @@ def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
 
 def trained(stage: Stage) -> Path | None:
     """The folder of the undisturbed run of the stage `training`."""
-    path = stage.work / "training.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["values"].get("run") if path.exists() else None
+    found = stage.values_of("training").get("run")
     return Path(found) if found else None
 
 

@@ -4,7 +4,6 @@ Times are medians, taken in turn; ratios are to the first row. Micro-batches are
 in float32 need weights' gradients with a float32 result: what their products take more is the last note, from the stage `products`.
 """
 
-import json
 import statistics
 import threading
 import time
@@ -145,8 +144,7 @@ def show(stage: Stage, variants: dict[str, Variant]) -> None:
 
 def float32_sums(stage: Stage) -> None:
     """What weights' gradients with a float32 result take more, from the products of the stage `products`."""
-    path = stage.work / "products.json"
-    products = json.loads(path.read_text(encoding="utf-8"))["values"].get("products", {}) if path.exists() else {}
+    products = stage.values_of("products").get("products", {})
     pairs = [
         (item, products[f"{key}, float32"])
         for key, item in products.items()

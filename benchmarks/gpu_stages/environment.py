@@ -3,7 +3,6 @@
 A clock below its maximum while products run (the last rows) lowers every speed of the other stages by the same share.
 """
 
-import os
 import platform
 import shutil
 import subprocess
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from results import reason
-from stage import REPOSITORY, Stage, version_of
+from results import machine, reason, version_of
+from stage import REPOSITORY, Stage
 
 from baichuan_jax.config import Config
 from baichuan_jax.hardware import detect_topology, hardware_of
@@ -89,7 +88,7 @@ def _device(stage: Stage) -> None:
     rows = [
         ["device", device.device_kind],
         ["devices", str(jax.device_count())],
-        ["host", f"{os.cpu_count()} cores, {platform.system()} on {platform.machine()}"],
+        ["host", machine()],
         ["Python", platform.python_version()],
         ["memory that jax may use", f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told"],
         ["compute capability", str(getattr(device, "compute_capability", "-"))],

@@ -6,9 +6,9 @@ worst of all cases of a row is shown. Every single vector (of a token and head) 
 (scores of tens of thousands) out and dv are compared; dq and dk are all but 0 there and have to be finite.
 
 Before each call all free memory of the pool is filled with NaN, so a result that a kernel does not write shows; a kernel that writes
-half of its output proves that this works. Every call is made twice and has to give the same
-bits. `sm_80` rows run the A800's code: the same kernels written for compute capability 8.0 and assembled for this device. `torch` is
-the error beside PyTorch's attention in float64, which shares no code with the reference.
+half of its output proves that this works. Every call is made twice and has to give the same bits. `sm_80` rows run the A800's code:
+the same kernels written for compute capability 8.0 and assembled for this device. `torch` is the error beside PyTorch's attention in
+float64, which shares no code with the reference.
 """
 
 import contextlib
@@ -24,8 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import checks
-from checks import Case
+from checks import Case, parts_of
 
 # Largest and norm error. bfloat16 keeps 8 bits: right kernels differ by 2.8e-3 in norm (computed with every rounding of the kernels,
 # for 40 to 4,095 tokens). float32 products are three TF32 ones, about float32's own precision; sums of thousands of terms in another
@@ -40,7 +39,6 @@ ROW_CANCELLING = {"bfloat16": 0.5, "float32": 5e-2}
 EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
 # Two blocks one after the other, the first one's result rounded before the second takes it.
 TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
-
 
 LEFT_TO_END = 8  # seconds before the end of the stage in which no further result is awaited: to end the workers takes some
 
@@ -63,7 +61,7 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
                 found += [Case("attention", dtype, length, size, variant) for variant in ("causal", "segments")]
     for dtype in ("bfloat16", "float32"):
         for size in (128, 64):
-            found += [Case("attention", dtype, max(2, long), size, variant) for variant in ("sm_80 causal", "sm_80 segments")]
+            found += [Case("attention", dtype, long, size, variant) for variant in ("sm_80 causal", "sm_80 segments")]
             found += [
                 Case("attention", dtype, 127 if not small else 40, size, variant)
                 for variant in ("unseen query", "offset", "extreme", "scan remat vmap shard_map", "sm_80 causal")
@@ -266,20 +264,20 @@ class Worker(threading.Thread):
 
 def compile_all(stage: Any) -> None:
     """In a rehearsal: compile every kernel of a training step for both targets, and whole programs for an H100."""
-    import concurrent.futures
-    import multiprocessing
-
-    jobs = [(target, dtype, head) for target in ("sm_80", "sm_90") for dtype in ("bfloat16", "float32") for head in (128, 64)]
-    rows = []
-    # Spawned: a fork of a process with jax's threads can stand still.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        for part in pool.map(compiled_rows, jobs):
-            rows += part
-            stage.table("Compiled kernels", ["target", "kernel", "registers", "spilled bytes", "shared KiB"], rows)
-    spilled = [row for row in rows if row[3] != "0"]
-    if spilled:
-        stage.say(f"{len(spilled)} of {len(rows)} kernels spill registers.")
+    files = {target: stage.work / f"kernels-{target}.json" for target in ("sm_80", "sm_90")}
+    started = [
+        subprocess.Popen([sys.executable, "-m", "baichuan_jax.kernels", "--targets", target, "--json", str(file)])
+        for target, file in files.items()
+    ]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise RuntimeError("python -m baichuan_jax.kernels failed; its output is in log.txt")
+    found = [row for file in files.values() for row in json.loads(file.read_text(encoding="utf-8"))]
+    rows = [
+        [row["target"], row["kernel"], str(row["registers"]), str(row["spilled_bytes"]), f"{row['bound_share_of_peak']:.1%}"]
+        for row in found
+    ]
+    stage.table("Compiled kernels", ["target", "kernel", "registers", "spilled bytes", "bound, share of peak"], rows)
     compile_for_h100(stage)
 
 
@@ -305,30 +303,13 @@ def compile_for_h100(stage: Any) -> None:
         Case("attention", "bfloat16", 4095, 128, "sm_80 segments"),
         Case("rms_norm", "bfloat16", 4095, 4096, "residual"),
     ]
-    programs = {str(case): (checks.functions(case), 3 if case.operator == "attention" else 2, case) for case in everywhere}
-    programs["the kernel that writes half"] = ((half_written, [jnp.ones(4096, jnp.float32)]), 1, None)
-    for name, ((function, arguments), kernels, case) in programs.items():
+    programs = {str(case): (*parts_of(case)[::2], 3 if case.operator == "attention" else 2) for case in everywhere}
+    programs["the kernel that writes half"] = (half_written, [jnp.ones(4096, jnp.float32)], 1)
+    for name, (function, arguments, kernels) in programs.items():
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in arguments]
-        older = case is not None and case.variant.startswith("sm_80")
+        older = "sm_80" in name
         with activate(layout), bridge.compile_as(80) if older else contextlib.nullcontext():
             text = jax.jit(function).lower(*shapes).compile().as_text()
         if (found := text.count("triton_kernel_call")) < kernels:
             stage.wrong(f"{name}: compiled for an H100, it holds {found} kernels and should hold {kernels}")
     stage.say(f"Compiled whole for an H100, not run: {'; '.join(programs)}.")
-
-
-def compiled_rows(job: tuple[str, str, int]) -> list[list[str]]:
-    """Of the kernels of one target, type and head size."""
-    from baichuan_jax.kernels import sass
-    from baichuan_jax.kernels.__main__ import list_launches
-
-    target, dtype, head_dim = job
-    chip = sass.CHIPS[target]
-    rows = []
-    for launch in list_launches(dtype, head_dim, chip.capability):
-        if "norm" in launch.name and head_dim != 128:
-            continue  # RMSNorm does not depend on heads
-        made = sass.assemble(launch, chip)
-        name = f"{launch.name} {dtype}" + ("" if "norm" in launch.name else f" head {head_dim}")
-        rows.append([target, name, str(made.registers), str(made.spilled_bytes), f"{made.shared_bytes / 1024:.0f}"])
-    return rows

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clock import measure
-from stage import Stage, version_of
+from results import version_of
+from stage import Stage
 
 from baichuan_jax.config import Config
 from baichuan_jax.files import write_atomically
@@ -170,8 +171,7 @@ def launch_seconds(stage: Stage) -> float:
 
 def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
     """Share of their bounds that the attention kernels reached in the stage `speed`; nothing where that has no result."""
-    path = stage.work / "speed.json"
-    values = json.loads(path.read_text(encoding="utf-8"))["values"] if path.exists() else {}
+    values = stage.values_of("speed")
     alone, flops = values.get("kernels_alone", {}), values.get("kernel_flops", {})
     # The bounds that plan multiplies the rate with, so that together they give the seconds that were measured.
     bounds = BOUNDS.get(hardware.compute_capability, {}) if hardware else {}

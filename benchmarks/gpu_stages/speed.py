@@ -11,10 +11,11 @@ import concurrent.futures
 import contextlib
 import contextvars
 import functools
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +24,16 @@ from results import reason
 from stage import Stage
 
 from baichuan_jax.config import Config
+from baichuan_jax.hardware import hardware_of
+from baichuan_jax.roofline import PRODUCTS, causal_attention_flops
 from baichuan_jax.xla_flags import apply_flags
 
 KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
-PRODUCTS = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}
 LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
 BETTER = 1.03  # below this ratio a difference is noise
 
-trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)  # (kernel, shape) that a thread compiles
-
-
-class Shape(NamedTuple):
-    """Blocks of one kernel: see kernels.triton.attention.Blocks."""
-
-    q: int
-    k: int
-    num_warps: int
-    num_stages: int
-
-    def __str__(self) -> str:
-        return f"{self.q} x {self.k}, {self.num_warps} warps, {self.num_stages} stages"
+# (kernel, blocks) that a thread compiles; Blocks of kernels/triton/attention.py, which is imported where Triton is needed.
+trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)
 
 
 def run(stage: Stage) -> None:
@@ -108,25 +99,59 @@ def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -
 
 def kernels_alone(stage: Stage, dtype: str) -> None:
     """Time each kernel with the chosen blocks and with those around them."""
-    from unittest import mock
-
-    from baichuan_jax.hardware import hardware_of
     from baichuan_jax.kernels.triton import attention, bridge
 
     sizes = stage.sizes
     capability = bridge.compute_capability()
-    chosen = {name: Shape(*attention.choose_blocks(name, dtype, sizes.head_dim, capability)) for name in KERNELS}
-    tried = {name: around(shape)[: 3 if sizes.small else None] for name, shape in chosen.items()}
+    chosen = {name: attention.choose_blocks(name, dtype, sizes.head_dim, capability) for name in KERNELS}
+    tried = {name: around(blocks)[: 3 if sizes.small else None] for name, blocks in chosen.items()}
+    # The chosen ones first, then the neighbours of all kernels in turn.
+    jobs = [
+        (name, blocks)
+        for turn in itertools.zip_longest(*tried.values())
+        for name, blocks in zip(KERNELS, turn, strict=True)
+        if blocks
+    ]
     # Spawned: a fork of a process that holds a GPU is not safe.
     pool = concurrent.futures.ProcessPoolExecutor(
         sizes.workers, mp_context=multiprocessing.get_context("spawn"), initializer=compile_only
     )
-    assembling = {
-        (name, shape): pool.submit(assemble, name, shape, dtype, sizes.head_dim, capability)
-        for name in KERNELS
-        for shape in tried[name]
-    }
-    B, T, N, H = sizes.batch, sizes.length, sizes.heads, sizes.head_dim
+    assembling = {job: pool.submit(assemble, *job, dtype, sizes.head_dim, capability) for job in jobs}
+    calls, failed = compile_calls(stage, jobs, chosen, dtype)
+    seconds = measure(calls, sizes.rounds, sizes.sample_seconds)
+    made = {job: _result_of(future) for job, future in assembling.items()}
+    pool.shutdown(cancel_futures=True)
+    shape = (sizes.batch, sizes.length, sizes.heads, sizes.head_dim)
+    flops = {name: causal_attention_flops(shape, PRODUCTS[name]) for name in KERNELS}
+    show_kernels(stage, dtype, sorted(jobs, key=lambda job: KERNELS.index(job[0])), chosen, seconds, failed, made, flops)
+    best = {}
+    for name in KERNELS:
+        timed = {blocks: took for (kernel, blocks), took in seconds.items() if kernel == name}
+        if not timed:
+            continue
+        fastest, base = min(timed, key=lambda blocks: timed[blocks]), timed.get(chosen[name])
+        best[name] = {"shape": fastest, "seconds": timed[fastest], "chosen": chosen[name], "chosen_seconds": base}
+        if base is not None and base > BETTER * timed[fastest] and not sizes.small:
+            ratio = base / timed[fastest]
+            stage.say(f"{name}: {words(fastest)} is {ratio:.2f} times as fast as the chosen {words(chosen[name])}.")
+    alone = {name: seconds[name, chosen[name]] for name in KERNELS if (name, chosen[name]) in seconds}
+    stage.record(kernels_alone=alone, kernel_flops=flops, best_blocks=best)
+
+
+def words(blocks: Any) -> str:
+    """Blocks as the table has them."""
+    return f"{blocks.q} x {blocks.k}, {blocks.num_warps} warps, {blocks.num_stages} stages"
+
+
+def compile_calls(
+    stage: Stage, jobs: list[Any], chosen: dict[str, Any], dtype: str
+) -> tuple[dict[Any, Callable], dict[Any, str]]:
+    """A call for each (kernel, blocks), compiled side by side; and of those that cannot be compiled or started, why."""
+    from unittest import mock
+
+    from baichuan_jax.kernels.triton import attention
+
+    B, T, N, H = stage.sizes.batch, stage.sizes.length, stage.sizes.heads, stage.sizes.head_dim
     q, k, v, dout = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
     offset = jnp.zeros((B,), jnp.int32)
     inputs = (q, k, v, offset, offset, offset)
@@ -138,15 +163,18 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
         "attention_dkv": (lambda *a: attention._run_backward(False, *a)[1:], saved),
         "attention_dq": (lambda *a: attention._run_backward(False, *a)[0], saved),
     }
-    failed: dict[tuple[str, Shape], str] = {}
+    failed: dict[Any, str] = {}
 
-    def compile_one(job: tuple[str, Shape]) -> Callable[[], object] | None:
-        name, _ = job
+    def choose(kernel: str, *others: Any) -> Any:
+        name, blocks = trying.get()
+        return blocks if name == kernel else chosen[kernel]
+
+    def compile_one(job: Any) -> Callable[[], object] | None:
         if stage.seconds_left < LEFT_TO_TIME:
             failed[job] = "no time was left"
             return None
-        function, arguments = parts[name]
-        token = trying.set(job)
+        trying.set(job)  # in this thread's own context
+        function, arguments = parts[job[0]]
         try:
             compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
             jax.block_until_ready(compiled(*arguments))
@@ -154,59 +182,35 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
         except Exception as error:  # too much shared memory, above all
             failed[job] = reason(error, 80)
             return None
-        finally:
-            trying.reset(token)
 
-    def choose(kernel: str, *others: Any) -> Any:
-        job = trying.get()
-        return attention.Blocks(*(job[1] if job is not None and job[0] == kernel else chosen[kernel]))
+    with (
+        mock.patch.object(attention, "choose_blocks", choose),
+        concurrent.futures.ThreadPoolExecutor(stage.sizes.workers) as threads,
+    ):
+        # Each with a copy of this thread's context: kernels may be interpreted.
+        started = {job: threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs}
+        calls = {job: future.result() for job, future in started.items()}
+    return {job: call for job, call in calls.items() if call is not None}, failed
 
-    # The chosen ones first, then the neighbours of all kernels in turn.
-    most = max(map(len, tried.values()))
-    jobs = [(name, tried[name][place]) for place in range(most) for name in KERNELS if place < len(tried[name])]
-    with mock.patch.object(attention, "choose_blocks", choose), concurrent.futures.ThreadPoolExecutor(sizes.workers) as threads:
-        # A thread sees this one's context: kernels may be interpreted.
-        made_calls = [threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs]
-        compiled_jobs = {job: future.result() for job, future in zip(jobs, made_calls, strict=True)}
-    calls = {f"{name} {shape}": call for (name, shape), call in compiled_jobs.items() if call is not None}
-    seconds = measure(calls, sizes.rounds, sizes.sample_seconds)
+
+def show_kernels(
+    stage: Stage, dtype: str, jobs: list[Any], chosen: dict[str, Any], seconds: dict[Any, float], failed: dict[Any, str],
+    made: dict[Any, dict[str, Any]], flops: dict[str, float],
+) -> None:  # fmt: skip
+    """A row for each (kernel, blocks): the assembler's figures, then speed and shares."""
     hardware = hardware_of(jax.devices()[0].device_kind)
-    flops = {name: PRODUCTS[name] * 2 * B * N * H * T * (T + 1) / 2 for name in KERNELS}
-    rows, best, bounded = [], {}, {}
-    for name in KERNELS:
-        base = seconds.get(f"{name} {chosen[name]}")
-        timed = {shape: seconds[f"{name} {shape}"] for shape in tried[name] if f"{name} {shape}" in seconds}
-        for shape in tried[name]:
-            made = _result_of(assembling[name, shape])
-            cells = [str(made.get("registers", "-")), str(made.get("spilled_bytes", made.get("error", "-")))]
-            mark = "chosen" if shape == chosen[name] else ""
-            if shape not in timed:
-                rows.append([name, str(shape), *cells, "-", "-", "-", "-", "-", failed[name, shape]])
-                continue
-            rate = flops[name] / timed[shape]
-            share = rate / (hardware.peak_tflops * 1e12) if hardware else None
-            bound = made.get("bound")
-            rows.append(
-                [
-                    name,
-                    str(shape),
-                    *cells,
-                    f"{timed[shape] * 1e3:.3f}",
-                    f"{rate / 1e12:.0f}",
-                    "-" if share is None else f"{share:.1%}",
-                    "-" if bound is None else f"{bound:.1%}",
-                    "-" if share is None or not bound else f"{share / bound:.0%}",
-                    mark,
-                ]
-            )
-            if shape == chosen[name] and bound:
-                bounded[name] = bound
-        if timed:
-            fastest = min(timed, key=lambda shape: timed[shape])
-            best[name] = {"shape": [*fastest], "seconds": timed[fastest], "chosen": [*chosen[name]], "chosen_seconds": base}
-            if base is not None and base > BETTER * timed[fastest] and not sizes.small:
-                stage.say(f"{name}: {fastest} is {base / timed[fastest]:.2f} times as fast as the chosen {chosen[name]}.")
-    pool.shutdown(cancel_futures=True)
+    rows = []
+    for job in jobs:
+        name, blocks = job
+        cells = [str(made[job].get("registers", "-")), str(made[job].get("spilled_bytes", made[job].get("error", "-")))]
+        if job not in seconds:
+            rows.append([name, words(blocks), *cells, "-", "-", "-", "-", "-", failed[job]])
+            continue
+        rate, bound = flops[name] / seconds[job], made[job].get("bound")
+        share = rate / (hardware.peak_tflops * 1e12) if hardware else None
+        cells += [f"{seconds[job] * 1e3:.3f}", f"{rate / 1e12:.0f}", "-" if share is None else f"{share:.1%}"]
+        cells += ["-" if bound is None else f"{bound:.1%}", "-" if share is None or not bound else f"{share / bound:.0%}"]
+        rows.append([name, words(blocks), *cells, "chosen" if blocks == chosen[name] else ""])
     columns = [
         "kernel",
         "blocks: queries x keys",
@@ -219,27 +223,28 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
         "of its bound",
         "",
     ]
-    stage.table(f"Triton kernels alone, {B} x {T} tokens, {N} heads of {H}, {dtype}", columns, rows)
-    alone = {name: seconds[f"{name} {chosen[name]}"] for name in KERNELS if f"{name} {chosen[name]}" in seconds}
-    stage.record(kernels_alone=alone, kernel_flops=flops, kernel_bounds=bounded, best_blocks=best)
+    sizes = stage.sizes
+    title = f"Triton kernels alone, {sizes.batch} x {sizes.length} tokens, {sizes.heads} heads of {sizes.head_dim}, {dtype}"
+    stage.table(title, columns, rows)
 
 
 def _result_of(future: concurrent.futures.Future) -> dict[str, Any]:
     try:
         return future.result(timeout=20)
     except Exception as error:
-        return {"error": f"{type(error).__name__}"}
+        return {"error": type(error).__name__}
 
 
-def around(shape: Shape) -> list[Shape]:
-    """The shape itself and its neighbours: half and twice the queries or keys, other warps, a stage more or less."""
-    q, k, warps, stages = shape
-    found = [shape, shape._replace(q=q // 2), shape._replace(q=q * 2), shape._replace(k=k // 2), shape._replace(k=k * 2)]
-    found += [shape._replace(num_warps=12 - warps if warps in (4, 8) else 4), shape._replace(num_stages=stages + 1)]
-    found += [shape._replace(num_stages=stages - 1)] if stages > 1 else []
+def around(blocks: Any) -> list[Any]:
+    """The blocks themselves and their neighbours: half and twice the queries or keys, other warps, a stage more or less."""
+    q, k, warps, stages = blocks
+    found = [blocks, blocks._replace(q=q // 2), blocks._replace(q=q * 2), blocks._replace(k=k // 2), blocks._replace(k=k * 2)]
+    found += [blocks._replace(num_warps=12 - warps if warps in (4, 8) else 4), blocks._replace(num_stages=stages + 1)]
+    found += [blocks._replace(num_stages=stages - 1)] if stages > 1 else []
     # 32 rows a warp: fewer bytes from shared memory, more registers; what spills may cost less than the bound says.
-    found += [Shape(128, 64, 4, 2), Shape(128, 64, 4, 3), Shape(128, 128, 8, 2), Shape(64, 128, 4, 2)]
-    return [s for s in dict.fromkeys(found) if 16 <= s.q <= 256 and 16 <= s.k <= 256]
+    wide = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
+    found += [type(blocks)(*shape) for shape in wide]
+    return [b for b in dict.fromkeys(found) if 16 <= b.q <= 256 and 16 <= b.k <= 256]
 
 
 def compile_only() -> None:
@@ -248,7 +253,7 @@ def compile_only() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def assemble(name: str, shape: Shape, dtype: str, head_dim: int, capability: int) -> dict[str, Any]:
+def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int) -> dict[str, Any]:
     """Registers, spilled bytes and bound of a kernel with these blocks, from the assembler; in a process of its own."""
     from unittest import mock
 
@@ -260,7 +265,7 @@ def assemble(name: str, shape: Shape, dtype: str, head_dim: int, capability: int
     choose = attention.choose_blocks
 
     def patched(kernel: str, *others: Any) -> Any:
-        return attention.Blocks(*shape) if kernel == name else choose(kernel, *others)
+        return blocks if kernel == name else choose(kernel, *others)
 
     with mock.patch.object(attention, "choose_blocks", patched):
         launch = next(launch for launch in list_launches(dtype, head_dim, capability) if launch.name == name)

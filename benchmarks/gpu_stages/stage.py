@@ -7,7 +7,6 @@ The report is on disk after every addition, so a stage that is killed keeps what
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import math
 import os
@@ -146,6 +145,11 @@ class Stage:
         """Until the stage is stopped."""
         return self._deadline - time.monotonic()
 
+    def values_of(self, stage: str) -> dict[str, Any]:
+        """What an earlier stage has recorded; nothing where it has not run."""
+        path = self.work / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8"))["values"] if path.exists() else {}
+
     def headline(self, text: str) -> None:
         """The one line that stands in the table of all stages."""
         self._report["headline"] = text
@@ -194,14 +198,6 @@ class Stage:
 
     def _save(self) -> None:
         write_atomically(self._state, json.dumps(_finite(self._report), default=str).encode())
-
-
-def version_of(package: str) -> str:
-    """As its metadata tell."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _finite(value: Any) -> Any:

@@ -135,7 +135,7 @@ def run(stage: Stage) -> None:
         if (path := stage.output / "rates.json").exists():
             rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
         program = hlo.parse(compiled.as_text())
-        compare(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
+        show_trace(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
     except Exception as error:  # the main result, measured beside planned, does not depend on it
         traceback.print_exc()
         stage.wrong(f"no trace beside the prediction: {type(error).__name__}: {reason(error)}")
@@ -156,7 +156,6 @@ def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen
     started = {}
     for number, (label, words) in enumerate(variants.items()):
         settings = overrides(FULL if label == FULL_WIDTH else stage.sizes)
-        dotted = [word for setting in settings for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
         folder = stage.work / f"plan-{number}"
         command = [
             sys.executable,
@@ -170,7 +169,7 @@ def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen
             str(folder),
             "--json",
             str(folder / "plan.json"),
-            *dotted,
+            *(f"--{setting}" for setting in settings),
             *words,
         ]
         folder.mkdir()
@@ -224,7 +223,7 @@ def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> Any
     return read_trace(folder)
 
 
-def compare(stage: Stage, traced: Any, program: Any, prediction: Any, step: float) -> None:
+def show_trace(stage: Stage, traced: Any, program: Any, prediction: Any, step: float) -> None:
     """By group of instructions, and those where measurement and prediction part most."""
     import jax
     from device_trace import by_group, compare, largest_differences

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from results import machine
 from stage import FULL, REPOSITORY, SMALL, Sizes, Stage
 
 from baichuan_jax.run import Run
@@ -42,7 +43,7 @@ def settings(sizes: Sizes, folder: Path, dtype: str) -> list[str]:
         "metrics.tensorboard=false",
         "sample.prompts=[]",
     ]
-    return [word for setting in found for word in (f"--{setting.partition('=')[0]}", setting.partition("=")[2])]
+    return [f"--{setting}" for setting in found]
 
 
 class Training:
@@ -255,7 +256,6 @@ def main() -> None:
     import tempfile
 
     kept: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     os.environ["JAX_PLATFORMS"] = "cpu"
     for size in sys.argv[1:] or ["small", "full"]:
         sizes = {"small": SMALL, "full": FULL}[size]
@@ -272,7 +272,7 @@ def main() -> None:
                 "losses": [losses[step] for step in range(1, FIRST + 1)],
                 "tokenizer": started["tokenizer"],
                 "jax": started["jax"],
-                "machine": names[0] if names else "CPU",
+                "machine": machine(),
                 "date": str(datetime.date.today()),
             }
             print(size, dtype, kept[size][dtype], flush=True)

@@ -17,9 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MAX_WIDTH = (
-    32768  # a tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel is given; in all 13
-)
+# A tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel is given; in all 13.
+MAX_WIDTH = 32768
 WIDE = 16384  # beyond it a kernel computes 8 rows of bfloat16 at a time: 16 of 32,768, in float32, would take it to 17 MiB
 LANES = 128  # the last dimension of a register
 BLOCK_ELEMENTS = 2**18  # of one array: 0.5 MiB in bfloat16, long enough to hide the start of a transfer
