@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Generator", "load_config", "load_pretrained"]
 
-# Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the package had imported already.
+# Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the
+# package had imported already.
 _HOMES = {"load_config": "config_file", "load_pretrained": "hf", "Generator": "generate"}
 
 
 def _hide_compilers() -> None:
     """Keep jax from trying accelerators whose compilers alone are installed (requirements-plan.txt): they are for plan and kernels.
 
-    jax loads every plugin that it finds, and those complain of missing drivers. plan and kernels say that they want them by
-    JAX_SKIP_CUDA_CONSTRAINTS_CHECK.
+    jax loads every plugin that it finds, and those complain of missing drivers. plan and kernels
+    say that they want them by JAX_SKIP_CUDA_CONSTRAINTS_CHECK.
     """
     wanted = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") or "jax" in sys.modules
-    devices = any(glob.glob(path) for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*"))
+    devices = any(
+        glob.glob(path)
+        for path in ("/proc/driver/nvidia", "/dev/nvidia*", "/dev/accel*", "/dev/vfio/*")
+    )
     compilers = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
     if wanted or devices or not any(importlib.util.find_spec(name) for name in compilers):
         return

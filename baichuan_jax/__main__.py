@@ -38,9 +38,14 @@ def main(words: list[str]) -> int:
     if words and words[0] not in ("-h", "--help"):
         name = words[0].removeprefix("baichuan_jax.")
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        print(f"error: commands are modules: python -m baichuan_jax.{near} {' '.join(words[1:])}".rstrip(), file=sys.stderr)
+        print(
+            f"error: commands are modules: python -m baichuan_jax.{near} {' '.join(words[1:])}".rstrip(),
+            file=sys.stderr,
+        )
         return 2
-    print(f"usage: python -m baichuan_jax.COMMAND ...    (baichuan_jax {__version__}; --help explains each)")
+    print(
+        f"usage: python -m baichuan_jax.COMMAND ...    (baichuan_jax {__version__}; --help explains each)"
+    )
     for title, group in COMMANDS.items():
         print(f"\n{title}")
         for name, what in group.items():

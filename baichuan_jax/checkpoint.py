@@ -1,8 +1,9 @@
 """Checkpoints through Orbax: saved asynchronously, compared and verified on restore, onto any mesh and process count.
 
-A run's `checkpoints/STEP/` holds three items: `params`, `optimizer` (the rest of the state) and `run` (JSON: step, data position,
-configuration, tokenizer hash, and a digest of every array). The digest is computed on the devices from the bits of the array,
-whatever its sharding, and compared after a restore: a file that was cut short, lost or changed is found, not trained on.
+A run's `checkpoints/STEP/` holds three items: `params`, `optimizer` (the rest of the state) and
+`run` (JSON: step, data position, configuration, tokenizer hash, and a digest of every array). The
+digest is computed on the devices from the bits of the array, whatever its sharding, and compared
+after a restore: a file that was cut short, lost or changed is found, not trained on.
 """
 
 import contextlib
@@ -52,21 +53,35 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: `save` starts one, `finish` waits for it, `restore` takes the newest good one.
 
-    `state_shapes` and `state_shardings` are a TrainState of what the configuration makes, and where it belongs.
+    `state_shapes` and `state_shardings` are a TrainState of what the configuration makes, and where
+    it belongs.
     """
 
-    def __init__(self, directory: Path, config: Config, tokenizer_hash: str, state_shapes: Any, state_shardings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        tokenizer_hash: str,
+        state_shapes: Any,
+        state_shardings: Any,
+    ) -> None:
         self.directory = directory.absolute()
         self._config = config
         self.tokenizer = tokenizer_hash
         self.target = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
             state_shapes,
             state_shardings,
         )
         self._digest = jax.jit(digest)
-        self._all_finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all())
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(config.checkpoint), item_names=_ITEMS)
+        self._all_finite = jax.jit(
+            lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=_options(config.checkpoint), item_names=_ITEMS
+        )
         self._saving: int | None = None
 
     def save(self, state: Any, step: int, position: int) -> None:
@@ -117,13 +132,16 @@ class Checkpoints:
         """Steps of the checkpoints on disk, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, report: Callable[..., None], before: int | None = None, back: int = 0) -> Restored | None:
+    def restore(
+        self, report: Callable[..., None], before: int | None = None, back: int = 0
+    ) -> Restored | None:
         """The newest good checkpoint on this run's mesh, or None. Calls report("checkpoint_corrupt", ...) for each bad one passed.
 
-        Those of steps from `before` on are deleted, and so are `back` more as long as one remains. A bad one is renamed to
-        STEP.corrupt. Files that are missing or cut short are found by process 0 for all; what one process alone meets while it reads
-        ends it with PeerFailed, as the others wait for it, and the next start uses the checkpoint before. Raises ConfigError where one
-        is whole but is not of this configuration.
+        Those of steps from `before` on are deleted, and so are `back` more as long as one remains.
+        A bad one is renamed to STEP.corrupt. Files that are missing or cut short are found by
+        process 0 for all; what one process alone meets while it reads ends it with PeerFailed, as
+        the others wait for it, and the next start uses the checkpoint before. Raises ConfigError
+        where one is whole but is not of this configuration.
         """
         self._roll_back(before, back)
         for step in reversed(self.steps()):
@@ -139,7 +157,9 @@ class Checkpoints:
             if jax.process_count() > 1 and not found.everywhere and damage is None:
                 with contextlib.suppress(FileNotFoundError):  # several processes may have met it
                     path.rename(_unused(self.directory / f"{step}.corrupt"))
-                raise PeerFailed(f"{path} is damaged ({found}) where this process reads it; the next start uses the one before")
+                raise PeerFailed(
+                    f"{path} is damaged ({found}) where this process reads it; the next start uses the one before"
+                )
             if jax.process_index() == 0:
                 path.rename(_unused(self.directory / f"{step}.corrupt"))
             if jax.process_count() > 1:
@@ -177,15 +197,18 @@ _ITEMS = ("params", "optimizer", "run")
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_last, keep_period=config.keep_every, cleanup_tmp_directories=True,
+        max_to_keep=config.keep_last,
+        keep_period=config.keep_every,
+        cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()),
-    )  # fmt: skip
+    )
 
 
 def _barrier() -> Callable[..., None]:
     """Orbax's barrier between processes, which a thread that failed does not enter.
 
-    On its way out of a failure Orbax's saving thread waits for the others, who wait for its files: nobody would hear of the failure.
+    On its way out of a failure Orbax's saving thread waits for the others, who wait for its files:
+    nobody would hear of the failure.
     """
     wait = ocp.multihost.get_barrier_sync_fn()
 
@@ -223,7 +246,11 @@ SIZES = "sizes.json"  # in a checkpoint's folder: its files and their sizes
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    return {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _write_sizes(path: Path) -> None:
@@ -245,7 +272,10 @@ def _find_damage(path: Path) -> str | None:
 
 def names_of(tree: Any) -> list[str]:
     """A name of every leaf of a tree: layers/w_qkv."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree.leaves_with_path(tree)
+    ]
 
 
 def _named_digest(function: Callable, items: dict[str, Any]) -> dict[str, int]:
@@ -261,7 +291,9 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{file}: {error}") from None
 
 
-def _restore_items(path: Path, targets: dict[str, Any], digests: dict[str, int], digest_function: Callable) -> dict[str, Any]:
+def _restore_items(
+    path: Path, targets: dict[str, Any], digests: dict[str, int], digest_function: Callable
+) -> dict[str, Any]:
     """Compare names, shapes and dtypes with what is saved, restore, compare digests."""
     items = {}
     with _quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
@@ -272,13 +304,21 @@ def _restore_items(path: Path, targets: dict[str, Any], digests: dict[str, int],
                 items[name] = checkpointer.restore(path / name, target)
             except ConfigError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise what they will for a damaged file
+            except (
+                Exception
+            ) as error:  # Orbax and TensorStore raise what they will for a damaged file
                 damage = f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if damage is not None:  # raised here, where it no longer holds on to the failed reads
                 raise CorruptCheckpoint(damage)
-    changed = [name for name, value in _named_digest(digest_function, items).items() if digests.get(name) != value]
+    changed = [
+        name
+        for name, value in _named_digest(digest_function, items).items()
+        if digests.get(name) != value
+    ]
     if changed:
-        error = CorruptCheckpoint(f"the bits of {', '.join(changed[:3])} are not those that were saved ({len(changed)} arrays)")
+        error = CorruptCheckpoint(
+            f"the bits of {', '.join(changed[:3])} are not those that were saved ({len(changed)} arrays)"
+        )
         error.everywhere = True  # the digest is one sum over all devices
         raise error
     return items
@@ -293,7 +333,9 @@ def _compare(path: Path, metadata: Any, target: Any) -> None:
     for name in wanted.keys() & saved.keys():
         have, want = saved[name], wanted[name]
         if tuple(have.shape) != want.shape or have.dtype != want.dtype:
-            differences.append(f"{name} is {tuple(have.shape)} {have.dtype}, the configuration makes {want.shape} {want.dtype}")
+            differences.append(
+                f"{name} is {tuple(have.shape)} {have.dtype}, the configuration makes {want.shape} {want.dtype}"
+            )
     if differences:
         raise ConfigError(
             f"{path} does not fit the configuration: {'; '.join(sorted(differences)[:4])} ({len(differences)} in all); "
@@ -305,8 +347,8 @@ def _compare(path: Path, metadata: Any, target: Any) -> None:
 def _quiet_reads() -> Iterator[None]:
     """Keep Orbax's chatter about a damaged file off the screen; what it says otherwise is passed on.
 
-    When one read fails, the others go on and print pages of tracebacks as they find their event loop closed. The failure itself is
-    raised and reported.
+    When one read fails, the others go on and print pages of tracebacks as they find their event
+    loop closed. The failure itself is raised and reported.
     """
     hook, level, printed = sys.unraisablehook, logging.getLogger("absl").level, io.StringIO()
     sys.unraisablehook = lambda _: None
@@ -330,10 +372,16 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if (folder / "params").is_dir():
             return folder
-        steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+        steps = (
+            [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
+            if folder.is_dir()
+            else []
+        )
         if steps:
             return folder / str(max(steps))
-    raise ConfigError(f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with params/)")
+    raise ConfigError(
+        f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with params/)"
+    )
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -342,7 +390,9 @@ def describe(path: Path | str) -> dict[str, Any]:
     try:
         return _read_run(folder)
     except CorruptCheckpoint as error:
-        raise ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run") from None
+        raise ConfigError(
+            f"{folder} is damaged: {error}; choose another checkpoint of the run"
+        ) from None
 
 
 def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
@@ -358,11 +408,19 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
         else:
             shardings = jax.tree.map(lambda _, names: layout.sharding(*names), shapes, axes)
         target = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
+            shapes,
+            shardings,
         )
-        params = _restore_items(folder, {"params": target}, run["digest"], jax.jit(digest))["params"]
+        params = _restore_items(folder, {"params": target}, run["digest"], jax.jit(digest))[
+            "params"
+        ]
     except CorruptCheckpoint as error:
-        raise ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run") from None
+        raise ConfigError(
+            f"{folder} is damaged: {error}; choose another checkpoint of the run"
+        ) from None
     return config, params
 
 

@@ -1,6 +1,7 @@
 """The settings of a run: frozen dataclasses, read from YAML files and dotted overrides, refused where they contradict each other.
 
-Every setting stands here with its default, which is the original Baichuan-7B's where the original had one.
+Every setting stands here with its default, which is the original Baichuan-7B's where the original
+had one.
 """
 
 import math
@@ -62,11 +63,24 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, by formula."""
-        block = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        block = (
+            4 * self.hidden_size**2
+            + 3 * self.hidden_size * self.intermediate_size
+            + 2 * self.hidden_size
+        )
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
     def __post_init__(self) -> None:
-        _positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "rope_theta")
+        _positive(
+            "model",
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "rope_theta",
+        )
         require(
             self.hidden_size % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
@@ -107,7 +121,9 @@ class TrainConfig:
     """A file that `plan` wrote for this configuration: on GPUs XLA's scheduler takes the latencies of collectives from it."""
 
     def __post_init__(self) -> None:
-        _positive("train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size")
+        _positive(
+            "train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size"
+        )
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
         require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
@@ -139,7 +155,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "learning_rate", "eps", "clip_norm")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(
+            self.warmup_steps >= 0,
+            f"optimizer.warmup_steps={self.warmup_steps} must not be negative",
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
@@ -181,10 +200,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
             for path, weight in getattr(self, name).items():
-                require(weight > 0, f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0")
+                require(
+                    weight > 0,
+                    f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0",
+                )
         for window in self.skip:
             require(
-                len(window) == 2 and 0 <= window[0] < window[1], f"data.skip: {window} must be [begin, end], 0 <= begin < end"
+                len(window) == 2 and 0 <= window[0] < window[1],
+                f"data.skip: {window} must be [begin, end], 0 <= begin < end",
             )
 
 
@@ -256,13 +279,19 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            "checkpoint", self, "keep_last", *(name for name in ("every", "local_every") if getattr(self, name) is not None)
+            "checkpoint",
+            self,
+            "keep_last",
+            *(name for name in ("every", "local_every") if getattr(self, name) is not None),
         )
         require(
             (self.local_dir is None) == (self.local_every is None),
             f"checkpoint.local_dir={self.local_dir} and checkpoint.local_every={self.local_every}: set both or neither",
         )
-        require(self.local_every != 1, "checkpoint.local_every=1: a copy counts two steps after it was made; set 2 or more")
+        require(
+            self.local_every != 1,
+            "checkpoint.local_every=1: a copy counts two steps after it was made; set 2 or more",
+        )
         if self.keep_every is not None:
             _positive("checkpoint", self, "keep_every")
             require(
@@ -293,9 +322,14 @@ class EvaluateConfig:
             _positive("evaluate", self, "limit")
         known = ("mmlu", "ceval", "agieval", "gaokao")
         for task in self.tasks:
-            require(task in known, f"evaluate.tasks has {task!r} and must have some of {', '.join(known)}")
+            require(
+                task in known,
+                f"evaluate.tasks has {task!r} and must have some of {', '.join(known)}",
+            )
         for task in self.subjects:
-            require(task in self.tasks, f"evaluate.subjects has {task!r}, which evaluate.tasks has not")
+            require(
+                task in self.tasks, f"evaluate.subjects has {task!r}, which evaluate.tasks has not"
+            )
 
 
 @dataclass(frozen=True)
@@ -356,8 +390,8 @@ class ResilienceConfig:
     def jax_heartbeat_seconds(self) -> int:
         """After which jax aborts a run that has lost a process: the last resort, when nobody else has acted.
 
-        Seen: it gives up after 0.8 of its timeout. Before that the silence must be noticed (after 2.5 s of standing still), and last
-        words said (3 s) and kept (2 s).
+        Seen: it gives up after 0.8 of its timeout. Before that the silence must be noticed (after
+        2.5 s of standing still), and last words said (3 s) and kept (2 s).
         """
         return max(30, math.ceil((self.silence_seconds + 7.5) / 0.8))
 
@@ -438,9 +472,13 @@ class Config:
     def on_part(self, full: MeshConfig) -> "Config":
         """This configuration, whose mesh has fewer devices than `full`, with as many rows a pass as each had there.
 
-        So the global batch stays as it is and nothing needs more memory: gradients of more micro-batches are accumulated.
+        So the global batch stays as it is and nothing needs more memory: gradients of more
+        micro-batches are accumulated.
         """
-        if self.train.micro_batch_size is not None or full.data * full.fsdp <= self.mesh.data * self.mesh.fsdp:
+        if (
+            self.train.micro_batch_size is not None
+            or full.data * full.fsdp <= self.mesh.data * self.mesh.fsdp
+        ):
             return self
         micro = max(1, self.train.global_batch_size // (full.data * full.fsdp))
         return replace(self, train=replace(self.train, micro_batch_size=micro))

@@ -33,7 +33,9 @@ def _refuse_unknown(keys: list[str], known: list[str], source: str) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
+            raise ConfigError(
+                f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)"
+            )
 
 
 def _file_keys(tree: Any, known: list[str], prefix: str = "") -> list[str]:
@@ -43,30 +45,43 @@ def _file_keys(tree: Any, known: list[str], prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         section = any(other.startswith(name + ".") for other in known)
         if section and not isinstance(value, dict):
-            raise ConfigError(f"{name} is a section of settings and was given {value!r}; write its settings below it")
+            raise ConfigError(
+                f"{name} is a section of settings and was given {value!r}; write its settings below it"
+            )
         keys += _file_keys(value, known, name + ".") if section else [name]
     return keys
 
 
-def make_parser(prog: str, description: str, settings: type = Config) -> jsonargparse.ArgumentParser:
+def make_parser(
+    prog: str, description: str, settings: type = Config
+) -> jsonargparse.ArgumentParser:
     """The command-line parser of every command whose settings are a dataclass: a whole Config, or another."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
-    parser = jsonargparse.ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument(
-        "--config", action="config", help="YAML file of settings, or a name (tiny); options after it override it."
+        "--config",
+        action="config",
+        help="YAML file of settings, or a name (tiny); options after it override it.",
     )
     parser.add_class_arguments(settings)
     return parser
 
 
-def parse_config(parser: jsonargparse.ArgumentParser, words: list[str], settings: type = Config) -> Any:
+def parse_config(
+    parser: jsonargparse.ArgumentParser, words: list[str], settings: type = Config
+) -> Any:
     """The settings that a parser of make_parser reads. Raises ConfigError; --help and --print_config print and leave."""
     return parse_command(parser, words, settings=settings)[0]
 
 
 def parse_command(
-    parser: jsonargparse.ArgumentParser, words: list[str], own: Sequence[str] = (), settings: type = Config
+    parser: jsonargparse.ArgumentParser,
+    words: list[str],
+    own: Sequence[str] = (),
+    settings: type = Config,
 ) -> tuple[Any, dict[str, Any]]:
     """The settings and the command's own options, by name. Raises ConfigError; --help and --print_config print and leave.
 
@@ -94,14 +109,18 @@ def parse_command(
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if isinstance(config, Config) and config.run_dir is None:
-        config = dataclasses.replace(config, run_dir=f"runs/{Path(path).stem if path else 'default'}")
+        config = dataclasses.replace(
+            config, run_dir=f"runs/{Path(path).stem if path else 'default'}"
+        )
     return config, options
 
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with the program, by name."""
     here = Path(__file__).parent
-    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"  # installed; a checkout
+    folder = (
+        here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    )  # installed; a checkout
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -110,10 +129,16 @@ def _find(path: str, words: list[str]) -> tuple[str, list[str]]:
     if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
         return path, words
     known = shipped()
-    require(path in known, f"there is no configuration {path!r}; give a file, or one of these names: {', '.join(known)}")
+    require(
+        path in known,
+        f"there is no configuration {path!r}; give a file, or one of these names: {', '.join(known)}",
+    )
     found = str(known[path])
     given = [f"--config={found}" if word == f"--config={path}" else word for word in words]
-    return found, [found if place and words[place - 1] == "--config" else word for place, word in enumerate(given)]
+    return found, [
+        found if place and words[place - 1] == "--config" else word
+        for place, word in enumerate(given)
+    ]
 
 
 def _check_file(path: str | os.PathLike, known: list[str]) -> None:
@@ -127,7 +152,9 @@ def _check_file(path: str | os.PathLike, known: list[str]) -> None:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
-    require(isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}")
+    require(
+        isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}"
+    )
     _refuse_unknown(_file_keys(tree, known), known, str(path))
 
 
@@ -135,7 +162,10 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
     """Read a YAML file of settings, then overrides such as "train.num_steps=60". Raises ConfigError."""
     words = []
     for override in overrides or []:
-        require("=" in override, f"override {override!r} must read name=value, such as train.num_steps=60")
+        require(
+            "=" in override,
+            f"override {override!r} must read name=value, such as train.num_steps=60",
+        )
         words.append("--" + override.removeprefix("--"))
     return parse_config(make_parser("load_config", ""), ["--config", os.fspath(path), *words])
 

@@ -14,7 +14,9 @@ class Display:
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
-        self._console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)  # a file has room
+        self._console = Console(
+            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140
+        )  # a file has room
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One message, above the progress bar where one is shown."""
@@ -51,13 +53,19 @@ class Progress:
 
             self._handle = show(_Html(""), display_id=True)
         elif sys.stderr.isatty():
-            self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(
+                initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
 
-    def update(self, step: int, loss: float, tokens_per_second: float, eval_loss: float | None) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float, eval_loss: float | None
+    ) -> None:
         """`step` steps are done."""
         if self._bar is not None:
             validation = "" if eval_loss is None else f" val {eval_loss:.3f}"
-            self._bar.set_postfix_str(f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s", refresh=False
+            )
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
@@ -74,7 +82,10 @@ class Progress:
             "left": f"{int(left) // 60}:{int(left) % 60:02d}",
         }
         if self._handle is not None:
-            cells = "".join(f"<th>{name}</th>" for name in figures), "".join(f"<td>{v}</td>" for v in figures.values())
+            cells = (
+                "".join(f"<th>{name}</th>" for name in figures),
+                "".join(f"<td>{v}</td>" for v in figures.values()),
+            )
             self._handle.update(_Html(f"<table><tr>{cells[0]}</tr><tr>{cells[1]}</tr></table>"))
         else:
             self._display.say("  ".join(f"{name} {value}" for name, value in figures.items()))

@@ -24,7 +24,9 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.sharding import add_mesh_options, make_mesh, mesh_config
 from baichuan_jax.tokenizer import Tokenizer
 
-LENGTH_STEP = 64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
+LENGTH_STEP = (
+    64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
+)
 EOS = 2
 
 
@@ -88,13 +90,19 @@ class Generator:
     ) -> np.ndarray:
         """Prompts [B, T] and their continuations: [B, T + n], n <= max_new_tokens (fewer where all rows reached EOS).
 
-        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there. After EOS a row holds the model's
-        pad_token_id. temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty follows
-        transformers: logits of tokens seen in prompt or continuation are divided by it where positive, else multiplied. on_tokens is
-        called with [B, n] new tokens, several times, as they come. Raises ConfigError for arguments that cannot be right.
+        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there. After
+        EOS a row holds the model's pad_token_id. temperature 0 takes the most likely token; top_k 0
+        and top_p 1 leave all. repetition_penalty follows transformers: logits of tokens seen in
+        prompt or continuation are divided by it where positive, else multiplied. on_tokens is
+        called with [B, n] new tokens, several times, as they come. Raises ConfigError for arguments
+        that cannot be right.
         """
         tokens_BT = np.asarray(tokens_BT, np.int32)
-        mask_BT = np.ones(tokens_BT.shape, bool) if attention_mask is None else np.asarray(attention_mask, bool)
+        mask_BT = (
+            np.ones(tokens_BT.shape, bool)
+            if attention_mask is None
+            else np.asarray(attention_mask, bool)
+        )
         _check_prompts(tokens_BT, mask_BT, self.config.vocab_size)
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         B, T = tokens_BT.shape
@@ -112,11 +120,15 @@ class Generator:
         stop = jnp.int32(eos_id if stop_at_eos else -1)
 
         def decode(loop: _Loop, goal: int) -> _Loop:
-            return self._decode(self._params, loop, jnp.int32(start + goal), stop, sampling, greedy=temperature == 0)
+            return self._decode(
+                self._params, loop, jnp.int32(start + goal), stop, sampling, greedy=temperature == 0
+            )
 
         arguments = (self._params, prompt, real, jax.random.key(seed))
         if (B, start, length) not in self._compiled:  # apart from the run, whose speed is told
-            self._compiled[B, start, length] = self._prefill.lower(*arguments, length=length).compile()
+            self._compiled[B, start, length] = self._prefill.lower(
+                *arguments, length=length
+            ).compile()
         began = time.perf_counter()
         loop: _Loop = jax.block_until_ready(self._compiled[B, start, length](*arguments))
         prefilled = time.perf_counter()
@@ -130,8 +142,12 @@ class Generator:
             if on_tokens is not None:
                 on_tokens(np.asarray(loop.tokens_BS[:, start + made : start + reached]))
             made = reached
-        self.speed = Speed(int(mask_BT.sum()), prefilled - began, B * made, time.perf_counter() - ready)
-        return np.concatenate([tokens_BT, np.asarray(loop.tokens_BS)[:, start : start + made]], axis=1)
+        self.speed = Speed(
+            int(mask_BT.sum()), prefilled - began, B * made, time.perf_counter() - ready
+        )
+        return np.concatenate(
+            [tokens_BT, np.asarray(loop.tokens_BS)[:, start : start + made]], axis=1
+        )
 
     def generate(
         self,
@@ -153,9 +169,17 @@ class Generator:
         if on_text is not None:
             stream = _Stream(tokenizer, encoded[0], on_text)
         out = self.generate_tokens(
-            tokens, max_new_tokens, attention_mask=mask, eos_id=tokenizer.eos_id, on_tokens=stream, **sampling
+            tokens,
+            max_new_tokens,
+            attention_mask=mask,
+            eos_id=tokenizer.eos_id,
+            on_tokens=stream,
+            **sampling,
         )
-        return [_continuation(tokenizer, ids, row[T:]) for ids, row in zip(encoded, out.tolist(), strict=True)]
+        return [
+            _continuation(tokenizer, ids, row[T:])
+            for ids, row in zip(encoded, out.tolist(), strict=True)
+        ]
 
     def _run_prefill(self, params, tokens_BT, mask_BT, key, *, length: int) -> _Loop:
         """Run the prompts into a cache of `length` positions."""
@@ -164,14 +188,18 @@ class Generator:
         mask_BS = jnp.concatenate([mask_BT, jnp.ones((B, S - T), bool)], axis=1)
         model = nnx.merge(self._graphdef, params)
         with matmul_precision(self.config):
-            hidden_BTD, cache = model.extend(tokens_BT, init_cache(self.config, mask_BS), positions_of(mask_BT))
+            hidden_BTD, cache = model.extend(
+                tokens_BT, init_cache(self.config, mask_BS), positions_of(mask_BT)
+            )
             logits_BV = model.head(hidden_BTD[:, -1])
         seen_BV = jnp.zeros((B, self.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(mask_BT)
         tokens_BS = jnp.concatenate([tokens_BT, jnp.zeros((B, S - T), jnp.int32)], axis=1)
         return _Loop(cache, tokens_BS, logits_BV, seen_BV, jnp.zeros(B, bool), key)
 
-    def _run_decode(self, params, loop: _Loop, goal, eos, sampling: Sampling, *, greedy: bool) -> _Loop:
+    def _run_decode(
+        self, params, loop: _Loop, goal, eos, sampling: Sampling, *, greedy: bool
+    ) -> _Loop:
         """Tokens up to position `goal`, or until every row has reached `eos`."""
         model = nnx.merge(self._graphdef, params)
 
@@ -184,11 +212,20 @@ class Generator:
             token_B = jnp.argmax(logits_BV, axis=-1) if greedy else _draw(draw, logits_BV, sampling)
             token_B = jnp.where(loop.done_B, self._pad_id, token_B).astype(jnp.int32)
             place = loop.cache.length
-            tokens_BS = jax.lax.dynamic_update_slice_in_dim(loop.tokens_BS, token_B[:, None], place, 1)
+            tokens_BS = jax.lax.dynamic_update_slice_in_dim(
+                loop.tokens_BS, token_B[:, None], place, 1
+            )
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
             hidden_B1D, cache = model.extend(token_B[:, None], loop.cache, position_B1)
             seen_BV = loop.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-            return _Loop(cache, tokens_BS, model.head(hidden_B1D[:, -1]), seen_BV, loop.done_B | (token_B == eos), key)
+            return _Loop(
+                cache,
+                tokens_BS,
+                model.head(hidden_B1D[:, -1]),
+                seen_BV,
+                loop.done_B | (token_B == eos),
+                key,
+            )
 
         with matmul_precision(self.config):
             return jax.lax.while_loop(going, step, loop)
@@ -202,13 +239,19 @@ def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) 
             f"tokens {tokens_BT.min()} to {tokens_BT.max()} must lie in [0, {vocab_size}): not this model's tokenizer"
         )
     shape = tokens_BT.shape
-    if mask_BT.shape != shape or not mask_BT[:, -1].all() or (np.diff(mask_BT.astype(int), axis=1) < 0).any():
+    if (
+        mask_BT.shape != shape
+        or not mask_BT[:, -1].all()
+        or (np.diff(mask_BT.astype(int), axis=1) < 0).any()
+    ):
         raise ConfigError(
             f"attention_mask {mask_BT.shape} must be {shape}, padded on the left: the prompt's last tokens are real"
         )
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> None:
     for name, value, holds, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature >= 0, "0 (the most likely token) or more"),
@@ -221,7 +264,9 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: 
 
 
 def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    return jnp.where(
+        seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV
+    )
 
 
 def _draw(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -246,7 +291,9 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> st
 class _Stream:
     """Turns new tokens into text as they come, holding back what may be half a character."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], on_text: Callable[[str], None]
+    ) -> None:
         self._tokenizer, self._prompt, self._on_text = tokenizer, prompt, on_text
         self._new: list[int] = []
         self._printed = 0
@@ -265,11 +312,15 @@ def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> T
     """
     path = given or tokenizer_file(checkpoint)
     if path is None:
-        raise ConfigError(f"there is no tokenizer.model in {checkpoint} or the two folders above it; give --tokenizer FILE")
+        raise ConfigError(
+            f"there is no tokenizer.model in {checkpoint} or the two folders above it; give --tokenizer FILE"
+        )
     tokenizer = Tokenizer(path)
     config, known = trained_with(checkpoint)
     if known not in (None, tokenizer.hash):
-        raise ConfigError(f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with tokenizer {known[:12]}")
+        raise ConfigError(
+            f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with tokenizer {known[:12]}"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"{path} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: not the tokenizer of {checkpoint}"
@@ -285,19 +336,41 @@ def main(words: list[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FOLDER", help="a run's folder, one of its checkpoints, or a Hugging Face folder")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="FOLDER",
+        help="a run's folder, one of its checkpoints, or a Hugging Face folder",
+    )
     add("--prompt", required=True, help="the text to continue; \\n in it is a new line")
-    add("--tokenizer", metavar="FILE", help="a SentencePiece model, where none lies with the checkpoint")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="a SentencePiece model, where none lies with the checkpoint",
+    )
     add("--max_new_tokens", type=int, default=64, help="length of the continuation")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--top_k", type=int, default=0, help="draw from this many most likely tokens; 0: from all")
-    add("--top_p", type=float, default=0.9, help="draw from the fewest tokens that hold this probability")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
+    add(
+        "--top_p",
+        type=float,
+        default=0.9,
+        help="draw from the fewest tokens that hold this probability",
+    )
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: seen tokens become less likely",
+    )
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     add_mesh_options(parser, MeshConfig(data=1))
     options = parser.parse_args(words)
-    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    sampling = {
+        name: getattr(options, name)
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
+    }
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
@@ -306,9 +379,13 @@ def main(words: list[str]) -> int:
     prompt = options.prompt.replace("\\n", "\n")
     print(prompt, end="", flush=True)
     generator.generate(
-        tokenizer, [prompt], options.max_new_tokens, **sampling, seed=options.seed,
+        tokenizer,
+        [prompt],
+        options.max_new_tokens,
+        **sampling,
+        seed=options.seed,
         on_text=lambda piece: print(piece, end="", flush=True),
-    )  # fmt: skip
+    )
     print()
     assert generator.speed is not None
     prompt_tokens, prefill_seconds, new_tokens, decode_seconds = generator.speed

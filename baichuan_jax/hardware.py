@@ -37,20 +37,37 @@ class Hardware:
     l2_bytes: int = 0
 
 
-# Sources: NVIDIA data sheets of A100 (2021), A800, H100 SXM, H800 and H200; multiprocessors, clocks and cache as in XLA's
-# xla/backends/gpu/target_config/specs. Network: one NIC a GPU, 200 Gb/s (DGX A100) or 400 Gb/s (DGX H100).
-# An A800 is an A100 with NVLink cut from 600 to 400 GB/s (both ways), an H800 an H100 with 900 cut to 400.
-# TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); link rates as in "How to scale your model", chapter 2.
+# Sources: NVIDIA data sheets of A100 (2021), A800, H100 SXM, H800 and H200; multiprocessors, clocks
+# and cache as in XLA's xla/backends/gpu/target_config/specs. Network: one NIC a GPU, 200 Gb/s (DGX
+# A100) or 400 Gb/s (DGX H100). An A800 is an A100 with NVLink cut from 600 to 400 GB/s (both ways),
+# an H800 an H100 with 900 cut to 400. TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); link
+# rates as in "How to scale your model", chapter 2.
 _A100: dict[str, Any] = {
-    "platform": "gpu", "peak_tflops": 312.0, "memory_gib": 79.25, "memory_bandwidth": 2039.0, "inter_node_gbps": 200.0,
-    "devices_per_node": 8, "compute_capability": 80, "multiprocessors": 108, "clock_ghz": 1.41, "shared_bytes": 167_936,
+    "platform": "gpu",
+    "peak_tflops": 312.0,
+    "memory_gib": 79.25,
+    "memory_bandwidth": 2039.0,
+    "inter_node_gbps": 200.0,
+    "devices_per_node": 8,
+    "compute_capability": 80,
+    "multiprocessors": 108,
+    "clock_ghz": 1.41,
+    "shared_bytes": 167_936,
     "l2_bytes": 41_943_040,
-}  # fmt: skip
+}
 _H100: dict[str, Any] = {
-    "platform": "gpu", "peak_tflops": 989.0, "memory_gib": 79.1, "memory_bandwidth": 3352.0, "inter_node_gbps": 400.0,
-    "devices_per_node": 8, "compute_capability": 90, "multiprocessors": 132, "clock_ghz": 1.98, "shared_bytes": 233_472,
+    "platform": "gpu",
+    "peak_tflops": 989.0,
+    "memory_gib": 79.1,
+    "memory_bandwidth": 3352.0,
+    "inter_node_gbps": 400.0,
+    "devices_per_node": 8,
+    "compute_capability": 90,
+    "multiprocessors": 132,
+    "clock_ghz": 1.98,
+    "shared_bytes": 233_472,
     "l2_bytes": 52_428_800,
-}  # fmt: skip
+}
 _TPU: dict[str, Any] = {"platform": "tpu", "inter_node_gbps": 0.0, "devices_per_node": 4}
 HARDWARE: dict[str, Hardware] = {
     item.name: item
@@ -59,11 +76,43 @@ HARDWARE: dict[str, Hardware] = {
         Hardware("a800", intra_node_bandwidth=200.0, **_A100),
         Hardware("h100", intra_node_bandwidth=450.0, **_H100),
         Hardware("h800", intra_node_bandwidth=200.0, **_H100),
-        Hardware("h200", intra_node_bandwidth=450.0, **{**_H100, "memory_gib": 140.4, "memory_bandwidth": 4800.0}),
-        Hardware("v4", peak_tflops=275.0, memory_gib=32.0, memory_bandwidth=1228.0, intra_node_bandwidth=90.0, **_TPU),
-        Hardware("v5e", peak_tflops=197.0, memory_gib=16.0, memory_bandwidth=819.0, intra_node_bandwidth=90.0, **_TPU),
-        Hardware("v5p", peak_tflops=459.0, memory_gib=95.0, memory_bandwidth=2765.0, intra_node_bandwidth=180.0, **_TPU),
-        Hardware("v6e", peak_tflops=918.0, memory_gib=32.0, memory_bandwidth=1640.0, intra_node_bandwidth=180.0, **_TPU),
+        Hardware(
+            "h200",
+            intra_node_bandwidth=450.0,
+            **{**_H100, "memory_gib": 140.4, "memory_bandwidth": 4800.0},
+        ),
+        Hardware(
+            "v4",
+            peak_tflops=275.0,
+            memory_gib=32.0,
+            memory_bandwidth=1228.0,
+            intra_node_bandwidth=90.0,
+            **_TPU,
+        ),
+        Hardware(
+            "v5e",
+            peak_tflops=197.0,
+            memory_gib=16.0,
+            memory_bandwidth=819.0,
+            intra_node_bandwidth=90.0,
+            **_TPU,
+        ),
+        Hardware(
+            "v5p",
+            peak_tflops=459.0,
+            memory_gib=95.0,
+            memory_bandwidth=2765.0,
+            intra_node_bandwidth=180.0,
+            **_TPU,
+        ),
+        Hardware(
+            "v6e",
+            peak_tflops=918.0,
+            memory_gib=32.0,
+            memory_bandwidth=1640.0,
+            intra_node_bandwidth=180.0,
+            **_TPU,
+        ),
     )
 }
 # What jax calls a device where that does not contain the table's name.
@@ -107,7 +156,8 @@ def parse_topology(name: str) -> Topology:
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     known = ", ".join(HARDWARE)
     require(
-        match is not None, f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); known: {known}"
+        match is not None,
+        f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); known: {known}",
     )
     assert match is not None
     require(match[1] in HARDWARE, f"topology={name!r} names no known accelerator; known: {known}")
@@ -139,8 +189,8 @@ def _driver_models() -> list[str]:
 def detect_topology() -> Topology | None:
     """The GPUs that this process's driver lists, times the run's nodes, without starting jax. None: no NVIDIA GPU, or an unknown one.
 
-    Nodes: JAX_NUM_PROCESSES or SLURM_NTASKS over the processes a node that CUDA_VISIBLE_DEVICES implies; one process a node is assumed
-    where nothing is set.
+    Nodes: JAX_NUM_PROCESSES or SLURM_NTASKS over the processes a node that CUDA_VISIBLE_DEVICES
+    implies; one process a node is assumed where nothing is set.
     """
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("cpu", "tpu"):
         return None

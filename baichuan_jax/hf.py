@@ -2,8 +2,9 @@
 
 `python -m baichuan_jax.hf import|export`
 
-Names and layouts are those of modeling_baichuan.py (baichuan-inc/Baichuan-7B): torch keeps a matrix as [out, in], and W_pack stacks
-Q, K and V. D hidden, F intermediate, N heads, H head size, V vocabulary, L layers.
+Names and layouts are those of modeling_baichuan.py (baichuan-inc/Baichuan-7B): torch keeps a matrix
+as [out, in], and W_pack stacks Q, K and V. D hidden, F intermediate, N heads, H head size, V
+vocabulary, L layers.
 """
 
 import argparse
@@ -39,7 +40,8 @@ CONFIG_KEYS = {
     "num_attention_heads": "num_heads",
     "rms_norm_eps": "rms_norm_eps",
 }
-# Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary embedding, Baichuan2 a normalised head.
+# Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary
+# embedding, Baichuan2 a normalised head.
 ARCHITECTURES = ("BaiChuanForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
 
 
@@ -56,18 +58,41 @@ class _Entry:
 
 def _entries(config: ModelConfig, packed: bool) -> Iterator[_Entry]:
     """Every array of a model, in the order of the original's files."""
-    D, F, N, H, V = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.vocab_size
+    D, F, N, H, V = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_heads,
+        config.head_dim,
+        config.vocab_size,
+    )
     one = lambda tensors: tensors[0]
     turned = lambda tensors: tensors[0].T
     yield _Entry(("embedding",), None, {"model.embed_tokens.weight": (V, D)}, one, lambda x: [x])
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
 
-        def entry(name: str, tensors: dict[str, tuple[int, ...]], join: Callable, split: Callable, layer=layer, prefix=prefix):
-            return _Entry(("layers", name), layer, {prefix + key: shape for key, shape in tensors.items()}, join, split)
+        def entry(
+            name: str,
+            tensors: dict[str, tuple[int, ...]],
+            join: Callable,
+            split: Callable,
+            layer=layer,
+            prefix=prefix,
+        ):
+            return _Entry(
+                ("layers", name),
+                layer,
+                {prefix + key: shape for key, shape in tensors.items()},
+                join,
+                split,
+            )
 
         def from_torch(tensors: list[np.ndarray]) -> np.ndarray:
-            stacked = tensors[0].reshape(3, N, H, D) if packed else np.stack([t.reshape(N, H, D) for t in tensors])
+            stacked = (
+                tensors[0].reshape(3, N, H, D)
+                if packed
+                else np.stack([t.reshape(N, H, D) for t in tensors])
+            )
             return stacked.transpose(3, 0, 1, 2)
 
         def to_torch(x: np.ndarray) -> list[np.ndarray]:
@@ -79,11 +104,16 @@ def _entries(config: ModelConfig, packed: bool) -> Iterator[_Entry]:
             qkv = {f"self_attn.{part}_proj.weight": (D, D) for part in "qkv"}
         yield entry("w_pack", qkv, from_torch, to_torch)
         yield entry(
-            "w_out", {"self_attn.o_proj.weight": (D, D)}, lambda t: t[0].T.reshape(N, H, D), lambda x: [x.reshape(D, D).T]
+            "w_out",
+            {"self_attn.o_proj.weight": (D, D)},
+            lambda t: t[0].T.reshape(N, H, D),
+            lambda x: [x.reshape(D, D).T],
         )
         for name, key, shape in (
-            ("w_gate", "gate", (F, D)), ("w_up", "up", (F, D)), ("w_down", "down", (D, F)),
-        ):  # fmt: skip
+            ("w_gate", "gate", (F, D)),
+            ("w_up", "up", (F, D)),
+            ("w_down", "down", (D, F)),
+        ):
             yield entry(name, {f"mlp.{key}_proj.weight": shape}, turned, lambda x: [x.T])
         yield entry("attention_norm", {"input_layernorm.weight": (D,)}, one, lambda x: [x])
         yield entry("mlp_norm", {"post_attention_layernorm.weight": (D,)}, one, lambda x: [x])
@@ -121,33 +151,58 @@ def read_config(folder: Path | str) -> ModelConfig:
 def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
     heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
     if kv_heads not in (None, heads):
-        raise ConfigError(f"{file} has num_key_value_heads={kv_heads} for {heads} heads: no grouped-query attention here")
+        raise ConfigError(
+            f"{file} has num_key_value_heads={kv_heads} for {heads} heads: no grouped-query attention here"
+        )
     for key, only in (
-        ("model_type", ("baichuan", "llama")), ("hidden_act", ("silu",)), ("tie_word_embeddings", (False,)),
-        ("attention_bias", (False,)), ("mlp_bias", (False,)), ("head_dim", (None, found["hidden_size"] // heads)),
-    ):  # fmt: skip
+        ("model_type", ("baichuan", "llama")),
+        ("hidden_act", ("silu",)),
+        ("tie_word_embeddings", (False,)),
+        ("attention_bias", (False,)),
+        ("mlp_bias", (False,)),
+        ("head_dim", (None, found["hidden_size"] // heads)),
+    ):
         if found.get(key, only[0]) not in only:
-            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {' or '.join(map(repr, only))}")
+            raise ConfigError(
+                f"{file} has {key}={found[key]!r} and this model has {' or '.join(map(repr, only))}"
+            )
     for name in found.get("architectures") or ():
         if name not in ARCHITECTURES:
-            raise ConfigError(f"{file} has architecture {name} and this model is {' or '.join(ARCHITECTURES)}")
+            raise ConfigError(
+                f"{file} has architecture {name} and this model is {' or '.join(ARCHITECTURES)}"
+            )
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key) or {}
-        if not rope.keys() <= {"rope_theta", "rope_type"} or rope.get("rope_type", "default") != "default":
-            raise ConfigError(f"{file} has {key}={rope!r} and this model's rotary embedding is not scaled")
+        if (
+            not rope.keys() <= {"rope_theta", "rope_type"}
+            or rope.get("rope_type", "default") != "default"
+        ):
+            raise ConfigError(
+                f"{file} has {key}={rope!r} and this model's rotary embedding is not scaled"
+            )
 
 
-def import_params(folder: Path | str, layout: Layout | None = None, *, dtype: str = "float32", progress: bool = False) -> Params:
+def import_params(
+    folder: Path | str,
+    layout: Layout | None = None,
+    *,
+    dtype: str = "float32",
+    progress: bool = False,
+) -> Params:
     """Parameters of a Hugging Face folder, matrices in `dtype` and norms float32, each put on the mesh as it is read.
 
-    Names and shapes are compared before anything is read. Host memory: about two of the largest tensor, beside what lies on a CPU's
-    devices. Raises ConfigError naming the tensor or file.
+    Names and shapes are compared before anything is read. Host memory: about two of the largest
+    tensor, beside what lies on a CPU's devices. Raises ConfigError naming the tensor or file.
     """
     config = read_config(folder)
     source = open_tensors(Path(folder))
     packed = not any(name.endswith("q_proj.weight") for name in source.shapes)
     entries = list(_entries(config, packed))
-    _compare(Path(folder), source, {name: shape for entry in entries for name, shape in entry.tensors.items()})
+    _compare(
+        Path(folder),
+        source,
+        {name: shape for entry in entries for name, shape in entry.tensors.items()},
+    )
 
     _, shapes, axes = abstract_model(config)
     stacks: dict[tuple[str, ...], jax.Array] = {}
@@ -162,7 +217,9 @@ def import_params(folder: Path | str, layout: Layout | None = None, *, dtype: st
         if entry.path not in stacks:
             empty = functools.partial(jnp.zeros, _at(shapes, entry.path).shape, array.dtype)
             stacks[entry.path] = jax.jit(empty, out_shardings=_place(layout, names))()
-        stacks[entry.path] = _write_layer(stacks[entry.path], _put(array, _place(layout, names[1:])), entry.layer)
+        stacks[entry.path] = _write_layer(
+            stacks[entry.path], _put(array, _place(layout, names[1:])), entry.layer
+        )
         # Wait: an array that is still being copied would be held beside the next ones.
         stacks[entry.path].block_until_ready()
     return nnx.traversals.unflatten_mapping(stacks)
@@ -179,7 +236,11 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def _place(layout: Layout | None, names: tuple[str, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if layout is None else layout.sharding(*names)
+    return (
+        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if layout is None
+        else layout.sharding(*names)
+    )
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -188,9 +249,16 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 def _compare(folder: Path, source: Tensors, wanted: dict[str, tuple[int, ...]]) -> None:
     """Refuse missing, extra and misshapen tensors; inv_freq buffers, which the original recomputes, are left out."""
-    found = {name: shape for name, shape in source.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} {found[name]} is not of this model" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} {found[name]} is not of this model"
+        for name in sorted(found.keys() - wanted.keys())
+    ]
     problems += [
         f"{name} is {found[name]} and config.json makes it {shape}"
         for name, shape in wanted.items()
@@ -212,8 +280,8 @@ def export(
 ) -> None:
     """Write a Hugging Face folder of safetensors: as transformers' Llama (W_pack split), or in the original's form.
 
-    transformers reads the original's form with the original's Python files beside it. Written whole under another name, then
-    renamed. Raises ConfigError where the folder exists and is not empty.
+    transformers reads the original's form with the original's Python files beside it. Written whole
+    under another name, then renamed. Raises ConfigError where the folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -227,10 +295,14 @@ def export(
     def arrays() -> Iterator[np.ndarray]:
         for entry in entries:
             array = _at(params, entry.path)
-            yield from entry.split(np.asarray(jax.device_get(array if entry.layer is None else array[entry.layer])))
+            yield from entry.split(
+                np.asarray(jax.device_get(array if entry.layer is None else array[entry.layer]))
+            )
 
     write_safetensors(temporary, shapes, arrays(), dtype, max_shard_bytes)
-    (temporary / "config.json").write_text(json.dumps(_hf_config(config, dtype, form), indent=2), encoding="utf-8")
+    (temporary / "config.json").write_text(
+        json.dumps(_hf_config(config, dtype, form), indent=2), encoding="utf-8"
+    )
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": config.pad_token_id}
     (temporary / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
     if tokenizer is not None:
@@ -254,15 +326,22 @@ def _hf_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
         **shared,
-        **({"num_key_value_heads": config.num_heads, "head_dim": config.head_dim} if form == "llama" else {}),
+        **(
+            {"num_key_value_heads": config.num_heads, "head_dim": config.head_dim}
+            if form == "llama"
+            else {}
+        ),
     }
 
 
-def load_pretrained(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None) -> Transformer:
+def load_pretrained(
+    path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None
+) -> Transformer:
     """A model to call, model(tokens_BT, attention_mask=None) -> logits_BTV, from a Hugging Face folder or a run's checkpoint.
 
-    It computes in `dtype`, on `mesh` or one device. bfloat16 keeps a Hugging Face folder's matrices in bfloat16 too; the logits are
-    those of float32 ones, which are cast for every product. Raises ConfigError where the path is neither or does not fit.
+    It computes in `dtype`, on `mesh` or one device. bfloat16 keeps a Hugging Face folder's matrices
+    in bfloat16 too; the logits are those of float32 ones, which are cast for every product. Raises
+    ConfigError where the path is neither or does not fit.
     """
     layout = None if mesh is None else Layout(mesh)
     if (Path(path) / "config.json").exists():
@@ -285,7 +364,11 @@ def weights_sha256(path: Path | str) -> str:
     """A hash of the weights that load_pretrained reads: of a folder's config.json and weight files, or of a checkpoint's digests."""
     folder, digest = Path(path), hashlib.sha256()
     if not (folder / "config.json").exists():
-        digests = {name: value for name, value in describe(path)["digest"].items() if name.startswith("params/")}
+        digests = {
+            name: value
+            for name, value in describe(path)["digest"].items()
+            if name.startswith("params/")
+        }
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for file in (folder / "config.json", *weights):
@@ -309,17 +392,31 @@ def trained_with(path: Path | str) -> tuple[ModelConfig, str | None]:
 
 def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="a Hugging Face folder -> a checkpoint for --init_from and generate")
+    importing = commands.add_parser(
+        "import", help="a Hugging Face folder -> a checkpoint for --init_from and generate"
+    )
     importing.add_argument("folder", help="with config.json and safetensors or .bin files")
     importing.add_argument("output", help="the checkpoint's new folder")
-    exporting = commands.add_parser("export", help="a run or checkpoint -> a folder that transformers loads")
+    exporting = commands.add_parser(
+        "export", help="a run or checkpoint -> a folder that transformers loads"
+    )
     exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
     exporting.add_argument("output", help="the new folder")
-    exporting.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="default: bfloat16")
     exporting.add_argument(
-        "--form", default="llama", choices=["llama", "baichuan"], help="llama (default): transformers' own class"
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: bfloat16",
+    )
+    exporting.add_argument(
+        "--form",
+        default="llama",
+        choices=["llama", "baichuan"],
+        help="llama (default): transformers' own class",
     )
     options = parser.parse_args(words)
     if options.command == "import":
@@ -332,7 +429,12 @@ def main(words: list[str]) -> int:
     else:
         config, params = load_params(options.checkpoint)
         export(
-            params, config, options.output, dtype=options.dtype, form=options.form, tokenizer=tokenizer_file(options.checkpoint)
+            params,
+            config,
+            options.output,
+            dtype=options.dtype,
+            form=options.form,
+            tokenizer=tokenizer_file(options.checkpoint),
         )
     print(f"wrote {options.output}")
     return 0

@@ -11,8 +11,13 @@ import numpy as np
 
 from baichuan_jax.config import ConfigError
 
-# https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then the tensors' bytes
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then the
+# tensors' bytes
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -32,16 +37,26 @@ def open_tensors(folder: Path) -> Tensors:
     ):
         if (folder / index).is_file():
             try:
-                files = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+                files = sorted(
+                    set(
+                        json.loads((folder / index).read_text(encoding="utf-8"))[
+                            "weight_map"
+                        ].values()
+                    )
+                )
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{folder / index} is no index of shards: {error!r}") from None
             missing = [name for name in files if not (folder / name).is_file()]
             if missing:
-                raise ConfigError(f"{folder / index} names files that are not there: {', '.join(missing)}")
+                raise ConfigError(
+                    f"{folder / index} names files that are not there: {', '.join(missing)}"
+                )
             return kind([folder / name for name in files])
         if (folder / whole).is_file():
             return kind([folder / whole])
-    raise ConfigError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or with an index of shards")
+    raise ConfigError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or with an index of shards"
+    )
 
 
 class _Safetensors:
@@ -53,23 +68,38 @@ class _Safetensors:
             with open(file, "rb") as stream:
                 length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
                 if length > size - 8:
-                    raise ConfigError(f"{file} is cut short or no safetensors file: {size} bytes, header of {length}")
+                    raise ConfigError(
+                        f"{file} is cut short or no safetensors file: {size} bytes, header of {length}"
+                    )
                 content = stream.read(length)
             try:
                 header: dict[str, Any] = json.loads(content)
                 header.pop("__metadata__", None)
-                tensors = {name: (x["dtype"], tuple(x["shape"]), *x["data_offsets"]) for name, x in header.items()}
+                tensors = {
+                    name: (x["dtype"], tuple(x["shape"]), *x["data_offsets"])
+                    for name, x in header.items()
+                }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{file} is damaged or no safetensors file: its header is unreadable ({error!r})") from None
+                raise ConfigError(
+                    f"{file} is damaged or no safetensors file: its header is unreadable ({error!r})"
+                ) from None
             for name, (dtype, shape, start, stop) in tensors.items():
                 if dtype not in DTYPES:
-                    raise ConfigError(f"{file}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
+                    raise ConfigError(
+                        f"{file}: {name} is {dtype}; expected one of {', '.join(DTYPES)}"
+                    )
                 if 8 + length + stop > size:
-                    raise ConfigError(f"{file} is cut short: {name} ends at byte {8 + length + stop} of {size}")
+                    raise ConfigError(
+                        f"{file} is cut short: {name} ends at byte {8 + length + stop} of {size}"
+                    )
                 if stop - start != int(np.prod(shape)) * DTYPES[dtype].itemsize:
-                    raise ConfigError(f"{file} is damaged: {name} {shape} {dtype} has {stop - start} bytes")
+                    raise ConfigError(
+                        f"{file} is damaged: {name} {shape} {dtype} has {stop - start} bytes"
+                    )
                 if name in self.shapes:
-                    raise ConfigError(f"{name} stands in {self._where[name][0].name} and again in {file}")
+                    raise ConfigError(
+                        f"{name} stands in {self._where[name][0].name} and again in {file}"
+                    )
                 self.shapes[name] = shape
                 self._where[name] = (file, DTYPES[dtype], 8 + length + start)
 
@@ -96,7 +126,9 @@ class _Torch:
         for file in files:
             for name, tensor in self._load(file).items():
                 if name in self.shapes:
-                    raise ConfigError(f"{name} stands in {self._where[name].name} and again in {file}")
+                    raise ConfigError(
+                        f"{name} stands in {self._where[name].name} and again in {file}"
+                    )
                 self.shapes[name] = tuple(tensor.shape)
                 self._where[name] = file
 
@@ -110,12 +142,18 @@ class _Torch:
         """Copied out of a memory map of its own: one kept for all tensors would grow to the size of the file."""
         tensor = self._load(self._where[name])[name]
         if tensor.dtype == self._torch.bfloat16:
-            return tensor.contiguous().view(self._torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+            return (
+                tensor.contiguous().view(self._torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+            )
         return tensor.numpy().copy()
 
 
 def write_safetensors(
-    folder: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterator[np.ndarray], dtype: str, max_shard_bytes: int
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    arrays: Iterator[np.ndarray],
+    dtype: str,
+    max_shard_bytes: int,
 ) -> None:
     """Write arrays, in the order of `shapes`, one at a time into one file or into shards with an index."""
     item = DTYPES[CODES[dtype]].itemsize
@@ -137,7 +175,11 @@ def write_safetensors(
         offset = 0
         for name in members:
             stop = offset + int(np.prod(shapes[name])) * item
-            header[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, stop]}
+            header[name] = {
+                "dtype": CODES[dtype],
+                "shape": list(shapes[name]),
+                "data_offsets": [offset, stop],
+            }
             offset = stop
         total += offset
         encoded = json.dumps(header).encode()
@@ -147,6 +189,10 @@ def write_safetensors(
             for _ in members:
                 next(arrays).astype(DTYPES[CODES[dtype]], order="C").tofile(stream)
     if len(shards) > 1:
-        weights = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        weights = {
+            name: file for file, members in zip(names, shards, strict=True) for name in members
+        }
         index = {"metadata": {"total_size": total}, "weight_map": weights}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2), encoding="utf-8"
+        )

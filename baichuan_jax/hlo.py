@@ -1,7 +1,8 @@
 """Reads a compiled program's text: its instructions in the order they run, their operations and memory traffic, and its collectives.
 
-The format is XLA's HLO text (openxla.org/xla/operation_semantics). Operations are counted as XLA's HloCostAnalysis counts them, but
-with the trip counts of loops, and of a stack only the slices that a fused instruction touches.
+The format is XLA's HLO text (openxla.org/xla/operation_semantics). Operations are counted as XLA's
+HloCostAnalysis counts them, but with the trip counts of loops, and of a stack only the slices that
+a fused instruction touches.
 """
 
 import math
@@ -11,8 +12,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-          "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
 # Instructions that move no data of their own.
 _FREE = {
@@ -31,7 +49,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 def shape_arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """The arrays of a shape such as "(bf16[2,3]{1,0}, f32[])": [(type, dimensions)]."""
-    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(shape) if kind in _BYTES]
+    return [
+        (kind, tuple(int(n) for n in dims.split(",") if n))
+        for kind, dims in _ARRAY.findall(shape)
+        if kind in _BYTES
+    ]
 
 
 def shape_bytes(shape: str) -> float:
@@ -99,14 +121,20 @@ class Program:
             return int(found[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         inner = self.computations[condition[1]] if condition else None
-        if inner is None or inner.root.opcode != "compare" or "direction=LT" not in inner.root.attributes:
+        if (
+            inner is None
+            or inner.root.opcode != "compare"
+            or "direction=LT" not in inner.root.attributes
+        ):
             return None
         counter, limit = (inner.by_name[name] for name in inner.root.operands)
         index = re.search(r"index=(\d+)", counter.attributes)
         if limit.opcode != "constant" or index is None:
             return None
         state = computation.by_name[loop.operands[0]]
-        start = computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
+        start = (
+            computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
+        )
         first = int(start.operands[0]) if start is not None and start.opcode == "constant" else 0
         step = self._step(self.computations[loop.called[0]], int(index[1]))
         return -(-(int(limit.operands[0]) - first) // step) if step else None
@@ -114,16 +142,24 @@ class Program:
     def _step(self, body: Computation, index: int) -> int | None:
         """What a turn of a loop adds to its counter, element `index` of its state; a loop of unrolled turns adds as many."""
         inner = body
-        update = body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
+        update = (
+            body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
+        )
         if update is not None and update.opcode == "fusion":
             inner = self.computations[update.called[0]]
             update = inner.root
         if update is None or update.opcode != "add":
             return None
-        constants = [inner.by_name[name] for name in update.operands if inner.by_name[name].opcode == "constant"]
+        constants = [
+            inner.by_name[name]
+            for name in update.operands
+            if inner.by_name[name].opcode == "constant"
+        ]
         return int(constants[0].operands[0]) if len(constants) == 1 else None
 
-    def walk(self, computation: Computation | None = None, times: int = 1, depth: int = 0) -> Iterator:
+    def walk(
+        self, computation: Computation | None = None, times: int = 1, depth: int = 0
+    ) -> Iterator:
         """(computation, instruction, times it runs, loops around it), loops entered, fusions not."""
         computation = computation or self.entry
         for instruction in computation.instructions:
@@ -144,7 +180,9 @@ class Program:
         if instruction.opcode == "dot":
             return _product_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
         if instruction.opcode == "custom-call" and instruction.target.startswith("__cublas"):
-            return _product_flops(computation, instruction, r'lhs_contracting_dimensions":\[([\d",]*)\]')
+            return _product_flops(
+                computation, instruction, r'lhs_contracting_dimensions":\[([\d",]*)\]'
+            )
         if instruction.opcode == "convolution":
             return _convolution_flops(computation, instruction)
         return 0.0
@@ -167,7 +205,9 @@ class Program:
         result = shape_bytes(instruction.shape)
         if instruction.target.startswith("__cublas"):
             result = shape_bytes(_first_array(instruction.shape))  # the rest is a workspace
-        return result + sum(shape_bytes(computation.shape_of(name)) for name in instruction.operands)
+        return result + sum(
+            shape_bytes(computation.shape_of(name)) for name in instruction.operands
+        )
 
     def _fused_traffic(self, computation: Computation, instruction: Instruction) -> float:
         inner = self.computations[instruction.called[0]]
@@ -175,14 +215,20 @@ class Program:
         for item in inner.instructions:
             for name in item.operands:
                 users.setdefault(name, []).append(item)
-        parameters = sorted((i for i in inner.instructions if i.opcode == "parameter"), key=_parameter_index)
+        parameters = sorted(
+            (i for i in inner.instructions if i.opcode == "parameter"), key=_parameter_index
+        )
         total = 0.0
         for operand, parameter in zip(instruction.operands, parameters, strict=True):
             touched = _touched(parameter, users)
             if touched is None:
                 total += shape_bytes(computation.shape_of(operand))
             else:  # an update in place is only written, which the root counts
-                total += sum(shape_bytes(item.shape) for item in touched if item.opcode != "dynamic-update-slice")
+                total += sum(
+                    shape_bytes(item.shape)
+                    for item in touched
+                    if item.opcode != "dynamic-update-slice"
+                )
         roots = [inner.root]
         if inner.root.opcode == "tuple":
             roots = [inner.by_name[name] for name in inner.root.operands]
@@ -208,7 +254,9 @@ def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[In
             if inner is None:
                 return None
             found += inner
-        elif user.opcode == "gather" or (first and user.opcode in ("dynamic-slice", "dynamic-update-slice")):
+        elif user.opcode == "gather" or (
+            first and user.opcode in ("dynamic-slice", "dynamic-update-slice")
+        ):
             found.append(user)
         else:
             return None
@@ -242,14 +290,24 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     data, kernel = (shape_arrays(computation.shape_of(name))[0][1] for name in instruction.operands)
     result = shape_arrays(instruction.shape)[0][1]
     summed = math.prod(size for label, size in zip(found[2], kernel, strict=True) if label == "i")
-    products = float(math.prod(size for label, size in zip(found[3], result, strict=True) if not label.isdigit()) * summed)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
+    products = float(
+        math.prod(size for label, size in zip(found[3], result, strict=True) if not label.isdigit())
+        * summed
+    )
+    window = dict(
+        re.findall(
+            r"(\w+)=([\dx_\-]+)",
+            (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0],
+        )
+    )
     pads, strides = window.get("pad", "").split("x"), window.get("stride", "").split("x")
     for label in (label for label in found[3] if label.isdigit()):
         inside, taps = data[found[1].index(label)], kernel[found[2].index(label)]
         low = int(pads[int(label)].split("_")[0]) if pads[0] else 0
         stride = int(strides[int(label)]) if strides[0] else 1
-        positions = np.arange(result[found[3].index(label)])[:, None] * stride + np.arange(taps)[None] - low
+        positions = (
+            np.arange(result[found[3].index(label)])[:, None] * stride + np.arange(taps)[None] - low
+        )
         products *= int(((positions >= 0) & (positions < inside)).sum())
     return 2.0 * products
 
@@ -286,7 +344,9 @@ def _instruction(line: str) -> Instruction | None:
         return None
     close = _closing(rest, match.end() - 1)
     inside = re.sub(r"/\*.*?\*/", "", rest[match.end() : close])
-    operands = [inside] if match[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    operands = (
+        [inside] if match[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    )
     return Instruction(words[-1].lstrip("%"), shape, match[1], operands, rest[close + 1 :], root)
 
 
@@ -304,22 +364,37 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     """Devices that exchange data with each other: [groups, devices of a group]. Understands XLA's three notations."""
     if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})?\}", attributes):
         lists = re.findall(r"\{([\d,]+)\}", found[1] or "")
-        return np.array([[int(n) for n in group.split(",")] for group in lists] or [list(range(num_devices))])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return np.array(
+            [[int(n) for n in group.split(",")] for group in lists] or [list(range(num_devices))]
+        )
+    if found := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
         shape, order = ([int(n) for n in part.split(",")] for part in found.group(1, 2))
         devices = np.arange(math.prod(order)).reshape(order)
         if found[3]:
             devices = devices.transpose([int(n) for n in found[3].split(",")])
         return devices.reshape(shape)
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes)
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes
+    )
     if found is None:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
         if pairs is None:
             return np.arange(num_devices)[None]
-        return np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)", pairs[1] + "}")])
+        return np.array(
+            [
+                [int(n) for n in pair.split(",")]
+                for pair in re.findall(r"\{([\d,]+)", pairs[1] + "}")
+            ]
+        )
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-    devices = np.array([int(n) for n in found[2].split(",")] if found[2] else range(math.prod(sizes.values())))
+    devices = np.array(
+        [int(n) for n in found[2].split(",")] if found[2] else range(math.prod(sizes.values()))
+    )
     devices = devices.reshape(list(sizes.values()))
     along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
     others = [axis for axis in range(len(sizes)) if axis not in along]
-    return devices.transpose(others + along).reshape(-1, math.prod(devices.shape[axis] for axis in along))
+    return devices.transpose(others + along).reshape(
+        -1, math.prod(devices.shape[axis] for axis in along)
+    )

@@ -1,7 +1,8 @@
 """The supervisor of one host: `python -m baichuan_jax.launch [OPTIONS] -- --config FILE ...` starts training and keeps it going.
 
-One supervisor runs on every host; they agree through the run's folder. Together they start a launch, wait for its end, find out who
-caused it, and start the next one without the culprit, on a spare or on fewer hosts. There is no chief: whoever is first writes.
+One supervisor runs on every host; they agree through the run's folder. Together they start a
+launch, wait for its end, find out who caused it, and start the next one without the culprit, on a
+spare or on fewer hosts. There is no chief: whoever is first writes.
 """
 
 import argparse
@@ -27,12 +28,20 @@ from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_
 from baichuan_jax.resilience.ledger import read_ledger, say_ledger
 from baichuan_jax.resilience.policy import MAX_BLAMES, Decision, choose_hosts, decide
 from baichuan_jax.resilience.reports import Folder
-from baichuan_jax.resilience.watch import FOLDER_VARIABLE, FULL_VARIABLE, HOST_VARIABLE, SUPERVISOR_VARIABLE, UNSUPERVISED
+from baichuan_jax.resilience.watch import (
+    FOLDER_VARIABLE,
+    FULL_VARIABLE,
+    HOST_VARIABLE,
+    SUPERVISOR_VARIABLE,
+    UNSUPERVISED,
+)
 from baichuan_jax.run import Run, append_event
 
 TICK = 0.2  # seconds between two looks at everything
 PARTING_SECONDS = 90.0  # that processes wait for each other at a good end
-LAST_WORDS_SECONDS = 10.0  # that the processes of a failing launch get to find out and leave by themselves
+LAST_WORDS_SECONDS = (
+    10.0  # that the processes of a failing launch get to find out and leave by themselves
+)
 REJOIN_SECONDS = 5.0  # that a restart waits for more hosts, once there are enough
 PORTS = 100  # tried from --port upward
 
@@ -44,8 +53,13 @@ class Supervisor:
         self.options, self.config, self.words = options, config, words
         self.host = options.host
         self.run = Run(config.run_path)
-        # Twice the processes' own limit: these watch each other, and a supervisor that is late is no fault.
-        self.attempts = Attempts(config.run_path.absolute() / "attempts", self.host, 2 * config.resilience.silence_seconds)
+        # Twice the processes' own limit: these watch each other, and a supervisor that is late is
+        # no fault.
+        self.attempts = Attempts(
+            config.run_path.absolute() / "attempts",
+            self.host,
+            2 * config.resilience.silence_seconds,
+        )
         self.children: dict[int, subprocess.Popen] = {}
         self.asked = 0  # times that somebody asked to stop
 
@@ -76,7 +90,11 @@ class Supervisor:
         plan = self.attempts.read(number, "plan")
         if (self.attempts.path / str(number) / UNSUPERVISED).exists():
             return number + 1
-        if plan is not None and self.host in plan["hosts"] and self.attempts.read(number, f"ended-{self.host}") is None:
+        if (
+            plan is not None
+            and self.host in plan["hosts"]
+            and self.attempts.read(number, f"ended-{self.host}") is None
+        ):
             self.attempts.write(number, f"ended-{self.host}", {"asked": False, "exits": {}})
         return number
 
@@ -86,7 +104,12 @@ class Supervisor:
             return
         self.asked += 1
         os.write(2, f"\n{signal.Signals(signum).name}: ".encode())
-        os.write(2, b"saving, then stopping; once more quits unsaved\n" if self.asked == 1 else b"quitting\n")
+        os.write(
+            2,
+            b"saving, then stopping; once more quits unsaved\n"
+            if self.asked == 1
+            else b"quitting\n",
+        )
         self._signal(signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -107,15 +130,24 @@ class Supervisor:
         options = self.options
         before = self.attempts.read(number - 1, "verdict") if number > 1 else None
         again = before is not None and before["restart"]
-        history = before["history"] if before is not None and again else {"blames": {}, "hosts": [], "fruitless": 0}
+        history = (
+            before["history"]
+            if before is not None and again
+            else {"blames": {}, "hosts": [], "fruitless": 0}
+        )
         lost = set(before["lost"]) if before is not None else set()
         said = None
         while not self.asked:
             plan = self.attempts.read(number, "plan")
             if plan is not None:
                 return plan
-            # A host that the verdict counts as lost must have been heard since: this one may hold on to its heartbeat for longer.
-            alive = {host for host in self.attempts.alive() if host not in lost or self.attempts.heard_since(host, started)}
+            # A host that the verdict counts as lost must have been heard since: this one may hold
+            # on to its heartbeat for longer.
+            alive = {
+                host
+                for host in self.attempts.alive()
+                if host not in lost or self.attempts.heard_since(host, started)
+            }
             waited = time.monotonic() - started
             wanted = options.hosts
             if len(alive) < wanted and waited < (REJOIN_SECONDS if again else options.join_seconds):
@@ -123,11 +155,17 @@ class Supervisor:
             else:
                 at_least = options.min_hosts
             hosts = choose_hosts(
-                alive, wanted=wanted, at_least=at_least, before=history["hosts"], blames=history["blames"],
+                alive,
+                wanted=wanted,
+                at_least=at_least,
+                before=history["hosts"],
+                blames=history["blames"],
                 usable=self._usable,
-            )  # fmt: skip
+            )
             if hosts:
-                self.attempts.claim(number, "plan", {"hosts": hosts, "processes": options.processes})
+                self.attempts.claim(
+                    number, "plan", {"hosts": hosts, "processes": options.processes}
+                )
                 continue
             if waited > options.join_seconds:
                 say(f"only {sorted(alive)} of {options.min_hosts} hosts came within {waited:.0f} s")
@@ -143,7 +181,9 @@ class Supervisor:
         started = [event for event in self.run.events if event["kind"] == "started"]
         if not started:
             return True
-        devices = started[-1]["devices"] // started[-1]["processes"] * self.options.processes * hosts
+        devices = (
+            started[-1]["devices"] // started[-1]["processes"] * self.options.processes * hosts
+        )
         try:
             self.config.check_mesh(self.config.mesh.resolve(devices))
         except ConfigError:
@@ -164,11 +204,18 @@ class Supervisor:
                 say(f"launch {number} on {', '.join(hosts)}; coordinator {coordinator}")
             first = hosts.index(self.host) * processes
             for process in range(first, first + processes):
-                self.children[process] = self._start(number, process, processes * len(hosts), coordinator)
+                self.children[process] = self._start(
+                    number, process, processes * len(hosts), coordinator
+                )
         exits = self._wait(number, plan)
         self.children = {}
-        ended = {str(process): {**dataclasses.asdict(end), "time": at} for process, (end, at) in exits.items()}
-        self.attempts.write(number, f"ended-{self.host}", {"asked": bool(self.asked), "exits": ended})
+        ended = {
+            str(process): {**dataclasses.asdict(end), "time": at}
+            for process, (end, at) in exits.items()
+        }
+        self.attempts.write(
+            number, f"ended-{self.host}", {"asked": bool(self.asked), "exits": ended}
+        )
 
     def _coordinator(self, number: int, hosts: list[str]) -> str | None:
         """host:port of process 0: on its host the first free port; elsewhere what that host wrote. None where it died first."""
@@ -180,7 +227,9 @@ class Supervisor:
                     return address
                 append_event(self.run.path, "port_taken", attempt=number, host=self.host, port=port)
                 say(f"port {port} of {self.host} is taken; trying the next")
-            raise ConfigError(f"no free port from {self.options.port} to {self.options.port + PORTS} on {self.host}; set --port")
+            raise ConfigError(
+                f"no free port from {self.options.port} to {self.options.port + PORTS} on {self.host}; set --port"
+            )
         while (found := self.attempts.read(number, "coordinator")) is None:
             if self.asked or self.attempts.read(number, "verdict") or self.attempts.lost(hosts[0]):
                 return None
@@ -191,21 +240,34 @@ class Supervisor:
         """One process; only process 0 writes to this terminal, the others into log-PROCESS.txt of the launch's folder."""
         folder = self.attempts.path / str(number)
         variables = {
-            FOLDER_VARIABLE: str(folder), HOST_VARIABLE: self.host,
-            SUPERVISOR_VARIABLE: str(os.getpid()), "JAX_COORDINATOR_ADDRESS": coordinator,
-            "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process),
+            FOLDER_VARIABLE: str(folder),
+            HOST_VARIABLE: self.host,
+            SUPERVISOR_VARIABLE: str(os.getpid()),
+            "JAX_COORDINATOR_ADDRESS": coordinator,
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(process),
             FULL_VARIABLE: str(self.options.hosts * self.options.processes),
-        }  # fmt: skip
+        }
         command = [sys.executable, "-m", "baichuan_jax.train", *self.words]
         if process == 0:
-            return subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True)
+            return subprocess.Popen(
+                command, env={**os.environ, **variables}, start_new_session=True
+            )
         with open(folder / f"log-{process}.txt", "wb") as log:
-            return subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command,
+                env={**os.environ, **variables},
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
 
     def _wait(self, number: int, plan: dict) -> dict[int, tuple[Exit, float]]:
         """How all processes of this host ended. Once one of the launch has failed, the others get a while to leave by themselves."""
         exits: dict[int, tuple[Exit, float]] = {}
-        since: dict[str, float] = {}  # when the first process ended well, when the first failed, since when the launch could grow
+        since: dict[
+            str, float
+        ] = {}  # when the first process ended well, when the first failed, since when the launch could grow
         stopped: set[int] = set()
         while len(exits) < len(self.children):
             time.sleep(TICK)
@@ -218,7 +280,10 @@ class Supervisor:
                 since.setdefault("ended", now)
             if any(code not in (0, PREEMPTED) for code in codes):
                 since.setdefault("failed", now)
-            if now - since.get("failed", now) > LAST_WORDS_SECONDS or now - since.get("ended", now) > PARTING_SECONDS:
+            if (
+                now - since.get("failed", now) > LAST_WORDS_SECONDS
+                or now - since.get("ended", now) > PARTING_SECONDS
+            ):
                 useless = set(self.children) - set(exits)
             else:
                 useless = self._silent(number) - set(exits) if "failed" in since else set()
@@ -239,7 +304,11 @@ class Supervisor:
         reports = Folder(self.attempts.path / str(number)).read()
         last = time.time() - self.config.resilience.silence_seconds
         found = {p: reports[p] for p in self.children if p in reports}
-        return {p for p, report in found.items() if report.cause is None and report.time < last and WAIT in report.seconds}
+        return {
+            p
+            for p, report in found.items()
+            if report.cause is None and report.time < last and WAIT in report.seconds
+        }
 
     def _codes_elsewhere(self, number: int, plan: dict) -> list[int]:
         """Exit codes on other hosts of the launch; a host that is dead counts as killed."""
@@ -258,17 +327,33 @@ class Supervisor:
         if self.host != hosts[0] or len(hosts) >= processes:
             return False
         ready = self.attempts.alive()
-        return any(self._usable(count) for count in range(len(hosts) + 1, min(len(ready | set(hosts)), processes) + 1))
+        return any(
+            self._usable(count)
+            for count in range(len(hosts) + 1, min(len(ready | set(hosts)), processes) + 1)
+        )
 
     def _conclude(self, number: int, plan: dict) -> Decision:
         """The decision on a launch that has ended everywhere: made here, unless another host was first."""
         while (found := self.attempts.read(number, "verdict")) is None:
             ended = {host: self.attempts.read(number, f"ended-{host}") for host in plan["hosts"]}
             if all(end is not None or self.attempts.lost(host) for host, end in ended.items()):
-                content = self._judge(number, plan, {host: end for host, end in ended.items() if end is not None})
+                content = self._judge(
+                    number, plan, {host: end for host, end in ended.items() if end is not None}
+                )
                 if self.attempts.claim(number, "verdict", content):
-                    told = {name: value for name, value in content.items() if name not in ("history", "verdict")}
-                    append_event(self.run.path, "verdict", attempt=number, hosts=plan["hosts"], **told, **content["verdict"])
+                    told = {
+                        name: value
+                        for name, value in content.items()
+                        if name not in ("history", "verdict")
+                    }
+                    append_event(
+                        self.run.path,
+                        "verdict",
+                        attempt=number,
+                        hosts=plan["hosts"],
+                        **told,
+                        **content["verdict"],
+                    )
             time.sleep(TICK)
         verdict = Verdict(**{**found["verdict"], "processes": tuple(found["verdict"]["processes"])})
         if self.host == plan["hosts"][0] or self.host not in plan["hosts"]:
@@ -282,36 +367,68 @@ class Supervisor:
             index * plan["processes"] + local: host
             for index, host in enumerate(plan["hosts"])
             for local in range(plan["processes"])
-        }  # fmt: skip
-        exits = {int(p): Exit(end["code"], end["stopped"]) for e in ended.values() for p, end in e["exits"].items()}
+        }
+        exits = {
+            int(p): Exit(end["code"], end["stopped"])
+            for e in ended.values()
+            for p, end in e["exits"].items()
+        }
         reports = Folder(self.attempts.path / str(number)).read()
         verdict = blame(hosts, reports, exits)
         times = [report.time for report in reports.values() if report.cause is not None]
-        times += [end["time"] for e in ended.values() for end in e["exits"].values() if end["code"] != 0 and not end["stopped"]]
+        times += [
+            end["time"]
+            for e in ended.values()
+            for end in e["exits"].values()
+            if end["code"] != 0 and not end["stopped"]
+        ]
         before = self.attempts.read(number - 1, "verdict") if number > 1 else None
-        history = before["history"] if before is not None and before["restart"] else {"blames": {}, "fruitless": 0}
+        history = (
+            before["history"]
+            if before is not None and before["restart"]
+            else {"blames": {}, "fruitless": 0}
+        )
         newest = self._newest_checkpoint()
         fruitless = history["fruitless"] + 1 if newest == history.get("checkpoint") else 1
         last = None
         if before is not None and fruitless > 1:
-            last = Verdict(**{**before["verdict"], "processes": tuple(before["verdict"]["processes"])})
+            last = Verdict(
+                **{**before["verdict"], "processes": tuple(before["verdict"]["processes"])}
+            )
         decision = decide(
-            verdict, processes=len(hosts), asked=any(e["asked"] for e in ended.values()), fruitless=fruitless, before=last
-        )  # fmt: skip
+            verdict,
+            processes=len(hosts),
+            asked=any(e["asked"] for e in ended.values()),
+            fruitless=fruitless,
+            before=last,
+        )
         blames = dict(history["blames"])
         if verdict.host is not None:
             # What a check has found weighs as much as being named twice.
-            blames[verdict.host] = blames.get(verdict.host, 0) + (MAX_BLAMES if verdict.cause == "bad host" else 1)
+            blames[verdict.host] = blames.get(verdict.host, 0) + (
+                MAX_BLAMES if verdict.cause == "bad host" else 1
+            )
         return {
-            "verdict": dataclasses.asdict(verdict), **dataclasses.asdict(decision), "detected": min(times, default=time.time()),
-            "concluded": time.time(), "checkpoint": newest, "lost": sorted(set(plan["hosts"]) - set(ended)),
-            "history": {"blames": blames, "hosts": plan["hosts"], "fruitless": fruitless, "checkpoint": newest},
-        }  # fmt: skip
+            "verdict": dataclasses.asdict(verdict),
+            **dataclasses.asdict(decision),
+            "detected": min(times, default=time.time()),
+            "concluded": time.time(),
+            "checkpoint": newest,
+            "lost": sorted(set(plan["hosts"]) - set(ended)),
+            "history": {
+                "blames": blames,
+                "hosts": plan["hosts"],
+                "fruitless": fruitless,
+                "checkpoint": newest,
+            },
+        }
 
     def _newest_checkpoint(self) -> int:
         folder = self.run.path / "checkpoints"
         copied = [event["step"] for event in self.run.events if event["kind"] == "local_copy"][-1:]
-        return max([int(path.name) for path in folder.glob("*") if path.name.isdigit()] + copied, default=0)
+        return max(
+            [int(path.name) for path in folder.glob("*") if path.name.isdigit()] + copied, default=0
+        )
 
 
 def _is_free(port: int) -> bool:
@@ -335,22 +452,52 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "without the culprit. Run it on every host of the run, and on spare ones; what follows -- goes to baichuan_jax.train.",
         epilog="Exit codes: 0 complete, 70 bug, 74 checkpoints cannot be written, 75 asked to stop, 76 faults without progress, "
         "77 numerics, 78 configuration, 79 too few hosts. See docs/operations.md.",
-    )  # fmt: skip
+    )
     slurm = int(os.environ.get("SLURM_NNODES", "1"))
-    parser.add_argument("--hosts", type=int, default=slurm, help="hosts that train; further ones are spares (Slurm: all nodes)")
-    parser.add_argument("--min_hosts", type=int, help="go on with so few where no spare is left (default: all of --hosts)")
-    parser.add_argument("--processes", type=int, default=1, help="training processes on each host (default: 1)")
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        default=slurm,
+        help="hosts that train; further ones are spares (Slurm: all nodes)",
+    )
+    parser.add_argument(
+        "--min_hosts",
+        type=int,
+        help="go on with so few where no spare is left (default: all of --hosts)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="training processes on each host (default: 1)"
+    )
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    parser.add_argument("--host", default=name, help="this host's name in reports and plans (default: its host name)")
-    parser.add_argument("--address", help="where other hosts reach this one (default: its name; 127.0.0.1 with one host)")
-    parser.add_argument("--port", type=int, default=7733, help="of process 0's coordinator; a taken one is passed over (7733)")
-    parser.add_argument("--join_seconds", type=float, default=600.0, help="that the first launch waits for its hosts (600)")
+    parser.add_argument(
+        "--host",
+        default=name,
+        help="this host's name in reports and plans (default: its host name)",
+    )
+    parser.add_argument(
+        "--address",
+        help="where other hosts reach this one (default: its name; 127.0.0.1 with one host)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=7733,
+        help="of process 0's coordinator; a taken one is passed over (7733)",
+    )
+    parser.add_argument(
+        "--join_seconds",
+        type=float,
+        default=600.0,
+        help="that the first launch waits for its hosts (600)",
+    )
     cut = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:cut])
     options.min_hosts = options.min_hosts or options.hosts
     options.address = options.address or ("127.0.0.1" if options.hosts == 1 else options.host)
     if not 1 <= options.min_hosts <= options.hosts:
-        parser.error(f"--min_hosts {options.min_hosts} must lie between 1 and --hosts {options.hosts}")
+        parser.error(
+            f"--min_hosts {options.min_hosts} must lie between 1 and --hosts {options.hosts}"
+        )
     return options, words[cut + 1 :]
 
 

@@ -1,8 +1,9 @@
 """The fast tier of checkpoints: every host keeps a copy of the whole state on a disk of its own; a start takes the newest anywhere.
 
-For runs in which each process holds the whole state: fsdp inside a host, data between hosts. Copies are written often and beside the
-steps, without a word between hosts; who has none at a start (a spare) gets the state from one who has. The run's folder stays the
-place that lasts: a copy counts only if it is at least as new as the newest checkpoint there, and was made since the last rollback.
+For runs in which each process holds the whole state: fsdp inside a host, data between hosts. Copies
+are written often and beside the steps, without a word between hosts; who has none at a start (a
+spare) gets the state from one who has. The run's folder stays the place that lasts: a copy counts
+only if it is at least as new as the newest checkpoint there, and was made since the last rollback.
 """
 
 import json
@@ -30,13 +31,17 @@ CHUNK = 1 << 26  # elements that are sent at once: 256 MiB
 class LocalCopies:
     """This host's copies: `save` starts one, `finish` lets it count, `restore` takes the newest of all hosts.
 
-    `rollbacks`: how often the run has rolled back; what was copied before the last time does not count. Raises ConfigError where a
-    process holds only a part of the state.
+    `rollbacks`: how often the run has rolled back; what was copied before the last time does not
+    count. Raises ConfigError where a process holds only a part of the state.
     """
 
     def __init__(self, folder: Path, rollbacks: int, host: str, checkpoints: Checkpoints) -> None:
         self._folder = self._draft = folder
-        self._rollbacks, self._checkpoints, self._target = rollbacks, checkpoints, as_items(checkpoints.target)
+        self._rollbacks, self._checkpoints, self._target = (
+            rollbacks,
+            checkpoints,
+            as_items(checkpoints.target),
+        )
         self._writer = gather("local/hosts", host).index(host) == jax.process_index()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -61,7 +66,13 @@ class LocalCopies:
                 shard.data.copy_to_host_async()
         parts = [[(shard.index, _on_host(shard.data)) for shard in these] for these in shards]
         tokenizer = self._checkpoints.tokenizer
-        head = {"rollbacks": self._rollbacks, "step": step, "position": position, "tokenizer": tokenizer, "digest": digest}
+        head = {
+            "rollbacks": self._rollbacks,
+            "step": step,
+            "position": position,
+            "tokenizer": tokenizer,
+            "digest": digest,
+        }
         self._draft = self._folder / f"{step}{SUFFIX}.{os.getpid()}"
         self._thread = threading.Thread(target=self._write, args=(head, parts), name="local copy")
         self._thread.start()
@@ -104,24 +115,41 @@ class LocalCopies:
         while True:
             self._rounds += 1
             path, head = self._newest()
-            steps = [step if step is not None and step >= at_least else -1 for step in self._tell("steps", head.get("step"))]
+            steps = [
+                step if step is not None and step >= at_least else -1
+                for step in self._tell("steps", head.get("step"))
+            ]
             step = max(steps)
             if step < 0:
                 return None
             source, mine = steps.index(step), steps[jax.process_index()] == step
             everywhere = all(each == step for each in steps)
             arrays = []
-            for leaf, content in zip(jax.tree.leaves(self._target), self._read(path if mine else None), strict=True):
+            for leaf, content in zip(
+                jax.tree.leaves(self._target), self._read(path if mine else None), strict=True
+            ):
                 whole = content if everywhere else _send(content, source)
-                arrays.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, whole=whole: whole[index]))
-            state = as_state(self._checkpoints.target, jax.tree.unflatten(jax.tree.structure(self._target), arrays))
+                arrays.append(
+                    jax.make_array_from_callback(
+                        leaf.shape, leaf.sharding, lambda index, whole=whole: whole[index]
+                    )
+                )
+            state = as_state(
+                self._checkpoints.target,
+                jax.tree.unflatten(jax.tree.structure(self._target), arrays),
+            )
             head = self._tell("head", head)[source]
             found = self._checkpoints.digest(state)
-            bad = self._tell("digest", sum(found[name] != head["digest"].get(name) for name in found))
+            bad = self._tell(
+                "digest", sum(found[name] != head["digest"].get(name) for name in found)
+            )
             if not any(bad):
                 return Restored(state, step, head["position"])
-            # Each process judges what it holds; where all were sent one copy, that one goes, whoever finds it wrong.
-            damaged = [process for process, count in enumerate(bad) if count] if everywhere else [source]
+            # Each process judges what it holds; where all were sent one copy, that one goes,
+            # whoever finds it wrong.
+            damaged = (
+                [process for process, count in enumerate(bad) if count] if everywhere else [source]
+            )
             reason = f"not the bits that were saved, on processes {damaged}"
             report("local_copy_corrupt", step=step, path=str(self._folder), reason=reason)
             if jax.process_index() in damaged and path is not None:
@@ -139,7 +167,9 @@ class LocalCopies:
                 head, start = _read_head(path)
                 if head["rollbacks"] != self._rollbacks:
                     continue
-                if head["tokenizer"] != self._checkpoints.tokenizer or list(head["digest"]) != names_of(self._target):
+                if head["tokenizer"] != self._checkpoints.tokenizer or list(
+                    head["digest"]
+                ) != names_of(self._target):
                     raise ValueError("of another tokenizer or model")
                 if (found := path.stat().st_size) != start + size:
                     raise ValueError(f"{found} bytes of {start + size}")
@@ -156,7 +186,9 @@ class LocalCopies:
             return
         with open(path, "rb") as file:
             file.seek(_read_head(path)[1])
-            yield from (np.fromfile(file, leaf.dtype, leaf.size).reshape(leaf.shape) for leaf in leaves)
+            yield from (
+                np.fromfile(file, leaf.dtype, leaf.size).reshape(leaf.shape) for leaf in leaves
+            )
 
 
 def _read_head(path: Path) -> tuple[dict[str, Any], int]:
@@ -170,7 +202,10 @@ def _read_head(path: Path) -> tuple[dict[str, Any], int]:
 
 def _is_whole(leaf: Any) -> bool:
     """Whether this process's devices hold all of an array."""
-    pieces = {str(index): index for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    pieces = {
+        str(index): index
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    }
     return sum(int(np.prod(_shape_of(index, leaf.shape))) for index in pieces.values()) == leaf.size
 
 
@@ -204,7 +239,11 @@ def _send(content: np.ndarray, source: int) -> np.ndarray:
     received = np.empty_like(bits)
     for begin in range(0, bits.size, CHUNK):
         part = bits[begin : begin + CHUNK]
-        padded = np.zeros(1 << max(part.size - 1, 0).bit_length(), np.uint32)  # few sizes, so that few programs are compiled
+        padded = np.zeros(
+            1 << max(part.size - 1, 0).bit_length(), np.uint32
+        )  # few sizes, so that few programs are compiled
         padded[: part.size] = part
-        received[begin : begin + CHUNK] = multihost_utils.broadcast_one_to_all(padded, jax.process_index() == source)[: part.size]
+        received[begin : begin + CHUNK] = multihost_utils.broadcast_one_to_all(
+            padded, jax.process_index() == source
+        )[: part.size]
     return received.view(content.dtype).reshape(content.shape)

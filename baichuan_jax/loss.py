@@ -1,7 +1,8 @@
 """Next-token cross-entropy, split over tokens so that full logits [B, T, V] never exist, forward or backward.
 
-The gradient is taken in the forward pass, chunk by chunk, while a chunk's logits are at hand; the backward pass only scales it.
-That saves the second product of hidden states and head that a recomputing backward pass would need.
+The gradient is taken in the forward pass, chunk by chunk, while a chunk's logits are at hand; the
+backward pass only scales it. That saves the second product of hidden states and head that a
+recomputing backward pass would need.
 
 B batch, T length, D hidden, V vocabulary (one device's part of it), C tokens of a chunk.
 """
@@ -21,13 +22,19 @@ IGNORE = -100  # labels with this value are left out
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, kernel_DV: jax.Array, labels_BT: jax.Array, *, chunk_size: int, z_loss: float = 0.0
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    labels_BT: jax.Array,
+    *,
+    chunk_size: int,
+    z_loss: float = 0.0,
 ) -> jax.Array:
     """Sum over labels (other than -100) of -log p(label), a float32 scalar; divide it by the global count of valid labels.
 
-    Logits are hidden @ kernel in hidden's dtype with float32 accumulation; softmax and sums in float32. z_loss adds
-    z_loss * log(normaliser)^2 a token (PaLM, Chowdhery et al. 2022). On the current mesh every device takes its own tokens in chunks
-    of `chunk_size`, vocabulary split over `tensor`; the head's gradient is summed over devices once, not once a chunk.
+    Logits are hidden @ kernel in hidden's dtype with float32 accumulation; softmax and sums in
+    float32. z_loss adds z_loss * log(normaliser)^2 a token (PaLM, Chowdhery et al. 2022). On the
+    current mesh every device takes its own tokens in chunks of `chunk_size`, vocabulary split over
+    `tensor`; the head's gradient is summed over devices once, not once a chunk.
     """
     return _cross_entropy(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss)
 
@@ -35,7 +42,10 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss):
     return _on_mesh(
-        functools.partial(_local, chunk_size=chunk_size, z_loss=z_loss, with_gradient=False), hidden_BTD, kernel_DV, labels_BT
+        functools.partial(_local, chunk_size=chunk_size, z_loss=z_loss, with_gradient=False),
+        hidden_BTD,
+        kernel_DV,
+        labels_BT,
     )
 
 
@@ -66,7 +76,10 @@ def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):
         return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
 
     function = functools.partial(
-        local, token_axes=real(*layout.batch_axes, "context"), vocab_axes=real("tensor"), shard_axes=real("fsdp")
+        local,
+        token_axes=real(*layout.batch_axes, "context"),
+        vocab_axes=real("tensor"),
+        shard_axes=real("fsdp"),
     )
     return jax.shard_map(
         function,
@@ -101,8 +114,12 @@ def _local(
     count = labels_BT.size
     chunk_size = min(chunk_size, count)
     padding = -count % chunk_size
-    hidden = jnp.pad(hidden_BTD.reshape(count, D), ((0, padding), (0, 0))).reshape(-1, chunk_size, D)
-    labels = jnp.pad(labels_BT.reshape(count), (0, padding), constant_values=IGNORE).reshape(-1, chunk_size)
+    hidden = jnp.pad(hidden_BTD.reshape(count, D), ((0, padding), (0, 0))).reshape(
+        -1, chunk_size, D
+    )
+    labels = jnp.pad(labels_BT.reshape(count), (0, padding), constant_values=IGNORE).reshape(
+        -1, chunk_size
+    )
 
     def over_vocab(reduce: Callable, x: jax.Array) -> jax.Array:
         return reduce(x, vocab_axes) if vocab_axes else x
@@ -117,7 +134,9 @@ def _local(
         lse_C = top_C + jnp.log(total_C)
         own_C = labels_C - first
         here_C = (own_C >= 0) & (own_C < V)
-        picked_C = jnp.take_along_axis(logits_CV, jnp.where(here_C, own_C, 0)[:, None], axis=-1)[:, 0]
+        picked_C = jnp.take_along_axis(logits_CV, jnp.where(here_C, own_C, 0)[:, None], axis=-1)[
+            :, 0
+        ]
         picked_C = over_vocab(lax.psum, jnp.where(here_C, picked_C, 0.0))
         valid_C = labels_C != IGNORE
         loss += jnp.sum(jnp.where(valid_C, lse_C - picked_C + z_loss * lse_C**2, 0.0))

@@ -22,8 +22,9 @@ from baichuan_jax.run import drop_unfinished_line
 def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, float]:
     """Training FLOPs a token, forward and backward, nothing recomputed: (full-attention counting, causal counting).
 
-    6 a weight of every matrix product (the embedding is a look-up), and for attention 12 * L * D * T where every pair of positions is
-    counted (PaLM, Chowdhery et al. 2022, appendix B) or half of it where only those that the causal mask leaves are.
+    6 a weight of every matrix product (the embedding is a look-up), and for attention 12 * L * D *
+    T where every pair of positions is counted (PaLM, Chowdhery et al. 2022, appendix B) or half of
+    it where only those that the causal mask leaves are.
     """
     block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
     products = 6.0 * (model.num_layers * block + model.hidden_size * model.vocab_size)
@@ -36,10 +37,19 @@ def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
     if device.platform == "cpu":
-        return measure_matmul_flops() / jax.local_device_count(), "the measured matrix-product peak of this CPU"
+        return (
+            measure_matmul_flops() / jax.local_device_count(),
+            "the measured matrix-product peak of this CPU",
+        )
     if hardware := hardware_of(device.device_kind):
-        return hardware.peak_tflops * 1e12, f"{hardware.name}: {hardware.peak_tflops:g} dense bfloat16 TFLOP/s"
-    return None, f"unknown for {device.device_kind!r}; set metrics.peak_tflops to its dense bfloat16 TFLOP/s to see MFU"
+        return (
+            hardware.peak_tflops * 1e12,
+            f"{hardware.name}: {hardware.peak_tflops:g} dense bfloat16 TFLOP/s",
+        )
+    return (
+        None,
+        f"unknown for {device.device_kind!r}; set metrics.peak_tflops to its dense bfloat16 TFLOP/s to see MFU",
+    )
 
 
 def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
@@ -67,7 +77,9 @@ def peak_memory_gib() -> float:
 def seconds_since_process_start() -> float:
     """Age of this process where the system tells (Linux), else 0: the time that imports took."""
     try:
-        started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        started = int(
+            Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+        ) / os.sysconf("SC_CLK_TCK")
         return float(Path("/proc/uptime").read_text().split()[0]) - started
     except (OSError, ValueError, IndexError):
         return 0.0
@@ -92,7 +104,10 @@ class Throughput:
         rate = self.tokens / seconds
         share = {"mfu": None, "mfu_causal": None}
         if self._peak is not None:
-            share = {"mfu": rate * self._full / self._peak, "mfu_causal": rate * self._causal / self._peak}
+            share = {
+                "mfu": rate * self._full / self._peak,
+                "mfu_causal": rate * self._causal / self._peak,
+            }
         return {"step_seconds": seconds, "tokens_per_second": rate, **share}
 
     def median(self) -> dict[str, float | None]:
@@ -103,8 +118,9 @@ class Throughput:
 class Writer:
     """Appends to metrics.jsonl and events.jsonl of a run's folder, and to TensorBoard and W&B where asked for.
 
-    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run has all its lines. `warnings`:
-    what is not written although the settings say so, for the caller to show.
+    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run
+    has all its lines. `warnings`: what is not written although the settings say so, for the caller
+    to show.
     """
 
     def __init__(self, run_path: Path, config: Config, active: bool = True) -> None:
@@ -116,13 +132,16 @@ class Writer:
         if config.metrics.wandb_project is not None:
             self._wandb = _wandb_run(run_path, config)
         if config.metrics.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-            # On by default, so it may not have been asked for; and metrics.jsonl has the same figures.
+            # On by default, so it may not have been asked for; and metrics.jsonl has the same
+            # figures.
             self.warnings.append(
                 "TensorBoard events are not written: tensorboardX is not installed; pip install tensorboardX, or turn them off with "
                 "--metrics.tensorboard false"
             )
         elif config.metrics.tensorboard:
-            from tensorboardX import SummaryWriter  # imported late: half a second that runs without it save
+            from tensorboardX import (
+                SummaryWriter,
+            )  # imported late: half a second that runs without it save
 
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
         for name in ("metrics", "events"):
@@ -134,9 +153,16 @@ class Writer:
         """One line of figures of a step or of an evaluation; a figure that is not finite is written as null."""
         if not self._files:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         self._line("metrics", {"step": step, "time": round(time.time(), 3), **finite})
-        numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        numbers = {
+            k: v
+            for k, v in finite.items()
+            if isinstance(v, int | float) and not isinstance(v, bool)
+        }
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -171,5 +197,8 @@ def _wandb_run(run_path: Path, config: Config) -> Any:
     import dataclasses
 
     return wandb.init(
-        project=config.metrics.wandb_project, name=run_path.name, dir=str(run_path), config=dataclasses.asdict(config)
+        project=config.metrics.wandb_project,
+        name=run_path.name,
+        dir=str(run_path),
+        config=dataclasses.asdict(config),
     )

@@ -1,9 +1,11 @@
 """The Baichuan-7B decoder in flax.nnx: LLaMA's design with packed Q, K and V.
 
-Follows modeling_baichuan.py of baichuan-inc/Baichuan-7B. The blocks' parameters are stacked along a leading axis of layers, and
-every parameter carries its logical axes as metadata (`axes`, see sharding.RULES); nothing else here knows of devices.
+Follows modeling_baichuan.py of baichuan-inc/Baichuan-7B. The blocks' parameters are stacked along a
+leading axis of layers, and every parameter carries its logical axes as metadata (`axes`, see
+sharding.RULES); nothing else here knows of devices.
 
-B batch, T query length, S key length, D hidden, F intermediate, N heads, H head size, V vocabulary, L layers.
+B batch, T query length, S key length, D hidden, F intermediate, N heads, H head size, V vocabulary,
+L layers.
 """
 
 import functools
@@ -32,8 +34,12 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def _matrix(rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def _matrix(
+    rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> nnx.Param:
+    return nnx.Param(
+        config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes
+    )
 
 
 def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -43,8 +49,9 @@ def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
 def _project(x: jax.Array, weight: jax.Array, summed: int = 1) -> jax.Array:
     """x [B, T, ...] times a weight over x's last `summed` dimensions and the weight's first ones.
 
-    Rows of B and T are merged where no mesh axis cuts the sequence, so that the weight's gradient is one plain product: over two
-    dimensions XLA's CPU backend copies both operands into another order first (a third of the SwiGLU block's time).
+    Rows of B and T are merged where no mesh axis cuts the sequence, so that the weight's gradient
+    is one plain product: over two dimensions XLA's CPU backend copies both operands into another
+    order first (a third of the SwiGLU block's time).
     """
     layout = current_layout()
     if layout is not None and layout.mesh.shape["context"] > 1:
@@ -58,10 +65,17 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig) -> None:
         self.config, self.kernels = config, kernels
-        L, D, F, N, H = config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+        L, D, F, N, H = (
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.head_dim,
+        )
         matrix = functools.partial(_matrix, rngs, config)
         self.attention_norm = _scale((L, D), ("layers", "norm"))
-        # Heads apart from Q, K, V, so that a tensor axis cuts heads and never moves parts of Q to where K lies.
+        # Heads apart from Q, K, V, so that a tensor axis cuts heads and never moves parts of Q to
+        # where K lies.
         self.w_pack = matrix((L, D, 3, N, H), ("layers", "embed", "qkv", "heads", "head_dim"))
         self.w_out = matrix((L, N, H, D), ("layers", "heads", "head_dim", "embed"))
         self.mlp_norm = _scale((L, D), ("layers", "norm"))
@@ -82,26 +96,40 @@ class Block(nnx.Module):
         `prefix`: (k_SNH, v_SNH, mask_S) of tokens that come before every row.
         """
         dtype = x_BTD.dtype
-        norm = functools.partial(rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm)
+        norm = functools.partial(
+            rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
+        )
         y_BTD = norm(x_BTD, self.attention_norm[...])
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
-        q_BTNH, k_BTNH, v_BTNH = (constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3))
+        q_BTNH, k_BTNH, v_BTNH = (
+            constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3)
+        )
         q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
         written = None
         if prefix is not None:
             out_BTNH = prefix_attention(q_BTNH, k_BTNH, v_BTNH, *prefix)
         elif cache is None:
-            out_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids=segment_ids, implementation=self.kernels.attention)
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTNH,
+                v_BTNH,
+                segment_ids=segment_ids,
+                implementation=self.kernels.attention,
+            )
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
             out_BTNH = masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
-        out_BTD = constrain(_project(out_BTNH, self.w_out[...].astype(dtype), summed=2), "batch", "length", "hidden")
+        out_BTD = constrain(
+            _project(out_BTNH, self.w_out[...].astype(dtype), summed=2), "batch", "length", "hidden"
+        )
 
         y_BTD, x_BTD = norm(out_BTD, self.mlp_norm[...], residual=x_BTD)
-        gate_BTF = constrain(_project(y_BTD, self.w_gate[...].astype(dtype)), "batch", "length", "mlp")
+        gate_BTF = constrain(
+            _project(y_BTD, self.w_gate[...].astype(dtype)), "batch", "length", "mlp"
+        )
         up_BTF = constrain(_project(y_BTD, self.w_up[...].astype(dtype)), "batch", "length", "mlp")
         x_BTD = x_BTD + _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
         return constrain(x_BTD, "batch", "length", "hidden"), written
@@ -112,17 +140,26 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig = _AUTO) -> None:
         self.config, self.kernels = config, kernels
-        self.embedding = _matrix(rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        self.embedding = _matrix(
+            rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        )
         self.layers = Block(config, rngs, kernels)
         self.final_norm = _scale((config.hidden_size,), ("norm",))
-        self.lm_head = _matrix(rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        self.lm_head = _matrix(
+            rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab")
+        )
 
     def hidden(
-        self, tokens_BT: jax.Array, *, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """States after the final norm [B, T, D].
 
-        segment_ids [B, T]: documents that do not see each other. positions [B, T]: for the rotary embedding, by default from 0.
+        segment_ids [B, T]: documents that do not see each other. positions [B, T]: for the rotary
+        embedding, by default from 0.
         """
         config = self.config
         rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
@@ -138,25 +175,34 @@ class Transformer(nnx.Module):
             x_BTD = _unrolled(body, x_BTD, layers)
         return self._final_norm(x_BTD)
 
-    def extend(self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         """States [B, T, D] of tokens that follow those in the cache, and the cache with them in it."""
         T, S = tokens_BT.shape[1], cache.mask_BS.shape[1]
         rope = self._rope(positions)
-        mask_BTS = (jnp.arange(S) <= (cache.length + jnp.arange(T))[:, None]) & cache.mask_BS[:, None, :]
+        mask_BTS = (jnp.arange(S) <= (cache.length + jnp.arange(T))[:, None]) & cache.mask_BS[
+            :, None, :
+        ]
         graphdef, layers = nnx.split(self.layers)
 
         def body(x_BTD, xs):
             layer, k_BSNH, v_BSNH = xs
-            return nnx.merge(graphdef, layer)(x_BTD, rope, None, (k_BSNH, v_BSNH, mask_BTS, cache.length))
+            return nnx.merge(graphdef, layer)(
+                x_BTD, rope, None, (k_BSNH, v_BSNH, mask_BTS, cache.length)
+            )
 
-        x_BTD, written = jax.lax.scan(body, self._embed(tokens_BT), (layers, cache.k_LBSNH, cache.v_LBSNH))
+        x_BTD, written = jax.lax.scan(
+            body, self._embed(tokens_BT), (layers, cache.k_LBSNH, cache.v_LBSNH)
+        )
         k_LBSNH, v_LBSNH = cast(tuple[jax.Array, jax.Array], written)
         return self._final_norm(x_BTD), Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
 
     def after(self, tokens_BT: jax.Array, prefix: Cache) -> jax.Array:
         """States [B, T, D] of rows that all come after the tokens in `prefix`, a cache of one row, which stays as it is.
 
-        Its keys and values are read by all rows, not copied for each. Padding goes to the right, where no real token sees it.
+        Its keys and values are read by all rows, not copied for each. Padding goes to the right,
+        where no real token sees it.
         """
         rope = self._rope(prefix.length + jnp.arange(tokens_BT.shape[1])[None])
         mask_S = prefix.mask_BS[0] & (jnp.arange(prefix.mask_BS.shape[1]) < prefix.length)
@@ -166,7 +212,9 @@ class Transformer(nnx.Module):
             layer, k_SNH, v_SNH = xs
             return nnx.merge(graphdef, layer)(x_BTD, rope, None, prefix=(k_SNH, v_SNH, mask_S))
 
-        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (layers, prefix.k_LBSNH[:, 0], prefix.v_LBSNH[:, 0]))
+        x_BTD, _ = jax.lax.scan(
+            body, self._embed(tokens_BT), (layers, prefix.k_LBSNH[:, 0], prefix.v_LBSNH[:, 0])
+        )
         return self._final_norm(x_BTD)
 
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,12 +222,15 @@ class Transformer(nnx.Module):
 
     def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
         weight_D = self.final_norm[...]
-        return rms_norm(x_BTD, weight_D, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm)
+        return rms_norm(
+            x_BTD, weight_D, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
+        )
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        # Every device looks up its columns for the rows of its whole fsdp group, and one all-to-all turns columns into rows: a group
-        # moves the activations of its rows instead of the table. Looked up in float32, then cast: the gradient's scatter-add is
-        # float32 (in bfloat16 it is slow and inexact).
+        # Every device looks up its columns for the rows of its whole fsdp group, and one all-to-all
+        # turns columns into rows: a group moves the activations of its rows instead of the table.
+        # Looked up in float32, then cast: the gradient's scatter-add is float32 (in bfloat16 it is
+        # slow and inexact).
         tokens_BT = constrain(tokens_BT, "group", "length")
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
         if self.config.pad_token_id is not None:
@@ -218,9 +269,13 @@ def matmul_precision(config: ModelConfig):
     return jax.default_matmul_precision("float32" if config.dtype == "float32" else "default")
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BT: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] in float32 of the rotary embedding (Su et al. 2021), at any position."""
-    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    frequencies = np.float32(1) / np.float32(theta) ** (
+        np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    )
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -236,8 +291,9 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
 def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
     """Apply the blocks one after the other: no stack of saved activations is written, and the compiler sees all of them at once.
 
-    In the backward pass a block waits until the gradients of the third block after it are reduced. Left free, XLA's scheduler puts
-    every reduction behind the last block, where no compute hides them.
+    In the backward pass a block waits until the gradients of the third block after it are reduced.
+    Left free, XLA's scheduler puts every reduction behind the last block, where no compute hides
+    them.
     """
     variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     axes = [variable.get_metadata()["axes"][1:] for variable in variables]
@@ -250,7 +306,9 @@ def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
     return x_BTD
 
 
-def _reduced_first(x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]) -> tuple[jax.Array, nnx.State]:
+def _reduced_first(
+    x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]
+) -> tuple[jax.Array, nnx.State]:
     """Both as they are; backward, the gradient of x goes on only when the block's gradients lie as its parameters do."""
 
     @jax.custom_vjp
@@ -278,7 +336,9 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
-def abstract_model(config: ModelConfig, kernels: KernelsConfig = _AUTO) -> tuple[nnx.GraphDef, Params, dict]:
+def abstract_model(
+    config: ModelConfig, kernels: KernelsConfig = _AUTO
+) -> tuple[nnx.GraphDef, Params, dict]:
     """The model without its numbers: (graph definition, shapes, logical axes), the last two as nested dicts."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), kernels))
     graphdef, state = nnx.split(model)
@@ -295,4 +355,9 @@ def init_cache(config: ModelConfig, mask_BS: jax.Array) -> Cache:
     """An empty cache for mask_BS.shape[1] positions."""
     B, S = mask_BS.shape
     shape = (config.num_layers, B, S, config.num_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), mask_BS.astype(bool), jnp.int32(0))
+    return Cache(
+        jnp.zeros(shape, config.dtype),
+        jnp.zeros(shape, config.dtype),
+        mask_BS.astype(bool),
+        jnp.int32(0),
+    )

@@ -1,7 +1,8 @@
 """`python -m baichuan_jax.plan`: what a training step costs on a cluster that is not there.
 
-The real step of step.py, with its real kernels and flags, is compiled for a topology by name; no accelerator is needed. From the
-compiled program come memory, operations and collectives; the step's time is predicted by roofline.py.
+The real step of step.py, with its real kernels and flags, is compiled for a topology by name; no
+accelerator is needed. From the compiled program come memory, operations and collectives; the step's
+time is predicted by roofline.py.
 """
 
 import dataclasses
@@ -27,7 +28,15 @@ from baichuan_jax.hardware import Hardware, Topology, parse_topology
 from baichuan_jax.kernels.triton import bridge
 from baichuan_jax.plan_report import Compiled, capacity_gib, plot, report, show, show_rates
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.roofline import RATE_NAMES, Rates, check_rate, predict, rates_for, read_rates, schedule_profile
+from baichuan_jax.roofline import (
+    RATE_NAMES,
+    Rates,
+    check_rate,
+    predict,
+    rates_for,
+    read_rates,
+    schedule_profile,
+)
 from baichuan_jax.xla_flags import PROFILE_FLAG, choose_flags
 
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
@@ -40,8 +49,14 @@ def missing(topology: Topology) -> list[str]:
     if topology.hardware.platform == "tpu":
         return [name for name in ["libtpu"] if not _installed(name)]
     cuda = 13 if _installed("jax-cuda13-plugin") and not _installed("jax-cuda12-plugin") else 12
-    lacking = [f"jax-cuda{cuda}-{part}" for part in ("plugin", "pjrt") if not _installed(f"jax-cuda{cuda}-{part}")]
-    libdevice = any((folder / "nvvm/libdevice/libdevice.10.bc").exists() for folder in bridge.cuda_folders())
+    lacking = [
+        f"jax-cuda{cuda}-{part}"
+        for part in ("plugin", "pjrt")
+        if not _installed(f"jax-cuda{cuda}-{part}")
+    ]
+    libdevice = any(
+        (folder / "nvvm/libdevice/libdevice.10.bc").exists() for folder in bridge.cuda_folders()
+    )
     if bridge.xla_ptxas() is None or not libdevice:  # neither NVIDIA's wheels nor a toolkit
         lacking += ["nvidia-cuda-nvcc-cu12"] if cuda == 12 else ["nvidia-cuda-nvcc", "nvidia-nvvm"]
     return lacking + [name for name in ("triton", "jax-triton") if not _installed(name)]
@@ -67,7 +82,9 @@ def child_environment(config: Config, topology: Topology) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",  # no cloud machine to ask what it is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "XLA_FLAGS": " ".join([*settings.xla, os.environ.get("XLA_FLAGS", "")]).strip(),
-        "LIBTPU_INIT_ARGS": " ".join([*settings.libtpu, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip(),
+        "LIBTPU_INIT_ARGS": " ".join(
+            [*settings.libtpu, os.environ.get("LIBTPU_INIT_ARGS", "")]
+        ).strip(),
     }
 
 
@@ -102,7 +119,10 @@ def described_devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(f"{name}:{shape}", "tpu").devices)
     nodes, per_node = topology.shape
     described = topologies.get_topology_desc(
-        name, "cuda", target_config=target_config(topology.hardware), topology=f"1x{nodes}x{per_node}"
+        name,
+        "cuda",
+        target_config=target_config(topology.hardware),
+        topology=f"1x{nodes}x{per_node}",
     )
     return list(described.devices)
 
@@ -110,7 +130,8 @@ def described_devices(topology: Topology) -> list[Any]:
 def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     """Trace the training step of step.py; what is returned compiles it. Raises ConfigError where mesh and model do not fit each other.
 
-    It takes a `profile`: a file of instructions' times for XLA's scheduler (roofline.schedule_profile), or None.
+    It takes a `profile`: a file of instructions' times for XLA's scheduler
+    (roofline.schedule_profile), or None.
     """
     import jax
     import jax.numpy as jnp
@@ -129,29 +150,48 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     state = jax.tree.map(abstract, steps.state_shapes, steps.state_shardings)
     accumulation = config.accumulation_steps(config.mesh)
     rows = jax.ShapeDtypeStruct(
-        (accumulation, config.train.global_batch_size // accumulation, config.train.context_length), jnp.int32,
+        (accumulation, config.train.global_batch_size // accumulation, config.train.context_length),
+        jnp.int32,
         sharding=steps.batch_sharding,
-    )  # fmt: skip
-    names = ["inputs", "labels", *(["segment_ids", "positions"] if config.data.document_mask else [])]
+    )
+    names = [
+        "inputs",
+        "labels",
+        *(["segment_ids", "positions"] if config.data.document_mask else []),
+    ]
     stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
-    lowered = steps.train.lower(state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding))
+    lowered = steps.train.lower(
+        state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding)
+    )
 
     def on_one_device(tree: Any) -> int:
         leaves = jax.tree.leaves(tree)
-        return sum(int(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
+        return sum(
+            int(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)))
+            for x in leaves
+        )
 
     def compile_it(profile: Path | None = None) -> Compiled:
-        compiled = lowered.compile({PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None)
+        compiled = lowered.compile(
+            {PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None
+        )
         memory = compiled.memory_analysis()
         return Compiled(
-            config, mesh, compiled.as_text(),
+            config,
+            mesh,
+            compiled.as_text(),
             {
-                "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
-                "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+                "arguments": memory.argument_size_in_bytes,
+                "outputs": memory.output_size_in_bytes,
+                "aliased": memory.alias_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
             },
-            {"parameters": on_one_device(state.params), "optimiser": on_one_device(state.opt_state)},
+            {
+                "parameters": on_one_device(state.params),
+                "optimiser": on_one_device(state.opt_state),
+            },
             time.perf_counter() - began,
-        )  # fmt: skip
+        )
 
     return compile_it
 
@@ -164,7 +204,9 @@ def candidates(config: Config, num_devices: int) -> Iterator[Config]:
     for remat in ("none", "matmuls", "full"):
         for size in sizes:
             train = dataclasses.replace(config.train, micro_batch_size=size)
-            yield dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, remat=remat))
+            yield dataclasses.replace(
+                config, train=train, model=dataclasses.replace(config.model, remat=remat)
+            )
 
 
 def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +216,12 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
     if not options["search"]:
         return _compile_twice(trace_step(config, devices), topology, rates, options)
     tried, found = [], []
-    bar = tqdm(list(candidates(config, topology.num_devices)), desc="compiling candidates", unit="program", disable=None)
+    bar = tqdm(
+        list(candidates(config, topology.num_devices)),
+        desc="compiling candidates",
+        unit="program",
+        disable=None,
+    )
     for candidate in bar:
         try:
             result = report(trace_step(candidate, devices)(), topology, rates)
@@ -182,19 +229,40 @@ def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[s
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            result = {"remat": candidate.model.remat, "micro_batch_size": candidate.train.micro_batch_size, "fits": False}
-        tried.append({name: result.get(name) for name in
-                      ("remat", "micro_batch_size", "fits", "peak_gib", "predicted_step_seconds", "predicted_mfu")})  # fmt: skip
+            result = {
+                "remat": candidate.model.remat,
+                "micro_batch_size": candidate.train.micro_batch_size,
+                "fits": False,
+            }
+        tried.append(
+            {
+                name: result.get(name)
+                for name in (
+                    "remat",
+                    "micro_batch_size",
+                    "fits",
+                    "peak_gib",
+                    "predicted_step_seconds",
+                    "predicted_mfu",
+                )
+            }
+        )
         if result["fits"]:
             found.append(result)
     if not found:
-        listed = ", ".join(f"{item['remat']} x {item['micro_batch_size']}: {item['peak_gib']} GiB" for item in tried)
+        listed = ", ".join(
+            f"{item['remat']} x {item['micro_batch_size']}: {item['peak_gib']} GiB"
+            for item in tried
+        )
         raise ConfigError(
             f"nothing fits into {capacity_gib(topology.hardware):.1f} GiB of {topology.hardware.name} ({listed}); "
             "raise mesh.fsdp or mesh.tensor, or use more devices"
         )
     best = min(found, key=lambda item: item["predicted_step_seconds"])
-    return {**_compile_twice(trace_step(best["config"], devices), topology, rates, options), "search": tried}
+    return {
+        **_compile_twice(trace_step(best["config"], devices), topology, rates, options),
+        "search": tried,
+    }
 
 
 def _compile_twice(
@@ -208,7 +276,10 @@ def _compile_twice(
         path = _output(options, topology, ".pbtxt")
         path.write_text(schedule_profile(first), encoding="utf-8")
         compiled = compile_it(path)
-        added = {"schedule_profile": str(path), "predicted_step_seconds_without_profile": first.seconds}
+        added = {
+            "schedule_profile": str(path),
+            "predicted_step_seconds_without_profile": first.seconds,
+        }
     if options["hlo"]:
         Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
     return report(compiled, topology, rates) | added
@@ -221,7 +292,11 @@ def _output(options: dict[str, Any], topology: Topology, suffix: str) -> Path:
 
 
 def _hardware(topology: Topology, overrides: dict[str, Any]) -> Topology:
-    given = {name: overrides[f"hardware.{name}"] for name in OVERRIDES if overrides.get(f"hardware.{name}") is not None}
+    given = {
+        name: overrides[f"hardware.{name}"]
+        for name in OVERRIDES
+        if overrides.get(f"hardware.{name}") is not None
+    }
     return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
 
 
@@ -229,45 +304,90 @@ def _rates(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float
     """Rates that take the place of the accelerator's own, and for the report where each rate comes from: given on the command line,
     else measured (--rates_file), else the default of roofline.py. Raises ConfigError.
     """
-    given = {name: options[f"rates.{name}"] for name in RATE_NAMES if options[f"rates.{name}"] is not None}
+    given = {
+        name: options[f"rates.{name}"]
+        for name in RATE_NAMES
+        if options[f"rates.{name}"] is not None
+    }
     for name, value in given.items():
         check_rate(f"--rates.{name}", name, value)
-    measured = read_rates(options["rates_file"], topology.hardware) if options["rates_file"] else None
+    measured = (
+        read_rates(options["rates_file"], topology.hardware) if options["rates_file"] else None
+    )
     rates = {**(measured.rates if measured else {}), **given}
-    sources = {name: "given" if name in given else "measured" if name in rates else "default" for name in RATE_NAMES}
-    return rates, {"rates_from": sources, "rates_file": dataclasses.asdict(measured) if measured else None}
+    sources = {
+        name: "given" if name in given else "measured" if name in rates else "default"
+        for name in RATE_NAMES
+    }
+    return rates, {
+        "rates_from": sources,
+        "rates_file": dataclasses.asdict(measured) if measured else None,
+    }
 
 
 def main(words: list[str]) -> int:
     """`python -m baichuan_jax.plan`."""
     description = "Compile the training step for a cluster that is not there: memory, operations, collectives, predicted speed."
     parser = make_parser("python -m baichuan_jax.plan", description)
-    parser.add_argument("--topology", default="a800:128x8", help="Cluster: a800:128x8 (nodes x GPUs), v5p:4x4x8 (torus), ...")
     parser.add_argument(
-        "--search", action="store_true", help="Compile every remat policy and rows a pass; keep the fastest that fits."
+        "--topology",
+        default="a800:128x8",
+        help="Cluster: a800:128x8 (nodes x GPUs), v5p:4x4x8 (torus), ...",
     )
     parser.add_argument(
-        "--sweep", choices=("data",), default=None, help="Weak scaling: the same rows a device on 8 to 4,096 devices."
+        "--search",
+        action="store_true",
+        help="Compile every remat policy and rows a pass; keep the fastest that fits.",
     )
-    parser.add_argument("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
-    parser.add_argument("--json", default=None, metavar="FILE", help="Write the report here as well.")
-    parser.add_argument("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
+    parser.add_argument(
+        "--sweep",
+        choices=("data",),
+        default=None,
+        help="Weak scaling: the same rows a device on 8 to 4,096 devices.",
+    )
+    parser.add_argument(
+        "--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG."
+    )
+    parser.add_argument(
+        "--json", default=None, metavar="FILE", help="Write the report here as well."
+    )
+    parser.add_argument(
+        "--hlo", default=None, metavar="FILE", help="Write the compiled program's text here."
+    )
     for name in OVERRIDES:
-        parser.add_argument(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's (hardware.py).")
+        parser.add_argument(
+            f"--hardware.{name}",
+            type=float,
+            default=None,
+            help="Instead of the data sheet's (hardware.py).",
+        )
     parser.add_argument(
-        "--rates_file", default=None, metavar="FILE", help="Rates measured on one GPU (make gpu), instead of roofline.py's."
+        "--rates_file",
+        default=None,
+        metavar="FILE",
+        help="Rates measured on one GPU (make gpu), instead of roofline.py's.",
     )
     for name in RATE_NAMES:
         parser.add_argument(
-            f"--rates.{name}", type=float, default=None, help="Instead of roofline.py's or the rates file's (a share, or us)."
+            f"--rates.{name}",
+            type=float,
+            default=None,
+            help="Instead of roofline.py's or the rates file's (a share, or us).",
         )
-    own = (*OWN, *(f"hardware.{name}" for name in OVERRIDES), *(f"rates.{name}" for name in RATE_NAMES))
+    own = (
+        *OWN,
+        *(f"hardware.{name}" for name in OVERRIDES),
+        *(f"rates.{name}" for name in RATE_NAMES),
+    )
     config, options = parse_command(parser, words, own=own)
     topology = _hardware(parse_topology(options["topology"]), options)
     options["rates"], sources = _rates(topology, options)
     absent = missing(topology)
-    require(not absent, f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
-            "pip install -r requirements-plan.txt")  # fmt: skip
+    require(
+        not absent,
+        f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
+        "pip install -r requirements-plan.txt",
+    )
     config.check_mesh(config.mesh.resolve(topology.num_devices))
     if options["sweep"]:
         return _sweep(config, topology, words, options)
@@ -279,7 +399,9 @@ def main(words: list[str]) -> int:
     for path in [target, *([Path(options["json"])] if options["json"] else [])]:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"saved: {target}; its picture is not drawn: matplotlib is not installed (pip install matplotlib)")
+        print(
+            f"saved: {target}; its picture is not drawn: matplotlib is not installed (pip install matplotlib)"
+        )
     else:
         plot(result, target.with_suffix(".png"))
         print(f"saved: {target} and .png")
@@ -290,16 +412,26 @@ def main(words: list[str]) -> int:
 
 # What the compilers say, before they read any setting, of a machine without an accelerator.
 _NOISE = (
-    "All log messages before absl::InitializeLog()", "cudart_stub.cc", "cuda_executor.cc", "Could not find cuda drivers",
-    "TPU_ACCELERATOR_TYPE", "Logging before InitGoogle()", "TPU_WORKER_HOSTNAMES", "Source Location Trace", "libtpu_init_utils",
-    "Very slow compile?", "********************************",
-)  # fmt: skip
+    "All log messages before absl::InitializeLog()",
+    "cudart_stub.cc",
+    "cuda_executor.cc",
+    "Could not find cuda drivers",
+    "TPU_ACCELERATOR_TYPE",
+    "Logging before InitGoogle()",
+    "TPU_WORKER_HOSTNAMES",
+    "Source Location Trace",
+    "libtpu_init_utils",
+    "Very slow compile?",
+    "********************************",
+)
 
 
 def _run_child(words: list[str], config: Config, topology: Topology) -> int:
     """Compile in a process of its own, whose environment is set before jax is imported; its words on missing drivers are dropped."""
     command = [sys.executable, "-m", "baichuan_jax.plan", *words]
-    with subprocess.Popen(command, env=child_environment(config, topology), stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, env=child_environment(config, topology), stderr=subprocess.PIPE, text=True
+    ) as child:
         assert child.stderr is not None
         try:
             for line in child.stderr:
@@ -313,26 +445,44 @@ def _run_child(words: list[str], config: Config, topology: Topology) -> int:
 
 def _sweep(config: Config, topology: Topology, words: list[str], options: dict[str, Any]) -> int:
     """One plan for each number of nodes; the rows a device stay as they are."""
-    require(topology.hardware.platform == "gpu", "--sweep data takes a GPU topology: its nodes are replicas")
+    require(
+        topology.hardware.platform == "gpu",
+        "--sweep data takes a GPU topology: its nodes are replicas",
+    )
     per_node = topology.shape[1]
     share = config.train.global_batch_size // topology.num_devices
     results = []
     for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
         target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
-        changed = list(_without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size")))
-        changed += ["--topology", name, "--json", str(target), f"--train.global_batch_size={share * nodes * per_node}"]
+        changed = list(
+            _without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size"))
+        )
+        changed += [
+            "--topology",
+            name,
+            "--json",
+            str(target),
+            f"--train.global_batch_size={share * nodes * per_node}",
+        ]
         target.parent.mkdir(parents=True, exist_ok=True)
         code = _run_child(changed, config, parse_topology(name))
         if code:
             return code
         results.append(json.loads(target.read_text(encoding="utf-8")))
     rows = [
-        [str(r["num_devices"]), f"{r['predicted_step_seconds'] * 1e3:.0f}", f"{r['predicted_mfu']:.1%}",
-         f"{r['seconds']['waiting for collectives'] * 1e3:.1f}", f"{r['peak_gib']:.1f}"]
+        [
+            str(r["num_devices"]),
+            f"{r['predicted_step_seconds'] * 1e3:.0f}",
+            f"{r['predicted_mfu']:.1%}",
+            f"{r['seconds']['waiting for collectives'] * 1e3:.1f}",
+            f"{r['peak_gib']:.1f}",
+        ]
         for r in results
-    ]  # fmt: skip
-    Display().table("Weak scaling, predicted", ["devices", "step ms", "MFU", "waited ms", "peak GiB"], rows)
+    ]
+    Display().table(
+        "Weak scaling, predicted", ["devices", "step ms", "MFU", "waited ms", "peak GiB"], rows
+    )
     show_rates(results[0])
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

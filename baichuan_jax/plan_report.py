@@ -11,7 +11,9 @@ from baichuan_jax.hardware import Hardware, Topology
 from baichuan_jax.metrics import flops_per_token
 from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION
 
-RESERVED_GIB = 3.5  # of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators
+RESERVED_GIB = (
+    3.5  # of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,9 @@ def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]
     counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
     peak = hardware.peak_tflops * 1e12
     memory = compiled.memory
-    peak_gib = (memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]) / 2**30
+    peak_gib = (
+        memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
+    ) / 2**30
     state = sum(compiled.state_bytes.values())
     per_host = min(topology.devices_per_node, topology.num_devices) * state / 2**30
     seconds = {
@@ -61,7 +65,9 @@ def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]
         "mesh": dict(compiled.mesh.shape),
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
-        "micro_batch_size": tokens / config.train.context_length / config.accumulation_steps(config.mesh),
+        "micro_batch_size": tokens
+        / config.train.context_length
+        / config.accumulation_steps(config.mesh),
         "global_batch_size": config.train.global_batch_size,
         "compile_seconds": compiled.seconds,
         "memory_gib": {
@@ -91,7 +97,9 @@ def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]
 
 
 def _collective(item: Any) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(item).items() if name != "op_name"} | {"of": item.op_name[-60:]}
+    return {
+        name: value for name, value in dataclasses.asdict(item).items() if name != "op_name"
+    } | {"of": item.op_name[-60:]}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -107,12 +115,17 @@ def show(result: dict[str, Any]) -> None:
         peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
         speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
         fits = "" if item["fits"] else ", does not fit"
-        display.say(f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{fits}")
+        display.say(
+            f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{fits}"
+        )
     memory = [[name, f"{size:.1f}"] for name, size in result["memory_gib"].items()]
     memory += [["peak", f"{result['peak_gib']:.1f}"], ["capacity", f"{result['capacity_gib']:.1f}"]]
     display.table("Memory of one device", ["", "GiB"], memory)
     if not result["fits"]:
-        display.say("does not fit: --search compiles what would (remat, rows a pass); or raise mesh.fsdp", style="red")
+        display.say(
+            "does not fit: --search compiles what would (remat, rows a pass); or raise mesh.fsdp",
+            style="red",
+        )
     display.say(
         f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, {result['host_restore_gib']:.0f} to restore"
     )
@@ -128,10 +141,14 @@ def show(result: dict[str, Any]) -> None:
             f"{result['predicted_step_seconds_without_profile'] * 1e3:.0f} ms a step"
         )
     display.table(
-        "Predicted step (one device)", ["", "ms", "share"],
-        [[name, f"{value * 1e3:.1f}", f"{value / total:.1%}"] for name, value in result["seconds"].items()]
+        "Predicted step (one device)",
+        ["", "ms", "share"],
+        [
+            [name, f"{value * 1e3:.1f}", f"{value / total:.1%}"]
+            for name, value in result["seconds"].items()
+        ]
         + [["in all", f"{total * 1e3:.1f}", ""]],
-    )  # fmt: skip
+    )
     display.say(
         f"predicted: {result['predicted_tokens_per_second']:,.0f} tokens/s, {result['predicted_tflops']:.0f} TFLOP/s a device, MFU "
         f"{result['predicted_mfu']:.1%} (full-attention counting; {result['predicted_mfu_causal']:.1%} causal)",
@@ -139,7 +156,11 @@ def show(result: dict[str, Any]) -> None:
     )
     for what, count in result["unknown"].items():
         display.say(f"not counted: {count} x {what}", style="yellow")
-    display.table("Collectives", ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"], _grouped(result))
+    display.table(
+        "Collectives",
+        ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"],
+        _grouped(result),
+    )
     show_rates(result)
 
 
@@ -148,12 +169,16 @@ def show_rates(result: dict[str, Any]) -> None:
     display = Display()
     file = result["rates_file"]
     if file is not None:
-        display.say(f"rates measured on {file['device']} ({file['hardware']}), {file['date']}: {file['path']}")
+        display.say(
+            f"rates measured on {file['device']} ({file['hardware']}), {file['date']}: {file['path']}"
+        )
         unused = [name for name in file["rates"] if result["rates_from"][name] != "measured"]
         if unused:
             display.say(f"given instead of measured: {', '.join(unused)}")
-    rows = [[name, f"{value:g}{' us' if name.endswith('_us') else ''}", result["rates_from"][name]]
-            for name, value in result["rates"].items()]  # fmt: skip
+    rows = [
+        [name, f"{value:g}{' us' if name.endswith('_us') else ''}", result["rates_from"][name]]
+        for name, value in result["rates"].items()
+    ]
     display.table("Rates (shares of the data sheet)", ["", "value", "from"], rows)
 
 
@@ -161,13 +186,34 @@ def _grouped(result: dict[str, Any]) -> list[list[str]]:
     """Collectives of one kind, axis and size together."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for item in result["collectives"]:
-        key = (item["kind"], item["axis"], item["link"], f"{item['bytes'] / 1e6:,.1f}", item["asynchronous"], item["in_loop"])
+        key = (
+            item["kind"],
+            item["axis"],
+            item["link"],
+            f"{item['bytes'] / 1e6:,.1f}",
+            item["asynchronous"],
+            item["in_loop"],
+        )
         groups.setdefault(key, []).append(item)
     rows = []
     for (kind, axis, link, size, asynchronous, in_loop), items in groups.items():
-        total = {name: sum(item[name] for item in items) for name in ("count", "seconds", "exposed_seconds")}
-        rows.append([kind, axis, link, size, str(total["count"]), "yes" if asynchronous else "no", "yes" if in_loop else "no",
-                     f"{total['seconds'] * 1e3:.1f}", f"{total['exposed_seconds'] * 1e3:.1f}"])  # fmt: skip
+        total = {
+            name: sum(item[name] for item in items)
+            for name in ("count", "seconds", "exposed_seconds")
+        }
+        rows.append(
+            [
+                kind,
+                axis,
+                link,
+                size,
+                str(total["count"]),
+                "yes" if asynchronous else "no",
+                "yes" if in_loop else "no",
+                f"{total['seconds'] * 1e3:.1f}",
+                f"{total['exposed_seconds'] * 1e3:.1f}",
+            ]
+        )
     return sorted(rows, key=lambda row: -float(row[7]))
 
 
@@ -179,15 +225,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 3.6), layout="constrained")
-    for axes, parts, unit, scale in ((above, result["seconds"], "ms", 1e3), (below, result["memory_gib"], "GiB", 1.0)):
+    for axes, parts, unit, scale in (
+        (above, result["seconds"], "ms", 1e3),
+        (below, result["memory_gib"], "GiB", 1.0),
+    ):
         left = 0.0
         for name, value in parts.items():
             axes.barh(0, value * scale, left=left, label=f"{name} ({value * scale:.1f} {unit})")
             left += value * scale
         axes.set_yticks([])
         axes.set_xlabel(unit)
-        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+        axes.legend(
+            fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False
+        )
     below.axvline(result["capacity_gib"], color="black", linestyle="--")
-    figure.suptitle(f"{result['topology']}: predicted MFU {result['predicted_mfu']:.1%}, peak {result['peak_gib']:.1f} GiB")
+    figure.suptitle(
+        f"{result['topology']}: predicted MFU {result['predicted_mfu']:.1%}, peak {result['peak_gib']:.1f} GiB"
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

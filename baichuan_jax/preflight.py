@@ -1,9 +1,10 @@
 """Checks before a run, in seconds: can every device count and remember, every pair of hosts talk, every host save?
 
-`train` makes them at every start; `python -m baichuan_jax.preflight --config FILE` makes them alone, started on every host like it.
+`train` makes them at every start; `python -m baichuan_jax.preflight --config FILE` makes them
+alone, started on every host like it.
 
-What a check finds is a BadHost error that names the processes (exit code 79), a ConfigError (78) where no host is to blame, or
-SaveFailed (74) where none can save.
+What a check finds is a BadHost error that names the processes (exit code 79), a ConfigError (78)
+where no host is to blame, or SaveFailed (74) where none can save.
 """
 
 import dataclasses
@@ -31,9 +32,15 @@ from baichuan_jax.resilience.exits import BadHost, SaveFailed, run_command
 from baichuan_jax.resilience.reports import coordinator_address, gather
 from baichuan_jax.sharding import initialize_processes
 
-BAD_JAX = {"0.10.2": "it miscompiles on the CPU (jax#39103)", "0.11.0": "it miscompiles on the CPU (jax#39103)"}
+BAD_JAX = {
+    "0.10.2": "it miscompiles on the CPU (jax#39103)",
+    "0.11.0": "it miscompiles on the CPU (jax#39103)",
+}
 MATRIX = 512  # side of the products; small integers, so that float32 holds every sum exactly, in any order
-MEMORY_SHARE, MEMORY_ON_CPU = 0.02, 16 << 20  # of a device's memory, and bytes where it does not tell, that are written and read
+MEMORY_SHARE, MEMORY_ON_CPU = (
+    0.02,
+    16 << 20,
+)  # of a device's memory, and bytes where it does not tell, that are written and read
 COLLECTIVE_SECONDS = 60.0  # for one collective with its compilation and first connection
 MAX_SKEW_SECONDS = 5.0  # between hosts' clocks: reports and events would be in the wrong order
 
@@ -68,26 +75,37 @@ def preflight(config: Config) -> Findings:
     took("storage")
     if jax.process_count() > 1:
         rounds = [
-            gather(f"preflight/pairs {number}", _try_pair(pairs)) for number, pairs in enumerate(pairs_of(jax.process_count()))
+            gather(f"preflight/pairs {number}", _try_pair(pairs))
+            for number, pairs in enumerate(pairs_of(jax.process_count()))
         ]
         took("pairs")
         warnings += judge_pairs(rounds)
         together = gather("preflight/all", _in_time(lambda: _sum_over(jax.devices())))
         if not all(together):
-            raise BadHost("preflight: every pair of hosts can talk, and all together cannot: look at the switches between them")
+            raise BadHost(
+                "preflight: every pair of hosts can talk, and all together cannot: look at the switches between them"
+            )
         took("all")
     return Findings(seconds, warnings)
 
 
 def _describe() -> dict[str, Any]:
     """What must not differ between hosts, and the time."""
-    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+    packages = {
+        name: version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
     device = jax.local_devices()[0]
     return {
-        "host": platform.node(), "time": time.time(),
-        "versions": {"python": platform.python_version(), **packages, "driver": str(device.client.platform_version).splitlines()[0]},
+        "host": platform.node(),
+        "time": time.time(),
+        "versions": {
+            "python": platform.python_version(),
+            **packages,
+            "driver": str(device.client.platform_version).splitlines()[0],
+        },
         "devices": [jax.local_device_count(), device.device_kind],
-    }  # fmt: skip
+    }
 
 
 def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -> list[str]:
@@ -103,20 +121,30 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
                     f"{hosts[0][what]}; install the same everywhere"
                 )
     names = {host["host"] for host in hosts}
-    if coordinator is not None and len(names) > 1 and coordinator.rsplit(":", 1)[0] in ("localhost", "127.0.0.1", "[::1]", "::1"):
+    if (
+        coordinator is not None
+        and len(names) > 1
+        and coordinator.rsplit(":", 1)[0] in ("localhost", "127.0.0.1", "[::1]", "::1")
+    ):
         raise ConfigError(
             f"the coordinator's address {coordinator} is each host's own; give the one by which all reach process 0"
         )
     times = [host["time"] for host in hosts]
     skew = max(times) - min(times)
-    return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"] if skew > MAX_SKEW_SECONDS else []
+    return (
+        [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
+        if skew > MAX_SKEW_SECONDS
+        else []
+    )
 
 
 def _refuse(faults: Sequence[str | None]) -> None:
     """Raise BadHost with the processes that have a fault."""
     bad = {process: words for process, words in enumerate(faults) if words}
     if bad:
-        told = "; ".join(f"process {process}: {words}" for process, words in sorted(bad.items())[:4])
+        told = "; ".join(
+            f"process {process}: {words}" for process, words in sorted(bad.items())[:4]
+        )
         raise BadHost(f"preflight: {told}", tuple(sorted(bad)))
 
 
@@ -177,7 +205,8 @@ def pairs_of(count: int) -> list[list[tuple[int, int]]]:
 def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -> list[str]:
     """From every process's (pair, whether it worked) in each round. Raises BadHost with those that failed with every partner.
 
-    A pair that failed while both worked with others is a warning: the way between them is bad, not one of them.
+    A pair that failed while both worked with others is a warning: the way between them is bad, not
+    one of them.
     """
     tried: dict[int, list[bool]] = {}
     failed = set()
@@ -191,15 +220,24 @@ def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -
     # A partner of a suspect that had no other partner is not a suspect for that.
     named = {p for p in suspects if len(tried[p]) > 1} or suspects
     if named:
-        raise BadHost(f"preflight: collectives of {sorted(failed)} failed", tuple(sorted(named)) if len(named) == 1 else ())
-    return [f"processes {a} and {b} cannot talk, each of them can with others" for a, b in sorted(failed)]
+        raise BadHost(
+            f"preflight: collectives of {sorted(failed)} failed",
+            tuple(sorted(named)) if len(named) == 1 else (),
+        )
+    return [
+        f"processes {a} and {b} cannot talk, each of them can with others"
+        for a, b in sorted(failed)
+    ]
 
 
 def _try_pair(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], bool] | None:
     mine = next((pair for pair in pairs if jax.process_index() in pair), None)
     if mine is None:
         return None
-    devices = [next(device for device in jax.devices() if device.process_index == process) for process in mine]
+    devices = [
+        next(device for device in jax.devices() if device.process_index == process)
+        for process in mine
+    ]
     return mine, _in_time(lambda: _sum_over(devices))
 
 
@@ -232,7 +270,10 @@ def _in_time(check: Callable[[], bool]) -> bool:
 
 def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
-    parser = make_parser("python -m baichuan_jax.preflight", "Check devices, storage and the ways between hosts, in seconds.")
+    parser = make_parser(
+        "python -m baichuan_jax.preflight",
+        "Check devices, storage and the ways between hosts, in seconds.",
+    )
     config = parse_config(parser, words)
     initialize_processes(config.distributed, config.resilience)
     findings = preflight(config)
@@ -240,7 +281,11 @@ def main(words: list[str]) -> int:
     for warning in findings.warnings:
         display.say(warning, style="yellow")
     rows = [[check, f"{seconds:.2f}"] for check, seconds in findings.seconds.items()]
-    display.table(f"Checks of {jax.process_count()} process(es), {jax.device_count()} device(s): all well", ["", "seconds"], rows)
+    display.table(
+        f"Checks of {jax.process_count()} process(es), {jax.device_count()} device(s): all well",
+        ["", "seconds"],
+        rows,
+    )
     return 0
 
 

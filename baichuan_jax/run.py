@@ -46,12 +46,37 @@ class Run:
         entropy = started[-1].get("unigram_entropy") if started else None
         figure = _make_figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(list(loss), list(loss.values()), color="tab:blue", alpha=0.35, linewidth=1, label="training, every step")
-        axes.plot(list(loss), smooth(list(loss.values())), color="tab:blue", linewidth=2, label="training, smoothed")
+        axes.plot(
+            list(loss),
+            list(loss.values()),
+            color="tab:blue",
+            alpha=0.35,
+            linewidth=1,
+            label="training, every step",
+        )
+        axes.plot(
+            list(loss),
+            smooth(list(loss.values())),
+            color="tab:blue",
+            linewidth=2,
+            label="training, smoothed",
+        )
         if validation:
-            axes.plot(list(validation), list(validation.values()), "o-", color="tab:orange", label="validation")
+            axes.plot(
+                list(validation),
+                list(validation.values()),
+                "o-",
+                color="tab:orange",
+                label="validation",
+            )
         if entropy is not None:
-            axes.axhline(entropy, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy {entropy:.2f}")
+            axes.axhline(
+                entropy,
+                color="gray",
+                linestyle="--",
+                linewidth=1,
+                label=f"unigram entropy {entropy:.2f}",
+            )
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.name))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -67,7 +92,14 @@ def append_event(path: Path, kind: str, **fields: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "events.jsonl", "a+b") as file:
         drop_unfinished_line(file)
-        file.write((json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode())
+        file.write(
+            (
+                json.dumps(
+                    {"time": round(time.time(), 3), "kind": kind, **fields}, ensure_ascii=False
+                )
+                + "\n"
+            ).encode()
+        )
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:
@@ -110,5 +142,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            raise ConfigError(f"{path}, line {number} is no JSON: {line[:60]!r}; repair or delete that line") from None
+            raise ConfigError(
+                f"{path}, line {number} is no JSON: {line[:60]!r}; repair or delete that line"
+            ) from None
     return found

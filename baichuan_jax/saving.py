@@ -24,18 +24,28 @@ MIN_STEPS = 4  # between saves that the clock asks for; a wish for one takes two
 class Saver:
     """Saves a run's state through `checkpoints`.
 
-    A save that failed does not count, is reported, and ends nothing where it need not succeed; among several processes it ends this
-    one with SaveFailed, since Orbax leaves the others waiting. `faults` so far and the `run_seconds` they came in decide how often to
-    save, unless checkpoint.every does. Where there are `copies`, the state is kept on every host's own disk as well; one that fails
-    there is told, and nothing ends. A copy counts once process 0 has surely written the figures of all steps up to it.
+    A save that failed does not count, is reported, and ends nothing where it need not succeed;
+    among several processes it ends this one with SaveFailed, since Orbax leaves the others waiting.
+    `faults` so far and the `run_seconds` they came in decide how often to save, unless
+    checkpoint.every does. Where there are `copies`, the state is kept on every host's own disk as
+    well; one that fails there is told, and nothing ends. A copy counts once process 0 has surely
+    written the figures of all steps up to it.
     """
 
     copies: LocalCopies | None = None
 
     def __init__(
-        self, checkpoints: Checkpoints, config: CheckpointConfig, clock: Clock, writer: Writer, display: Display, *, devices: int,
-        faults: int, run_seconds: float,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoints: Checkpoints,
+        config: CheckpointConfig,
+        clock: Clock,
+        writer: Writer,
+        display: Display,
+        *,
+        devices: int,
+        faults: int,
+        run_seconds: float,
+    ) -> None:
         self._checkpoints, self._config = checkpoints, config
         self._clock, self._writer, self._display = clock, writer, display
         self._seconds_per_fault = seconds_per_fault(devices, run_seconds, faults)
@@ -44,7 +54,9 @@ class Saver:
         self._blocked = 0.0
         self._step = -MIN_STEPS
         self.blocked_share: float | None = None
-        self._copying: tuple[int, float, float] | None = None  # step, when it began, seconds that the loop stood still for it
+        self._copying: tuple[int, float, float] | None = (
+            None  # step, when it began, seconds that the loop stood still for it
+        )
 
     def due(self, step: int) -> bool:
         """Whether the settings want a checkpoint of this step; the same on all processes."""
@@ -94,11 +106,16 @@ class Saver:
                 self.copies.finish()
         except Exception as error:
             self._writer.event("local_copy_failed", step=step, reason=str(error))
-            say(f"the copy of step {step} in checkpoint.local_dir failed and does not count: {error}")
+            say(
+                f"the copy of step {step} in checkpoint.local_dir failed and does not count: {error}"
+            )
             return
         now = time.monotonic()
         self._writer.event(
-            "local_copy", step=step, seconds=round(now - began, 3), blocked_seconds=round(blocked + now - waited, 4)
+            "local_copy",
+            step=step,
+            seconds=round(now - began, 3),
+            blocked_seconds=round(blocked + now - waited, 4),
         )
 
     def poll(self, recorded: int) -> None:
@@ -119,9 +136,13 @@ class Saver:
             duration = time.monotonic() - self._began
             self._interval = seconds_between_saves(self._blocked, duration, self._seconds_per_fault)
             self._writer.event(
-                "checkpoint", step=saving, seconds=round(duration, 3), blocked_seconds=round(self._blocked, 4),
-                blocked_share=self.blocked_share, next_in_seconds=self._interval if self._config.every is None else None,
-            )  # fmt: skip
+                "checkpoint",
+                step=saving,
+                seconds=round(duration, 3),
+                blocked_seconds=round(self._blocked, 4),
+                blocked_share=self.blocked_share,
+                next_in_seconds=self._interval if self._config.every is None else None,
+            )
 
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
@@ -138,4 +159,6 @@ class Saver:
             self._writer.event("checkpoint_failed", step=step, reason=str(error))
             self._display.say(f"checkpoint {step} failed and does not count: {error}", style="red")
             if must_succeed or jax.process_count() > 1:
-                raise SaveFailed(f"checkpoint {step} could not be written: {type(error).__name__}: {error}") from error
+                raise SaveFailed(
+                    f"checkpoint {step} could not be written: {type(error).__name__}: {error}"
+                ) from error

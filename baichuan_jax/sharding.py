@@ -1,7 +1,8 @@
 """The device mesh and the one table that maps logical axes of arrays to it, and the start of several processes.
 
-Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh axis cuts each. `activate` makes a mesh current
-while a function is traced; without a current mesh `constrain` does nothing, so that a model runs on one device as it stands.
+Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh axis cuts each.
+`activate` makes a mesh current while a function is traced; without a current mesh `constrain` does
+nothing, so that a model runs on one device as it stands.
 """
 
 import argparse
@@ -50,8 +51,16 @@ class Layout:
 
     def spec(self, axes: Sequence[str | None]) -> P:
         """The PartitionSpec of an array with these logical axes. Raises ValueError where two of them need one mesh axis."""
-        entries = [self._batch(axis) if axis in ("batch", "group") else RULES[axis] if axis else None for axis in axes]
-        used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+        entries = [
+            self._batch(axis) if axis in ("batch", "group") else RULES[axis] if axis else None
+            for axis in axes
+        ]
+        used = [
+            name
+            for entry in entries
+            if entry
+            for name in ((entry,) if isinstance(entry, str) else entry)
+        ]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} map a mesh axis twice: {entries}")
         return P(*entries)
@@ -91,8 +100,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, context, tensor) with tensor varying fastest along each node's devices, then context, then fsdp.
 
-    So tensor, context and fsdp stay inside a node (NVLink) where they fit, and the data groups join devices of equal local number,
-    the "rails" of an InfiniBand cluster. On TPUs jax chooses the order by the torus. Raises ConfigError where the sizes do not fit.
+    So tensor, context and fsdp stay inside a node (NVLink) where they fit, and the data groups join
+    devices of equal local number, the "rails" of an InfiniBand cluster. On TPUs jax chooses the
+    order by the torus. Raises ConfigError where the sizes do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = config.resolve(len(devices)).shape
@@ -105,9 +115,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
     """--mesh.data, --mesh.fsdp, --mesh.context and --mesh.tensor, as `train` has them, for a command that uses argparse."""
-    group = parser.add_argument_group("mesh", "devices along each axis; one of them may be -1: all that are left")
-    for axis, size, what in zip(AXES, default.shape, ("rows", "parameters", "sequence", "heads"), strict=True):
-        group.add_argument(f"--mesh.{axis}", type=int, default=size, metavar="N", help=f"pieces of the {what}")
+    group = parser.add_argument_group(
+        "mesh", "devices along each axis; one of them may be -1: all that are left"
+    )
+    for axis, size, what in zip(
+        AXES, default.shape, ("rows", "parameters", "sequence", "heads"), strict=True
+    ):
+        group.add_argument(
+            f"--mesh.{axis}", type=int, default=size, metavar="N", help=f"pieces of the {what}"
+        )
 
 
 def mesh_config(options: argparse.Namespace) -> MeshConfig:
@@ -128,13 +144,18 @@ def crosses_nodes(mesh: Mesh) -> list[str]:
 SHUTDOWN_SECONDS = 30  # that a process waits at its end for the others; jax's own 300 would hide a fault for five minutes
 
 
-def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig | None = None) -> None:
+def initialize_processes(
+    config: DistributedConfig, resilience: ResilienceConfig | None = None
+) -> None:
     """Join the run's other processes: from the settings, JAX_COORDINATOR_ADDRESS/JAX_NUM_PROCESSES/JAX_PROCESS_ID, or Slurm.
 
     Does nothing for a single process. Raises ConfigError where only some of the three are given.
     """
     resilience = resilience or ResilienceConfig()
-    timeouts: Any = {"heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
+    timeouts: Any = {
+        "heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
     number = _integer(config.process_id, "JAX_PROCESS_ID")
@@ -144,7 +165,9 @@ def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
         if count > 1:
-            jax.distributed.initialize(address, count, number, local_device_ids=local_ids, **timeouts)
+            jax.distributed.initialize(
+                address, count, number, local_device_ids=local_ids, **timeouts
+            )
     elif not (address is None and count is None and number is None):
         raise ConfigError(
             f"several processes need all of distributed.coordinator_address={address}, num_processes={count} and "
@@ -152,7 +175,9 @@ def initialize_processes(config: DistributedConfig, resilience: ResilienceConfig
         )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         # One process a node under Slurm would see its first GPU only, unless told its devices.
-        jax.distributed.initialize(cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts)
+        jax.distributed.initialize(
+            cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
+        )
 
 
 def _integer(value: int | None, variable: str) -> int | None:

@@ -17,13 +17,21 @@ from baichuan_jax.step import Steps
 
 
 def restore_or_start(
-    config: Config, steps: Steps, checkpoints: Checkpoints, copies: LocalCopies | None, rollback: Rollback, writer: Writer,
+    config: Config,
+    steps: Steps,
+    checkpoints: Checkpoints,
+    copies: LocalCopies | None,
+    rollback: Rollback,
+    writer: Writer,
     display: Display,
-) -> Restored:  # fmt: skip
+) -> Restored:
     """The state to go on from, its step and its position in the data. Raises ConfigError where weights do not fit the model."""
 
     def report(kind: str, **fields: Any) -> None:
-        display.say(f"{kind}: {fields['path']}: {fields['reason']}; trying the one before it", style="yellow")
+        display.say(
+            f"{kind}: {fields['path']}: {fields['reason']}; trying the one before it",
+            style="yellow",
+        )
         writer.event(kind, **fields)
 
     for event in rollback.events:
@@ -33,12 +41,17 @@ def restore_or_start(
         newest = agree("newest checkpoint", lambda: max(checkpoints.steps(), default=0))
         restored = copies.restore(newest, report)
         if restored is not None:
-            display.say(f"going on from the copy of step {restored.step} in {config.checkpoint.local_path}", style="green")
+            display.say(
+                f"going on from the copy of step {restored.step} in {config.checkpoint.local_path}",
+                style="green",
+            )
             writer.event("restored", step=restored.step, position=restored.position, local=True)
             return restored
     restored = checkpoints.restore(report, rollback.before, rollback.back)
     if restored is not None:
-        display.say(f"going on from checkpoint {restored.step} in {checkpoints.directory}", style="green")
+        display.say(
+            f"going on from checkpoint {restored.step} in {checkpoints.directory}", style="green"
+        )
         writer.event("restored", step=restored.step, position=restored.position)
         return restored
     if config.init_from is None:
@@ -60,7 +73,17 @@ def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
 
 
 def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "rms_norm_eps", "rope_theta"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "rms_norm_eps",
+        "rope_theta",
+    ):
         theirs, ours = getattr(found, name), getattr(config.model, name)
         if theirs != ours:
-            raise ConfigError(f"init_from={path} has {name}={theirs} and model.{name}={ours}; set model.{name}={theirs}")
+            raise ConfigError(
+                f"init_from={path} has {name}={theirs} and model.{name}={ours}; set model.{name}={theirs}"
+            )

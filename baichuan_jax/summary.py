@@ -42,7 +42,9 @@ def say_start(
     for flag, reason in flags.items():
         display.say(f"{flag}: {reason}")
     for axis in crosses_nodes(mesh):
-        display.say(f"mesh axis {axis} crosses processes: its collectives leave the node", style="yellow")
+        display.say(
+            f"mesh axis {axis} crosses processes: its collectives leave the node", style="yellow"
+        )
 
 
 def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: str) -> None:
@@ -55,10 +57,16 @@ def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: st
     seconds = completed["seconds"]
     total = sum(seconds.values())
     causes = [*sorted(seconds.items(), key=lambda item: -item[1]), ("in all", total)]
-    display.table("Where the time went", ["", "seconds", "share"], [[name, f"{s:.1f}", f"{s / total:.1%}"] for name, s in causes])
+    display.table(
+        "Where the time went",
+        ["", "seconds", "share"],
+        [[name, f"{s:.1f}", f"{s / total:.1%}"] for name, s in causes],
+    )
     if "tokens_per_second" in completed:
         mfu = "" if completed["mfu"] is None else f", {completed['mfu']:.1%} of {mfu_of}"
-        display.say(f"median step {completed['step_seconds']:.3f} s, {completed['tokens_per_second']:,.0f} tokens/s{mfu}")
+        display.say(
+            f"median step {completed['step_seconds']:.3f} s, {completed['tokens_per_second']:,.0f} tokens/s{mfu}"
+        )
     for prompt, text in completed["samples"].items():
         display.say(f"\n{prompt!r} continues:", style="bold")
         display.say(text)
@@ -69,8 +77,12 @@ def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: st
 
 def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
     """That a run needs no further launch."""
-    validation = "" if completed["eval_loss"] is None else f", validation {completed['eval_loss']:.3f}"
-    display.say(f"{run.path} is complete: {completed['step']} steps, loss {completed['loss']:.3f}{validation}.")
+    validation = (
+        "" if completed["eval_loss"] is None else f", validation {completed['eval_loss']:.3f}"
+    )
+    display.say(
+        f"{run.path} is complete: {completed['step']} steps, loss {completed['loss']:.3f}{validation}."
+    )
     display.say("Train on with a larger --train.num_steps, or again with another --run_dir.")
     say_next(display, run)
 
@@ -78,24 +90,38 @@ def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
 def say_next(display: Display, run: Run) -> None:
     """Where everything lies, and the commands to try, fit to be pasted."""
     path = shlex.quote(str(run.path))
-    curves = f"  (curves: tensorboard --logdir {path})" if (run.path / "tensorboard").exists() else ""
+    curves = (
+        f"  (curves: tensorboard --logdir {path})" if (run.path / "tensorboard").exists() else ""
+    )
     display.say(f"the run's folder: {run.path}{curves}")
     display.say("next: look at it in a browser:")
-    display.say(f"  python -m baichuan_jax.report {path} -o {shlex.quote(str(run.path / 'report.html'))}", style="bold")
+    display.say(
+        f"  python -m baichuan_jax.report {path} -o {shlex.quote(str(run.path / 'report.html'))}",
+        style="bold",
+    )
     display.say("or let it write:")
-    display.say(f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48", style="bold")
+    display.say(
+        f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48",
+        style="bold",
+    )
 
 
 def what_would_fit(config: Config) -> str:
     """Settings that need less memory than these, most useful first."""
     ideas = []
-    micro = config.train.micro_batch_size or config.train.global_batch_size // (config.mesh.data * config.mesh.fsdp)
+    micro = config.train.micro_batch_size or config.train.global_batch_size // (
+        config.mesh.data * config.mesh.fsdp
+    )
     if micro > 1:
         ideas.append(f"--train.micro_batch_size {micro // 2} (now {micro})")
     if config.model.remat != "full":
         ideas.append(f"--model.remat full (now {config.model.remat})")
     if config.train.loss_chunk_size > 512:
-        ideas.append(f"--train.loss_chunk_size {config.train.loss_chunk_size // 2} (now {config.train.loss_chunk_size})")
+        ideas.append(
+            f"--train.loss_chunk_size {config.train.loss_chunk_size // 2} (now {config.train.loss_chunk_size})"
+        )
     if config.mesh.data > 1:
-        ideas.append(f"a larger mesh.fsdp (now {config.mesh.fsdp}) and a smaller mesh.data (now {config.mesh.data})")
+        ideas.append(
+            f"a larger mesh.fsdp (now {config.mesh.fsdp}) and a smaller mesh.data (now {config.mesh.data})"
+        )
     return "What needs less: " + "; ".join([*ideas, "more devices", "a smaller model"])

@@ -23,8 +23,12 @@ from baichuan_jax.data.text import find_files, language, read_documents, split_f
 from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import run_command
 
-TRAINING_BYTES = 8 << 20  # of text, held in memory; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
-MAX_LINE_CHARACTERS = 1000  # at most 4,000 bytes; SentencePiece silently leaves out lines of more than 4,192
+TRAINING_BYTES = (
+    8 << 20
+)  # of text, held in memory; what a vocabulary of 8,192 needs, in seconds. More is sampled evenly.
+MAX_LINE_CHARACTERS = (
+    1000  # at most 4,000 bytes; SentencePiece silently leaves out lines of more than 4,192
+)
 
 
 class Tokenizer:
@@ -33,7 +37,9 @@ class Tokenizer:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ConfigError(f"there is no tokenizer {str(path)!r}; train one: python -m baichuan_jax.tokenizer train --help")
+            raise ConfigError(
+                f"there is no tokenizer {str(path)!r}; train one: python -m baichuan_jax.tokenizer train --help"
+            )
         content = self.path.read_bytes()
         self.hash = hashlib.sha256(content).hexdigest()
         self._model = sentencepiece.SentencePieceProcessor()
@@ -46,7 +52,9 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.pad_id: int = self._model.pad_id()
         if self.vocab_size == 0 or self.eos_id < 0:
-            raise ConfigError(f"{path} has {self.vocab_size} pieces and no end-of-sentence piece, which joins documents")
+            raise ConfigError(
+                f"{path} has {self.vocab_size} pieces and no end-of-sentence piece, which joins documents"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin or end of sentence."""
@@ -73,35 +81,55 @@ def train_tokenizer(
 ) -> dict[str, int | float]:
     """Train BPE as the original's and write it to `path` at once; the same documents give the same bytes.
 
-    Digits are split and rare characters fall back to bytes. Every character gets a piece where half of the vocabulary can hold them
-    all, else the most frequent ones do. Of more text than `sample_bytes`, lines are taken evenly, so that memory does not grow with
-    the text; `chinese_share` of their bytes come from Chinese documents (None: as many as the text has). Returns what was used:
-    bytes, characters, share of characters' occurrences with a piece. Raises ConfigError where the text is too small for the
-    vocabulary, or holds no document of a language that the share asks for.
+    Digits are split and rare characters fall back to bytes. Every character gets a piece where half
+    of the vocabulary can hold them all, else the most frequent ones do. Of more text than
+    `sample_bytes`, lines are taken evenly, so that memory does not grow with the text;
+    `chinese_share` of their bytes come from Chinese documents (None: as many as the text has).
+    Returns what was used: bytes, characters, share of characters' occurrences with a piece. Raises
+    ConfigError where the text is too small for the vocabulary, or holds no document of a language
+    that the share asks for.
     """
     used, figures = _choose(documents, sample_bytes, chinese_share)
     characters = collections.Counter(character for line in used for character in line)
     room = (vocab_size - 3 - 256) // 2
     if room < 1:
-        raise ConfigError(f"tokenizer.vocab_size={vocab_size} must exceed 261: 3 control pieces and 256 bytes come first")
-    # SentencePiece's own character_coverage cannot go below 0.98, which a small vocabulary of Chinese needs: lines are cut at the
-    # characters that get no piece instead.
+        raise ConfigError(
+            f"tokenizer.vocab_size={vocab_size} must exceed 261: 3 control pieces and 256 bytes come first"
+        )
+    # SentencePiece's own character_coverage cannot go below 0.98, which a small vocabulary of
+    # Chinese needs: lines are cut at the characters that get no piece instead.
     rare = [character for character, _ in characters.most_common()[room:]]
     if rare:
         cut = re.compile("[" + re.escape("".join(rare)) + "]+")
         used = [part for line in used for part in cut.split(line) if part]
-    coverage = 1 - sum(characters[character] for character in rare) / max(1, sum(characters.values()))
+    coverage = 1 - sum(characters[character] for character in rare) / max(
+        1, sum(characters.values())
+    )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(used), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=1.0, split_digits=True, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True, minloglevel=2,
+            sentence_iterator=iter(used),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            split_digits=True,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            minloglevel=2,
             num_threads=1,  # stands in the model's bytes, so the number of cores would change its hash; more is no faster
-        )  # fmt: skip
+        )
     except Exception as error:
-        raise ConfigError(f"no tokenizer of {vocab_size} pieces from {figures['bytes']:,} bytes of text: {error}") from None
+        raise ConfigError(
+            f"no tokenizer of {vocab_size} pieces from {figures['bytes']:,} bytes of text: {error}"
+        ) from None
     write_atomically(Path(path), model.getvalue())
     return {**figures, "characters": len(characters), "coverage": coverage}
 
@@ -137,7 +165,9 @@ class _Sample:
         return chosen
 
 
-def _choose(documents: Iterable[str], sample_bytes: int, chinese_share: float | None) -> tuple[list[str], dict[str, int | float]]:
+def _choose(
+    documents: Iterable[str], sample_bytes: int, chinese_share: float | None
+) -> tuple[list[str], dict[str, int | float]]:
     """Lines to train on, and what they are of: bytes seen, one line in how many, with a share the bytes of each language."""
     if chinese_share is None:
         sample = _Sample(sample_bytes)
@@ -145,7 +175,9 @@ def _choose(documents: Iterable[str], sample_bytes: int, chinese_share: float | 
             sample.add(line)
         return sample.lines, {"bytes": sample.total, "sampled_one_line_in": sample.every}
     if not 0 < chinese_share < 1:
-        raise ConfigError(f"chinese_share={chinese_share} must lie between 0 and 1; leave it out to take the text as it is")
+        raise ConfigError(
+            f"chinese_share={chinese_share} must lie between 0 and 1; leave it out to take the text as it is"
+        )
     shares = {"zh": chinese_share, "en": 1 - chinese_share}
     samples = {name: _Sample(round(share * sample_bytes)) for name, share in shares.items()}
     for document in documents:
@@ -153,12 +185,19 @@ def _choose(documents: Iterable[str], sample_bytes: int, chinese_share: float | 
             samples[language(document)].add(line)
     for name, sample in samples.items():
         if sample.size == 0:
-            raise ConfigError(f"chinese_share={chinese_share} asks for {name!r} text too, and there is none")
-    size = min(sample.size / shares[name] for name, sample in samples.items())  # what the scarcer language allows
+            raise ConfigError(
+                f"chinese_share={chinese_share} asks for {name!r} text too, and there is none"
+            )
+    size = min(
+        sample.size / shares[name] for name, sample in samples.items()
+    )  # what the scarcer language allows
     chosen = {name: sample.spread(round(size * shares[name])) for name, sample in samples.items()}
     figures: dict[str, int | float] = {"bytes": sum(sample.total for sample in samples.values())}
     for name, sample in samples.items():
-        figures |= {f"{name}_bytes": sample.total, f"{name}_bytes_used": sum(len(line.encode()) for line in chosen[name])}
+        figures |= {
+            f"{name}_bytes": sample.total,
+            f"{name}_bytes_used": sum(len(line.encode()) for line in chosen[name]),
+        }
     return [line for lines in chosen.values() for line in lines], figures
 
 
@@ -173,26 +212,30 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str, float]]:
     """Compression by language ("zh" where most letters are Han, else "en", and "all").
 
-    Figures: documents, bytes, characters, tokens, bytes_per_token, characters_per_token, and compression_rate: the size of the token
-    ids, two bytes each, over the size of the text in UTF-8. Lower is better in the last. The original's README gives such a rate
-    (0.737 for its own) but neither its definition nor its text, so compare tokenizers here, not with those numbers.
+    Figures: documents, bytes, characters, tokens, bytes_per_token, characters_per_token, and
+    compression_rate: the size of the token ids, two bytes each, over the size of the text in UTF-8.
+    Lower is better in the last. The original's README gives such a rate (0.737 for its own) but
+    neither its definition nor its text, so compare tokenizers here, not with those numbers.
     """
     sums: dict[str, collections.Counter] = {}
     for document in documents:
         figures = {
-            "documents": 1, "bytes": len(document.encode()), "characters": len(document),
+            "documents": 1,
+            "bytes": len(document.encode()),
+            "characters": len(document),
             "tokens": len(tokenizer.encode(document)),
-        }  # fmt: skip
+        }
         for name in (language(document), "all"):
             sums.setdefault(name, collections.Counter()).update(figures)
     return {
         name: {
-            **total, "bytes_per_token": total["bytes"] / max(1, total["tokens"]),
+            **total,
+            "bytes_per_token": total["bytes"] / max(1, total["tokens"]),
             "characters_per_token": total["characters"] / max(1, total["tokens"]),
             "compression_rate": 2 * total["tokens"] / max(1, total["bytes"]),
         }
         for name, total in sorted(sums.items())
-    }  # fmt: skip
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,23 +247,41 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train BPE: digits split, byte fallback")
     train.add_argument("--output", required=True, metavar="FILE", help="the model to write")
-    train.add_argument("--vocab_size", type=int, required=True, help="pieces, with 3 control pieces and 256 bytes among them")
     train.add_argument(
-        "--sample_megabytes", type=float, default=TRAINING_BYTES / 1e6, metavar="MB",
+        "--vocab_size",
+        type=int,
+        required=True,
+        help="pieces, with 3 control pieces and 256 bytes among them",
+    )
+    train.add_argument(
+        "--sample_megabytes",
+        type=float,
+        default=TRAINING_BYTES / 1e6,
+        metavar="MB",
         help="text to train on, evenly from all of the input; takes about ten times as much memory (default: 8.4)",
-    )  # fmt: skip
-    train.add_argument("--chinese_share", type=float, help="of the bytes trained on (default: as the input has it)")
+    )
+    train.add_argument(
+        "--chinese_share", type=float, help="of the bytes trained on (default: as the input has it)"
+    )
     encode = commands.add_parser("encode", help="print a text's tokens")
     encode.add_argument("text", help="the text, or - to read it from standard input")
     measure = commands.add_parser("stats", help="bytes a token and compression rate, by language")
     measure.add_argument("--json", metavar="FILE", help="save the figures here too")
     encode.add_argument("--model", required=True, metavar="FILE", help="a SentencePiece model")
-    measure.add_argument("--model", required=True, nargs="+", metavar="FILE", help="SentencePiece models to compare")
+    measure.add_argument(
+        "--model", required=True, nargs="+", metavar="FILE", help="SentencePiece models to compare"
+    )
     for command in (train, measure):
         command.add_argument(
-            "--input", required=True, nargs="+", metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst"
+            "--input",
+            required=True,
+            nargs="+",
+            metavar="GLOB",
+            help="JSONL (a document a line) or .txt, also .gz, .zst",
         )
-        command.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
+        command.add_argument(
+            "--text_field", default="text", help="JSONL field that holds the text (default: text)"
+        )
     return parser
 
 
@@ -241,9 +302,12 @@ def main(words: list[str]) -> int:
 
     if options.command == "train":
         used = train_tokenizer(
-            documents(), options.output, options.vocab_size,
-            sample_bytes=round(1e6 * options.sample_megabytes), chinese_share=options.chinese_share,
-        )  # fmt: skip
+            documents(),
+            options.output,
+            options.vocab_size,
+            sample_bytes=round(1e6 * options.sample_megabytes),
+            chinese_share=options.chinese_share,
+        )
         print(f"{options.output}: {options.vocab_size} pieces; {json.dumps(used)}")
         return 0
     tokenizers = {path: Tokenizer(path) for path in options.model}
@@ -260,17 +324,29 @@ def main(words: list[str]) -> int:
     for path, languages in results.items():
         for name, f in languages.items():
             table.add_row(
-                path, name, f"{f['documents']:,}", f"{f['tokens']:,}", f"{f['bytes_per_token']:.3f}",
-                f"{f['characters_per_token']:.3f}", f"{f['compression_rate']:.3f}",
-            )  # fmt: skip
+                path,
+                name,
+                f"{f['documents']:,}",
+                f"{f['tokens']:,}",
+                f"{f['bytes_per_token']:.3f}",
+                f"{f['characters_per_token']:.3f}",
+                f"{f['compression_rate']:.3f}",
+            )
     console = Console(soft_wrap=True)
     console.print(table)
     layout = Table(
-        "Model", *(Column(path, justify="right", overflow="fold") for path in options.model), title="as in the original's README"
+        "Model",
+        *(Column(path, justify="right", overflow="fold") for path in options.model),
+        title="as in the original's README",
     )
-    rates = [results[path]["all"]["compression_rate"] if "all" in results[path] else math.nan for path in options.model]
+    rates = [
+        results[path]["all"]["compression_rate"] if "all" in results[path] else math.nan
+        for path in options.model
+    ]
     layout.add_row("Compress Rate", *(f"{rate:.3f}" for rate in rates))
-    layout.add_row("Vocab Size", *(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers.values()))
+    layout.add_row(
+        "Vocab Size", *(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers.values())
+    )
     console.print(layout)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -23,9 +23,13 @@ class Tracer:
 
     def before(self, step: int) -> None:
         """Start a trace where one is due with this step (the first is 1)."""
-        if self.until is not None or not (self._requested or (self._steps and self._steps[0] == step)):
+        if self.until is not None or not (
+            self._requested or (self._steps and self._steps[0] == step)
+        ):
             return
-        self.until = min(step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1], self._num_steps)
+        self.until = min(
+            step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1], self._num_steps
+        )
         self._requested = False
         jax.profiler.start_trace(str(self._folder))
 

@@ -1,7 +1,8 @@
 """Train a model: `python -m baichuan_jax.train --config configs/tiny.yaml`, or train(load_config(...)) in a notebook.
 
-train() reads from top to bottom: refuse what cannot work, join the other processes, prepare tokens, build the compiled step, restore
-or start a state, then step, evaluate and save until the end. Killed at any moment, the next start goes on from the last checkpoint.
+train() reads from top to bottom: refuse what cannot work, join the other processes, prepare tokens,
+build the compiled step, restore or start a state, then step, evaluate and save until the end.
+Killed at any moment, the next start goes on from the last checkpoint.
 """
 
 import dataclasses
@@ -85,8 +86,12 @@ def _train(config: Config, clock: Clock) -> tuple[Run, bool]:
 
 def _resolve(config: Config, num_devices: int) -> Config:
     """The configuration on these devices. Raises ConfigError where they do not divide mesh or batch."""
-    full = num_devices * int(os.environ.get(FULL_VARIABLE, jax.process_count())) // jax.process_count()
-    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(config.mesh.resolve(full))
+    full = (
+        num_devices * int(os.environ.get(FULL_VARIABLE, jax.process_count())) // jax.process_count()
+    )
+    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(
+        config.mesh.resolve(full)
+    )
     resolved.check_mesh(resolved.mesh)
     return resolved
 
@@ -96,11 +101,18 @@ def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
     model, device = config.model, jax.devices()[0]
     return {
         "attention": choose_attention(
-            config.kernels.attention, device=device, dtype=model.dtype, head_dim=model.head_dim, masked=config.data.document_mask,
-            length=config.train.context_length, context=config.mesh.context,
+            config.kernels.attention,
+            device=device,
+            dtype=model.dtype,
+            head_dim=model.head_dim,
+            masked=config.data.document_mask,
+            length=config.train.context_length,
+            context=config.mesh.context,
         ),
-        "rms_norm": choose_rms_norm(config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size),
-    }  # fmt: skip
+        "rms_norm": choose_rms_norm(
+            config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size
+        ),
+    }
 
 
 def _is_complete(config: Config, run: Run) -> bool:
@@ -121,7 +133,9 @@ def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
     ]
 
 
-def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, active: bool) -> Writer:
+def _open_run(
+    config: Config, run: Run, prepared: Prepared, display: Display, active: bool
+) -> Writer:
     """Create the run's folder, put configuration and tokenizer into it, say what changed since its last launch."""
     if active:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -129,7 +143,9 @@ def _open_run(config: Config, run: Run, prepared: Prepared, display: Display, ac
         now = dump_config(config)
         if file.exists() and (before := file.read_text(encoding="utf-8")) != now:
             changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
-            display.say(f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow")
+            display.say(
+                f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow"
+            )
         write_atomically(file, now.encode())
         write_atomically(run.path / "tokenizer.model", Path(prepared.tokenizer.path).read_bytes())
     writer = Writer(run.path, config, active)

@@ -1,7 +1,7 @@
 """What XLA, NCCL and JAX are told for a cluster, model and mesh: every flag and variable with its reason, in one place.
 
-`train` applies them before jax starts its backends, `plan` compiles with them, `launch/env.sh` prints them
-(`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
+`train` applies them before jax starts its backends, `plan` compiles with them, `launch/env.sh`
+prints them (`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
 """
 
 import importlib.metadata
@@ -18,9 +18,15 @@ from baichuan_jax.config_file import make_parser, parse_command
 from baichuan_jax.hardware import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
-GPU_MEMORY_FRACTION = 0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
+GPU_MEMORY_FRACTION = (
+    0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
+)
 PROFILE_FLAG = "--xla_gpu_pgle_profile_file_or_directory_path"
-FUSES_GATHERS = (0, 0, 41)  # the newest libtpu tried that runs a gather's steps inside the products beside it on v5p
+FUSES_GATHERS = (
+    0,
+    0,
+    41,
+)  # the newest libtpu tried that runs a gather's steps inside the products beside it on v5p
 RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
@@ -44,7 +50,9 @@ def choose_flags(config: Config, topology: Topology | None) -> Settings:
     xla: dict[str, str] = {}
     if config.train.deterministic:
         # Known to every jaxlib; nothing but a GPU heeds it.
-        xla["--xla_gpu_deterministic_ops=true"] = "train.deterministic: no atomics, the same bits in every run"
+        xla["--xla_gpu_deterministic_ops=true"] = (
+            "train.deterministic: no atomics, the same bits in every run"
+        )
     if topology is None or platform == "cpu":
         return Settings(xla, {}, {})
     if platform == "tpu":
@@ -56,12 +64,18 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     mesh = config.mesh.resolve(topology.num_devices)
     model = config.model
     block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
-    weights = block // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)  # gathered in the compute type
+    weights = (
+        block // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)
+    )  # gathered in the compute type
     shard = weights // mesh.fsdp  # of a layer's gradients, reduced in the compute type
     nodes = max(topology.num_devices // topology.devices_per_node, 1)
-    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five times as long as that.
-    least = int(5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
-    # A block waits for the sums of the third block after it (model.py), so a message never holds more than a layer.
+    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five
+    # times as long as that.
+    least = int(
+        5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2
+    )
+    # A block waits for the sums of the third block after it (model.py), so a message never holds
+    # more than a layer.
     flags = {
         "--xla_gpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
         "--xla_gpu_enable_pipelined_all_gather=true": "a layer's weights are gathered while the layer before it computes",
@@ -84,13 +98,18 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
         "--xla_gpu_enable_command_buffer=": "CUDA graphs do not hold asynchronous collectives inside loops",
         "--xla_disable_hlo_passes=rematerialization": "model.remat says what is recomputed; XLA must not add to it",
         "--xla_gpu_nccl_termination_timeout_seconds=120": "a collective that a dead peer left open ends, instead of after 600 s",
-    }  # fmt: skip
+    }
     if profile := config.train.schedule_profile:
-        require(Path(profile).is_file(), f"train.schedule_profile={profile!r} is no file: python -m baichuan_jax.plan writes it")
+        require(
+            Path(profile).is_file(),
+            f"train.schedule_profile={profile!r} is no file: python -m baichuan_jax.plan writes it",
+        )
         flags[f"{PROFILE_FLAG}={Path(profile).absolute()}"] = (
             "train.schedule_profile: collectives start by their predicted latency"
         )
-        flags["--xla_gpu_pgle_accuracy_checker=PGLE_STRICTNESS_LEVEL_WARN"] = "instructions that the profile lacks are named"
+        flags["--xla_gpu_pgle_accuracy_checker=PGLE_STRICTNESS_LEVEL_WARN"] = (
+            "instructions that the profile lacks are named"
+        )
     return flags
 
 
@@ -108,7 +127,8 @@ def _libtpu(version: tuple[int, ...] | None) -> dict[str, str]:
     if version is not None and version <= FUSES_GATHERS:
         why = "a gather's steps run inside the products beside it"
         return {**flags, "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": why}
-    # libtpu 0.0.48 refuses to fuse gathers on all but v5e ("might lead to ... incorrect results, hang"); on v5e it does so unasked.
+    # libtpu 0.0.48 refuses to fuse gathers on all but v5e ("might lead to ... incorrect results,
+    # hang"); on v5e it does so unasked.
     return {
         **flags,
         "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true": (
@@ -129,14 +149,29 @@ def _libtpu_version() -> tuple[int, ...] | None:
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
     variables = {
-        "XLA_CLIENT_MEM_FRACTION": (f"{GPU_MEMORY_FRACTION}", "by default 75 %; the rest holds CUDA's context and NCCL's buffers"),
-        "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "kernels start in the order of the schedule, so that a collective is not overtaken"),
-    }  # fmt: skip
+        "XLA_CLIENT_MEM_FRACTION": (
+            f"{GPU_MEMORY_FRACTION}",
+            "by default 75 %; the rest holds CUDA's context and NCCL's buffers",
+        ),
+        "CUDA_DEVICE_MAX_CONNECTIONS": (
+            "1",
+            "kernels start in the order of the schedule, so that a collective is not overtaken",
+        ),
+    }
     if topology.num_devices > topology.devices_per_node:
         variables |= {
-            "NCCL_CROSS_NIC": ("0", "a ring between nodes keeps to one rail: data groups join GPUs of equal local number"),
-            "NCCL_IB_TIMEOUT": ("22", "a link that flaps for some seconds is retried, not reported as a dead peer"),
-            "NCCL_IB_RETRY_CNT": ("13", "with the timeout: about a minute before a link counts as dead"),
+            "NCCL_CROSS_NIC": (
+                "0",
+                "a ring between nodes keeps to one rail: data groups join GPUs of equal local number",
+            ),
+            "NCCL_IB_TIMEOUT": (
+                "22",
+                "a link that flaps for some seconds is retried, not reported as a dead peer",
+            ),
+            "NCCL_IB_RETRY_CNT": (
+                "13",
+                "with the timeout: about a minute before a link counts as dead",
+            ),
             "NCCL_DEBUG": ("WARN", "the reason of a failure stands in the log"),
         }
     return variables
@@ -163,18 +198,25 @@ def apply_flags(config: Config) -> dict[str, str]:
 def keep_compiled(config: Config, platform: str) -> None:
     """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again; process 0 writes them, all read.
 
-    Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it: there jax's keys differ by process, so that process 0 alone would
-    profit and wait for the others, and every program that is read prints pages about features of the machine.
+    Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it: there jax's keys differ by process,
+    so that process 0 alone would profit and wait for the others, and every program that is read
+    prints pages about features of the machine.
     """
     if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled"))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled")
+        )
 
 
 def main(words: list[str]) -> int:
     """`python -m baichuan_jax.xla_flags`: print the settings as shell lines, each under its reason."""
     description = "Print what XLA, NCCL and JAX should be told for a configuration, as shell lines with their reasons."
     parser = make_parser("python -m baichuan_jax.xla_flags", description)
-    parser.add_argument("--topology", default=None, help="Cluster, such as a800:128x8 or v5p:4x4x8; default: this machine.")
+    parser.add_argument(
+        "--topology",
+        default=None,
+        help="Cluster, such as a800:128x8 or v5p:4x4x8; default: this machine.",
+    )
     config, options = parse_command(parser, words, own=("topology",))
     name = options["topology"]
     settings = choose_flags(config, parse_topology(name) if name else detect_topology())
@@ -182,7 +224,9 @@ def main(words: list[str]) -> int:
         for word, why in flags.items():
             print(f"# {word.split('=')[0]}: {why}")
         if flags:
-            print(f'export {variable}={shlex.quote(" ".join(flags))}"${{{variable}:+ ${variable}}}"')
+            print(
+                f'export {variable}={shlex.quote(" ".join(flags))}"${{{variable}:+ ${variable}}}"'
+            )
     for variable, (value, why) in settings.environment.items():
         print(f"# {why}\nexport {variable}=${{{variable}:-{value}}}")
     return 0

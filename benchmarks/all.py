@@ -2,8 +2,9 @@
 
     python benchmarks/all.py [NAME ...] [--docs FILE]
 
-Each runs alone, and compares with a peer or a limit measured in the same run. A name runs that one only and replaces its table only.
-What is compared with has to be installed: requirements-bench.txt, -eval-bench.txt, -data.txt, -data-bench.txt and -plan.txt.
+Each runs alone, and compares with a peer or a limit measured in the same run. A name runs that one
+only and replaces its table only. What is compared with has to be installed: requirements-bench.txt,
+-eval-bench.txt, -data.txt, -data-bench.txt and -plan.txt.
 """
 
 import sys
@@ -65,30 +66,60 @@ def put(text: str, name: str, content: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "benchmarks.md", help="page to write into")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)"
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=REPOSITORY / "docs" / "benchmarks.md",
+        help="page to write into",
+    )
     options = parser.parse_args()
     unknown = set(options.names) - set(BENCHMARKS)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
     display, failed, began = Display(), [], time.monotonic()
     chosen = options.names or list(BENCHMARKS)
     for number, name in enumerate(chosen, 1):
-        display.say(f"{number}/{len(chosen)} {name}: python benchmarks/{BENCHMARKS[name]}", style="bold")
+        display.say(
+            f"{number}/{len(chosen)} {name}: python benchmarks/{BENCHMARKS[name]}", style="bold"
+        )
         script, *words = BENCHMARKS[name].split()
         with tempfile.TemporaryDirectory() as folder:
             file, log, since = Path(folder) / "figures.json", Path(folder) / "log", time.monotonic()
             with open(log, "wb") as errors:
-                command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *words, "--json", str(file)]
-                code = subprocess.run(command, stderr=errors, cwd=REPOSITORY, check=False).returncode
+                command = [
+                    sys.executable,
+                    str(REPOSITORY / "benchmarks" / script),
+                    *words,
+                    "--json",
+                    str(file),
+                ]
+                code = subprocess.run(
+                    command, stderr=errors, cwd=REPOSITORY, check=False
+                ).returncode
             if code or not file.exists():
                 failed.append(name)
-                display.say(f"{name} ended with {code}:\n{log.read_text(errors='replace')[-2000:]}", style="red")
+                display.say(
+                    f"{name} ended with {code}:\n{log.read_text(errors='replace')[-2000:]}",
+                    style="red",
+                )
                 continue
             tables = json.loads(file.read_text(encoding="utf-8"))["tables"]
-        text = put(options.docs.read_text(encoding="utf-8"), name, markdown(BENCHMARKS[name], tables, time.monotonic() - since))
-        text = put(text, "machine", f"{machine()}; Python {platform.python_version()}, {versions()}.")
+        text = put(
+            options.docs.read_text(encoding="utf-8"),
+            name,
+            markdown(BENCHMARKS[name], tables, time.monotonic() - since),
+        )
+        text = put(
+            text, "machine", f"{machine()}; Python {platform.python_version()}, {versions()}."
+        )
         write_atomically(options.docs, text.encode())
     display.say(
         f"{len(chosen) - len(failed)} of {len(chosen)} in {(time.monotonic() - began) / 60:.1f} minutes; see {options.docs}"

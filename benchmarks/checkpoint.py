@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py [--gigabytes 2] [--folder DIR] [--json FILE]
 
-A state of parameters and both moments in float32, saved through Orbax (`checkpoints/`) and as a host's local copy, then restored from
-each; plain files of the same bytes are written and read in the same run. Memory is the process's peak above what it held before: on a
-CPU "devices" use the host's memory too, so a restored state itself is taken off.
+A state of parameters and both moments in float32, saved through Orbax (`checkpoints/`) and as a
+host's local copy, then restored from each; plain files of the same bytes are written and read in
+the same run. Memory is the process's peak above what it held before: on a CPU "devices" use the
+host's memory too, so a restored state itself is taken off.
 """
 
 import sys
@@ -36,13 +37,17 @@ LAYER = 4 * 1024 * 1024 + 3 * 1024 * 2816  # parameters of a block of the model 
 def of_size(gigabytes: float) -> Config:
     """A model whose state, 12 bytes a parameter, takes about so many gigabytes."""
     layers = max(1, round((gigabytes * 1e9 / 12 - 2 * 32_000 * 1024) / LAYER))
-    model = ModelConfig(vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_layers=layers, num_heads=8)
+    model = ModelConfig(
+        vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_layers=layers, num_heads=8
+    )
     return Config(model=model, optimizer=OptimizerConfig(warmup_steps=0))
 
 
 def memory(name: str) -> int:
     """A figure of this process's memory in bytes: VmHWM the peak, VmRSS now."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -58,7 +63,9 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state (default: 2)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the figures")
@@ -67,14 +74,19 @@ def main() -> None:
     steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
-        lambda shape, sharding: jax.device_put(rng.integers(0, 99, shape.shape).astype(shape.dtype), sharding),
-        steps.state_shapes, steps.state_shardings,
-    )  # fmt: skip
+        lambda shape, sharding: jax.device_put(
+            rng.integers(0, 99, shape.shape).astype(shape.dtype), sharding
+        ),
+        steps.state_shapes,
+        steps.state_shardings,
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     results, rows, figures = Results(), [], {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        checkpoints = Checkpoints(folder / "checkpoints", config, "", steps.state_shapes, steps.state_shardings)
+        checkpoints = Checkpoints(
+            folder / "checkpoints", config, "", steps.state_shapes, steps.state_shardings
+        )
         copies = LocalCopies(folder / "local", 0, "here", checkpoints)
         checkpoints.digest(state)  # compiled before anything is timed
         plain = {
@@ -82,11 +94,26 @@ def main() -> None:
             "read": Measured(lambda: (folder / "plain").read_bytes()),
         }
 
-        def note(what: str, done: Measured, limit: str, blocked: float | None = None, held: int = 0) -> None:
+        def note(
+            what: str, done: Measured, limit: str, blocked: float | None = None, held: int = 0
+        ) -> None:
             share = plain[limit].seconds / done.seconds
-            figures[what] = {"seconds": done.seconds, "blocked": blocked, "of_plain": share, "memory": done.memory - held}
+            figures[what] = {
+                "seconds": done.seconds,
+                "blocked": blocked,
+                "of_plain": share,
+                "memory": done.memory - held,
+            }
             stands = "-" if blocked is None else f"{blocked:.2f}"
-            rows.append([what, f"{done.seconds:.2f}", stands, f"{share:.0%}", f"{(done.memory - held) / size:.2f}"])
+            rows.append(
+                [
+                    what,
+                    f"{done.seconds:.2f}",
+                    stands,
+                    f"{share:.0%}",
+                    f"{(done.memory - held) / size:.2f}",
+                ]
+            )
 
         for what, tier in (("checkpoint", checkpoints), ("local copy", copies)):
             blocked = 0.0
@@ -100,7 +127,11 @@ def main() -> None:
 
             note(f"save a {what}", Measured(save), "write", blocked)
         for what, tier in (("checkpoint", checkpoints), ("local copy", copies)):
-            first = checkpoints.restore if tier is checkpoints else lambda report: copies.restore(0, report)
+            first = (
+                checkpoints.restore
+                if tier is checkpoints
+                else lambda report: copies.restore(0, report)
+            )
             done = Measured(lambda first=first: jax.block_until_ready(first(fail).state))
             assert checkpoints.digest(done.value) == checkpoints.digest(state)
             note(f"restore a {what}", done, "read", held=size)
@@ -110,7 +141,11 @@ def main() -> None:
         f"A state of {size / 1e9:.2f} GB (plain: written and synced at {size / plain['write'].seconds / 1e9:.2f} GB/s, read at "
         f"{size / plain['read'].seconds / 1e9:.2f} GB/s)"
     )
-    results.table(title, ["", "s", "training stands still, s", "of the plain speed", "memory, in states"], rows)
+    results.table(
+        title,
+        ["", "s", "training stands still, s", "of the plain speed", "memory, in states"],
+        rows,
+    )
     results.save(options.json, bytes=size, **figures)
 
 

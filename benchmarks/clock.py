@@ -18,7 +18,9 @@ def sample(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def measure(calls: dict[Any, Callable[[], object]], rounds: int, seconds: float) -> dict[Any, float]:
+def measure(
+    calls: dict[Any, Callable[[], object]], rounds: int, seconds: float
+) -> dict[Any, float]:
     """Median seconds of each call. A sample is as many calls as take `seconds`; all are sampled in turn, `rounds` times."""
     counts = {}
     for name, call in calls.items():

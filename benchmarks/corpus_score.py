@@ -2,15 +2,19 @@
 
     python benchmarks/corpus_score.py --corpus DIR --result PIPELINE_OUTPUT [--json FILE]
 
-Reads PIPELINE_OUTPUT/final/*.parquet (`id, text, ...`) and removed/*.parquet (`id, stage, reason, duplicate_of`). Nothing of the
-pipeline's own code is used: similarities are computed here, exactly.
+Reads PIPELINE_OUTPUT/final/*.parquet (`id, text, ...`) and removed/*.parquet (`id, stage, reason,
+duplicate_of`). Nothing of the pipeline's own code is used: similarities are computed here, exactly.
 
-- documents: of a document and its copies all but one should be gone. Removed as a duplicate rightly: a Jaccard similarity of at least
-  0.7 to a document that was kept, as it came or as it stands in final/, over 5-grams of characters (Chinese) or words (English),
-  letters and digits only.
-- sentences: of the places of a planted sentence, all but one should be gone. A sentence that is gone from a kept document is rightly
-  gone where one at least 0.8 alike (1 - insertions and deletions / letters of both) stands elsewhere in final/.
-- garbage: gone, by whatever stage. Clean text: kept; what the duplicate stage removed is judged above.
+- documents: of a document and its copies all but one should be gone. Removed as a duplicate
+rightly: a Jaccard similarity of at least
+  0.7 to a document that was kept, as it came or as it stands in final/, over 5-grams of characters
+  (Chinese) or words (English), letters and digits only.
+- sentences: of the places of a planted sentence, all but one should be gone. A sentence that is
+gone from a kept document is rightly
+  gone where one at least 0.8 alike (1 - insertions and deletions / letters of both) stands
+  elsewhere in final/.
+- garbage: gone, by whatever stage. Clean text: kept; what the duplicate stage removed is judged
+above.
 """
 
 import argparse
@@ -44,8 +48,15 @@ def letters(text: str) -> str:
 
 def shingles(text: str, lang: str) -> set:
     """5-grams of characters (Chinese) or words (English)."""
-    units: Any = letters(text) if lang == "zh" else re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
-    return {units[i : i + 5] if lang == "zh" else tuple(units[i : i + 5]) for i in range(max(1, len(units) - 4))}
+    units: Any = (
+        letters(text)
+        if lang == "zh"
+        else re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    )
+    return {
+        units[i : i + 5] if lang == "zh" else tuple(units[i : i + 5])
+        for i in range(max(1, len(units) - 4))
+    }
 
 
 def jaccard(a: set, b: set) -> float:
@@ -74,7 +85,9 @@ class Judge:
         self.texts: dict[str, str] = {}
         for path in sorted(corpus.glob("corpus-*.jsonl")):
             with path.open(encoding="utf-8") as file:
-                self.texts.update((record["id"], record["text"]) for record in map(json.loads, file))
+                self.texts.update(
+                    (record["id"], record["text"]) for record in map(json.loads, file)
+                )
         self.kinds: dict[str, dict] = {}
         self.planted: list[dict] = []
         with (corpus / "truth.jsonl").open(encoding="utf-8") as file:
@@ -109,11 +122,17 @@ class Judge:
             sums[record["kind"], record["lang"]].update(
                 copies=len(copies),
                 gone=min(len(copies), 1 + len(copies) - kept),
-                jaccard=sum(jaccard(base, shingles(self.texts[name], record["lang"])) for name in copies),
+                jaccard=sum(
+                    jaccard(base, shingles(self.texts[name], record["lang"])) for name in copies
+                ),
             )
         return _by_kind(
             {
-                key: {"copies": s["copies"], "recall": s["gone"] / s["copies"], "jaccard": s["jaccard"] / s["copies"]}
+                key: {
+                    "copies": s["copies"],
+                    "recall": s["gone"] / s["copies"],
+                    "jaccard": s["jaccard"] / s["copies"],
+                }
                 for key, s in sums.items()
             }
         )
@@ -133,30 +152,59 @@ class Judge:
             other = self.removed.get(row["duplicate_of"])
             dangling += other is not None and other["duplicate_of"] is not None
             mine = shingles(self.texts[name], lang)
-            candidates = {row["duplicate_of"], *kept[self.kinds[name]["of"] or name]} & self.texts.keys()
-            candidates = {c for c in candidates if (self.removed.get(c) or {"duplicate_of": None})["duplicate_of"] is None}
-            versions = [text for c in candidates for text in (self.texts[c], self.final.get(c)) if text is not None]
+            candidates = {
+                row["duplicate_of"],
+                *kept[self.kinds[name]["of"] or name],
+            } & self.texts.keys()
+            candidates = {
+                c
+                for c in candidates
+                if (self.removed.get(c) or {"duplicate_of": None})["duplicate_of"] is None
+            }
+            versions = [
+                text
+                for c in candidates
+                for text in (self.texts[c], self.final.get(c))
+                if text is not None
+            ]
             best = max((jaccard(mine, shingles(text, lang)) for text in versions), default=0.0)
             right += best >= JACCARD
             if best < JACCARD:
                 wrong.append(
-                    {"id": name, "kind": self.kinds[name]["kind"], "lang": lang, "of": row["duplicate_of"], "jaccard": best}
+                    {
+                        "id": name,
+                        "kind": self.kinds[name]["kind"],
+                        "lang": lang,
+                        "of": row["duplicate_of"],
+                        "jaccard": best,
+                    }
                 )
         wrong.sort(key=lambda entry: entry["jaccard"])
         return {
-            "removed": total, "precision": right / max(1, total), "of_one_not_kept": dangling,
-            "wrong_kinds": dict(collections.Counter(entry["kind"] for entry in wrong)), "wrong": wrong[:20],
-        }  # fmt: skip
+            "removed": total,
+            "precision": right / max(1, total),
+            "of_one_not_kept": dangling,
+            "wrong_kinds": dict(collections.Counter(entry["kind"] for entry in wrong)),
+            "wrong": wrong[:20],
+        }
 
     def clean(self) -> dict[str, dict]:
         """Of clean documents without a copy by language: how many, the share removed otherwise than as duplicates, and by what."""
         result = {}
-        copied = {record["of"] for record in self.kinds.values()}  # of two that share most sentences, either may lose them
+        copied = {
+            record["of"] for record in self.kinds.values()
+        }  # of two that share most sentences, either may lose them
         for lang in LANGUAGES:
             names = [
-                n for n, record in self.kinds.items() if record["kind"] in CLEAN and record["lang"] == lang and n not in copied
+                n
+                for n, record in self.kinds.items()
+                if record["kind"] in CLEAN and record["lang"] == lang and n not in copied
             ]
-            gone = [self.removed[name] for name in names if name in self.removed and self.removed[name]["duplicate_of"] is None]
+            gone = [
+                self.removed[name]
+                for name in names
+                if name in self.removed and self.removed[name]["duplicate_of"] is None
+            ]
             why = collections.Counter(f"{row['stage']}: {row['reason']}" for row in gone)
             result[lang] = {
                 "documents": len(names),
@@ -171,16 +219,22 @@ class Judge:
         for name, record in self.kinds.items():
             if record["kind"].startswith("garbage_"):
                 groups[record["kind"].removeprefix("garbage_"), record["lang"]].append(name)
-        return _by_kind({
-            key: {
-                "documents": len(names),
-                "recall": sum(name in self.removed for name in names) / len(names),
-                "reasons": dict(collections.Counter(
-                    f"{self.removed[name]['stage']}: {self.removed[name]['reason']}" for name in names if name in self.removed
-                ).most_common(4)),
+        return _by_kind(
+            {
+                key: {
+                    "documents": len(names),
+                    "recall": sum(name in self.removed for name in names) / len(names),
+                    "reasons": dict(
+                        collections.Counter(
+                            f"{self.removed[name]['stage']}: {self.removed[name]['reason']}"
+                            for name in names
+                            if name in self.removed
+                        ).most_common(4)
+                    ),
+                }
+                for key, names in groups.items()
             }
-            for key, names in groups.items()
-        })  # fmt: skip
+        )
 
     def sentence_copies(self) -> dict[str, dict]:
         """Of every kind of planted sentence and language: places, recall, and sentences of which no place is left."""
@@ -194,11 +248,18 @@ class Judge:
             if len(places) > 1:
                 gone = places.count(False)
                 sums[record["kind"].removeprefix("sentence_"), record["lang"]].update(
-                    places=len(places) - 1, gone=min(gone, len(places) - 1), sentences=1, lost=gone == len(places)
+                    places=len(places) - 1,
+                    gone=min(gone, len(places) - 1),
+                    sentences=1,
+                    lost=gone == len(places),
                 )
         return _by_kind(
             {
-                key: {"places": s["places"], "recall": s["gone"] / s["places"], "lost": s["lost"] / s["sentences"]}
+                key: {
+                    "places": s["places"],
+                    "recall": s["gone"] / s["places"],
+                    "lost": s["lost"] / s["sentences"],
+                }
                 for key, s in sums.items()
             }
         )
@@ -211,13 +272,21 @@ class Judge:
             if text != self.texts[name]:
                 flat = re.sub(r"\s+", "", text)
                 # An address may have been masked: such a sentence is not looked for.
-                missing = [s for s in sentences(self.texts[name]) if re.sub(r"\s+", "", s) not in flat and "@" not in s]
+                missing = [
+                    s
+                    for s in sentences(self.texts[name])
+                    if re.sub(r"\s+", "", s) not in flat and "@" not in s
+                ]
                 if record["kind"] == "boilerplate":  # its head and foot should go
                     missing = [s for s in missing if s in self.texts[record["of"]]]
                 gone[record["lang"]] += missing
         left = {letters(s) for text in self.final.values() for s in sentences(text)}
         total = {
-            lang: sum(len(sentences(self.texts[name])) for name in self.final if self.kinds[name]["lang"] == lang)
+            lang: sum(
+                len(sentences(self.texts[name]))
+                for name in self.final
+                if self.kinds[name]["lang"] == lang
+            )
             for lang in LANGUAGES
         }
         result = {}
@@ -226,22 +295,30 @@ class Judge:
             alike = _likeness([letters(s) for s in unlike], left)
             unlike = [s for s, likeness in zip(unlike, alike, strict=True) if likeness < ALIKE]
             result[lang] = {
-                "sentences": total[lang], "removed": len(gone[lang]), "wrong": len(unlike) / max(1, len(gone[lang])),
+                "sentences": total[lang],
+                "removed": len(gone[lang]),
+                "wrong": len(unlike) / max(1, len(gone[lang])),
                 "examples": [s[:120] for s in unlike[:20]],
-            }  # fmt: skip
+            }
         return result
 
 
 def _likeness(wanted: list[str], pool: set[str]) -> list[float]:
     """Of each wanted text how like the nearest of the pool is: of the 30 that share most runs of four letters."""
-    index: dict[str, list[str]] = {text[i : i + 4]: [] for text in wanted for i in range(len(text) - 3)}
+    index: dict[str, list[str]] = {
+        text[i : i + 4]: [] for text in wanted for i in range(len(text) - 3)
+    }
     for text in sorted(pool):
         for run in {text[i : i + 4] for i in range(len(text) - 3)} & index.keys():
             index[run].append(text)
     best = []
     for text in wanted:
         shared: collections.Counter[str] = collections.Counter()
-        found = sorted((len(index[run]), run) for run in {text[i : i + 4] for i in range(len(text) - 3)} if index[run])
+        found = sorted(
+            (len(index[run]), run)
+            for run in {text[i : i + 4] for i in range(len(text) - 3)}
+            if index[run]
+        )
         for _, run in found[:20]:
             shared.update(index[run])
         near = [other for other, _ in shared.most_common(30)]
@@ -268,10 +345,14 @@ def judge(corpus: Path, result: Path) -> dict[str, Any]:
     """All figures of a pipeline's output."""
     found = Judge(corpus, result)
     return {
-        "accounts": found.accounts, "documents": found.documents(), "duplicate_removals": found.duplicate_removals(),
-        "sentences": found.sentence_copies(), "sentence_removals": found.sentence_removals(),
-        "garbage": found.garbage(), "clean": found.clean(),
-    }  # fmt: skip
+        "accounts": found.accounts,
+        "documents": found.documents(),
+        "duplicate_removals": found.duplicate_removals(),
+        "sentences": found.sentence_copies(),
+        "sentence_removals": found.sentence_removals(),
+        "garbage": found.garbage(),
+        "clean": found.clean(),
+    }
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -283,13 +364,25 @@ def _show(figures: dict[str, Any]) -> None:
     }
     for section, names in shown.items():
         table = Table(
-            section, *(f"{lang} {name}" for lang in LANGUAGES for name in names), *(["most by"] if section == "garbage" else [])
+            section,
+            *(f"{lang} {name}" for lang in LANGUAGES for name in names),
+            *(["most by"] if section == "garbage" else []),
         )
         for kind, row in figures[section].items():
-            cells = [row[lang][name] if lang in row else None for lang in LANGUAGES for name in names]
-            text = ["-" if c is None else f"{c:,}" if isinstance(c, int) else f"{c:.3f}" for c in cells]
-            reasons = [next(iter(row[lang]["reasons"]), "-") for lang in LANGUAGES if lang in row] if section == "garbage" else []
-            table.add_row(kind, *text, *(["; ".join(dict.fromkeys(reasons))] if section == "garbage" else []))
+            cells = [
+                row[lang][name] if lang in row else None for lang in LANGUAGES for name in names
+            ]
+            text = [
+                "-" if c is None else f"{c:,}" if isinstance(c, int) else f"{c:.3f}" for c in cells
+            ]
+            reasons = (
+                [next(iter(row[lang]["reasons"]), "-") for lang in LANGUAGES if lang in row]
+                if section == "garbage"
+                else []
+            )
+            table.add_row(
+                kind, *text, *(["; ".join(dict.fromkeys(reasons))] if section == "garbage" else [])
+            )
         console.print(table)
     d = figures["duplicate_removals"]
     console.print(
@@ -308,9 +401,15 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, type=Path, metavar="DIR", help="what corpus_truth.py wrote")
-    parser.add_argument("--result", required=True, type=Path, metavar="DIR", help="the pipeline's output")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", required=True, type=Path, metavar="DIR", help="what corpus_truth.py wrote"
+    )
+    parser.add_argument(
+        "--result", required=True, type=Path, metavar="DIR", help="the pipeline's output"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the figures, with examples")
     options = parser.parse_args()
     figures = judge(options.corpus, options.result)

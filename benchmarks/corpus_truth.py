@@ -3,10 +3,11 @@
     python benchmarks/corpus_truth.py --output DIR [--input 'GLOB' ...] [--megabytes 25] [--seed 0]
     python benchmarks/corpus_score.py --corpus DIR --result PIPELINE_OUTPUT [--json FILE]
 
-Writes DIR/corpus-*.jsonl (`id, text, source, lang`) and DIR/truth.jsonl: a line a document (`id, kind, lang, of`) and a line a planted
-sentence (`kind, lang, sentences, documents`). The same arguments give the same bytes. Where more text is asked for than the clean
-corpus has, further rounds re-word it: every word goes to another of the same length and about the same frequency, so that the
-statistics stay and no duplicate arises. Memory does not grow with the size.
+Writes DIR/corpus-*.jsonl (`id, text, source, lang`) and DIR/truth.jsonl: a line a document (`id,
+kind, lang, of`) and a line a planted sentence (`kind, lang, sentences, documents`). The same
+arguments give the same bytes. Where more text is asked for than the clean corpus has, further
+rounds re-word it: every word goes to another of the same length and about the same frequency, so
+that the statistics stay and no duplicate arises. Memory does not grow with the size.
 """
 
 import sys
@@ -31,13 +32,16 @@ SAMPLE = Path(__file__).parents[1] / "baichuan_jax" / "data" / "sample"
 LANGUAGES = ("zh", "en")
 WINDOW = 1000  # clean documents among which duplicates and sentences are planted at once
 SHARD_BYTES = 8 << 20
-DUPLICATES = 0.25  # share of the clean documents that get a duplicate; as much of the rest is left alone
+DUPLICATES = (
+    0.25  # share of the clean documents that get a duplicate; as much of the rest is left alone
+)
 SENTENCES = 0.2  # share of them that gives a sentence away
 GARBAGE = 0.15  # garbage documents for each clean one
 BOILERPLATE_COPIES = 20
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 WORD = {"zh": re.compile(f"[{HAN}]"), "en": re.compile(r"[A-Za-z]+(?:'[a-z]+)?")}
-# A sentence that any splitter cuts alike: no quotes, no dots inside, one closing mark, no abbreviation before it or at its end.
+# A sentence that any splitter cuts alike: no quotes, no dots inside, one closing mark, no
+# abbreviation before it or at its end.
 SENTENCE = {
     "zh": re.compile(f"(?<=[。！？\n])[{HAN}，、；：]{{15,80}}[。！？](?=[{HAN}\n])"),
     "en": re.compile(r"(?<=[a-z]{4}[.!?] )[A-Z][A-Za-z,;:' -]{50,200}[a-z]{4}[.!?](?= [A-Z]|\n)"),
@@ -55,7 +59,11 @@ class Document(NamedTuple):
 
 def language(text: str) -> str:
     """ "zh" where most letters are Han, else "en"."""
-    return "zh" if 2 * len(WORD["zh"].findall(text)) > sum(character.isalpha() for character in text) else "en"
+    return (
+        "zh"
+        if 2 * len(WORD["zh"].findall(text)) > sum(character.isalpha() for character in text)
+        else "en"
+    )
 
 
 # clean text
@@ -83,7 +91,9 @@ def pieces(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
 
 def rewording(texts: list[str], lang: str, seed: int) -> Callable[[str], str]:
     """A function that exchanges words for others of their length and about their frequency; the commonest stay."""
-    counts = collections.Counter(word.lower() for text in texts for word in WORD[lang].findall(text))
+    counts = collections.Counter(
+        word.lower() for text in texts for word in WORD[lang].findall(text)
+    )
     ranked = [word for word, _ in counts.most_common()][20 if lang == "zh" else 100 :]
     rng = random.Random(f"{seed} {lang}")
     exchange: dict[str, str] = {}
@@ -108,7 +118,9 @@ def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
     rng = random.Random(f"{seed} pieces")
     base: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
     files = find_files(patterns)
-    for piece in pieces((text for file in files for text in read_documents(Part(file), "text")), rng):
+    for piece in pieces(
+        (text for file in files for text in read_documents(Part(file), "text")), rng
+    ):
         base[language(piece)].append(piece)
     for lang, texts in base.items():
         if not texts:
@@ -117,7 +129,9 @@ def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
 
     def stream(lang: str) -> Iterator[Document]:
         for number in itertools.count():
-            reword = rewording(base[lang], lang, 1000 * seed + number) if number else lambda text: text
+            reword = (
+                rewording(base[lang], lang, 1000 * seed + number) if number else lambda text: text
+            )
             for text in base[lang]:
                 yield Document(reword(text), lang)
 
@@ -143,7 +157,9 @@ def edited(share: float) -> Callable[[Document, Document, random.Random], str]:
         space = "" if document.lang == "zh" else " "
         for start in sorted(chosen):
             match = chosen[start]
-            new = {0: "", 1: match[0] + space + rng.choice(pool)}.get(rng.randrange(4), rng.choice(pool))
+            new = {0: "", 1: match[0] + space + rng.choice(pool)}.get(
+                rng.randrange(4), rng.choice(pool)
+            )
             out += [document.text[end:start], new]
             end = match.end()
         return "".join([*out, document.text[end:]])
@@ -157,11 +173,17 @@ def punctuated(document: Document, other: Document, rng: random.Random) -> str:
     text = document.text
     if document.lang == "zh":
         text = re.sub("[，；：]", lambda match: rng.choice([match[0], ",", " ", "，"]), text)
-        text = text.translate({new: old for old, new in wide.items()}) if rng.random() < 0.5 else text
+        text = (
+            text.translate({new: old for old, new in wide.items()}) if rng.random() < 0.5 else text
+        )
         return re.sub("\n+", lambda _: rng.choice(["\n", "\n\n", "\u3000"]), text)
     text = re.sub("[,;:]", lambda match: rng.choice([match[0], "", ";", " -"]), text)
     text = re.sub("\n+", lambda _: rng.choice(["\n", "\n\n", "  "]), text)
-    return text.upper() if rng.random() < 0.2 else re.sub(r"\. ", lambda _: rng.choice([". ", ".  ", "! "]), text)
+    return (
+        text.upper()
+        if rng.random() < 0.2
+        else re.sub(r"\. ", lambda _: rng.choice([". ", ".  ", "! "]), text)
+    )
 
 
 def truncated(keep: float) -> Callable[[Document, Document, random.Random], str]:
@@ -202,7 +224,9 @@ def near(sentence: str, rng: random.Random, pool: str) -> str:
     letters = [i for i, character in enumerate(sentence) if i and character.isalpha()]
     changed = list(sentence)
     for place in rng.sample(letters, max(1, round(len(letters) / 10))):
-        changed[place] = rng.choice([c for c in rng.choices(pool, k=20) if c != sentence[place]] or [pool[0]])
+        changed[place] = rng.choice(
+            [c for c in rng.choices(pool, k=20) if c != sentence[place]] or [pool[0]]
+        )
     return "".join(changed)
 
 
@@ -213,14 +237,21 @@ def insert(document: Document, sentence: str, rng: random.Random) -> Document | 
         return None
     place = rng.choice(places)
     joined = sentence if document.lang == "zh" else " " + sentence
-    return document._replace(text=document.text[:place] + joined + document.text[place:], kind="host")
+    return document._replace(
+        text=document.text[:place] + joined + document.text[place:], kind="host"
+    )
 
 
-def plant_sentences(window: dict[str, Document], free: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+def plant_sentences(
+    window: dict[str, Document], free: list[str], rng: random.Random
+) -> Iterator[dict[str, Any]]:
     """Put sentences of some free documents into others; documents in `window` change. Yields a record a sentence."""
     seen: set[str] = set()
     givers = free[: round(SENTENCES * len(free))]
-    hosts = {lang: [name for name in free[len(givers) :] if window[name].lang == lang] for lang in LANGUAGES}
+    hosts = {
+        lang: [name for name in free[len(givers) :] if window[name].lang == lang]
+        for lang in LANGUAGES
+    }
     boilerplate = dict.fromkeys(LANGUAGES, 0)
     for number, giver in enumerate(givers):
         lang = window[giver].lang
@@ -251,10 +282,15 @@ def plant_sentences(window: dict[str, Document], free: list[str], rng: random.Ra
 # the corpus
 
 
-def plant(window: dict[str, Document], name: Callable[[], str], rng: random.Random) -> tuple[dict[str, Document], list[dict]]:
+def plant(
+    window: dict[str, Document], name: Callable[[], str], rng: random.Random
+) -> tuple[dict[str, Document], list[dict]]:
     """Clean documents with their copies, sentences and garbage, in random order; and the records of the sentences."""
     names = rng.sample(list(window), len(window))
-    originals, rest = names[: round(DUPLICATES * len(names))], names[round(DUPLICATES * len(names)) :]
+    originals, rest = (
+        names[: round(DUPLICATES * len(names))],
+        names[round(DUPLICATES * len(names)) :],
+    )
     added: dict[str, Document] = {}
     kinds = itertools.cycle(rng.sample(list(COPIES), len(COPIES)))
     for original in originals:
@@ -262,8 +298,12 @@ def plant(window: dict[str, Document], name: Callable[[], str], rng: random.Rand
         document = window[original]
         for _ in range(rng.choice([1, 1, 2, 4]) if kind == "exact" else 1):
             other = window[rng.choice([n for n in rest[:200] if window[n].lang == document.lang])]
-            added[name()] = Document(COPIES[kind](document, other, rng), document.lang, kind, original)
-    sentences = list(plant_sentences(window, rest[len(rest) // 3 :], rng))  # the first third stays as it was
+            added[name()] = Document(
+                COPIES[kind](document, other, rng), document.lang, kind, original
+            )
+    sentences = list(
+        plant_sentences(window, rest[len(rest) // 3 :], rng)
+    )  # the first third stays as it was
     for kind, lang in itertools.islice(
         itertools.cycle(itertools.product(garbage.KINDS, LANGUAGES)), round(GARBAGE * len(window))
     ):
@@ -282,7 +322,8 @@ def make(patterns: list[str], output: Path, size: int, seed: int) -> collections
     numbers = (f"{rng.getrandbits(48):012x}" for _ in itertools.count())
     stream = clean_documents(patterns, seed)
     shards = [
-        (output / f"corpus-{index:05d}.jsonl").open("w", encoding="utf-8") for index in range(max(1, round(size / SHARD_BYTES)))
+        (output / f"corpus-{index:05d}.jsonl").open("w", encoding="utf-8")
+        for index in range(max(1, round(size / SHARD_BYTES)))
     ]
     counts: collections.Counter = collections.Counter()
     written = 0
@@ -299,7 +340,12 @@ def make(patterns: list[str], output: Path, size: int, seed: int) -> collections
             for key, document in window.items():
                 line = {"id": key, "text": document.text, "source": "truth", "lang": document.lang}
                 rng.choice(shards).write(json.dumps(line, ensure_ascii=False) + "\n")
-                record = {"id": key, "kind": document.kind, "lang": document.lang, "of": document.of}
+                record = {
+                    "id": key,
+                    "kind": document.kind,
+                    "lang": document.lang,
+                    "of": document.of,
+                }
                 truth.write(json.dumps(record) + "\n")
                 counts[document.kind] += 1
                 written += len(document.text.encode())
@@ -312,9 +358,15 @@ def make(patterns: list[str], output: Path, size: int, seed: int) -> collections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--input", nargs="+", default=[f"{SAMPLE}/train-*.jsonl.gz"], metavar="GLOB", help="clean text (default: bundled)"
+        "--input",
+        nargs="+",
+        default=[f"{SAMPLE}/train-*.jsonl.gz"],
+        metavar="GLOB",
+        help="clean text (default: bundled)",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--megabytes", type=float, default=25, help="of text, about (default: 25)")

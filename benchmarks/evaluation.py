@@ -2,9 +2,10 @@
 
 python benchmarks/evaluation.py [--checkpoint DIR] [--questions 40] [--repeats 3] [--json FILE]
 
-A seeded random model (or a checkpoint), made-up questions in MMLU's and C-Eval's file format, the original's prompts. lm-eval gets the
-same prompts byte for byte from a local JSON file and tries batch sizes; its best one counts. Loading and compiling are outside both
-times; reading files, making prompts, tokenising and scoring are inside. Both alternate, and medians are compared.
+A seeded random model (or a checkpoint), made-up questions in MMLU's and C-Eval's file format, the
+original's prompts. lm-eval gets the same prompts byte for byte from a local JSON file and tries
+batch sizes; its best one counts. Loading and compiling are outside both times; reading files,
+making prompts, tokenising and scoring are inside. Both alternate, and medians are compared.
 
 Needs requirements-eval-bench.txt.
 """
@@ -46,7 +47,13 @@ from baichuan_jax.model import init_params
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 MODEL = ModelConfig(
-    vocab_size=8192, hidden_size=256, intermediate_size=688, num_layers=6, num_heads=4, dtype="float32", initializer_range=0.05
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=688,
+    num_layers=6,
+    num_heads=4,
+    dtype="float32",
+    initializer_range=0.05,
 )
 SUBJECTS = {
     "mmlu": ["abstract_algebra", "us_foreign_policy"],
@@ -56,7 +63,11 @@ SUBJECTS = {
 
 def lm_eval_model(folder: Path, tokenizer: Path, batch_size: int) -> Any:
     """lm-eval's HFLM around a Hugging Face folder in float32 on the CPU; the tokenizer is SentencePiece itself, without BOS."""
-    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
     import sentencepiece
     import tokenizers
     import torch
@@ -71,31 +82,55 @@ def lm_eval_model(folder: Path, tokenizer: Path, batch_size: int) -> Any:
         def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
             return pieces.EncodeAsIds(string)
 
-    special = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    special = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
+    )
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ends = transformers.PreTrainedTokenizerFast(tokenizer_object=special, **names)  # what HFLM asks a tokenizer for beside tokens
-    return SentencePieceLM(pretrained=model, tokenizer=ends, backend="causal", batch_size=batch_size, max_length=1 << 20)
+    ends = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=special, **names
+    )  # what HFLM asks a tokenizer for beside tokens
+    return SentencePieceLM(
+        pretrained=model,
+        tokenizer=ends,
+        backend="causal",
+        batch_size=batch_size,
+        max_length=1 << 20,
+    )
 
 
 def lm_eval_tasks(prompts: list[Prompt], folder: Path, delimiter: str = " ") -> dict[str, Any]:
     """lm-eval's multiple-choice task, one a subject, whose context is each prompt as it is and whose choices are " A" to " D".
 
-    delimiter: what stands before the letter, chosen so that the letter's token is the one that the original scores.
+    delimiter: what stands before the letter, chosen so that the letter's token is the one that the
+    original scores.
     """
     from lm_eval.api.task import ConfigurableTask
 
     tasks = {}
     for subject in dict.fromkeys(prompt.subject for prompt in prompts):
         file = folder / f"{subject}.json"
-        rows = [{"prompt": p.text, "answer": "ABCD".index(p.answer or "A")} for p in prompts if p.subject == subject]
+        rows = [
+            {"prompt": p.text, "answer": "ABCD".index(p.answer or "A")}
+            for p in prompts
+            if p.subject == subject
+        ]
         file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        tasks[subject] = ConfigurableTask(config={
-            "task": subject, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test",
-            "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_choice": ["A", "B", "C", "D"],
-            "doc_to_target": "answer", "target_delimiter": delimiter, "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        })  # fmt: skip
+        tasks[subject] = ConfigurableTask(
+            config={
+                "task": subject,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(file)}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{prompt}}",
+                "doc_to_choice": ["A", "B", "C", "D"],
+                "doc_to_target": "answer",
+                "target_delimiter": delimiter,
+                "num_fewshot": 0,
+                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            }
+        )
     return tasks
 
 
@@ -104,10 +139,19 @@ def run_lm_eval(model: Any, tasks: dict[str, Any]) -> list[tuple[str, list[float
     from lm_eval import evaluator
 
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
-        result = evaluator.evaluate(lm=model, task_dict=dict(tasks), log_samples=True, bootstrap_iters=0)
+        result = evaluator.evaluate(
+            lm=model, task_dict=dict(tasks), log_samples=True, bootstrap_iters=0
+        )
     assert result is not None
-    samples = [sample for task in tasks for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"])]
-    return [(sample["arguments"][0][0], [float(answer[0]) for answer in sample["filtered_resps"]]) for sample in samples]
+    samples = [
+        sample
+        for task in tasks
+        for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+    ]
+    return [
+        (sample["arguments"][0][0], [float(answer[0]) for answer in sample["filtered_resps"]])
+        for sample in samples
+    ]
 
 
 def run_ours(plan: Plan, tokenizer: Tokenizer, scorer: Scorer) -> tuple[list[Prompt], list[Record]]:
@@ -129,18 +173,27 @@ def random_checkpoint(folder: Path) -> Path:
     """A seeded random model in Hugging Face's form, with a tokenizer trained on the bundled text."""
     tokenizer = folder / "tokenizer.model"
     files = [str(path) for path in sorted(SAMPLE.glob("train-*.jsonl.gz"))]
-    train_tokenizer((text for part in split_files(files) for text in read_documents(part, "text")), tokenizer, MODEL.vocab_size)
+    train_tokenizer(
+        (text for part in split_files(files) for text in read_documents(part, "text")),
+        tokenizer,
+        MODEL.vocab_size,
+    )
     export(init_params(MODEL, 0), MODEL, folder / "model", dtype="float32", tokenizer=tokenizer)
     return folder / "model"
 
 
-def measure(plan: Plan, checkpoint: Path, batch_sizes: list[int], repeats: int, folder: Path) -> dict[str, Any]:
+def measure(
+    plan: Plan, checkpoint: Path, batch_sizes: list[int], repeats: int, folder: Path
+) -> dict[str, Any]:
     """Both on the same questions, alternating."""
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     scorer = Scorer(load_pretrained(checkpoint))
     prompts, records = run_ours(plan, tokenizer, scorer)  # compiles
     tasks = lm_eval_tasks(prompts, folder)
-    models = {size: lm_eval_model(checkpoint, checkpoint / "tokenizer.model", size) for size in batch_sizes}
+    models = {
+        size: lm_eval_model(checkpoint, checkpoint / "tokenizer.model", size)
+        for size in batch_sizes
+    }
     ours: list[tuple[float, float]] = []
     theirs: dict[int, list[tuple[float, float]]] = {size: [] for size in batch_sizes}
     same, difference = True, 0.0
@@ -152,16 +205,25 @@ def measure(plan: Plan, checkpoint: Path, batch_sizes: list[int], repeats: int, 
             ours.append(times)
             equal, largest = compare(records, [score for _, score in scores])
             same, difference = same and equal, max(difference, largest)
-    medians = {size: [statistics.median(column) for column in zip(*times, strict=True)] for size, times in theirs.items()}
+    medians = {
+        size: [statistics.median(column) for column in zip(*times, strict=True)]
+        for size, times in theirs.items()
+    }
     best = min(medians, key=lambda size: medians[size])
     seconds, cpu_seconds = (statistics.median(column) for column in zip(*ours, strict=True))
     return {
-        "questions": len(prompts), "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts), "seconds": seconds,
-        "cpu_seconds": cpu_seconds, "lm_eval_seconds": {size: times[0] for size, times in medians.items()},
-        "lm_eval_cpu_seconds": {size: times[1] for size, times in medians.items()}, "best_batch_size": best,
-        "speedup": medians[best][0] / seconds, "cpu_speedup": min(times[1] for times in medians.values()) / cpu_seconds,
-        "choices_equal": same, "max_difference": difference,
-    }  # fmt: skip
+        "questions": len(prompts),
+        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "lm_eval_seconds": {size: times[0] for size, times in medians.items()},
+        "lm_eval_cpu_seconds": {size: times[1] for size, times in medians.items()},
+        "best_batch_size": best,
+        "speedup": medians[best][0] / seconds,
+        "cpu_speedup": min(times[1] for times in medians.values()) / cpu_seconds,
+        "choices_equal": same,
+        "max_difference": difference,
+    }
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
@@ -172,8 +234,13 @@ def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a Hugging Face folder with tokenizer.model, instead of the random model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        help="a Hugging Face folder with tokenizer.model, instead of the random model",
+    )
     parser.add_argument("--questions", type=int, default=40, help="of each subject")
     parser.add_argument("--batch_sizes", default="4,16,32", help="that lm-eval tries")
     parser.add_argument("--repeats", type=int, default=3)
@@ -188,14 +255,23 @@ def main() -> None:
         ceval = make_ceval(folder / "ceval", SUBJECTS["ceval"], options.questions)
         for title, plan in (
             ("mmlu", Plan("mmlu", mmlu, subjects=SUBJECTS["mmlu"])),
-            ("ceval, fixed order", Plan("ceval", ceval, subjects=SUBJECTS["ceval"], shot_order="file")),
-            ("ceval, shuffled for every question", Plan("ceval", ceval, subjects=SUBJECTS["ceval"])),
+            (
+                "ceval, fixed order",
+                Plan("ceval", ceval, subjects=SUBJECTS["ceval"], shot_order="file"),
+            ),
+            (
+                "ceval, shuffled for every question",
+                Plan("ceval", ceval, subjects=SUBJECTS["ceval"]),
+            ),
         ):
             found[title] = measure(plan, checkpoint, sizes, options.repeats, folder)
     results = Results()
     rows = []
     for title, figures in found.items():
-        theirs, times = figures["lm_eval_seconds"][figures["best_batch_size"]], (figures["speedup"], figures["cpu_speedup"])
+        theirs, times = (
+            figures["lm_eval_seconds"][figures["best_batch_size"]],
+            (figures["speedup"], figures["cpu_speedup"]),
+        )
         row = [
             title,
             f"{figures['questions']}",
@@ -203,10 +279,23 @@ def main() -> None:
             f"{theirs:.2f}",
             *(f"{value:.1f}" for value in times),
         ]
-        rows.append([*row, "yes" if figures["choices_equal"] else "NO", f"{figures['max_difference']:.0e}"])
-    columns = ["5-shot", "questions", "s", "lm-eval's s", "times as fast", "in CPU time", "choices equal", "largest difference"]
+        rows.append(
+            [*row, "yes" if figures["choices_equal"] else "NO", f"{figures['max_difference']:.0e}"]
+        )
+    columns = [
+        "5-shot",
+        "questions",
+        "s",
+        "lm-eval's s",
+        "times as fast",
+        "in CPU time",
+        "choices equal",
+        "largest difference",
+    ]
     results.table("Evaluation beside lm-eval with transformers", columns, rows)
-    results.save(options.json, device=jax.devices()[0].device_kind, cores=os.cpu_count(), tasks=found)
+    results.save(
+        options.json, device=jax.devices()[0].device_kind, cores=os.cpu_count(), tasks=found
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Twelve kinds of text that no model should learn from, in Chinese ("zh") and English ("en"), for corpus_truth.py.
 
-Each is a function of a clean text, its language and a seeded random.Random; no two calls give the same text.
+Each is a function of a clean text, its language and a seeded random.Random; no two calls give the
+same text.
 """
 
 import base64
@@ -8,7 +9,20 @@ import random
 import re
 from collections.abc import Callable
 
-CONTROL = [chr(c) for c in (*range(1, 9), *range(14, 32), 0x7F, *range(0x80, 0xA0), 0xFFFD, 0xFFFD, 0xE000, 0xE123, 0xF8FF)]
+CONTROL = [
+    chr(c)
+    for c in (
+        *range(1, 9),
+        *range(14, 32),
+        0x7F,
+        *range(0x80, 0xA0),
+        0xFFFD,
+        0xFFFD,
+        0xE000,
+        0xE123,
+        0xF8FF,
+    )
+]
 SYMBOLS = "=-*#~|+<>^_/\\•■□★☆◆◇※→←●○▲▼░▒▓│─┼{}[]()$%&@!?"
 MENU = {
     "zh": (
@@ -86,7 +100,10 @@ def symbols(text: str, lang: str, rng: random.Random) -> str:
     lines = []
     for _ in range(rng.randint(12, 50)):
         line = "".join(rng.choice(rng.sample(SYMBOLS, 3)) for _ in range(rng.randint(10, 60)))
-        lines.append(line + (" " + _draw(text, lang, rng, 1, 3) + " " + line[:8] if rng.random() < 0.5 else ""))
+        lines.append(
+            line
+            + (" " + _draw(text, lang, rng, 1, 3) + " " + line[:8] if rng.random() < 0.5 else "")
+        )
     return "\n".join(lines)
 
 
@@ -95,16 +112,29 @@ def digits(text: str, lang: str, rng: random.Random) -> str:
     rows = [_draw(text, lang, rng, 1, 3) for _ in range(6)]
     lines = []
     for _ in range(rng.randint(20, 60)):
-        cells = [f"{rng.uniform(0, 10 ** rng.randint(1, 6)):.{rng.randint(0, 3)}f}" for _ in range(rng.randint(3, 8))]
+        cells = [
+            f"{rng.uniform(0, 10 ** rng.randint(1, 6)):.{rng.randint(0, 3)}f}"
+            for _ in range(rng.randint(3, 8))
+        ]
         lines.append(
-            "\t".join([rng.choice(rows) if rng.random() < 0.4 else f"{rng.randint(1990, 2026)}-{rng.randint(1, 12):02d}", *cells])
+            "\t".join(
+                [
+                    rng.choice(rows)
+                    if rng.random() < 0.4
+                    else f"{rng.randint(1990, 2026)}-{rng.randint(1, 12):02d}",
+                    *cells,
+                ]
+            )
         )
     return "\n".join(lines)
 
 
 def repeated_lines(text: str, lang: str, rng: random.Random) -> str:
     """A handful of lines over and over."""
-    lines = [_draw(text, lang, rng, 12, 30) + ("。" if lang == "zh" else ".") for _ in range(rng.randint(2, 6))]
+    lines = [
+        _draw(text, lang, rng, 12, 30) + ("。" if lang == "zh" else ".")
+        for _ in range(rng.randint(2, 6))
+    ]
     return "\n".join(rng.choice(lines) for _ in range(rng.randint(25, 80)))
 
 
@@ -112,7 +142,10 @@ def repeated_phrases(text: str, lang: str, rng: random.Random) -> str:
     """One paragraph in which a phrase comes back all the time."""
     space, stop = ("", "，") if lang == "zh" else (" ", ", ")
     phrase = _draw(text, lang, rng, 6, 12)
-    parts = [phrase if rng.random() < 0.75 else _draw(text, lang, rng, 2, 6) for _ in range(rng.randint(30, 90))]
+    parts = [
+        phrase if rng.random() < 0.75 else _draw(text, lang, rng, 2, 6)
+        for _ in range(rng.randint(30, 90))
+    ]
     return (space + stop).join(parts).replace(" ,", ",")
 
 
@@ -121,7 +154,11 @@ def repeated_characters(text: str, lang: str, rng: random.Random) -> str:
     out = []
     for word in words_of(text, lang)[: rng.randint(60, 200)]:
         place = rng.randrange(len(word))
-        out.append(word[:place] + word[place] * rng.randint(6, 40) + word[place:] if rng.random() < 0.5 else word)
+        out.append(
+            word[:place] + word[place] * rng.randint(6, 40) + word[place:]
+            if rng.random() < 0.5
+            else word
+        )
     return ("" if lang == "zh" else " ").join(out)
 
 
@@ -136,7 +173,11 @@ def navigation(text: str, lang: str, rng: random.Random) -> str:
             notice = rng.choice(NOTICES[lang])
             word = lambda _: _draw(text, lang, rng, *((2, 8) if lang == "zh" else (1, 5)))
             notice = re.sub(r"\{w\}", word, notice)
-            lines.append(notice.format(n=rng.randint(10**5, 10**8), y=rng.randint(1998, 2026), d=rng.randint(1, 28)))
+            lines.append(
+                notice.format(
+                    n=rng.randint(10**5, 10**8), y=rng.randint(1998, 2026), d=rng.randint(1, 28)
+                )
+            )
     return "\n".join(lines)
 
 
@@ -146,7 +187,9 @@ def keywords(text: str, lang: str, rng: random.Random) -> str:
         terms = [_draw(text, lang, rng, 2, 4) for _ in range(rng.randint(80, 250))]
     else:
         long = sorted({word.lower() for word in words_of(text, lang) if len(word) > 4})
-        terms = [" ".join(rng.choices(long, k=rng.randint(1, 2))) for _ in range(rng.randint(80, 250))]
+        terms = [
+            " ".join(rng.choices(long, k=rng.randint(1, 2))) for _ in range(rng.randint(80, 250))
+        ]
     return rng.choice([" ", ", " if lang == "en" else "、", " | "]).join(terms)
 
 
@@ -157,7 +200,9 @@ def markup(text: str, lang: str, rng: random.Random) -> str:
         name, value, kind = f"c{rng.randint(1, 9999):x}", rng.randint(1, 900), rng.randrange(3)
         if kind == 0:
             tag = rng.choice(TAGS)
-            lines.append(f'<{tag} class="{name}" style="{rng.choice(STYLES)}:{value}px">{_draw(text, lang, rng, 0, 3)}</{tag}>')
+            lines.append(
+                f'<{tag} class="{name}" style="{rng.choice(STYLES)}:{value}px">{_draw(text, lang, rng, 0, 3)}</{tag}>'
+            )
         elif kind == 1:
             lines.append(
                 f".{name} > {rng.choice(TAGS)} {{ {rng.choice(STYLES)}: {value}px; {rng.choice(STYLES)}: {value % 7}em; }}"
@@ -174,7 +219,9 @@ def encoded(text: str, lang: str, rng: random.Random) -> str:
     content = rng.randbytes(rng.randint(300, 1500))
     body = base64.b64encode(content).decode() if rng.random() < 0.5 else content.hex()
     width = rng.choice([60, 64, 76])
-    return "\n".join([_draw(text, lang, rng, 1, 4), *(body[i : i + width] for i in range(0, len(body), width))])
+    return "\n".join(
+        [_draw(text, lang, rng, 1, 4), *(body[i : i + width] for i in range(0, len(body), width))]
+    )
 
 
 def shuffled(text: str, lang: str, rng: random.Random) -> str:
@@ -190,7 +237,17 @@ def shuffled(text: str, lang: str, rng: random.Random) -> str:
 KINDS: dict[str, Callable[[str, str, random.Random], str]] = {
     make.__name__: make
     for make in (
-        mojibake, control, symbols, digits, repeated_lines, repeated_phrases,
-        repeated_characters, navigation, keywords, markup, encoded, shuffled,
+        mojibake,
+        control,
+        symbols,
+        digits,
+        repeated_lines,
+        repeated_phrases,
+        repeated_characters,
+        navigation,
+        keywords,
+        markup,
+        encoded,
+        shuffled,
     )
-}  # fmt: skip
+}

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_bundle.py --output dist/gpu-bundle
 
-Downloads the wheels of gpu_bundle.txt for Python 3.12 on x86-64, and one assembler: ptxas 13.1, since 12.8.93 (in triton 3.6's wheel)
-and 13.0.88 (in CUDA 13.0) are known to miscompile Triton's code for sm_90a. On the machine, `bash benchmarks/gpu_bundle.sh DIR ...`
-installs them beside what is there and runs benchmarks/gpu.py.
+Downloads the wheels of gpu_bundle.txt for Python 3.12 on x86-64, and one assembler: ptxas 13.1,
+since 12.8.93 (in triton 3.6's wheel) and 13.0.88 (in CUDA 13.0) are known to miscompile Triton's
+code for sm_90a. On the machine, `bash benchmarks/gpu_bundle.sh DIR ...` installs them beside what
+is there and runs benchmarks/gpu.py.
 """
 
 import argparse
@@ -61,7 +62,11 @@ def ptxas_wheel(folder: Path) -> Path:
         (source,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(source) as archive:
             content = archive.read("nvidia/cu13/bin/ptxas")
-            terms = [archive.read(name) for name in archive.namelist() if name.lower().endswith(("license.txt", "license"))]
+            terms = [
+                archive.read(name)
+                for name in archive.namelist()
+                if name.lower().endswith(("license.txt", "license"))
+            ]
     version = NVCC.partition("==")[2]
     name, info = f"ptxas-{version}", f"ptxas-{version}.dist-info"
     files = {
@@ -70,13 +75,17 @@ def ptxas_wheel(folder: Path) -> Path:
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: gpu_bundle\nRoot-Is-Purelib: false\nTag: py3-none-manylinux_2_17_x86_64\n",
         **({f"{info}/LICENSE": terms[0]} if terms else {}),
     }
-    record = [f"{path},sha256={_digest(data)},{len(data)}" for path, data in files.items()] + [f"{info}/RECORD,,"]
+    record = [f"{path},sha256={_digest(data)},{len(data)}" for path, data in files.items()] + [
+        f"{info}/RECORD,,"
+    ]
     target = folder / f"{name}-py3-none-manylinux_2_17_x86_64.whl"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, data in {**files, f"{info}/RECORD": "\n".join(record).encode()}.items():
             entry = zipfile.ZipInfo(path)
             # With the bits of a regular file: without them pip does not make it executable.
-            entry.external_attr = (stat.S_IFREG | (0o755 if path.endswith("/ptxas") else 0o644)) << 16
+            entry.external_attr = (
+                stat.S_IFREG | (0o755 if path.endswith("/ptxas") else 0o644)
+            ) << 16
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return target
 
@@ -86,9 +95,15 @@ def _digest(data: bytes) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--output", type=Path, default=Path("dist/gpu-bundle"), metavar="DIR", help="default: dist/gpu-bundle; replaced"
+        "--output",
+        type=Path,
+        default=Path("dist/gpu-bundle"),
+        metavar="DIR",
+        help="default: dist/gpu-bundle; replaced",
     )
     options = parser.parse_args()
     made = options.output.with_name(f"{options.output.name}.tmp")
@@ -100,7 +115,9 @@ def main() -> None:
     for path in sorted(made.iterdir()):
         print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path.name}")
     if size > LIMIT:
-        raise SystemExit(f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: a machine without a network may not take them")
+        raise SystemExit(
+            f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: a machine without a network may not take them"
+        )
     shutil.rmtree(options.output, ignore_errors=True)
     made.rename(options.output)
     print(

@@ -1,11 +1,13 @@
 """Times every implementation of attention and RMSNorm that can run here, beside others' where they are installed.
 
-    pip install tokamax torch
-    python benchmarks/kernels.py [--operator attention] [--dtype bfloat16] [--rounds 9] [--json FILE]
+    pip install tokamax torch python benchmarks/kernels.py [--operator attention] [--dtype bfloat16]
+    [--rounds 9] [--json FILE]
 
-Sizes are the 7B model's on a GPU or TPU and small ones on a CPU, unless given. Every result is first compared with the plain operator
-in float32; one that is wrong is not timed, and the program then exits with 1. Runs are interleaved, figures are medians, compilation
-stands outside. TFLOP/s count what the causal mask leaves: two products forward, five backward (with the scores computed again).
+Sizes are the 7B model's on a GPU or TPU and small ones on a CPU, unless given. Every result is
+first compared with the plain operator in float32; one that is wrong is not timed, and the program
+then exits with 1. Runs are interleaved, figures are medians, compilation stands outside. TFLOP/s
+count what the causal mask leaves: two products forward, five backward (with the scores computed
+again).
 """
 
 import sys
@@ -44,7 +46,8 @@ except Exception as error:  # one that is installed but broken raises OSError
     torch, NO_TORCH = None, f"torch cannot be imported: {reason(error)}"
 
 EPS = 1e-6
-# Largest difference from the plain operator in float32, relative to its largest value. bfloat16 rounds by 0.4 %, a few times over.
+# Largest difference from the plain operator in float32, relative to its largest value. bfloat16
+# rounds by 0.4 %, a few times over.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
@@ -52,7 +55,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 class Candidate:
     """One implementation of an operator. `function` maps its inputs to a tuple of results; `work` is what a call does.
 
-    Of another framework: `function` maps inputs and cotangents to (results and gradients, calls), and `foreign` is set.
+    Of another framework: `function` maps inputs and cotangents to (results and gradients, calls),
+    and `foreign` is set.
     """
 
     name: str
@@ -86,14 +90,21 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
                 compare(candidate, got, wanted, dtype)
                 continue
             forward = jax.jit(candidate.function).lower(*inputs).compile()
-            both = jax.jit(functools.partial(both_passes, candidate.function)).lower(inputs, cotangents).compile()
+            both = (
+                jax.jit(functools.partial(both_passes, candidate.function))
+                .lower(inputs, cotangents)
+                .compile()
+            )
             got = jax.block_until_ready(both(inputs, cotangents))
             jax.block_until_ready(forward(*inputs))
         except Exception as error:  # whatever a library raises where it cannot serve
             candidate.why_not = reason(error, 1000).split("cannot serve: ")[-1].split("; use ")[0]
             candidate.calls = {}
             continue
-        candidate.calls = {"forward": functools.partial(forward, *inputs), "both": functools.partial(both, inputs, cotangents)}
+        candidate.calls = {
+            "forward": functools.partial(forward, *inputs),
+            "both": functools.partial(both, inputs, cotangents),
+        }
         compare(candidate, got, wanted, dtype)
 
 
@@ -104,7 +115,9 @@ def compare(candidate: Candidate, got: tuple, wanted: tuple, dtype: str) -> None
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
     )
     if not candidate.error <= TOLERANCE[dtype]:
-        candidate.why_not = f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
+        candidate.why_not = (
+            f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
+        )
         candidate.calls = {}
 
 
@@ -113,22 +126,33 @@ def measure(candidates: list[Candidate], rounds: int) -> None:
     timed = [(candidate, name) for candidate in candidates for name in candidate.calls]
     repeats = {}
     for candidate, name in timed:
-        repeats[candidate.name, name] = max(1, min(100, round(0.05 / sample(candidate.calls[name], 1))))
+        repeats[candidate.name, name] = max(
+            1, min(100, round(0.05 / sample(candidate.calls[name], 1)))
+        )
         candidate.seconds[name] = []
     for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
         for candidate, name in timed:
-            candidate.seconds[name].append(sample(candidate.calls[name], repeats[candidate.name, name]))
+            candidate.seconds[name].append(
+                sample(candidate.calls[name], repeats[candidate.name, name])
+            )
 
 
 def plain_call(name: str, function: Callable, work: float, *inputs: jax.Array) -> Candidate:
     """What is measured for comparison only: a matrix product, a copy."""
     compiled = jax.jit(function).lower(*inputs).compile()
-    return Candidate(name, function, {"forward": work}, calls={"forward": functools.partial(compiled, *inputs)})
+    return Candidate(
+        name, function, {"forward": work}, calls={"forward": functools.partial(compiled, *inputs)}
+    )
 
 
-def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[Candidate], tuple, tuple]:
+def attention_candidates(
+    options: argparse.Namespace, dtype: str
+) -> tuple[list[Candidate], tuple, tuple]:
     B, T, N, H = options.batch, options.length, options.heads, options.head_size
-    *inputs, cotangent = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+    *inputs, cotangent = (
+        jax.random.normal(key, (B, T, N, H)).astype(dtype)
+        for key in jax.random.split(jax.random.key(0), 4)
+    )
     forward = 2 * B * N * H * T * (T + 1.0)
     work = {"forward": forward, "both": 3.5 * forward}
 
@@ -136,12 +160,19 @@ def attention_candidates(options: argparse.Namespace, dtype: str) -> tuple[list[
         return lambda q, k, v: (attention(q, k, v, implementation=name),)
 
     def jaxs(name: str) -> Callable:
-        return lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=name),)
+        return lambda q, k, v: (
+            jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=name),
+        )
 
     def tokamaxs(name: str) -> Callable:
-        return lambda q, k, v: (tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),)
+        return lambda q, k, v: (
+            tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),
+        )
 
-    candidates = [Candidate(name, ours(name), work) for name in ("reference", "blockwise", "triton", "cudnn", "pallas")]
+    candidates = [
+        Candidate(name, ours(name), work)
+        for name in ("reference", "blockwise", "triton", "cudnn", "pallas")
+    ]
     candidates.append(Candidate("jax.nn xla", jaxs("xla"), work))  # its cuDNN is the `cudnn` above
     missing = None if tokamax else "tokamax is not installed"
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
@@ -165,7 +196,11 @@ def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Calla
         raise RuntimeError("this torch sees no GPU")
     dtype = getattr(torch, inputs[0].dtype.name)
     q, k, v, dout = (
-        torch.tensor(np.asarray(x, np.float32), device=device).to(dtype).transpose(1, 2).contiguous().requires_grad_()
+        torch.tensor(np.asarray(x, np.float32), device=device)
+        .to(dtype)
+        .transpose(1, 2)
+        .contiguous()
+        .requires_grad_()
         for x in (*inputs, *cotangents)
     )
 
@@ -186,22 +221,31 @@ def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Calla
     return got, {"forward": forward, "both": both}
 
 
-def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> tuple[list[Candidate], tuple, tuple]:
+def norm_candidates(
+    options: argparse.Namespace, dtype: str, residual: bool
+) -> tuple[list[Candidate], tuple, tuple]:
     """Work in bytes: every array read or written once, which the weight is small beside."""
     R, D = options.rows, options.width
-    x, added, dy, dtotal = (jax.random.normal(key, (1, R, D)).astype(dtype) for key in jax.random.split(jax.random.key(1), 4))
+    x, added, dy, dtotal = (
+        jax.random.normal(key, (1, R, D)).astype(dtype)
+        for key in jax.random.split(jax.random.key(1), 4)
+    )
     weight = jnp.linspace(0.5, 1.5, D, dtype=jnp.float32)
     forward = (4 if residual else 2) * x.nbytes
     work = {"forward": forward, "both": forward + (4 if residual else 3) * x.nbytes}
 
     def ours(name: str) -> Callable:
         if residual:
-            return lambda x, weight, added: rms_norm(x, weight, eps=EPS, residual=added, implementation=name)
+            return lambda x, weight, added: rms_norm(
+                x, weight, eps=EPS, residual=added, implementation=name
+            )
         return lambda x, weight: (rms_norm(x, weight, eps=EPS, implementation=name),)
 
     def tokamaxs(name: str) -> Callable:
         def norm(x, weight):
-            return tokamax.layer_norm(x, weight, None, epsilon=EPS, subtract_mean=False, implementation=name)
+            return tokamax.layer_norm(
+                x, weight, None, epsilon=EPS, subtract_mean=False, implementation=name
+            )
 
         if residual:
             return lambda x, weight, added: (norm(x + added, weight), x + added)
@@ -209,8 +253,14 @@ def norm_candidates(options: argparse.Namespace, dtype: str, residual: bool) -> 
 
     candidates = [Candidate(name, ours(name), work) for name in ("reference", "triton", "pallas")]
     missing = None if tokamax else "tokamax is not installed"
-    candidates += [Candidate(f"tokamax {name}", tokamaxs(name), work, missing) for name in ("triton", "xla")]
-    return candidates, (x, weight, added) if residual else (x, weight), (dy, dtotal) if residual else (dy,)
+    candidates += [
+        Candidate(f"tokamax {name}", tokamaxs(name), work, missing) for name in ("triton", "xla")
+    ]
+    return (
+        candidates,
+        (x, weight, added) if residual else (x, weight),
+        (dy, dtotal) if residual else (dy,),
+    )
 
 
 def run_attention(options: argparse.Namespace, dtype: str, shown: Any) -> dict:
@@ -239,7 +289,9 @@ def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Any
     return report(title, candidates, copy, "B/s", shown)
 
 
-def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Any) -> dict:
+def report(
+    title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Any
+) -> dict:
     """Print a table and return the same as a dictionary. Shares are of the yardstick's rate, measured in the same rounds."""
     peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
     scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
@@ -267,9 +319,13 @@ def report(title: str, candidates: list[Candidate], yardstick: Candidate, unit: 
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--operator", choices=["attention", "rms_norm"], help="only this one")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), help="default: bfloat16, on a CPU float32")
+    parser.add_argument(
+        "--dtype", choices=list(TOLERANCE), help="default: bfloat16, on a CPU float32"
+    )
     for name, what in {
         "batch": "rows of attention (default: 2, on a CPU 1)",
         "length": "tokens (default: 4096, on a CPU 512)",
@@ -279,12 +335,34 @@ def parse_options() -> argparse.Namespace:
         "width": "(default: 4096, on a CPU 1024)",
     }.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="times that each is run in turn (default: 9)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        metavar="N",
+        help="times that each is run in turn (default: 9)",
+    )
     parser.add_argument("--json", metavar="FILE", help="save the figures")
     options = parser.parse_args()
     del sys.argv[1:]  # tokamax reads it too, and refuses options that are not its own
-    accelerator = {"batch": 2, "length": 4096, "heads": 32, "head_size": 128, "rows": 8192, "width": 4096, "dtype": "bfloat16"}
-    small = {"batch": 1, "length": 512, "heads": 4, "head_size": 64, "rows": 2048, "width": 1024, "dtype": "float32"}
+    accelerator = {
+        "batch": 2,
+        "length": 4096,
+        "heads": 32,
+        "head_size": 128,
+        "rows": 8192,
+        "width": 4096,
+        "dtype": "bfloat16",
+    }
+    small = {
+        "batch": 1,
+        "length": 512,
+        "heads": 4,
+        "head_size": 64,
+        "rows": 2048,
+        "width": 1024,
+        "dtype": "float32",
+    }
     for name, value in (small if jax.default_backend() == "cpu" else accelerator).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -294,7 +372,9 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     device = jax.devices()[0]
-    print(f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}; one device is used")
+    print(
+        f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}; one device is used"
+    )
     sheet, source = (None, "") if device.platform == "cpu" else peak_flops(Config(), device)
     results, shown = [], Results()
     # As the model does: float32 products stay float32 where the backend would round them.
@@ -302,13 +382,22 @@ def main() -> None:
         if options.operator != "rms_norm":
             results.append(run_attention(options, options.dtype, shown))
             if sheet:
-                print(f"the matrix product reaches {results[0]['measured_peak'] / sheet:.0%} of the data sheet ({source})")
+                print(
+                    f"the matrix product reaches {results[0]['measured_peak'] / sheet:.0%} of the data sheet ({source})"
+                )
         if options.operator != "attention":
-            results += [run_norm(options, options.dtype, residual, shown) for residual in (False, True)]
+            results += [
+                run_norm(options, options.dtype, residual, shown) for residual in (False, True)
+            ]
     shown.save(
-        options.json, device=device.device_kind, jax=jax.__version__, tokamax=tokamax and tokamax.__version__,
-        options=vars(options), data_sheet_flops=sheet, results=results,
-    )  # fmt: skip
+        options.json,
+        device=device.device_kind,
+        jax=jax.__version__,
+        tokamax=tokamax and tokamax.__version__,
+        options=vars(options),
+        data_sheet_flops=sheet,
+        results=results,
+    )
     wrong = [
         f"{result['title']}: {name}"
         for result in results

@@ -1,6 +1,7 @@
 """Mixed precision without loss: 60 steps of the tiny configuration in bfloat16 and in float32, and the difference of their losses.
 
-python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json FILE]
+python benchmarks/mixed_precision.py [--steps 60] [--plot docs/images/mixed_precision.png] [--json
+FILE]
 """
 
 import sys
@@ -22,15 +23,23 @@ from baichuan_jax.train import train
 def losses(dtype: str, steps: int, folder: str) -> tuple[dict[int, float], float]:
     """Step -> training loss of one run, and its final validation loss; both runs start from the same weights and see the same rows."""
     overrides = [
-        f"run_dir={folder}/{dtype}", f"data.cache_dir={folder}/cache", f"model.dtype={dtype}", f"train.num_steps={steps}",
-        f"optimizer.warmup_steps={steps // 6}", f"evaluate.every={steps}", f"checkpoint.every={steps}", "sample.prompts=[]",
-    ]  # fmt: skip
+        f"run_dir={folder}/{dtype}",
+        f"data.cache_dir={folder}/cache",
+        f"model.dtype={dtype}",
+        f"train.num_steps={steps}",
+        f"optimizer.warmup_steps={steps // 6}",
+        f"evaluate.every={steps}",
+        f"checkpoint.every={steps}",
+        "sample.prompts=[]",
+    ]
     run = train(load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides))
     return run.curve("loss"), run.curve("eval_loss")[steps]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--plot", metavar="FILE", help="draw both curves as PNG")
     parser.add_argument("--json", metavar="FILE", help="save both curves")
@@ -48,7 +57,10 @@ def main() -> None:
             *(f"{values[dtype]:.4f}" for dtype in ("float32", "bfloat16")),
             f"{values['bfloat16'] / values['float32'] - 1:+.2%}",
         ]
-        for name, values in (("validation loss", ends), ("training loss, mean of the last 5 steps", last))
+        for name, values in (
+            ("validation loss", ends),
+            ("training loss, mean of the last 5 steps", last),
+        )
     ]
     title = f"{options.steps} steps of configs/tiny.yaml from the same weights on the same rows"
     results.table(title, ["", "float32", "bfloat16", "difference"], rows)
@@ -56,7 +68,12 @@ def main() -> None:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
         for (dtype, curve), style in zip(curves.items(), ("-", "--"), strict=True):
-            axes.plot(list(curve), list(curve.values()), style, label=f"{dtype}, validation at the end {ends[dtype]:.4f}")
+            axes.plot(
+                list(curve),
+                list(curve.values()),
+                style,
+                label=f"{dtype}, validation at the end {ends[dtype]:.4f}",
+            )
         axes.set(xlabel="step", ylabel="training loss (nats per token)", title="tiny configuration")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -20,7 +20,11 @@ def reason(error: BaseException, length: int = 160) -> str:
 
 def machine() -> str:
     """This machine in words."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB"
 
@@ -37,10 +41,20 @@ def markdown_table(table: dict[str, Any]) -> str:
     """A table of Results.table as Markdown, under its title."""
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
 
     columns = table["columns"]
-    return "\n".join([f"**{table['title']}**", "", line(columns), "|---" * len(columns) + "|", *map(line, table["rows"])])
+    return "\n".join(
+        [
+            f"**{table['title']}**",
+            "",
+            line(columns),
+            "|---" * len(columns) + "|",
+            *map(line, table["rows"]),
+        ]
+    )
 
 
 class Results:
@@ -59,4 +73,7 @@ class Results:
 
     def save(self, path: Path | str | None, **figures: Any) -> None:
         if path is not None:
-            Path(path).write_text(json.dumps({**figures, "tables": self._tables}, indent=1, ensure_ascii=False), encoding="utf-8")
+            Path(path).write_text(
+                json.dumps({**figures, "tables": self._tables}, indent=1, ensure_ascii=False),
+                encoding="utf-8",
+            )

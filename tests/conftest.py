@@ -11,7 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from baichuan_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from baichuan_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import Steps, make_steps
 
@@ -21,7 +28,13 @@ def tiny_config() -> Config:
     """A model of two layers whose sizes eight devices divide; 16 rows of 32 tokens a step."""
     return Config(
         model=ModelConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=176, num_layers=2, num_heads=4, dtype="float32", remat="none"
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=176,
+            num_layers=2,
+            num_heads=4,
+            dtype="float32",
+            remat="none",
         ),
         train=TrainConfig(num_steps=8, context_length=32, global_batch_size=16, loss_chunk_size=24),
         optimizer=OptimizerConfig(warmup_steps=1, learning_rate=1e-2),
@@ -42,11 +55,15 @@ def build(config: Config, shape: tuple[int, int, int, int]) -> tuple[Config, Ste
     return config, make_steps(config, mesh)
 
 
-def batch_of(config: Config, steps: Steps, rows: np.ndarray, ignored: int = 5) -> dict[str, jax.Array]:
+def batch_of(
+    config: Config, steps: Steps, rows: np.ndarray, ignored: int = 5
+) -> dict[str, jax.Array]:
     """Rows [G, T+1] as a batch in this configuration's micro-batches; the first labels of the first row are ignored."""
     labels = rows[:, 1:].copy()
     labels[0, :ignored] = -100
     accumulation = config.accumulation_steps(config.mesh)
     batch = {"inputs": rows[:, :-1], "labels": labels}
-    split = {name: array.reshape(accumulation, -1, array.shape[-1]) for name, array in batch.items()}
+    split = {
+        name: array.reshape(accumulation, -1, array.shape[-1]) for name, array in batch.items()
+    }
     return jax.device_put(split, steps.batch_sharding)

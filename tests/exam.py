@@ -17,7 +17,11 @@ def questions(language: str, seed: str) -> Iterator[tuple[str, list[str], str]]:
     draw = random.Random(seed)
     with gzip.open(SAMPLE / f"validation-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
         text = " ".join(json.loads(line)["text"].replace("\n", " ") for line in file)
-    sentences = [part.strip() for part in re.split(r"(?<=[.!?。！？])", text) if 8 <= len(part.strip()) <= 400]
+    sentences = [
+        part.strip()
+        for part in re.split(r"(?<=[.!?。！？])", text)
+        if 8 <= len(part.strip()) <= 400
+    ]
     pattern = r"[A-Za-z]{4,}" if language == "en" else r"[\u4e00-\u9fff]{2}"
     while True:
         start = draw.randrange(len(sentences) - 4)
@@ -42,7 +46,10 @@ def make_mmlu(folder: Path, subjects: list[str], count: int) -> Path:
     for subject in subjects:
         made = questions("en", subject)
         for split, size in (("dev", 5), ("test", count)):
-            rows = [[question, *options, letter] for question, options, letter in (next(made) for _ in range(size))]
+            rows = [
+                [question, *options, letter]
+                for question, options, letter in (next(made) for _ in range(size))
+            ]
             write_csv(folder / split / f"{subject}_{split}.csv", rows)
     return folder
 
@@ -61,7 +68,9 @@ def make_ceval(folder: Path, subjects: list[str], count: int) -> Path:
             ]
             rows = [
                 [str(number), question, *options, letter, "因为如此。\n所以"][: len(header)]
-                for number, (question, options, letter) in enumerate(next(made) for _ in range(size))
+                for number, (question, options, letter) in enumerate(
+                    next(made) for _ in range(size)
+                )
             ]
             write_csv(folder / split / f"{subject}_{split}.csv", [header, *rows])
     return folder
@@ -77,7 +86,9 @@ def make_agieval(folder: Path, count: int) -> Path:
             shown = [f"({mark}){option}" for mark, option in zip(LETTERS, options, strict=True)]
             row = {"passage": None, "question": question, "options": shown, "label": letter}
             if language == "zh":
-                row["label"] = [letter, "ABCD"[number % 4]] if number % 4 == 3 and letter != "D" else [letter]
+                row["label"] = (
+                    [letter, "ABCD"[number % 4]] if number % 4 == 3 and letter != "D" else [letter]
+                )
             elif number % 4 == 3:
                 row["options"] = [*shown, "(E)none"]
             lines.append(json.dumps(row, ensure_ascii=False))
@@ -91,11 +102,20 @@ def make_gaokao(folder: Path, count: int) -> Path:
     made, rows = questions("zh", "gaokao"), []
     for number in range(count):
         question, options, letter = next(made)
-        listed = "  ".join(f"{mark}．{option}" for mark, option in zip(LETTERS, options, strict=True))
+        listed = "  ".join(
+            f"{mark}．{option}" for mark, option in zip(LETTERS, options, strict=True)
+        )
         answer = [letter] if number % 4 != 3 else ["AC"]
         rows.append(
-            {"year": "2010", "question": f"{number + 1}．{question}（　　）\n{listed}\n", "answer": answer, "index": number}
+            {
+                "year": "2010",
+                "question": f"{number + 1}．{question}（　　）\n{listed}\n",
+                "answer": answer,
+                "index": number,
+            }
         )
     content = {"keywords": "2010-2022_History_MCQs", "example": rows}
-    (folder / "2010-2022_History_MCQs.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / "2010-2022_History_MCQs.json").write_text(
+        json.dumps(content, ensure_ascii=False), encoding="utf-8"
+    )
     return folder

@@ -16,7 +16,9 @@ from pathlib import Path
 from baichuan_jax.resilience.watch import HOST_VARIABLE
 
 REPOSITORY = Path(__file__).parents[1]
-COMPILED = tempfile.mkdtemp(prefix="compiled-")  # programs that one test's process has compiled need no other's time
+COMPILED = tempfile.mkdtemp(
+    prefix="compiled-"
+)  # programs that one test's process has compiled need no other's time
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 SAMPLE = REPOSITORY / "baichuan_jax" / "data" / "sample"
 
@@ -50,7 +52,16 @@ metrics: {{tensorboard: false}}
 
 
 def command(config: Path, run_dir: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "baichuan_jax.train", "--config", str(config), "--run_dir", str(run_dir), *words]
+    return [
+        sys.executable,
+        "-m",
+        "baichuan_jax.train",
+        "--config",
+        str(config),
+        "--run_dir",
+        str(run_dir),
+        *words,
+    ]
 
 
 def environment(devices: int = 1, **variables: str) -> dict[str, str]:
@@ -66,20 +77,37 @@ def environment(devices: int = 1, **variables: str) -> dict[str, str]:
     }
 
 
-def start(config: Path, run_dir: Path, *words: str, devices: int = 1, **variables: str) -> subprocess.Popen:
+def start(
+    config: Path, run_dir: Path, *words: str, devices: int = 1, **variables: str
+) -> subprocess.Popen:
     """One process of a training run, output kept in run_dir's sibling NAME.log."""
     with open(run_dir.with_suffix(f".{variables.get('JAX_PROCESS_ID', '0')}.log"), "a") as log:
         return subprocess.Popen(
-            command(config, run_dir, *words), env=environment(devices, **variables), stdout=log, stderr=log, cwd=run_dir.parent
+            command(config, run_dir, *words),
+            env=environment(devices, **variables),
+            stdout=log,
+            stderr=log,
+            cwd=run_dir.parent,
         )
 
 
-def run(config: Path, run_dir: Path, *words: str, expect: int = 0, devices: int = 1, cwd: Path | None = None) -> str:
+def run(
+    config: Path,
+    run_dir: Path,
+    *words: str,
+    expect: int = 0,
+    devices: int = 1,
+    cwd: Path | None = None,
+) -> str:
     """Run to its end; its output. Fails where the exit code is another than expected."""
     done = subprocess.run(
-        command(config, run_dir, *words), env=environment(devices), cwd=cwd or run_dir.parent, capture_output=True, text=True,
+        command(config, run_dir, *words),
+        env=environment(devices),
+        cwd=cwd or run_dir.parent,
+        capture_output=True,
+        text=True,
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -93,12 +121,17 @@ def start_all(
         port = probe.getsockname()[1]
     return [
         start(
-            config, run_dir, *words, devices=devices,
-            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(number),
+            config,
+            run_dir,
+            *words,
+            devices=devices,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES=str(processes),
+            JAX_PROCESS_ID=str(number),
             **({} if hosts is None else {HOST_VARIABLE: hosts[number]}),
         )
         for number in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 def wait_all(processes: list[subprocess.Popen], seconds: float = 240) -> list[int]:
@@ -116,7 +149,11 @@ def lines(run_dir: Path, name: str = "metrics") -> list[dict]:
     path = run_dir / f"{name}.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if re.match(r"\{.*\}$", line)]
+    return [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]
+        if re.match(r"\{.*\}$", line)
+    ]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -124,11 +161,15 @@ def losses(run_dir: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     for line in lines(run_dir):
         if "loss" in line:
-            assert found.setdefault(line["step"], line["loss"]) == line["loss"], f"step {line['step']} was repeated otherwise"
+            assert found.setdefault(line["step"], line["loss"]) == line["loss"], (
+                f"step {line['step']} was repeated otherwise"
+            )
     return found
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 600) -> None:
+def wait_for_step(
+    process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 600
+) -> None:
     """Until the run has written this step. Fails where it ends or stalls first."""
     deadline = time.monotonic() + seconds
     while not any(line["step"] >= step for line in lines(run_dir)):

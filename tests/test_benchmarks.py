@@ -7,7 +7,16 @@ import pytest
 from launches import REPOSITORY
 
 # No benchmarks themselves, or for a GPU.
-HELPERS = {"all", "results", "clock", "corpus_truth", "corpus_score", "garbage", "gpu", "gpu_bundle"}
+HELPERS = {
+    "all",
+    "results",
+    "clock",
+    "corpus_truth",
+    "corpus_score",
+    "garbage",
+    "gpu",
+    "gpu_bundle",
+}
 PAGE = "before\n<!-- machine: written by make bench -->\n<!-- end -->\n<!-- one: written by make bench -->\nold\n<!-- end -->\nafter\n"
 
 
@@ -44,9 +53,7 @@ def test_what_fails_is_told_and_the_others_are_run(bench, tmp_path, monkeypatch,
     page = tmp_path / "page.md"
     page.write_text(PAGE.replace("one:", "right:"), encoding="utf-8")
     (tmp_path / "benchmarks").mkdir()
-    good = (
-        "import json, sys; json.dump({'tables': [{'title': 't', 'columns': ['c'], 'rows': [['cell']]}]}, open(sys.argv[2], 'w'))"
-    )
+    good = "import json, sys; json.dump({'tables': [{'title': 't', 'columns': ['c'], 'rows': [['cell']]}]}, open(sys.argv[2], 'w'))"
     (tmp_path / "benchmarks" / "good.py").write_text(good)
     (tmp_path / "benchmarks" / "bad.py").write_text("raise SystemExit('a reason')")
     monkeypatch.setattr(bench, "REPOSITORY", tmp_path)

@@ -20,7 +20,9 @@ def opened(tmp_path):
 
     def open_(config, shape, tokenizer="abc"):
         config, steps = build(config, shape)
-        checkpoints = Checkpoints(tmp_path / "checkpoints", config, tokenizer, steps.state_shapes, steps.state_shardings)
+        checkpoints = Checkpoints(
+            tmp_path / "checkpoints", config, tokenizer, steps.state_shapes, steps.state_shardings
+        )
         everything.append(checkpoints)
         return checkpoints, steps
 
@@ -39,7 +41,9 @@ def state():
         def fill(shape):
             whole = np.issubdtype(shape.dtype, np.integer)
             return (
-                rng.integers(1, 9, shape.shape).astype(shape.dtype) if whole else rng.normal(size=shape.shape).astype(shape.dtype)
+                rng.integers(1, 9, shape.shape).astype(shape.dtype)
+                if whole
+                else rng.normal(size=shape.shape).astype(shape.dtype)
             )
 
         return jax.device_put(jax.tree.map(fill, steps.state_shapes), steps.state_shardings)
@@ -56,7 +60,9 @@ def assert_equal(a, b):
 
 
 def biggest_file(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, opened, state):
@@ -70,11 +76,15 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, ope
         assert (restored.step, restored.position) == (5, 7)
         assert_equal(restored.state, saved)
         jax.tree.map(
-            lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)), restored.state, steps.state_shardings
+            lambda x, sharding: x.sharding == sharding or pytest.fail(str(x.sharding)),
+            restored.state,
+            steps.state_shardings,
         )
 
 
-def test_what_the_loop_does_to_the_state_after_save_returns_is_not_saved(tiny_config, opened, state):
+def test_what_the_loop_does_to_the_state_after_save_returns_is_not_saved(
+    tiny_config, opened, state
+):
     checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
     running = state(steps)
     wanted = jax.device_get(running)
@@ -97,14 +107,18 @@ def flipped(path: Path):
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny_config, opened, state, damage, capfd):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    tiny_config, opened, state, damage, capfd
+):
     checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
     for step in (1, 2):
         checkpoints.save(state(steps, seed=step), step, step)
     checkpoints.finish()
     damage(biggest_file(checkpoints.directory / "2" / "params"))
     reports = []
-    restored = checkpoints.restore(lambda kind, **fields: reports.append((kind, fields["step"], fields["path"])))
+    restored = checkpoints.restore(
+        lambda kind, **fields: reports.append((kind, fields["step"], fields["path"]))
+    )
     assert restored.step == 1
     assert_equal(restored.state, state(steps, seed=1))
     assert reports == [("checkpoint_corrupt", 2, str(checkpoints.directory / "2"))]
@@ -127,7 +141,9 @@ def test_an_unfinished_save_is_not_a_checkpoint(tiny_config, opened, state):
 
 
 def test_keep_last_and_keep_every(tiny_config, opened, state):
-    config = dataclasses.replace(tiny_config, checkpoint=CheckpointConfig(every=1, keep_last=2, keep_every=3))
+    config = dataclasses.replace(
+        tiny_config, checkpoint=CheckpointConfig(every=1, keep_last=2, keep_every=3)
+    )
     checkpoints, steps = opened(config, (1, 1, 1, 1))
     for step in range(1, 8):
         checkpoints.save(state(steps), step, step)
@@ -139,15 +155,22 @@ def test_another_model_is_refused_with_both_shapes(tiny_config, opened, state):
     checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
     checkpoints.save(state(steps), 1, 1)
     checkpoints.finish()
-    wider = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, intermediate_size=192))
-    with pytest.raises(ConfigError, match=r"w_down is \(2, 176, 64\) float32, the configuration makes \(2, 192, 64\)"):
+    wider = dataclasses.replace(
+        tiny_config, model=dataclasses.replace(tiny_config.model, intermediate_size=192)
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"w_down is \(2, 176, 64\) float32, the configuration makes \(2, 192, 64\)",
+    ):
         opened(wider, (1, 1, 1, 1))[0].restore(refuse_reports)
     with pytest.raises(ConfigError, match="tokenizer abc and this run's is xyz"):
         opened(tiny_config, (1, 1, 1, 1), tokenizer="xyz")[0].restore(refuse_reports)
     assert (checkpoints.directory / "1").is_dir()
 
 
-def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(tiny_config, opened, state, tmp_path):
+def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(
+    tiny_config, opened, state, tmp_path
+):
     checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
     saved = state(steps)
     checkpoints.save(saved, 3, 3)
@@ -169,6 +192,9 @@ def test_the_digest_sees_values_and_order_but_not_the_sharding(tiny_config):
     x = np.arange(64, dtype=np.float32).reshape(4, 16)
     _, steps = build(tiny_config, (1, 4, 1, 2))
     value = [int(v) for v in digest({"x": x})]
-    assert [int(v) for v in jax.jit(digest)({"x": jax.device_put(x, steps.layout.sharding("embed", "heads"))})] == value
+    assert [
+        int(v)
+        for v in jax.jit(digest)({"x": jax.device_put(x, steps.layout.sharding("embed", "heads"))})
+    ] == value
     for changed in (x[::-1], x.T.reshape(4, 16), x + np.eye(4, 16, dtype=np.float32) * 1e-3):
         assert [int(v) for v in digest({"x": np.ascontiguousarray(changed)})] != value

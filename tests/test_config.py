@@ -7,7 +7,9 @@ from baichuan_jax.config import Config, ConfigError, MeshConfig
 from baichuan_jax.config_file import KEYS, dump_config, load_config, make_parser, parse_config
 from baichuan_jax.model import abstract_model
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))  # corpus.yaml: test_pipeline.py
+CONFIGS = sorted(
+    (Path(__file__).parents[1] / "configs").glob("*.yaml")
+)  # corpus.yaml: test_pipeline.py
 CONFIGS = [path for path in CONFIGS if path.stem != "corpus"]
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 
@@ -28,7 +30,11 @@ def test_every_configuration_file_loads_and_survives_a_round_trip(path, tmp_path
 def test_7b_has_the_originals_parameters(name):
     config = load_config(Path(TINY).with_name(f"{name}.yaml"))
     _, shapes, _ = abstract_model(config.model)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == config.model.num_parameters == 7_000_559_616
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        == config.model.num_parameters
+        == 7_000_559_616
+    )
 
 
 def test_a800_configuration_fits_128_nodes_of_8():
@@ -39,7 +45,14 @@ def test_a800_configuration_fits_128_nodes_of_8():
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults():
-    config = load_config(TINY, ["train.num_steps=60", 'sample.prompts=["登鹳雀楼->", "a b"]', "optimizer.learning_rate=1e-3"])
+    config = load_config(
+        TINY,
+        [
+            "train.num_steps=60",
+            'sample.prompts=["登鹳雀楼->", "a b"]',
+            "optimizer.learning_rate=1e-3",
+        ],
+    )
     assert config.train.num_steps == 60
     assert config.sample.prompts == ["登鹳雀楼->", "a b"]
     assert config.optimizer.learning_rate == 1e-3

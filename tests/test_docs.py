@@ -11,7 +11,9 @@ import yaml
 from launches import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *(REPOSITORY / "baichuan_jax").rglob("*.md")])
+PAGES = sorted(
+    [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *(REPOSITORY / "baichuan_jax").rglob("*.md")]
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -26,10 +28,14 @@ def anchors(text: str) -> set[str]:
 
 
 def test_the_page_of_settings_is_what_the_dataclasses_say():
-    spec = importlib.util.spec_from_file_location("write_configuration", DOCS / "write_configuration.py")
+    spec = importlib.util.spec_from_file_location(
+        "write_configuration", DOCS / "write_configuration.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == module.page(), "run python docs/write_configuration.py"
+    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == module.page(), (
+        "run python docs/write_configuration.py"
+    )
 
 
 def test_every_setting_is_on_its_page():
@@ -45,7 +51,9 @@ def test_every_module_is_on_the_page_of_the_house():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     package = REPOSITORY / "baichuan_jax"
     modules = {
-        str(path.relative_to(package)) for path in package.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
     }
     assert {name for name in modules if f"`{name}`" not in text} == set()
 
@@ -60,12 +68,18 @@ def test_links_and_files_and_commands_exist(page):
         file = (page.parent / path) if path else page
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and file.suffix == ".md":
-            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name} links to {target}"
-    for path in re.findall(r"`((?:baichuan_jax|configs|docs|launch|notebooks|tests|benchmarks)/[\w./-]+\.\w+)`", text):
+            assert anchor in anchors(file.read_text(encoding="utf-8")), (
+                f"{page.name} links to {target}"
+            )
+    for path in re.findall(
+        r"`((?:baichuan_jax|configs|docs|launch|notebooks|tests|benchmarks)/[\w./-]+\.\w+)`", text
+    ):
         assert (REPOSITORY / path).exists(), f"{page.name} names {path}"
     for module in re.findall(r"python -m baichuan_jax((?:\.\w+)*)", text):
         path = REPOSITORY.joinpath("baichuan_jax", *module.split(".")[1:])
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: python -m baichuan_jax{module}"
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), (
+            f"{page.name}: python -m baichuan_jax{module}"
+        )
 
 
 def test_every_page_is_in_the_sites_contents():
@@ -78,11 +92,28 @@ def test_every_page_is_in_the_sites_contents():
 def test_the_site_is_built_without_a_warning(tmp_path):
     if importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed (make docs)")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).strip() == ""
     pages = [path.parent.name for path in (tmp_path / "site").glob("*/index.html")]
     assert {"architecture", "configuration", "operations"} <= set(pages)
     text = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", text)  # it needs no other server
+    assert not re.search(
+        r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", text
+    )  # it needs no other server

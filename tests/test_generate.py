@@ -15,9 +15,15 @@ from baichuan_jax.sharding import make_mesh
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, dtype="float32", remat="none",
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        dtype="float32",
+        remat="none",
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     return Transformer(config, nnx.Rngs(params=3))
 
 
@@ -34,7 +40,9 @@ def plain_greedy(model, prompt, count, penalty=1.0):
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_the_plain_way(model, penalty):
     prompt = [5, 9, 260, 11]
-    got = Generator(model).generate_tokens([prompt], 8, repetition_penalty=penalty, stop_at_eos=False)
+    got = Generator(model).generate_tokens(
+        [prompt], 8, repetition_penalty=penalty, stop_at_eos=False
+    )
     assert got.tolist() == [plain_greedy(model, prompt, 8, penalty)]
 
 
@@ -67,7 +75,13 @@ def test_a_row_stops_at_eos_and_the_call_when_all_have(model):
 
 def test_a_model_without_padding_token_fills_with_eos():
     config = ModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, dtype="float32", pad_token_id=None
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=2,
+        dtype="float32",
+        pad_token_id=None,
     )
     generator = Generator(Transformer(config, nnx.Rngs(params=3)))
     eos = int(generator.generate_tokens([[5]], 1, stop_at_eos=False)[0, 1])
@@ -79,7 +93,13 @@ def test_a_model_without_padding_token_fills_with_eos():
 def test_other_prompts_and_lengths_find_compiled_code(model):
     generator = Generator(model)
     for length, new in ((3, 5), (40, 60), (64, 1)):
-        generator.generate_tokens([[7] * length], new, temperature=0.5, repetition_penalty=1.0 + 0.1 * new, stop_at_eos=False)
+        generator.generate_tokens(
+            [[7] * length],
+            new,
+            temperature=0.5,
+            repetition_penalty=1.0 + 0.1 * new,
+            stop_at_eos=False,
+        )
     assert len(generator._compiled) == generator._decode._cache_size() == 1
     generator.generate_tokens([[7] * 65], 1, temperature=0.5)
     assert len(generator._compiled) == generator._decode._cache_size() == 2
@@ -90,12 +110,23 @@ def test_other_prompts_and_lengths_find_compiled_code(model):
 
 @pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 4, 2, 1)])
 def test_every_mesh_continues_alike(model, tmp_path, shape):
-    export(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, tmp_path / "hf", dtype="float32", form="baichuan")
+    export(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        model.config,
+        tmp_path / "hf",
+        dtype="float32",
+        form="baichuan",
+    )
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     generator = Generator(load_pretrained(tmp_path / "hf", mesh=mesh))
-    prompts, mask = [[5, 9, 260, 11], [0, 0, 7, 8], [0, 3, 4, 5]], [[1] * 4, [0, 0, 1, 1], [0, 1, 1, 1]]
+    prompts, mask = (
+        [[5, 9, 260, 11], [0, 0, 7, 8], [0, 3, 4, 5]],
+        [[1] * 4, [0, 0, 1, 1], [0, 1, 1, 1]],
+    )
     got = generator.generate_tokens(prompts, 6, attention_mask=mask, stop_at_eos=False)
-    np.testing.assert_array_equal(got, Generator(model).generate_tokens(prompts, 6, attention_mask=mask, stop_at_eos=False))
+    np.testing.assert_array_equal(
+        got, Generator(model).generate_tokens(prompts, 6, attention_mask=mask, stop_at_eos=False)
+    )
 
 
 class Bytes:
@@ -113,7 +144,9 @@ class Bytes:
 def test_texts_of_unequal_prompts_are_those_of_each_alone(model):
     generator, prompts = Generator(model), ["春風又綠", "a"]
     texts = generator.generate(Bytes(), prompts, 12, repetition_penalty=1.2)
-    assert texts == [generator.generate(Bytes(), [prompt], 12, repetition_penalty=1.2)[0] for prompt in prompts]
+    assert texts == [
+        generator.generate(Bytes(), [prompt], 12, repetition_penalty=1.2)[0] for prompt in prompts
+    ]
     for empty in ([], ["a", ""]):
         with pytest.raises(ConfigError, match="empty"):
             generator.generate(Bytes(), empty, 4)
@@ -132,14 +165,19 @@ def test_streamed_text_comes_in_whole_characters():
 def test_streaming_yields_the_same_tokens(model):
     generator, pieces = Generator(model), []
     whole = generator.generate_tokens([[5, 9, 11]], 20, stop_at_eos=False)
-    generator.generate_tokens([[5, 9, 11]], 20, stop_at_eos=False, on_tokens=lambda new: pieces.append(new))
+    generator.generate_tokens(
+        [[5, 9, 11]], 20, stop_at_eos=False, on_tokens=lambda new: pieces.append(new)
+    )
     assert len(pieces) > 1
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole[:, 3:])
 
 
 def test_a_seed_gives_the_same_draws_and_another_one_others(model):
     generator = Generator(model)
-    draws = [generator.generate_tokens([[5, 9]], 24, temperature=1.5, seed=seed, stop_at_eos=False) for seed in (1, 1, 2)]
+    draws = [
+        generator.generate_tokens([[5, 9]], 24, temperature=1.5, seed=seed, stop_at_eos=False)
+        for seed in (1, 1, 2)
+    ]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).any()
 
@@ -147,7 +185,9 @@ def test_a_seed_gives_the_same_draws_and_another_one_others(model):
 def draw_many(logits, count=4000, temperature=1.0, top_k=0, top_p=1.0):
     sampling = Sampling(temperature, top_k or len(logits), top_p, 1.0)
     keys = jax.random.split(jax.random.key(0), count)
-    tokens = jax.jit(jax.vmap(lambda key: _draw(key, np.array([logits], np.float32), sampling)[0]))(keys)
+    tokens = jax.jit(jax.vmap(lambda key: _draw(key, np.array([logits], np.float32), sampling)[0]))(
+        keys
+    )
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
 
 
@@ -155,7 +195,9 @@ def test_draws_follow_temperature_top_k_and_top_p():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     np.testing.assert_allclose(draw_many(logits), [0.5, 0.3, 0.15, 0.05], atol=0.03)
     squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
-    np.testing.assert_allclose(draw_many(logits, temperature=0.5), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(
+        draw_many(logits, temperature=0.5), squared / squared.sum(), atol=0.03
+    )
     np.testing.assert_allclose(draw_many(logits, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(draw_many(logits, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(draw_many(logits, top_p=0.01), [1, 0, 0, 0], atol=0)

@@ -42,7 +42,9 @@ def fakes(tmp_path, monkeypatch):
     folder = tmp_path / "stages"
     folder.mkdir()
     for name, body in FAKES.items():
-        (folder / f"{name}.py").write_text(f'"""What {name} means."""\n\n\ndef run(stage):\n    {body}\n')
+        (folder / f"{name}.py").write_text(
+            f'"""What {name} means."""\n\n\ndef run(stage):\n    {body}\n'
+        )
     monkeypatch.setattr(gpu, "FOLDER", folder)
     monkeypatch.setattr(gpu, "LIMITS", dict.fromkeys(FAKES, 60) | {"hangs": 4})
     monkeypatch.setattr(gpu, "LEAST", 1.0)
@@ -67,9 +69,15 @@ def test_every_end_of_a_stage_is_told_and_the_next_one_runs(fakes, monkeypatch, 
     assert list(stages) == list(FAKES)
     outcomes = {name: result["outcome"] for name, result in stages.items()}
     assert outcomes == {
-        "good": "ok", "wrong": "wrong", "raises": "failed", "lacks": "failed", "dies": "failed", "hangs": "timed out",
-        "left_out": "ok", "lacks_much": "incomplete",
-    }  # fmt: skip
+        "good": "ok",
+        "wrong": "wrong",
+        "raises": "failed",
+        "lacks": "failed",
+        "dies": "failed",
+        "hangs": "timed out",
+        "left_out": "ok",
+        "lacks_much": "incomplete",
+    }
     assert stages["wrong"]["tables"][0]["rows"] == [["1"]]
     assert "ValueError: a reason" in stages["raises"]["error"]
     assert "Traceback" in page
@@ -92,7 +100,9 @@ def assert_ends(process_id: int) -> None:
     deadline = time.monotonic() + 10
     status = Path(f"/proc/{process_id}/status")
     while status.exists() and "(zombie)" not in status.read_text():
-        assert time.monotonic() < deadline, f"process {process_id} of a stage that was stopped lives on"
+        assert time.monotonic() < deadline, (
+            f"process {process_id} of a stage that was stopped lives on"
+        )
         time.sleep(0.05)
 
 
@@ -104,7 +114,9 @@ def test_only_right_stages_exit_with_0_and_leave_few_files(fakes, monkeypatch):
 
 
 def test_less_time_shrinks_limits_and_skips_what_has_none(fakes, monkeypatch):
-    code, results, page = run(monkeypatch, fakes, "--minutes", "0.15", "--stages", "good", "hangs", "left_out")
+    code, results, page = run(
+        monkeypatch, fakes, "--minutes", "0.15", "--stages", "good", "hangs", "left_out"
+    )
     assert results["stages"]["good"]["limit"] < 4
     assert results["stages"]["hangs"]["outcome"] in ("timed out", "skipped")
     monkeypatch.setattr(gpu, "LEAST", 1000.0)
@@ -135,7 +147,9 @@ def test_without_a_gpu_nothing_is_tried(tmp_path):
 
 
 def test_where_jax_sees_no_gpu_the_other_stages_are_not_run_at_full_size(fakes, monkeypatch):
-    (gpu.FOLDER / "environment.py").write_text('"""Which device."""\n\n\ndef run(stage):\n    stage.record(platform="cpu")\n')
+    (gpu.FOLDER / "environment.py").write_text(
+        '"""Which device."""\n\n\ndef run(stage):\n    stage.record(platform="cpu")\n'
+    )
     monkeypatch.setattr(gpu, "LIMITS", {"environment": 60, "good": 60})
     monkeypatch.setattr(gpu.glob, "glob", lambda pattern: ["/dev/nvidia0"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(fakes)])
@@ -170,7 +184,9 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
         f"gpu.FOLDER = Path({str(gpu.FOLDER)!r})\ngpu.LIMITS = {{'good': 60, 'hangs': 300, 'left_out': 60}}\nsys.exit(gpu.main())\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(script), "--rehearse", "--output", str(fakes), "--minutes", "9"], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), "--rehearse", "--output", str(fakes), "--minutes", "9"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 60
@@ -185,7 +201,10 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
         assert stages["good"]["outcome"] == "ok"
         assert stages["left_out"]["outcome"] == "not run"
         if number == signal.SIGTERM:  # what the stage had found by then is kept too
-            assert (stages["hangs"]["outcome"], stages["hangs"]["values"]) == ("stopped", {"found": 7})
+            assert (stages["hangs"]["outcome"], stages["hangs"]["values"]) == (
+                "stopped",
+                {"found": 7},
+            )
         page = (fakes / "gpu.md").read_text()
         assert "fine" in page
         assert "| left_out | not run |" in page
@@ -196,7 +215,11 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
         process.stdout.close()
         subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
         if (tmp_path / "child").exists():
-            subprocess.run(["kill", "-KILL", (tmp_path / "child").read_text()], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["kill", "-KILL", (tmp_path / "child").read_text()],
+                check=False,
+                stderr=subprocess.DEVNULL,
+            )
 
 
 def test_a_full_disk_is_told_and_the_next_stage_tries_again(fakes, monkeypatch, capsys):
@@ -231,7 +254,10 @@ def test_a_page_is_published_in_its_place(fakes, monkeypatch, tmp_path):
     results = json.loads((fakes / "results.json").read_text())
     good = results["stages"]["good"]
     for device in ("H100", "H200"):
-        results |= {"rehearsal": False, "stages": {"environment": {**good, "values": {"device": device}}}}
+        results |= {
+            "rehearsal": False,
+            "stages": {"environment": {**good, "values": {"device": device}}},
+        }
         monkeypatch.setattr(gpu, "explanation", lambda name: name)
         (fakes / "results.json").write_text(json.dumps(results))
         gpu.publish(fakes, docs)
@@ -246,7 +272,10 @@ def test_a_page_is_published_in_its_place(fakes, monkeypatch, tmp_path):
 
 def test_the_page_has_its_places_and_names_every_stage():
     text = (REPOSITORY / "docs" / "gpu.md").read_text(encoding="utf-8")
-    assert all(text.count(gpu.MARK.format(name)) == count for name, count in (("results", 1), ("rehearsal", 1), ("end", 2)))
+    assert all(
+        text.count(gpu.MARK.format(name)) == count
+        for name, count in (("results", 1), ("rehearsal", 1), ("end", 2))
+    )
     for name in gpu.LIMITS:
         assert gpu.explanation(name)
         assert re.search(rf"\| {name} \|", text), name
@@ -257,7 +286,11 @@ def test_a_bare_image_lacks_nothing_that_training_needs():
 
     def names(path: Path) -> set[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return {re.split(r"[\[<>=!;]", line)[0].strip().lower() for line in lines if line and not line.startswith("#")}
+        return {
+            re.split(r"[\[<>=!;]", line)[0].strip().lower()
+            for line in lines
+            if line and not line.startswith("#")
+        }
 
     benchmarks = REPOSITORY / "benchmarks"
     there = names(benchmarks / "gpu_image.txt") | names(benchmarks / "gpu_bundle.txt")
@@ -267,16 +300,26 @@ def test_a_bare_image_lacks_nothing_that_training_needs():
 
 def test_the_bundles_script_explains_itself(tmp_path):
     for words in ([], [str(tmp_path)]):
-        done = subprocess.run(["bash", str(REPOSITORY / "benchmarks" / "gpu_bundle.sh"), *words], capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / "benchmarks" / "gpu_bundle.sh"), *words],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 2
         assert "make gpu-bundle" in done.stderr
 
 
-# What jax and triton put into the environment of the process that imports them: the tests' own compiler is another one.
+# What jax and triton put into the environment of the process that imports them: the tests' own
+# compiler is another one.
 LEFT_BY_JAX = (
-    "JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH", "CUDA_ROOT", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "PYTHONPATH",
+    "CUDA_ROOT",
+    "TRITON_PTXAS_PATH",
+    "TRITON_PTXAS_BLACKWELL_PATH",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK",
-)  # fmt: skip
+)
 
 
 def _python312() -> bool:
@@ -289,13 +332,18 @@ def _python312() -> bool:
 def test_the_rehearsal_passes(tmp_path):
     """`make gpu-rehearse`: the image's environment, the bundle installed without a network, every stage."""
     done = subprocess.run(
-        ["make", "gpu-rehearse", f"REHEARSAL={tmp_path / 'rehearsal'}"], cwd=REPOSITORY, capture_output=True, text=True,
+        ["make", "gpu-rehearse", f"REHEARSAL={tmp_path / 'rehearsal'}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
         env={name: value for name, value in os.environ.items() if name not in LEFT_BY_JAX},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     output = tmp_path / "rehearsal"
     results = json.loads((output / "results.json").read_text())
-    assert {name: result["outcome"] for name, result in results["stages"].items()} == dict.fromkeys(gpu.LIMITS, "ok")
+    assert {name: result["outcome"] for name, result in results["stages"].items()} == dict.fromkeys(
+        gpu.LIMITS, "ok"
+    )
     assert results["stages"]["environment"]["values"]["ptxas"] == "13.1.80"  # the bundle's own
     files = [path for path in output.rglob("*") if path.is_file()]
     assert len(files) <= 8

@@ -44,9 +44,13 @@ def report(stage: Stage) -> dict:
 
 SMALL_ERRORS = {"largest": 1e-3, "norm": 1e-3, "row": 1e-3}
 RIGHT = {
-    "largest_error": 1e-3, "norm_error": 1e-3, "worst": "dq", "same_bits": True, "poison_works": True,
+    "largest_error": 1e-3,
+    "norm_error": 1e-3,
+    "worst": "dq",
+    "same_bits": True,
+    "poison_works": True,
     "errors": {"out": SMALL_ERRORS, "dq": {**SMALL_ERRORS, "row": 0.3}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -86,9 +90,15 @@ def test_the_cases_are_those_that_a_model_meets():
     for dtype in ("bfloat16", "float32"):
         for head in (64, 128):
             for variant in ("causal", "segments"):
-                lengths = {case.length for case in attention if (case.dtype, case.size, case.variant) == (dtype, head, variant)}
+                lengths = {
+                    case.length
+                    for case in attention
+                    if (case.dtype, case.size, case.variant) == (dtype, head, variant)
+                }
                 assert lengths == {1, 127, 4095, 4096, 8192}
-            variants = {case.variant for case in attention if (case.dtype, case.size) == (dtype, head)}
+            variants = {
+                case.variant for case in attention if (case.dtype, case.size) == (dtype, head)
+            }
             assert {
                 "unseen query",
                 "offset",
@@ -110,7 +120,9 @@ def test_a_worker_that_dies_or_raises_costs_its_case_alone(stage, monkeypatch, t
         "    print('noise of a library')\n"
         "    print('RESULT ' + json.dumps(found), flush=True)\n"
     )
-    start = lambda self: subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    start = lambda self: subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     monkeypatch.setattr(numerics.Worker, "_start", start)
     todo, done = numerics.queue.Queue(), numerics.queue.Queue()
     for number in (1, 2, 3, 4, 5):
@@ -125,7 +137,9 @@ def test_a_worker_that_dies_or_raises_costs_its_case_alone(stage, monkeypatch, t
     worker.stop()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (make plan-deps)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (make plan-deps)"
+)
 def test_a_kernel_that_is_wrong_or_leaves_something_unwritten_is_found():
     """In a process whose triton interprets: the real check of a real kernel, right, scaled by 1.01 and with rows left out."""
     program = f"""
@@ -153,9 +167,11 @@ found.append(checks.check(case))
 print("FOUND " + json.dumps(found))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}, capture_output=True,
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     right, scaled, unwritten = json.loads(done.stdout.split("FOUND ")[1])
     assert right["norm_error"] < 2e-6
@@ -181,7 +197,9 @@ def test_measured_rates_are_what_plan_reads(stage, tmp_path):
 
 def test_products_without_time_are_told_and_the_rest_is_there(tmp_path):
     (tmp_path / "output").mkdir()
-    stage = Stage(SMALL, tmp_path / "state.json", tmp_path, tmp_path / "output", products.LEFT_TO_TIME - 1.0)
+    stage = Stage(
+        SMALL, tmp_path / "state.json", tmp_path, tmp_path / "output", products.LEFT_TO_TIME - 1.0
+    )
     products.run(stage)
     found = report(stage)
     assert found["lacking"]
@@ -192,8 +210,16 @@ def test_products_without_time_are_told_and_the_rest_is_there(tmp_path):
 
 def test_a_kernel_that_is_wrong_at_the_timed_sizes_is_wrong(stage):
     wrong = {"why_not": "WRONG: differs by 5.0e-01 from the plain operator in float32"}
-    speed.report_wrong(stage, {"title": "attention", "implementations": {"triton": wrong, "torch sdpa": wrong, "cudnn": {}}})
-    assert report(stage)["wrong"] == ["attention: triton: differs by 5.0e-01 from the plain operator in float32"]
+    speed.report_wrong(
+        stage,
+        {
+            "title": "attention",
+            "implementations": {"triton": wrong, "torch sdpa": wrong, "cudnn": {}},
+        },
+    )
+    assert report(stage)["wrong"] == [
+        "attention: triton: differs by 5.0e-01 from the plain operator in float32"
+    ]
 
 
 def test_cases_that_were_not_checked_are_all_named_and_the_stage_is_incomplete(stage):
@@ -243,8 +269,9 @@ def test_a_variant_that_fails_costs_its_row_alone(stage):
     found = report(stage)
     assert [row[0] for row in found["tables"][0]["rows"]] == [costs.BASE]
     assert found["left_out"] == [
-        "deterministic: RuntimeError: RESOURCE_EXHAUSTED", "other: NotImplementedError: NotImplementedError"
-    ]  # fmt: skip
+        "deterministic: RuntimeError: RESOURCE_EXHAUSTED",
+        "other: NotImplementedError: NotImplementedError",
+    ]
 
 
 def test_a_run_that_fails_says_why_in_a_line(tmp_path):
@@ -258,7 +285,9 @@ def test_the_kernels_rate_gives_back_the_seconds_that_were_measured(stage):
     bounds, peak = BOUNDS[90], HARDWARE["h100"].peak_tflops * 1e12
     flops = {name: 1e12 * (index + 1) for index, name in enumerate(bounds)}
     seconds = {name: flops[name] / peak / bound / 0.6 for name, bound in bounds.items()}
-    (stage.work / "speed.json").write_text(json.dumps({"values": {"kernels_alone": seconds, "kernel_flops": flops}}))
+    (stage.work / "speed.json").write_text(
+        json.dumps({"values": {"kernels_alone": seconds, "kernel_flops": flops}})
+    )
     assert products.kernel_rate(stage, HARDWARE["h100"]) == {"kernel": pytest.approx(0.6)}
     (stage.work / "speed.json").unlink()
     assert products.kernel_rate(stage, HARDWARE["h100"]) == {}
@@ -267,9 +296,14 @@ def test_the_kernels_rate_gives_back_the_seconds_that_were_measured(stage):
 
 def write_run(folder: Path, losses: list[tuple[int, float]], *events: dict) -> Run:
     folder.mkdir()
-    lines = [json.dumps({"step": step, "loss": loss, "time": 100.0 + index}) for index, (step, loss) in enumerate(losses)]
+    lines = [
+        json.dumps({"step": step, "loss": loss, "time": 100.0 + index})
+        for index, (step, loss) in enumerate(losses)
+    ]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    (folder / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events))
+    (folder / "events.jsonl").write_text(
+        "".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events)
+    )
     return Run(folder)
 
 
@@ -300,7 +334,11 @@ def test_losses_beside_a_cpu_and_between_types(stage, tmp_path):
     off = [(step, loss * 1.001) for step, loss in enumerate(small["losses"], 1)]
     training.first_losses(stage, write_run(tmp_path / "off", off, started), "float32")
     assert "differ from a CPU's by 1.0e-03" in report(stage)["wrong"][0]
-    training.first_losses(stage, write_run(tmp_path / "rows", off, {"kind": "started", "tokenizer": "another"}), "float32")
+    training.first_losses(
+        stage,
+        write_run(tmp_path / "rows", off, {"kind": "started", "tokenizer": "another"}),
+        "float32",
+    )
     assert "the tokenizer trained here is another" in report(stage)["left_out"][0]
     curve = dict.fromkeys(range(1, 41), 3.0)
     training.show_precision(stage, {**curve, 40: 3.2}, curve)

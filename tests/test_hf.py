@@ -53,13 +53,17 @@ def write_header(path, header, data):
 
 
 def test_shards_hold_the_same_as_the_whole(params, tmp_path):
-    shutil.copytree(TINY / "sharded", tmp_path / "safetensors", ignore=shutil.ignore_patterns("*.bin*"))
+    shutil.copytree(
+        TINY / "sharded", tmp_path / "safetensors", ignore=shutil.ignore_patterns("*.bin*")
+    )
     assert_equal(import_params(tmp_path / "safetensors"), params)
 
 
 def test_torch_files_hold_the_same(params, tmp_path):
     pytest.importorskip("torch")
-    shutil.copytree(TINY / "sharded", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        TINY / "sharded", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
     assert_equal(import_params(tmp_path / "bin"), params)
     (tmp_path / "whole").mkdir()
     for name in ("config.json", "pytorch_model.bin"):
@@ -79,14 +83,20 @@ def test_a_torch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_bfloat16_is_the_rounded_float32(params):
-    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jax.numpy.bfloat16).astype(np.float32)), params)
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x.astype(jax.numpy.bfloat16).astype(np.float32)), params
+    )
     assert_equal(import_params(TINY / "bf16"), rounded)
 
 
 def test_matrices_held_in_bfloat16_give_the_logits_of_float32_ones(params):
     ids = np.load(TINY / "parity.npz")["A_ids"]
     model = load_pretrained(TINY, dtype="bfloat16")
-    assert (model.embedding.dtype, model.layers.w_up.dtype, model.final_norm.dtype) == ("bfloat16", "bfloat16", "float32")
+    assert (model.embedding.dtype, model.layers.w_up.dtype, model.final_norm.dtype) == (
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    )
     logits = np.asarray(model(ids))
     nnx.update(model, params)
     np.testing.assert_array_equal(logits, model(ids))
@@ -94,7 +104,12 @@ def test_matrices_held_in_bfloat16_give_the_logits_of_float32_ones(params):
 
 def test_tensors_arrive_sharded(params, tiny_config):
     config = read_config(TINY)
-    assert (config.num_layers, config.hidden_size, config.vocab_size, config.pad_token_id) == (2, 64, 512, 0)
+    assert (config.num_layers, config.hidden_size, config.vocab_size, config.pad_token_id) == (
+        2,
+        64,
+        512,
+        0,
+    )
     _, steps = build(tiny_config, (2, 2, 1, 2))
     sharded = import_params(TINY, Layout(steps.layout.mesh))
     assert_equal(sharded, params)
@@ -105,8 +120,17 @@ def test_tensors_arrive_sharded(params, tiny_config):
 @pytest.mark.parametrize("max_shard_bytes", [100_000, 1 << 30])
 def test_export_comes_back_bit_for_bit(params, tmp_path, form, max_shard_bytes):
     config = read_config(TINY)
-    export(params, config, tmp_path / "out", dtype="float32", form=form, max_shard_bytes=max_shard_bytes)
-    assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (max_shard_bytes == 100_000)
+    export(
+        params,
+        config,
+        tmp_path / "out",
+        dtype="float32",
+        form=form,
+        max_shard_bytes=max_shard_bytes,
+    )
+    assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (
+        max_shard_bytes == 100_000
+    )
     assert read_config(tmp_path / "out") == config
     assert_equal(import_params(tmp_path / "out"), params)
     with pytest.raises(ConfigError, match="exists"):
@@ -123,7 +147,9 @@ def test_transformers_computes_the_same_logits_from_an_export(params, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(load_pretrained(tmp_path / "out")(ids), wanted, atol=2e-5)
-    theirs.save_pretrained(tmp_path / "saved")  # with rope_parameters and head_dim in its config.json
+    theirs.save_pretrained(
+        tmp_path / "saved"
+    )  # with rope_parameters and head_dim in its config.json
     assert read_config(tmp_path / "saved") == read_config(TINY)
     assert_equal(import_params(tmp_path / "saved"), params)
 
@@ -140,7 +166,10 @@ def test_export_fills_an_empty_folder_and_brings_the_tokenizer(params, tmp_path)
 def test_the_commands_import_and_export(params, tmp_path, capsys):
     assert main(["import", str(TINY), str(tmp_path / "weights")]) == 0
     assert_equal(load_pretrained(tmp_path / "weights").embedding[...], params["embedding"])
-    assert main(["export", str(tmp_path / "weights"), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert (
+        main(["export", str(tmp_path / "weights"), str(tmp_path / "out"), "--dtype", "float32"])
+        == 0
+    )
     assert_equal(import_params(tmp_path / "out"), params)
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists"):
@@ -149,9 +178,20 @@ def test_the_commands_import_and_export(params, tmp_path, capsys):
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.hf", "import", str(tmp_path), str(tmp_path / "weights")],
-        env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "baichuan_jax.hf",
+            "import",
+            str(tmp_path),
+            str(tmp_path / "weights"),
+        ],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout) == (78, "")
     assert done.stderr == f"error: {tmp_path} has no config.json: it is no Hugging Face folder\n"
 
@@ -168,7 +208,9 @@ def test_an_extra_tensor_is_named(copy):
     header, data = read_header(copy / "model.safetensors")
     header["model.layers.7.mlp.up_proj.weight"] = header["model.norm.weight"]
     write_header(copy / "model.safetensors", header, data)
-    with pytest.raises(ConfigError, match=r"layers\.7\.mlp\.up_proj\.weight \(64,\) is not of this model"):
+    with pytest.raises(
+        ConfigError, match=r"layers\.7\.mlp\.up_proj\.weight \(64,\) is not of this model"
+    ):
         import_params(copy)
 
 
@@ -176,7 +218,9 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(copy):
     header, data = read_header(copy / "model.safetensors")
     header["model.norm.weight"]["shape"] = [32, 2]
     write_header(copy / "model.safetensors", header, data)
-    with pytest.raises(ConfigError, match=r"norm\.weight is \(32, 2\) and config\.json makes it \(64,\)"):
+    with pytest.raises(
+        ConfigError, match=r"norm\.weight is \(32, 2\) and config\.json makes it \(64,\)"
+    ):
         import_params(copy)
 
 
@@ -195,14 +239,18 @@ def test_a_damaged_header_is_named(copy):
         import_params(copy)
     header["model.norm.weight"]["data_offsets"][0] -= 4
     write_header(file, header, data)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged: model\.norm\.weight \(64,\) F32 has 260 bytes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.safetensors is damaged: model\.norm\.weight \(64,\) F32 has 260 bytes",
+    ):
         import_params(copy)
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path):
     shutil.copytree(TINY / "sharded", tmp_path / "sharded")
     shutil.copy(
-        tmp_path / "sharded" / "model-00001-of-00002.safetensors", tmp_path / "sharded" / "model-00002-of-00002.safetensors"
+        tmp_path / "sharded" / "model-00001-of-00002.safetensors",
+        tmp_path / "sharded" / "model-00002-of-00002.safetensors",
     )
     with pytest.raises(ConfigError, match="and again in"):
         open_tensors(tmp_path / "sharded")
@@ -232,10 +280,16 @@ def test_a_missing_shard_is_named(tmp_path):
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"num_key_value_heads": 1}, "num_key_value_heads=1 for 4 heads"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "rope_parameters",
+        ),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 32}, "head_dim=32"),
-        ({"architectures": ["BaichuanForCausalLM"]}, "architecture BaichuanForCausalLM"),  # Baichuan-13B, Baichuan2
+        (
+            {"architectures": ["BaichuanForCausalLM"]},
+            "architecture BaichuanForCausalLM",
+        ),  # Baichuan-13B, Baichuan2
         ({"num_attention_heads": "4"}, "num_attention_heads='4', which must be int"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
@@ -273,7 +327,8 @@ def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
 def test_memory_stays_near_the_largest_tensor(tmp_path):
     """2.1 GB of float32, in a process of its own: the peak above the parameters, which on a CPU are host memory too.
 
-    One largest tensor is read while the parameters grow, and a second one while it is turned; half a one for everything else.
+    One largest tensor is read while the parameters grow, and a second one while it is turned; half
+    a one for everything else.
     """
     script = """
         import json, resource, sys
@@ -309,13 +364,20 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     def run(what):
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script), what, str(tmp_path / "big")],
-            env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=True,
-        ).stdout  # fmt: skip
+            env=environment(),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=True,
+        ).stdout
 
     try:
         run("make")  # apart: its memory is not the import's
         importing, exporting = map(float, run("read").split())
-        print(f"above the parameters, in largest tensors: import {importing:.2f}, export {exporting:.2f}")
+        print(
+            f"above the parameters, in largest tensors: import {importing:.2f}, export {exporting:.2f}"
+        )
         assert importing < 2.5
         assert exporting < 2.5
     finally:

@@ -24,7 +24,10 @@ def test_products_are_counted_with_the_turns_of_loops_around_them():
 
         return jax.lax.scan(turn, x, None, length=5)[0]
 
-    assert total(compiled(function, (16, 64), (64, 64)), compiled(function, (16, 64), (64, 64)).flops) == 15 * 2 * 16 * 64 * 64
+    assert (
+        total(compiled(function, (16, 64), (64, 64)), compiled(function, (16, 64), (64, 64)).flops)
+        == 15 * 2 * 16 * 64 * 64
+    )
 
 
 LOOP = """HloModule m
@@ -96,7 +99,10 @@ def test_a_fused_update_of_one_slice_moves_that_slice_only():
 
 
 def test_shapes_of_tuples_are_summed():
-    assert hlo.shape_bytes("((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])") == 64 + 12 + 5 + 1
+    assert (
+        hlo.shape_bytes("((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])")
+        == 64 + 12 + 5 + 1
+    )
 
 
 @pytest.mark.parametrize(

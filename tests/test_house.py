@@ -10,11 +10,21 @@ from launches import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "baichuan_jax"
 FILES = {
-    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
 }
 # From the bottom up: a module imports modules of its own line or of those above it in this list.
 LAYERS = [
-    {"config", "config_file", "files", "hardware", "hlo", "resilience", "resilience.exits", "resilience.clock"},
+    {
+        "config",
+        "config_file",
+        "files",
+        "hardware",
+        "hlo",
+        "resilience",
+        "resilience.exits",
+        "resilience.clock",
+    },
     {
         "resilience.reports",
         "resilience.stragglers",
@@ -47,12 +57,26 @@ LAYERS = [
     {"loss", "optimizer"},
     {"step"},
     {"checkpoint", "metrics", "data", "data.rows", "data.prepare", "data.loader", "hf", "hf_files"},
-    {"data.corpus_config", "data.documents", "data.funnel", "data.measures", "data.dedup", "data.sentences"},
+    {
+        "data.corpus_config",
+        "data.documents",
+        "data.funnel",
+        "data.measures",
+        "data.dedup",
+        "data.sentences",
+    },
     {"data.quality", "data.decontaminate", "data.rules", "data.select"},
     {"data.tasks"},
     {"data.stages", "data.pipeline"},
     {"generate", "preflight", "summary", "local_copies", "saving", "start", "tracing"},
-    {"evaluate.subjects", "evaluate.tasks", "evaluate.prompts", "evaluate.scoring", "evaluate.results", "evaluate.evaluation"},
+    {
+        "evaluate.subjects",
+        "evaluate.tasks",
+        "evaluate.prompts",
+        "evaluate.scoring",
+        "evaluate.results",
+        "evaluate.evaluation",
+    },
     {"evaluate", "evaluate.tables", "evaluate.perplexity", "evaluate.__main__"},
     {"trainer"},
     {"train", "launch"},
@@ -60,9 +84,25 @@ LAYERS = [
     {"plan", "plan_report"},
     {"__main__", "report", "report.recorded", "report.figures", "report.page", "report.__main__"},
 ]
-COMMANDS = ["train", "launch", "preflight", "resilience", "generate", "evaluate", "hf", "tokenizer", "kernels",
-            "data.rows", "data.quality", "data.decontaminate", "data.mixture", "data.pipeline", "plan", "xla_flags",
-            "report"]  # fmt: skip
+COMMANDS = [
+    "train",
+    "launch",
+    "preflight",
+    "resilience",
+    "generate",
+    "evaluate",
+    "hf",
+    "tokenizer",
+    "kernels",
+    "data.rows",
+    "data.quality",
+    "data.decontaminate",
+    "data.mixture",
+    "data.pipeline",
+    "plan",
+    "xla_flags",
+    "report",
+]
 
 
 def imports(path) -> set[str]:
@@ -70,7 +110,11 @@ def imports(path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("baichuan_jax"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("baichuan_jax")
+        ):
             for name in node.names:
                 inner = f"{node.module}.{name.name}"
                 found.add(inner if inner in FILES else node.module)
@@ -119,7 +163,9 @@ def test_everything_public_has_a_docstring(name):
     assert ast.get_docstring(tree), name
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            settings = isinstance(node, ast.ClassDef) and node.name.endswith("Config")  # explained field by field
+            settings = isinstance(node, ast.ClassDef) and node.name.endswith(
+                "Config"
+            )  # explained field by field
             assert settings or ast.get_docstring(node), f"{name}.{node.name}"
 
 
@@ -127,8 +173,12 @@ def test_everything_public_has_a_docstring(name):
 def test_every_command_explains_itself_without_starting_jax(command):
     done = subprocess.run(
         [sys.executable, "-m", f"baichuan_jax.{command}", "--help"],
-        env=environment(), capture_output=True, text=True, timeout=60, cwd=REPOSITORY,
-    )  # fmt: skip
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPOSITORY,
+    )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout.lower()
     assert f"python -m baichuan_jax.{command}" in done.stdout
@@ -137,10 +187,17 @@ def test_every_command_explains_itself_without_starting_jax(command):
 
 def test_the_readmes_say_the_same_and_name_commands_that_exist():
     """Both READMEs have the same headings, and every command they name exists."""
-    english, chinese = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
-    levels = [[line.split(" ")[0] for line in text.splitlines() if line.startswith("#")] for text in (english, chinese)]
+    english, chinese = (
+        (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")
+    )
+    levels = [
+        [line.split(" ")[0] for line in text.splitlines() if line.startswith("#")]
+        for text in (english, chinese)
+    ]
     assert levels[0] == levels[1]
-    blocks = [[block.split("```")[0] for block in text.split("```")[1::2]] for text in (english, chinese)]
+    blocks = [
+        [block.split("```")[0] for block in text.split("```")[1::2]] for text in (english, chinese)
+    ]
     assert len(blocks[0]) == len(blocks[1])
     for text in (english, chinese):
         for module in re.findall(r"python -m (baichuan_jax(?:\.[a-z_]+)+)", text):

@@ -17,7 +17,10 @@ from baichuan_jax.resilience.watch import HOST_VARIABLE
 def filled(steps, seed):
     """A state of other numbers everywhere, zeros with a sign among them."""
     rng = np.random.default_rng(seed)
-    whole = jax.tree.map(lambda leaf: np.asarray(rng.integers(-3, 4, leaf.shape) * 0.5, leaf.dtype), steps.state_shapes)
+    whole = jax.tree.map(
+        lambda leaf: np.asarray(rng.integers(-3, 4, leaf.shape) * 0.5, leaf.dtype),
+        steps.state_shapes,
+    )
     signed = jax.tree.map(lambda x: np.where(x == 0, -x, x).astype(x.dtype), whole)
     return jax.device_put(signed, steps.state_shardings)
 
@@ -28,7 +31,9 @@ def opened(tiny_config, tmp_path):
 
     def open_(shape, rollbacks=0):
         config, steps = build(tiny_config, shape)
-        checkpoints = Checkpoints(tmp_path / "checkpoints", config, "abc", steps.state_shapes, steps.state_shardings)
+        checkpoints = Checkpoints(
+            tmp_path / "checkpoints", config, "abc", steps.state_shapes, steps.state_shardings
+        )
         everything.append(checkpoints)
         return LocalCopies(tmp_path / "local", rollbacks, "here", checkpoints), steps
 
@@ -38,14 +43,19 @@ def opened(tiny_config, tmp_path):
 
 
 def bits(state):
-    return [np.asarray(jax.device_get(leaf)).reshape(-1).view(np.uint32).tolist() for leaf in jax.tree.leaves(state)]
+    return [
+        np.asarray(jax.device_get(leaf)).reshape(-1).view(np.uint32).tolist()
+        for leaf in jax.tree.leaves(state)
+    ]
 
 
 def refuse_reports(*words, **fields):
     raise AssertionError(f"unexpected report {words} {fields}")
 
 
-def test_a_copy_is_restored_bit_for_bit_onto_another_mesh_and_only_the_newest_is_kept(opened, tmp_path):
+def test_a_copy_is_restored_bit_for_bit_onto_another_mesh_and_only_the_newest_is_kept(
+    opened, tmp_path
+):
     copies, steps = opened((2, 2, 1, 2))
     for step in (3, 4):
         copies.save(filled(steps, step), step, step + 1)
@@ -100,17 +110,25 @@ def test_a_damaged_copy_is_told_and_not_used(opened, tmp_path, damage, capfd):
     damage(tmp_path / "local" / "7.state")
     reports = []
     assert copies.restore(0, lambda kind, **fields: reports.append((kind, fields["step"]))) is None
-    assert ("7.state is not a copy to go on from" in capfd.readouterr().err) != (reports == [("local_copy_corrupt", 7)])
+    assert ("7.state is not a copy to go on from" in capfd.readouterr().err) != (
+        reports == [("local_copy_corrupt", 7)]
+    )
 
 
-def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_ever(opened, tmp_path, monkeypatch):
+def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_ever(
+    opened, tmp_path, monkeypatch
+):
     import baichuan_jax.local_copies
 
     copies, steps = opened((1, 1, 1, 1))
     copies.save(filled(steps, 0), 7, 7)
     copies.finish()
     theirs = {"steps": None, "head": {}, "digest": 1}  # another host, which has no copy
-    monkeypatch.setattr(baichuan_jax.local_copies, "gather", lambda name, value: [value, theirs[name.rsplit("/", 1)[1]]])
+    monkeypatch.setattr(
+        baichuan_jax.local_copies,
+        "gather",
+        lambda name, value: [value, theirs[name.rsplit("/", 1)[1]]],
+    )
     monkeypatch.setattr(baichuan_jax.local_copies, "_send", lambda content, source: content)
     reports = []
     assert copies.restore(0, lambda kind, **fields: reports.append(fields["reason"])) is None
@@ -152,14 +170,21 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
     words = ["--train.num_steps", "30", "--checkpoint.every", "1000", "--evaluate.every", "1000"]
     straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
     assert wait_all(start_all(config, straight, *words, processes=2, devices=1)) == [0, 0]
-    local = ["--checkpoint.local_dir", f"{tmp_path}/disk-$BAICHUAN_JAX_HOST", "--checkpoint.local_every", "4"]
+    local = [
+        "--checkpoint.local_dir",
+        f"{tmp_path}/disk-$BAICHUAN_JAX_HOST",
+        "--checkpoint.local_every",
+        "4",
+    ]
     assert HOST_VARIABLE == "BAICHUAN_JAX_HOST"
     processes = start_all(config, disturbed, *words, *local, processes=2, devices=1, hosts="ab")
     wait_for_step(processes[0], disturbed, 10)
     for process in processes:
         kill(process)
     shutil.rmtree(tmp_path / "disk-a")  # as on a spare, here in process 0's place
-    assert wait_all(start_all(config, disturbed, *words, *local, processes=2, devices=1, hosts="ab")) == [0, 0]
+    assert wait_all(
+        start_all(config, disturbed, *words, *local, processes=2, devices=1, hosts="ab")
+    ) == [0, 0]
     events = lines(disturbed, "events")
     restored = [event for event in events if event["kind"] == "restored"]
     assert [(event["local"], event["step"] % 4) for event in restored] == [(True, 0)]
@@ -173,7 +198,14 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
 
 def test_a_state_that_lies_across_processes_is_refused(tmp_path):
     config = write_config(tmp_path)
-    words = ["--mesh.fsdp", "2", "--checkpoint.local_dir", str(tmp_path / "disk"), "--checkpoint.local_every", "4"]
+    words = [
+        "--mesh.fsdp",
+        "2",
+        "--checkpoint.local_dir",
+        str(tmp_path / "disk"),
+        "--checkpoint.local_every",
+        "4",
+    ]
     assert wait_all(start_all(config, tmp_path / "run", *words, processes=2, devices=1)) == [78, 78]
     assert "needs every process to hold the whole state" in (tmp_path / "run.0.log").read_text()
 

@@ -34,7 +34,9 @@ def plain(hidden, kernel, labels, z_loss=0.0):
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 96, 1000])
 def test_any_chunking_gives_the_plain_loss_and_gradients(case, chunk_size, z_loss):
     with jax.enable_x64(True):
-        wanted, gradients = jax.value_and_grad(plain, (0, 1))(*(np.float64(x) for x in case[:2]), case[2], z_loss)
+        wanted, gradients = jax.value_and_grad(plain, (0, 1))(
+            *(np.float64(x) for x in case[:2]), case[2], z_loss
+        )
     wanted, gradients = float(wanted), jax.device_get(gradients)
     hidden, kernel, labels = case
 
@@ -47,7 +49,11 @@ def test_any_chunking_gives_the_plain_loss_and_gradients(case, chunk_size, z_los
         np.testing.assert_allclose(a * 2, b, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2)],
+    ids=str,
+)
 def test_any_mesh_gives_the_single_device_loss_and_gradients(case, shape):
     hidden, kernel, labels = case
     wanted = jax.value_and_grad(plain, (0, 1))(hidden, kernel, labels)
@@ -64,14 +70,18 @@ def test_any_mesh_gives_the_single_device_loss_and_gradients(case, shape):
 
 def test_ignored_labels_alone_cost_nothing(case):
     hidden, kernel, labels = case
-    value, gradients = jax.value_and_grad(lambda h: cross_entropy(h, kernel, jnp.full_like(labels, -100), chunk_size=8))(hidden)
+    value, gradients = jax.value_and_grad(
+        lambda h: cross_entropy(h, kernel, jnp.full_like(labels, -100), chunk_size=8)
+    )(hidden)
     assert value == 0
     assert not np.any(gradients)
 
 
 def test_bfloat16_loss_is_near_and_its_gradient_is_bfloat16(case):
     hidden, kernel, labels = case
-    value, gradient = jax.value_and_grad(lambda h: cross_entropy(h, kernel, labels, chunk_size=32))(jnp.bfloat16(hidden))
+    value, gradient = jax.value_and_grad(lambda h: cross_entropy(h, kernel, labels, chunk_size=32))(
+        jnp.bfloat16(hidden)
+    )
     assert gradient.dtype == jnp.bfloat16
     assert abs(value / plain(hidden, kernel, labels) - 1) < 5e-3  # inputs rounded to 8 bits
 

@@ -16,8 +16,12 @@ from baichuan_jax.resilience import exits
 LAUNCH = REPOSITORY / "launch"
 # JobSet's and Job's own words, which the schemas give as plain strings.
 JOBSET_ACTIONS = {
-    "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob", "RestartJobAndIgnoreMaxRestarts",
-}  # fmt: skip
+    "FailJobSet",
+    "RestartJobSet",
+    "RestartJobSetAndIgnoreMaxRestarts",
+    "RestartJob",
+    "RestartJobAndIgnoreMaxRestarts",
+}
 JOB_FAILURE_REASONS = {
     "BackoffLimitExceeded",
     "DeadlineExceeded",
@@ -28,7 +32,10 @@ JOB_FAILURE_REASONS = {
 
 
 def documents(name: str) -> dict[str, dict]:
-    return {doc["kind"]: doc for doc in yaml.safe_load_all((LAUNCH / "k8s" / name).read_text(encoding="utf-8"))}
+    return {
+        doc["kind"]: doc
+        for doc in yaml.safe_load_all((LAUNCH / "k8s" / name).read_text(encoding="utf-8"))
+    }
 
 
 def validate(kind: str, document: dict) -> None:
@@ -36,14 +43,17 @@ def validate(kind: str, document: dict) -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     model = {
-        "JobSet": models.JobsetV1alpha2JobSet, "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "JobSet": models.JobsetV1alpha2JobSet,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
         "TrainJob": models.TrainerV1alpha1TrainJob,
-    }[kind]  # fmt: skip
+    }[kind]
     parsed = model.from_dict(copy.deepcopy(document))
     assert missing(document, parsed.to_dict()) == [], "keys that the API does not know"
     for job in jobs(document):
         kubernetes_validate.validate(
-            {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}, "1.33", strict=True
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job},
+            "1.33",
+            strict=True,
         )
 
 
@@ -53,19 +63,33 @@ def missing(given: Any, known: Any, path: str = "") -> list[str]:
         return [
             lost
             for key, value in given.items()
-            for lost in (missing(value, known[key], f"{path}.{key}") if key in (known or {}) else [f"{path}.{key}"])
-        ]  # fmt: skip
+            for lost in (
+                missing(value, known[key], f"{path}.{key}")
+                if key in (known or {})
+                else [f"{path}.{key}"]
+            )
+        ]
     if isinstance(given, list):
-        return [lost for index, value in enumerate(given) for lost in missing(value, known[index], f"{path}[{index}]")]
+        return [
+            lost
+            for index, value in enumerate(given)
+            for lost in missing(value, known[index], f"{path}[{index}]")
+        ]
     return []
 
 
 def jobset_of(document: dict) -> dict:
-    return document["spec"] if document["kind"] == "JobSet" else document["spec"].get("template", {}).get("spec", {})
+    return (
+        document["spec"]
+        if document["kind"] == "JobSet"
+        else document["spec"].get("template", {}).get("spec", {})
+    )
 
 
 def jobs(document: dict) -> list[dict]:
-    return [{"spec": job["template"]["spec"]} for job in jobset_of(document).get("replicatedJobs", [])]
+    return [
+        {"spec": job["template"]["spec"]} for job in jobset_of(document).get("replicatedJobs", [])
+    ]
 
 
 @pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
@@ -89,23 +113,39 @@ def test_bugs_stop_a_jobset_and_faults_recreate_it(name):
             continue
         first, second = jobset["failurePolicy"]["rules"]
         assert {first["action"], second["action"]} <= JOBSET_ACTIONS
-        assert set(first["onJobFailureReasons"] + second["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
-        assert (first["action"], first["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-        assert (second["action"], second["onJobFailureReasons"]) == ("RestartJobSet", ["BackoffLimitExceeded"])
+        assert (
+            set(first["onJobFailureReasons"] + second["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
+        )
+        assert (first["action"], first["onJobFailureReasons"]) == (
+            "FailJobSet",
+            ["PodFailurePolicy"],
+        )
+        assert (second["action"], second["onJobFailureReasons"]) == (
+            "RestartJobSet",
+            ["BackoffLimitExceeded"],
+        )
         (job,) = jobset["replicatedJobs"]
         spec = job["template"]["spec"]
         assert spec["backoffLimit"] == 0
         (rule,) = spec["podFailurePolicy"]["rules"]
         assert rule["action"] == "FailJob"
         assert rule["onExitCodes"]["values"] == [exits.BUG, exits.CONFIGURATION]
-        assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
+        assert (
+            rule["onExitCodes"]["containerName"]
+            == spec["template"]["spec"]["containers"][0]["name"]
+        )
 
 
 def test_the_arguments_in_manifests_name_a_configuration_that_loads():
     job = documents("jobset.yaml")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
-    for words in (container["args"], documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]["args"]):
-        assert load_config(REPOSITORY / words[1], ["run_dir=" + words[3]]).run_dir == "/shared/runs/7b"
+    for words in (
+        container["args"],
+        documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]["args"],
+    ):
+        assert (
+            load_config(REPOSITORY / words[1], ["run_dir=" + words[3]]).run_dir == "/shared/runs/7b"
+        )
     number = next(item["value"] for item in container["env"] if item["name"] == "JAX_NUM_PROCESSES")
     assert int(number) == job["completions"] == job["parallelism"]
 
@@ -121,7 +161,9 @@ def test_the_containers_recipe_is_clean_and_pins_its_base():
     recipe, hadolint = LAUNCH / "Containerfile", Path(sys.executable).with_name("hadolint")
     if not hadolint.exists():
         pytest.skip("hadolint is not installed (make dev)")
-    done = subprocess.run([hadolint, "--failure-threshold", "style", recipe], capture_output=True, text=True)
+    done = subprocess.run(
+        [hadolint, "--failure-threshold", "style", recipe], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in recipe.read_text(encoding="utf-8").splitlines()]
     (base,) = [words[1] for words in lines if words[:1] == ["FROM"]]

@@ -15,7 +15,9 @@ def test_7b_flops_follow_the_published_formula():
     full, causal = flops_per_token(model, 4096)
     products = model.num_parameters - model.vocab_size * model.hidden_size
     attention = 12 * 32 * 4096 * 4096
-    assert full == pytest.approx(6 * products + attention, rel=1e-4)  # norms' weights are in N and in no product
+    assert full == pytest.approx(
+        6 * products + attention, rel=1e-4
+    )  # norms' weights are in N and in no product
     assert full - causal == attention / 2
 
 
@@ -37,7 +39,13 @@ class Device:
 
 @pytest.mark.parametrize(
     ("kind", "tflops"),
-    [("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("TPU v5p", 459), ("TPU v5 lite", 197), ("TPU v5e", 197)],
+    [
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+    ],
 )
 def test_the_peak_comes_from_the_table(kind, tflops):
     assert peak_flops(Config(), Device("gpu", kind))[0] == tflops * 1e12
@@ -48,7 +56,9 @@ def test_an_unknown_accelerator_shows_no_mfu_and_names_the_setting():
     assert peak is None
     assert "metrics.peak_tflops" in why
     assert Throughput(Config(), 8, None).add(1.0)["mfu"] is None
-    peak, why = peak_flops(Config(metrics=MetricsConfig(peak_tflops=7.0)), Device("gpu", "NVIDIA Z1"))
+    peak, why = peak_flops(
+        Config(metrics=MetricsConfig(peak_tflops=7.0)), Device("gpu", "NVIDIA Z1")
+    )
     assert peak == 7e12
 
 
@@ -90,7 +100,12 @@ def test_wandb_without_its_package_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_plot_is_a_png_and_takes_repeated_steps_once(tmp_path):
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}]
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "eval_loss": 2.5},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = Run(tmp_path)
     assert run.curve("loss") == {1: 3.0, 2: 2.0}

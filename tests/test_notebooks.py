@@ -13,11 +13,18 @@ def execute(notebook, tmp_path, monkeypatch) -> list:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(REPOSITORY)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(REPOSITORY)}},
+    ).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_notebooks_are_kept_without_outputs(path):
     for cell in nbformat.read(path, as_version=4).cells:
         assert not cell.get("outputs")
@@ -25,12 +32,17 @@ def test_notebooks_are_kept_without_outputs(path):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("steps", [24, pytest.param(120, marks=pytest.mark.slow)])  # 120: as it stands
+@pytest.mark.parametrize(
+    "steps", [24, pytest.param(120, marks=pytest.mark.slow)]
+)  # 120: as it stands
 def test_quickstart_trains_plots_and_samples(tmp_path, monkeypatch, steps):
     notebook = nbformat.read(REPOSITORY / "notebooks" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:  # few steps, and nothing left behind in the repository
-        cell.source = cell.source.replace("train.num_steps=120", f"train.num_steps={steps}").replace(
-            '"run_dir=runs/quickstart"', f'"run_dir={tmp_path}/run", "data.cache_dir={tmp_path}/cache"'
+        cell.source = cell.source.replace(
+            "train.num_steps=120", f"train.num_steps={steps}"
+        ).replace(
+            '"run_dir=runs/quickstart"',
+            f'"run_dir={tmp_path}/run", "data.cache_dir={tmp_path}/cache"',
         )
     outputs = execute(notebook, tmp_path, monkeypatch)
     text = str(outputs)
@@ -50,6 +62,11 @@ def test_look_inside_shows_attention_positions_and_shards(tmp_path, monkeypatch)
     assert (before > 4, after < 1.5) == (True, True)  # it has learned to look back
     assert float(re.search(r"start\s+4,096: .*: ([\d.e+-]+) of", text)[1]) < 2e-3
     assert float(re.search(r"20 losses from those of one device: ([\d.e+-]+)", text)[1]) < 1e-5
-    for words in ("layers.w_pack", "CPU 0,4", "all-gather           along fsdp", "all-reduce           along tensor"):
+    for words in (
+        "layers.w_pack",
+        "CPU 0,4",
+        "all-gather           along fsdp",
+        "all-reduce           along tensor",
+    ):
         assert words in str(outputs) or words in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3

@@ -15,7 +15,9 @@ def test_schedule_warms_up_then_follows_a_cosine_to_its_final_ratio():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_ratio=0.1)
     rates = [float(learning_rate(config, 12, step)) for step in range(14)]
     assert np.allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
-    wanted = [2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 8))) for step in range(4, 12)]
+    wanted = [
+        2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 8))) for step in range(4, 12)
+    ]
     assert np.allclose(rates[4:12], wanted)
     assert np.allclose(rates[12:], 0.2)
 
@@ -36,7 +38,9 @@ def test_two_adamw_steps_match_numpy():
     v = {name: np.zeros_like(value) for name, value in params.items()}
     for t in (1, 2):
         gradients = {name: rng.normal(size=value.shape) for name, value in params.items()}
-        direction, state = optimizer.update({n: jnp.float32(g) for n, g in gradients.items()}, state, ours)
+        direction, state = optimizer.update(
+            {n: jnp.float32(g) for n, g in gradients.items()}, state, ours
+        )
         ours = {name: ours[name] - 0.01 * direction[name] for name in ours}
         for name, g in gradients.items():
             m[name] = 0.9 * m[name] + 0.1 * g
@@ -52,11 +56,19 @@ def test_a_step_that_is_not_finite_changes_nothing_and_moments_are_overwritten_i
 
     def step(params, state, gradients, finite):
         direction, state = optimizer.update(gradients, state, params, finite=finite)
-        return jax.tree.map(lambda p, d: jnp.where(finite, p - 0.1 * d, p), params, direction), state
+        return jax.tree.map(
+            lambda p, d: jnp.where(finite, p - 0.1 * d, p), params, direction
+        ), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params, jnp.bool_(True)).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, optimizer.init(params), params, jnp.bool_(True))
+        .compile()
+    )
     assert not re.findall(r"f32\[64,128\]\S* copy\(", compiled.as_text())
-    moved, state = compiled(params, optimizer.init(params), {"w": jnp.full((64, 128), 2.0)}, jnp.bool_(True))
+    moved, state = compiled(
+        params, optimizer.init(params), {"w": jnp.full((64, 128), 2.0)}, jnp.bool_(True)
+    )
     assert not np.allclose(moved["w"], 1.0)
     before = jax.tree.map(np.array, (moved, state))
     after = compiled(moved, state, {"w": jnp.full((64, 128), jnp.nan)}, jnp.bool_(False))
@@ -64,8 +76,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_moments_are_overwritten_i
 
 
 def test_norms_decay_only_where_asked():
-    params = {"layers": {"attention_norm": jnp.ones(3), "w_up": jnp.ones((3, 3))}, "final_norm": jnp.ones(3)}
-    zero = {"layers": {"attention_norm": jnp.zeros(3), "w_up": jnp.zeros((3, 3))}, "final_norm": jnp.zeros(3)}
+    params = {
+        "layers": {"attention_norm": jnp.ones(3), "w_up": jnp.ones((3, 3))},
+        "final_norm": jnp.ones(3),
+    }
+    zero = {
+        "layers": {"attention_norm": jnp.zeros(3), "w_up": jnp.zeros((3, 3))},
+        "final_norm": jnp.zeros(3),
+    }
     for decay_norms in (True, False):
         optimizer = make_optimizer(OptimizerConfig(decay_norms=decay_norms))
         direction, _ = optimizer.update(zero, optimizer.init(params), params)

@@ -31,12 +31,17 @@ def test_an_extra_is_its_requirements_file(extra):
 
 def test_what_users_install_is_an_extra():
     """The files that are none serve benchmarks only."""
-    files = {path.stem.removeprefix("requirements-") for path in REPOSITORY.glob("requirements-*.txt")}
+    files = {
+        path.stem.removeprefix("requirements-") for path in REPOSITORY.glob("requirements-*.txt")
+    }
     assert {name for name in files if not name.endswith("bench")} == set(EXTRAS)
 
 
 def test_every_package_is_installed():
-    found = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "baichuan_jax").rglob("__init__.py")}
+    found = {
+        ".".join(path.parent.relative_to(REPOSITORY).parts)
+        for path in (REPOSITORY / "baichuan_jax").rglob("__init__.py")
+    }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"baichuan_jax.configs"}
 
 
@@ -56,26 +61,40 @@ def test_a_wheel_trains_from_another_folder(tmp_path):
     source, away = tmp_path / "source", tmp_path / "away"
     away.mkdir()
     for name in ("baichuan_jax", "configs"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+    variables = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")
+    }
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=away, env=variables, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=away, env=variables, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source))
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)
+    )
     (wheel,) = tmp_path.glob("baichuan_jax-*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(packages), str(wheel))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert run(str(python), "-c", "import baichuan_jax; print(baichuan_jax.__file__)").startswith(str(packages))
+    assert run(str(python), "-c", "import baichuan_jax; print(baichuan_jax.__file__)").startswith(
+        str(packages)
+    )
     assert "baichuan_jax.COMMAND" in run(str(python), "-m", "baichuan_jax")
-    run(str(python), "-c", "from baichuan_jax.data.quality import MODEL; assert (MODEL / 'zh.ftz').stat().st_size > 1e5")
+    run(
+        str(python),
+        "-c",
+        "from baichuan_jax.data.quality import MODEL; assert (MODEL / 'zh.ftz').stat().st_size > 1e5",
+    )
     words = [
         "--train.num_steps",
         "2",

@@ -47,7 +47,9 @@ def test_logits(model, golden):
 def test_hidden_states_of_every_depth(golden):
     """A model cut after l blocks gives the original's state there, before the final norm."""
     config, params = read_config(TINY), import_params(TINY)
-    depths = sorted(int(name.removeprefix("A_hidden")) for name in golden if name.startswith("A_hidden"))
+    depths = sorted(
+        int(name.removeprefix("A_hidden")) for name in golden if name.startswith("A_hidden")
+    )
     full = load_pretrained(TINY)
     for depth in depths:
         wanted = golden[f"A_hidden{depth}"]
@@ -60,7 +62,9 @@ def test_hidden_states_of_every_depth(golden):
             cut = load_pretrained(TINY)
             nnx.update(cut, {"layers": layers, "final_norm": jnp.ones_like(params["final_norm"])})
             hidden = cut.hidden(jnp.asarray(golden["A_ids"]))
-            scale = np.sqrt(np.mean(np.square(wanted), axis=-1, keepdims=True) + config.rms_norm_eps)
+            scale = np.sqrt(
+                np.mean(np.square(wanted), axis=-1, keepdims=True) + config.rms_norm_eps
+            )
             got = np.asarray(hidden) * scale
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
@@ -71,13 +75,19 @@ def test_keys_after_rope_and_values(model, golden):
     _, cache = model.extend(jnp.asarray(golden["A_ids"]), cache, jnp.arange(T)[None])
     for layer in range(model.config.num_layers):
         for ours, theirs in ((cache.k_LBSNH, "k"), (cache.v_LBSNH, "v")):
-            np.testing.assert_allclose(ours[layer].swapaxes(1, 2), golden[f"A_{theirs}{layer}"], atol=2e-5)
+            np.testing.assert_allclose(
+                ours[layer].swapaxes(1, 2), golden[f"A_{theirs}{layer}"], atol=2e-5
+            )
 
 
 def test_loss_with_and_without_ignored_labels(model, golden):
     ids = golden["A_ids"]
-    assert mean_loss(model, ids[:, :-1], ids[:, 1:]) == pytest.approx(float(golden["A_loss"]), rel=1e-6)
-    assert mean_loss(model, ids[:, :-1], golden["B_labels"][:, 1:]) == pytest.approx(float(golden["B_loss"]), rel=1e-6)
+    assert mean_loss(model, ids[:, :-1], ids[:, 1:]) == pytest.approx(
+        float(golden["A_loss"]), rel=1e-6
+    )
+    assert mean_loss(model, ids[:, :-1], golden["B_labels"][:, 1:]) == pytest.approx(
+        float(golden["B_loss"]), rel=1e-6
+    )
 
 
 def test_left_padding(model, golden):
@@ -85,7 +95,9 @@ def test_left_padding(model, golden):
     logits = np.asarray(model(golden["C_ids"], attention_mask=mask))
     np.testing.assert_allclose(logits[mask == 1], golden["C_logits"][mask == 1], atol=2e-5)
     for row in range(len(mask)):
-        np.testing.assert_allclose(logits[row][mask[row] == 1], golden[f"C_row{row}_unpadded_logits"][0], atol=2e-5)
+        np.testing.assert_allclose(
+            logits[row][mask[row] == 1], golden[f"C_row{row}_unpadded_logits"][0], atol=2e-5
+        )
 
 
 def test_cached_steps(model, golden):
@@ -94,7 +106,9 @@ def test_cached_steps(model, golden):
     hidden, cache = model.extend(ids[:, :10], cache, jnp.arange(10)[None])
     logits = [model.head(hidden)]
     for position in range(10, 16):
-        hidden, cache = model.extend(ids[:, position : position + 1], cache, jnp.full((1, 1), position))
+        hidden, cache = model.extend(
+            ids[:, position : position + 1], cache, jnp.full((1, 1), position)
+        )
         logits.append(model.head(hidden))
     np.testing.assert_allclose(np.concatenate(logits, axis=1), golden["D_logits"], atol=2e-5)
 
@@ -102,7 +116,9 @@ def test_cached_steps(model, golden):
 @pytest.mark.parametrize(("name", "penalty"), [("E_greedy", 1.0), ("F_greedy", 1.1)])
 def test_greedy_continuations(model, golden, name, penalty):
     wanted = golden[name]
-    got = Generator(model).generate_tokens(wanted[:, :8], 24, repetition_penalty=penalty, stop_at_eos=False)
+    got = Generator(model).generate_tokens(
+        wanted[:, :8], 24, repetition_penalty=penalty, stop_at_eos=False
+    )
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -132,8 +148,16 @@ def safetensors(path):
 @pytest.mark.parametrize(
     ("name", "accumulation", "optimizer"),
     [
-        ("const", 1, OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_learning_rate_ratio=1.0)),
-        ("sched_acc2", 2, OptimizerConfig(learning_rate=3e-3, warmup_steps=3, final_learning_rate_ratio=0.1)),
+        (
+            "const",
+            1,
+            OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_learning_rate_ratio=1.0),
+        ),
+        (
+            "sched_acc2",
+            2,
+            OptimizerConfig(learning_rate=3e-3, warmup_steps=3, final_learning_rate_ratio=0.1),
+        ),
     ],
 )
 def test_ten_training_steps(name, accumulation, optimizer):
@@ -144,7 +168,11 @@ def test_ten_training_steps(name, accumulation, optimizer):
     config = Config(
         model=model,
         train=TrainConfig(
-            num_steps=10, context_length=32, global_batch_size=4 * accumulation, micro_batch_size=4, loss_chunk_size=50
+            num_steps=10,
+            context_length=32,
+            global_batch_size=4 * accumulation,
+            micro_batch_size=4,
+            loss_chunk_size=50,
         ),
         optimizer=optimizer,
         tokenizer=TokenizerConfig(vocab_size=512),
@@ -152,7 +180,9 @@ def test_ten_training_steps(name, accumulation, optimizer):
     config, steps = build(config, (1, 1, 1, 1))
     state = steps.start(import_params(TINY, steps.layout))
     for step, rows in enumerate(data):
-        batch = jax.device_put({"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding)
+        batch = jax.device_put(
+            {"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding
+        )
         state, metrics = steps.train(state, batch, steps.wish(0))
         assert float(metrics["loss"]) == pytest.approx(wanted["losses"][step], rel=2e-6)
         assert float(metrics["grad_norm"]) == pytest.approx(wanted["grad_norms"][step], rel=2e-6)
@@ -163,11 +193,16 @@ def test_ten_training_steps(name, accumulation, optimizer):
             first = safetensors(GOLDEN / "train" / "const.grad_step1.safetensors")
             mean = state.opt_state[0].mu
             for ours, theirs in _pairs(mean, first):
-                np.testing.assert_allclose(ours / 0.1 / scale, theirs, atol=1e-6 * max(1, np.abs(theirs).max()))
+                np.testing.assert_allclose(
+                    ours / 0.1 / scale, theirs, atol=1e-6 * max(1, np.abs(theirs).max())
+                )
     if name == "const":
         final = safetensors(GOLDEN / "train" / "const.final.safetensors")
-        errors = np.concatenate([np.abs(ours - theirs).ravel() for ours, theirs in _pairs(state.params, final)])
-        # AdamW divides a gradient by its own size, so where one is near zero its rounding becomes a full step of 1e-3.
+        errors = np.concatenate(
+            [np.abs(ours - theirs).ravel() for ours, theirs in _pairs(state.params, final)]
+        )
+        # AdamW divides a gradient by its own size, so where one is near zero its rounding becomes a
+        # full step of 1e-3.
         assert (errors > 1e-5).sum() <= 5  # of 115,000
         assert errors.max() < 4e-5
 

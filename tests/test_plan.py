@@ -23,9 +23,15 @@ from baichuan_jax.plan_report import capacity_gib
 from baichuan_jax.roofline import RATE_NAMES, Rates, axes_of, predict, rates_for, read_rates
 from baichuan_jax.sharding import AXES
 
-CUDA = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))) and importlib.util.find_spec("jax_triton")
-needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA's compiler is not installed (make plan-deps)")
-needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)")
+CUDA = any(
+    map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))
+) and importlib.util.find_spec("jax_triton")
+needs_cuda = pytest.mark.skipif(
+    not CUDA, reason="CUDA's compiler is not installed (make plan-deps)"
+)
+needs_tpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (make plan-deps)"
+)
 RATES = Rates(
     matmul=0.5,
     kernel=1,
@@ -38,17 +44,50 @@ RATES = Rates(
     inter_latency_us=0,
 )
 # One block of the 7B model's width compiles in seconds.
-NARROW = ["--model.num_layers", "3", "--model.hidden_size", "512", "--model.intermediate_size", "1376", "--model.num_heads", "4",
-          "--model.vocab_size", "2048", "--train.context_length", "1024", "--train.loss_chunk_size", "512"]  # fmt: skip
+NARROW = [
+    "--model.num_layers",
+    "3",
+    "--model.hidden_size",
+    "512",
+    "--model.intermediate_size",
+    "1376",
+    "--model.num_heads",
+    "4",
+    "--model.vocab_size",
+    "2048",
+    "--train.context_length",
+    "1024",
+    "--train.loss_chunk_size",
+    "512",
+]
 
 
-def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subprocess.CompletedProcess, dict]:
-    variables = {name: value for name, value in environment().items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+def plan(
+    tmp_path, *words: str, config: str = "baichuan_7b_a800"
+) -> tuple[subprocess.CompletedProcess, dict]:
+    variables = {
+        name: value
+        for name, value in environment().items()
+        if name not in ("JAX_PLATFORMS", "XLA_FLAGS")
+    }
     variables["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     path = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "baichuan_jax.plan", "--config", f"configs/{config}.yaml", "--json", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "baichuan_jax.plan",
+        "--config",
+        f"configs/{config}.yaml",
+        "--json",
+        str(path),
+    ]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path), *words], env=variables, capture_output=True, text=True, timeout=900, cwd=REPOSITORY
+        [*command, "--output", str(tmp_path), *words],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=REPOSITORY,
     )
     return done, json.loads(path.read_text()) if path.exists() else {}
 
@@ -56,9 +95,13 @@ def plan(tmp_path, *words: str, config: str = "baichuan_7b_a800") -> tuple[subpr
 def write_rates(folder: Path, **changes: object) -> Path:
     """A file of rates as benchmarks/gpu.py writes it."""
     content = {
-        "device": "NVIDIA H100 80GB HBM3", "hardware": "h100", "date": "2026-11-27", "versions": {"jax": "0.11.2"},
-        "rates": {"matmul": 0.71, "memory": 0.9, "launch_us": 2.1}, "measured": {"products": [1, 2]},
-    }  # fmt: skip
+        "device": "NVIDIA H100 80GB HBM3",
+        "hardware": "h100",
+        "date": "2026-11-27",
+        "versions": {"jax": "0.11.2"},
+        "rates": {"matmul": 0.71, "memory": 0.9, "launch_us": 2.1},
+        "measured": {"products": [1, 2]},
+    }
     path = folder / "rates.json"
     path.write_text(json.dumps(content | changes), encoding="utf-8")
     return path
@@ -68,7 +111,9 @@ def write_rates(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize("loops", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_sixteen_a800s(tmp_path, loops):
     text = tmp_path / "step.hlo"
-    rates = write_rates(tmp_path, hardware="a100", rates={"matmul": 0.6, "kernel": 0.7, "launch_us": 4.5})
+    rates = write_rates(
+        tmp_path, hardware="a100", rates={"matmul": 0.6, "kernel": 0.7, "launch_us": 4.5}
+    )
     done, result = plan(
         tmp_path,
         "--topology",
@@ -94,37 +139,68 @@ def test_sixteen_a800s(tmp_path, loops):
     assert result["num_devices"] == 16
     assert result["fits"]
     assert result["unknown"] == {}
-    assert set(result["kernels"]) == {"attention_forward", "attention_dkv", "attention_dq", "rms_norm"}
+    assert set(result["kernels"]) == {
+        "attention_forward",
+        "attention_dkv",
+        "attention_dq",
+        "rms_norm",
+    }
     assert "triton_kernel_call" in text.read_text()
 
-    # Counted: the formula and what FlashAttention's backward pass computes again (9 products of attention where the formula has 6).
-    model = ModelConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_layers=3, num_heads=4)
+    # Counted: the formula and what FlashAttention's backward pass computes again (9 products of
+    # attention where the formula has 6).
+    model = ModelConfig(
+        vocab_size=2048, hidden_size=512, intermediate_size=1376, num_layers=3, num_heads=4
+    )
     formula = flops_per_token(model, 1024)
     attention = formula[0] - formula[1]
     assert result["flops_per_token"] == pytest.approx(formula[1] + attention / 2, rel=0.02)
 
-    # A measured rate takes the place of the default, a given one that of both, and the report says which.
+    # A measured rate takes the place of the default, a given one that of both, and the report says
+    # which.
     defaults = rates_for(parse_topology("a800:2x8"))
-    expected = dataclasses.replace(defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0)
+    expected = dataclasses.replace(
+        defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0
+    )
     assert result["rates"] == dataclasses.asdict(expected)
-    sources = {"matmul": "measured", "launch_us": "measured", "kernel": "given", "intra_latency_us": "given"}
+    sources = {
+        "matmul": "measured",
+        "launch_us": "measured",
+        "kernel": "given",
+        "intra_latency_us": "given",
+    }
     assert result["rates_from"] == dict.fromkeys(RATE_NAMES, "default") | sources
     assert result["rates_file"]["path"] == str(rates)
     assert f"rates measured on NVIDIA H100 80GB HBM3 (a100), 2026-11-27: {rates}" in done.stdout
     assert "given instead of measured: kernel" in done.stdout
 
-    # Parameters are gathered and gradients scattered inside a node, sums go between nodes, and nothing else of size does.
+    # Parameters are gathered and gradients scattered inside a node, sums go between nodes, and
+    # nothing else of size does.
     large = [item for item in result["collectives"] if item["bytes"] > 2e5]
-    assert {(item["axis"], item["link"]) for item in large} == {("fsdp", "intra_node"), ("data", "inter_node")}
+    assert {(item["axis"], item["link"]) for item in large} == {
+        ("fsdp", "intra_node"),
+        ("data", "inter_node"),
+    }
     assert {item["kind"] for item in large if item["axis"] == "data"} == {"all-reduce"}
-    scattered = sum(item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter")
+    scattered = sum(
+        item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter"
+    )
     block = 4 * 512**2 + 3 * 512 * 1376
-    assert scattered == pytest.approx(2 * 3 * block + 4 * 512 * 2048, rel=0.02)  # blocks in bfloat16, the head in float32
-    assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
+    assert scattered == pytest.approx(
+        2 * 3 * block + 4 * 512 * 2048, rel=0.02
+    )  # blocks in bfloat16, the head in float32
+    assert not [
+        item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]
+    ]
 
     # A network of a tenth makes the same program slower.
     given = dataclasses.replace(parse_topology("a800:2x8").hardware, inter_node_gbps=20.0)
-    slow = predict(hlo.parse(text.read_text()), mesh_of(2, 8), Topology(given, (2, 8)), Rates(**result["rates"]))
+    slow = predict(
+        hlo.parse(text.read_text()),
+        mesh_of(2, 8),
+        Topology(given, (2, 8)),
+        Rates(**result["rates"]),
+    )
     assert slow.seconds > result["predicted_step_seconds"]
 
 
@@ -138,7 +214,9 @@ def test_a_thousand_a800s_beat_the_original(tmp_path):
     assert result["fits"]
     assert result["peak_gib"] < 70
     assert result["recomputation"] == pytest.approx(1.0, abs=0.05)
-    assert not [item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]]
+    assert not [
+        item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]
+    ]
     assert result["seconds"]["waiting for collectives"] < 0.05 * result["predicted_step_seconds"]
     assert result["predicted_step_seconds"] < result["predicted_step_seconds_without_profile"]
     assert result["predicted_mfu"] > 0.583
@@ -146,14 +224,33 @@ def test_a_thousand_a800s_beat_the_original(tmp_path):
 
 @needs_tpu
 def test_eight_v5p_chips_run_splash_attention(tmp_path):
-    done, result = plan(tmp_path, "--topology", "v5p:2x2x2", "--mesh.fsdp", "4", "--train.global_batch_size", "8",
-                        "--train.micro_batch_size", "1", "--model.remat", "full", *NARROW, config="baichuan_7b_v5p")  # fmt: skip
+    done, result = plan(
+        tmp_path,
+        "--topology",
+        "v5p:2x2x2",
+        "--mesh.fsdp",
+        "4",
+        "--train.global_batch_size",
+        "8",
+        "--train.micro_batch_size",
+        "1",
+        "--model.remat",
+        "full",
+        *NARROW,
+        config="baichuan_7b_v5p",
+    )
     assert done.returncode == 0, done.stderr
     assert result["kernels"]["splash_mha_fwd"] > 0
-    assert result["recomputation"] == pytest.approx(4 / 3, abs=0.15)  # remat full, and what splash computes again
-    gathers = [item for item in result["collectives"] if item["kind"] == "all-gather" and item["in_loop"]]
+    assert result["recomputation"] == pytest.approx(
+        4 / 3, abs=0.15
+    )  # remat full, and what splash computes again
+    gathers = [
+        item for item in result["collectives"] if item["kind"] == "all-gather" and item["in_loop"]
+    ]
     assert {item["axis"] for item in gathers} == {"fsdp"}
-    assert sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2  # libtpu 0.0.41 leaves some, 0.0.48 none
+    assert (
+        sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2
+    )  # libtpu 0.0.41 leaves some, 0.0.48 none
 
 
 def test_a_missing_compiler_is_named(tmp_path):
@@ -163,8 +260,16 @@ def test_a_missing_compiler_is_named(tmp_path):
         "def hide(name):\n    if 'jax-cuda1' in name: raise m.PackageNotFoundError(name)\n    return version(name)\n"
         "m.version = hide\n"
     )
-    command = [sys.executable, "-m", "baichuan_jax.plan", "--config", "configs/baichuan_7b_a800.yaml"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    command = [
+        sys.executable,
+        "-m",
+        "baichuan_jax.plan",
+        "--config",
+        "configs/baichuan_7b_a800.yaml",
+    ]
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
     assert done.returncode == 78
     assert "jax-cuda12-plugin" in done.stderr
     assert "make plan-deps" in done.stderr
@@ -174,7 +279,11 @@ def test_a_missing_compiler_is_named(tmp_path):
 def test_measured_rates_serve_every_accelerator_of_their_compute_capability(tmp_path, name):
     found = read_rates(write_rates(tmp_path), parse_topology(f"{name}:1x8").hardware)
     assert found.rates == {"matmul": 0.71, "memory": 0.9, "launch_us": 2.1}
-    assert (found.device, found.hardware, found.date) == ("NVIDIA H100 80GB HBM3", "h100", "2026-11-27")
+    assert (found.device, found.hardware, found.date) == (
+        "NVIDIA H100 80GB HBM3",
+        "h100",
+        "2026-11-27",
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +302,10 @@ def test_measured_rates_serve_every_accelerator_of_their_compute_capability(tmp_
         ({"rates": [0.7]}, "must hold"),
         ({"date": None}, "must state its 'date'"),
         ({"hardware": "h1000"}, "none of a100, a800"),
-        ({"hardware": "a100"}, r"a100 \(compute capability 8.0\).* h800 \(compute capability 9.0\)"),
+        (
+            {"hardware": "a100"},
+            r"a100 \(compute capability 8.0\).* h800 \(compute capability 9.0\)",
+        ),
         ({"hardware": "v5p"}, r"v5p .* h800 \(compute"),
     ],
 )
@@ -214,7 +326,15 @@ def test_a_file_nested_too_deep_and_a_pipe_are_refused(tmp_path):
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "1e300"])
 def test_a_rate_on_the_command_line_is_checked_too(rate):
     with pytest.raises(ConfigError, match=r"rates\.matmul"):
-        plan_command.main(["--config", "configs/baichuan_7b_a800.yaml", "--topology", "h100:1x8", f"--rates.matmul={rate}"])
+        plan_command.main(
+            [
+                "--config",
+                "configs/baichuan_7b_a800.yaml",
+                "--topology",
+                "h100:1x8",
+                f"--rates.matmul={rate}",
+            ]
+        )
 
 
 def test_one_tpus_rates_are_not_anothers(tmp_path):
@@ -228,7 +348,11 @@ def test_a_rates_file_that_cannot_be_read_is_named(tmp_path):
     """The command refuses it before it looks for a compiler."""
     broken = tmp_path / "broken.json"
     broken.write_text('{"device": ')
-    for path, reason in ((broken, "is no JSON"), (tmp_path / "none.json", "is no file"), (tmp_path, "is no file")):
+    for path, reason in (
+        (broken, "is no JSON"),
+        (tmp_path / "none.json", "is no file"),
+        (tmp_path, "is no file"),
+    ):
         with pytest.raises(ConfigError, match=reason):
             read_rates(path, parse_topology("h100:1x8").hardware)
     done, _ = plan(tmp_path, "--topology", "h100:1x8", "--rates_file", str(broken))
@@ -238,10 +362,21 @@ def test_a_rates_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
     report = {
-        "num_devices": 8, "predicted_step_seconds": 1.0, "predicted_mfu": 0.5, "seconds": {"waiting for collectives": 0.0},
-        "peak_gib": 1.0, "rates": {"matmul": 0.71}, "rates_from": {"matmul": "measured"},
-        "rates_file": {"device": "card", "hardware": "h100", "date": "today", "path": "rates.json", "rates": {"matmul": 0.71}},
-    }  # fmt: skip
+        "num_devices": 8,
+        "predicted_step_seconds": 1.0,
+        "predicted_mfu": 0.5,
+        "seconds": {"waiting for collectives": 0.0},
+        "peak_gib": 1.0,
+        "rates": {"matmul": 0.71},
+        "rates_from": {"matmul": "measured"},
+        "rates_file": {
+            "device": "card",
+            "hardware": "h100",
+            "date": "today",
+            "path": "rates.json",
+            "rates": {"matmul": 0.71},
+        },
+    }
     given = []
 
     def child(words, config, topology):
@@ -252,7 +387,16 @@ def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan_command, "missing", lambda topology: [])
     monkeypatch.setattr(plan_command, "_run_child", child)
     path = str(write_rates(tmp_path))
-    words = ["--config", "baichuan_7b_a800", "--topology", "h100:128x8", "--sweep", "data", "--output", str(tmp_path)]
+    words = [
+        "--config",
+        "baichuan_7b_a800",
+        "--topology",
+        "h100:128x8",
+        "--sweep",
+        "data",
+        "--output",
+        str(tmp_path),
+    ]
     assert plan_command.main([*words, "--rates_file", path]) == 0
     assert given == [path] * 10
     assert "rates measured on card (h100), today: rates.json" in capsys.readouterr().out
@@ -305,14 +449,21 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     """By hand: the product takes 2e9 / (312e12/2) s, the sum of 4 MB between two devices 4e6 / (bandwidth/2) s."""
     topology = parse_topology("a800:1x4")
     hardware = topology.hardware
-    topology = type(topology)(type(hardware)(**{**hardware.__dict__, "intra_node_bandwidth": bandwidth}), topology.shape)
+    topology = type(topology)(
+        type(hardware)(**{**hardware.__dict__, "intra_node_bandwidth": bandwidth}), topology.shape
+    )
     prediction = predict(hlo.parse(STEP), mesh_of(2, 2), topology, RATES)
     product = max(2e9 / (312e12 / 2), 12e6 / (2039e9 / 2))
     collective = 4e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(max(product, collective))
     assert prediction.exposed_seconds == pytest.approx(max(collective - product, 0))
     (found,) = prediction.collectives
-    assert (found.axis, found.link, found.count, found.asynchronous) == ("fsdp", "intra_node", 1, True)
+    assert (found.axis, found.link, found.count, found.asynchronous) == (
+        "fsdp",
+        "intra_node",
+        1,
+        True,
+    )
 
 
 SPARSE_CORES = """HloModule step, is_scheduled=true
@@ -344,15 +495,24 @@ CALL_THEN_OPERAND = """\
     ids=["libtpu 0.0.41", "libtpu 0.0.48"],
 )
 @pytest.mark.parametrize("bandwidth", [0.1, 1000.0])
-def test_a_gather_on_sparse_cores_runs_beside_what_follows_its_operand(call, awaited, products_before, bandwidth):
+def test_a_gather_on_sparse_cores_runs_beside_what_follows_its_operand(
+    call, awaited, products_before, bandwidth
+):
     """By hand: the gather passes half of 4 MB; one product is beside it, and the one before its operand is not."""
     topology = parse_topology("v5p:2x2x1")
-    topology = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, intra_node_bandwidth=bandwidth))
+    topology = dataclasses.replace(
+        topology, hardware=dataclasses.replace(topology.hardware, intra_node_bandwidth=bandwidth)
+    )
     text = SPARSE_CORES.replace("CALL", call).replace("AWAITED", awaited)
     prediction = predict(hlo.parse(text), mesh_of(2, 2), topology, RATES)
     product = max(2e9 / (459e12 / 2), 12e6 / (2765e9 / 2))
     gather = 2e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(products_before * product + max(product, gather))
     (found,) = prediction.collectives
-    assert (found.kind, found.axis, found.count, found.asynchronous) == ("all-gather", "fsdp", 1, True)
+    assert (found.kind, found.axis, found.count, found.asynchronous) == (
+        "all-gather",
+        "fsdp",
+        1,
+        True,
+    )
     assert found.exposed_seconds == pytest.approx(max(gather - product, 0))

@@ -9,7 +9,14 @@ import pytest
 from launches import environment, write_config
 
 from baichuan_jax.config import ConfigError
-from baichuan_jax.preflight import compare_hosts, judge_pairs, memory_is_right, pairs_of, products_are_right, storage_fault
+from baichuan_jax.preflight import (
+    compare_hosts,
+    judge_pairs,
+    memory_is_right,
+    pairs_of,
+    products_are_right,
+    storage_fault,
+)
 from baichuan_jax.resilience.exits import BadHost
 
 
@@ -38,18 +45,25 @@ def test_pairs_are_disjoint_and_everyone_has_two_partners_where_it_can(count):
             partners[a].add(b)
             partners[b].add(a)
     assert all(len(found) >= 1 for found in partners.values())
-    assert sum(len(found) == 2 for found in partners.values()) >= (0 if count == 2 else count - 2 if count % 2 else count)
+    assert sum(len(found) == 2 for found in partners.values()) >= (
+        0 if count == 2 else count - 2 if count % 2 else count
+    )
 
 
 def results_of(pairs, count, works):
     """What every process reports of a round."""
-    return [next(((pair, works(pair)) for pair in pairs if process in pair), None) for process in range(count)]
+    return [
+        next(((pair, works(pair)) for pair in pairs if process in pair), None)
+        for process in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
 def test_a_process_that_fails_with_every_partner_is_named(count):
     for bad in range(count):
-        rounds = [results_of(pairs, count, lambda pair: bad not in pair) for pairs in pairs_of(count)]  # noqa: B023
+        rounds = [
+            results_of(pairs, count, lambda pair: bad not in pair) for pairs in pairs_of(count)
+        ]  # noqa: B023
         with pytest.raises(BadHost) as caught:
             judge_pairs(rounds)
         ends = count % 2 and bad in (0, count - 1)  # of an odd number two have one partner only
@@ -65,7 +79,12 @@ def test_one_bad_way_between_two_good_hosts_is_a_warning_and_two_hosts_give_no_n
 
 
 def host(name: str, time: float = 0.0, **versions: str) -> dict:
-    return {"host": name, "time": time, "versions": {"jax": "0.10.1", **versions}, "devices": [8, "A800"]}
+    return {
+        "host": name,
+        "time": time,
+        "versions": {"jax": "0.10.1", **versions},
+        "devices": [8, "A800"],
+    }
 
 
 def test_what_differs_between_hosts_is_refused_or_told():
@@ -84,8 +103,19 @@ def test_what_differs_between_hosts_is_refused_or_told():
 def test_the_command_says_that_all_is_well(tmp_path):
     config = write_config(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.preflight", "--config", str(config), "--run_dir", str(tmp_path / "run")],
-        env=environment(2), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "baichuan_jax.preflight",
+            "--config",
+            str(config),
+            "--run_dir",
+            str(tmp_path / "run"),
+        ],
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "1 process(es), 2 device(s): all well" in done.stdout

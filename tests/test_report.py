@@ -18,16 +18,32 @@ from baichuan_jax.report.figures import thin
 from baichuan_jax.report.recorded import read_runs
 from baichuan_jax.resilience.reports import Report
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 TOKENS = 512  # a step
 
 
 def step_line(step: int, time: float, loss: float = 3.0, **more) -> dict:
     """A line of metrics.jsonl as the trainer writes it."""
     return {
-        "step": step, "time": time, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 1.0, "tokens": TOKENS,
-        "tokens_per_second": float(TOKENS), "mfu": 0.5, "memory_gib": 1.0, **more,
-    }  # fmt: skip
+        "step": step,
+        "time": time,
+        "loss": loss,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "step_seconds": 1.0,
+        "tokens": TOKENS,
+        "tokens_per_second": float(TOKENS),
+        "mfu": 0.5,
+        "memory_gib": 1.0,
+        **more,
+    }
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -41,9 +57,22 @@ def write_faulty_run(path: Path) -> Path:
     first = [step_line(step, 1010.0 + step) for step in range(1, 7)]
     second = [step_line(step, 1030.0 + step - 4) for step in range(5, 9)]
     write_lines(
-        path / "metrics.jsonl", [*first, *second, {"step": 8, "time": 1036.0, "eval_loss": 2.9, "mmlu": 0.3, "mmlu_stderr": 0.02}]
+        path / "metrics.jsonl",
+        [
+            *first,
+            *second,
+            {"step": 8, "time": 1036.0, "eval_loss": 2.9, "mmlu": 0.3, "mmlu_stderr": 0.02},
+        ],
     )
-    machine = {"jax": "0", "device": "cpu", "devices": 2, "processes": 1, "mesh": {"data": 2}, "mfu_of": "peak", "parameters": 9}
+    machine = {
+        "jax": "0",
+        "device": "cpu",
+        "devices": 2,
+        "processes": 1,
+        "mesh": {"data": 2},
+        "mfu_of": "peak",
+        "parameters": 9,
+    }
     verdict = {
         "cause": "killed",
         "host": "node-7",
@@ -55,7 +84,13 @@ def write_faulty_run(path: Path) -> Path:
         path / "events.jsonl",
         [
             {"time": 1009.0, "kind": "started", "attempt": 1, **machine},
-            {"time": 1014.5, "kind": "checkpoint", "step": 4, "seconds": 0.2, "blocked_seconds": 0.1},
+            {
+                "time": 1014.5,
+                "kind": "checkpoint",
+                "step": 4,
+                "seconds": 0.2,
+                "blocked_seconds": 0.1,
+            },
             {
                 "time": 1018.0,
                 "kind": "verdict",
@@ -76,22 +111,46 @@ def write_faulty_run(path: Path) -> Path:
         folder = path / "attempts" / str(number)
         folder.mkdir(parents=True)
         (folder / "process-0.json").write_text(Report(0, "node-7", time=end, seconds=seconds).text)
-    (path / "config.yaml").write_text("run_dir: x\ntrain: {num_steps: 8, seed: 1}\noptimizer: {learning_rate: 0.001}\n")
+    (path / "config.yaml").write_text(
+        "run_dir: x\ntrain: {num_steps: 8, seed: 1}\noptimizer: {learning_rate: 0.001}\n"
+    )
     return path
 
 
 def add_results(path: Path) -> None:
     """A test's result, a perplexity curve and a plan, as evaluate and plan leave them."""
-    subjects = [Subject(name, name, "en", ("STEM",), [], [], 0) for name in ("anatomy", "astronomy")]
-    records = [{"subject": s.name, "prediction": "A", "answer": "AB"[n % 2]} for s in subjects for n in range(10)]
-    manifest = {"shots": 5, "split": "test", "limit": None, "shot_order": "file", "filter": FILTERS["mmlu"]}
-    result = {"task": "mmlu", "protocol": "original", **summarise("mmlu", "original", subjects, records)}
+    subjects = [
+        Subject(name, name, "en", ("STEM",), [], [], 0) for name in ("anatomy", "astronomy")
+    ]
+    records = [
+        {"subject": s.name, "prediction": "A", "answer": "AB"[n % 2]}
+        for s in subjects
+        for n in range(10)
+    ]
+    manifest = {
+        "shots": 5,
+        "split": "test",
+        "limit": None,
+        "shot_order": "file",
+        "filter": FILTERS["mmlu"],
+    }
+    result = {
+        "task": "mmlu",
+        "protocol": "original",
+        **summarise("mmlu", "original", subjects, records),
+    }
     result["manifest"] = manifest | {"subjects_of_task": count_subjects("mmlu")}
     rows = [{"context": n, "perplexity": 9.0, "tail_perplexity": 8.0} for n in (4096, 5120)]
     plan = {
-        "topology": "a800:1x8", "num_devices": 8, "memory_gib": {"parameters": 3.0, "activations and temporaries": 9.5},
-        "peak_gib": 12.5, "capacity_gib": 73.6, "fits": True, "predicted_step_seconds": 0.25, "predicted_mfu": 0.55,
-    }  # fmt: skip
+        "topology": "a800:1x8",
+        "num_devices": 8,
+        "memory_gib": {"parameters": 3.0, "activations and temporaries": 9.5},
+        "peak_gib": 12.5,
+        "capacity_gib": 73.6,
+        "fits": True,
+        "predicted_step_seconds": 0.25,
+        "predicted_mfu": 0.55,
+    }
     for name, content in (
         ("evaluations/mmlu/result.json", result),
         ("evaluations/long/result.json", {"curve": rows}),
@@ -107,7 +166,16 @@ def trained(tmp_path_factory) -> Path:
     """A real run of eight steps."""
     folder = tmp_path_factory.mktemp("trained")
     path = folder / "run"
-    words = ["--train.num_steps", "8", "--evaluate.every", "4", "--sample.prompts", '["It is"]', "--sample.max_new_tokens", "4"]
+    words = [
+        "--train.num_steps",
+        "8",
+        "--evaluate.every",
+        "4",
+        "--sample.prompts",
+        '["It is"]',
+        "--sample.max_new_tokens",
+        "4",
+    ]
     output = run(write_config(folder), path, *words)
     assert "python -m baichuan_jax.report" in output
     return path
@@ -123,24 +191,53 @@ def make(tmp_path: Path, *runs: Path) -> str:
 def test_a_real_run_is_shown_whole(trained, tmp_path):
     text = make(tmp_path, trained)
     assert "plotly.js" not in text
-    for words in ("8 of 8", "4,096", "completed", "1 launch(es), no verdict on a fault", "1 x cpu in 1 process(es)", "<b>It is</b>",
-                  "train.context_length", "None was asked", "No memory plan"):  # fmt: skip
+    for words in (
+        "8 of 8",
+        "4,096",
+        "completed",
+        "1 launch(es), no verdict on a fault",
+        "1 x cpu in 1 process(es)",
+        "<b>It is</b>",
+        "train.context_length",
+        "None was asked",
+        "No memory plan",
+    ):
         assert words in text
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])
-    assert {"figure-loss", "figure-throughput", "figure-mfu", "figure-causes", "figure-goodput-0", "figure-grad_norm",
-            "figure-learning_rate", "figure-memory"} == set(figures)  # fmt: skip
+    assert {
+        "figure-loss",
+        "figure-throughput",
+        "figure-mfu",
+        "figure-causes",
+        "figure-goodput-0",
+        "figure-grad_norm",
+        "figure-learning_rate",
+        "figure-memory",
+    } == set(figures)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
     names = [trace.get("name") for trace in figures["figure-loss"]["data"]]
-    assert names == ["every step", "smoothed", "validation", "unigram entropy", "Baichuan-7B, published"]
+    assert names == [
+        "every step",
+        "smoothed",
+        "validation",
+        "unigram entropy",
+        "Baichuan-7B, published",
+    ]
 
 
 def test_time_of_a_faulty_run_is_accounted_for(tmp_path):
     (record,) = read_runs([write_faulty_run(tmp_path / "run")])
     spans = [(span.launch, span.state, span.begin, span.end) for span in record.spans]
     assert spans == [
-        (1, "starting", 0, 10), (1, "steps", 10, 14), (1, "lost", 14, 16), (1, "ending", 16, 16.5), (2, "down", 16.5, 20),
-        (2, "starting", 20, 30), (2, "steps", 30, 34), (2, "ending", 34, 40),
-    ]  # fmt: skip
+        (1, "starting", 0, 10),
+        (1, "steps", 10, 14),
+        (1, "lost", 14, 16),
+        (1, "ending", 16, 16.5),
+        (2, "down", 16.5, 20),
+        (2, "starting", 20, 30),
+        (2, "steps", 30, 34),
+        (2, "ending", 34, 40),
+    ]
     assert record.tokens[8] == 8 * TOKENS
     seconds, shares = record.goodput()
     assert (seconds[-1], shares[-1]) == (40, 8 / 40)  # eight steps of a second, in 40 seconds
@@ -166,8 +263,16 @@ def test_results_and_plans_in_the_runs_folder_are_shown(tmp_path):
     path = write_faulty_run(tmp_path / "run")
     add_results(path)
     text = make(tmp_path, path)
-    for words in ("figure-during-mmlu", "figure-scores-1", "figure-perplexity-0", "50.0 ± 11.5", "38.4", "2 of 57 subjects",
-                  "peak 12.5 of 73.6 GiB, fits", "figure-plan-0-0"):  # fmt: skip
+    for words in (
+        "figure-during-mmlu",
+        "figure-scores-1",
+        "figure-perplexity-0",
+        "50.0 ± 11.5",
+        "38.4",
+        "2 of 57 subjects",
+        "peak 12.5 of 73.6 GiB, fits",
+        "figure-plan-0-0",
+    ):
         assert words in text
     assert "None was asked" not in text
 
@@ -196,7 +301,10 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         ("absent", "there is no folder"),
         ("other folder", "no run's folder: it has no metrics.jsonl; runs in it: inner"),
         ("empty metrics", "has no finished step yet"),
-        ("broken line", "metrics.jsonl, line 2 is no JSON: '{\"step\": 2, garbage'; repair or delete"),
+        (
+            "broken line",
+            "metrics.jsonl, line 2 is no JSON: '{\"step\": 2, garbage'; repair or delete",
+        ),
         ("broken result", "result.json is no JSON"),
         ("broken configuration", "config.yaml is no YAML"),
         ("twice", "a run is given twice"),
@@ -209,12 +317,17 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
     path = write_faulty_run(tmp_path / "outer" / "inner")
     output = tmp_path / "report.html"
     runs = {
-        "absent": [tmp_path / "none"], "other folder": [tmp_path / "outer"], "twice": [path, path], "too many": [path] * 9,
-    }.get(case, [path])  # fmt: skip
+        "absent": [tmp_path / "none"],
+        "other folder": [tmp_path / "outer"],
+        "twice": [path, path],
+        "too many": [path] * 9,
+    }.get(case, [path])
     if case == "empty metrics":
         (path / "metrics.jsonl").write_text("")
     elif case == "broken line":
-        (path / "metrics.jsonl").write_text(json.dumps(step_line(1, 1.0)) + '\n{"step": 2, garbage\n')
+        (path / "metrics.jsonl").write_text(
+            json.dumps(step_line(1, 1.0)) + '\n{"step": 2, garbage\n'
+        )
     elif case == "broken result":
         add_results(path)
         (path / "evaluations" / "mmlu" / "result.json").write_text("{")
@@ -246,7 +359,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (make browser-deps)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (make browser-deps)"
+    )
     if BROWSER is None:
         pytest.skip("there is no Chromium (apt-get install chromium)")
     with playwright.sync_playwright() as started:
@@ -268,12 +383,20 @@ class Opened:
 
 def opened(browser, path: Path, width: int, scheme: str) -> Opened:
     context = browser.new_context(
-        color_scheme=scheme, viewport={"width": width, "height": 800}, has_touch=width < 700, offline=True
+        color_scheme=scheme,
+        viewport={"width": width, "height": 800},
+        has_touch=width < 700,
+        offline=True,
     )
     page, complaints = context.new_page(), []
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or complaints.append(request.url))
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith(("file:", "data:", "blob:")) or complaints.append(request.url)
+        ),
+    )
     page.goto(path.as_uri())
     page.wait_for_function("document.documentElement.dataset.drawn === 'yes'", timeout=60_000)
     return Opened(page, complaints)
@@ -290,7 +413,9 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
         )
         assert places == 13
         assert drawn >= places
-        assert shown.js("document.documentElement.scrollWidth") == width  # nothing sticks out; wide tables scroll by themselves
+        assert (
+            shown.js("document.documentElement.scrollWidth") == width
+        )  # nothing sticks out; wide tables scroll by themselves
         light = shown.js("getComputedStyle(document.body).backgroundColor")
         assert (light == "rgb(255, 255, 255)") == (scheme == "light")
         text = "document.querySelector('#figure-loss').layout.font.color"
@@ -299,7 +424,9 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
         assert shown.js(text) != before
         assert shown.js("getComputedStyle(document.body).backgroundColor") != light
         shown.page.click("#log")
-        assert shown.js("['loss', 'memory'].map(n => document.querySelector('#figure-' + n).layout.xaxis.type)") == ["log", "log"]
+        assert shown.js(
+            "['loss', 'memory'].map(n => document.querySelector('#figure-' + n).layout.xaxis.type)"
+        ) == ["log", "log"]
         visible = "document.querySelector('#figure-loss').data.find(t => t.name.endsWith('smoothed')).visible"
         assert shown.js(visible) is not False
         shown.page.click(".legend button:has-text('smoothed') >> nth=0")

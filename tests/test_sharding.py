@@ -12,11 +12,21 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
 from baichuan_jax.config_file import load_config
 from baichuan_jax.model import abstract_model
-from baichuan_jax.sharding import AXES, RULES, Layout, activate, constrain, crosses_nodes, initialize_processes, make_mesh
+from baichuan_jax.sharding import (
+    AXES,
+    RULES,
+    Layout,
+    activate,
+    constrain,
+    crosses_nodes,
+    initialize_processes,
+    make_mesh,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Written by hand: what the 7B meshes must do with each parameter. A change of the rules has to change this table.
+# Written by hand: what the 7B meshes must do with each parameter. A change of the rules has to
+# change this table.
 GOLDEN = {
     "embedding": P("tensor", "fsdp"),
     "layers/attention_norm": P(None, None),
@@ -33,7 +43,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize(
     ("name", "devices", "shape", "largest_share"),
-    [("baichuan_7b_a800", 1024, (128, 8, 1, 1), 1 / 8), ("baichuan_7b_v5p", 128, (8, 16, 1, 1), 1 / 16)],
+    [
+        ("baichuan_7b_a800", 1024, (128, 8, 1, 1), 1 / 8),
+        ("baichuan_7b_v5p", 128, (8, 16, 1, 1), 1 / 16),
+    ],
 )
 def test_every_parameter_of_the_7b_meshes_lies_as_written(name, devices, shape, largest_share):
     config = load_config(CONFIGS / f"{name}.yaml")
@@ -41,7 +54,10 @@ def test_every_parameter_of_the_7b_meshes_lies_as_written(name, devices, shape, 
     layout = Layout(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 4))
     _, shapes, axes = abstract_model(config.model)
     specs = jax.tree.map(lambda _, names: layout.spec(names), shapes, axes)
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in jax.tree.leaves_with_path(specs)}
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): spec
+        for path, spec in jax.tree.leaves_with_path(specs)
+    }
     assert found == GOLDEN
     for path, leaf in jax.tree.leaves_with_path(shapes):
         spec = found[jax.tree_util.keystr(path, simple=True, separator="/")]
@@ -58,7 +74,9 @@ def test_two_logical_axes_may_not_share_a_mesh_axis():
         layout.spec(("vocab", "heads"))
     with pytest.raises(ValueError, match="twice"):
         layout.spec(("batch", "embed"))
-    assert layout.spec(("batch", "length", "heads", None)) == P(("data", "fsdp"), "context", "tensor", None)
+    assert layout.spec(("batch", "length", "heads", None)) == P(
+        ("data", "fsdp"), "context", "tensor", None
+    )
 
 
 def test_the_rules_name_mesh_axes_only():
@@ -71,18 +89,26 @@ def test_without_a_mesh_constrain_changes_nothing():
     x = np.ones((2, 3))
     assert constrain(x, "batch", "hidden") is x
     with activate(Layout(make_mesh(MeshConfig(2, 1, 1, 1), jax.devices()[:2]))):
-        assert constrain(jax.numpy.ones((2, 3)), "batch", "hidden").sharding.spec == P(("data", "fsdp"), None)
+        assert constrain(jax.numpy.ones((2, 3)), "batch", "hidden").sharding.spec == P(
+            ("data", "fsdp"), None
+        )
 
 
 def nodes(count: int, local: int) -> list[SimpleNamespace]:
     """Devices of several nodes, in the order in which jax might list them: any."""
-    devices = [SimpleNamespace(process_index=n, id=n * local + i, platform="gpu") for n in range(count) for i in range(local)]
+    devices = [
+        SimpleNamespace(process_index=n, id=n * local + i, platform="gpu")
+        for n in range(count)
+        for i in range(local)
+    ]
     return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
 
 
 def test_fsdp_groups_stay_in_a_node_and_data_groups_run_along_rails(monkeypatch):
     devices = nodes(4, 8)
-    monkeypatch.setattr("baichuan_jax.sharding.Mesh", lambda array, axes, axis_types: SimpleNamespace(devices=array))
+    monkeypatch.setattr(
+        "baichuan_jax.sharding.Mesh", lambda array, axes, axis_types: SimpleNamespace(devices=array)
+    )
     mesh = make_mesh(MeshConfig(-1, 4, 1, 2), devices)
     assert mesh.devices.shape == (4, 4, 1, 2)
     for replica in range(4):
@@ -100,7 +126,11 @@ def test_fsdp_groups_stay_in_a_node_and_data_groups_run_along_rails(monkeypatch)
     [
         (DistributedConfig(num_processes=2), {}, "need all of"),
         (DistributedConfig(), {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "need all of"),
-        (DistributedConfig("localhost:1", 2, 2), {}, r"process_id=2 must lie in \[0, num_processes=2\)"),
+        (
+            DistributedConfig("localhost:1", 2, 2),
+            {},
+            r"process_id=2 must lie in \[0, num_processes=2\)",
+        ),
         (DistributedConfig(), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
     ],
 )
@@ -135,9 +165,13 @@ def test_half_a_description_of_the_processes_is_refused(settings, variables, mes
     ],
     ids=["nothing", "one", "settings", "environment", "slurm"],
 )
-def test_processes_are_described_by_settings_environment_or_slurm(settings, variables, wanted, monkeypatch):
+def test_processes_are_described_by_settings_environment_or_slurm(
+    settings, variables, wanted, monkeypatch
+):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **words: calls.append((args, words)))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **words: calls.append((args, words))
+    )
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     initialize_processes(settings, ResilienceConfig())

@@ -15,20 +15,33 @@ from baichuan_jax.resilience.corruption import compare_digests
 from baichuan_jax.resilience.exits import BadHost
 
 USUAL = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
-EVERY = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8 and shape[3] <= 4]
-MESHES = [*USUAL, *(pytest.param(shape, marks=pytest.mark.slow) for shape in EVERY if shape not in USUAL)]
+EVERY = [
+    shape
+    for shape in itertools.product((1, 2, 4, 8), repeat=4)
+    if np.prod(shape) == 8 and shape[3] <= 4
+]
+MESHES = [
+    *USUAL,
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in EVERY if shape not in USUAL),
+]
 
 
 def with_settings(config, **sections):
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in sections.items()
+        },
     )
 
 
 @functools.cache
 def initial_state(model):
     """Fresh parameters and optimiser state on the host; put onto a mesh, they need no compilation there."""
-    _, steps = build(Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1))
+    _, steps = build(
+        Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1)
+    )
     return jax.device_get(steps.init())
 
 
@@ -78,12 +91,16 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_every_mesh_gives_the_single_device_loss_gradients_and_parameters(tiny_config, tokens, single, shape):
+def test_every_mesh_gives_the_single_device_loss_gradients_and_parameters(
+    tiny_config, tokens, single, shape
+):
     assert_same(run(tiny_config, shape, tokens), single(tiny_config, tokens))
 
 
 @pytest.mark.parametrize(
-    ("shape", "micro"), [((1, 1, 1, 1), 4), ((4, 1, 1, 2), 1), ((2, 2, 2, 1), 1), ((2, 1, 2, 2), 2), ((1, 4, 1, 1), 2)], ids=str
+    ("shape", "micro"),
+    [((1, 1, 1, 1), 4), ((4, 1, 1, 2), 1), ((2, 2, 2, 1), 1), ((2, 1, 2, 2), 2), ((1, 4, 1, 1), 2)],
+    ids=str,
 )
 def test_accumulation_equals_the_full_batch(tiny_config, tokens, single, shape, micro):
     config = with_settings(tiny_config, train={"micro_batch_size": micro})
@@ -91,10 +108,15 @@ def test_accumulation_equals_the_full_batch(tiny_config, tokens, single, shape, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "matmuls"}], ids=lambda change: str(*change.items())
+    "change",
+    [{"scan_layers": False}, {"remat": "full"}, {"remat": "matmuls"}],
+    ids=lambda change: str(*change.items()),
 )
 def test_compiling_the_blocks_differently_changes_nothing(tiny_config, tokens, single, change):
-    assert_same(run(with_settings(tiny_config, model=change), (1, 1, 1, 1), tokens), single(tiny_config, tokens))
+    assert_same(
+        run(with_settings(tiny_config, model=change), (1, 1, 1, 1), tokens),
+        single(tiny_config, tokens),
+    )
 
 
 def abstract_state(steps):
@@ -149,7 +171,9 @@ def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, token
     state, _ = steps.train(state, batch_of(config, steps, tokens[0]), no)
     # A weight of 3e38 overflows the forward pass; all else must come out as it went in.
     before = jax.device_get(state)
-    broken = state._replace(params={**state.params, "final_norm": state.params["final_norm"] * 3e38})
+    broken = state._replace(
+        params={**state.params, "final_norm": state.params["final_norm"] * 3e38}
+    )
     state, metrics = steps.train(broken, batch_of(config, steps, tokens[1]), no)
     assert not metrics["finite"]
     assert (int(metrics["nonfinite"]), int(metrics["nonfinite_run"]), int(state.step)) == (1, 1, 2)
@@ -180,9 +204,13 @@ def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, 
     state, metrics = steps.train(state, batch_of(config, steps, rows), steps.wish(0))
     after = np.asarray(state.params["embedding"])
     decay = 1 - float(metrics["learning_rate"]) * config.optimizer.weight_decay
-    np.testing.assert_allclose(after[0], before[0] * decay, rtol=1e-6)  # decayed, as in the original, and nothing more
+    np.testing.assert_allclose(
+        after[0], before[0] * decay, rtol=1e-6
+    )  # decayed, as in the original, and nothing more
     used = np.unique(rows[:, :-1])
-    assert all(np.abs(after[token] - before[token] * decay).max() > 1e-4 for token in used if token != 0)
+    assert all(
+        np.abs(after[token] - before[token] * decay).max() > 1e-4 for token in used if token != 0
+    )
 
 
 def test_training_overfits_one_batch(tiny_config, tokens):
@@ -228,7 +256,9 @@ def test_a_flipped_bit_in_one_copy_is_seen_and_its_process_named(tiny_config, to
     assert len(set(right.tolist())) == 1
     leaves, tree = jax.tree.flatten(params)
     used = [
-        index for index, (path, _) in enumerate(jax.tree.leaves_with_path(params)) if "embed" not in jax.tree_util.keystr(path)
+        index
+        for index, (path, _) in enumerate(jax.tree.leaves_with_path(params))
+        if "embed" not in jax.tree_util.keystr(path)
     ]
     for name in used[:3]:
         leaf = leaves[name]
@@ -238,7 +268,9 @@ def test_a_flipped_bit_in_one_copy_is_seen_and_its_process_named(tiny_config, to
         copies[5] = jax.device_put(bits, copies[5].device)
         wrong = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
         found = jax.device_get(
-            steps.check(jax.tree.unflatten(tree, [*leaves[:name], wrong, *leaves[name + 1 :]]), batch)
+            steps.check(
+                jax.tree.unflatten(tree, [*leaves[:name], wrong, *leaves[name + 1 :]]), batch
+            )
         ).tolist()
         assert found[:2] + found[3:] == right.tolist()[:3]
         assert found[2] != right[2]

@@ -56,7 +56,9 @@ def tokenizer(trained):
     ],
 )
 def test_text_comes_back_from_its_tokens(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")  # SentencePiece writes a space so
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace(
+        "▁", " "
+    )  # SentencePiece writes a space so
 
 
 def test_training_text_comes_back_and_a_batch_is_its_texts_one_by_one(tokenizer, documents):
@@ -68,7 +70,12 @@ def test_training_text_comes_back_and_a_batch_is_its_texts_one_by_one(tokenizer,
 
 
 def test_control_pieces_come_first_then_the_bytes(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (512, 1, 2, -1)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        512,
+        1,
+        2,
+        -1,
+    )
     assert [tokenizer.piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert [tokenizer.piece(3 + i) for i in range(256)] == [f"<0x{i:02X}>" for i in range(256)]
 
@@ -95,13 +102,17 @@ def test_the_same_documents_give_the_same_bytes(trained, documents, tmp_path):
     assert Tokenizer(tmp_path / "again.model").hash == tokenizer.hash
     assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
     (tmp_path / "plain").touch()
-    assert (tmp_path / "again.model").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read a shared cache
+    assert (tmp_path / "again.model").stat().st_mode == (
+        tmp_path / "plain"
+    ).stat().st_mode  # others may read a shared cache
     train_tokenizer(documents[:1], tmp_path / "again.model", 512)  # replaces it
     assert Tokenizer(tmp_path / "again.model").hash != tokenizer.hash
 
 
 @pytest.mark.parametrize("cores", [1, 3, 64])
-def test_the_number_of_cores_does_not_change_the_bytes(trained, documents, tmp_path, monkeypatch, cores):
+def test_the_number_of_cores_does_not_change_the_bytes(
+    trained, documents, tmp_path, monkeypatch, cores
+):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     train_tokenizer(documents, tmp_path / "a.model", 512)
     assert Tokenizer(tmp_path / "a.model").hash == trained[0].hash
@@ -109,7 +120,9 @@ def test_the_number_of_cores_does_not_change_the_bytes(trained, documents, tmp_p
 
 def test_what_training_used_is_reported(trained, documents):
     text = "".join(documents).replace("\n", "")
-    common = sorted((text.count(character) for character in set(text)), reverse=True)[: (512 - 259) // 2]
+    common = sorted((text.count(character) for character in set(text)), reverse=True)[
+        : (512 - 259) // 2
+    ]
     assert trained[1] == {
         "bytes": len(text.encode()),
         "sampled_one_line_in": 1,
@@ -120,17 +133,25 @@ def test_what_training_used_is_reported(trained, documents):
 
 @pytest.mark.parametrize("before", [*range(992, 1003), 1330, 1333, 2000, 4000])
 def test_a_character_that_only_a_long_line_has_gets_a_piece(tmp_path, before):
-    long = "天" * before + "龘" + "地" * 2000  # SentencePiece leaves out lines of more than 4,192 bytes
+    long = (
+        "天" * before + "龘" + "地" * 2000
+    )  # SentencePiece leaves out lines of more than 4,192 bytes
     train_tokenizer(["天地 heaven and earth\n" * 20 + long], tmp_path / "long.model", 300)
     tokenizer = Tokenizer(tmp_path / "long.model")
-    assert "龘" in "".join(tokenizer.piece(token) for token in tokenizer.encode("天龘"))  # and not its bytes
+    assert "龘" in "".join(
+        tokenizer.piece(token) for token in tokenizer.encode("天龘")
+    )  # and not its bytes
 
 
 def test_long_text_is_sampled_evenly(tmp_path):
-    lines = [f"line {'abcdefghij'[i % 10]} of many {'+' if i % 3 == 0 else '-'}" for i in range(1300)]
+    lines = [
+        f"line {'abcdefghij'[i % 10]} of many {'+' if i % 3 == 0 else '-'}" for i in range(1300)
+    ]
     used = train_tokenizer(["\n".join(lines)], tmp_path / "a.model", 280, sample_bytes=10_000)
     assert used["bytes"] == sum(map(len, lines)) == 20_800
-    assert used["sampled_one_line_in"] == 4  # the smallest power of two that leaves at most 10,000 bytes
+    assert (
+        used["sampled_one_line_in"] == 4
+    )  # the smallest power of two that leaves at most 10,000 bytes
     assert used["characters"] == len(set("".join(lines[::4])))
     train_tokenizer(["\n".join(lines[::4])], tmp_path / "b.model", 280)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
@@ -157,10 +178,15 @@ def test_the_share_of_chinese_is_kept(share):
     lines, used = module._choose([english, chinese], 40_000, share)
     assert used["zh_bytes"] == len(chinese.replace("\n", "").encode())
     assert used["en_bytes"] == len(english.replace("\n", "").encode())
-    sizes = [len("".join(line for line in lines if line.startswith(first)).encode()) for first in ("一", "a")]
+    sizes = [
+        len("".join(line for line in lines if line.startswith(first)).encode())
+        for first in ("一", "a")
+    ]
     assert sizes == [used["zh_bytes_used"], used["en_bytes_used"]]
     assert sizes[0] / sum(sizes) == pytest.approx(share, abs=0.01)
-    assert 15_000 < sum(sizes) <= 40_100  # a power of two of lines, then the scarcer language decides
+    assert (
+        15_000 < sum(sizes) <= 40_100
+    )  # a power of two of lines, then the scarcer language decides
     places = [english.split("\n").index(line) for line in lines if line.startswith("a")]
     assert max(b - a for a, b in itertools.pairwise([0, *places, 2999])) < 48  # evenly
 
@@ -187,7 +213,9 @@ def test_half_of_a_small_vocabulary_is_the_most_frequent_characters(tmp_path):
 
 def test_a_vocabulary_too_large_or_too_small_is_refused_and_nothing_written(tmp_path):
     for documents in (["only a few words"], [], [""]):
-        with pytest.raises(ConfigError, match=r"no tokenizer of 5000 pieces from \d+ bytes of text: "):
+        with pytest.raises(
+            ConfigError, match=r"no tokenizer of 5000 pieces from \d+ bytes of text: "
+        ):
             train_tokenizer(documents, tmp_path / "a.model", 5000)
     for size in (0, 259, 260):
         with pytest.raises(ConfigError, match=f"vocab_size={size} must exceed"):
@@ -203,14 +231,20 @@ def test_a_file_that_is_no_tokenizer_is_refused(tokenizer, tmp_path):
     content = tokenizer.path.read_bytes()
     for bad in (b"", b"no model at all", b"\x00" * 4096, content[: len(content) // 2 + 1]):
         (tmp_path / "bad.model").write_bytes(bad)
-        with pytest.raises(ConfigError, match=r"bad\.model (is no SentencePiece model|has 0 pieces)"):
+        with pytest.raises(
+            ConfigError, match=r"bad\.model (is no SentencePiece model|has 0 pieces)"
+        ):
             Tokenizer(tmp_path / "bad.model")
 
 
 def test_a_model_without_end_of_sentence_is_refused(documents, tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(documents[0].split("\n")), model_writer=model, vocab_size=100, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(documents[0].split("\n")),
+        model_writer=model,
+        vocab_size=100,
+        eos_id=-1,
+        minloglevel=2,
     )
     (tmp_path / "a.model").write_bytes(model.getvalue())
     with pytest.raises(ConfigError, match="no end-of-sentence piece"):
@@ -220,8 +254,15 @@ def test_a_model_without_end_of_sentence_is_refused(documents, tmp_path):
 def test_stats_are_sums_over_the_documents_of_a_language(tokenizer, documents):
     english, chinese, mixed = documents[0], documents[1], "漢字漢字漢字 with a few words"
     found = stats(tokenizer, [english, chinese, mixed, ""])
-    for language, texts in {"zh": [chinese], "en": [english, mixed, ""], "all": [chinese, english, mixed, ""]}.items():
-        tokens, size = sum(len(tokenizer.encode(text)) for text in texts), len("".join(texts).encode())
+    for language, texts in {
+        "zh": [chinese],
+        "en": [english, mixed, ""],
+        "all": [chinese, english, mixed, ""],
+    }.items():
+        tokens, size = (
+            sum(len(tokenizer.encode(text)) for text in texts),
+            len("".join(texts).encode()),
+        )
         assert found.pop(language) == {
             "documents": len(texts),
             "bytes": size,
@@ -238,7 +279,22 @@ def test_stats_are_sums_over_the_documents_of_a_language(tokenizer, documents):
 def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, capsys, monkeypatch):
     text, model = tmp_path / "text.jsonl", str(tmp_path / "a.model")
     text.write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
-    assert main(["train", "--input", str(text), "--text_field", "body", "--vocab_size", "512", "--output", model]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--input",
+                str(text),
+                "--text_field",
+                "body",
+                "--vocab_size",
+                "512",
+                "--output",
+                model,
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{model}: 512 pieces; {json.dumps(trained[1])}\n"
     tokenizer = trained[0]
     assert Path(model).read_bytes() == tokenizer.path.read_bytes()
@@ -250,13 +306,33 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert capsys.readouterr().out == printed
     monkeypatch.setenv("COLUMNS", "300")
     figures, other = tmp_path / "figures.json", str(tokenizer.path)
-    assert main(["stats", "--model", model, other, "--input", str(text), "--text_field", "body", "--json", str(figures)]) == 0
-    assert json.loads(figures.read_text()) == dict.fromkeys((model, other), stats(tokenizer, documents))
+    assert (
+        main(
+            [
+                "stats",
+                "--model",
+                model,
+                other,
+                "--input",
+                str(text),
+                "--text_field",
+                "body",
+                "--json",
+                str(figures),
+            ]
+        )
+        == 0
+    )
+    assert json.loads(figures.read_text()) == dict.fromkeys(
+        (model, other), stats(tokenizer, documents)
+    )
     row = rf"{re.escape(other)} +│ zh +│ 1 +│ {len(tokenizer.encode(documents[1])):,} +│"
     printed = capsys.readouterr().out
     assert re.search(row, printed)
     rate = f"{stats(tokenizer, documents)['all']['compression_rate']:.3f}"
-    assert re.search(rf"Compress Rate +│ +{rate} +│ +{rate} +│", printed)  # the original's layout: a column a model
+    assert re.search(
+        rf"Compress Rate +│ +{rate} +│ +{rate} +│", printed
+    )  # the original's layout: a column a model
     assert re.search(r"Vocab Size +│ +512 +│ +512 +│", printed)
     with pytest.raises(ConfigError, match=r"text\.jsonl, line 1 has no text in field 'text'"):
         main(["stats", "--model", model, "--input", str(text)])

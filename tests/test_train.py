@@ -36,16 +36,26 @@ def config(tmp_path_factory):
 def undisturbed(config, tmp_path_factory):
     """A run of 60 steps from start to end on one process with one device."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    output = run(config, folder, "--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8")
+    output = run(
+        config, folder, "--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8"
+    )
     return folder, output
 
 
 def test_a_run_ends_with_everything_a_user_wants_to_see(undisturbed):
     folder, output = undisturbed
     for words in (
-        "validation loss", "unigram entropy", "Where the time went", "median step", "loss.png", "'It is' continues", "'春' continues",
-        "python -m baichuan_jax.generate --checkpoint", "attention: reference (64 tokens", "MFU: the measured matrix-product peak",
-    ):  # fmt: skip
+        "validation loss",
+        "unigram entropy",
+        "Where the time went",
+        "median step",
+        "loss.png",
+        "'It is' continues",
+        "'春' continues",
+        "python -m baichuan_jax.generate --checkpoint",
+        "attention: reference (64 tokens",
+        "MFU: the measured matrix-product peak",
+    ):
         assert words in output
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "config.yaml").exists()
@@ -71,7 +81,9 @@ def test_a_run_ends_with_everything_a_user_wants_to_see(undisturbed):
 
 
 def test_the_loss_falls_below_the_unigram_entropy(undisturbed):
-    (completed,) = [event for event in lines(undisturbed[0], "events") if event["kind"] == "completed"]
+    (completed,) = [
+        event for event in lines(undisturbed[0], "events") if event["kind"] == "completed"
+    ]
     assert completed["loss"] < completed["unigram_entropy"] - 0.15
     assert completed["eval_loss"] < completed["unigram_entropy"]
 
@@ -99,7 +111,9 @@ def test_sigkills_at_random_moments_change_no_bit_of_any_loss(config, undisturbe
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_first_signal_saves_and_exits_75_and_the_next_start_goes_on_there(config, undisturbed, tmp_path, number):
+def test_a_first_signal_saves_and_exits_75_and_the_next_start_goes_on_there(
+    config, undisturbed, tmp_path, number
+):
     folder = tmp_path / "run"
     process = start(config, folder, "--checkpoint.every", "1000")
     wait_for_step(process, folder, 8)
@@ -127,11 +141,15 @@ def test_a_second_ctrl_c_quits_unsaved(config, tmp_path):
 
 def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    assert wait_all(start_all(config, folder, "--mesh.fsdp", "2", "--mesh.tensor", "2", processes=2, devices=4)) == [0, 0]
+    assert wait_all(
+        start_all(config, folder, "--mesh.fsdp", "2", "--mesh.tensor", "2", processes=2, devices=4)
+    ) == [0, 0]
     single = losses(undisturbed[0])
     both = losses(folder)
     assert list(both) == list(single)
-    np.testing.assert_allclose(list(both.values()), list(single.values()), rtol=3e-5)  # sums in another order, 60 steps on
+    np.testing.assert_allclose(
+        list(both.values()), list(single.values()), rtol=3e-5
+    )  # sums in another order, 60 steps on
     np.testing.assert_allclose(list(both.values())[:5], list(single.values())[:5], rtol=2e-6)
 
 
@@ -146,7 +164,9 @@ def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     kill(processes[0])
     processes = start_all(config, killed, *words, processes=2, devices=2)
     wait_for_step(processes[0], killed, 33)
-    processes[1].send_signal(signal.SIGTERM)  # to one of them: both must stop at the same step, saved
+    processes[1].send_signal(
+        signal.SIGTERM
+    )  # to one of them: both must stop at the same step, saved
     assert wait_all(processes) == [75, 75]
     wanted = losses(straight)
     assert all(wanted[step] == loss for step, loss in losses(killed).items())
@@ -165,14 +185,33 @@ def test_weights_of_a_run_start_another_with_a_fresh_schedule(config, undisturbe
     rates = [line["learning_rate"] for line in lines(folder) if "loss" in line]
     assert rates[0] < rates[1] < rates[4]
     with pytest.raises(ConfigError, match=r"has num_layers=2 and model\.num_layers=1"):
-        train(load_config(config, [f"run_dir={tmp_path / 'other'}", f"init_from={undisturbed[0]}", "model.num_layers=1"]))
+        train(
+            load_config(
+                config,
+                [
+                    f"run_dir={tmp_path / 'other'}",
+                    f"init_from={undisturbed[0]}",
+                    "model.num_layers=1",
+                ],
+            )
+        )
 
 
 def test_three_nonfinite_steps_in_a_row_exit_77(config, tmp_path):
     folder = tmp_path / "run"
-    output = run(config, folder, "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", expect=77)
+    output = run(
+        config,
+        folder,
+        "--optimizer.learning_rate",
+        "1e30",
+        "--optimizer.warmup_steps",
+        "0",
+        expect=77,
+    )
     assert "3 steps in a row" in output
-    skipped = [event["in_a_row"] for event in lines(folder, "events") if event["kind"] == "update_skipped"]
+    skipped = [
+        event["in_a_row"] for event in lines(folder, "events") if event["kind"] == "update_skipped"
+    ]
     assert skipped == [1, 2, 3]
 
 
@@ -193,21 +232,32 @@ def test_a_profile_is_written_for_the_steps_asked_for(config, tmp_path):
     folder = tmp_path / "run"
     run(config, folder, "--profile.steps", "[4, 5]", "--train.num_steps", "6")
     assert list((folder / "profile").rglob("*.xplane.pb"))
-    assert [event["step"] for event in lines(folder, "events") if event["kind"] == "profiled"] == [5]
+    assert [event["step"] for event in lines(folder, "events") if event["kind"] == "profiled"] == [
+        5
+    ]
 
 
 def test_packages_that_only_draw_or_unpack_may_be_missing(config, tmp_path):
     """A run ends well without them, and says what it left out and how to get it."""
     hidden = ("matplotlib", "plotly", "tensorboardX", "zstandard")
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules |= dict.fromkeys({hidden})\n"
+    )
     variables = environment() | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
     words = ["--train.num_steps", "6", "--metrics.tensorboard", "true"]
     done = subprocess.run(
-        command(config, tmp_path / "run", *words), env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        command(config, tmp_path / "run", *words),
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    for words in ("tensorboardX is not installed; pip install tensorboardX, or turn them off with --metrics.tensorboard false",
-                  "loss.png is not drawn: matplotlib is not installed; pip install matplotlib"):  # fmt: skip
+    for words in (
+        "tensorboardX is not installed; pip install tensorboardX, or turn them off with --metrics.tensorboard false",
+        "loss.png is not drawn: matplotlib is not installed; pip install matplotlib",
+    ):
         assert words in " ".join(done.stdout.split())
     assert "loss curve:" not in done.stdout
     assert "tensorboard --logdir" not in done.stdout
@@ -225,7 +275,13 @@ def test_documents_can_be_kept_apart(config, tmp_path):
 def test_out_of_memory_keeps_a_profile_and_names_what_would_fit(config, tmp_path):
     folder = tmp_path / "run"
     output = run(
-        config, folder, "--model.vocab_size", "1000000000", "--train.micro_batch_size", "4", expect=78
+        config,
+        folder,
+        "--model.vocab_size",
+        "1000000000",
+        "--train.micro_batch_size",
+        "4",
+        expect=78,
     )  # 256 GB a matrix
     assert "out of memory at step" in output
     assert "--train.micro_batch_size 2 (now 4)" in output
@@ -239,14 +295,25 @@ def test_bfloat16_ends_within_half_a_percent_of_float32(tmp_path):
     ends = {}
     for dtype in ("float32", "bfloat16"):
         run(
-            REPOSITORY / "configs" / "tiny.yaml", tmp_path / dtype, "--model.dtype", dtype, "--train.num_steps", "60",
-            "--optimizer.warmup_steps", "10", "--data.cache_dir", str(tmp_path / "cache"), cwd=REPOSITORY,
-        )  # fmt: skip
+            REPOSITORY / "configs" / "tiny.yaml",
+            tmp_path / dtype,
+            "--model.dtype",
+            dtype,
+            "--train.num_steps",
+            "60",
+            "--optimizer.warmup_steps",
+            "10",
+            "--data.cache_dir",
+            str(tmp_path / "cache"),
+            cwd=REPOSITORY,
+        )
         ends[dtype] = Run(tmp_path / dtype).curve("eval_loss")[60]
     assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=5e-3)
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_setting(config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"run_dir='.*file/run' cannot be written in .*Not a directory.*--run_dir"):
+    with pytest.raises(
+        ConfigError, match=r"run_dir='.*file/run' cannot be written in .*Not a directory.*--run_dir"
+    ):
         main(["--config", str(config), "--run_dir", str(tmp_path / "file" / "run")])

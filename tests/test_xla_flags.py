@@ -19,7 +19,11 @@ A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
 def start_jax(flags: str) -> subprocess.CompletedProcess:
     variables = {**environment(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"], env=variables, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -32,10 +36,14 @@ def test_the_installed_jaxlib_knows_every_flag(tmp_path):
     assert f"--xla_gpu_pgle_profile_file_or_directory_path={profile}" in flags
     done = start_jax(" ".join(flags))
     assert done.returncode == 0, done.stderr
-    assert start_jax("--xla_gpu_no_such_flag=true").returncode != 0  # an unknown one would have been noticed
+    assert (
+        start_jax("--xla_gpu_no_such_flag=true").returncode != 0
+    )  # an unknown one would have been noticed
 
 
-@pytest.mark.parametrize(("version", "fused"), [("0.0.41", True), ("0.0.48.1", False), (None, False)])
+@pytest.mark.parametrize(
+    ("version", "fused"), [("0.0.41", True), ("0.0.48.1", False), (None, False)]
+)
 def test_a_tpus_gathers_are_fused_only_where_libtpu_takes_it(monkeypatch, version, fused):
     """Each installed libtpu compiles with its own in test_plan.py; without one here the newest is assumed."""
 
@@ -53,17 +61,23 @@ def test_a_tpus_gathers_are_fused_only_where_libtpu_takes_it(monkeypatch, versio
 def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
     def threshold(kind: str, *overrides: str) -> int:
         flags = choose_flags(load_config(A800, list(overrides)), parse_topology("a800:128x8")).xla
-        return next(int(word.split("=")[1]) for word in flags if f"{kind}_combine_threshold" in word)
+        return next(
+            int(word.split("=")[1]) for word in flags if f"{kind}_combine_threshold" in word
+        )
 
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert threshold("all_gather") == 2 * layer  # bfloat16, whole
-    assert threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8  # the shard of one of 8 devices
+    assert (
+        threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8
+    )  # the shard of one of 8 devices
     assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
 
 
 def test_a_profile_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="plan writes it"):
-        choose_flags(load_config(A800, ["train.schedule_profile=nowhere.pbtxt"]), parse_topology("a800:1x8"))
+        choose_flags(
+            load_config(A800, ["train.schedule_profile=nowhere.pbtxt"]), parse_topology("a800:1x8")
+        )
 
 
 def test_a_cpu_gets_no_flag_that_was_not_asked_for():
@@ -74,7 +88,10 @@ def test_a_cpu_gets_no_flag_that_was_not_asked_for():
 
 
 def test_network_settings_need_a_network():
-    one, many = (choose_flags(load_config(A800), parse_topology(name)).environment for name in ("a800:1x8", "a800:2x8"))
+    one, many = (
+        choose_flags(load_config(A800), parse_topology(name)).environment
+        for name in ("a800:1x8", "a800:2x8")
+    )
     assert not any(name.startswith("NCCL") for name in one)
     assert any(name.startswith("NCCL") for name in many)
 
@@ -91,27 +108,54 @@ def test_what_is_already_set_wins(monkeypatch):
         "NCCL_IB_RETRY_CNT",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("baichuan_jax.xla_flags.detect_topology", lambda: parse_topology("a800:2x8"))
+    monkeypatch.setattr(
+        "baichuan_jax.xla_flags.detect_topology", lambda: parse_topology("a800:2x8")
+    )
     added = apply_flags(load_config(A800))
     assert "NCCL_DEBUG=WARN" not in added
     assert os.environ["NCCL_DEBUG"] == "INFO"
-    assert os.environ["XLA_FLAGS"].split().count("--xla_gpu_enable_latency_hiding_scheduler=false") == 1
+    assert (
+        os.environ["XLA_FLAGS"].split().count("--xla_gpu_enable_latency_hiding_scheduler=false")
+        == 1
+    )
     assert "--xla_gpu_enable_latency_hiding_scheduler=true" not in os.environ["XLA_FLAGS"].split()
     assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
 
 
 def test_the_command_prints_lines_that_a_shell_takes():
-    command = [sys.executable, "-m", "baichuan_jax.xla_flags", "--config", A800, "--topology", "a800:128x8"]
-    lines = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "baichuan_jax.xla_flags",
+        "--config",
+        A800,
+        "--topology",
+        "a800:128x8",
+    ]
+    lines = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY
+    ).stdout
     script = f'unset XLA_FLAGS NCCL_DEBUG\n{lines}\necho "$XLA_FLAGS|$NCCL_DEBUG"'
-    flags, debug = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.strip().split("|")
+    flags, debug = (
+        subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .split("|")
+    )
     assert flags.split() == list(choose_flags(load_config(A800), parse_topology("a800:128x8")).xla)
     assert debug == "WARN"
 
 
 def test_devices_are_known_by_what_jax_calls_them():
-    names = {"NVIDIA A800-SXM4-80GB": "a800", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "TPU v5 lite": "v5e",
-             "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "NVIDIA H200": "h200"}  # fmt: skip
+    names = {
+        "NVIDIA A800-SXM4-80GB": "a800",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "NVIDIA H200": "h200",
+    }
     assert {kind: hardware_of(kind).name for kind in names} == names
     assert hardware_of("NVIDIA GeForce RTX 4090") is None
 
@@ -123,8 +167,14 @@ def test_a_topology_that_means_nothing_is_refused(name):
 
 
 def test_a_topology_counts_its_devices():
-    assert (parse_topology("a800:128x8").num_devices, parse_topology("a800:128x8").devices_per_node) == (1024, 8)
-    assert (parse_topology("v5p:4x4x8").num_devices, parse_topology("v5p:4x4x8").devices_per_node) == (128, 128)
+    assert (
+        parse_topology("a800:128x8").num_devices,
+        parse_topology("a800:128x8").devices_per_node,
+    ) == (1024, 8)
+    assert (
+        parse_topology("v5p:4x4x8").num_devices,
+        parse_topology("v5p:4x4x8").devices_per_node,
+    ) == (128, 128)
 
 
 def test_gpus_are_found_without_jax(tmp_path, monkeypatch):
@@ -133,7 +183,9 @@ def test_gpus_are_found_without_jax(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "information").write_text("Model: \t\t NVIDIA A800-SXM4-80GB\nIRQ:   \t\t 1\n")
     paths = sorted(str(path) for path in tmp_path.glob("*/information"))
-    monkeypatch.setattr("baichuan_jax.hardware.glob.glob", lambda pattern: paths if "nvidia" in pattern else [])
+    monkeypatch.setattr(
+        "baichuan_jax.hardware.glob.glob", lambda pattern: paths if "nvidia" in pattern else []
+    )
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "16")
@@ -149,7 +201,13 @@ def test_gpus_are_found_where_a_container_hides_proc(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setattr("baichuan_jax.hardware.glob.glob", lambda pattern: [])
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_NTASKS", "JAX_NUM_PROCESSES"):
+    for name in (
+        "JAX_PLATFORMS",
+        "CUDA_VISIBLE_DEVICES",
+        "JAX_LOCAL_DEVICE_IDS",
+        "SLURM_NTASKS",
+        "JAX_NUM_PROCESSES",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert detect_topology() == parse_topology("h100:1x2")
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")

@@ -24,7 +24,10 @@ class ReadConfig:
     """A longer line, or .txt file, is not held in memory: it is removed as line_too_long."""
 
     def __post_init__(self) -> None:
-        require(self.max_line_bytes >= 1024, f"read.max_line_bytes={self.max_line_bytes} must be at least 1024")
+        require(
+            self.max_line_bytes >= 1024,
+            f"read.max_line_bytes={self.max_line_bytes} must be at least 1024",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class DedupConfig:
 
     def __post_init__(self) -> None:
         size = self.bands * self.rows
-        require(0 < size <= 160, f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 hashes")
+        require(
+            0 < size <= 160,
+            f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 hashes",
+        )
         _between("dedup.threshold", self.threshold, 0, 1)
 
 
@@ -99,7 +105,10 @@ class SentencesConfig:
         _between("sentences.threshold", self.threshold, 0.5, 1)
         _between("sentences.min_left", self.min_left, 0, 1)
         for name in ("min_letters_zh", "min_letters_en"):
-            require(getattr(self, name) >= 8, f"sentences.{name}={getattr(self, name)} must be at least 8")
+            require(
+                getattr(self, name) >= 8,
+                f"sentences.{name}={getattr(self, name)} must be at least 8",
+            )
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,10 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         if self.pareto_alpha is not None:
-            require(self.pareto_alpha > 0, f"select.pareto_alpha={self.pareto_alpha} must be greater than 0")
+            require(
+                self.pareto_alpha > 0,
+                f"select.pareto_alpha={self.pareto_alpha} must be greater than 0",
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,8 @@ class CorpusConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.input), "input names no file; give globs of text: --input 'corpus/*.jsonl.gz'")
+        require(
+            bool(self.input), "input names no file; give globs of text: --input 'corpus/*.jsonl.gz'"
+        )
         require(bool(self.output), "output names no folder: --output DIR")
         require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")

@@ -1,8 +1,8 @@
 """Text of evaluation sets inside a corpus: sequences of 13 units that both hold; a unit is a Han character, or a word of others.
 
-Thirteen, and what counts as a formula, follow GPT-3 (arXiv:2005.14165, appendix C). Compared are question, passage and options, each
-by itself; case, width, punctuation and spacing do not count. The pipeline removes the documents found (decontaminate.files); this
-command only looks:
+Thirteen, and what counts as a formula, follow GPT-3 (arXiv:2005.14165, appendix C). Compared are
+question, passage and options, each by itself; case, width, punctuation and spacing do not count.
+The pipeline removes the documents found (decontaminate.files); this command only looks:
 
 `python -m baichuan_jax.data.decontaminate --evaluation 'ceval/*/*.csv' --input 'corpus/*.parquet'`
 """
@@ -45,20 +45,25 @@ FIELDS = (
     "D",
     "E",
 )  # of an item; what else it has is not asked
-_UNIT = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
+_UNIT = re.compile(
+    r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+)
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, n, 1 << 64) for n in range(1, UNITS + 1)], np.uint64)
 
 
 class EvaluationSets:
     """The 13-grams of evaluation files: CSV with or without a header, JSON, JSONL, or plain text (its paragraphs are the items).
 
-    A task is a file's last two names, splits aside: `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a glob matches
-    nothing, or a file is of no known kind, unreadable, or all hold nothing to look for.
+    A task is a file's last two names, splits aside: `ceval/logic` for ceval/val/logic_val.csv.
+    Raises ConfigError where a glob matches nothing, or a file is of no known kind, unreadable, or
+    all hold nothing to look for.
     """
 
     def __init__(self, patterns: list[str]) -> None:
         self.items: collections.Counter[str] = collections.Counter()
-        self.short: collections.Counter[str] = collections.Counter()  # items without any text of 13 units, which cannot be found
+        self.short: collections.Counter[str] = (
+            collections.Counter()
+        )  # items without any text of 13 units, which cannot be found
         texts: list[np.ndarray] = []  # unique 13-grams of each text of an item
         tasks: list[str] = []
         for path in _find_files(patterns):
@@ -70,7 +75,9 @@ class EvaluationSets:
                 texts += found
                 tasks += [task] * len(found)
         if not texts:
-            raise ConfigError(f"{patterns} hold no sequence of {UNITS} characters or words to look for")
+            raise ConfigError(
+                f"{patterns} hold no sequence of {UNITS} characters or words to look for"
+            )
         self._task = np.array(tasks)
         self._size = np.array([len(grams) for grams in texts])
         order = np.argsort(np.concatenate(texts), kind="stable")
@@ -85,27 +92,39 @@ class EvaluationSets:
     def judge(self, found: dict[Any, np.ndarray]) -> dict[Any, dict[str, int]]:
         """Of documents that hold an item's text, the tasks, each with a 13-gram that tells; `found`: what `find` gave for each.
 
-        A document holds it where it has a 13-gram of an item that is no formula (at most FORMULA documents of the corpus have it), or
-        COVERED of those of a longer question, passage or option.
+        A document holds it where it has a 13-gram of an item that is no formula (at most FORMULA
+        documents of the corpus have it), or COVERED of those of a longer question, passage or
+        option.
         """
-        distinct, counts = np.unique(np.concatenate([*found.values(), np.zeros(0, np.uint64)]), return_counts=True)
+        distinct, counts = np.unique(
+            np.concatenate([*found.values(), np.zeros(0, np.uint64)]), return_counts=True
+        )
         formulas = distinct[counts > FORMULA]
         leaked = {}
         for key, grams in found.items():
             first, last = (np.searchsorted(self._grams, grams, side) for side in ("left", "right"))
-            texts = np.concatenate([np.zeros(0, int), *(self._text[a:b] for a, b in zip(first, last, strict=True))])
+            texts = np.concatenate(
+                [np.zeros(0, int), *(self._text[a:b] for a, b in zip(first, last, strict=True))]
+            )
             grams = np.repeat(grams, last - first)
             hits = np.bincount(texts, minlength=len(self._size))
             covered = (hits >= COVERED * self._size) & (self._size >= UNITS)
             tells = covered[texts] | ~np.isin(grams, formulas)
             if tells.any():
-                leaked[key] = dict(sorted(zip(self._task[texts[tells]].tolist(), grams[tells].tolist(), strict=True)))
+                leaked[key] = dict(
+                    sorted(
+                        zip(self._task[texts[tells]].tolist(), grams[tells].tolist(), strict=True)
+                    )
+                )
         return leaked
 
     def shared(self, text: str) -> dict[int, str]:
         """The sequences of a document that items hold too, as normalised units joined by spaces, by their hashes."""
         units, grams = _units(text), _grams(text)
-        return {int(grams[start]): " ".join(units[start : start + UNITS]) for start in np.flatnonzero(self._holds(grams))}
+        return {
+            int(grams[start]): " ".join(units[start : start + UNITS])
+            for start in np.flatnonzero(self._holds(grams))
+        }
 
     def _holds(self, grams: np.ndarray) -> np.ndarray:
         place = np.minimum(np.searchsorted(self._grams, grams), len(self._grams) - 1)
@@ -117,7 +136,9 @@ def _find_files(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matched = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
-            raise ConfigError(f"{pattern!r} matches no evaluation file (working directory: {os.getcwd()})")
+            raise ConfigError(
+                f"{pattern!r} matches no evaluation file (working directory: {os.getcwd()})"
+            )
         files.update(matched)
     return sorted(files)
 
@@ -128,7 +149,9 @@ def _units(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _hash(unit: str) -> int:
-    return int.from_bytes(hashlib.blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def _grams(text: str) -> np.ndarray:
@@ -145,7 +168,9 @@ def _grams(text: str) -> np.ndarray:
 
 
 def _task(path: Path) -> str:
-    names = [name for name in path.absolute().with_suffix("").parts if name not in ("dev", "val", "test")]
+    names = [
+        name for name in path.absolute().with_suffix("").parts if name not in ("dev", "val", "test")
+    ]
     return "/".join(re.sub(r"_(dev|val|test)$", "", name) for name in names[-2:])
 
 
@@ -166,9 +191,13 @@ def _items(path: Path) -> Iterator[list[str]]:
                 if line.strip():
                     yield from _objects(json.loads(line))
         elif path.suffix == ".txt":
-            yield from ([paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+            yield from (
+                [paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()
+            )
         else:
-            raise ConfigError(f"{path}: expected an evaluation file of kind .csv, .json, .jsonl or .txt")
+            raise ConfigError(
+                f"{path}: expected an evaluation file of kind .csv, .json, .jsonl or .txt"
+            )
     except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, ConfigError):
             raise
@@ -204,15 +233,27 @@ def main(words: list[str]) -> int:
         "the pipeline does, with --decontaminate.files.",
     )
     parser.add_argument(
-        "--evaluation", nargs="+", required=True, metavar="GLOB", help="evaluation files: .csv, .json, .jsonl, .txt"
+        "--evaluation",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="evaluation files: .csv, .json, .jsonl, .txt",
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="corpus: JSONL, .txt, also .gz, .zst; or Parquet"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="corpus: JSONL, .txt, also .gz, .zst; or Parquet",
     )
-    parser.add_argument("--examples", type=int, default=2, help="documents to show of each task (default: 2)")
+    parser.add_argument(
+        "--examples", type=int, default=2, help="documents to show of each task (default: 2)"
+    )
     parser.add_argument("--json", metavar="FILE", help="save the figures")
     options = parser.parse_args(words)
-    from baichuan_jax.data.corpus_config import ReadConfig  # with pyarrow, which --help does without
+    from baichuan_jax.data.corpus_config import (
+        ReadConfig,
+    )  # with pyarrow, which --help does without
     from baichuan_jax.data.documents import Record, find_inputs, make_parts, read_records
 
     sets = EvaluationSets(options.evaluation)
@@ -223,7 +264,9 @@ def main(words: list[str]) -> int:
         for piece in part:
             for record in read_records(piece, ReadConfig()):
                 if record.reason is not None or not isinstance(record, Record):
-                    raise ConfigError(f"{record.path}, line {record.line}: {record.reason}: {record.detail}")
+                    raise ConfigError(
+                        f"{record.path}, line {record.line}: {record.reason}: {record.detail}"
+                    )
                 documents += 1
                 grams = sets.find(record.text)
                 if len(grams):
@@ -238,23 +281,34 @@ def main(words: list[str]) -> int:
     console.print(table)
     for task, keys in places.items():
         for key in keys[: options.examples]:
-            console.print(f"{task}: {key[0]}, line {key[1]}: {shared[key][leaked[key][task]]}", markup=False)
+            console.print(
+                f"{task}: {key[0]}, line {key[1]}: {shared[key][leaked[key][task]]}", markup=False
+            )
     formulas = len(found) - len(leaked)
     console.print(
         f"{len(leaked):,} of {documents:,} documents hold text of an evaluation set; {formulas:,} more hold formulas only"
     )
     if options.json:
         figures = {
-            "documents": documents, "contaminated": len(leaked), "formulas_only": formulas,
+            "documents": documents,
+            "contaminated": len(leaked),
+            "formulas_only": formulas,
             "tasks": {
                 task: {
-                    "items": sets.items[task], "too_short": sets.short[task], "documents": len(keys),
-                    "places": [{"file": key[0], "line": key[1], "shared": shared[key][leaked[key][task]]} for key in keys],
+                    "items": sets.items[task],
+                    "too_short": sets.short[task],
+                    "documents": len(keys),
+                    "places": [
+                        {"file": key[0], "line": key[1], "shared": shared[key][leaked[key][task]]}
+                        for key in keys
+                    ],
                 }
                 for task, keys in places.items()
             },
-        }  # fmt: skip
-        Path(options.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+        }
+        Path(options.json).write_text(
+            json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
     return 0
 
 

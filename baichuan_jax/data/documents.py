@@ -1,6 +1,7 @@
 """Documents of input files, read so that nothing is lost in silence: what cannot be read is a record too, with file, line and reason.
 
-The input is cut into parts by its files alone; every part is read in order by one worker, whatever the number of workers.
+The input is cut into parts by its files alone; every part is read in order by one worker, whatever
+the number of workers.
 """
 
 import contextlib
@@ -36,7 +37,9 @@ class Slice:
     path: str
     start: int = 0
     stop: int | None = None
-    first_line: int = 1  # one more than the newlines before `start`, or the rows before the first row group
+    first_line: int = (
+        1  # one more than the newlines before `start`, or the rows before the first row group
+    )
 
     @property
     def by_bytes(self) -> bool:
@@ -68,14 +71,19 @@ class Problem(NamedTuple):
 def find_inputs(patterns: list[str]) -> list[tuple[str, int]]:
     """(path, size) of the files that globs name, locally or as s3://, gs:// or hdfs:// addresses; sorted, each once.
 
-    Local paths are absolute. Raises ConfigError where a glob matches none or a file is of no known kind.
+    Local paths are absolute. Raises ConfigError where a glob matches none or a file is of no known
+    kind.
     """
     found: dict[str, int] = {}
     for pattern in patterns:
         if "://" in pattern:
             files = dict(_find_remote(pattern))
         else:
-            paths = [os.path.abspath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+            paths = [
+                os.path.abspath(path)
+                for path in glob.glob(pattern, recursive=True)
+                if os.path.isfile(path)
+            ]
             files = {path: os.path.getsize(path) for path in paths}
         if not files:
             raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
@@ -107,9 +115,14 @@ def make_parts(files: list[tuple[str, int]]) -> list[list[Slice]]:
             slices += _row_groups(path)
         elif path.endswith((".jsonl", ".json")) and size > PART_BYTES:
             borders = [*range(0, size, PART_BYTES), size]
-            slices += [(Slice(path, start, stop), stop - start) for start, stop in itertools.pairwise(borders)]
+            slices += [
+                (Slice(path, start, stop), stop - start)
+                for start, stop in itertools.pairwise(borders)
+            ]
         else:
-            slices.append((Slice(path), size * (INFLATION if path.endswith((".gz", ".zst")) else 1)))
+            slices.append(
+                (Slice(path), size * (INFLATION if path.endswith((".gz", ".zst")) else 1))
+            )
     parts: list[list[Slice]] = [[]]
     weight = 0
     for piece, size in slices:
@@ -177,7 +190,9 @@ def _read_lines(piece: Slice, fields: Any) -> Iterator[Record]:
         number = piece.first_line - 1
         if piece.start:
             file.seek(piece.start - 1)
-            if _skip_line(file) > 1:  # a line that begins before this slice belongs to the slice before
+            if (
+                _skip_line(file) > 1
+            ):  # a line that begins before this slice belongs to the slice before
                 number += 1
         while piece.stop is None or file.tell() < piece.stop:
             line = file.readline(fields.max_line_bytes + 1)
@@ -187,10 +202,19 @@ def _read_lines(piece: Slice, fields: Any) -> Iterator[Record]:
             if len(line) > fields.max_line_bytes and not line.endswith(b"\n"):
                 size = len(line) + _skip_line(file)
                 yield _bad(
-                    piece.path, number, fields, "line_too_long", f"{size} bytes, and read.max_line_bytes={fields.max_line_bytes}"
+                    piece.path,
+                    number,
+                    fields,
+                    "line_too_long",
+                    f"{size} bytes, and read.max_line_bytes={fields.max_line_bytes}",
                 )
             elif line.strip():
-                yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, piece.path, number, fields)
+                yield _parse(
+                    line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line,
+                    piece.path,
+                    number,
+                    fields,
+                )
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -207,14 +231,22 @@ def _read_text(piece: Slice, fields: Any) -> Iterator[Record]:
     with _open_binary(piece.path) as file:
         content = file.read(fields.max_line_bytes + 1)
         if len(content) > fields.max_line_bytes:
-            yield _bad(piece.path, 1, fields, "line_too_long", f"more than read.max_line_bytes={fields.max_line_bytes} bytes")
+            yield _bad(
+                piece.path,
+                1,
+                fields,
+                "line_too_long",
+                f"more than read.max_line_bytes={fields.max_line_bytes} bytes",
+            )
             return
     if not content.strip():
         return
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield _bad(piece.path, content[: error.start].count(b"\n") + 1, fields, "broken_utf8", str(error))
+        yield _bad(
+            piece.path, content[: error.start].count(b"\n") + 1, fields, "broken_utf8", str(error)
+        )
     else:
         yield Record(piece.path, 1, None, text, _stem(piece.path))
 
@@ -224,7 +256,9 @@ def _read_parquet(piece: Slice, fields: Any) -> Iterator[Record]:
         table = pyarrow.parquet.ParquetFile(file)
         wanted = (fields.text_field, fields.id_field, fields.source_field)
         names = [name for name in wanted if name in table.schema_arrow.names]
-        groups = list(range(piece.start, piece.stop if piece.stop is not None else table.num_row_groups))
+        groups = list(
+            range(piece.start, piece.stop if piece.stop is not None else table.num_row_groups)
+        )
         number = piece.first_line - 1
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=names):
             for row in batch.to_pylist():
@@ -240,19 +274,31 @@ def _parse(line: bytes, path: str, number: int, fields: Any) -> Record:
     except (ValueError, RecursionError) as error:
         return _bad(path, number, fields, "no_json", str(error) or "nested too deeply")
     if not isinstance(record, dict):
-        return _bad(path, number, fields, "no_json", f"{type(record).__name__} instead of an object")
+        return _bad(
+            path, number, fields, "no_json", f"{type(record).__name__} instead of an object"
+        )
     return _document(record, path, number, fields)
 
 
 def _document(record: dict[str, Any], path: str, number: int, fields: Any) -> Record:
     name = record.get(fields.id_field)
-    identity = str(name) if isinstance(name, str | int) and not isinstance(name, bool) and str(name) else None
+    identity = (
+        str(name)
+        if isinstance(name, str | int) and not isinstance(name, bool) and str(name)
+        else None
+    )
     source = record.get(fields.source_field)
     source = source if isinstance(source, str) and source else _stem(path)
     text = record.get(fields.text_field)
     if not isinstance(text, str):
         return Record(
-            path, number, identity, "", source, "no_text", f"no text in field {fields.text_field!r} (it has: {sorted(record)})"
+            path,
+            number,
+            identity,
+            "",
+            source,
+            "no_text",
+            f"no text in field {fields.text_field!r} (it has: {sorted(record)})",
         )
     try:
         text.encode()

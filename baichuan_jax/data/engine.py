@@ -1,8 +1,9 @@
 """Runs the pipeline's work through Daft: tasks over parts in worker processes, here or on a Ray cluster, each exactly once.
 
-A stage is a folder. Its tasks write one Parquet file a part, whole or not at all, with a JSON record beside it; a record made from
-the same settings is kept, so that a killed run goes on with the parts that are missing. Tables of keys (never of text) are joined and
-grouped by Daft's own operators and written in one piece.
+A stage is a folder. Its tasks write one Parquet file a part, whole or not at all, with a JSON
+record beside it; a record made from the same settings is kept, so that a killed run goes on with
+the parts that are missing. Tables of keys (never of text) are joined and grouped by Daft's own
+operators and written in one piece.
 """
 
 import contextlib
@@ -34,10 +35,17 @@ from baichuan_jax.files import publish, write_atomically
 
 VERSION = 3  # of the files of all stages: a change makes finished stages anew
 ROWS_AT_ONCE = 2 << 20  # that are grouped in memory on one machine
-START_AGAIN = "; free some and start again: what is finished is kept"  # after an error of a full disk
+START_AGAIN = (
+    "; free some and start again: what is finished is kept"  # after an error of a full disk
+)
 FAILED = "failed"  # a file in a stage's folder: a task of it has failed
 ROW_BITS = 32  # a document's key: part << ROW_BITS | row; keys are in the order of the input
-PARQUET = {"compression": "zstd", "compression_level": 1, "write_statistics": False, "store_schema": False}
+PARQUET = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "write_statistics": False,
+    "store_schema": False,
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,13 @@ class Stage:
 
 def stage_key(*parents: Any) -> str:
     """A hash of settings (dataclasses, numbers, strings) and of other stages' keys."""
-    plain = [asdict(value) if is_dataclass(value) and not isinstance(value, type) else value for value in parents]
-    return hashlib.sha256(json.dumps([__version__, VERSION, daft.__version__, plain], sort_keys=True).encode()).hexdigest()[:16]
+    plain = [
+        asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for value in parents
+    ]
+    return hashlib.sha256(
+        json.dumps([__version__, VERSION, daft.__version__, plain], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 class Engine:
@@ -93,7 +106,12 @@ class Engine:
             import ray  # pyright: ignore[reportMissingImports]
 
             # The address "local" starts a cluster in this process.
-            ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+            ray.init(
+                os.environ["RAY_ADDRESS"],
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                ignore_reinit_error=True,
+            )
             daft.set_runner_ray()
             cores = int(ray.cluster_resources().get("CPU", 1))
         else:
@@ -102,12 +120,18 @@ class Engine:
         self.num_workers = num_workers or cores
 
     def run(
-        self, stage: Stage, task: Callable[..., Any], parts: list[int], given: DataFrame | None, *arguments: Any
+        self,
+        stage: Stage,
+        task: Callable[..., Any],
+        parts: list[int],
+        given: DataFrame | None,
+        *arguments: Any,
     ) -> list[Any]:
         """Run task(part, given_row, file, *arguments) -> JSON-able result for every part that has none yet; all results, in order.
 
-        `given` has a column `part`, each at most once, and columns of lists: the row of a part reaches its task as a dict. A task
-        writes the file it is given (under another name first, which this does) and may run anywhere and more than once.
+        `given` has a column `part`, each at most once, and columns of lists: the row of a part
+        reaches its task as a dict. A task writes the file it is given (under another name first,
+        which this does) and may run anywhere and more than once.
         """
         stage.prepare()
         todo = [part for part in parts if stage.record(part) is None]
@@ -118,10 +142,18 @@ class Engine:
                 frame = frame.join(given, on="part", how="left")
             if self.on_ray:
                 frame = frame.into_partitions(min(len(todo), 4 * self.num_workers))
-            worker = daft.cls(_Worker, max_concurrency=min(self.num_workers, len(todo)), use_process=True)
-            run = worker(task, stage, arguments, names).run(daft.col("part"), *[daft.col(name) for name in names])
+            worker = daft.cls(
+                _Worker, max_concurrency=min(self.num_workers, len(todo)), use_process=True
+            )
+            run = worker(task, stage, arguments, names).run(
+                daft.col("part"), *[daft.col(name) for name in names]
+            )
             bar = tqdm(
-                total=len(parts), initial=len(parts) - len(todo), desc=stage.folder.name, unit="part", disable=not self._shows()
+                total=len(parts),
+                initial=len(parts) - len(todo),
+                desc=stage.folder.name,
+                unit="part",
+                disable=not self._shows(),
             )
             errors = []
             with bar:  # to its end whatever happens: a process that leaves while daft works crashes
@@ -138,10 +170,13 @@ class Engine:
         """A table computed once for all that is made from it. On Ray unions and joins multiply partitions; this gathers them."""
         return (frame.into_partitions(self.num_workers) if self.on_ray else frame).collect()
 
-    def in_buckets(self, rows: int, make: Callable[..., DataFrame], *keyed: tuple[DataFrame, str]) -> DataFrame:
+    def in_buckets(
+        self, rows: int, make: Callable[..., DataFrame], *keyed: tuple[DataFrame, str]
+    ) -> DataFrame:
         """What `make` makes of tables, each with a key: rows with equal keys meet, in as many turns as keep a turn's rows few.
 
-        On one machine the turns' rows lie on the disk, so memory does not grow with them; a Ray cluster has its own way to do that.
+        On one machine the turns' rows lie on the disk, so memory does not grow with them; a Ray
+        cluster has its own way to do that.
         """
         turns = 1 if self.on_ray else max(1, -(-rows // ROWS_AT_ONCE))
         if turns == 1:
@@ -152,10 +187,14 @@ class Engine:
         shutil.rmtree(folder, ignore_errors=True)
         for number, (frame, key) in enumerate(keyed):
             bucket = F.pmod(col(key), lit(turns)).alias("bucket")
-            frame.with_column("bucket", bucket).write_parquet(str(folder / f"in-{number}"), partition_cols=["bucket"])
+            frame.with_column("bucket", bucket).write_parquet(
+                str(folder / f"in-{number}"), partition_cols=["bucket"]
+            )
         for turn in range(turns):
             files = [folder / f"in-{number}" / f"bucket={turn}" for number in range(len(keyed))]
-            frames = [_read_folder(file, frame) for file, (frame, _) in zip(files, keyed, strict=True)]
+            frames = [
+                _read_folder(file, frame) for file, (frame, _) in zip(files, keyed, strict=True)
+            ]
             made = make(*frames)
             made.write_parquet(str(folder / "out" / str(turn)))
             for file in files:
@@ -167,8 +206,12 @@ class Engine:
         frame = daft.from_pydict({"number": list(range(len(items)))})
         if self.on_ray:
             frame = frame.into_partitions(min(len(items), 4 * self.num_workers))
-        worker = daft.cls(_Each, max_concurrency=min(self.num_workers, len(items)), use_process=True)
-        for row in frame.select(worker(work, items).run(daft.col("number")).alias("number")).iter_rows():
+        worker = daft.cls(
+            _Each, max_concurrency=min(self.num_workers, len(items)), use_process=True
+        )
+        for row in frame.select(
+            worker(work, items).run(daft.col("number")).alias("number")
+        ).iter_rows():
             yield items[row["number"]]
 
     def _shows(self) -> bool:
@@ -211,7 +254,9 @@ def read_table(stage: Stage) -> DataFrame:
 
 
 class _Worker:
-    def __init__(self, task: Callable[..., Any], stage: Stage, arguments: tuple, names: list[str]) -> None:
+    def __init__(
+        self, task: Callable[..., Any], stage: Stage, arguments: tuple, names: list[str]
+    ) -> None:
         self._task, self._stage, self._arguments, self._names = task, stage, arguments, names
 
     @daft.method.batch(return_dtype=DataType.string(), batch_size=1)
@@ -232,7 +277,15 @@ class _Worker:
                 failed.touch()
             known = isinstance(error, ConfigError | OSError)  # what a user can mend
             text = f"{error}{_hint(str(error))}" if known else traceback.format_exc()
-            return [json.dumps({"part": number, "known": known, "text": f"{stage.folder.name}, part {number}: {text}"})]
+            return [
+                json.dumps(
+                    {
+                        "part": number,
+                        "known": known,
+                        "text": f"{stage.folder.name}, part {number}: {text}",
+                    }
+                )
+            ]
         return ["{}"]
 
 

@@ -24,11 +24,12 @@ CLOSE_SECONDS = 5.0
 class Loader:
     """Endless iterator over training batches, beginning at `position`.
 
-    Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight, each shuffled anew every epoch.
-    Windows [begin, end) of positions in `skip` are left out.
-    Yields dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
-    `segment_ids` and `positions`. Every process reads only the rows that its own devices need. Raises ConfigError naming a row that
-    cannot be read; the loader is closed then, since to go on would leave out a batch.
+    Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight,
+    each shuffled anew every epoch. Windows [begin, end) of positions in `skip` are left out. Yields
+    dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and,
+    with document_mask, `segment_ids` and `positions`. Every process reads only the rows that its
+    own devices need. Raises ConfigError naming a row that cannot be read; the loader is closed
+    then, since to go on would leave out a batch.
     """
 
     def __init__(
@@ -48,7 +49,11 @@ class Loader:
         self._index = _index_of(position, self._skip)
         self._sharding = sharding
         self._eos_id = eos_id if document_mask else None
-        self._shape = (accumulation_steps, batch_size // accumulation_steps, sources[0][0].context_length)
+        self._shape = (
+            accumulation_steps,
+            batch_size // accumulation_steps,
+            sources[0][0].context_length,
+        )
         self._rows = _needed_rows(sharding, self._shape)
         batches = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
         dataset: Any = grain.MapDataset.source(batches)[self._index :]  # pyright: ignore[reportArgumentType]
@@ -82,14 +87,22 @@ class Loader:
 def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
     """The endless sequence of rows: element i is a function of the seed and i alone.
 
-    A corpus is used once an epoch, in an order that no other epoch or corpus has. grain rounds the ratio of a weight to the smallest
-    one down to hundredths, and keeps every prefix of the sequence within a row of the ratios.
+    A corpus is used once an epoch, in an order that no other epoch or corpus has. grain rounds the
+    ratio of a weight to the smallest one down to hundredths, and keeps every prefix of the sequence
+    within a row of the ratios.
     """
     datasets = [
-        grain.MapDataset.source(rows).seed(seed + 1000003 * index).shuffle().repeat(None, reseed_each_epoch=True)
+        grain.MapDataset.source(rows)
+        .seed(seed + 1000003 * index)
+        .shuffle()
+        .repeat(None, reseed_each_epoch=True)
         for index, (rows, _) in enumerate(sources)
     ]
-    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
+    return (
+        datasets[0]
+        if len(datasets) == 1
+        else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
+    )
 
 
 def _merged(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -113,13 +126,21 @@ def _position_of(index: int, skip: list[tuple[int, int]]) -> int:
 
 def _index_of(position: int, skip: list[tuple[int, int]]) -> int:
     """How many batches before a position are not left out."""
-    return position - sum(max(0, min(end, position) - begin) for begin, end in skip if begin < position)
+    return position - sum(
+        max(0, min(end, position) - begin) for begin, end in skip if begin < position
+    )
 
 
 class _Batches:
     """Random access to this process's part of every global batch: [rows needed, T + 1]."""
 
-    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int, skip: list[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        sequence: grain.MapDataset,
+        rows: np.ndarray,
+        batch_size: int,
+        skip: list[tuple[int, int]],
+    ) -> None:
         self._sequence: Any = sequence
         self._rows, self._batch_size, self._skip = rows, batch_size, skip
 
@@ -128,13 +149,19 @@ class _Batches:
 
     def __getitem__(self, index: int) -> np.ndarray:
         position = _position_of(index, self._skip)
-        return np.stack([self._sequence[position * self._batch_size + int(row)] for row in self._rows])
+        return np.stack(
+            [self._sequence[position * self._batch_size + int(row)] for row in self._rows]
+        )
 
 
 def _needed_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> np.ndarray:
     """Numbers, within a global batch, of the rows that this process's devices hold."""
     numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])
-    needed = [numbers[index[:2]].ravel() for index in sharding.addressable_devices_indices_map(shape).values() if index]
+    needed = [
+        numbers[index[:2]].ravel()
+        for index in sharding.addressable_devices_indices_map(shape).values()
+        if index
+    ]
     return np.unique(np.concatenate(needed))
 
 
@@ -145,7 +172,10 @@ def _arrays(rows: np.ndarray, eos_id: int | None) -> dict[str, np.ndarray]:
 
 
 def _to_devices(
-    arrays: dict[str, np.ndarray], numbers: np.ndarray, shape: tuple[int, int, int], sharding: NamedSharding
+    arrays: dict[str, np.ndarray],
+    numbers: np.ndarray,
+    shape: tuple[int, int, int],
+    sharding: NamedSharding,
 ) -> dict[str, jax.Array]:
     """Arrays [n, T] of rows with their numbers in the batch -> global arrays [A, B, T]; each device takes its own."""
     place = np.full(shape[0] * shape[1], -1)
@@ -153,7 +183,9 @@ def _to_devices(
     place = place.reshape(shape[:2])
 
     def make(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, lambda index: array[place[index[:2]]][..., index[2]])  # type: ignore
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: array[place[index[:2]]][..., index[2]]
+        )  # type: ignore
 
     return {name: make(array) for name, array in arrays.items()}
 
@@ -199,5 +231,10 @@ def validation_batches(
 
 def _in_turn(lengths: list[int], limit: int) -> list[tuple[int, int]]:
     """(source, row) pairs, one of each source in turn until all are used or the limit is reached."""
-    order = ((source, row) for row in range(max(lengths)) for source, length in enumerate(lengths) if row < length)
+    order = (
+        (source, row)
+        for row in range(max(lengths))
+        for source, length in enumerate(lengths)
+        if row < length
+    )
     return list(itertools.islice(order, limit))

@@ -1,6 +1,7 @@
 """What the rules judge documents by: counts and shares of a batch of texts, in a few passes of numpy over its code points.
 
-C code points of the whole batch, D documents, U units: a unit is a Han character, or a run of other letters and digits.
+C code points of the whole batch, D documents, U units: a unit is a Han character, or a run of other
+letters and digits.
 """
 
 import functools
@@ -11,8 +12,9 @@ import numpy as np
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
 HAN, LATIN, LETTER, DIGIT, SPACE, PUNCTUATION, SYMBOL, BROKEN = range(8)
-# The 150 Han characters that are commonest in modern, vernacular and classical text together, simplified and traditional. They make
-# up 35 % and more of any prose or verse; UTF-8 that was read as GBK is made of rare ones.
+# The 150 Han characters that are commonest in modern, vernacular and classical text together,
+# simplified and traditional. They make up 35 % and more of any prose or verse; UTF-8 that was read
+# as GBK is made of rare ones.
 COMMON_HAN = (
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方多经么去法"
     "学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使情明性知全三又关点正业外"
@@ -32,12 +34,16 @@ def _classes() -> np.ndarray:
     """The class of every code point: uint8 [0x110000]."""
     classes = np.full(0x110000, BROKEN, np.uint8)
     by_category = {"L": LETTER, "M": LETTER, "N": DIGIT, "Z": SPACE, "P": PUNCTUATION, "S": SYMBOL}
-    for point in itertools.chain(range(0x20000), range(0xE0000, 0xE1000)):  # what lies between is Han or of no use
+    for point in itertools.chain(
+        range(0x20000), range(0xE0000, 0xE1000)
+    ):  # what lies between is Han or of no use
         classes[point] = by_category.get(unicodedata.category(chr(point))[0], BROKEN)
     for low, high in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)):
         classes[low : high + 1] = HAN
     for low, high in ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F), (0x1E00, 0x1EFF)):
-        classes[low : high + 1] = np.where(classes[low : high + 1] == LETTER, LATIN, classes[low : high + 1])
+        classes[low : high + 1] = np.where(
+            classes[low : high + 1] == LETTER, LATIN, classes[low : high + 1]
+        )
     classes[[ord(c) for c in "\t\n\r" + FORMAT_CHARACTERS]] = SPACE
     classes[0xFFFD] = BROKEN
     return classes
@@ -50,7 +56,8 @@ def _marks() -> dict[str, np.ndarray]:
     sets = {
         "common": COMMON_HAN,
         "lead": lead,  # what a lead byte of UTF-8 becomes when it is read as Latin-1 or Windows-1252; and a byte that goes on
-        "follow": [chr(point) for point in range(0x80, 0xC0)] + list(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")),
+        "follow": [chr(point) for point in range(0x80, 0xC0)]
+        + list(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")),
         "end": "。！？!?…",
         "stop": ".",
     }
@@ -100,20 +107,34 @@ def measure(texts: list[str], enough_for_language: bool = False) -> pa.Table:
 
 
 CLASSES = {
-    "han": HAN, "latin": LATIN, "other_letters": LETTER, "digits": DIGIT, "space": SPACE,
-    "punctuation": PUNCTUATION, "symbols": SYMBOL, "broken": BROKEN,
-}  # fmt: skip
+    "han": HAN,
+    "latin": LATIN,
+    "other_letters": LETTER,
+    "digits": DIGIT,
+    "space": SPACE,
+    "punctuation": PUNCTUATION,
+    "symbols": SYMBOL,
+    "broken": BROKEN,
+}
 
 
-def _runs(points: np.ndarray, classes: np.ndarray, starts: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
+def _runs(
+    points: np.ndarray, classes: np.ndarray, starts: np.ndarray, owner: np.ndarray
+) -> dict[str, np.ndarray]:
     """`drawn_out`: letters in runs of one letter, RUN long or longer."""
     border = np.flatnonzero(np.append(True, points[1:] != points[:-1]))
     size = np.diff(np.append(border, len(points)))
     drawn = (size >= RUN) & (classes[border] <= LETTER)
-    return {"drawn_out": np.bincount(owner[border[drawn]], size[drawn], len(starts) - 1).astype(np.int64)}
+    return {
+        "drawn_out": np.bincount(owner[border[drawn]], size[drawn], len(starts) - 1).astype(
+            np.int64
+        )
+    }
 
 
-def _units(points: np.ndarray, classes: np.ndarray, owner: np.ndarray, documents: int) -> dict[str, np.ndarray]:
+def _units(
+    points: np.ndarray, classes: np.ndarray, owner: np.ndarray, documents: int
+) -> dict[str, np.ndarray]:
     """`units`, `words`, `long_word_letters`, `repeated` (units in GRAM-grams that stood before), `coincidence`."""
     word = (classes == LATIN) | (classes == LETTER) | (classes == DIGIT)
     begins = word & ~np.append(False, word[:-1])
@@ -128,18 +149,25 @@ def _units(points: np.ndarray, classes: np.ndarray, owner: np.ndarray, documents
             "repeated": zero,
             "coincidence": np.full(documents, np.inf),
         }
-    # A unit's hash: its code points times odd powers, summed; wrap-around is meant. Words are told apart without regard to case.
+    # A unit's hash: its code points times odd powers, summed; wrap-around is meant. Words are told
+    # apart without regard to case.
     place = np.arange(len(points), dtype=np.int64)
     inside = np.where(unit, place, 0)
     np.maximum.accumulate(inside, out=inside)
     offset = (place - inside).astype(np.uint64)
     lower = points | np.where((points >= 65) & (points <= 90), np.uint32(32), np.uint32(0))
-    value = np.where(word | (classes == HAN), _scramble(lower.astype(np.uint64) + (offset << np.uint64(32))), np.uint64(0))
+    value = np.where(
+        word | (classes == HAN),
+        _scramble(lower.astype(np.uint64) + (offset << np.uint64(32))),
+        np.uint64(0),
+    )
     key = np.add.reduceat(value, first)
     size = np.add.reduceat(word.astype(np.int64), first)
     own = owner[first]
     is_word = classes[first] != HAN
-    count = lambda which, weights=None: np.bincount(own[which], None if weights is None else weights[which], documents)
+    count = lambda which, weights=None: np.bincount(
+        own[which], None if weights is None else weights[which], documents
+    )
     units = np.bincount(own, minlength=documents)
     return {
         "units": units,
@@ -184,8 +212,9 @@ def _repeated(key: np.ndarray, own: np.ndarray, documents: int) -> np.ndarray:
 def _coincidence(key: np.ndarray, own: np.ndarray, place: np.ndarray, documents: int) -> np.ndarray:
     """How much oftener two places of a document have the same pair of Han characters than if these stood in random order.
 
-    Friedman's index of coincidence of pairs over the square of that of characters: about 1 for shuffled text, many times that for
-    language; infinite where too few characters are there to tell.
+    Friedman's index of coincidence of pairs over the square of that of characters: about 1 for
+    shuffled text, many times that for language; infinite where too few characters are there to
+    tell.
     """
     singles, count = _equal_pairs(key, own, documents)
     pair = key[:-1] * _MIX + key[1:]
@@ -199,7 +228,9 @@ def _coincidence(key: np.ndarray, own: np.ndarray, place: np.ndarray, documents:
 def _equal_pairs(key: np.ndarray, own: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each document: pairs of places with equal keys, and all pairs of places."""
     bits = np.uint64(64 - documents.bit_length())
-    keyed = np.sort((own.astype(np.uint64) << bits) | (_scramble(key) >> np.uint64(documents.bit_length())))
+    keyed = np.sort(
+        (own.astype(np.uint64) << bits) | (_scramble(key) >> np.uint64(documents.bit_length()))
+    )
     border = np.flatnonzero(np.append(len(keyed) > 0, keyed[1:] != keyed[:-1]))
     size = np.diff(np.append(border, len(keyed))).astype(np.float64)
     equal = np.bincount((keyed[border] >> bits).astype(np.int64), size * (size - 1) / 2, documents)
@@ -219,5 +250,12 @@ def _lines(texts: list[str]) -> dict[str, np.ndarray]:
                 repeated += len(line)
             seen.add(line)
         full = sum(len(line) >= FULL_LINE for line in lines[1:])
-        counts[index] = len(lines), full, sum(line.endswith(("...", "…")) for line in lines), repeated
-    return dict(zip(("lines", "full_lines", "open_lines", "repeated_lines"), counts.T.copy(), strict=True))
+        counts[index] = (
+            len(lines),
+            full,
+            sum(line.endswith(("...", "…")) for line in lines),
+            repeated,
+        )
+    return dict(
+        zip(("lines", "full_lines", "open_lines", "repeated_lines"), counts.T.copy(), strict=True)
+    )

@@ -1,11 +1,14 @@
 """From raw text to a clean corpus: raw -> rules -> {quality, documents, sentences} -> select -> final, as the original describes it.
 
-    python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input 'corpus/*.jsonl.gz' --output DIR
+    python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input 'corpus/*.jsonl.gz'
+    --output DIR
 
-Text stays in its part of the input all the way; what the parts tell each other is keys: hashes of documents and sentences. Writes
-final/*.parquet (id, text, source, lang, quality, frequency), removed/*.parquet (id, stage, reason, duplicate_of), report.json, and the
-funnel as PNG and HTML. Every document of the input is in exactly one of final/ and removed/; their bytes are a function of the input
-and the settings, whatever the number of workers and restarts. RAY_ADDRESS names a cluster to run on.
+Text stays in its part of the input all the way; what the parts tell each other is keys: hashes of
+documents and sentences. Writes final/*.parquet (id, text, source, lang, quality, frequency),
+removed/*.parquet (id, stage, reason, duplicate_of), report.json, and the funnel as PNG and HTML.
+Every document of the input is in exactly one of final/ and removed/; their bytes are a function of
+the input and the settings, whatever the number of workers and restarts. RAY_ADDRESS names a cluster
+to run on.
 """
 
 import dataclasses
@@ -43,7 +46,9 @@ def run(config: CorpusConfig, progress: bool = True) -> dict[str, Any]:
             report["settings"] = dataclasses.asdict(config)
             write_atomically(output / "funnel.png", funnel.picture(report))
             write_atomically(output / "funnel.html", funnel.page(report).encode())
-            write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+            write_atomically(
+                output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()
+            )
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -64,9 +69,15 @@ def _join_input(words: list[str]) -> list[str]:
     if "--input" not in words:
         return words
     start = words.index("--input") + 1
-    stop = next((index for index in range(start, len(words)) if words[index].startswith("--")), len(words))
+    stop = next(
+        (index for index in range(start, len(words)) if words[index].startswith("--")), len(words)
+    )
     values = words[start:stop]
-    return words if len(values) == 1 and values[0].startswith("[") else [*words[:start], json.dumps(values), *words[stop:]]
+    return (
+        words
+        if len(values) == 1 and values[0].startswith("[")
+        else [*words[:start], json.dumps(values), *words[stop:]]
+    )
 
 
 if __name__ == "__main__":

@@ -28,21 +28,31 @@ class Prepared:
 
 
 def prepare(
-    config: Config, *, writer: bool = True, progress: bool = True, say: Callable[[str], None] = lambda _: None
+    config: Config,
+    *,
+    writer: bool = True,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Tokenizer and rows of a configuration; what is missing is trained and packed into data.cache_dir, once for all later runs.
 
-    Of a run's processes one is the `writer`; the others wait until its files are there, WAIT_SECONDS at most. Raises ConfigError.
+    Of a run's processes one is the `writer`; the others wait until its files are there,
+    WAIT_SECONDS at most. Raises ConfigError.
     """
     if not config.data.train:
-        raise ConfigError("data.train names no corpus; give globs of text files or folders of packed rows, with weights")
+        raise ConfigError(
+            "data.train names no corpus; give globs of text files or folders of packed rows, with weights"
+        )
     tokenizer = _find_tokenizer(config, writer, say)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of {tokenizer.path}"
         )
     corpora = {
-        name: [(_find_rows(config, path, tokenizer, writer, progress, say), weight) for path, weight in chosen.items()]
+        name: [
+            (_find_rows(config, path, tokenizer, writer, progress, say), weight)
+            for path, weight in chosen.items()
+        ]
         for name, chosen in (("train", config.data.train), ("validation", config.data.validation))
     }
     return Prepared(tokenizer, corpora["train"], corpora["validation"])
@@ -57,10 +67,15 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
         return Tokenizer(config.tokenizer.path)
     texts = [path for path in config.data.train if not _is_packed(path)]
     if not texts:
-        raise ConfigError("data.train holds packed rows only, so tokenizer.path must name the tokenizer they were made with")
+        raise ConfigError(
+            "data.train holds packed rows only, so tokenizer.path must name the tokenizer they were made with"
+        )
     files = find_files(texts)
     size = config.tokenizer.vocab_size
-    path = Path(config.data.cache_dir) / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
+    path = (
+        Path(config.data.cache_dir)
+        / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
+    )
     if not writer:
         _wait_for(path, say)
         return Tokenizer(path)
@@ -68,7 +83,11 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
     with locked(path.with_suffix(".lock")):
         if not path.exists():
             began = time.perf_counter()
-            documents = (text for file in files for text in read_documents(Part(file), config.data.text_field))
+            documents = (
+                text
+                for file in files
+                for text in read_documents(Part(file), config.data.text_field)
+            )
             used = train_tokenizer(documents, path, size)
             say(
                 f"trained a tokenizer of {size} pieces on {used['bytes']:,} bytes in {time.perf_counter() - began:.1f} s "
@@ -78,7 +97,14 @@ def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) ->
     return Tokenizer(path)
 
 
-def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Callable[[str], None]) -> Rows:
+def _find_rows(
+    config: Config,
+    path: str,
+    tokenizer: Tokenizer,
+    writer: bool,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Rows:
     length = config.train.context_length
     if _is_packed(path):
         rows = Rows(path)
@@ -95,7 +121,10 @@ def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, pr
             )
         return rows
     files = find_files([path])
-    folder = Path(config.data.cache_dir) / f"rows-{_fingerprint(files, tokenizer.hash, length, config.data.text_field)}"
+    folder = (
+        Path(config.data.cache_dir)
+        / f"rows-{_fingerprint(files, tokenizer.hash, length, config.data.text_field)}"
+    )
     if not writer:
         _wait_for(folder / MANIFEST, say)
         return Rows(folder)
@@ -103,16 +132,23 @@ def _find_rows(config: Config, path: str, tokenizer: Tokenizer, writer: bool, pr
         return Rows(folder)
     require_writable(config.data.cache_dir, "data.cache_dir")
     rows = pack(
-        [path], folder, tokenizer, length,
-        text_field=config.data.text_field, num_workers=config.data.num_workers, progress=progress,
-    )  # fmt: skip
+        [path],
+        folder,
+        tokenizer,
+        length,
+        text_field=config.data.text_field,
+        num_workers=config.data.num_workers,
+        progress=progress,
+    )
     say(f"packed {path}: {summary(rows)}")
     return rows
 
 
 def _fingerprint(files: list[str], *settings: Any) -> str:
     """A name for what is made from these files as they are now with these settings."""
-    described = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+    described = [
+        (os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files
+    ]
     return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
 
 

@@ -1,8 +1,10 @@
 """Quality of text as a probability, by a fastText classifier for Chinese and one for English.
 
-A text is seen as its Han characters, its lower-case words, and the marks of its sentences, singly and in neighbouring pairs; so the
-classifier knows in what order words come, and nothing of layout, digits and symbols, which are the rules' work. Trained on good text
-against bad: of your choice, or damaged copies of the good. The package brings a small model (quality_model/, its text in card.json).
+A text is seen as its Han characters, its lower-case words, and the marks of its sentences, singly
+and in neighbouring pairs; so the classifier knows in what order words come, and nothing of layout,
+digits and symbols, which are the rules' work. Trained on good text against bad: of your choice, or
+damaged copies of the good. The package brings a small model (quality_model/, its text in
+card.json).
 
 `python -m baichuan_jax.data.quality train|score`
 """
@@ -31,12 +33,18 @@ from baichuan_jax.resilience.exits import run_command
 
 MODEL = Path(__file__).parent / "quality_model"
 LANGUAGES = ("zh", "en")
-HELD_OUT = 10  # one document in so many is kept from training: half of them to calibrate, half to report
+HELD_OUT = (
+    10  # one document in so many is kept from training: half of them to calibrate, half to report
+)
 SHORTEST, LONGEST = 20, 1500  # characters of a training piece: a sentence up to a page
-MAX_CHARACTERS = 30_000_000  # held in memory for one language and label; more is sampled evenly, and said
+MAX_CHARACTERS = (
+    30_000_000  # held in memory for one language and label; more is sampled evenly, and said
+)
 
 DAMAGED = "damaged copies of the good text"  # what the card says where no bad text was given
-RUNNING = 0.08  # of the words of running English text are function words, at least; of prose a third
+RUNNING = (
+    0.08  # of the words of running English text are function words, at least; of prose a third
+)
 
 _FUNCTION_WORD = re.compile(
     r"\b(?:the|of|and|to|a|in|is|that|for|it|with|as|be|on|by|this|are|or|not|from|at|an|if|you|can|was|he|his|her|i|have|had|but"
@@ -48,9 +56,10 @@ _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[，。、；：！
 def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
     """Probability that each text is good: float32 [len(texts)]; 0 where a text has no letter.
 
-    Documents and sentences alike; a text of mostly Han letters is judged by the Chinese classifier, any other by the English one.
-    A table or a list in English has no order of words to be damaged: a model that learned from damaged text gives it 0.5 or more.
-    `model` is a folder that `train` wrote. Raises ConfigError where it holds no classifier of a text's language.
+    Documents and sentences alike; a text of mostly Han letters is judged by the Chinese classifier,
+    any other by the English one. A table or a list in English has no order of words to be damaged:
+    a model that learned from damaged text gives it 0.5 or more. `model` is a folder that `train`
+    wrote. Raises ConfigError where it holds no classifier of a text's language.
     """
     classifiers = _load(str(model))
     logits = np.full(len(texts), -np.inf)
@@ -66,7 +75,12 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
         lines = [_tokens(texts[index]) for index in indices]
         found = entry["slope"] * _logits(classifier, entry["direction"], lines) + entry["intercept"]
         if entry["damaged"] and lang == "en":
-            found = np.array([0 if z < 0 and line and not _is_running(line) else z for z, line in zip(found, lines, strict=True)])
+            found = np.array(
+                [
+                    0 if z < 0 and line and not _is_running(line) else z
+                    for z, line in zip(found, lines, strict=True)
+                ]
+            )
         logits[indices] = found
     with np.errstate(over="ignore"):
         return (1 / (1 + np.exp(-logits))).astype(np.float32)
@@ -95,8 +109,13 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         path = Path(folder) / f"{lang}.ftz"
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         if found != entry["sha256"]:
-            raise ConfigError(f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again")
-        loaded[lang] = (fasttext.load_model(str(path)), {**entry, "damaged": described["bad"] == DAMAGED})
+            raise ConfigError(
+                f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again"
+            )
+        loaded[lang] = (
+            fasttext.load_model(str(path)),
+            {**entry, "damaged": described["bad"] == DAMAGED},
+        )
     return loaded
 
 
@@ -104,7 +123,9 @@ def _fasttext() -> Any:
     try:
         import fasttext  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("quality scores need the fasttext-numpy2-wheel package: pip install -r requirements-data.txt") from None
+        raise ConfigError(
+            "quality scores need the fasttext-numpy2-wheel package: pip install -r requirements-data.txt"
+        ) from None
     setattr(fasttext.FastText, "eprint", lambda *_: None)  # noqa: B010  its loader warns of a change that came years ago
     return fasttext
 
@@ -112,7 +133,8 @@ def _fasttext() -> Any:
 def _logits(classifier: Any, direction: list[float], lines: list[str]) -> np.ndarray:
     """log(good/bad) of each line of tokens, before calibration; -inf of an empty one.
 
-    From the hidden vector, since fastText's own probabilities end at 1e-5 and tell the best texts not apart.
+    From the hidden vector, since fastText's own probabilities end at 1e-5 and tell the best texts
+    not apart.
     """
     vectors = np.stack([classifier.get_sentence_vector(line) for line in lines]).astype(np.float64)
     return np.where([not line for line in lines], -np.inf, vectors @ np.asarray(direction))
@@ -121,11 +143,19 @@ def _logits(classifier: Any, direction: list[float], lines: list[str]) -> np.nda
 # training
 
 
-def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: str = "text", size: int = 30_000) -> dict[str, Any]:
+def train(
+    good: list[str],
+    bad: list[str],
+    folder: Path | str,
+    *,
+    text_field: str = "text",
+    size: int = 30_000,
+) -> dict[str, Any]:
     """Train a classifier for each language that the good files hold, and write them to a folder. Returns card.json's content.
 
-    `bad` are files too; none: damaged copies of the good text. `size` is how many words and pairs of words a classifier keeps
-    (fastText.zip, arXiv:1612.03651). The same files give the same bytes: one thread, a fixed order. Raises ConfigError.
+    `bad` are files too; none: damaged copies of the good text. `size` is how many words and pairs
+    of words a classifier keeps (fastText.zip, arXiv:1612.03651). The same files give the same
+    bytes: one thread, a fixed order. Raises ConfigError.
     """
     folder = Path(folder)
     fasttext = _fasttext()
@@ -151,7 +181,10 @@ def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: st
             lines[part].append(f"__label__bad {_tokens(piece)}")
         for part, found in lines.items():
             labels = {line.split(" ")[0] for line in found}
-            require(len(labels) == 2, f"too little {lang} text: {len(found)} pieces to {part}, all of {labels or 'no label'}")
+            require(
+                len(labels) == 2,
+                f"too little {lang} text: {len(found)} pieces to {part}, all of {labels or 'no label'}",
+            )
         rng.shuffle(lines["train"])
         path = folder / f"{lang}.ftz"
         direction = _fit(fasttext, lines["train"], path, size)
@@ -159,10 +192,15 @@ def train(good: list[str], bad: list[str], folder: Path | str, *, text_field: st
         slope, intercept = _calibrate(*_judged(classifier, direction, lines["fit"]))
         logits, labels = _judged(classifier, direction, lines["report"])
         card["languages"][lang] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
-            "direction": direction, "slope": slope, "intercept": intercept, "pieces": len(lines["train"]), "one_piece_in": kept.every,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+            "direction": direction,
+            "slope": slope,
+            "intercept": intercept,
+            "pieces": len(lines["train"]),
+            "one_piece_in": kept.every,
             "held_out": _report(slope * logits + intercept, labels),
-        }  # fmt: skip
+        }
     require(bool(card["languages"]), f"{good} hold no text")
     write_atomically(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False).encode())
     return card
@@ -228,8 +266,13 @@ def damage(text: str, lang: str, rng: random.Random) -> str:
         rest = iter([word for part in parts for word in rng.sample(part, len(part))])
         return re.sub(pattern, lambda _: next(rest), text)
     if kind == 3:
-        cuts = [words[start : start + rng.randint(1, 4)] for start in rng.choices(range(len(words)), k=max(1, len(words) // 3))]
-        return rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "]).join(space.join(cut) for cut in cuts)
+        cuts = [
+            words[start : start + rng.randint(1, 4)]
+            for start in rng.choices(range(len(words)), k=max(1, len(words) // 3))
+        ]
+        return rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "]).join(
+            space.join(cut) for cut in cuts
+        )
     share = rng.uniform(0.08, 0.3)
     return "".join(rng.choice(text) if rng.random() < share else character for character in text)
 
@@ -240,8 +283,9 @@ def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.txt"
         text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        # With one thread fastText 0.9.2 initialises a tenth of its matrix and trains on whatever memory holds in the rest. Two million
-        # rows of eight are above 32 MB, the most that malloc serves from used memory: what it gives is then new, and zero.
+        # With one thread fastText 0.9.2 initialises a tenth of its matrix and trains on whatever
+        # memory holds in the rest. Two million rows of eight are above 32 MB, the most that malloc
+        # serves from used memory: what it gives is then new, and zero.
         classifier = fasttext.train_supervised(
             str(text),
             lr=0.3,
@@ -264,9 +308,13 @@ def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
     return (output["__label__good"] - output["__label__bad"]).astype(float).tolist()
 
 
-def _judged(classifier: Any, direction: list[float], lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _judged(
+    classifier: Any, direction: list[float], lines: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Raw logits and labels (1 good, 0 bad) of labelled lines."""
-    pairs = [(label, tokens) for label, _, tokens in (line.partition(" ") for line in lines) if tokens]
+    pairs = [
+        (label, tokens) for label, _, tokens in (line.partition(" ") for line in lines) if tokens
+    ]
     logits = _logits(classifier, direction, [tokens for _, tokens in pairs])
     return logits, np.array([label == "__label__good" for label, _ in pairs], float)
 
@@ -293,15 +341,22 @@ def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     area = (ranks[labels == 1].sum() - good * (good - 1) / 2) / (good * bad)
     tenth = np.minimum((10 * p).astype(int), 9)
     bins = [
-        {"texts": int((tenth == b).sum()), "predicted": float(p[tenth == b].mean()), "good": float(labels[tenth == b].mean())}
+        {
+            "texts": int((tenth == b).sum()),
+            "predicted": float(p[tenth == b].mean()),
+            "good": float(labels[tenth == b].mean()),
+        }
         for b in range(10)
         if (tenth == b).any()
     ]
     error = sum(b["texts"] * abs(b["predicted"] - b["good"]) for b in bins) / len(p)
     return {
-        "texts": len(p), "accuracy": float(((p > 0.5) == (labels == 1)).mean()), "auc": float(area),
-        "calibration_error": error, "calibration": bins,
-    }  # fmt: skip
+        "texts": len(p),
+        "accuracy": float(((p > 0.5) == (labels == 1)).mean()),
+        "auc": float(area),
+        "calibration_error": error,
+        "calibration": bins,
+    }
 
 
 # the command
@@ -315,31 +370,63 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser(
-        "train", help="train a classifier a language; shows accuracy and calibration on held-out documents"
+        "train",
+        help="train a classifier a language; shows accuracy and calibration on held-out documents",
     )
     training.add_argument(
-        "--good", nargs="+", required=True, metavar="GLOB", help="text to be like: JSONL or .txt, also .gz, .zst"
+        "--good",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="text to be like: JSONL or .txt, also .gz, .zst",
     )
     training.add_argument(
-        "--bad", nargs="+", default=[], metavar="GLOB", help="text to be unlike (default: damaged copies of the good)"
+        "--bad",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="text to be unlike (default: damaged copies of the good)",
     )
-    training.add_argument("--output", required=True, metavar="DIR", help="name it as the pipeline's quality model")
     training.add_argument(
-        "--size", type=int, default=30_000, help="words and pairs that a classifier keeps (default: 30000, 0.5 MB)"
+        "--output", required=True, metavar="DIR", help="name it as the pipeline's quality model"
+    )
+    training.add_argument(
+        "--size",
+        type=int,
+        default=30_000,
+        help="words and pairs that a classifier keeps (default: 30000, 0.5 MB)",
     )
     scoring = commands.add_parser("score", help="scores of files: how they spread, and the worst")
-    scoring.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="JSONL or .txt, also .gz, .zst")
-    scoring.add_argument("--model", default=str(MODEL), metavar="DIR", help="what train wrote (default: the package's)")
-    scoring.add_argument("--lines", action="store_true", help="score every line by itself, not whole documents")
-    scoring.add_argument("--worst", type=int, default=3, help="texts of lowest score to print of each file (default: 3)")
+    scoring.add_argument(
+        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL or .txt, also .gz, .zst"
+    )
+    scoring.add_argument(
+        "--model",
+        default=str(MODEL),
+        metavar="DIR",
+        help="what train wrote (default: the package's)",
+    )
+    scoring.add_argument(
+        "--lines", action="store_true", help="score every line by itself, not whole documents"
+    )
+    scoring.add_argument(
+        "--worst",
+        type=int,
+        default=3,
+        help="texts of lowest score to print of each file (default: 3)",
+    )
     for command in (training, scoring):
-        command.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
+        command.add_argument(
+            "--text_field", default="text", help="JSONL field that holds the text (default: text)"
+        )
         command.add_argument("--json", metavar="FILE", help="save the figures")
     return parser
 
 
 def _show_card(card: dict[str, Any], console: Console) -> None:
-    table = Table("held out", "texts", "accuracy", "AUC", "calibration error", "file", title_justify="left")
+    table = Table(
+        "held out", "texts", "accuracy", "AUC", "calibration error", "file", title_justify="left"
+    )
     for lang, entry in card["languages"].items():
         h = entry["held_out"]
         table.add_row(
@@ -351,12 +438,30 @@ def _show_card(card: dict[str, Any], console: Console) -> None:
             f"{entry['bytes']:,} bytes",
         )
     console.print(table)
-    table = Table("score", *(f"{lang} {name}" for lang in card["languages"] for name in ("texts", "predicted", "good")))
+    table = Table(
+        "score",
+        *(
+            f"{lang} {name}"
+            for lang in card["languages"]
+            for name in ("texts", "predicted", "good")
+        ),
+    )
     for b in range(10):
         cells = []
         for entry in card["languages"].values():
-            found = next((c for c in entry["held_out"]["calibration"] if min(int(10 * c["predicted"]), 9) == b), None)
-            cells += [f"{found['texts']:,}", f"{found['predicted']:.3f}", f"{found['good']:.3f}"] if found else ["-"] * 3
+            found = next(
+                (
+                    c
+                    for c in entry["held_out"]["calibration"]
+                    if min(int(10 * c["predicted"]), 9) == b
+                ),
+                None,
+            )
+            cells += (
+                [f"{found['texts']:,}", f"{found['predicted']:.3f}", f"{found['good']:.3f}"]
+                if found
+                else ["-"] * 3
+            )
         table.add_row(f"{b / 10:.1f} - {(b + 1) / 10:.1f}", *cells)
     console.print(table)
 
@@ -377,7 +482,9 @@ def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any
         if not len(values):
             continue
         spread = np.quantile(values, quantiles)
-        table.add_row(path, f"{len(values):,}", f"{values.mean():.3f}", *(f"{value:.3f}" for value in spread))
+        table.add_row(
+            path, f"{len(values):,}", f"{values.mean():.3f}", *(f"{value:.3f}" for value in spread)
+        )
         figures[path] = {
             "texts": len(values),
             "mean": float(values.mean()),
@@ -418,12 +525,20 @@ def main(words: list[str]) -> int:
     options = _parser().parse_args(words)
     console = Console(highlight=False, soft_wrap=True)
     if options.command == "train":
-        figures = train(options.good, options.bad, options.output, text_field=options.text_field, size=options.size)
+        figures = train(
+            options.good,
+            options.bad,
+            options.output,
+            text_field=options.text_field,
+            size=options.size,
+        )
         _show_card(figures, console)
     else:
         figures = _score_files(options, console)
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(options.json).write_text(
+            json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
     return 0
 
 

@@ -1,7 +1,8 @@
 """Packed rows of tokens: documents + EOS, joined and cut into rows of context_length + 1, in ArrayRecord shards with a manifest.
 
-Every part of the input (data/text.py) becomes one shard, whatever the number of processes; a shard is written whole under another
-name and then renamed, so that a killed run leaves nothing half done and goes on with the shards that are missing.
+Every part of the input (data/text.py) becomes one shard, whatever the number of processes; a shard
+is written whole under another name and then renamed, so that a killed run leaves nothing half done
+and goes on with the shards that are missing.
 
 `python -m baichuan_jax.data.rows pack|show|verify`
 """
@@ -51,14 +52,20 @@ class Rows:
         self.path = Path(folder)
         file = self.path / MANIFEST
         if not file.is_file():
-            raise ConfigError(f"{folder} has no {MANIFEST}: it holds no packed rows, or packing did not end; {_HOW_TO_PACK}")
+            raise ConfigError(
+                f"{folder} has no {MANIFEST}: it holds no packed rows, or packing did not end; {_HOW_TO_PACK}"
+            )
         try:
             self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             version = self.manifest["version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} is no manifest: {error!r}; delete the folder and pack again") from None
+            raise ConfigError(
+                f"{file} is no manifest: {error!r}; delete the folder and pack again"
+            ) from None
         if version != VERSION:
-            raise ConfigError(f"{folder} has rows of version {version} and this is {VERSION}; {_HOW_TO_PACK}")
+            raise ConfigError(
+                f"{folder} has rows of version {version} and this is {VERSION}; {_HOW_TO_PACK}"
+            )
         self.context_length: int = self.manifest["context_length"]
         self._dtype = np.dtype(self.manifest["dtype"])
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
@@ -71,9 +78,13 @@ class Rows:
                     "delete the folder and pack again"
                 )
         if not self._shards:
-            raise ConfigError(f"{folder} holds no row: its text has fewer than {self.context_length + 1} tokens a part")
+            raise ConfigError(
+                f"{folder} holds no row: its text has fewer than {self.context_length + 1} tokens a part"
+            )
         # With its number of rows given, no shard is opened before it is read.
-        self._source = ArrayRecordDataSource([f"{self.path / shard['file']}[0:{shard['rows']}]" for shard in self._shards])
+        self._source = ArrayRecordDataSource(
+            [f"{self.path / shard['file']}[0:{shard['rows']}]" for shard in self._shards]
+        )
         self._ends = list(itertools.accumulate(shard["rows"] for shard in self._shards))
 
     def __len__(self) -> int:
@@ -85,8 +96,12 @@ class Rows:
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
         try:
             content = self._source[index]
-            if len(content) != self._dtype.itemsize * (self.context_length + 1):  # what a file that is cut short gives
-                raise ValueError(f"{len(content)} bytes instead of {self._dtype.itemsize * (self.context_length + 1)}")
+            if len(content) != self._dtype.itemsize * (
+                self.context_length + 1
+            ):  # what a file that is cut short gives
+                raise ValueError(
+                    f"{len(content)} bytes instead of {self._dtype.itemsize * (self.context_length + 1)}"
+                )
         except Exception as error:
             shard = self.path / self._shards[bisect.bisect_right(self._ends, index)]["file"]
             raise ConfigError(
@@ -104,7 +119,9 @@ class Rows:
         """Compare every shard's checksum with the manifest. Raises ConfigError naming the first that differs."""
         for shard in self._shards:
             if (found := _checksum(self.path / shard["file"])) != shard["sha256"]:
-                raise ConfigError(f"{self.path / shard['file']} has SHA-256 {found} and the manifest says {shard['sha256']}")
+                raise ConfigError(
+                    f"{self.path / shard['file']} has SHA-256 {found} and the manifest says {shard['sha256']}"
+                )
 
 
 _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
@@ -129,13 +146,20 @@ def pack(
 ) -> Rows:
     """Tokenise and pack the files that globs name into a folder, in parallel; goes on where a killed run stopped.
 
-    What is in the folder depends on the files, the tokenizer and the context length alone. Raises ConfigError, also where the folder
-    already holds rows of others.
+    What is in the folder depends on the files, the tokenizer and the context length alone. Raises
+    ConfigError, also where the folder already holds rows of others.
     """
     folder = Path(folder)
     files = find_files(patterns)
     work = [
-        _Work(part, folder / f"shard-{index:05d}", tokenizer.path, tokenizer.hash, context_length, text_field)
+        _Work(
+            part,
+            folder / f"shard-{index:05d}",
+            tokenizer.path,
+            tokenizer.hash,
+            context_length,
+            text_field,
+        )
         for index, part in enumerate(split_files(files))
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +172,9 @@ def pack(
             _write_manifest(folder, work, tokenizer, context_length, patterns)
     rows = Rows(folder)
     if len(work) != len(rows.manifest["shards"]) or not all(item.is_done() for item in work):
-        raise ConfigError(f"{folder} holds rows of other text or settings; delete it, or choose another folder")
+        raise ConfigError(
+            f"{folder} holds rows of other text or settings; delete it, or choose another folder"
+        )
     return rows
 
 
@@ -174,11 +200,15 @@ class _Work:
     def key(self) -> dict[str, Any]:
         """What a finished shard must have been made from to be kept."""
         return {
-            "path": os.path.abspath(self.part.path), "start": self.part.start, "stop": self.part.stop,
-            "size": os.path.getsize(self.part.path), "modified_ns": os.stat(self.part.path).st_mtime_ns,
+            "path": os.path.abspath(self.part.path),
+            "start": self.part.start,
+            "stop": self.part.stop,
+            "size": os.path.getsize(self.part.path),
+            "modified_ns": os.stat(self.part.path).st_mtime_ns,
             "tokenizer": self.tokenizer_hash,
-            "context_length": self.context_length, "text_field": self.text_field,
-        }  # fmt: skip
+            "context_length": self.context_length,
+            "text_field": self.text_field,
+        }
 
     def is_done(self) -> bool:
         if not (self.record.exists() and self.shard.exists()):
@@ -193,9 +223,13 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
         return
     terminal = sys.stderr.isatty()
     bar = tqdm(
-        total=len(todo), unit="shard", desc=description, disable=not progress,
-        mininterval=0.1 if terminal else 30, delay=0 if terminal else 30,  # in a log: nothing, or a line now and then
-    )  # fmt: skip
+        total=len(todo),
+        unit="shard",
+        desc=description,
+        disable=not progress,
+        mininterval=0.1 if terminal else 30,
+        delay=0 if terminal else 30,  # in a log: nothing, or a line now and then
+    )
     if os.environ.get("RAY_ADDRESS"):
         from baichuan_jax.data.engine import Engine
 
@@ -205,7 +239,12 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
         return
     workers = min(len(todo), num_workers or os.cpu_count() or 1)
     # spawn: a fork of a process whose jax has threads may hang
-    with bar, concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+    with (
+        bar,
+        concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _end_with_parent
+        ) as pool,
+    ):
         futures = [pool.submit(_make_shard, item) for item in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -234,12 +273,23 @@ def _make_shard(work: _Work) -> None:
     dtype = _dtype(tokenizer.vocab_size)
     length = work.context_length + 1
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    totals = {"documents": 0, "empty_documents": 0, "text_bytes": 0, "tokens": 0, "rows": 0, "tokens_dropped": 0}
+    totals = {
+        "documents": 0,
+        "empty_documents": 0,
+        "text_bytes": 0,
+        "tokens": 0,
+        "rows": 0,
+        "tokens_dropped": 0,
+    }
     temporary = work.stem.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # rows are read one at a time, in any order
+    writer = ArrayRecordWriter(
+        str(temporary), "group_size:1"
+    )  # rows are read one at a time, in any order
     left = np.zeros(0, dtype)
     for batch in _batches(read_documents(work.part, work.text_field), totals):
-        pieces = [token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)]
+        pieces = [
+            token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)
+        ]
         stream = np.asarray(pieces, dtype)
         counts += np.bincount(stream, minlength=len(counts))
         stream = np.concatenate([left, stream])
@@ -252,9 +302,12 @@ def _make_shard(work: _Work) -> None:
     writer.close()
     totals["tokens_dropped"] = len(left)
     record = {
-        "key": work.key(), **totals, "bytes": temporary.stat().st_size, "sha256": _checksum(temporary),
+        "key": work.key(),
+        **totals,
+        "bytes": temporary.stat().st_size,
+        "sha256": _checksum(temporary),
         "counts": {int(token): int(counts[token]) for token in np.flatnonzero(counts)},
-    }  # fmt: skip
+    }
     publish(temporary, work.shard)
     write_atomically(work.record, json.dumps(record).encode())
 
@@ -280,7 +333,9 @@ def _dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, context_length: int, patterns: list[str]) -> None:
+def _write_manifest(
+    folder: Path, work: list[_Work], tokenizer: Tokenizer, context_length: int, patterns: list[str]
+) -> None:
     records = [json.loads(item.record.read_text(encoding="utf-8")) for item in work]
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for record in records:
@@ -291,14 +346,23 @@ def _write_manifest(folder: Path, work: list[_Work], tokenizer: Tokenizer, conte
     write_atomically(folder / "counts.npy", content.getvalue())
     names = ("documents", "empty_documents", "text_bytes", "tokens", "tokens_dropped", "rows")
     manifest = {
-        "version": VERSION, "inputs": patterns, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id, "context_length": context_length, "dtype": _dtype(tokenizer.vocab_size).name,
+        "version": VERSION,
+        "inputs": patterns,
+        "tokenizer": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "context_length": context_length,
+        "dtype": _dtype(tokenizer.vocab_size).name,
         **{name: sum(record[name] for record in records) for name in names},
         "shards": [
-            {"file": item.shard.name, "from": item.part.path, **{n: record[n] for n in ("rows", "bytes", "sha256")}}
+            {
+                "file": item.shard.name,
+                "from": item.part.path,
+                **{n: record[n] for n in ("rows", "bytes", "sha256")},
+            }
             for item, record in zip(work, records, strict=True)
         ],
-    }  # fmt: skip
+    }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
@@ -327,27 +391,48 @@ def summary(rows: Rows) -> str:
 
 def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m baichuan_jax.data.rows", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.data.rows", description=(__doc__ or "").split("\n\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="tokenise and pack text; started again, it goes on where it was")
+    packing = commands.add_parser(
+        "pack", help="tokenise and pack text; started again, it goes on where it was"
+    )
     packing.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL (a document a line) or .txt, also .gz, .zst; or .parquet"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="JSONL (a document a line) or .txt, also .gz, .zst; or .parquet",
     )
     packing.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
-    packing.add_argument("--context_length", type=int, required=True, help="tokens a row is trained on")
+    packing.add_argument(
+        "--context_length", type=int, required=True, help="tokens a row is trained on"
+    )
     packing.add_argument("--output", required=True, metavar="FOLDER", help="name it in data.train")
-    packing.add_argument("--text_field", default="text", help="JSONL field that holds the text (default: text)")
-    packing.add_argument("--num_workers", type=int, default=0, help="processes (default: one a core)")
-    for name, what in (("show", "print a folder's manifest"), ("verify", "compare every shard with its checksum")):
+    packing.add_argument(
+        "--text_field", default="text", help="JSONL field that holds the text (default: text)"
+    )
+    packing.add_argument(
+        "--num_workers", type=int, default=0, help="processes (default: one a core)"
+    )
+    for name, what in (
+        ("show", "print a folder's manifest"),
+        ("verify", "compare every shard with its checksum"),
+    ):
         commands.add_parser(name, help=what).add_argument("folder")
     options = parser.parse_args(words)
     if options.command == "pack":
         tokenizer = Tokenizer(options.tokenizer)
         began = time.perf_counter()
         rows = pack(
-            options.input, options.output, tokenizer, options.context_length,
-            text_field=options.text_field, num_workers=options.num_workers,
-        )  # fmt: skip
+            options.input,
+            options.output,
+            tokenizer,
+            options.context_length,
+            text_field=options.text_field,
+            num_workers=options.num_workers,
+        )
         seconds = time.perf_counter() - began
         m = rows.manifest
         print(f"{options.output}: {summary(rows)}")
@@ -358,7 +443,9 @@ def main(words: list[str]) -> int:
         rows = Rows(options.folder)
         if options.command == "verify":
             rows.verify()
-            print(f"{options.folder}: {len(rows.manifest['shards'])} shards are as the manifest says")
+            print(
+                f"{options.folder}: {len(rows.manifest['shards'])} shards are as the manifest says"
+            )
         else:
             print(json.dumps(rows.manifest, indent=1, ensure_ascii=False))
     return 0

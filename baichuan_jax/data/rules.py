@@ -1,8 +1,9 @@
 """Heuristic rules: what makes a line or a document unfit, each a small expression with its limit and where it comes from.
 
-Gopher: Rae et al. 2021, appendix A1 (https://arxiv.org/abs/2112.11446). C4: Raffel et al. 2020, section 2.2
-(https://arxiv.org/abs/1910.10683). RefinedWeb: Penedo et al. 2023 (https://arxiv.org/abs/2306.01116). Limits that have no such source
-were set on Chinese and English novels, verse, laws and manuals, so that each rule takes well under 0.3 % of them (docs/data.md).
+Gopher: Rae et al. 2021, appendix A1 (https://arxiv.org/abs/2112.11446). C4: Raffel et al. 2020,
+section 2.2 (https://arxiv.org/abs/1910.10683). RefinedWeb: Penedo et al. 2023
+(https://arxiv.org/abs/2306.01116). Limits that have no such source were set on Chinese and English
+novels, verse, laws and manuals, so that each rule takes well under 0.3 % of them (docs/data.md).
 """
 
 import difflib
@@ -52,27 +53,110 @@ def _int(value: daft.Expression) -> daft.Expression:
 
 # The columns are those of measures.measure, and of DERIVED and LATER below.
 RULES = [
-    Rule("boilerplate", _share("boilerplate", "length_before"), "max", 0.5, "C4: menus, notices, scripts; the rest is too little"),
-    Rule("too_short", daft.col("units"), "min", 40, "Gopher: 50 words; here words and Han characters"),
+    Rule(
+        "boilerplate",
+        _share("boilerplate", "length_before"),
+        "max",
+        0.5,
+        "C4: menus, notices, scripts; the rest is too little",
+    ),
+    Rule(
+        "too_short", daft.col("units"), "min", 40, "Gopher: 50 words; here words and Han characters"
+    ),
     Rule("too_long", daft.col("units"), "max", 100_000, "Gopher: 100,000 words"),
-    Rule("broken_characters", _share("broken"), "max", 0.01, "control, private-use, unassigned and replacement characters"),
+    Rule(
+        "broken_characters",
+        _share("broken"),
+        "max",
+        0.01,
+        "control, private-use, unassigned and replacement characters",
+    ),
     Rule("mojibake", _share("mojibake"), "max", 0.01, "UTF-8 read as Latin-1 or Windows-1252"),
-    Rule("rare_han", _share("common_han", "han"), "min", 0.05, "UTF-8 read as GBK: few of the commonest characters", "zh"),
-    Rule("other_language", _share("other_letters", "letters"), "max", 0.3, "neither Han nor Latin letters"),
-    Rule("few_letters", _share("letters", "visible"), "min", 0.4, "Gopher: 80 % of words have a letter; here of characters"),
+    Rule(
+        "rare_han",
+        _share("common_han", "han"),
+        "min",
+        0.05,
+        "UTF-8 read as GBK: few of the commonest characters",
+        "zh",
+    ),
+    Rule(
+        "other_language",
+        _share("other_letters", "letters"),
+        "max",
+        0.3,
+        "neither Han nor Latin letters",
+    ),
+    Rule(
+        "few_letters",
+        _share("letters", "visible"),
+        "min",
+        0.4,
+        "Gopher: 80 % of words have a letter; here of characters",
+    ),
     Rule("digits", _share("digits", "visible"), "max", 0.4, "tables of numbers"),
-    Rule("symbols", _share("symbols", "visible"), "max", 0.25, "Gopher: # and ... to words 0.1; here all symbols"),
-    Rule("long_words", _share("long_word_letters"), "max", 0.4, "RefinedWeb: long words; here letters in words of 30 and more"),
+    Rule(
+        "symbols",
+        _share("symbols", "visible"),
+        "max",
+        0.25,
+        "Gopher: # and ... to words 0.1; here all symbols",
+    ),
+    Rule(
+        "long_words",
+        _share("long_word_letters"),
+        "max",
+        0.4,
+        "RefinedWeb: long words; here letters in words of 30 and more",
+    ),
     Rule("mean_word_length", _share("latin", "words"), "max", 12, "Gopher: 3 to 10", "en"),
     Rule("drawn_out", _share("drawn_out"), "max", 0.1, "runs of five and more of one letter"),
-    Rule("repeated_lines", _share("repeated_lines"), "max", 0.4, "Gopher: characters in repeated lines 0.2"),
-    Rule("repeated_grams", _share("repeated", "units"), "max", 0.6, "Gopher: in repeated 10-grams 0.1; verse and law have more"),
-    Rule("open_lines", _share("open_lines", "lines"), "max", 0.3, "Gopher: lines that end with an ellipsis 0.3"),
+    Rule(
+        "repeated_lines",
+        _share("repeated_lines"),
+        "max",
+        0.4,
+        "Gopher: characters in repeated lines 0.2",
+    ),
+    Rule(
+        "repeated_grams",
+        _share("repeated", "units"),
+        "max",
+        0.6,
+        "Gopher: in repeated 10-grams 0.1; verse and law have more",
+    ),
+    Rule(
+        "open_lines",
+        _share("open_lines", "lines"),
+        "max",
+        0.3,
+        "Gopher: lines that end with an ellipsis 0.3",
+    ),
     Rule("markup", _share("markup"), "max", 0.4, "C4: lines of HTML, CSS and JavaScript"),
-    Rule("no_sentences", _share("sentence_ends", "units"), "min", 0.0005, "C4: ends of sentences; here of full lines too"),
-    Rule("odd_neighbours", _share("odd_pairs", "openers"), "max", 0.047, "'the of', 'of was': words in random order", "en"),
-    Rule("random_order", daft.col("coincidence"), "min", 1.9, "Friedman 1922: pairs of characters recur no more than by chance", "zh"),
-]  # fmt: skip
+    Rule(
+        "no_sentences",
+        _share("sentence_ends", "units"),
+        "min",
+        0.0005,
+        "C4: ends of sentences; here of full lines too",
+    ),
+    Rule(
+        "odd_neighbours",
+        _share("odd_pairs", "openers"),
+        "max",
+        0.047,
+        "'the of', 'of was': words in random order",
+        "en",
+    ),
+    Rule(
+        "random_order",
+        daft.col("coincidence"),
+        "min",
+        1.9,
+        "Friedman 1922: pairs of characters recur no more than by chance",
+        "zh",
+    ),
+]
 NAMES = [rule.name for rule in RULES]
 
 _NOUN_FOLLOWS = "the|an|my|their|your|our|its"
@@ -90,7 +174,8 @@ _MENU = (
     "|terms(?: of (?:use|service))?|cookies?|faq|support|blog|menu|skip to (?:main )?content|subscribe|rss"
 )
 _BETWEEN = r"(?:>>|[\s|>»›‹«·•/,，、\-])"
-# Lines that no text is made of. (?m): ^ and $ are a line's; a line of prose is longer, so their lengths are bounded.
+# Lines that no text is made of. (?m): ^ and $ are a line's; a line of prose is longer, so their
+# lengths are bounded.
 _BOILERPLATE_LINES = [
     rf"[ \t]*(?:{_MENU})(?:{_BETWEEN}+(?:{_MENU}))+{_BETWEEN}*?",  # two and more on a line, or on lines one below the other
     r".{0,60}(?:[京沪粤浙苏津渝川鲁豫冀晋辽吉黑皖闽赣鄂湘桂琼贵云陕甘青宁新藏蒙]ICP[备证]|公网安备|ICP备案|增值电信业务经营许可证).{0,80}",
@@ -108,7 +193,7 @@ _BOILERPLATE_LINES = [
     r".{0,20}(?:you must be logged in|log in to (?:post|reply|comment)|please enable javascript|leave a (?:reply|comment)).{0,80}",
     r"[ \t]*(?:posted (?:by|on|in)|filed under|tagged (?:with|as)|share this|follow us on) ?:? .{0,120}",
     r".{0,40}(?:lorem ipsum|copyright ©|© ?(?:19|20)\d\d).{0,80}",
-]  # fmt: skip
+]
 
 _MARKUP_LINES = [
     r".*</?(?:div|span|td|tr|li|a|ul|p|h[1-6]|script|style|table|img|br)\b[^<>\n]*>.*",
@@ -132,8 +217,12 @@ DERIVED = {
 }
 # Counted by regular expressions once the text is clean.
 LATER = {
-    "openers": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS}|{_OBJECT_FOLLOWS})\b") + 6,  # + 6: a few prove nothing
-    "odd_pairs": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS})\s+(?:{_NO_NOUN})\b|\b(?:{_OBJECT_FOLLOWS})\s+(?:{_NO_OBJECT})\b"),
+    "openers": F.regexp_count(_TEXT, rf"\b(?:{_NOUN_FOLLOWS}|{_OBJECT_FOLLOWS})\b")
+    + 6,  # + 6: a few prove nothing
+    "odd_pairs": F.regexp_count(
+        _TEXT,
+        rf"\b(?:{_NOUN_FOLLOWS})\s+(?:{_NO_NOUN})\b|\b(?:{_OBJECT_FOLLOWS})\s+(?:{_NO_OBJECT})\b",
+    ),
     "markup": F.length(_TEXT) - F.length(_without_lines(_TEXT, _MARKUP_LINES)),
 }
 
@@ -155,7 +244,10 @@ _WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 def is_identity_number(number: str) -> bool:
     """Whether the last of 18 characters is the check digit of a Chinese identity number (GB 11643-1999)."""
-    return "10X98765432"[sum(w * int(c) for w, c in zip(_WEIGHTS, number[:17], strict=True)) % 11] == number[17].upper()
+    return (
+        "10X98765432"[sum(w * int(c) for w, c in zip(_WEIGHTS, number[:17], strict=True)) % 11]
+        == number[17].upper()
+    )
 
 
 def limits_of(config: RulesConfig) -> dict[str, float]:
@@ -163,8 +255,14 @@ def limits_of(config: RulesConfig) -> dict[str, float]:
     for name in config.limits:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"rules.limits: there is no rule {name!r}; the nearest is {near!r}; all: {', '.join(NAMES)}")
-    limits = {rule.name: config.limits.get(rule.name, rule.limit) for rule in RULES} if config.enabled else {}
+            raise ConfigError(
+                f"rules.limits: there is no rule {name!r}; the nearest is {near!r}; all: {', '.join(NAMES)}"
+            )
+    limits = (
+        {rule.name: config.limits.get(rule.name, rule.limit) for rule in RULES}
+        if config.enabled
+        else {}
+    )
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
@@ -196,8 +294,15 @@ def apply(texts: list[str], config: RulesConfig) -> pa.Table:
     for name in measured.column_names:
         table = table.append_column(name, measured[name])
     table = table.append_column("personal_data", personal)
-    table = _evaluate(table, {name: daft.col(name) for name in table.column_names} | DERIVED | (LATER if config.enabled else {}))
-    chinese = daft.col("han").cast(daft.DataType.float64()) >= HAN_SHARE * F.clip(daft.col("letters"), daft.lit(1), None)
+    table = _evaluate(
+        table,
+        {name: daft.col(name) for name in table.column_names}
+        | DERIVED
+        | (LATER if config.enabled else {}),
+    )
+    chinese = daft.col("han").cast(daft.DataType.float64()) >= HAN_SHARE * F.clip(
+        daft.col("letters"), daft.lit(1), None
+    )
     lang = F.when(chinese, daft.lit("zh")).otherwise(daft.lit("en"))
     table = _evaluate(table, {name: daft.col(name) for name in table.column_names} | {"lang": lang})
     return _evaluate(table, {"text": _TEXT, "lang": daft.col("lang"), "reason": _reason(config)})
@@ -221,11 +326,18 @@ def mask(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Texts with e-mail addresses, phone numbers and Chinese identity numbers replaced by <email>, <phone> and <identity>."""
     found = _evaluate(pa.table({"text": texts}), {"text": _TEXT, "some": F.regexp(_TEXT, _DIGITS)})
     replaced = [
-        _IDENTITY.sub(lambda match: "<identity>" if is_identity_number(match[0]) else match[0], text) if some else text
+        _IDENTITY.sub(
+            lambda match: "<identity>" if is_identity_number(match[0]) else match[0], text
+        )
+        if some
+        else text
         for text, some in zip(found["text"].to_pylist(), found["some"].to_pylist(), strict=True)
     ]
     table = pa.table({"text": pa.array(replaced, pa.large_string())})
-    return _evaluate(table, {"text": F.regexp_replace(F.regexp_replace(_TEXT, _EMAIL, "<email>"), _PHONE, "<phone>")})["text"]
+    return _evaluate(
+        table,
+        {"text": F.regexp_replace(F.regexp_replace(_TEXT, _EMAIL, "<email>"), _PHONE, "<phone>")},
+    )["text"]
 
 
 def _evaluate(table: pa.Table, columns: dict[str, daft.Expression]) -> pa.Table:

@@ -33,7 +33,9 @@ def low_quality(documents: DataFrame, least: dict[str, float]) -> DataFrame:
 @daft.func.batch(return_dtype=DataType.float64())
 def _limit(source: daft.Series, lang: daft.Series, least: dict[str, float]) -> Any:
     pairs = zip(source.to_pylist(), lang.to_pylist(), strict=True)
-    return [least.get(name, least.get(language, least.get(OTHERS, 0.0))) for name, language in pairs]
+    return [
+        least.get(name, least.get(language, least.get(OTHERS, 0.0))) for name, language in pairs
+    ]
 
 
 @daft.func.batch(return_dtype=DataType.bool())
@@ -45,9 +47,13 @@ def drawn(names: list[str], quality: np.ndarray, config: SelectConfig) -> np.nda
     """Whether each document is drawn: bool [documents]. A function of seed and id, whatever else is in the corpus."""
     if config.pareto_alpha is None:
         return np.ones(len(names), bool)
-    hashes = [hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=6).digest() for name in names]
+    hashes = [
+        hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=6).digest() for name in names
+    ]
     uniform = np.array([int.from_bytes(digest, "little") / 2**48 for digest in hashes])
-    return (1 - uniform) ** (-1 / config.pareto_alpha) - 1 > 1 - quality  # the Pareto (Lomax) distribution by its inverse
+    return (1 - uniform) ** (
+        -1 / config.pareto_alpha
+    ) - 1 > 1 - quality  # the Pareto (Lomax) distribution by its inverse
 
 
 def _over_budget(documents: DataFrame, config: SelectConfig) -> DataFrame:
@@ -56,7 +62,9 @@ def _over_budget(documents: DataFrame, config: SelectConfig) -> DataFrame:
     budget: Any = _budget(col("source"), limits)
     binned = documents.with_column("budget", budget).where(~col("budget").is_null())
     binned = binned.with_column("bin", (col("quality") * lit(BINS)).cast(DataType.int64()))
-    sums = binned.groupby("source", "budget", "bin").agg(col("bytes").sum().alias("bytes")).to_pylist()
+    sums = (
+        binned.groupby("source", "budget", "bin").agg(col("bytes").sum().alias("bytes")).to_pylist()
+    )
     left: dict[str, int] = {}
     last: dict[str, int] = {}  # the bin in which a category's budget ends
     for row in sorted(sums, key=lambda row: (row["source"], -row["bin"])):
@@ -70,7 +78,9 @@ def _over_budget(documents: DataFrame, config: SelectConfig) -> DataFrame:
     borders = daft.from_pydict({"source": list(last), "last": [last[source] for source in last]})
     borders = borders.select("source", col("last").cast(DataType.int64()))
     cut = binned.join(borders, on="source")
-    order = cut.where(col("bin") == col("last")).sort(["source", "quality", "frequency", "doc"], desc=[False, True, True, False])
+    order = cut.where(col("bin") == col("last")).sort(
+        ["source", "quality", "frequency", "doc"], desc=[False, True, True, False]
+    )
     beyond = []
     for row in order.select("source", "doc", "bytes").to_pylist():
         left[row["source"]] -= row["bytes"]

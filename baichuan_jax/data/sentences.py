@@ -1,8 +1,8 @@
 """Sentences that occur again: where sentences are, which are equal or nearly so, and documents without them.
 
-Equal: the same letters and digits in the same order. Nearly equal: two sentences that share runs of letters are compared letter by
-letter (rapidfuzz), and must have the same digits: "Article 12" is not "Article 13". Of sentences that are alike the first of the
-input stays.
+Equal: the same letters and digits in the same order. Nearly equal: two sentences that share runs of
+letters are compared letter by letter (rapidfuzz), and must have the same digits: "Article 12" is
+not "Article 13". Of sentences that are alike the first of the input stays.
 """
 
 import hashlib
@@ -23,9 +23,12 @@ from baichuan_jax.data.corpus_config import SentencesConfig
 from baichuan_jax.data.dedup import components
 from baichuan_jax.data.engine import ROW_BITS, Engine, ParquetFile, Stage, read_part
 
-# A sentence with one letter of ten replaced keeps a run of 5 Chinese characters, and nearly always one of 12 Latin letters.
+# A sentence with one letter of ten replaced keeps a run of 5 Chinese characters, and nearly always
+# one of 12 Latin letters.
 RUN = {"zh": 4, "en": 8}
-ANCHORS = 20  # runs kept of each sentence, by hash, so that sentences that are alike keep the same ones
+ANCHORS = (
+    20  # runs kept of each sentence, by hash, so that sentences that are alike keep the same ones
+)
 SHARED = 2  # anchors that two sentences must share to be compared
 FEW = 8  # an anchor of so many sentences has each compared with each; of more, each with the first and the last
 SENTENCES = pa.schema(
@@ -62,7 +65,9 @@ def spans(text: str) -> list[tuple[int, int]]:
     for match in _END.finditer(text):
         line = "\n" in match[0]
         stop = match.start() if line else match.end()
-        if match[0][0] == "." and _ABBREVIATION.search(text, max(start, match.start() - 12), match.start() + 1):
+        if match[0][0] == "." and _ABBREVIATION.search(
+            text, max(start, match.start() - 12), match.start() + 1
+        ):
             continue
         if stop > start:
             found.append((start, stop))
@@ -94,7 +99,10 @@ def cut(text: str, removed: list[tuple[int, int]]) -> str:
                 start -= 1
             if start == 0 or text[start - 1] == "\n":
                 stop = min(stop + 1, len(text))
-                if text[max(start - 2, 0) : start] in ("", "\n", "\n\n") and text[stop : stop + 1] == "\n":
+                if (
+                    text[max(start - 2, 0) : start] in ("", "\n", "\n\n")
+                    and text[stop : stop + 1] == "\n"
+                ):
                     stop += 1
         kept.append(text[place:start])
         place = stop
@@ -121,7 +129,10 @@ def find_sentences(
                 continue
             for start, stop in spans(text):
                 counts["sentences"] += 1
-                if stop - start >= least[lang] and len(found := letters_of(text[start:stop])) >= least[lang]:
+                if (
+                    stop - start >= least[lang]
+                    and len(found := letters_of(text[start:stop])) >= least[lang]
+                ):
                     rows.append((doc, start, stop, len(text[start:stop].encode()), len(text)))
                     letters.append(found)
                     langs.append(lang)
@@ -129,11 +140,29 @@ def find_sentences(
             continue
         first = (part << ROW_BITS) + counts["compared"]
         exact = [
-            int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) for text in letters
+            int.from_bytes(
+                hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
+            )
+            for text in letters
         ]
-        anchors = _anchors(letters, [RUN[lang] for lang in langs]) if config.near else [[] for _ in letters]
-        columns = [range(first, first + len(rows)), *zip(*rows, strict=True), exact, anchors, letters]
-        file.write(pa.table([pa.array(c, field.type) for c, field in zip(columns, SENTENCES, strict=True)], schema=SENTENCES))
+        anchors = (
+            _anchors(letters, [RUN[lang] for lang in langs])
+            if config.near
+            else [[] for _ in letters]
+        )
+        columns = [
+            range(first, first + len(rows)),
+            *zip(*rows, strict=True),
+            exact,
+            anchors,
+            letters,
+        ]
+        file.write(
+            pa.table(
+                [pa.array(c, field.type) for c, field in zip(columns, SENTENCES, strict=True)],
+                schema=SENTENCES,
+            )
+        )
         counts["compared"] += len(rows)
         counts["anchors"] += sum(map(len, anchors))
     return counts
@@ -156,7 +185,9 @@ def _anchors(letters: list[str], runs: list[int]) -> list[np.ndarray]:
     number = np.maximum(lengths - run + 1, 1)
     limit = np.repeat(np.minimum(1.0, ANCHORS / number), lengths)
     chosen = (place + runs_there <= ends) & (hashes < limit * (1 << 63) * 2)
-    borders = np.cumsum(np.bincount(np.repeat(np.arange(len(letters)), lengths)[chosen], minlength=len(letters)))
+    borders = np.cumsum(
+        np.bincount(np.repeat(np.arange(len(letters)), lengths)[chosen], minlength=len(letters))
+    )
     return np.split(hashes[chosen].view(np.int64), borders[:-1])
 
 
@@ -167,7 +198,9 @@ def find_repeated(
     groups = engine.in_buckets(compared, _equal, (table.select("sentence", "exact"), "exact"))
     if config.near:
         repeated = groups.where(col("sentence") != col("kept")).select("sentence")
-        near = _nearly_equal(engine, table.join(repeated, on="sentence", how="anti"), anchors, config)
+        near = _nearly_equal(
+            engine, table.join(repeated, on="sentence", how="anti"), anchors, config
+        )
         onward = near.select(col("sentence").alias("kept"), col("kept").alias("onward"))
         groups = groups.join(onward, on="kept", how="left").select(
             "sentence", F.coalesce(col("onward"), col("kept")).alias("kept")
@@ -177,13 +210,18 @@ def find_repeated(
     places = table.select("sentence", "doc", "start", "stop", "bytes", "size")
     groups = engine.in_buckets(compared, _placed, (groups, "sentence"), (places, "sentence"))
     emptied = engine.keep(_emptied(_all_but_first(groups), config))
-    # What stayed in a document that goes now makes way for the next one like it. Other documents only gain, so none goes after that.
-    return _all_but_first(groups.join(emptied, on="doc", how="anti")).select("doc", "start", "stop", "bytes"), emptied
+    # What stayed in a document that goes now makes way for the next one like it. Other documents
+    # only gain, so none goes after that.
+    return _all_but_first(groups.join(emptied, on="doc", how="anti")).select(
+        "doc", "start", "stop", "bytes"
+    ), emptied
 
 
 def _equal(table: DataFrame) -> DataFrame:
     """(sentence, kept) of all sentences whose letters occur more than once; kept is the first of them."""
-    several = table.groupby("exact").agg(col("sentence").min().alias("kept"), col("sentence").max().alias("last"))
+    several = table.groupby("exact").agg(
+        col("sentence").min().alias("kept"), col("sentence").max().alias("last")
+    )
     several = several.where(col("kept") < col("last")).select("exact", "kept")
     return table.join(several, on="exact").select("sentence", "kept")
 
@@ -208,7 +246,9 @@ def _emptied(removed: DataFrame, config: SentencesConfig) -> DataFrame:
     return sums.where(col("gone") > col("size") * lit(1 - config.min_left)).select("doc")
 
 
-def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: SentencesConfig) -> DataFrame:
+def _nearly_equal(
+    engine: Engine, table: DataFrame, anchors: int, config: SentencesConfig
+) -> DataFrame:
     """(sentence, kept) of sentences that are nearly equal to others, and of those that they are like."""
     exploded = table.select("sentence", col("anchors").alias("anchor")).explode("anchor")
     found = engine.in_buckets(anchors, _pairs, (exploded, "anchor"))
@@ -217,10 +257,14 @@ def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: Senten
     letters = table.select("sentence", "letters")
 
     def of_low(pairs: DataFrame, letters: DataFrame) -> DataFrame:
-        return pairs.join(letters.select(col("sentence").alias("low"), col("letters").alias("a")), on="low")
+        return pairs.join(
+            letters.select(col("sentence").alias("low"), col("letters").alias("a")), on="low"
+        )
 
     def of_high(pairs: DataFrame, letters: DataFrame) -> DataFrame:
-        pairs = pairs.join(letters.select(col("sentence").alias("high"), col("letters").alias("b")), on="high")
+        pairs = pairs.join(
+            letters.select(col("sentence").alias("high"), col("letters").alias("b")), on="high"
+        )
         alike: Any = _alike(col("a"), col("b"), config.threshold)
         return pairs.where(alike).select("low", "high")
 
@@ -228,10 +272,19 @@ def _nearly_equal(engine: Engine, table: DataFrame, anchors: int, config: Senten
     edges = engine.keep(engine.in_buckets(rows, of_high, (pairs, "high"), (letters, "sentence")))
     labels = components(engine, edges).select(col("doc").alias("sentence"), "component")
     member = F.to_struct(col("sentence"), col("letters")).alias("members")
-    clusters = labels.join(letters, on="sentence").select("component", member).groupby("component").agg(col("members").list_agg())
+    clusters = (
+        labels.join(letters, on="sentence")
+        .select("component", member)
+        .groupby("component")
+        .agg(col("members").list_agg())
+    )
     kept: Any = _keep_first(col("members"), lit(config.threshold))
     result = clusters.select(kept.alias("pair")).explode("pair")
-    return engine.keep(result.select(col("pair").get("sentence").alias("sentence"), col("pair").get("kept").alias("kept")))
+    return engine.keep(
+        result.select(
+            col("pair").get("sentence").alias("sentence"), col("pair").get("kept").alias("kept")
+        )
+    )
 
 
 def _several(found: DataFrame) -> DataFrame:
@@ -242,8 +295,11 @@ def _several(found: DataFrame) -> DataFrame:
 
 def _pairs(anchors: DataFrame) -> DataFrame:
     """(low, high), once for every anchor that two sentences share."""
-    # The number is counted beside the list: daft's list_count imports every array library that is installed.
-    lists = anchors.groupby("anchor").agg(col("sentence").list_agg().alias("members"), col("sentence").count().alias("count"))
+    # The number is counted beside the list: daft's list_count imports every array library that is
+    # installed.
+    lists = anchors.groupby("anchor").agg(
+        col("sentence").list_agg().alias("members"), col("sentence").count().alias("count")
+    )
     pairs: Any = _pairs_of(col("members"))
     pairs = lists.where(col("count") > lit(1)).select(pairs.alias("pair")).explode("pair")
     pairs = pairs.where(~col("pair").is_null())
@@ -276,9 +332,13 @@ def _pairs_of(members: daft.Series) -> Any:
     found.append((place[inside], last[inside]))
     low, high = (np.concatenate(side) for side in zip(*found, strict=True))
     order = np.argsort(owner[low], kind="stable")
-    pairs = pa.StructArray.from_arrays([pa.array(value[side[order]]) for side in (low, high)], ["low", "high"])
+    pairs = pa.StructArray.from_arrays(
+        [pa.array(value[side[order]]) for side in (low, high)], ["low", "high"]
+    )
     offsets = np.append(0, np.cumsum(np.bincount(owner[low], minlength=len(sizes))))
-    return daft.Series.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pairs))
+    return daft.Series.from_arrow(
+        pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pairs)
+    )
 
 
 @daft.func.batch(return_dtype=DataType.bool())
@@ -289,13 +349,20 @@ def _alike(left: daft.Series, right: daft.Series, threshold: float) -> Any:
 def alike(left: list[str], right: list[str], threshold: float) -> np.ndarray:
     """Whether each pair of texts, of letters and digits alone, is nearly equal: bool [pairs].
 
-    Their digits are the same, and so is the share `threshold` of their letters, in order; or all but two letters of short ones.
+    Their digits are the same, and so is the share `threshold` of their letters, in order; or all
+    but two letters of short ones.
     """
-    lengths = np.array([[len(x), len(y)] for x, y in zip(left, right, strict=True)], np.int64).reshape(-1, 2)
+    lengths = np.array(
+        [[len(x), len(y)] for x, y in zip(left, right, strict=True)], np.int64
+    ).reshape(-1, 2)
     limit = np.maximum((1 - threshold) * lengths.sum(axis=1), 4)
-    result = np.abs(lengths[:, 0] - lengths[:, 1]) <= limit  # the distance is at least this difference
+    result = (
+        np.abs(lengths[:, 0] - lengths[:, 1]) <= limit
+    )  # the distance is at least this difference
     some = np.flatnonzero(result)
-    distance = cpdist([left[i] for i in some], [right[i] for i in some], scorer=Indel.distance, dtype=np.int64)
+    distance = cpdist(
+        [left[i] for i in some], [right[i] for i in some], scorer=Indel.distance, dtype=np.int64
+    )
     result[some] = distance <= limit[some]
     for index in np.flatnonzero(result):
         result[index] = _digits(left[index]) == _digits(right[index])
@@ -306,15 +373,23 @@ def _digits(letters: str) -> str:
     return re.sub(r"\D+", " ", letters)
 
 
-@daft.func(return_dtype=DataType.list(DataType.struct({"sentence": DataType.int64(), "kept": DataType.int64()})))
+@daft.func(
+    return_dtype=DataType.list(
+        DataType.struct({"sentence": DataType.int64(), "kept": DataType.int64()})
+    )
+)
 def _keep_first(members: list, threshold: float) -> list[dict[str, int]]:
     left = sorted(members, key=lambda member: member["sentence"])
     result = []
     while left:
         first, rest = left[0], left[1:]
-        near = alike([first["letters"]] * len(rest), [member["letters"] for member in rest], threshold)
+        near = alike(
+            [first["letters"]] * len(rest), [member["letters"] for member in rest], threshold
+        )
         like = [first, *itertools.compress(rest, near)]
         left = list(itertools.compress(rest, ~near))
         if len(like) > 1:
-            result += [{"sentence": member["sentence"], "kept": first["sentence"]} for member in like]
+            result += [
+                {"sentence": member["sentence"], "kept": first["sentence"]} for member in like
+            ]
     return result

@@ -33,19 +33,27 @@ class Plan:
         self.config, self.engine = config, engine
         self.output = Path(config.output)
         rules.limits_of(config.rules)  # refuses what is wrong before hours of work
-        self.phrases = config.rules.blocked_phrases and rules.blocked_pattern(config.rules.blocked_phrases)
+        self.phrases = config.rules.blocked_phrases and rules.blocked_pattern(
+            config.rules.blocked_phrases
+        )
         self.model = Path(config.quality.model or MODEL)
         if config.quality.enabled:
             score([], self.model)
         self.files = find_inputs(config.input)
         self.parts = make_parts(self.files)
         self.numbers = list(range(len(self.parts)))
-        # A file that changes in place is another input; object storage tells no time that could be compared.
+        # A file that changes in place is another input; object storage tells no time that could be
+        # compared.
         self.input_key = stage_key(
-            [[path, size, None if "://" in path else os.stat(path).st_mtime_ns] for path, size in self.files]
+            [
+                [path, size, None if "://" in path else os.stat(path).st_mtime_ns]
+                for path, size in self.files
+            ]
         )
         self.seconds: dict[str, float] = {}
-        self.events: list[DataFrame] = []  # what stages say of documents (tasks.EVENT), for the last one to act on
+        self.events: list[
+            DataFrame
+        ] = []  # what stages say of documents (tasks.EVENT), for the last one to act on
         self.keys: list[str] = []  # of the stages that said it
 
     def run(self) -> dict[str, Any]:
@@ -77,7 +85,9 @@ class Plan:
 
     def tell(self, by: Stage, frame: DataFrame, what: str, **columns: Expression) -> None:
         """Add events of one kind; columns that are not given are null."""
-        fields = [columns.get(name, lit(None)).cast(kind).alias(name) for name, kind in EVENT.items()]
+        fields = [
+            columns.get(name, lit(None)).cast(kind).alias(name) for name, kind in EVENT.items()
+        ]
         self.events.append(frame.select(col("doc"), lit(what).alias("what"), *fields))
         self.keys.append(by.key)
 
@@ -85,9 +95,18 @@ class Plan:
         """Read, clean and judge every document."""
         parts = self.parts
         if any(piece.by_bytes for part in parts for piece in part):
-            counts = self.engine.run(self.stage("lines", self.input_key), tasks.lines, self.numbers, None, parts)
+            counts = self.engine.run(
+                self.stage("lines", self.input_key), tasks.lines, self.numbers, None, parts
+            )
             parts = _numbered(parts, counts)
-        stage = self.stage("read", self.input_key, self.config.read, self.config.rules, self.phrases, self.config.on_error)
+        stage = self.stage(
+            "read",
+            self.input_key,
+            self.config.read,
+            self.config.rules,
+            self.phrases,
+            self.config.on_error,
+        )
         return stage, self.engine.run(stage, tasks.read, self.numbers, None, parts, self.config)
 
     def rename(self, documents: Stage) -> DataFrame:
@@ -95,9 +114,15 @@ class Plan:
 
         def find() -> DataFrame:
             named = read_table(documents).select("doc", "id", "file", "line")
-            several = named.groupby("id").agg(col("doc").count().alias("count"), col("doc").min().alias("first"))
+            several = named.groupby("id").agg(
+                col("doc").count().alias("count"), col("doc").min().alias("first")
+            )
             several = several.where(col("count") > lit(1)).select("id", "first")
-            return named.join(several, on="id").where(col("doc") > col("first")).select("doc", "id", "file", "line")
+            return (
+                named.join(several, on="id")
+                .where(col("doc") > col("first"))
+                .select("doc", "id", "file", "line")
+            )
 
         stage = self.stage("ids", documents.key)
         table = self.engine.table(stage, find)
@@ -108,11 +133,16 @@ class Plan:
         """Score every document."""
         if not self.config.quality.enabled:
             return None
-        stage = self.stage("quality", documents.key, (self.model / "card.json").read_text(encoding="utf-8"))
+        stage = self.stage(
+            "quality", documents.key, (self.model / "card.json").read_text(encoding="utf-8")
+        )
         self.engine.run(stage, tasks.score_part, self.numbers, None, documents, self.model)
         least = self.config.quality.least
         fit = (
-            read_table(documents).where(col("reason").is_null()).select("doc", "source", "lang").join(read_table(stage), on="doc")
+            read_table(documents)
+            .where(col("reason").is_null())
+            .select("doc", "source", "lang")
+            .join(read_table(stage), on="doc")
         )
         low = self.stage("low-quality", stage.key, least)
         table = self.engine.table(low, lambda: select.low_quality(fit, least))
@@ -129,14 +159,30 @@ class Plan:
         self.engine.run(stage, tasks.find_evaluation, self.numbers, None, documents, patterns)
 
         def judge() -> DataFrame:
-            found = {row["doc"]: np.array(row["grams"], np.int64).view(np.uint64) for row in read_table(stage).to_pylist()}
+            found = {
+                row["doc"]: np.array(row["grams"], np.int64).view(np.uint64)
+                for row in read_table(stage).to_pylist()
+            }
             leaked = sets.judge(found)
-            table = daft.from_pydict({"doc": list(leaked), "task": [" ".join(held) for held in leaked.values()]})
-            return table.select(col("doc").cast(DataType.int64()), col("task").cast(DataType.string()))
+            table = daft.from_pydict(
+                {"doc": list(leaked), "task": [" ".join(held) for held in leaked.values()]}
+            )
+            return table.select(
+                col("doc").cast(DataType.int64()), col("task").cast(DataType.string())
+            )
 
         leaked = self.stage("decontaminate", stage.key)
-        self.tell(leaked, self.engine.table(leaked, judge), "removed", stage=lit("decontaminate"), name=col("task"))
-        return {task: {"items": count, "too_short": sets.short[task]} for task, count in sorted(sets.items.items())}
+        self.tell(
+            leaked,
+            self.engine.table(leaked, judge),
+            "removed",
+            stage=lit("decontaminate"),
+            name=col("task"),
+        )
+        return {
+            task: {"items": count, "too_short": sets.short[task]}
+            for task, count in sorted(sets.items.items())
+        }
 
     def documents(self, documents: Stage, quality: Stage | None) -> None:
         """Find near-duplicate documents."""
@@ -147,10 +193,25 @@ class Plan:
         self.engine.run(stage, dedup.signatures, self.numbers, None, documents, quality, config)
         signatures = read_table(stage).join(self.removed(), on="doc", how="anti")
         stage = self.stage("documents", stage.key, *self.keys)
-        found = self.engine.table(stage, lambda: self.named(dedup.find_duplicates(self.engine, signatures, config), documents))
-        self.tell(stage, found, "removed", stage=lit("documents"), name=lit("near_duplicate"), other=col("kept_id"))
+        found = self.engine.table(
+            stage,
+            lambda: self.named(dedup.find_duplicates(self.engine, signatures, config), documents),
+        )
+        self.tell(
+            stage,
+            found,
+            "removed",
+            stage=lit("documents"),
+            name=lit("near_duplicate"),
+            other=col("kept_id"),
+        )
         copies = found.groupby("kept").agg(col("doc").count().alias("count"))
-        self.tell(stage, copies.select(col("kept").alias("doc"), "count"), "frequency", start=col("count") + lit(1))
+        self.tell(
+            stage,
+            copies.select(col("kept").alias("doc"), "count"),
+            "frequency",
+            start=col("count") + lit(1),
+        )
 
     def sentences(self, documents: Stage) -> DataFrame | None:
         """Find sentences that occur again, and documents of which they leave too little. Returns (doc, start, stop, bytes)."""
@@ -158,19 +219,36 @@ class Plan:
         if not config.enabled:
             return None
         stage = self.stage("sentence-keys", documents.key, *self.keys, config)
-        gone = self.removed().select(_part(), col("doc").alias("gone")).groupby("part").agg(col("gone").list_agg())
-        counts = self.engine.run(stage, sentences.find_sentences, self.numbers, gone, documents, config)
-        compared, anchors = (sum(count[name] for count in counts) for name in ("compared", "anchors"))
+        gone = (
+            self.removed()
+            .select(_part(), col("doc").alias("gone"))
+            .groupby("part")
+            .agg(col("gone").list_agg())
+        )
+        counts = self.engine.run(
+            stage, sentences.find_sentences, self.numbers, gone, documents, config
+        )
+        compared, anchors = (
+            sum(count[name] for count in counts) for name in ("compared", "anchors")
+        )
         table = read_table(stage)
 
         def find() -> DataFrame:
             cuts, emptied = sentences.find_repeated(self.engine, table, compared, anchors, config)
             none = lit(None).cast(DataType.int64())
-            return cuts.concat(emptied.select("doc", *(none.alias(name) for name in ("start", "stop", "bytes"))))
+            return cuts.concat(
+                emptied.select("doc", *(none.alias(name) for name in ("start", "stop", "bytes")))
+            )
 
         stage = self.stage("sentences", stage.key)
         found = self.engine.table(stage, find)
-        self.tell(stage, found.where(col("start").is_null()), "removed", stage=lit("sentences"), name=lit("too_little_left"))
+        self.tell(
+            stage,
+            found.where(col("start").is_null()),
+            "removed",
+            stage=lit("sentences"),
+            name=lit("too_little_left"),
+        )
         cuts = found.where(~col("start").is_null())
         self.tell(stage, cuts, "cut", start=col("start"), stop=col("stop"))
         return cuts
@@ -182,7 +260,9 @@ class Plan:
             return
         zero = lit(0).cast(DataType.int64())
         left = (
-            read_table(documents).where(col("reason").is_null()).select("doc", "id", "source", col("clean_bytes").alias("bytes"))
+            read_table(documents)
+            .where(col("reason").is_null())
+            .select("doc", "id", "source", col("clean_bytes").alias("bytes"))
         )
         left = left.join(self.removed(), on="doc", how="anti")
         if cuts is not None:
@@ -192,8 +272,14 @@ class Plan:
                 .with_column("bytes", col("bytes") - F.coalesce(col("cut"), zero))
                 .exclude("cut")
             )
-        copies = self.told().where(col("what") == lit("frequency")).select("doc", col("start").alias("frequency"))
-        left = left.join(copies, on="doc", how="left").with_column("frequency", F.coalesce(col("frequency"), zero + lit(1)))
+        copies = (
+            self.told()
+            .where(col("what") == lit("frequency"))
+            .select("doc", col("start").alias("frequency"))
+        )
+        left = left.join(copies, on="doc", how="left").with_column(
+            "frequency", F.coalesce(col("frequency"), zero + lit(1))
+        )
         if quality is None:
             left = left.with_column("quality", lit(0.0))
         else:
@@ -217,35 +303,61 @@ class Plan:
         """Pairs (doc, kept) with the kept document's id."""
         renamed = self.events[0].select("doc", col("name").alias("new"))
         names = read_table(documents).select("doc", "id").join(renamed, on="doc", how="left")
-        names = names.select(col("doc").alias("kept"), F.coalesce(col("new"), col("id")).alias("kept_id"))
+        names = names.select(
+            col("doc").alias("kept"), F.coalesce(col("new"), col("id")).alias("kept_id")
+        )
         return pairs.join(names, on="kept").select("doc", "kept", "kept_id")
 
     def finish(self, documents: Stage, quality: Stage | None) -> list[dict[str, Any]]:
         """Write final/ and removed/."""
         struct = F.to_struct(col("doc"), col("what"), *(col(name) for name in EVENT))
-        by_part = self.told().select(_part(), struct.alias("events")).groupby("part").agg(col("events").list_agg())
+        by_part = (
+            self.told()
+            .select(_part(), struct.alias("events"))
+            .groupby("part")
+            .agg(col("events").list_agg())
+        )
         stage = self.stage("final", documents.key, quality and quality.key, *self.keys)
         stage = replace(stage, outputs=(self.output / "final", self.output / "removed"))
-        return self.engine.run(stage, tasks.finish, self.numbers, by_part, stage, documents, quality)
+        return self.engine.run(
+            stage, tasks.finish, self.numbers, by_part, stage, documents, quality
+        )
 
-    def report(self, read: list[dict[str, Any]], repeated_ids: DataFrame, finished: list[dict[str, Any]]) -> dict[str, Any]:
+    def report(
+        self, read: list[dict[str, Any]], repeated_ids: DataFrame, finished: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Counts of every stage, in order: documents and bytes in and out, and by reason, with examples; and all problems."""
         totals = _sum(result["totals"] for result in read)
         final = _sum(result["totals"] for result in finished)
         left = {"documents": totals["documents"], "bytes": totals["bytes"]}
         stages = []
         for name in STAGES:
-            results = [result["stages"].get(name, {}) for result in (read if name in ("read", "rules") else finished)]
-            entry: dict[str, Any] = {"stage": name, "documents_in": left["documents"], "bytes_in": left["bytes"], "removed": {}}
+            results = [
+                result["stages"].get(name, {})
+                for result in (read if name in ("read", "rules") else finished)
+            ]
+            entry: dict[str, Any] = {
+                "stage": name,
+                "documents_in": left["documents"],
+                "bytes_in": left["bytes"],
+                "removed": {},
+            }
             for result in results:
                 for reason, found in result.items():
-                    known = entry["removed"].setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
+                    known = entry["removed"].setdefault(
+                        reason, {"documents": 0, "bytes": 0, "examples": []}
+                    )
                     known["documents"] += found["documents"]
                     known["bytes"] += found["bytes"]
                     known["examples"] = (known["examples"] + found["examples"])[: tasks.EXAMPLES]
-            entry["bytes_cut"] = {"rules": totals["bytes_cut"], "sentences": final["bytes_cut"]}.get(name, 0)
+            entry["bytes_cut"] = {
+                "rules": totals["bytes_cut"],
+                "sentences": final["bytes_cut"],
+            }.get(name, 0)
             left["documents"] -= sum(found["documents"] for found in entry["removed"].values())
-            left["bytes"] -= sum(found["bytes"] for found in entry["removed"].values()) + entry["bytes_cut"]
+            left["bytes"] -= (
+                sum(found["bytes"] for found in entry["removed"].values()) + entry["bytes_cut"]
+            )
             stages.append({**entry, "documents_out": left["documents"], "bytes_out": left["bytes"]})
         assert left == {"documents": final["documents"], "bytes": final["bytes"]}, (left, final)
         return {
@@ -276,12 +388,30 @@ def _problems(read: list[dict[str, Any]], repeated_ids: DataFrame) -> list[dict[
     found = [problem for result in read for problem in result["problems"]]
     for row in repeated_ids.sort("doc").limit(SHOWN_DUPLICATE_IDS).to_pylist():
         found.append(
-            {"file": row["file"], "reason": "duplicate_id", "count": 0, "lines": [row["line"]], "detail": f"id {row['id']!r}"}
+            {
+                "file": row["file"],
+                "reason": "duplicate_id",
+                "count": 0,
+                "lines": [row["line"]],
+                "detail": f"id {row['id']!r}",
+            }
         )
-    for row in repeated_ids.groupby("file").agg(col("doc").count().alias("count")).sort("file").to_pylist():
-        found.append({"file": row["file"], "reason": "duplicate_id", "count": row["count"], "lines": [], "detail": ""})
+    for row in (
+        repeated_ids.groupby("file").agg(col("doc").count().alias("count")).sort("file").to_pylist()
+    ):
+        found.append(
+            {
+                "file": row["file"],
+                "reason": "duplicate_id",
+                "count": row["count"],
+                "lines": [],
+                "detail": "",
+            }
+        )
     for problem in found:
-        known = problems.setdefault((problem["file"], problem["reason"]), {**problem, "count": 0, "lines": []})
+        known = problems.setdefault(
+            (problem["file"], problem["reason"]), {**problem, "count": 0, "lines": []}
+        )
         known["count"] += problem["count"]
         known["lines"] = (known["lines"] + problem["lines"])[: tasks.PROBLEM_LINES]
     return [problems[key] for key in sorted(problems)]
@@ -318,6 +448,8 @@ def _numbered(parts: list[list[Slice]], counts: list[list[int]]) -> list[list[Sl
     for part, newlines in zip(parts, counts, strict=True):
         result.append([])
         for piece, count in zip(part, newlines, strict=True):
-            result[-1].append(replace(piece, first_line=before[piece.path] + 1) if piece.by_bytes else piece)
+            result[-1].append(
+                replace(piece, first_line=before[piece.path] + 1) if piece.by_bytes else piece
+            )
             before[piece.path] += count
     return result

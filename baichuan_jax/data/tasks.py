@@ -19,7 +19,11 @@ from baichuan_jax.data.engine import ROW_BITS, ParquetFile, Stage, read_part
 from baichuan_jax.data.quality import score
 from baichuan_jax.data.sentences import cut
 
-BEFORE_CUTS = ("quality", "decontaminate", "documents")  # stages that judge a document as it was before sentences were cut out
+BEFORE_CUTS = (
+    "quality",
+    "decontaminate",
+    "documents",
+)  # stages that judge a document as it was before sentences were cut out
 BATCH_CHARACTERS = 1 << 19  # that rules judge at once; also about a row group
 EXAMPLES = 3  # of what each rule removed
 EXAMPLE_CHARACTERS = 200
@@ -49,21 +53,31 @@ class Tally:
 
     def add(self, stage: str, reason: str, size: int, example: dict[str, str]) -> None:
         """Count one document that was removed."""
-        entry = self.stages.setdefault(stage, {}).setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
+        entry = self.stages.setdefault(stage, {}).setdefault(
+            reason, {"documents": 0, "bytes": 0, "examples": []}
+        )
         entry["documents"] += 1
         entry["bytes"] += size
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append(example)
 
 
-def lines(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[Slice]]) -> list[int]:
+def lines(
+    part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[Slice]]
+) -> list[int]:
     """Newlines of each of a part's slices that are byte ranges; elsewhere 0."""
     counts = [count_lines(piece) if piece.by_bytes else 0 for piece in parts[part]]
     file.write(pa.table({"newlines": counts}))
     return counts
 
 
-def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[Slice]], config: CorpusConfig) -> dict[str, Any]:
+def read(
+    part: int,
+    given: dict[str, Any],
+    file: ParquetFile,
+    parts: list[list[Slice]],
+    config: CorpusConfig,
+) -> dict[str, Any]:
     """Read a part, clean and judge its documents. Raises ConfigError at what cannot be read where on_error is "fail"."""
     tally = Tally()
     problems: dict[tuple[str, str], dict[str, Any]] = {}
@@ -75,8 +89,16 @@ def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[S
         for entry in batch:
             if entry.reason is not None:
                 if config.on_error == "fail":
-                    raise ConfigError(f"{entry.path}, line {entry.line}: {entry.reason}: {entry.detail}")
-                note = {"file": entry.path, "reason": entry.reason, "count": 0, "lines": [], "detail": entry.detail}
+                    raise ConfigError(
+                        f"{entry.path}, line {entry.line}: {entry.reason}: {entry.detail}"
+                    )
+                note = {
+                    "file": entry.path,
+                    "reason": entry.reason,
+                    "count": 0,
+                    "lines": [],
+                    "detail": entry.detail,
+                }
                 problem = problems.setdefault((entry.path, entry.reason), note)
                 problem["count"] += 1
                 problem["lines"] = [*problem["lines"], entry.line][:PROBLEM_LINES]
@@ -84,14 +106,22 @@ def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[S
             continue
         judged = rules.apply([record.text for record in records], config.rules)
         sizes = [len(record.text.encode()) for record in records]
-        reasons = [record.reason or verdict for record, verdict in zip(records, judged["reason"].to_pylist(), strict=True)]
+        reasons = [
+            record.reason or verdict
+            for record, verdict in zip(records, judged["reason"].to_pylist(), strict=True)
+        ]
         cleaned = judged["text"].to_pylist()
-        texts = [text if reason is None else None for text, reason in zip(cleaned, reasons, strict=True)]
+        texts = [
+            text if reason is None else None for text, reason in zip(cleaned, reasons, strict=True)
+        ]
         names = [record.id or record_id(record.path, record.line) for record in records]
         file.write(
             pa.table(
                 {
-                    "doc": pa.array(range((part << ROW_BITS) + row, (part << ROW_BITS) + row + len(records)), pa.int64()),
+                    "doc": pa.array(
+                        range((part << ROW_BITS) + row, (part << ROW_BITS) + row + len(records)),
+                        pa.int64(),
+                    ),
                     "id": names,
                     "file": [record.path for record in records],
                     "line": [record.line for record in records],
@@ -103,7 +133,9 @@ def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[S
                     ],
                     "reason": pa.array(reasons, pa.string()),
                     "bytes": pa.array(sizes, pa.int64()),
-                    "clean_bytes": pa.array([None if text is None else len(text.encode()) for text in texts], pa.int64()),
+                    "clean_bytes": pa.array(
+                        [None if text is None else len(text.encode()) for text in texts], pa.int64()
+                    ),
                     "text": pa.array(texts, pa.large_string()),
                 },
                 schema=DOCUMENTS,
@@ -116,7 +148,9 @@ def read(part: int, given: dict[str, Any], file: ParquetFile, parts: list[list[S
                 totals["bytes_cut"] += size
             else:
                 stage = "read" if record.reason else "rules"
-                tally.add(stage, reason, size, {"id": name, "text": record.text[:EXAMPLE_CHARACTERS]})
+                tally.add(
+                    stage, reason, size, {"id": name, "text": record.text[:EXAMPLE_CHARACTERS]}
+                )
         totals["bytes_cut"] -= sum(len(text.encode()) for text in texts if text is not None)
     return {"totals": totals, "problems": list(problems.values()), "stages": tally.stages}
 
@@ -134,7 +168,9 @@ def _batches(slices: list[Slice], config: CorpusConfig) -> Iterator[list[Record 
     yield batch
 
 
-def score_part(part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, model: Path) -> int:
+def score_part(
+    part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, model: Path
+) -> int:
     """Quality of every document of a part, 0 for those that the rules removed. Returns how many were scored."""
     scored = 0
     file.write(pa.table({"doc": pa.array([], pa.int64()), "quality": pa.array([], pa.float32())}))
@@ -149,7 +185,9 @@ def score_part(part: int, given: dict[str, Any], file: ParquetFile, documents: S
     return scored
 
 
-def find_evaluation(part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, patterns: list[str]) -> int:
+def find_evaluation(
+    part: int, given: dict[str, Any], file: ParquetFile, documents: Stage, patterns: list[str]
+) -> int:
     """The 13-grams that a part's documents share with evaluation files, for documents that share any. Returns how many do."""
     sets = _evaluation_sets(tuple(patterns))
     found = []
@@ -178,17 +216,29 @@ FINAL = pa.schema(
         ("frequency", pa.int64()),
     ]
 )
-REMOVED = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("duplicate_of", pa.string())])
+REMOVED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("duplicate_of", pa.string()),
+    ]
+)
 
 
 def finish(
-    part: int, given: dict[str, Any], file: ParquetFile, stage: Stage, documents: Stage, quality: Stage | None
+    part: int,
+    given: dict[str, Any],
+    file: ParquetFile,
+    stage: Stage,
+    documents: Stage,
+    quality: Stage | None,
 ) -> dict[str, Any]:
     """Write a part's documents that are left into final/, and the others with stage and reason into removed/.
 
-    given["events"] says what stages found, as dicts of doc, what, stage, name, other, start, stop. `what` is one of: removed
-    (name: the reason, other: the document it is like), frequency (start: how many there were), renamed (name: the new id), cut
-    (start and stop: characters that go).
+    given["events"] says what stages found, as dicts of doc, what, stage, name, other, start, stop.
+    `what` is one of: removed (name: the reason, other: the document it is like), frequency (start:
+    how many there were), renamed (name: the new id), cut (start and stop: characters that go).
     """
     events: dict[int, list[dict[str, Any]]] = {}
     for event in given["events"] or []:
@@ -203,19 +253,29 @@ def finish(
             scores = [0.0] * len(table) if scores_of is None else scores_of["quality"].to_pylist()
             final, removed = [], []
             for number, row in enumerate(table.to_pylist()):
-                told = {event["what"]: event for event in events.get(row["doc"], ()) if event["what"] != "cut"}
+                told = {
+                    event["what"]: event
+                    for event in events.get(row["doc"], ())
+                    if event["what"] != "cut"
+                }
                 name = told["renamed"]["name"] if "renamed" in told else row["id"]
                 if row["reason"] is not None:
                     removed.append((name, row["stage"], row["reason"], None))
                     continue
                 text, gone = row["text"], told.get("removed")
                 if gone is None or gone["stage"] not in BEFORE_CUTS:
-                    spans = [(event["start"], event["stop"]) for event in events.get(row["doc"], ()) if event["what"] == "cut"]
+                    spans = [
+                        (event["start"], event["stop"])
+                        for event in events.get(row["doc"], ())
+                        if event["what"] == "cut"
+                    ]
                     text = cut(text, spans)
                     totals["bytes_cut"] += len(row["text"].encode()) - len(text.encode())
                 if gone is None:
                     frequency = told["frequency"]["start"] if "frequency" in told else 1
-                    final.append((name, text, row["source"], row["lang"], scores[number], frequency))
+                    final.append(
+                        (name, text, row["source"], row["lang"], scores[number], frequency)
+                    )
                     totals.update(documents=1, bytes=len(text.encode()))
                 else:
                     removed.append((name, gone["stage"], gone["name"], gone["other"]))
@@ -230,4 +290,7 @@ def finish(
 
 def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+        schema=schema,
+    )

@@ -19,7 +19,9 @@ from baichuan_jax.config import ConfigError
 
 _HAN = re.compile("[\u4e00-\u9fff]+")
 INSTALLED = Path(__file__).parents[2]  # the folder that the package lies in
-PART_BYTES = 64 << 20  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
+PART_BYTES = (
+    64 << 20
+)  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class Part:
 def find_files(patterns: list[str]) -> list[str]:
     """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind.
 
-    baichuan_jax/... means the files that come with the program, wherever it is installed and whatever the working directory is.
+    baichuan_jax/... means the files that come with the program, wherever it is installed and
+    whatever the working directory is.
     """
     files = set()
     for pattern in patterns:
-        own = os.path.join(glob.escape(str(INSTALLED)), pattern) if pattern.startswith("baichuan_jax/") else pattern
+        own = (
+            os.path.join(glob.escape(str(INSTALLED)), pattern)
+            if pattern.startswith("baichuan_jax/")
+            else pattern
+        )
         found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
         if not found:
             raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
@@ -91,7 +98,9 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
             raise ConfigError(f"{where} is no JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             names = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ConfigError(f"{where} has no text in field {text_field!r} (it has: {names}); set data.text_field")
+            raise ConfigError(
+                f"{where} has no text in field {text_field!r} (it has: {names}); set data.text_field"
+            )
         try:
             record[text_field].encode()
         except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
@@ -102,7 +111,9 @@ def read_documents(part: Part, text_field: str) -> Iterator[str]:
 def _row_groups(path: str) -> list[tuple[int, int]]:
     """[start, stop) of row groups that hold about PART_BYTES together."""
     with _parquet(path) as file:
-        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+        sizes = [
+            file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
+        ]
     borders = [0]
     for group in range(len(sizes)):
         if sum(sizes[borders[-1] : group + 1]) >= PART_BYTES or group + 1 == len(sizes):
@@ -116,13 +127,17 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
             raise ConfigError(
                 f"{part.path} has no column {text_field!r} (it has: {file.schema_arrow.names}); set data.text_field"
             )
-        groups = list(range(part.start, part.stop if part.stop is not None else file.num_row_groups))
+        groups = list(
+            range(part.start, part.stop if part.stop is not None else file.num_row_groups)
+        )
         row = 0
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
             for text in batch.column(0).to_pylist():
                 row += 1
                 if not isinstance(text, str):
-                    raise ConfigError(f"{part.path}, row {row} after row group {part.start} has no text in column {text_field!r}")
+                    raise ConfigError(
+                        f"{part.path}, row {row} after row group {part.start} has no text in column {text_field!r}"
+                    )
                 yield text
 
 
@@ -132,7 +147,9 @@ def _parquet(path: str) -> Iterator[Any]:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError(f"{path}: Parquet needs pyarrow: pip install -r requirements-data.txt") from None
+        raise ConfigError(
+            f"{path}: Parquet needs pyarrow: pip install -r requirements-data.txt"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
@@ -170,13 +187,16 @@ def _lines(part: Part) -> Iterator[bytes]:
 def open_file(path: str, raw: BinaryIO | None = None) -> BinaryIO:
     """A file's bytes, decompressed as its name says; `raw`: its bytes as they are, where they do not lie on a local disk.
 
-    What is damaged raises EOFError, OSError or zlib.error while it is read. ConfigError: .zst without the package zstandard.
+    What is damaged raises EOFError, OSError or zlib.error while it is read. ConfigError: .zst
+    without the package zstandard.
     """
     if path.endswith(".gz"):
         return gzip.open(raw or path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
         if importlib.util.find_spec("zstandard") is None:
-            raise ConfigError(f"{path} cannot be read: zstandard is not installed; pip install zstandard, or decompress the file")
+            raise ConfigError(
+                f"{path} cannot be read: zstandard is not installed; pip install zstandard, or decompress the file"
+            )
         return io.BufferedReader(_Zstd(raw or open(path, "rb")))  # type: ignore[return-value]
     return raw or open(path, "rb")
 

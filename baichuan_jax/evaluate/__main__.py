@@ -55,12 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         add("--seed", type=int, default=0, help="of drawn and shuffled examples")
         if task in ("mmlu", "ceval"):
             add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")
-            add("--protocol", default="original", choices=["original", "lm-eval"], help="whose prompts and scores")
+            add(
+                "--protocol",
+                default="original",
+                choices=["original", "lm-eval"],
+                help="whose prompts and scores",
+            )
         order = "shuffled for every question in ceval's original protocol, else file"
-        add("--shot_order", choices=["file", "shuffled"], help=f"of the examples (default: {order})")
+        add(
+            "--shot_order", choices=["file", "shuffled"], help=f"of the examples (default: {order})"
+        )
         if task == "ceval":
             add("--answers", metavar="FILE", help='the test split\'s, as {"SUBJECT": {"ID": "A"}}')
-    command = commands.add_parser("perplexity", help="perplexity of any text by context length", formatter_class=shown)
+    command = commands.add_parser(
+        "perplexity", help="perplexity of any text by context length", formatter_class=shown
+    )
     _add_common(command)
     add = command.add_argument
     add(
@@ -71,18 +80,41 @@ def _parser() -> argparse.ArgumentParser:
         help="long documents: .txt, or JSONL (a document a line); also .gz, .zst",
     )
     add("--text_field", default="text", help="JSONL field that holds the text")
-    add("--context", default="4096,4352,...,5376", help="window lengths; the dots stand for the steps between")
+    add(
+        "--context",
+        default="4096,4352,...,5376",
+        help="window lengths; the dots stand for the steps between",
+    )
     add("--max_tokens", type=int, default=1 << 20, help="of the text, from its beginning")
     return parser
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a run's folder, one of its checkpoints, or a Hugging Face folder")
-    add("--output", required=True, metavar="DIR", help="where results go; finished subjects in it are kept")
-    add("--tokenizer", metavar="FILE", help="a SentencePiece model, where none lies with the checkpoint")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's folder, one of its checkpoints, or a Hugging Face folder",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where results go; finished subjects in it are kept",
+    )
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="a SentencePiece model, where none lies with the checkpoint",
+    )
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    add("--batch_tokens", type=int, metavar="N", help="tokens of one batch on a device (default: 1024 on a CPU, else 8192)")
+    add(
+        "--batch_tokens",
+        type=int,
+        metavar="N",
+        help="tokens of one batch on a device (default: 1024 on a CPU, else 8192)",
+    )
     add("--json", metavar="FILE", help="save the figures, and the speed, here too")
     add_mesh_options(command, MeshConfig())
 
@@ -99,14 +131,23 @@ def main(words: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     plan = Plan(
-        options.command, options.data, protocol=getattr(options, "protocol", "original"), split=getattr(options, "split", None),
-        subjects=options.subjects.split(",") if options.subjects else None, shots=options.shots, shot_order=options.shot_order,
-        seed=options.seed, limit=options.limit, answers=getattr(options, "answers", None),
-    )  # fmt: skip
+        options.command,
+        options.data,
+        protocol=getattr(options, "protocol", "original"),
+        split=getattr(options, "split", None),
+        subjects=options.subjects.split(",") if options.subjects else None,
+        shots=options.shots,
+        shot_order=options.shot_order,
+        seed=options.seed,
+        limit=options.limit,
+        answers=getattr(options, "answers", None),
+    )
     evaluation = Evaluation(plan, tokenizer)
     mesh = make_mesh(mesh_config(options))
     display = Display(active=jax.process_index() == 0)
-    display.say(f"{plan.task}: {evaluation.num_questions} questions of {len(evaluation.subjects)} subjects")
+    display.say(
+        f"{plan.task}: {evaluation.num_questions} questions of {len(evaluation.subjects)} subjects"
+    )
     work = Work()
 
     def make_scorer() -> Scorer:
@@ -116,7 +157,9 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         work = scorer.work
         return scorer
 
-    result = evaluate(evaluation, make_scorer, options.output, _settings(options, mesh), progress=True)
+    result = evaluate(
+        evaluation, make_scorer, options.output, _settings(options, mesh), progress=True
+    )
     if result:
         _show(display, result, Path(options.output), work, options.json)
     return 0
@@ -126,18 +169,32 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """What decides the figures beside text and prompts."""
     device = mesh.devices.flat[0]
     attention, _ = choose_attention(
-        "auto", device=device, dtype=options.dtype, head_dim=128, masked=False, length=1024, context=mesh.shape["context"]
+        "auto",
+        device=device,
+        dtype=options.dtype,
+        head_dim=128,
+        masked=False,
+        length=1024,
+        context=mesh.shape["context"],
     )
     return {
-        "checkpoint": str(options.checkpoint), "weights_sha256": weights_sha256(options.checkpoint), "dtype": options.dtype,
-        "attention": attention, "device": device.device_kind, "mesh": dict(mesh.shape),
+        "checkpoint": str(options.checkpoint),
+        "weights_sha256": weights_sha256(options.checkpoint),
+        "dtype": options.dtype,
+        "attention": attention,
+        "device": device.device_kind,
+        "mesh": dict(mesh.shape),
         "batch_tokens": options.batch_tokens or default_batch_tokens(),
-    }  # fmt: skip
+    }
 
 
 def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     contexts = parse_contexts(options.context)
-    documents = (text for part in split_files(find_files(options.text)) for text in read_documents(part, options.text_field))
+    documents = (
+        text
+        for part in split_files(find_files(options.text))
+        for text in read_documents(part, options.text_field)
+    )
     tokens = read_stream(documents, tokenizer, options.max_tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
@@ -145,36 +202,74 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     display.say(f"{len(tokens):,} tokens of text")
     settings = _settings(options, mesh)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
-    with tqdm(total=len(contexts) * len(tokens), unit="token", unit_scale=True, disable=not first) as bar:
-        rows = perplexity_curve(model, tokens, contexts, mesh=mesh, batch_tokens=options.batch_tokens, on_done=bar.update)
+    with tqdm(
+        total=len(contexts) * len(tokens), unit="token", unit_scale=True, disable=not first
+    ) as bar:
+        rows = perplexity_curve(
+            model,
+            tokens,
+            contexts,
+            mesh=mesh,
+            batch_tokens=options.batch_tokens,
+            on_done=bar.update,
+        )
     if not first:
         return 0
     output = Path(options.output)
-    hashes = {"tokenizer_sha256": tokenizer.hash, "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
-    manifest = settings | hashes | {"text_tokens": len(tokens), "version": baichuan_jax.__version__, "jax": jax.__version__}
-    content = (json.dumps({"curve": rows, "manifest": manifest}, indent=1, ensure_ascii=False) + "\n").encode()
+    hashes = {
+        "tokenizer_sha256": tokenizer.hash,
+        "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+    manifest = (
+        settings
+        | hashes
+        | {"text_tokens": len(tokens), "version": baichuan_jax.__version__, "jax": jax.__version__}
+    )
+    content = (
+        json.dumps({"curve": rows, "manifest": manifest}, indent=1, ensure_ascii=False) + "\n"
+    ).encode()
     for file in (output / "result.json", *([Path(options.json)] if options.json else [])):
         write_atomically(file, content)
     write_atomically(output / "table.md", perplexity.table(rows).encode())
     perplexity.chart(rows, output / "perplexity.png")
     display.table(
-        "perplexity by context length", ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"],
-        [[f"{r['context']:,}", str(r["windows"]), f"{r['perplexity']:.3f}", f"{r['tail_perplexity']:.3f}"] for r in rows],
-    )  # fmt: skip
+        "perplexity by context length",
+        ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"],
+        [
+            [
+                f"{r['context']:,}",
+                str(r["windows"]),
+                f"{r['perplexity']:.3f}",
+                f"{r['tail_perplexity']:.3f}",
+            ]
+            for r in rows
+        ],
+    )
     display.say(f"results in {output}: table.md, perplexity.png, result.json")
     return 0
 
 
-def _show(display: Display, result: dict[str, Any], output: Path, work: Work, file: str | None) -> None:
+def _show(
+    display: Display, result: dict[str, Any], output: Path, work: Work, file: str | None
+) -> None:
     write_atomically(output / "table.md", tables.markdown(result).encode())
     if result["scored"]:
         tables.chart(result, output / "chart.png")
-        average = {"average": {"accuracy": result["average"], "stderr": result["stderr"], "questions": result["questions"]}}
+        average = {
+            "average": {
+                "accuracy": result["average"],
+                "stderr": result["stderr"],
+                "questions": result["questions"],
+            }
+        }
         rows = (average | result["categories"] | result["subjects"]).items()
         display.table(
             f"{result['task']}, {result['manifest']['shots']}-shot, protocol {result['protocol']}",
             ["", "questions", "accuracy", "± s.e."],
-            [[name, str(cell["questions"]), f"{100 * cell['accuracy']:.1f}", _error(cell)] for name, cell in rows],
+            [
+                [name, str(cell["questions"]), f"{100 * cell['accuracy']:.1f}", _error(cell)]
+                for name, cell in rows
+            ],
         )
         for caution in tables.cautions(result):
             display.say(caution, style="yellow")
@@ -188,7 +283,10 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work, fi
         )
     display.say(f"results in {output}: table.md, records.jsonl, result.json")
     if file is not None:
-        write_atomically(Path(file), (json.dumps(result | {"speed": speed}, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            Path(file),
+            (json.dumps(result | {"speed": speed}, indent=1, ensure_ascii=False) + "\n").encode(),
+        )
 
 
 def _error(cell: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 import baichuan_jax
 from baichuan_jax.config import ConfigError
-from baichuan_jax.evaluate.prompts import Prompt, Protocol, ShotOrder, default_shot_order, make_prompts, template
+from baichuan_jax.evaluate.prompts import (
+    Prompt,
+    Protocol,
+    ShotOrder,
+    default_shot_order,
+    make_prompts,
+    template,
+)
 from baichuan_jax.evaluate.results import Record, Results, score_prompts, summarise
 from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.evaluate.tasks import SPLITS, count_subjects, load_subjects
@@ -50,22 +57,46 @@ class Evaluation:
         self.plan, self.tokenizer = plan, tokenizer
         self.shot_order: ShotOrder = plan.shot_order or default_shot_order(plan.task, plan.protocol)
         if plan.protocol == "lm-eval" and self.shot_order != "file":
-            raise ConfigError("protocol lm-eval keeps the examples in the file's order; shot_order=shuffled is the original's")
+            raise ConfigError(
+                "protocol lm-eval keeps the examples in the file's order; shot_order=shuffled is the original's"
+            )
         self.subjects, data_hash = load_subjects(
-            plan.task, plan.data, split=plan.split, only=plan.subjects, shots=plan.shots, seed=plan.seed, limit=plan.limit,
+            plan.task,
+            plan.data,
+            split=plan.split,
+            only=plan.subjects,
+            shots=plan.shots,
+            seed=plan.seed,
+            limit=plan.limit,
             answers=plan.answers,
-        )  # fmt: skip
-        template(plan.task, self.subjects[0], plan.protocol)  # refuses a protocol that the task lacks
+        )
+        template(
+            plan.task, self.subjects[0], plan.protocol
+        )  # refuses a protocol that the task lacks
         drawn = plan.task in ("agieval", "gaokao")
         self.settings: dict[str, Any] = {
-            "task": plan.task, "protocol": plan.protocol, "split": plan.split or SPLITS[plan.task], "shots": plan.shots,
-            "shot_order": self.shot_order, "seed": plan.seed, "limit": plan.limit, "filter": FILTERS[plan.task],
-            "subjects": [subject.name for subject in self.subjects], "subjects_of_task": count_subjects(plan.task),
+            "task": plan.task,
+            "protocol": plan.protocol,
+            "split": plan.split or SPLITS[plan.task],
+            "shots": plan.shots,
+            "shot_order": self.shot_order,
+            "seed": plan.seed,
+            "limit": plan.limit,
+            "filter": FILTERS[plan.task],
+            "subjects": [subject.name for subject in self.subjects],
+            "subjects_of_task": count_subjects(plan.task),
             "questions": {subject.name: len(subject.questions) for subject in self.subjects},
-            "left_out": {subject.name: subject.left_out for subject in self.subjects if subject.left_out},
-            "drawn_examples": {s.name: [example.row for example in s.examples] for s in self.subjects} if drawn else None,
-            "data_sha256": data_hash, "tokenizer_sha256": tokenizer.hash,
-        }  # fmt: skip
+            "left_out": {
+                subject.name: subject.left_out for subject in self.subjects if subject.left_out
+            },
+            "drawn_examples": {
+                s.name: [example.row for example in s.examples] for s in self.subjects
+            }
+            if drawn
+            else None,
+            "data_sha256": data_hash,
+            "tokenizer_sha256": tokenizer.hash,
+        }
 
     @property
     def num_questions(self) -> int:
@@ -79,9 +110,14 @@ class Evaluation:
         """The prompts of one subject."""
         plan = self.plan
         return make_prompts(
-            plan.task, self.subjects[number], self.tokenizer, protocol=plan.protocol, shots=plan.shots,
-            shot_order=self.shot_order, seed=plan.seed,
-        )  # fmt: skip
+            plan.task,
+            self.subjects[number],
+            self.tokenizer,
+            protocol=plan.protocol,
+            shots=plan.shots,
+            shot_order=self.shot_order,
+            seed=plan.seed,
+        )
 
     def summarise(self, records: list[Record]) -> dict[str, Any]:
         """Scores of all questions' records."""
@@ -98,7 +134,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score all subjects, or those that an interrupted evaluation left; write the output folder and return what result.json holds.
 
-    settings: what decides the results beside the prompts (checkpoint, dtype, devices). make_scorer is called where a subject is left.
+    settings: what decides the results beside the prompts (checkpoint, dtype, devices). make_scorer
+    is called where a subject is left.
     """
     first = jax.process_index() == 0
     settings = evaluation.settings | settings
@@ -108,7 +145,12 @@ def evaluate(
         finished = multihost_utils.broadcast_one_to_all(finished)
     scorer = None if finished.all() else make_scorer()
     records: list[Record] = []
-    with tqdm(total=evaluation.num_questions, unit="question", disable=not (progress and first), smoothing=0.05) as bar:
+    with tqdm(
+        total=evaluation.num_questions,
+        unit="question",
+        disable=not (progress and first),
+        smoothing=0.05,
+    ) as bar:
         for number, subject in enumerate(evaluation.subjects):
             bar.set_description(subject.name[:32])
             end = bar.n + len(subject.questions)
@@ -117,20 +159,31 @@ def evaluate(
             else:
                 # An answer of several tokens makes several requests of one question.
                 on_done = lambda count, end=end: bar.update(min(count, end - bar.n))
-                found = score_prompts(scorer, evaluation.prompts(number), evaluation.plan.protocol, on_done)
+                found = score_prompts(
+                    scorer, evaluation.prompts(number), evaluation.plan.protocol, on_done
+                )
                 results.save(subject.name, found)
                 records += found
             bar.update(end - bar.n)
     if not first:
         return {}
     fewer = sum(record["shots"] < evaluation.plan.shots for record in records)
-    prompts_hash = hashlib.sha256("".join(record["prompt_sha256"] for record in records).encode()).hexdigest()
+    prompts_hash = hashlib.sha256(
+        "".join(record["prompt_sha256"] for record in records).encode()
+    ).hexdigest()
     manifest = settings | {
-        "prompts_sha256": prompts_hash, "prompts_with_fewer_shots": fewer,
+        "prompts_sha256": prompts_hash,
+        "prompts_with_fewer_shots": fewer,
         "longest_prompt_tokens": max(record["num_tokens"] for record in records),
-        "version": baichuan_jax.__version__, "jax": jax.__version__,
-    }  # fmt: skip
+        "version": baichuan_jax.__version__,
+        "jax": jax.__version__,
+    }
     plan = evaluation.plan
-    result = {"task": plan.task, "protocol": plan.protocol, **evaluation.summarise(records), "manifest": manifest}
+    result = {
+        "task": plan.task,
+        "protocol": plan.protocol,
+        **evaluation.summarise(records),
+        "manifest": manifest,
+    }
     results.finish(result, records)
     return result

@@ -1,7 +1,7 @@
 """Perplexity by context length: how far past the training length a model still gains from what it reads.
 
-Text becomes one stream of tokens, documents joined with EOS as in training (no BOS), cut into windows of each length that do not
-overlap. B windows of a batch, T tokens of a window, D hidden.
+Text becomes one stream of tokens, documents joined with EOS as in training (no BOS), cut into
+windows of each length that do not overlap. B windows of a batch, T tokens of a window, D hidden.
 """
 
 import math
@@ -48,19 +48,24 @@ def perplexity_curve(
 ) -> list[dict[str, Any]]:
     """A row for each context length: `context`, `windows`, `tokens` (predicted), `loss` (nats), `perplexity`, `tail_perplexity`.
 
-    Every window predicts all of its tokens but the first; the tail is its last 256. on_done is called with numbers of tokens that are
-    done. Raises ConfigError where the text is shorter than a window.
+    Every window predicts all of its tokens but the first; the tail is its last 256. on_done is
+    called with numbers of tokens that are done. Raises ConfigError where the text is shorter than a
+    window.
     """
     layout = None if mesh is None else Layout(mesh)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     graphdef, state = nnx.split(model)
     params: Params = nnx.to_pure_dict(state)
 
-    def losses(params: Params, inputs_BT: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def losses(
+        params: Params, inputs_BT: jax.Array, labels_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         with activate(layout), matmul_precision(model.config):
             merged = nnx.merge(graphdef, params)
             hidden_BTD = merged.hidden(inputs_BT)
-            tail_BT = jnp.where(jnp.arange(labels_BT.shape[1]) < labels_BT.shape[1] - 1 - TAIL, IGNORE, labels_BT)
+            tail_BT = jnp.where(
+                jnp.arange(labels_BT.shape[1]) < labels_BT.shape[1] - 1 - TAIL, IGNORE, labels_BT
+            )
             head = merged.lm_head[...]
             whole = cross_entropy(hidden_BTD, head, labels_BT, chunk_size=CHUNK)
             return whole, cross_entropy(hidden_BTD, head, tail_BT, chunk_size=CHUNK)
@@ -87,10 +92,16 @@ def perplexity_curve(
             if on_done is not None:
                 on_done(int((labels != IGNORE).sum()))
         count, tail_count = len(windows) * (context - 1), len(windows) * min(TAIL, context - 1)
-        rows.append({
-            "context": context, "windows": len(windows), "tokens": count, "loss": total / count,
-            "perplexity": math.exp(total / count), "tail_perplexity": math.exp(tail / tail_count),
-        })  # fmt: skip
+        rows.append(
+            {
+                "context": context,
+                "windows": len(windows),
+                "tokens": count,
+                "loss": total / count,
+                "perplexity": math.exp(total / count),
+                "tail_perplexity": math.exp(tail / tail_count),
+            }
+        )
     return rows
 
 
@@ -119,14 +130,19 @@ def parse_contexts(text: str) -> list[int]:
                 raise ValueError(text)
             lengths += range(lengths[-1] + step, last, step)
     except (ValueError, IndexError):
-        raise ConfigError(f"context={text!r} must be lengths such as 4096,4352,4608 or 4096,4352,...,5376") from None
+        raise ConfigError(
+            f"context={text!r} must be lengths such as 4096,4352,4608 or 4096,4352,...,5376"
+        ) from None
     return lengths
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The curve in Markdown."""
     lines = ["| context | windows | perplexity | of the last 256 tokens |", "| -: | -: | -: | -: |"]
-    lines += [f"| {r['context']} | {r['windows']} | {r['perplexity']:.3f} | {r['tail_perplexity']:.3f} |" for r in rows]
+    lines += [
+        f"| {r['context']} | {r['windows']} | {r['perplexity']:.3f} | {r['tail_perplexity']:.3f} |"
+        for r in rows
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -136,7 +152,12 @@ def chart(rows: list[dict[str, Any]], path: Path | str) -> None:
     axes = figure.add_subplot()
     contexts = [row["context"] for row in rows]
     axes.plot(contexts, [row["perplexity"] for row in rows], "^-", label="whole windows")
-    axes.plot(contexts, [row["tail_perplexity"] for row in rows], "o--", label=f"last {TAIL} tokens of each")
+    axes.plot(
+        contexts,
+        [row["tail_perplexity"] for row in rows],
+        "o--",
+        label=f"last {TAIL} tokens of each",
+    )
     axes.set(xlabel="context length (tokens)", ylabel="perplexity", xticks=contexts)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,6 +1,7 @@
 """From prompts to records, from records to scores, and the folder that holds them: one file a subject, whole or not there.
 
-records.jsonl has a line a question; result.json the scores and the manifest: all that decides them, and hashes of what was read.
+records.jsonl has a line a question; result.json the scores and the manifest: all that decides them,
+and hashes of what was read.
 """
 
 import json
@@ -22,16 +23,24 @@ Record = dict[str, Any]
 
 
 def score_prompts(
-    scorer: Scorer, prompts: Sequence[Prompt], protocol: Protocol, on_done: Callable[[int], object] | None = None
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    protocol: Protocol,
+    on_done: Callable[[int], object] | None = None,
 ) -> list[Record]:
     """A record of every prompt, in order. Raises NumericsError where a logit is not finite.
 
-    `logits` of A to D: the original's logits of one token each, or lm-eval's log-likelihoods of the answers, summed over their tokens.
+    `logits` of A to D: the original's logits of one token each, or lm-eval's log-likelihoods of the
+    answers, summed over their tokens.
     """
     requests: list[Request] = []
-    terms: list[list[list[tuple[int, int]]]] = []  # of every prompt and answer: (request, place among its wanted tokens)
+    terms: list[
+        list[list[tuple[int, int]]]
+    ] = []  # of every prompt and answer: (request, place among its wanted tokens)
     for prompt in prompts:
-        starts: dict[tuple[int, ...], list[int]] = {}  # what precedes a token of some answer -> such tokens
+        starts: dict[
+            tuple[int, ...], list[int]
+        ] = {}  # what precedes a token of some answer -> such tokens
         for answer in prompt.continuations:
             for length, token in enumerate(answer):
                 wanted = starts.setdefault(answer[:length], [])
@@ -39,36 +48,55 @@ def score_prompts(
                     wanted.append(token)
         number = {start: len(requests) + place for place, start in enumerate(starts)}
         requests += [
-            Request([*prompt.tokens, *start], tuple(wanted), (prompt.subject, prompt.shots)) for start, wanted in starts.items()
+            Request([*prompt.tokens, *start], tuple(wanted), (prompt.subject, prompt.shots))
+            for start, wanted in starts.items()
         ]
-        terms.append([
-            [(number[answer[:length]], starts[answer[:length]].index(token)) for length, token in enumerate(answer)]
-            for answer in prompt.continuations
-        ])  # fmt: skip
+        terms.append(
+            [
+                [
+                    (number[answer[:length]], starts[answer[:length]].index(token))
+                    for length, token in enumerate(answer)
+                ]
+                for answer in prompt.continuations
+            ]
+        )
     logits, norms = scorer.score(requests, on_done)
     if protocol == "lm-eval":
         logits = [row - norm for row, norm in zip(logits, norms, strict=True)]
     return [
-        _record(prompt, [sum(float(logits[row][place]) for row, place in answer) for answer in answers])
+        _record(
+            prompt, [sum(float(logits[row][place]) for row, place in answer) for answer in answers]
+        )
         for prompt, answers in zip(prompts, terms, strict=True)
     ]
 
 
 def _record(prompt: Prompt, logits: list[float]) -> Record:
     if not np.isfinite(logits).all():
-        raise NumericsError(f"{prompt.subject}, question {prompt.index}: the logits {logits} are not finite")
+        raise NumericsError(
+            f"{prompt.subject}, question {prompt.index}: the logits {logits} are not finite"
+        )
     return {
-        "subject": prompt.subject, "index": prompt.index, **({"id": prompt.id} if prompt.id else {}), "prompt_sha256": prompt.sha256,
-        "num_tokens": len(prompt.tokens), "shots": len(prompt.shots), "shot_rows": list(prompt.shots), "logits": logits,
-        "prediction": LETTERS[int(np.argmax(logits))], "answer": prompt.answer,
-    }  # fmt: skip
+        "subject": prompt.subject,
+        "index": prompt.index,
+        **({"id": prompt.id} if prompt.id else {}),
+        "prompt_sha256": prompt.sha256,
+        "num_tokens": len(prompt.tokens),
+        "shots": len(prompt.shots),
+        "shot_rows": list(prompt.shots),
+        "logits": logits,
+        "prediction": LETTERS[int(np.argmax(logits))],
+        "answer": prompt.answer,
+    }
 
 
-def summarise(task: str, protocol: Protocol, subjects: Sequence[Subject], records: Sequence[Record]) -> dict[str, Any]:
+def summarise(
+    task: str, protocol: Protocol, subjects: Sequence[Subject], records: Sequence[Record]
+) -> dict[str, Any]:
     """Scores as fractions with standard errors: `average`, `micro`, `macro`, `categories`, `subjects`.
 
-    The average, and that of a category, counts every question alike (micro); the original's C-Eval counts every subject alike (macro).
-    Without answers, only counts.
+    The average, and that of a category, counts every question alike (micro); the original's C-Eval
+    counts every subject alike (macro). Without answers, only counts.
     """
     by_subject: dict[str, list[bool]] = {subject.name: [] for subject in subjects}
     unanswered = any(record["answer"] is None for record in records)
@@ -82,13 +110,19 @@ def summarise(task: str, protocol: Protocol, subjects: Sequence[Subject], record
     for subject in subjects:
         for category in subject.categories:
             members.setdefault(category, []).append(by_subject[subject.name])
-    averages = {"micro": _micro(list(by_subject.values())), "macro": _macro(list(by_subject.values()))}
+    averages = {
+        "micro": _micro(list(by_subject.values())),
+        "macro": _macro(list(by_subject.values())),
+    }
     combine = _macro if aggregation == "macro" else _micro
     return summary | {
-        "aggregation": aggregation, "average": averages[aggregation]["accuracy"], "stderr": averages[aggregation]["stderr"],
-        **averages, "categories": {name: combine(group) for name, group in members.items()},
+        "aggregation": aggregation,
+        "average": averages[aggregation]["accuracy"],
+        "stderr": averages[aggregation]["stderr"],
+        **averages,
+        "categories": {name: combine(group) for name, group in members.items()},
         "subjects": {name: _micro([group]) for name, group in by_subject.items()},
-    }  # fmt: skip
+    }
 
 
 def _micro(groups: list[list[bool]]) -> dict[str, Any]:
@@ -105,7 +139,12 @@ def _macro(groups: list[list[bool]]) -> dict[str, Any]:
     errors = [part["stderr"] for part in parts]
     stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(parts)
     accuracy = sum(part["accuracy"] for part in parts) / len(parts)
-    return {"accuracy": accuracy, "stderr": stderr, "questions": sum(map(len, groups)), "subjects": len(groups)}
+    return {
+        "accuracy": accuracy,
+        "stderr": stderr,
+        "questions": sum(map(len, groups)),
+        "subjects": len(groups),
+    }
 
 
 class Results:
@@ -118,10 +157,19 @@ class Results:
             return
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
-            differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+            differing = sorted(
+                key
+                for key in before.keys() | settings.keys()
+                if before.get(key) != settings.get(key)
+            )
             if differing:
-                changes = "; ".join(f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differing[:4])
-                raise ConfigError(f"{folder} holds results of another evaluation ({changes}); choose another --output")
+                changes = "; ".join(
+                    f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+                    for key in differing[:4]
+                )
+                raise ConfigError(
+                    f"{folder} holds results of another evaluation ({changes}); choose another --output"
+                )
         elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
         else:
@@ -140,7 +188,10 @@ class Results:
             write_atomically(self._path(subject), _lines(records))
 
     def load(self, subject: str) -> list[Record]:
-        return [json.loads(line) for line in self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]]
+        return [
+            json.loads(line)
+            for line in self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]
+        ]
 
     def finish(self, result: dict[str, Any], records: Sequence[Record]) -> None:
         """Write records.jsonl and result.json, and C-Eval's submission where there are no answers."""
@@ -150,7 +201,9 @@ class Results:
         if result["task"] == "ceval" and result["manifest"]["split"] == "test":
             submission: dict[str, dict[str, str]] = {}
             for record in records:
-                submission.setdefault(record["subject"], {})[record.get("id", str(record["index"]))] = record["prediction"]
+                submission.setdefault(record["subject"], {})[
+                    record.get("id", str(record["index"]))
+                ] = record["prediction"]
             write_atomically(self.folder / "submission.json", _dump(submission))
         write_atomically(self.folder / "result.json", _dump(result))
 

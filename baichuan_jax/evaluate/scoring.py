@@ -15,7 +15,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from baichuan_jax.model import Cache, Params, Transformer, init_cache, matmul_precision, positions_of
+from baichuan_jax.model import (
+    Cache,
+    Params,
+    Transformer,
+    init_cache,
+    matmul_precision,
+    positions_of,
+)
 from baichuan_jax.sharding import Layout, activate
 
 MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth a pass of its own
@@ -49,7 +56,9 @@ class Work:
 class Scorer:
     """Runs requests through one model on one device or on a mesh; compiles once for each shape."""
 
-    def __init__(self, model: Transformer, mesh: Mesh | None = None, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, mesh: Mesh | None = None, batch_tokens: int | None = None
+    ) -> None:
         """batch_tokens: tokens of a batch on one device, by default what default_batch_tokens says."""
         self.config = model.config
         self.work = Work()
@@ -66,7 +75,8 @@ class Scorer:
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Logits [W] of every request's wanted tokens, and the log-normaliser of all logits [requests], in float32.
 
-        on_done is called with numbers of finished requests as they come. Results do not depend on other calls.
+        on_done is called with numbers of finished requests as they come. Results do not depend on
+        other calls.
         """
         began, compiled = time.perf_counter(), self.work.compile_seconds
         logits: list[Any] = [None] * len(requests)
@@ -77,7 +87,9 @@ class Scorer:
             if batch is None:
                 return
             rows, (picked_BW, norm_B) = batch[0], jax.device_get(batch[1])
-            for row, picked_W, norm in zip(rows, picked_BW, norm_B, strict=False):  # padding rows come last
+            for row, picked_W, norm in zip(
+                rows, picked_BW, norm_B, strict=False
+            ):  # padding rows come last
                 logits[row], norms[row] = picked_W[: len(requests[row].wanted)], norm
             if on_done is not None:
                 on_done(len(rows))
@@ -105,14 +117,20 @@ class Scorer:
                 yield from self._in_batches(requests, rows, prefix, shared)
         yield from self._in_batches(requests, alone, None, 0)
 
-    def _in_batches(self, requests: Sequence[Request], rows: list[int], prefix: Cache | None, skip: int):
+    def _in_batches(
+        self, requests: Sequence[Request], rows: list[int], prefix: Cache | None, skip: int
+    ):
         width = max((len(request.wanted) for request in requests), default=0)
         rows = sorted(rows, key=lambda row: -len(requests[row].tokens))
         while rows:
             T = self._length(len(requests[rows[0]].tokens) - skip)
             B = self._batch_size(len(rows), T)
             batch, rows = rows[:B], rows[B:]
-            tokens_BT, last_B, wanted_BW = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, width), np.int32)
+            tokens_BT, last_B, wanted_BW = (
+                np.zeros((B, T), np.int32),
+                np.zeros(B, np.int32),
+                np.zeros((B, width), np.int32),
+            )
             for place, row in enumerate(batch):
                 tokens = requests[row].tokens[skip:]
                 tokens_BT[place, : len(tokens)] = tokens
@@ -149,25 +167,38 @@ class Scorer:
         tokens_1S = np.zeros((1, S), np.int32)
         tokens_1S[0, : len(tokens)] = tokens
         self.work.run_tokens += S
-        return self._run(self._fill, self.params, self._put(tokens_1S), self._put(np.int32(len(tokens))))
+        return self._run(
+            self._fill, self.params, self._put(tokens_1S), self._put(np.int32(len(tokens)))
+        )
 
     def _fill(self, params: Params, tokens_1S: jax.Array, length: jax.Array) -> Cache:
         # One row: no batch to cut.
         with self._traced(params, batch_axes=()) as model:
             mask_1S = jnp.ones(tokens_1S.shape, bool)
-            _, cache = model.extend(tokens_1S, init_cache(self.config, mask_1S), positions_of(mask_1S))
+            _, cache = model.extend(
+                tokens_1S, init_cache(self.config, mask_1S), positions_of(mask_1S)
+            )
             return cache._replace(length=length)
 
-    def _score(self, params: Params, prefix: Cache | None, tokens_BT, last_B, wanted_BW) -> tuple[jax.Array, jax.Array]:
+    def _score(
+        self, params: Params, prefix: Cache | None, tokens_BT, last_B, wanted_BW
+    ) -> tuple[jax.Array, jax.Array]:
         with self._traced(params) as model:
-            hidden_BTD = model.hidden(tokens_BT) if prefix is None else model.after(tokens_BT, prefix)
+            hidden_BTD = (
+                model.hidden(tokens_BT) if prefix is None else model.after(tokens_BT, prefix)
+            )
             hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
             logits_BV = model.head(hidden_BD)
-            return jnp.take_along_axis(logits_BV, wanted_BW, axis=1), jax.nn.logsumexp(logits_BV, axis=-1)
+            return jnp.take_along_axis(logits_BV, wanted_BW, axis=1), jax.nn.logsumexp(
+                logits_BV, axis=-1
+            )
 
     @contextlib.contextmanager
     def _traced(self, params: Params, **layout: Any) -> Iterator[Transformer]:
-        with activate(self._layout and dataclasses.replace(self._layout, **layout)), matmul_precision(self.config):
+        with (
+            activate(self._layout and dataclasses.replace(self._layout, **layout)),
+            matmul_precision(self.config),
+        ):
             yield nnx.merge(self._graphdef, params)
 
     def _put(self, array: Any, *axes: str | None) -> Any:
@@ -184,7 +215,9 @@ class Scorer:
         if key not in self._compiled:
             began = time.perf_counter()
             # Scores come back whole to every process; a cache stays cut along heads.
-            whole = None if self._layout is None or function == self._fill else self._layout.sharding()
+            whole = (
+                None if self._layout is None or function == self._fill else self._layout.sharding()
+            )
             self._compiled[key] = jax.jit(function, out_shardings=whole).lower(*arguments).compile()
             self.work.compile_seconds += time.perf_counter() - began
         return self._compiled[key](*arguments)

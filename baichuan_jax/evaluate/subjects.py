@@ -1,8 +1,9 @@
 """What the test sets consist of: subjects, their names and categories, as their authors list them.
 
-MMLU: hendrycks/test categories.py. C-Eval: the names of Baichuan-7B's evaluate_zh.py and the categories of hkust-nlp/ceval's
-subject_mapping.json. AGIEval: ruixiangcui/AGIEval v1.0, its data sets with four-option questions. Gaokao: OpenLMLab/GAOKAO-Bench,
-its objective questions with one answer.
+MMLU: hendrycks/test categories.py. C-Eval: the names of Baichuan-7B's evaluate_zh.py and the
+categories of hkust-nlp/ceval's subject_mapping.json. AGIEval: ruixiangcui/AGIEval v1.0, its data
+sets with four-option questions. Gaokao: OpenLMLab/GAOKAO-Bench, its objective questions with one
+answer.
 """
 
 # category -> subcategory -> subjects
@@ -53,9 +54,15 @@ CEVAL = {
     "environmental_impact_assessment_engineer 环境影响评价工程师 tax_accountant 税务师 physician 医师资格",
 }
 CEVAL_HARD = (
-    "advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_chemistry", "college_physics",
-    "high_school_mathematics", "high_school_chemistry", "high_school_physics",
-)  # fmt: skip
+    "advanced_mathematics",
+    "discrete_mathematics",
+    "probability_and_statistics",
+    "college_chemistry",
+    "college_physics",
+    "high_school_mathematics",
+    "high_school_chemistry",
+    "high_school_physics",
+)
 # The one name that lm-eval (and C-Eval's own list) writes otherwise than evaluate_zh.py.
 CEVAL_LM_EVAL = {"mao_zedong_thought": "毛泽东思想和中国特色社会主义理论体系概论"}
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# task -> (columns, {model: percentages}). Its C-Eval row is the test split; its MMLU the test split, micro averages.
+# task -> (columns, {model: percentages}). Its C-Eval row is the test split; its MMLU the test
+# split, micro averages.
 COLUMNS = {
     "mmlu": ["Humanities", "Social Sciences", "STEM", "Other", "Average"],
     "ceval": ["Average", "Avg(Hard)", "STEM", "Social Sciences", "Humanities", "Others"],
@@ -80,7 +81,9 @@ def columns(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     whole = {"Average": {"accuracy": result["average"], "stderr": result["stderr"]}}
     found = whole | result["categories"]
     return {
-        column: next((found[name] for name in _CATEGORIES.get(column, (column,)) if name in found), None)
+        column: next(
+            (found[name] for name in _CATEGORIES.get(column, (column,)) if name in found), None
+        )
         for column in COLUMNS[result["task"]]
     }
 
@@ -89,16 +92,30 @@ def markdown(result: dict[str, Any]) -> str:
     """The table as the original laid it out, this model first; then every category and subject with its standard error."""
     task, manifest = result["task"], result["manifest"]
     title = {"mmlu": "MMLU", "ceval": "C-Eval", "agieval": "AGIEval", "gaokao": "Gaokao"}[task]
-    lines = [f"# {title}, {manifest['shots']}-shot, protocol {result['protocol']}, split {manifest['split']}", ""]
+    lines = [
+        f"# {title}, {manifest['shots']}-shot, protocol {result['protocol']}, split {manifest['split']}",
+        "",
+    ]
     if not result["scored"]:
-        return "\n".join([*lines, f"{result['questions']} questions without public answers: hand in submission.json.", ""])
+        return "\n".join(
+            [
+                *lines,
+                f"{result['questions']} questions without public answers: hand in submission.json.",
+                "",
+            ]
+        )
     for caution in cautions(result):
         lines += [f"{caution}.", ""]
     lines += _row(["Model", *COLUMNS[task]]) + _row([":-", *["-:"] * len(COLUMNS[task])])
     lines += _row(["**this model**", *(_percent(cell) for cell in columns(result).values())])
     published = PUBLISHED[task]
     for model in sorted(published, key=lambda model: model != "Baichuan-7B"):
-        lines += _row([f"{model} (published)", *("-" if value is None else f"{value}" for value in published[model])])
+        lines += _row(
+            [
+                f"{model} (published)",
+                *("-" if value is None else f"{value}" for value in published[model]),
+            ]
+        )
     lines += ["", f"Per cent, ± standard error. An average counts every {_unit(result)} alike."]
     for what in ("categories", "subjects"):
         if result[what]:
@@ -118,11 +135,17 @@ def cautions(result: dict[str, Any]) -> list[str]:
     if manifest["limit"] is not None:
         found.append(f"only the first {manifest['limit']} questions of each subject")
     if task == "ceval" and manifest["split"] != "test":
-        found.append(f"the published rows are of the split test, these scores of {manifest['split']}")
+        found.append(
+            f"the published rows are of the split test, these scores of {manifest['split']}"
+        )
     if task == "ceval" and result["protocol"] == "original" and manifest["shot_order"] == "file":
-        found.append("the examples stand in a fixed order, and the original shuffles them for every question")
+        found.append(
+            "the examples stand in a fixed order, and the original shuffles them for every question"
+        )
     if task in ("agieval", "gaokao"):
-        found.append("the original published neither its prompts nor which questions it drew as examples")
+        found.append(
+            "the original published neither its prompts nor which questions it drew as examples"
+        )
     return found
 
 
@@ -137,7 +160,9 @@ def _row(cells: list[str]) -> list[str]:
 def _percent(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
-    return f"{100 * cell['accuracy']:.1f}" + ("" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}")
+    return f"{100 * cell['accuracy']:.1f}" + (
+        "" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}"
+    )
 
 
 def chart(result: dict[str, Any], path: Path | str) -> None:
@@ -147,16 +172,36 @@ def chart(result: dict[str, Any], path: Path | str) -> None:
     figure = Figure(figsize=(max(8.0, 0.22 * len(parts) + 2), 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 1.2])
     places = range(len(cells))
-    top.bar([place - 0.2 for place in places], [_height(cell) for cell in cells.values()], 0.4, label="this model")
+    top.bar(
+        [place - 0.2 for place in places],
+        [_height(cell) for cell in cells.values()],
+        0.4,
+        label="this model",
+    )
     published = PUBLISHED[result["task"]]["Baichuan-7B"]
-    top.bar([place + 0.2 for place in places], [value or 0 for value in published], 0.4, label="Baichuan-7B (published)")
+    top.bar(
+        [place + 0.2 for place in places],
+        [value or 0 for value in published],
+        0.4,
+        label="Baichuan-7B (published)",
+    )
     top.set_xticks(list(places), list(cells))
-    top.set_title(f"{result['task']}, {result['manifest']['shots']}-shot, {result['questions']} questions")
+    top.set_title(
+        f"{result['task']}, {result['manifest']['shots']}-shot, {result['questions']} questions"
+    )
     errors = [100 * (cell["stderr"] or 0) for cell in parts.values()]
-    bottom.bar(list(parts), [_height(cell) for cell in parts.values()], yerr=errors, color="tab:blue", ecolor="gray")
+    bottom.bar(
+        list(parts),
+        [_height(cell) for cell in parts.values()],
+        yerr=errors,
+        color="tab:blue",
+        ecolor="gray",
+    )
     bottom.set_xticks(range(len(parts)), list(parts), rotation=90, fontsize=7)
     for axes in (top, bottom):
-        axes.axhline(25, color="gray", linestyle="--", linewidth=1, label="chance" if axes is top else None)
+        axes.axhline(
+            25, color="gray", linestyle="--", linewidth=1, label="chance" if axes is top else None
+        )
         axes.set_ylabel("accuracy, %")
         axes.grid(axis="y", alpha=0.3)
     top.margins(y=0.25)  # room for the legend

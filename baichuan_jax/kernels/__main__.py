@@ -1,6 +1,7 @@
 """`python -m baichuan_jax.kernels`: what every kernel takes of a GPU or TPU, from the assembler, with no accelerator.
 
-The kernels are those that a training step calls, at its sizes. How the bound is computed stands in kernels/sass.py.
+The kernels are those that a training step calls, at its sizes. How the bound is computed stands in
+kernels/sass.py.
 """
 
 import argparse
@@ -34,7 +35,10 @@ from baichuan_jax.resilience.exits import run_command
 # Two rows of 4,096 tokens of Baichuan-7B: one micro-batch of a device.
 ROWS, LENGTH, WIDTH = 2, 4096, 4096
 NEEDED = {"sm_80": "triton", "sm_90": "triton", "v5p": "libtpu"}
-INSTALL = {"triton": "triton==3.9.0", "libtpu": "'libtpu==0.0.41.*' (jax 0.10.1) or 'libtpu==0.0.48.*' (jax 0.11.2)"}
+INSTALL = {
+    "triton": "triton==3.9.0",
+    "libtpu": "'libtpu==0.0.41.*' (jax 0.10.1) or 'libtpu==0.0.48.*' (jax 0.11.2)",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,25 +51,43 @@ def main(arguments: list[str] | None = None) -> int:
         "Takes some minutes on two cores.",
     )
     parser.add_argument(
-        "--targets", nargs="+", choices=list(NEEDED), metavar="TARGET", help=f"of {', '.join(NEEDED)}; default: all"
+        "--targets",
+        nargs="+",
+        choices=list(NEEDED),
+        metavar="TARGET",
+        help=f"of {', '.join(NEEDED)}; default: all",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
     options = parser.parse_args(arguments)
-    missing = {target: package for target, package in NEEDED.items() if importlib.util.find_spec(package) is None}
+    missing = {
+        target: package
+        for target, package in NEEDED.items()
+        if importlib.util.find_spec(package) is None
+    }
     chosen = options.targets or [target for target in NEEDED if target not in missing]
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "140")  # the table's width, where no terminal has one
     display = Display()
-    for package in dict.fromkeys(missing[target] for target in (options.targets or NEEDED) if target in missing):
+    for package in dict.fromkeys(
+        missing[target] for target in (options.targets or NEEDED) if target in missing
+    ):
         targets = ", ".join(target for target in missing if missing[target] == package)
         message = f"{targets}: {package} is not installed; pip install {INSTALL[package]}, or everything: requirements-plan.txt"
         require(not options.targets and bool(chosen), message)
         display.say(message, style="yellow")
     with _no_accelerator():
-        rows = [row for target in chosen for row in (_tpu_rows(target) if target == "v5p" else _gpu_rows(target))]
+        rows = [
+            row
+            for target in chosen
+            for row in (_tpu_rows(target) if target == "v5p" else _gpu_rows(target))
+        ]
     for target in chosen:
         cells = [_cells(row) for row in rows if row["target"] == target]
-        display.table(f"{target}: {ROWS} x {LENGTH} tokens of {WIDTH} channels", list(_COLUMNS.values()), cells)
+        display.table(
+            f"{target}: {ROWS} x {LENGTH} tokens of {WIDTH} channels",
+            list(_COLUMNS.values()),
+            cells,
+        )
     display.say(
         "Share of peak: what the busiest unit allows at best, of dense products below the diagonal (attention; float32: of "
         "TF32's peak) or of memory bandwidth (RMSNorm). Predicted from the instructions, not measured."
@@ -111,7 +133,10 @@ def list_launches(dtype: str, head_dim: int, capability: int) -> list[Launch]:
 
 def _operators(implementation: str) -> Callable[..., Any]:
     """Attention and RMSNorm with their gradients."""
-    attention, norm = _module(implementation, "attention").attention, _module(implementation, "rms_norm")
+    attention, norm = (
+        _module(implementation, "attention").attention,
+        _module(implementation, "rms_norm"),
+    )
 
     def run(q_BTNH: jax.Array, x_BTD: jax.Array, weight_D: jax.Array) -> Any:
         out_BTNH, pull = jax.vjp(attention, q_BTNH, q_BTNH, q_BTNH)
@@ -122,13 +147,19 @@ def _operators(implementation: str) -> Callable[..., Any]:
 
 
 def _arguments(dtype: str, head_dim: int, sharding: Any = None) -> list[jax.ShapeDtypeStruct]:
-    shapes = (((ROWS, LENGTH, WIDTH // head_dim, head_dim), dtype), ((ROWS, LENGTH, WIDTH), dtype), ((WIDTH,), "float32"))
+    shapes = (
+        ((ROWS, LENGTH, WIDTH // head_dim, head_dim), dtype),
+        ((ROWS, LENGTH, WIDTH), dtype),
+        ((WIDTH,), "float32"),
+    )
     return [jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in shapes]
 
 
 def _cases(target: str) -> Iterator[tuple[str, int]]:
     cases = list(itertools.product(("bfloat16", "float32"), (128, 64)))
-    yield from tqdm(cases, desc=f"compiling for {target}", unit="case", file=sys.stderr, leave=False)
+    yield from tqdm(
+        cases, desc=f"compiling for {target}", unit="case", file=sys.stderr, leave=False
+    )
 
 
 def _label(name: str, dtype: str, head_dim: int) -> str | None:
@@ -146,7 +177,9 @@ def _gpu_rows(target: str) -> Iterator[dict[str, Any]]:
             if (label := _label(launch.name, dtype, head_dim)) is None:
                 continue
             assembled = sass.assemble(launch, chip)
-            bound = (norm_bound if "norm" in launch.name else attention_bound)(launch, assembled, chip)
+            bound = (norm_bound if "norm" in launch.name else attention_bound)(
+                launch, assembled, chip
+            )
             row = {
                 "kernel": label,
                 "target": target,
@@ -168,12 +201,17 @@ def _gpu_rows(target: str) -> Iterator[dict[str, Any]]:
 
 def _whole_backward(bounds: tuple[Bound, ...], rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """Both kernels, one after the other: they take 4 + 3 products for the 5 that the gradient needs."""
-    ideal, cycles = (sum(getattr(bound, name) for bound in bounds) for name in ("ideal_cycles", "cycles"))
+    ideal, cycles = (
+        sum(getattr(bound, name) for bound in bounds) for name in ("ideal_cycles", "cycles")
+    )
     return {
         "kernel": rows[0]["kernel"].replace("dkv", "dkv + dq"),
         "target": rows[0]["target"],
         **{name: max(row[name] for row in rows) for name in ("registers", "shared_bytes")},
-        **{name: sum(row[name] for row in rows) for name in ("spilled_bytes", "tensor_core_instructions")},
+        **{
+            name: sum(row[name] for row in rows)
+            for name in ("spilled_bytes", "tensor_core_instructions")
+        },
         "blocks_per_sm": min(row["blocks_per_sm"] for row in rows),
         "flops_per_block": None,
         "bytes_per_block": None,
@@ -189,9 +227,12 @@ def _tpu_rows(target: str) -> Iterator[dict[str, Any]]:
     for dtype, head_dim in _cases(target):
         arguments = _arguments(dtype, head_dim, SingleDeviceSharding(device))
         text = str(jax.jit(_operators("pallas")).lower(*arguments).compile().as_text())
-        for call in re.finditer(r'%([a-z_]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', text):
+        for call in re.finditer(
+            r'%([a-z_]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', text
+        ):
             memory = re.search(
-                r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', text[call.end() :]
+                r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
+                text[call.end() :],
             )
             if memory and (label := _label(call[1], dtype, head_dim)):
                 yield {

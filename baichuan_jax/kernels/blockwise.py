@@ -1,8 +1,9 @@
 """Causal attention in blocks, in plain JAX: memory linear in the length, nothing above the diagonal computed, any backend.
 
-The recurrence is FlashAttention's (Dao et al. 2022, algorithm 1; backward: Dao 2023, section 3): the log-sum-exp of every query is
-kept, and the backward pass computes the weights again. Heads stand before length here, so that every product is one plain batch of
-matrices. B batch, N heads, T queries, S keys, H head size, Q and K the lengths of one block of queries and of keys.
+The recurrence is FlashAttention's (Dao et al. 2022, algorithm 1; backward: Dao 2023, section 3):
+the log-sum-exp of every query is kept, and the backward pass computes the weights again. Heads
+stand before length here, so that every product is one plain batch of matrices. B batch, N heads, T
+queries, S keys, H head size, Q and K the lengths of one block of queries and of keys.
 """
 
 import functools
@@ -26,12 +27,17 @@ def attention(
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
     # Measured on a CPU at head size 64: 128 is fastest at 256 to 512 tokens, 256 from 1,024 on.
     block = min(256 if S >= 1024 else 128, max(T, S))
-    q_BNTH, k_BNSH, v_BNSH = [_pad(jnp.swapaxes(x, 1, 2), block, 2) for x in (q_BTNH, k_BSNH, v_BSNH)]
+    q_BNTH, k_BNSH, v_BNSH = [
+        _pad(jnp.swapaxes(x, 1, 2), block, 2) for x in (q_BTNH, k_BSNH, v_BSNH)
+    ]
     segments = None
     if segments_BT is not None and segments_BS is not None:
         segments = (_pad(segments_BT, block, 1), _pad(segments_BS, block, 1))
-    # Padded keys lie after every real query, so the causal mask hides them; padded queries are cut off.
-    out_BNTH: jax.Array = _attention(q_BNTH, k_BNSH, v_BNSH, segments, jnp.asarray(query_offset, jnp.int32), block)
+    # Padded keys lie after every real query, so the causal mask hides them; padded queries are cut
+    # off.
+    out_BNTH: jax.Array = _attention(
+        q_BNTH, k_BNSH, v_BNSH, segments, jnp.asarray(query_offset, jnp.int32), block
+    )
     return jnp.swapaxes(out_BNTH[:, :, :T], 1, 2)
 
 
@@ -47,11 +53,17 @@ def _block(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Arra
 
 def _scores(q_BNQH, k_BNKH, segments, i, j, offset, block):
     """Scaled scores of query block i and key block j [B, N, Q, K] in float32, MASKED where query must not see key."""
-    s_BNQK = jnp.einsum("bnqh,bnkh->bnqk", q_BNQH, k_BNKH, preferred_element_type=jnp.float32) * q_BNQH.shape[-1] ** -0.5
+    s_BNQK = (
+        jnp.einsum("bnqh,bnkh->bnqk", q_BNQH, k_BNKH, preferred_element_type=jnp.float32)
+        * q_BNQH.shape[-1] ** -0.5
+    )
     query_Q = offset + i * block + jnp.arange(block)
     mask = query_Q[:, None] >= j * block + jnp.arange(block)
     if segments is not None:
-        same = _block(segments[0], i, block, 1)[:, :, None] == _block(segments[1], j, block, 1)[:, None, :]
+        same = (
+            _block(segments[0], i, block, 1)[:, :, None]
+            == _block(segments[1], j, block, 1)[:, None, :]
+        )
         mask = mask & same[:, None]
     return jnp.where(mask, s_BNQK, MASKED)
 
@@ -79,7 +91,12 @@ def _forward(q_BNTH, k_BNSH, v_BNSH, segments, offset, block):
             p_BNQK = jnp.exp(s_BNQK - new_top)
             shrink = jnp.exp(top - new_top)
             v_BNKH = _block(v_BNSH, j, block)
-            update = jnp.einsum("bnqk,bnkh->bnqh", p_BNQK.astype(v_BNKH.dtype), v_BNKH, preferred_element_type=jnp.float32)
+            update = jnp.einsum(
+                "bnqk,bnkh->bnqh",
+                p_BNQK.astype(v_BNKH.dtype),
+                v_BNKH,
+                preferred_element_type=jnp.float32,
+            )
             return out * shrink + update, new_top, total * shrink + p_BNQK.sum(-1, keepdims=True)
 
         start = (
@@ -99,7 +116,9 @@ def _forward(q_BNTH, k_BNSH, v_BNSH, segments, offset, block):
 
 def _backward(block, saved, dout_BNTH):
     q_BNTH, k_BNSH, v_BNSH, segments, offset, out_BNTH, lse_BNT1 = saved
-    delta_BNT1 = jnp.sum(out_BNTH.astype(jnp.float32) * dout_BNTH.astype(jnp.float32), axis=-1, keepdims=True)
+    delta_BNT1 = jnp.sum(
+        out_BNTH.astype(jnp.float32) * dout_BNTH.astype(jnp.float32), axis=-1, keepdims=True
+    )
     dtype = q_BNTH.dtype
 
     def product(subscripts, x, y):
@@ -113,7 +132,8 @@ def _backward(block, saved, dout_BNTH):
             dq_BNQH, dk_BNSH, dv_BNSH = carry
             k_BNKH, v_BNKH = _block(k_BNSH, j, block), _block(v_BNSH, j, block)
             s_BNQK = _scores(q_BNQH, k_BNKH, segments, i, j, offset, block)
-            # A query that sees nothing (padding) has lse ~ MASKED: its weights must be 0, not exp(0).
+            # A query that sees nothing (padding) has lse ~ MASKED: its weights must be 0, not
+            # exp(0).
             p_BNQK = jnp.where(s_BNQK > MASKED / 2, jnp.exp(s_BNQK - lse_BNQ1), 0.0)
             ds_BNQK = p_BNQK * (product("bnqh,bnkh->bnqk", dout_BNQH, v_BNKH) - delta_BNQ1)
             dk_BNKH = _block(dk_BNSH, j, block) + product("bnqk,bnqh->bnkh", ds_BNQK, q_BNQH)
@@ -125,11 +145,15 @@ def _backward(block, saved, dout_BNTH):
             )
 
         count = _num_key_blocks(i, offset, block, k_BNSH.shape[2] // block)
-        dq_BNQH, *carry = lax.fori_loop(0, count, key_block, (jnp.zeros(q_BNQH.shape, jnp.float32), *carry))
+        dq_BNQH, *carry = lax.fori_loop(
+            0, count, key_block, (jnp.zeros(q_BNQH.shape, jnp.float32), *carry)
+        )
         return tuple(carry), dq_BNQH
 
     zeros_BNSH = jnp.zeros(k_BNSH.shape, jnp.float32)
-    (dk_BNSH, dv_BNSH), dq = lax.scan(query_block, (zeros_BNSH, zeros_BNSH), jnp.arange(q_BNTH.shape[2] // block))
+    (dk_BNSH, dv_BNSH), dq = lax.scan(
+        query_block, (zeros_BNSH, zeros_BNSH), jnp.arange(q_BNTH.shape[2] // block)
+    )
     scale = q_BNTH.shape[-1] ** -0.5
     dq_BNTH = jnp.moveaxis(dq, 0, 2).reshape(q_BNTH.shape) * scale
     return dq_BNTH.astype(dtype), (dk_BNSH * scale).astype(dtype), dv_BNSH.astype(dtype), None, None

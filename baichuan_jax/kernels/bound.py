@@ -50,9 +50,15 @@ def attention_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
         full = [min((i * Q + 1) // K, last) for i, last in zip(blocks, some, strict=True)]
         trips = [sum(full), sum(some) - sum(full)]
     if len(assembled.loops) != 2:
-        raise RuntimeError(f"{launch.name} was compiled to {len(assembled.loops)} loops; the bound knows of 2")
+        raise RuntimeError(
+            f"{launch.name} was compiled to {len(assembled.loops)} loops; the bound knows of 2"
+        )
     products = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}[launch.name]
-    peak = chip.flops_per_cycle * chip.multiprocessors / (2 if launch.arrays[0].dtype.name == "float32" else 1)
+    peak = (
+        chip.flops_per_cycle
+        * chip.multiprocessors
+        / (2 if launch.arrays[0].dtype.name == "float32" else 1)
+    )
     pairs = T * (T + 1) / 2
     executed = 2 * H * Q * K * sum(trips) * products * heads
     trips = [heads * count for count in trips]
@@ -65,15 +71,32 @@ def norm_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
     return _bound(launch, assembled, chip, trips, 0, None)
 
 
-def _bound(launch: Launch, assembled: Assembled, chip: Chip, trips: list[int], flops: float, ideal_cycles: float | None) -> Bound:
+def _bound(
+    launch: Launch,
+    assembled: Assembled,
+    chip: Chip,
+    trips: list[int],
+    flops: float,
+    ideal_cycles: float | None,
+) -> Bound:
     """`trips`: how often each loop runs in all programs together. No ideal cycles: those that memory needs."""
     busy: dict[str, float] = defaultdict(float)
     moved = 0.0
-    for opcodes, count in zip((assembled.outside, *assembled.loops), (launch.programs, *trips), strict=True):
+    for opcodes, count in zip(
+        (assembled.outside, *assembled.loops), (launch.programs, *trips), strict=True
+    ):
         for unit, cycles in busy_cycles(opcodes, launch.num_warps, chip).items():
             busy[unit] += cycles * count / chip.multiprocessors
         moved += cached_bytes(opcodes, launch.num_warps) * count
     busy["cache"] = moved / chip.cache_bytes_per_cycle / chip.multiprocessors
-    bytes_once = sum(array.size * array.dtype.itemsize for array in (*launch.arrays, *launch.outputs))
+    bytes_once = sum(
+        array.size * array.dtype.itemsize for array in (*launch.arrays, *launch.outputs)
+    )
     busy["memory"] = bytes_once / chip.memory_bytes_per_cycle / chip.multiprocessors
-    return Bound(dict(busy), busy["memory"] if ideal_cycles is None else ideal_cycles, launch.programs, flops, moved)
+    return Bound(
+        dict(busy),
+        busy["memory"] if ideal_cycles is None else ideal_cycles,
+        launch.programs,
+        flops,
+        moved,
+    )

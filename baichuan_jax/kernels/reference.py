@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 
 
-def masked_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def masked_attention(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     """Softmax attention where mask_BTS (bool, may broadcast over B) is true; float32 softmax. Returns [B, T, N, H]."""
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scores_BNTS *= q_BTNH.shape[-1] ** -0.5
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32).astype(q_BTNH.dtype)
+    return jnp.einsum(
+        "bnts,bsnh->btnh", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32
+    ).astype(q_BTNH.dtype)
 
 
 def attention(
@@ -36,12 +40,18 @@ def attention(
 
 
 def prefix_attention(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, k_SNH: jax.Array, v_SNH: jax.Array, mask_S: jax.Array
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    k_SNH: jax.Array,
+    v_SNH: jax.Array,
+    mask_S: jax.Array,
 ) -> jax.Array:
     """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
 
-    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes over the scores, since these
-    decide the time on a CPU: the weights are divided by their sum after the product. Returns [B, T, N, H].
+    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes
+    over the scores, since these decide the time on a CPU: the weights are divided by their sum
+    after the product. Returns [B, T, N, H].
     """
     lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -57,7 +67,9 @@ def prefix_attention(
     return jnp.moveaxis(out_NBTH / total_NBT1, 0, 2).astype(q_BTNH.dtype)
 
 
-def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, residual: jax.Array | None = None) -> Any:
+def rms_norm(
+    x: jax.Array, weight_D: jax.Array, eps: float, residual: jax.Array | None = None
+) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
 
     With a residual, x + residual is normalised and comes back too: (y, x + residual).

@@ -1,8 +1,9 @@
 """A Triton kernel as a GPU's instructions, without a GPU: what it takes of a multiprocessor, and the bound that this sets.
 
-The bound is a roofline over the units of one multiprocessor: every instruction keeps its unit busy for a known number of cycles, all
-units work side by side, and the busiest one sets the time. It is what the instructions allow at best, no measurement: latencies,
-barriers and the last wave of programs come on top. A warp's instruction takes, in cycles of one of the four partitions:
+The bound is a roofline over the units of one multiprocessor: every instruction keeps its unit busy
+for a known number of cycles, all units work side by side, and the busiest one sets the time. It is
+what the instructions allow at best, no measurement: latencies, barriers and the last wave of
+programs come on top. A warp's instruction takes, in cycles of one of the four partitions:
 
     unit    instructions                                           sm_80  sm_90
     issue   all                                                       1      1
@@ -12,9 +13,10 @@ barriers and the last wave of programs come on top. A warp's instruction takes, 
     alu     comparisons, selections, conversions, integers, logic     2      2
     mufu    exp2, log2, reciprocals, roots                            8      8
 
-The partitions share the rest, in bytes a cycle of a multiprocessor: 128 of shared memory (LDSM, LDS, STS, LDGSTS, SHFL), and its
-part of the second-level cache and of memory (Chip). Sources: NVIDIA's white papers on A100 (2020) and H100 (2022), and the table of
-arithmetic throughput in the CUDA C++ Programming Guide.
+The partitions share the rest, in bytes a cycle of a multiprocessor: 128 of shared memory (LDSM,
+LDS, STS, LDGSTS, SHFL), and its part of the second-level cache and of memory (Chip). Sources:
+NVIDIA's white papers on A100 (2020) and H100 (2022), and the table of arithmetic throughput in the
+CUDA C++ Programming Guide.
 """
 
 import re
@@ -34,9 +36,25 @@ THREADS = 2048  # of a multiprocessor
 REGISTERS = 65536
 _FMA = ("FFMA", "FMUL", "FADD", "IMAD")
 _ALU = (
-    "FMNMX", "FSETP", "FSEL", "ISETP", "IADD3", "LOP3", "SEL", "SHF", "LEA", "PRMT", "MOV", "F2F", "F2FP", "IMNMX", "PLOP3", "VIADD",
-    "FCHK", "IABS",
-)  # fmt: skip
+    "FMNMX",
+    "FSETP",
+    "FSEL",
+    "ISETP",
+    "IADD3",
+    "LOP3",
+    "SEL",
+    "SHF",
+    "LEA",
+    "PRMT",
+    "MOV",
+    "F2F",
+    "F2FP",
+    "IMNMX",
+    "PLOP3",
+    "VIADD",
+    "FCHK",
+    "IABS",
+)
 
 
 @dataclass(frozen=True)
@@ -60,15 +78,28 @@ class Chip:
         return self.memory_bytes_per_second / (self.clock_ghz * 1e9 * self.multiprocessors)
 
 
-# A800 = A100-SXM-80GB: 312 TFLOP/s = 108 x 1.41 GHz x 2,048; the cache gives 5,120 bytes a cycle. H100 SXM: 989 TFLOP/s = 132 x
-# 1.83 GHz x 4,096; its cache's bandwidth is not published: measured at about that of the A100 (Luo et al. 2024), so it is taken over.
+# A800 = A100-SXM-80GB: 312 TFLOP/s = 108 x 1.41 GHz x 2,048; the cache gives 5,120 bytes a cycle.
+# H100 SXM: 989 TFLOP/s = 132 x 1.83 GHz x 4,096; its cache's bandwidth is not published: measured
+# at about that of the A100 (Luo et al. 2024), so it is taken over.
 def _chip(hardware: Hardware, clock_ghz: float, flops_per_cycle: int) -> Chip:
     capability, count = hardware.compute_capability, hardware.multiprocessors
     memory = hardware.memory_bandwidth * 1e9
-    return Chip(f"sm_{capability}", capability, count, clock_ghz, flops_per_cycle, 5120 / count, memory, hardware.shared_bytes)
+    return Chip(
+        f"sm_{capability}",
+        capability,
+        count,
+        clock_ghz,
+        flops_per_cycle,
+        5120 / count,
+        memory,
+        hardware.shared_bytes,
+    )
 
 
-CHIPS = {chip.target: chip for chip in (_chip(HARDWARE["a800"], 1.41, 2048), _chip(HARDWARE["h100"], 1.83, 4096))}
+CHIPS = {
+    chip.target: chip
+    for chip in (_chip(HARDWARE["a800"], 1.41, 2048), _chip(HARDWARE["h100"], 1.83, 4096))
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +115,9 @@ class Assembled:
 
     @property
     def tensor_core_instructions(self) -> int:
-        return sum(is_tensor_core(opcode) for opcodes in (self.outside, *self.loops) for opcode in opcodes)
+        return sum(
+            is_tensor_core(opcode) for opcodes in (self.outside, *self.loops) for opcode in opcodes
+        )
 
     def blocks_per_multiprocessor(self, num_warps: int, chip: Chip) -> int:
         """Programs that are resident at once: as many as registers (given to a warp by 256), shared memory and threads allow."""
@@ -114,11 +147,18 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
     pointers = [f"*{short[array.dtype.name]}" for array in (*launch.arrays, *launch.outputs)]
     source = ASTSource(
         fn=launch.kernel,
-        signature={**dict(zip(names, pointers, strict=False)), **dict.fromkeys(launch.constants, "constexpr")},
+        signature={
+            **dict(zip(names, pointers, strict=False)),
+            **dict.fromkeys(launch.constants, "constexpr"),
+        },
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in range(len(pointers))},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }
     compiled: Any = compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -151,14 +191,22 @@ def split_loops(listing: str) -> tuple[list[str], list[list[str]]]:
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*);", line):
+        elif found := re.match(
+            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*);", line
+        ):
             opcodes.append(found[1])
             target = re.search(r"\.L_x_\d+", found[2])
             # Not the branch to itself that ends every kernel.
-            if found[1].startswith("BRA") and target and labels.get(target[0], len(opcodes)) < len(opcodes) - 1:
+            if (
+                found[1].startswith("BRA")
+                and target
+                and labels.get(target[0], len(opcodes)) < len(opcodes) - 1
+            ):
                 spans.append((labels[target[0]], len(opcodes)))
     inside = {index for first, last in spans for index in range(first, last)}
-    return [o for i, o in enumerate(opcodes) if i not in inside], [opcodes[first:last] for first, last in spans]
+    return [o for i, o in enumerate(opcodes) if i not in inside], [
+        opcodes[first:last] for first, last in spans
+    ]
 
 
 def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, float]:
@@ -186,7 +234,11 @@ def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, flo
 
 def cached_bytes(opcodes: list[str], num_warps: int) -> int:
     """Bytes that these instructions of one program move to or from the second-level cache, where no thread is masked."""
-    return sum(32 * _width(opcode) * num_warps for opcode in opcodes if opcode.split(".")[0] in ("LDG", "STG", "LDGSTS"))
+    return sum(
+        32 * _width(opcode) * num_warps
+        for opcode in opcodes
+        if opcode.split(".")[0] in ("LDG", "STG", "LDGSTS")
+    )
 
 
 def _width(opcode: str) -> int:

@@ -20,10 +20,19 @@ def main(words: list[str]) -> int:
         "(plan --output).",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html",
+    )
     options = parser.parse_args(words)
     if options.output.is_dir():
-        raise ConfigError(f"{options.output} is a folder; name a file: -o {options.output / 'report.html'}")
+        raise ConfigError(
+            f"{options.output} is a folder; name a file: -o {options.output / 'report.html'}"
+        )
     # Not at the top: plotly takes half a second, and --help has no use for it.
     from baichuan_jax.report.page import make_page
     from baichuan_jax.report.recorded import read_runs

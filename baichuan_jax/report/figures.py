@@ -22,14 +22,40 @@ STATES = {
     "ending": ("ending, or standing still", "#8a7a6a"),
     "down": ("no process", "#b7bcc4"),
 }
-CAUSE_COLOURS = dict(zip(CAUSES, (
-    "#2f9e6e", "#2aa5b5", "#d9a53f", "#a3861a", "#e0701e", "#c98bd6", "#3b82d6", "#7fb0e6", "#8a7a6a", "#d1495b", "#8c2f3b", "#b7bcc4",
-), strict=True))  # fmt: skip
+CAUSE_COLOURS = dict(
+    zip(
+        CAUSES,
+        (
+            "#2f9e6e",
+            "#2aa5b5",
+            "#d9a53f",
+            "#a3861a",
+            "#e0701e",
+            "#c98bd6",
+            "#3b82d6",
+            "#7fb0e6",
+            "#8a7a6a",
+            "#d1495b",
+            "#8c2f3b",
+            "#b7bcc4",
+        ),
+        strict=True,
+    )
+)
 # Events that are worth a mark of their own; verdicts come from the ledger.
 INCIDENTS = (
-    "update_skipped", "numerics", "corruption", "rolled_back", "window_skipped", "straggler", "checkpoint_failed",
-    "checkpoint_corrupt", "port_taken", "failed", "interrupted",
-)  # fmt: skip
+    "update_skipped",
+    "numerics",
+    "corruption",
+    "rolled_back",
+    "window_skipped",
+    "straggler",
+    "checkpoint_failed",
+    "checkpoint_corrupt",
+    "port_taken",
+    "failed",
+    "interrupted",
+)
 
 
 def thin(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[Any], list[Any], int]:
@@ -41,31 +67,51 @@ def thin(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[Any], list[Any], int]
     for start in range(0, len(x), size):
         part = [index for index in range(start, min(start + size, len(x))) if y[index] is not None]
         if part:
-            kept += sorted({min(part, key=lambda index: y[index]), max(part, key=lambda index: y[index])})
+            kept += sorted(
+                {min(part, key=lambda index: y[index]), max(part, key=lambda index: y[index])}
+            )
     return [x[index] for index in kept], [y[index] for index in kept], size
 
 
 def _figure(y_title: str, x_title: str = "tokens", height: int = 340, **layout: Any) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
-        template="none", height=height, margin={"l": 56, "r": 12, "t": 8, "b": 44}, hovermode="closest", showlegend=False, **layout,
-    )  # fmt: skip
+        template="none",
+        height=height,
+        margin={"l": 56, "r": 12, "t": 8, "b": 44},
+        hovermode="closest",
+        showlegend=False,
+        **layout,
+    )
     figure.update_xaxes(title_text=x_title, automargin=True)
     figure.update_yaxes(title_text=y_title, automargin=True)
     return figure
 
 
-def _line(figure: go.Figure, record: Recorded, x: Sequence[Any], y: Sequence[Any], name: str, **style: Any) -> None:
+def _line(
+    figure: go.Figure, record: Recorded, x: Sequence[Any], y: Sequence[Any], name: str, **style: Any
+) -> None:
     """A curve over tokens in the run's colour."""
     unit = style.pop("unit", "")
     figure.add_scatter(
-        x=x, y=y, name=name, mode=style.pop("mode", "lines"), line={"color": record.colour, **style.pop("line", {})},
-        hovertemplate=f"{record.label}<br>%{{x:.4s}} tokens<br>%{{y:.5g}}{unit}<extra></extra>", **style,
-    )  # fmt: skip
+        x=x,
+        y=y,
+        name=name,
+        mode=style.pop("mode", "lines"),
+        line={"color": record.colour, **style.pop("line", {})},
+        hovertemplate=f"{record.label}<br>%{{x:.4s}} tokens<br>%{{y:.5g}}{unit}<extra></extra>",
+        **style,
+    )
 
 
 def curve(
-    records: list[Recorded], key: str, title: str, *, unit: str = "", scale: float = 1.0, log: bool = False
+    records: list[Recorded],
+    key: str,
+    title: str,
+    *,
+    unit: str = "",
+    scale: float = 1.0,
+    log: bool = False,
 ) -> go.Figure | None:
     """A figure of the steps over tokens for every run that has it: every step, or their extremes; None where none has."""
     figure = _figure(title)
@@ -73,7 +119,16 @@ def curve(
         x, y, _ = thin(*record.curve(key))
         if any(value is not None for value in y):
             values = [None if value is None else scale * value for value in y]
-            _line(figure, record, x, values, record.label, line={"width": 1.3}, unit=unit, showlegend=len(records) > 1)
+            _line(
+                figure,
+                record,
+                x,
+                values,
+                record.label,
+                line={"width": 1.3},
+                unit=unit,
+                showlegend=len(records) > 1,
+            )
     if log:
         figure.update_yaxes(type="log", dtick="D2", minorloglabels="complete")
     return figure if figure.data else None
@@ -86,26 +141,53 @@ def loss(records: list[Recorded]) -> go.Figure:
         start = f"{record.label} " if len(records) > 1 else ""
         x, y = record.curve("loss")
         points = [(tokens, value) for tokens, value in zip(x, y, strict=True) if value is not None]
-        smoothed = smooth([value for _, value in points], min(0.015, 100 / max(1, len(points))))  # 100 steps lag little
+        smoothed = smooth(
+            [value for _, value in points], min(0.015, 100 / max(1, len(points)))
+        )  # 100 steps lag little
         thin_x, thin_y, _ = thin(x, y)
         every = max(1, len(points) // MOST_POINTS)
         _line(figure, record, thin_x, thin_y, f"{start}every step", line={"width": 1}, opacity=0.3)
         _line(
-            figure, record, [tokens for tokens, _ in points][::every], smoothed[::every], f"{start}smoothed", line={"width": 2.2}
+            figure,
+            record,
+            [tokens for tokens, _ in points][::every],
+            smoothed[::every],
+            f"{start}smoothed",
+            line={"width": 2.2},
         )
         tokens, values = record.validation("eval_loss")
         if tokens:
             marker = {"size": 8 if len(tokens) < 50 else 4, "symbol": "diamond"}
-            _line(figure, record, tokens, values, f"{start}validation", mode="lines+markers", line={"dash": "dot"}, marker=marker)
+            _line(
+                figure,
+                record,
+                tokens,
+                values,
+                f"{start}validation",
+                mode="lines+markers",
+                line={"dash": "dot"},
+                marker=marker,
+            )
         if (entropy := record.last_event("started").get("unigram_entropy")) is not None:
-            _line(figure, record, [x[0], x[-1]], [entropy] * 2, f"{start}unigram entropy", line={"dash": "dash", "width": 1},
-                  visible="legendonly" if len(records) > 1 else True)  # fmt: skip
+            _line(
+                figure,
+                record,
+                [x[0], x[-1]],
+                [entropy] * 2,
+                f"{start}unigram entropy",
+                line={"dash": "dash", "width": 1},
+                visible="legendonly" if len(records) > 1 else True,
+            )
     reached = max(record.tokens[record.steps[-1]["step"]] for record in records)
     figure.add_scatter(
-        x=[tokens for tokens, _ in PUBLISHED_LOSS], y=[value for _, value in PUBLISHED_LOSS], name="Baichuan-7B, published",
-        mode="lines+markers", line={"color": GREY, "dash": "dash"}, visible=True if reached >= PUBLISHED_LOSS[0][0] else "legendonly",
+        x=[tokens for tokens, _ in PUBLISHED_LOSS],
+        y=[value for _, value in PUBLISHED_LOSS],
+        name="Baichuan-7B, published",
+        mode="lines+markers",
+        line={"color": GREY, "dash": "dash"},
+        visible=True if reached >= PUBLISHED_LOSS[0][0] else "legendonly",
         hovertemplate="Baichuan-7B, read off its README's figure<br>%{x:.4s} tokens<br>%{y:.2f}<extra></extra>",
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -116,51 +198,93 @@ def goodput(record: Recorded, unit: str, seconds: float) -> go.Figure | None:
     figure = _figure("goodput so far", f"{unit} since the beginning", height=360)
     x, y, _ = thin(*record.goodput())
     figure.add_scatter(
-        x=[value / seconds for value in x], y=y, name="goodput", line={"color": record.colour, "width": 2},
+        x=[value / seconds for value in x],
+        y=y,
+        name="goodput",
+        line={"color": record.colour, "width": 2},
         hovertemplate=f"%{{x:.4g}} {unit}<br>goodput %{{y:.1%}}<extra></extra>",
-    )  # fmt: skip
+    )
     for name, symbol, colour, points in marks(record):
         if points:
             figure.add_scatter(
-                x=[time / seconds for time, _ in points], y=[_share_at(x, y, time) for time, _ in points], name=name, mode="markers",
-                text=[text for _, text in points], hovertemplate=f"%{{text}}<br>at %{{x:.4g}} {unit}<extra></extra>",
-                marker={"symbol": symbol, "size": 11, "color": colour, "line": {"width": 1, "color": "#ffffff"}},
-            )  # fmt: skip
+                x=[time / seconds for time, _ in points],
+                y=[_share_at(x, y, time) for time, _ in points],
+                name=name,
+                mode="markers",
+                text=[text for _, text in points],
+                hovertemplate=f"%{{text}}<br>at %{{x:.4g}} {unit}<extra></extra>",
+                marker={
+                    "symbol": symbol,
+                    "size": 11,
+                    "color": colour,
+                    "line": {"width": 1, "color": "#ffffff"},
+                },
+            )
     for state, (name, colour) in STATES.items():
         spans = [span for span in record.spans if span.state == state]
         if spans:
             figure.add_bar(
-                x=[(span.end - span.begin) / seconds for span in spans], base=[span.begin / seconds for span in spans],
-                y=[""] * len(spans), orientation="h", yaxis="y2", name=name, marker={"color": colour, "line": {"width": 0}},
-                text=[f"launch {span.launch}: {state}, {span.end - span.begin:,.1f} s" for span in spans], textposition="none",
+                x=[(span.end - span.begin) / seconds for span in spans],
+                base=[span.begin / seconds for span in spans],
+                y=[""] * len(spans),
+                orientation="h",
+                yaxis="y2",
+                name=name,
+                marker={"color": colour, "line": {"width": 0}},
+                text=[
+                    f"launch {span.launch}: {state}, {span.end - span.begin:,.1f} s"
+                    for span in spans
+                ],
+                textposition="none",
                 hovertemplate="%{text}<extra></extra>",
-            )  # fmt: skip
+            )
     figure.update_layout(
-        barmode="overlay", yaxis={"domain": [0.3, 1.0], "range": [0, min(1.05, 1.3 * max(y))], "tickformat": ".0%"},
+        barmode="overlay",
+        yaxis={"domain": [0.3, 1.0], "range": [0, min(1.05, 1.3 * max(y))], "tickformat": ".0%"},
         yaxis2={"domain": [0.0, 0.16], "showticklabels": False, "fixedrange": True},
-    )  # fmt: skip
+    )
     figure.update_xaxes(rangemode="tozero", anchor="y2")
     return figure
 
 
 def _share_at(seconds: list[float], shares: list[float], time: float) -> float:
     """Goodput at a time between two steps: it falls from the earlier one's on."""
-    return next((share * at / time for at, share in zip(reversed(seconds), reversed(shares), strict=True) if at <= time), 0.0)
+    return next(
+        (
+            share * at / time
+            for at, share in zip(reversed(seconds), reversed(shares), strict=True)
+            if at <= time
+        ),
+        0.0,
+    )
 
 
 def marks(record: Recorded) -> list[tuple[str, str, str, list[tuple[float, str]]]]:
     """What is marked on the goodput: (name, symbol, colour, [(seconds since the beginning, words)])."""
     faults, verdicts, recoveries = [], [], []
     for fault in record.ledger.faults:
-        who = "nobody named" if fault.host is None else f"{fault.host}: process {', '.join(map(str, fault.processes))}"
+        who = (
+            "nobody named"
+            if fault.host is None
+            else f"{fault.host}: process {', '.join(map(str, fault.processes))}"
+        )
         at = fault.time - record.began
         detect = "" if fault.detect is None else f", noticed after {fault.detect:.1f} s"
         faults.append((at, f"fault in launch {fault.attempt}: {fault.cause}{detect}"))
-        verdicts.append((at + fault.localise, f"verdict: {who}<br>{fault.rule}<br>{_wrap(fault.evidence)}"))
+        verdicts.append(
+            (at + fault.localise, f"verdict: {who}<br>{fault.rule}<br>{_wrap(fault.evidence)}")
+        )
         if fault.recover is not None:
-            recoveries.append((at + fault.recover, f"first new step, {fault.recover:.1f} s after the fault was noticed"))
+            recoveries.append(
+                (
+                    at + fault.recover,
+                    f"first new step, {fault.recover:.1f} s after the fault was noticed",
+                )
+            )
     restored = [
-        (event["time"] - record.began, f"restored step {event['step']}") for event in record.events if event["kind"] == "restored"
+        (event["time"] - record.began, f"restored step {event['step']}")
+        for event in record.events
+        if event["kind"] == "restored"
     ]
     saves = [
         (event["time"] - record.began, f"checkpoint of step {event['step']}")
@@ -168,19 +292,27 @@ def marks(record: Recorded) -> list[tuple[str, str, str, list[tuple[float, str]]
         if event["kind"] == "checkpoint"
     ]
     others = [
-        (event["time"] - record.began, _wrap(f"{event['kind'].replace('_', ' ')}: {_describe(event)}"))
+        (
+            event["time"] - record.began,
+            _wrap(f"{event['kind'].replace('_', ' ')}: {_describe(event)}"),
+        )
         for event in record.events
         if event["kind"] in INCIDENTS
     ]
     return [
-        ("fault", "x", "#d1495b", faults), ("verdict", "diamond", "#b163c9", verdicts),
-        ("recovery", "triangle-up", "#2f9e6e", recoveries), ("restored", "star", "#2aa5b5", restored),
-        ("checkpoint", "line-ns-open", GREY, saves), ("event", "circle", "#d9a53f", others),
-    ]  # fmt: skip
+        ("fault", "x", "#d1495b", faults),
+        ("verdict", "diamond", "#b163c9", verdicts),
+        ("recovery", "triangle-up", "#2f9e6e", recoveries),
+        ("restored", "star", "#2aa5b5", restored),
+        ("checkpoint", "line-ns-open", GREY, saves),
+        ("event", "circle", "#d9a53f", others),
+    ]
 
 
 def _describe(event: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "kind"))
+    return ", ".join(
+        f"{name} {value}" for name, value in event.items() if name not in ("time", "kind")
+    )
 
 
 def _wrap(text: str, width: int = 70, lines: int = 6) -> str:
@@ -200,11 +332,17 @@ def where_time_went(records: list[Recorded]) -> go.Figure | None:
         seconds = [max(0.0, record.ledger.seconds[cause]) for record in shown]
         if max(seconds) >= 0.05:
             figure.add_bar(
-                x=[value / record.ledger.total for value, record in zip(seconds, shown, strict=True)],
-                y=[record.label for record in shown], orientation="h", name=cause,
-                marker={"color": CAUSE_COLOURS[cause]}, customdata=seconds,
+                x=[
+                    value / record.ledger.total
+                    for value, record in zip(seconds, shown, strict=True)
+                ],
+                y=[record.label for record in shown],
+                orientation="h",
+                name=cause,
+                marker={"color": CAUSE_COLOURS[cause]},
+                customdata=seconds,
                 hovertemplate=f"{cause}: %{{customdata:,.1f}} s, %{{x:.1%}}<extra>%{{y}}</extra>",
-            )  # fmt: skip
+            )
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_yaxes(autorange="reversed")
     return figure
@@ -213,10 +351,21 @@ def where_time_went(records: list[Recorded]) -> go.Figure | None:
 def memory_plan(plan: dict[str, Any]) -> go.Figure:
     """A device's memory by what it holds, beside its capacity."""
     figure = _figure("", "GiB of one device", height=140, barmode="stack")
-    for (part, size), colour in zip(plan["memory_gib"].items(), CAUSE_COLOURS.values(), strict=False):
-        figure.add_bar(x=[size], y=[""], orientation="h", name=f"{part} {size:.1f}", marker={"color": colour}, hoverinfo="name+x")
+    for (part, size), colour in zip(
+        plan["memory_gib"].items(), CAUSE_COLOURS.values(), strict=False
+    ):
+        figure.add_bar(
+            x=[size],
+            y=[""],
+            orientation="h",
+            name=f"{part} {size:.1f}",
+            marker={"color": colour},
+            hoverinfo="name+x",
+        )
     figure.add_vline(x=plan["capacity_gib"], line={"color": GREY, "dash": "dash"})
-    figure.update_xaxes(range=[0, 1.05 * max(plan["capacity_gib"], sum(plan["memory_gib"].values()))])
+    figure.update_xaxes(
+        range=[0, 1.05 * max(plan["capacity_gib"], sum(plan["memory_gib"].values()))]
+    )
     figure.update_yaxes(showticklabels=False)
     return figure
 
@@ -230,12 +379,25 @@ def scores(records: list[Recorded], name: str) -> go.Figure:
         if result is not None and result["scored"]:
             task, cells = result["task"], columns(result)
             figure.add_bar(
-                x=list(cells), y=[None if cell is None else 100 * cell["accuracy"] for cell in cells.values()], name=record.label,
-                marker={"color": record.colour}, hovertemplate=f"{record.label}<br>%{{x}}: %{{y:.1f}} %<extra></extra>",
-                error_y={"type": "data", "array": [100 * ((cell or {}).get("stderr") or 0) for cell in cells.values()], "color": GREY},
-            )  # fmt: skip
+                x=list(cells),
+                y=[None if cell is None else 100 * cell["accuracy"] for cell in cells.values()],
+                name=record.label,
+                marker={"color": record.colour},
+                hovertemplate=f"{record.label}<br>%{{x}}: %{{y:.1f}} %<extra></extra>",
+                error_y={
+                    "type": "data",
+                    "array": [100 * ((cell or {}).get("stderr") or 0) for cell in cells.values()],
+                    "color": GREY,
+                },
+            )
     published = PUBLISHED[task]["Baichuan-7B"]
-    figure.add_bar(x=COLUMNS[task], y=published, name="Baichuan-7B, published", marker={"color": GREY}, hoverinfo="name+y")
+    figure.add_bar(
+        x=COLUMNS[task],
+        y=published,
+        name="Baichuan-7B, published",
+        marker={"color": GREY},
+        hoverinfo="name+y",
+    )
     figure.add_hline(y=25, line={"color": GREY, "dash": "dash", "width": 1})
     return figure
 
@@ -248,8 +410,16 @@ def scores_over_tokens(records: list[Recorded], task: str) -> go.Figure:
         if x:
             errors = [100 * value for value in record.validation(f"{task}_stderr")[1]]
             bars = {"type": "data", "array": errors} if len(errors) == len(y) else None
-            _line(figure, record, x, [100 * value for value in y], record.label, mode="lines+markers",
-                  error_y=bars, showlegend=len(records) > 1)  # fmt: skip
+            _line(
+                figure,
+                record,
+                x,
+                [100 * value for value in y],
+                record.label,
+                mode="lines+markers",
+                error_y=bars,
+                showlegend=len(records) > 1,
+            )
     figure.add_hline(y=25, line={"color": GREY, "dash": "dash", "width": 1})
     return figure
 
@@ -261,9 +431,16 @@ def perplexity(records: list[Recorded], name: str) -> go.Figure:
         if name in record.tests:
             rows = record.tests[name]["curve"]
             lengths = [row["context"] for row in rows]
-            for key, words, dash in (("perplexity", "whole windows", "solid"), ("tail_perplexity", "their last tokens", "dot")):
+            for key, words, dash in (
+                ("perplexity", "whole windows", "solid"),
+                ("tail_perplexity", "their last tokens", "dot"),
+            ):
                 figure.add_scatter(
-                    x=lengths, y=[row[key] for row in rows], name=f"{record.label}, {words}", mode="lines+markers",
-                    line={"color": record.colour, "dash": dash}, hovertemplate="%{x} tokens: %{y:.3f}<extra></extra>",
-                )  # fmt: skip
+                    x=lengths,
+                    y=[row[key] for row in rows],
+                    name=f"{record.label}, {words}",
+                    mode="lines+markers",
+                    line={"color": record.colour, "dash": dash},
+                    hovertemplate="%{x} tokens: %{y:.3f}<extra></extra>",
+                )
     return figure

@@ -40,7 +40,9 @@ class Page:
         """A paragraph; the text is escaped."""
         self.parts.append(f'<p class="{kind}">{html.escape(text)}</p>')
 
-    def figure(self, name: str, figure: go.Figure | None, title: str = "", missing: str = "") -> str:
+    def figure(
+        self, name: str, figure: go.Figure | None, title: str = "", missing: str = ""
+    ) -> str:
         """The place of a figure, or a line that says what is missing instead of it."""
         heading = f"<h3>{html.escape(title)}</h3>" if title else ""
         if figure is None:
@@ -73,7 +75,17 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool =
 def make_page(records: list[Recorded], now: datetime.datetime) -> str:
     """The whole HTML file."""
     page = Page()
-    for section in (_summary, _loss, _speed, _goodput, _optimisation, _memory, _tests, _samples, _settings):
+    for section in (
+        _summary,
+        _loss,
+        _speed,
+        _goodput,
+        _optimisation,
+        _memory,
+        _tests,
+        _samples,
+        _settings,
+    ):
         section(page, records)
     names = ", ".join(record.name for record in records)
     dots = "".join(
@@ -81,13 +93,16 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
         for record in records
     )
     head = f"<h1>{dots}</h1>"
-    foot = (
-        f"baichuan_jax {__version__}, made {now:%Y-%m-%d %H:%M} from {html.escape(', '.join(str(r.run.path) for r in records))}"
-    )
+    foot = f"baichuan_jax {__version__}, made {now:%Y-%m-%d %H:%M} from {html.escape(', '.join(str(r.run.path) for r in records))}"
     fields = {
-        "title": html.escape(f"{names}: training report"), "head": head, "links": "".join(page.links), "body": "\n".join(page.parts),
-        "foot": foot, "figures": json.dumps(page.figures, ensure_ascii=False).replace("<", "\\u003c"), "plotly": get_plotlyjs(),
-    }  # fmt: skip
+        "title": html.escape(f"{names}: training report"),
+        "head": head,
+        "links": "".join(page.links),
+        "body": "\n".join(page.parts),
+        "foot": foot,
+        "figures": json.dumps(page.figures, ensure_ascii=False).replace("<", "\\u003c"),
+        "plotly": get_plotlyjs(),
+    }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda found: fields[found[1]], template)
 
@@ -121,17 +136,28 @@ def _facts(record: Recorded) -> dict[str, str]:
         "status": status,
         "steps": f"{last['step']:,}" + (f" of {wanted:,}" if wanted is not None else ""),
         "tokens": f"{record.tokens[last['step']]:,}",
-        "training loss, mean of the last 20 steps": f"{sum(losses) / len(losses):.4f}" if losses else "not finite",
+        "training loss, mean of the last 20 steps": f"{sum(losses) / len(losses):.4f}"
+        if losses
+        else "not finite",
         "validation loss": f"{validation[-1]:.4f}" if validation else "none",
         "tokens a second, median": f"{rates[len(rates) // 2]:,.0f}",
         "MFU, median": f"{shares[len(shares) // 2]:.1%}" if shares else "unknown peak",
         "MFU is a share of": started.get("mfu_of", "-"),
-        "goodput": f"{ledger.goodput:.1%} of {_duration(ledger.total)}" if ledger.launches else "not recorded",
-        "launches, faults": f"{ledger.launches}, {len(ledger.faults)}" if ledger.launches else "not recorded",
+        "goodput": f"{ledger.goodput:.1%} of {_duration(ledger.total)}"
+        if ledger.launches
+        else "not recorded",
+        "launches, faults": f"{ledger.launches}, {len(ledger.faults)}"
+        if ledger.launches
+        else "not recorded",
         "parameters": f"{started['parameters']:,}" if "parameters" in started else "-",
-        "devices": f"{started['devices']} x {started['device']} in {started['processes']} process(es)" if started else "-",
-        "mesh": ", ".join(f"{name} {size}" for name, size in started.get("mesh", {}).items()) or "-",
-        "text": f"{len(started['rows'])} corpora, {sum(started['rows'].values()):,} rows" if "rows" in started else "-",
+        "devices": f"{started['devices']} x {started['device']} in {started['processes']} process(es)"
+        if started
+        else "-",
+        "mesh": ", ".join(f"{name} {size}" for name, size in started.get("mesh", {}).items())
+        or "-",
+        "text": f"{len(started['rows'])} corpora, {sum(started['rows'].values()):,} rows"
+        if "rows" in started
+        else "-",
         "jax": started.get("jax", "-"),
     }
     for operator in ("attention", "rms_norm"):
@@ -176,26 +202,46 @@ def _loss(page: Page, records: list[Recorded]) -> None:
 def _speed(page: Page, records: list[Recorded]) -> None:
     page.section("speed", "Speed")
     page.add(
-        page.figure("throughput", figures.curve(records, "tokens_per_second", "tokens a second"), "Throughput"),
-        page.figure("mfu", figures.curve(records, "mfu", "MFU, %", unit=" %", scale=100), "Model FLOP/s utilisation",
-                    "MFU is not known: the devices' peak is not; set metrics.peak_tflops."),
-    )  # fmt: skip
+        page.figure(
+            "throughput",
+            figures.curve(records, "tokens_per_second", "tokens a second"),
+            "Throughput",
+        ),
+        page.figure(
+            "mfu",
+            figures.curve(records, "mfu", "MFU, %", unit=" %", scale=100),
+            "Model FLOP/s utilisation",
+            "MFU is not known: the devices' peak is not; set metrics.peak_tflops.",
+        ),
+    )
     page.say("MFU counts all pairs of positions in attention, as the original's 58.3 % does.")
 
 
 def _goodput(page: Page, records: list[Recorded]) -> None:
     page.section("goodput", "Goodput and faults")
     page.add(
-        page.figure("causes", figures.where_time_went(records), "Where the time went", "No launch left a record of its time.")
+        page.figure(
+            "causes",
+            figures.where_time_went(records),
+            "Where the time went",
+            "No launch left a record of its time.",
+        )
     )
     for number, record in enumerate(records):
         unit, seconds = time_unit(record.ledger.total)
         missing = f"{record.name}: no timeline, since its attempts/ folder is not there."
-        page.add(page.figure(f"goodput-{number}", figures.goodput(record, unit, seconds), record.name, missing))
+        page.add(
+            page.figure(
+                f"goodput-{number}", figures.goodput(record, unit, seconds), record.name, missing
+            )
+        )
         if record.ledger.faults:
             page.parts.append(_faults(record))
         elif record.ledger.launches:
-            page.say(f"{record.name}: {record.ledger.launches} launch(es), no verdict on a fault.", "none")
+            page.say(
+                f"{record.name}: {record.ledger.launches} launch(es), no verdict on a fault.",
+                "none",
+            )
 
 
 def _faults(record: Recorded) -> str:
@@ -204,21 +250,47 @@ def _faults(record: Recorded) -> str:
 
     rows = [
         [
-            f"{datetime.datetime.fromtimestamp(fault.time):%m-%d %H:%M:%S}", str(fault.attempt), fault.cause,
-            "nobody" if fault.host is None else f"{fault.host}: {', '.join(map(str, fault.processes))}", fault.rule, fault.evidence,
-            seconds(fault.detect), seconds(fault.localise), seconds(fault.recover),
+            f"{datetime.datetime.fromtimestamp(fault.time):%m-%d %H:%M:%S}",
+            str(fault.attempt),
+            fault.cause,
+            "nobody"
+            if fault.host is None
+            else f"{fault.host}: {', '.join(map(str, fault.processes))}",
+            fault.rule,
+            fault.evidence,
+            seconds(fault.detect),
+            seconds(fault.localise),
+            seconds(fault.recover),
         ]
         for fault in record.ledger.faults
-    ]  # fmt: skip
-    head = ["time", "launch", "what", "host: process", "rule", "evidence", "detect s", "localise s", "recover s"]
+    ]
+    head = [
+        "time",
+        "launch",
+        "what",
+        "host: process",
+        "rule",
+        "evidence",
+        "detect s",
+        "localise s",
+        "recover s",
+    ]
     return table(head, rows, numbers=False)
 
 
 def _optimisation(page: Page, records: list[Recorded]) -> None:
     page.section("optimisation", "Optimisation")
     page.add(
-        page.figure("grad_norm", figures.curve(records, "grad_norm", "global norm", log=True), "Gradient norm before clipping"),
-        page.figure("learning_rate", figures.curve(records, "learning_rate", "learning rate"), "Learning rate"),
+        page.figure(
+            "grad_norm",
+            figures.curve(records, "grad_norm", "global norm", log=True),
+            "Gradient norm before clipping",
+        ),
+        page.figure(
+            "learning_rate",
+            figures.curve(records, "learning_rate", "learning rate"),
+            "Learning rate",
+        ),
     )
     for record in records:
         skipped = sum(event["kind"] == "update_skipped" for event in record.events)
@@ -229,11 +301,21 @@ def _optimisation(page: Page, records: list[Recorded]) -> None:
 def _memory(page: Page, records: list[Recorded]) -> None:
     page.section("memory", "Memory")
     page.add(
-        page.figure("memory", figures.curve(records, "memory_gib", "GiB", unit=" GiB"), "Most memory used so far, first device")
+        page.figure(
+            "memory",
+            figures.curve(records, "memory_gib", "GiB", unit=" GiB"),
+            "Most memory used so far, first device",
+        )
     )
     for number, record in enumerate(records):
         for index, (name, plan) in enumerate(record.plans.items()):
-            page.add(page.figure(f"plan-{number}-{index}", figures.memory_plan(plan), f"{record.name}: plan for {name}"))
+            page.add(
+                page.figure(
+                    f"plan-{number}-{index}",
+                    figures.memory_plan(plan),
+                    f"{record.name}: plan for {name}",
+                )
+            )
             fits = "fits" if plan["fits"] else "does not fit"
             page.say(
                 f"Compiled for {plan['num_devices']} devices, not run there: peak {plan['peak_gib']:.1f} of "
@@ -243,8 +325,9 @@ def _memory(page: Page, records: list[Recorded]) -> None:
     if not any(record.plans for record in records):
         page.say(
             "No memory plan lies in the folder: python -m baichuan_jax.plan --config CONFIG --topology a800:128x8 --output "
-            f"{_word(records[0].run.path / 'plans')}", "none",
-        )  # fmt: skip
+            f"{_word(records[0].run.path / 'plans')}",
+            "none",
+        )
 
 
 def _tests(page: Page, records: list[Recorded]) -> None:
@@ -253,7 +336,11 @@ def _tests(page: Page, records: list[Recorded]) -> None:
     if during:
         page.add(
             *(
-                page.figure(f"during-{task}", figures.scores_over_tokens(records, task), f"{task} during training")
+                page.figure(
+                    f"during-{task}",
+                    figures.scores_over_tokens(records, task),
+                    f"{task} during training",
+                )
                 for task in during
             )
         )
@@ -262,7 +349,11 @@ def _tests(page: Page, records: list[Recorded]) -> None:
         results = {record.name: record.tests[name] for record in records if name in record.tests}
         if "curve" in next(iter(results.values())):
             page.add(
-                page.figure(f"perplexity-{number}", figures.perplexity(records, name), f"{name}: perplexity by context length")
+                page.figure(
+                    f"perplexity-{number}",
+                    figures.perplexity(records, name),
+                    f"{name}: perplexity by context length",
+                )
             )
             continue
         scored = {run: result for run, result in results.items() if result["scored"]}
@@ -277,8 +368,9 @@ def _tests(page: Page, records: list[Recorded]) -> None:
     if not names and not during:
         page.say(
             f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {_word(records[0].run.path)} --data DIR --output "
-            f"{_word(records[0].run.path / 'evaluations' / 'mmlu')}, or evaluate.tasks during a run.", "none",
-        )  # fmt: skip
+            f"{_word(records[0].run.path / 'evaluations' / 'mmlu')}, or evaluate.tasks during a run.",
+            "none",
+        )
 
 
 def _score_table(results: dict[str, dict[str, Any]]) -> str:
@@ -287,18 +379,34 @@ def _score_table(results: dict[str, dict[str, Any]]) -> str:
     def percent(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return "-"
-        return f"{100 * cell['accuracy']:.1f}" + ("" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}")
+        return f"{100 * cell['accuracy']:.1f}" + (
+            "" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}"
+        )
 
     task = next(iter(results.values()))["task"]
-    rows = [[run, *(percent(cell) for cell in columns(result).values())] for run, result in results.items()]
+    rows = [
+        [run, *(percent(cell) for cell in columns(result).values())]
+        for run, result in results.items()
+    ]
     published = sorted(PUBLISHED[task].items(), key=lambda item: item[0] != "Baichuan-7B")
-    rows += [[f"{model} (published)", *("-" if value is None else f"{value}" for value in values)] for model, values in published]
-    subjects = list(dict.fromkeys(name for result in results.values() for name in result["subjects"]))
+    rows += [
+        [f"{model} (published)", *("-" if value is None else f"{value}" for value in values)]
+        for model, values in published
+    ]
+    subjects = list(
+        dict.fromkeys(name for result in results.values() for name in result["subjects"])
+    )
     inner = table(
         ["subject", *results],
-        [[subject, *(percent(result["subjects"].get(subject)) for result in results.values())] for subject in subjects],
+        [
+            [subject, *(percent(result["subjects"].get(subject)) for result in results.values())]
+            for subject in subjects
+        ],
     )
-    return table(["%", *COLUMNS[task]], rows) + f"<details><summary>{len(subjects)} subjects</summary>{inner}</details>"
+    return (
+        table(["%", *COLUMNS[task]], rows)
+        + f"<details><summary>{len(subjects)} subjects</summary>{inner}</details>"
+    )
 
 
 def _samples(page: Page, records: list[Recorded]) -> None:
@@ -308,11 +416,18 @@ def _samples(page: Page, records: list[Recorded]) -> None:
         if not samples:
             page.say(
                 f"{record.name}: none; a run writes them at its end for sample.prompts, and python -m baichuan_jax.generate "
-                f"--checkpoint {_word(record.run.path)} --prompt '春' at any time.", "none",
-            )  # fmt: skip
+                f"--checkpoint {_word(record.run.path)} --prompt '春' at any time.",
+                "none",
+            )
         for prompt, text in samples.items():
-            dot = f'<span class="dot" style="background:{record.colour}"></span>' if len(records) > 1 else ""
-            page.parts.append(f"<blockquote>{dot}<b>{html.escape(prompt)}</b>{html.escape(text)}</blockquote>")
+            dot = (
+                f'<span class="dot" style="background:{record.colour}"></span>'
+                if len(records) > 1
+                else ""
+            )
+            page.parts.append(
+                f"<blockquote>{dot}<b>{html.escape(prompt)}</b>{html.escape(text)}</blockquote>"
+            )
 
 
 def _settings(page: Page, records: list[Recorded]) -> None:
@@ -323,22 +438,35 @@ def _settings(page: Page, records: list[Recorded]) -> None:
             page.say(f"{record.name}: its config.yaml is not there.", "none")
     known = [record for record in records if record.settings]
     names = list(dict.fromkeys(name for record in known for name in record.settings))
-    values = {name: [json.dumps(record.settings.get(name), ensure_ascii=False) for record in known] for name in names}
+    values = {
+        name: [json.dumps(record.settings.get(name), ensure_ascii=False) for record in known]
+        for name in names
+    }
     differing = [name for name in names if len(set(values[name])) > 1 and name not in PLACES]
     if len(known) > 1:
         page.say(
-            f"{len(differing)} settings differ between these runs." if differing else "All settings of these runs are equal."
+            f"{len(differing)} settings differ between these runs."
+            if differing
+            else "All settings of these runs are equal."
         )
         if differing:
             page.parts.append(
-                table(["", *(record.name for record in known)], [[name, *values[name]] for name in differing], numbers=False)
+                table(
+                    ["", *(record.name for record in known)],
+                    [[name, *values[name]] for name in differing],
+                    numbers=False,
+                )
             )
     if known:
         default = {name: json.dumps(defaults.get(name), ensure_ascii=False) for name in names}
         changed = [name for name in names if any(value != default[name] for value in values[name])]
         rows = [[name, *values[name], default[name]] for name in changed]
         inner = table(["", *(record.name for record in known), "default"], rows, numbers=False)
-        page.parts.append(f"<h3>{len(changed)} of {len(names)} settings are not at their defaults</h3>{inner}")
+        page.parts.append(
+            f"<h3>{len(changed)} of {len(names)} settings are not at their defaults</h3>{inner}"
+        )
     for record in known:
         text = html.escape((record.run.path / "config.yaml").read_text(encoding="utf-8"))
-        page.parts.append(f"<details><summary>{record.label}: all settings</summary><pre>{text}</pre></details>")
+        page.parts.append(
+            f"<details><summary>{record.label}: all settings</summary><pre>{text}</pre></details>"
+        )

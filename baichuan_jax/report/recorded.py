@@ -57,7 +57,9 @@ class Recorded:
 
     def validation(self, name: str) -> tuple[list[int], list[Any]]:
         """Tokens and values of a figure of the evaluations, the newest where a step was evaluated twice."""
-        newest = {line["step"]: line[name] for line in self.validations if line.get(name) is not None}
+        newest = {
+            line["step"]: line[name] for line in self.validations if line.get(name) is not None
+        }
         return [self.tokens.get(step, 0) for step in newest], list(newest.values())
 
     def last_event(self, kind: str) -> dict[str, Any]:
@@ -82,11 +84,16 @@ class Recorded:
 def read_runs(paths: list[Path]) -> list[Recorded]:
     """The runs in the order given. Raises ConfigError with what is wrong of a folder that cannot be shown."""
     if len(paths) > MAX_RUNS:
-        raise ConfigError(f"{len(paths)} runs were given and a page shows at most {MAX_RUNS}, one a colour; choose fewer")
+        raise ConfigError(
+            f"{len(paths)} runs were given and a page shows at most {MAX_RUNS}, one a colour; choose fewer"
+        )
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise ConfigError(f"a run is given twice: {', '.join(map(str, paths))}")
-    return [_read(path, name, colour) for path, name, colour in zip(paths, _names(resolved), COLOURS, strict=False)]
+    return [
+        _read(path, name, colour)
+        for path, name, colour in zip(paths, _names(resolved), COLOURS, strict=False)
+    ]
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -115,12 +122,25 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
         tokens[line["step"]] = total
     launches = launch_spans(path)
     every = [line for line in lines if "step_seconds" in line]
-    began = min([begin for begin, _ in launches.values()], default=every[0]["time"] - every[0]["step_seconds"])
+    began = min(
+        [begin for begin, _ in launches.values()],
+        default=every[0]["time"] - every[0]["step_seconds"],
+    )
     return Recorded(
-        name, colour, run, _settings(path / "config.yaml"), steps, [line for line in lines if "step_seconds" not in line], events,
-        tokens, read_ledger(path), _spans(launches, every, began), began,
-        _results(path, "evaluations/*/result.json"), _results(path, "plans/*.json"),
-    )  # fmt: skip
+        name,
+        colour,
+        run,
+        _settings(path / "config.yaml"),
+        steps,
+        [line for line in lines if "step_seconds" not in line],
+        events,
+        tokens,
+        read_ledger(path),
+        _spans(launches, every, began),
+        began,
+        _results(path, "evaluations/*/result.json"),
+        _results(path, "plans/*.json"),
+    )
 
 
 def _refuse_no_run(path: Path) -> None:
@@ -134,11 +154,15 @@ def _refuse_no_run(path: Path) -> None:
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted names of the settings in a configuration's sections."""
-    sections = {item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)}
+    sections = {
+        item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)
+    }
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= (
-            flatten(value, f"{key}.") if not prefix and key in sections and isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{key}.")
+            if not prefix and key in sections and isinstance(value, dict)
+            else {prefix + key: value}
         )
     return found
 
@@ -165,12 +189,16 @@ def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
         except ValueError as error:
             raise ConfigError(f"{file} is no JSON: {error}") from None
         for item in content if isinstance(content, list) else [content]:
-            name = file.parent.name if file.name == "result.json" else item.get("topology", file.stem)
+            name = (
+                file.parent.name if file.name == "result.json" else item.get("topology", file.stem)
+            )
             found[name] = item
     return found
 
 
-def _spans(launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]], began: float) -> list[Span]:
+def _spans(
+    launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]], began: float
+) -> list[Span]:
     """What every launch did when: starting, steps, steps that were done again later, ending; between launches nothing ran."""
     newest = {line["step"]: index for index, line in enumerate(lines)}
     spans: list[Span] = []
@@ -178,7 +206,9 @@ def _spans(launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]]
     for number, (begin, end) in launches.items():
         if before is not None and begin > before:
             spans.append(Span(number, "down", before - began, begin - began))
-        mine = [(index, line) for index, line in enumerate(lines) if begin <= line["time"] <= end + 1.0]
+        mine = [
+            (index, line) for index, line in enumerate(lines) if begin <= line["time"] <= end + 1.0
+        ]
         here = begin
         for index, line in mine:
             state = "steps" if newest[line["step"]] == index else "lost"

@@ -16,7 +16,8 @@ from baichuan_jax.resilience.ledger import read_ledger, say_ledger
 def main(words: list[str]) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m baichuan_jax.resilience", description="What happened in a run, when, to whom, and what it cost."
+        prog="python -m baichuan_jax.resilience",
+        description="What happened in a run, when, to whom, and what it cost.",
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

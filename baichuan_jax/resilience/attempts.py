@@ -1,8 +1,9 @@
 """The supervisors' common memory: files in a run's `attempts/` folder, which all hosts share.
 
-`hosts/NAME.json` is the heartbeat of a host's supervisor. `N/` is the N-th launch of the run: `plan.json` says on which hosts,
-`coordinator.json` where process 0 listens, `ended-NAME.json` how a host's processes ended, `verdict.json` what came of it all.
-Plan and verdict are written by whoever is first, and never again: so all hosts agree.
+`hosts/NAME.json` is the heartbeat of a host's supervisor. `N/` is the N-th launch of the run:
+`plan.json` says on which hosts, `coordinator.json` where process 0 listens, `ended-NAME.json` how a
+host's processes ended, `verdict.json` what came of it all. Plan and verdict are written by whoever
+is first, and never again: so all hosts agree.
 """
 
 import json
@@ -21,27 +22,46 @@ class Attempts:
         self.path, self._host, self._seconds = path, host, seconds
         self._beat, self._beaten = 0, time.monotonic()
         self._began = time.monotonic()
-        # host -> its newest beat, when that was first seen, whether it is another than the first: an old file is no sign of life
+        # host -> its newest beat, when that was first seen, whether it is another than the first:
+        # an old file is no sign of life
         self._seen: dict[str, tuple[Any, float, bool]] = {}
 
     def beat(self, address: str) -> None:
         """Publish this host's heartbeat and look at the others'."""
         self._beat += 1
-        self._replace(self.path / "hosts" / f"{self._host}.json", {"address": address, "pid": os.getpid(), "beat": self._beat})
+        self._replace(
+            self.path / "hosts" / f"{self._host}.json",
+            {"address": address, "pid": os.getpid(), "beat": self._beat},
+        )
         now = time.monotonic()
-        late = now - self._beaten - 2.0  # time in which this process was kept from running says nothing about the others
+        late = (
+            now - self._beaten - 2.0
+        )  # time in which this process was kept from running says nothing about the others
         if late > 0:
-            self._seen = {host: (beat, since + late, moved) for host, (beat, since, moved) in self._seen.items()}
+            self._seen = {
+                host: (beat, since + late, moved)
+                for host, (beat, since, moved) in self._seen.items()
+            }
         self._beaten = now
         for file in (self.path / "hosts").glob("*.json"):
             beat = read(file)
-            if beat is not None and (file.stem not in self._seen or self._seen[file.stem][0] != beat):
-                self._seen[file.stem] = (beat, now, file.stem in self._seen or file.stem == self._host)
+            if beat is not None and (
+                file.stem not in self._seen or self._seen[file.stem][0] != beat
+            ):
+                self._seen[file.stem] = (
+                    beat,
+                    now,
+                    file.stem in self._seen or file.stem == self._host,
+                )
 
     def alive(self) -> set[str]:
         """Hosts whose supervisors' hearts beat."""
         now = time.monotonic()
-        return {host for host, (_, since, moved) in self._seen.items() if moved and now - since < self._seconds}
+        return {
+            host
+            for host, (_, since, moved) in self._seen.items()
+            if moved and now - since < self._seconds
+        }
 
     def heard_since(self, host: str, moment: float) -> bool:
         """Whether a host's heart has beaten after a moment of time.monotonic()."""
@@ -54,7 +74,9 @@ class Attempts:
 
     def latest(self) -> int:
         """The number of the newest launch; 0 where there is none."""
-        return max((int(path.name) for path in self.path.glob("[0-9]*") if path.name.isdigit()), default=0)
+        return max(
+            (int(path.name) for path in self.path.glob("[0-9]*") if path.name.isdigit()), default=0
+        )
 
     def file(self, number: int, name: str) -> Path:
         """A file of a launch, without .json."""

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping
 from baichuan_jax.resilience.clock import ALONE
 from baichuan_jax.resilience.exits import BUG, PREEMPTED
 from baichuan_jax.resilience.exits import CONFIGURATION as REFUSED
-from baichuan_jax.resilience.reports import BAD_HOST, CONFIGURATION, EXCEPTION, NUMERICS, PEER, STORAGE, Report
+from baichuan_jax.resilience.reports import (
+    BAD_HOST,
+    CONFIGURATION,
+    EXCEPTION,
+    NUMERICS,
+    PEER,
+    STORAGE,
+    Report,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +31,9 @@ class Exit:
 class Verdict:
     """What happened, to whom, and how that is known.
 
-    `cause`: completed, preempted, bad host, killed, silent, storage, hang, exception, configuration, numerics or
-    unknown. `rule` is the line of
-    blame() that decided. `host` and `processes` are the culprit, None and () where nobody can be named.
+    `cause`: completed, preempted, bad host, killed, silent, storage, hang, exception,
+    configuration, numerics or unknown. `rule` is the line of blame() that decided. `host` and
+    `processes` are the culprit, None and () where nobody can be named.
     """
 
     cause: str
@@ -35,17 +43,24 @@ class Verdict:
     processes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        who = "nobody can be named" if self.host is None else f"host {self.host}, process {', '.join(map(str, self.processes))}"
+        who = (
+            "nobody can be named"
+            if self.host is None
+            else f"host {self.host}, process {', '.join(map(str, self.processes))}"
+        )
         return f"{self.cause}: {who} (rule: {self.rule}): {self.evidence}"
 
 
-def blame(hosts: Mapping[int, str], reports: Mapping[int, Report], exits: Mapping[int, Exit]) -> Verdict:
+def blame(
+    hosts: Mapping[int, str], reports: Mapping[int, Report], exits: Mapping[int, Exit]
+) -> Verdict:
     """The verdict on a launch that has ended or that must end.
 
-    `hosts` maps every process to its host, `reports` to its last word or, where it had none, to its last heartbeat; `exits` to how it
-    ended, where a supervisor knows. Rules, in this order: all ended well; named by a check; ended by a signal; silent; could not save;
-    an exception of its own; did not end; not in the collective; lowest step; minority stack; unknown. A rule that points at several
-    hosts names none.
+    `hosts` maps every process to its host, `reports` to its last word or, where it had none, to its
+    last heartbeat; `exits` to how it ended, where a supervisor knows. Rules, in this order: all
+    ended well; named by a check; ended by a signal; silent; could not save; an exception of its
+    own; did not end; not in the collective; lowest step; minority stack; unknown. A rule that
+    points at several hosts names none.
     """
     codes = [ended.code for ended in exits.values()]
     if len(codes) == len(hosts) and set(codes) == {0}:
@@ -61,16 +76,26 @@ def blame(hosts: Mapping[int, str], reports: Mapping[int, Report], exits: Mappin
         verdict = rule(hosts, reports, words, exits)
         if verdict is not None:
             return verdict
-    return Verdict("hang" if words else "unknown", "unknown", _positions(hosts, reports) or "no process left a report")
+    return Verdict(
+        "hang" if words else "unknown",
+        "unknown",
+        _positions(hosts, reports) or "no process left a report",
+    )
 
 
-def _name(hosts: Mapping[int, str], cause: str, rule: str, processes: Iterable[int], evidence: str) -> Verdict:
+def _name(
+    hosts: Mapping[int, str], cause: str, rule: str, processes: Iterable[int], evidence: str
+) -> Verdict:
     """A verdict on these processes where they are of one host, and on nobody where they are not."""
     found = tuple(sorted(processes))
     theirs = {hosts[process] for process in found}
     if len(theirs) == 1:
         return Verdict(cause, rule, evidence, theirs.pop(), found)
-    return Verdict(cause, rule, f"{evidence}; that is {len(theirs)} hosts ({', '.join(sorted(theirs)[:4])}), so none is blamed")
+    return Verdict(
+        cause,
+        rule,
+        f"{evidence}; that is {len(theirs)} hosts ({', '.join(sorted(theirs)[:4])}), so none is blamed",
+    )
 
 
 def _checked(hosts, reports, words, exits) -> Verdict | None:
@@ -79,16 +104,27 @@ def _checked(hosts, reports, words, exits) -> Verdict | None:
         return None
     named = {process for report in found.values() for process in report.named}
     text = next(iter(found.values())).error or ""
-    return _name(hosts, "bad host", "named by a check", named, text) if named else Verdict("bad host", "named by a check", text)
+    return (
+        _name(hosts, "bad host", "named by a check", named, text)
+        if named
+        else Verdict("bad host", "named by a check", text)
+    )
 
 
 def _killed(hosts, reports, words, exits) -> Verdict | None:
     """Ended by a signal that neither its supervisor nor jax sent: jax aborts a process whose coordinator is gone."""
     found = {
-        process: ended.code for process, ended in exits.items() if ended.code < 0 and not ended.stopped and process not in words
+        process: ended.code
+        for process, ended in exits.items()
+        if ended.code < 0 and not ended.stopped and process not in words
     }
     first = {process for process, code in found.items() if code != -signal.SIGABRT}
-    if not first and len(found) == 1 and len(words) == len(hosts) - 1 and all(word.cause == PEER for word in words.values()):
+    if (
+        not first
+        and len(found) == 1
+        and len(words) == len(hosts) - 1
+        and all(word.cause == PEER for word in words.values())
+    ):
         first = set(found)  # an abort of its own: all others only lost their connection to it
     if not first:
         return None
@@ -109,7 +145,11 @@ def _did_not_end(hosts, reports, words, exits) -> Verdict | None:
     """Had to be stopped, without a last word, while others ended by themselves: these waited for it."""
     ended = {process for process, end in exits.items() if not end.stopped}
     found = set(hosts) - ended - set(words)
-    return _name(hosts, "silent", "did not end", found, f"last {_where(reports, found)}") if found and ended else None
+    return (
+        _name(hosts, "silent", "did not end", found, f"last {_where(reports, found)}")
+        if found and ended
+        else None
+    )
 
 
 def _unsaved(hosts, reports, words, exits) -> Verdict | None:
@@ -119,7 +159,9 @@ def _unsaved(hosts, reports, words, exits) -> Verdict | None:
 
 
 def _configuration(hosts, reports, words, exits) -> Verdict | None:
-    found = {process: report.error for process, report in words.items() if report.cause == CONFIGURATION}
+    found = {
+        process: report.error for process, report in words.items() if report.cause == CONFIGURATION
+    }
     for process, ended in exits.items():
         if ended.code == REFUSED:
             found.setdefault(process, "exit code 78")
@@ -127,9 +169,15 @@ def _configuration(hosts, reports, words, exits) -> Verdict | None:
 
 
 def _exception(hosts, reports, words, exits) -> Verdict | None:
-    found = {process: report.error for process, report in words.items() if report.cause == EXCEPTION}
+    found = {
+        process: report.error for process, report in words.items() if report.cause == EXCEPTION
+    }
     for process, ended in exits.items():
-        if process not in words and ended.code in (1, 2, BUG):  # 1 and 2: Python's own, where the program never began
+        if process not in words and ended.code in (
+            1,
+            2,
+            BUG,
+        ):  # 1 and 2: Python's own, where the program never began
             found.setdefault(process, f"exit code {ended.code}")
     return _own(hosts, reports, "exception", "an exception of its own", found)
 
@@ -138,7 +186,13 @@ def _own(hosts, reports, cause: str, rule: str, found: Mapping[int, str | None])
     if not found:
         return None
     error = next(iter(found.values())) or ""
-    return _name(hosts, cause, rule, found, f"{error.splitlines()[0][:300] if error else ''} {_where(reports, found)}")
+    return _name(
+        hosts,
+        cause,
+        rule,
+        found,
+        f"{error.splitlines()[0][:300] if error else ''} {_where(reports, found)}",
+    )
 
 
 def _numerics(hosts, reports, words, exits) -> Verdict | None:
@@ -163,13 +217,21 @@ def _lowest_step(hosts, reports, words, exits) -> Verdict | None:
     if len(behind) == len(words):
         return None
     others = min(report.step for report in words.values() if report.step > lowest)
-    verdict = _name(hosts, "hang", "lowest step", behind, f"{_where(words, behind)}; all others reached step {others}")
+    verdict = _name(
+        hosts,
+        "hang",
+        "lowest step",
+        behind,
+        f"{_where(words, behind)}; all others reached step {others}",
+    )
     return verdict if verdict.host is not None else None
 
 
 def _minority_stack(hosts, reports, words, exits) -> Verdict | None:
     """The one host whose main thread stands elsewhere, where at least three hosts spoke and all others stand at one place."""
-    stacks = {process: (report.phase, report.stack) for process, report in words.items() if report.stack}
+    stacks = {
+        process: (report.phase, report.stack) for process, report in words.items() if report.stack
+    }
     counts = Counter(stacks.values())
     if len({hosts[process] for process in stacks}) < 3 or len(counts) != 2:
         return None
@@ -177,7 +239,13 @@ def _minority_stack(hosts, reports, words, exits) -> Verdict | None:
     if few * 2 >= most + few:
         return None
     odd = {process for process, stack in stacks.items() if stack == rare}
-    verdict = _name(hosts, "hang", "minority stack", odd, f"{_where(words, odd)}, in {rare[1][-1]}; the others elsewhere")
+    verdict = _name(
+        hosts,
+        "hang",
+        "minority stack",
+        odd,
+        f"{_where(words, odd)}, in {rare[1][-1]}; the others elsewhere",
+    )
     return verdict if verdict.host is not None else None
 
 
@@ -187,4 +255,6 @@ def _where(reports: Mapping[int, Report], processes: Iterable[int]) -> str:
 
 
 def _positions(hosts: Mapping[int, str], reports: Mapping[int, Report]) -> str:
-    return "; ".join(f"process {p} on {hosts[p]} {_where(reports, [p])}" for p in sorted(hosts) if p in reports)
+    return "; ".join(
+        f"process {p} on {hosts[p]} {_where(reports, [p])}" for p in sorted(hosts) if p in reports
+    )

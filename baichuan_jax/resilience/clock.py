@@ -4,8 +4,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-# The phases of the loop. All others (imports, start, restore, compile, ...) belong to a launch's beginning or its end.
-DATA, DISPATCH, WAIT, CHECKPOINT, EVALUATE = LOOP = ("data", "dispatch", "wait", "checkpoint", "evaluate")
+# The phases of the loop. All others (imports, start, restore, compile, ...) belong to a launch's
+# beginning or its end.
+DATA, DISPATCH, WAIT, CHECKPOINT, EVALUATE = LOOP = (
+    "data",
+    "dispatch",
+    "wait",
+    "checkpoint",
+    "evaluate",
+)
 ALONE = (DATA,)  # the phases of the loop in which a process waits for no other
 
 
@@ -46,7 +53,10 @@ class Clock:
     def totals(self) -> dict[str, float]:
         """Seconds by phase until now."""
         phase = self._stack[-1]
-        return {**self.seconds, phase: self.seconds.get(phase, 0.0) + time.perf_counter() - self._since}
+        return {
+            **self.seconds,
+            phase: self.seconds.get(phase, 0.0) + time.perf_counter() - self._since,
+        }
 
     def _charge(self) -> None:
         now, phase = time.perf_counter(), self._stack[-1]

@@ -19,6 +19,14 @@ def compare_digests(digests: Sequence[int], processes: Mapping[int, Sequence[int
     if 2 * most <= len(digests):
         odd = list(range(len(digests)))
     named = tuple(sorted({process for replica in odd for process in processes[replica]}))
-    shown = ", ".join(f"replica {replica}: {digest:08x}" for replica, digest in enumerate(digests[:8]))
-    which = "no majority: one of them is wrong" if len(odd) == len(digests) else f"{most} of {len(digests)} agree"
-    raise BadHost(f"replicas computed other bits of the same loss and gradients ({shown}; {which})", named)
+    shown = ", ".join(
+        f"replica {replica}: {digest:08x}" for replica, digest in enumerate(digests[:8])
+    )
+    which = (
+        "no majority: one of them is wrong"
+        if len(odd) == len(digests)
+        else f"{most} of {len(digests)} agree"
+    )
+    raise BadHost(
+        f"replicas computed other bits of the same loss and gradients ({shown}; {which})", named
+    )

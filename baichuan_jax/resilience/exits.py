@@ -43,8 +43,12 @@ class BadHost(RuntimeError):
 
 
 MEANINGS: dict[type[BaseException], int] = {
-    ConfigError: CONFIGURATION, NumericsError: NUMERICS, PeerFailed: HANG, BadHost: BAD_HOST, SaveFailed: UNSAVED,
-}  # fmt: skip
+    ConfigError: CONFIGURATION,
+    NumericsError: NUMERICS,
+    PeerFailed: HANG,
+    BadHost: BAD_HOST,
+    SaveFailed: UNSAVED,
+}
 
 
 def exit_code(error: BaseException) -> int:
@@ -89,7 +93,8 @@ def run_command(command: Callable[[], int]) -> NoReturn:
 def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Iterator[None]:
     """Inside: the first SIGINT or SIGTERM calls on_stop(name), a later SIGINT raises KeyboardInterrupt; SIGUSR1 calls on_trace.
 
-    A later SIGTERM means the same as the first: schedulers send one to every process of a job, and supervisors pass it on.
+    A later SIGTERM means the same as the first: schedulers send one to every process of a job, and
+    supervisors pass it on.
 
     Only the main thread may handle signals; elsewhere (a server's thread) this does nothing.
     """

@@ -12,7 +12,8 @@ ENOUGH = 64  # of them must be there before anything is called a spike
 FLOOR = 0.2
 
 
-# Steps in a row above the limit that make a spike. One large gradient is clipped and does no harm: ordinary data have some.
+# Steps in a row above the limit that make a spike. One large gradient is clipped and does no harm:
+# ordinary data have some.
 IN_A_ROW = {"loss": 1, "grad_norm": 3}
 
 
@@ -39,7 +40,10 @@ class Spikes:
                 if value > limit:
                     words = f"median {median:.4g} + {self._mads:g} deviations of {spread:.3g}"
                     if self._above[name] >= IN_A_ROW[name]:
-                        found = (f"{name} {value:.4g} is above {limit:.4g}: {words}", self._above[name])
+                        found = (
+                            f"{name} {value:.4g} is above {limit:.4g}: {words}",
+                            self._above[name],
+                        )
                     continue
             if math.isfinite(value):
                 window.append(value)
@@ -50,8 +54,8 @@ class Spikes:
 class Rollback:
     """What a launch does about numbers: the data windows [begin, end) it leaves out, and how far back it goes.
 
-    `before`: only checkpoints of earlier steps are good (None: all are); `back`: so many of these are passed over too. `events` are to
-    be recorded.
+    `before`: only checkpoints of earlier steps are good (None: all are); `back`: so many of these
+    are passed over too. `events` are to be recorded.
     """
 
     windows: tuple[tuple[int, int], ...] = ()
@@ -63,22 +67,36 @@ class Rollback:
 def plan_rollback(events: list[dict[str, Any]], skip: list[list[int]], max_skips: int) -> Rollback:
     """From a run's events and the windows of its settings. Raises RuntimeError after max_skips windows of its own.
 
-    A `numerics` event (step, begin, end) that no `rolled_back` follows is answered: the first time by a replay of the same data, since
-    the cause may have passed; again at the same place by leaving its window out and going one checkpoint further back. A `corruption`
-    event (step) is answered by going back to before that step, whose data are not to blame.
+    A `numerics` event (step, begin, end) that no `rolled_back` follows is answered: the first time
+    by a replay of the same data, since the cause may have passed; again at the same place by
+    leaving its window out and going one checkpoint further back. A `corruption` event (step) is
+    answered by going back to before that step, whose data are not to blame.
     """
     windows = [(begin, end) for begin, end in skip]
-    windows += [(event["begin"], event["end"]) for event in events if event["kind"] == "window_skipped"]
-    faults = [index for index, event in enumerate(events) if event["kind"] in ("numerics", "corruption")]
+    windows += [
+        (event["begin"], event["end"]) for event in events if event["kind"] == "window_skipped"
+    ]
+    faults = [
+        index for index, event in enumerate(events) if event["kind"] in ("numerics", "corruption")
+    ]
     if not faults or any(event["kind"] == "rolled_back" for event in events[faults[-1] :]):
         return Rollback(tuple(windows))
     fault = events[faults[-1]]
     recorded: list[dict[str, Any]] = []
     if fault["kind"] == "corruption":
-        recorded.append({"kind": "rolled_back", "before": fault["step"], "skipped": False, "reason": fault["reason"]})
+        recorded.append(
+            {
+                "kind": "rolled_back",
+                "before": fault["step"],
+                "skipped": False,
+                "reason": fault["reason"],
+            }
+        )
         return Rollback(tuple(windows), fault["step"], 0, tuple(recorded))
     faults = [index for index in faults if events[index]["kind"] == "numerics"]
-    repeats = sum(events[i]["begin"] < fault["end"] and fault["begin"] < events[i]["end"] for i in faults[:-1])
+    repeats = sum(
+        events[i]["begin"] < fault["end"] and fault["begin"] < events[i]["end"] for i in faults[:-1]
+    )
     if repeats:
         skips = sum(event["kind"] == "window_skipped" for event in events)
         if skips >= max_skips:
@@ -87,6 +105,20 @@ def plan_rollback(events: list[dict[str, Any]], skip: list[list[int]], max_skips
                 f"(resilience.max_skips={max_skips}): it is not the data; lower optimizer.learning_rate, or look at the events"
             )
         windows.append((fault["begin"], fault["end"]))
-        recorded.append({"kind": "window_skipped", "begin": fault["begin"], "end": fault["end"], "reason": fault["reason"]})
-    recorded.append({"kind": "rolled_back", "before": fault["step"], "skipped": bool(repeats), "reason": fault["reason"]})
+        recorded.append(
+            {
+                "kind": "window_skipped",
+                "begin": fault["begin"],
+                "end": fault["end"],
+                "reason": fault["reason"],
+            }
+        )
+    recorded.append(
+        {
+            "kind": "rolled_back",
+            "before": fault["step"],
+            "skipped": bool(repeats),
+            "reason": fault["reason"],
+        }
+    )
     return Rollback(tuple(windows), fault["step"], repeats, tuple(recorded))

@@ -14,20 +14,38 @@ from baichuan_jax.resilience.reports import HANG, PEER, Folder, Report
 from baichuan_jax.run import Run
 
 CAUSES = (
-    "steps", "data", "imports and start", "pack", "compile", "restore", "save", "evaluate", "finish", "lost steps", "hang", "restart",
-)  # fmt: skip
+    "steps",
+    "data",
+    "imports and start",
+    "pack",
+    "compile",
+    "restore",
+    "save",
+    "evaluate",
+    "finish",
+    "lost steps",
+    "hang",
+    "restart",
+)
 _CAUSE_OF = {
-    DATA: "data", DISPATCH: "steps", WAIT: "steps", CHECKPOINT: "save", EVALUATE: "evaluate", "pack": "pack", "compile": "compile",
-    "restore": "restore", "finish": "finish",
-}  # fmt: skip
+    DATA: "data",
+    DISPATCH: "steps",
+    WAIT: "steps",
+    CHECKPOINT: "save",
+    EVALUATE: "evaluate",
+    "pack": "pack",
+    "compile": "compile",
+    "restore": "restore",
+    "finish": "finish",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """One launch that ended in a fault. Seconds are None where something did not happen or is not known.
 
-    `detect`: from its last sign of good life to the first that noticed; `localise`: from there to the verdict; `recover`: from the
-    noticing to the first step of the next launch.
+    `detect`: from its last sign of good life to the first that noticed; `localise`: from there to
+    the verdict; `recover`: from the noticing to the first step of the next launch.
     """
 
     attempt: int
@@ -65,7 +83,9 @@ class Ledger:
         if len(self.own_seconds) < 2:
             return None
         process = max(self.own_seconds, key=lambda process: self.own_seconds[process])
-        return process, self.own_seconds[process] / max(statistics.median(self.own_seconds.values()), 1e-9)
+        return process, self.own_seconds[process] / max(
+            statistics.median(self.own_seconds.values()), 1e-9
+        )
 
 
 def read_ledger(path: Path | str) -> Ledger:
@@ -89,23 +109,34 @@ def read_ledger(path: Path | str) -> Ledger:
     seconds["steps"] -= seconds["lost steps"]
     saves = [event for event in events if event["kind"] == "checkpoint"]
     return Ledger(
-        launches=len(launches), total=total, seconds=seconds, lost_steps=len(lost), faults=_faults(run.path, events, steps),
-        saves=len(saves), blocked_seconds=sum(event.get("blocked_seconds", 0.0) for event in saves),
+        launches=len(launches),
+        total=total,
+        seconds=seconds,
+        lost_steps=len(lost),
+        faults=_faults(run.path, events, steps),
+        saves=len(saves),
+        blocked_seconds=sum(event.get("blocked_seconds", 0.0) for event in saves),
         own_seconds=_own_seconds(run.path / "attempts", max(launches, default=0)),
-    )  # fmt: skip
+    )
 
 
 def history(events: list[dict[str, Any]]) -> dict[str, Any]:
     """`faults` of a run so far and the `run_seconds` they came in, from its events: for the cadence of saves."""
     begun = [event["time"] for event in events if event["kind"] == "started"]
     good = sum(event["kind"] in ("interrupted", "completed") for event in events)
-    return {"faults": max(0, len(begun) - good), "run_seconds": events[-1]["time"] - begun[0] if begun else 0.0}
+    return {
+        "faults": max(0, len(begun) - good),
+        "run_seconds": events[-1]["time"] - begun[0] if begun else 0.0,
+    }
 
 
 def launch_spans(path: Path | str) -> dict[int, tuple[float, float]]:
     """Launch -> when its process 0 began, and when it was last heard (seconds since the epoch)."""
     launches = sorted(_launches(Path(path) / "attempts").items())
-    return {number: (report.time - sum(report.seconds.values()), report.time) for number, report in launches}
+    return {
+        number: (report.time - sum(report.seconds.values()), report.time)
+        for number, report in launches
+    }
 
 
 def _launches(attempts: Path) -> dict[int, Report]:
@@ -120,7 +151,11 @@ def _launches(attempts: Path) -> dict[int, Report]:
 
 def _own_seconds(attempts: Path, number: int) -> dict[int, float]:
     reports = Folder(attempts / str(number)).read()
-    return {process: report.own_seconds for process, report in reports.items() if report.own_seconds is not None}
+    return {
+        process: report.own_seconds
+        for process, report in reports.items()
+        if report.own_seconds is not None
+    }
 
 
 def _faults(path: Path, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[Fault]:
@@ -130,14 +165,23 @@ def _faults(path: Path, events: list[dict[str, Any]], steps: list[dict[str, Any]
             continue
         reports = Folder(path / "attempts" / str(event["attempt"])).read()
         again = [line["time"] for line in steps if line["time"] > event["concluded"]]
-        signs = [_last_good(reports[process]) for process in event["processes"] if process in reports]
+        signs = [
+            _last_good(reports[process]) for process in event["processes"] if process in reports
+        ]
         faults.append(
             Fault(
-                event["attempt"], event["detected"], event["cause"], event["host"], tuple(event["processes"]), event["rule"],
-                event["evidence"], max(0.0, event["detected"] - min(signs)) if signs else None,
-                event["concluded"] - event["detected"], again[0] - event["detected"] if again and event["restart"] else None,
+                event["attempt"],
+                event["detected"],
+                event["cause"],
+                event["host"],
+                tuple(event["processes"]),
+                event["rule"],
+                event["evidence"],
+                max(0.0, event["detected"] - min(signs)) if signs else None,
+                event["concluded"] - event["detected"],
+                again[0] - event["detected"] if again and event["restart"] else None,
             )
-        )  # fmt: skip
+        )
     return faults
 
 
@@ -156,13 +200,30 @@ def say_ledger(display: Display, ledger: Ledger) -> None:
         rows = []
         for fault in ledger.faults:
             when = datetime.datetime.fromtimestamp(fault.time).strftime("%m-%d %H:%M:%S")
-            who = "unknown" if fault.host is None else f"{fault.host}: {', '.join(map(str, fault.processes))}"
+            who = (
+                "unknown"
+                if fault.host is None
+                else f"{fault.host}: {', '.join(map(str, fault.processes))}"
+            )
             figures = [seconds(fault.detect), seconds(fault.localise), seconds(fault.recover)]
             rows.append([when, str(fault.attempt), fault.cause, who, fault.rule, *figures])
-        columns = ["time", "launch", "what", "host: process", "rule", "detect s", "localise s", "recover s"]
+        columns = [
+            "time",
+            "launch",
+            "what",
+            "host: process",
+            "rule",
+            "detect s",
+            "localise s",
+            "recover s",
+        ]
         display.table("Faults", columns, rows)
         display.say(f"restarts: {_reasons(ledger)}")
-    display.table(f"Where the time of {ledger.launches} launch(es) went", ["", "seconds", "share"], _rows(ledger))
+    display.table(
+        f"Where the time of {ledger.launches} launch(es) went",
+        ["", "seconds", "share"],
+        _rows(ledger),
+    )
     share = f", {ledger.blocked_seconds / ledger.total:.2%} of the time" if ledger.total else ""
     display.say(
         f"goodput {ledger.goodput:.1%}; {ledger.lost_steps} steps done twice; {ledger.saves} checkpoints blocked the loop for "
@@ -175,12 +236,16 @@ def say_ledger(display: Display, ledger: Ledger) -> None:
 
 def _rows(ledger: Ledger) -> list[list[str]]:
     """Table of the time by cause, largest first."""
-    shown = sorted((item for item in ledger.seconds.items() if item[1] >= 0.05), key=lambda item: -item[1])
+    shown = sorted(
+        (item for item in ledger.seconds.items() if item[1] >= 0.05), key=lambda item: -item[1]
+    )
     rows = [[cause, f"{seconds:.1f}", f"{seconds / ledger.total:.1%}"] for cause, seconds in shown]
     return [*rows, ["in all", f"{ledger.total:.1f}", "100.0%"]]
 
 
 def _reasons(ledger: Ledger) -> str:
     """Restarts by cause and host."""
-    counts = Counter(f"{fault.cause}{f' on {fault.host}' if fault.host else ''}" for fault in ledger.faults)
+    counts = Counter(
+        f"{fault.cause}{f' on {fault.host}' if fault.host else ''}" for fault in ledger.faults
+    )
     return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())

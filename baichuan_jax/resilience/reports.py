@@ -1,7 +1,8 @@
 """What processes tell each other, and the two places where they do: a folder of the run, and jax's coordination service.
 
-A report is a process's heartbeat while it works, and its last word once it knows that it must leave. The service is fast and dies with
-process 0; the folder stays. The service's client is private API of jax: only this file uses it.
+A report is a process's heartbeat while it works, and its last word once it knows that it must
+leave. The service is fast and dies with process 0; the folder stays. The service's client is
+private API of jax: only this file uses it.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ STORAGE, HANG, PEER = "storage", "hang", "peer"
 class Report:
     """One process at one moment.
 
-    `beat` counts its heartbeats; `age` is the seconds spent in `phase`; `seconds` its time by phase. The rest is for a last word:
-    `cause`, `error` its text, `stack` the main thread's functions (innermost last), `silent` the processes that it has not heard for
-    longer than a heartbeat may take, `named` those that a check found bad.
+    `beat` counts its heartbeats; `age` is the seconds spent in `phase`; `seconds` its time by
+    phase. The rest is for a last word: `cause`, `error` its text, `stack` the main thread's
+    functions (innermost last), `silent` the processes that it has not heard for longer than a
+    heartbeat may take, `named` those that a check found bad.
     """
 
     process: int
@@ -52,7 +54,9 @@ class Report:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Report":
-        return cls(**{**fields, **{name: tuple(fields[name]) for name in ("stack", "silent", "named")}})
+        return cls(
+            **{**fields, **{name: tuple(fields[name]) for name in ("stack", "silent", "named")}}
+        )
 
 
 class Folder:
@@ -79,7 +83,9 @@ class Folder:
 
     def ended(self) -> set[int]:
         """Processes of which supervisors have written here that they have ended."""
-        files = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("ended-*.json")]
+        files = [
+            json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("ended-*.json")
+        ]
         return {int(process) for content in files for process in content["exits"]}
 
 
@@ -133,7 +139,9 @@ def gather(name: str, value: Any, seconds: float = 300.0) -> list[Any]:
     client = _client()
     if client is None:
         return [json.loads(json.dumps(value))]
-    client.key_value_set(f"gathered/{name}/{distributed.global_state.process_id:06}", json.dumps(value))
+    client.key_value_set(
+        f"gathered/{name}/{distributed.global_state.process_id:06}", json.dumps(value)
+    )
     client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
 

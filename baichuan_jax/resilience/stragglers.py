@@ -29,7 +29,15 @@ class Stragglers:
         if len(own_seconds) < 3:
             return []
         median = statistics.median(own_seconds.values())
-        slow = {p for p, own in own_seconds.items() if own > RATIO * median and own - median > FLOOR_SECONDS}
+        slow = {
+            p
+            for p, own in own_seconds.items()
+            if own > RATIO * median and own - median > FLOOR_SECONDS
+        }
         self._slow = {process: self._slow.get(process, 0) + 1 for process in slow}
-        named = [Straggler(p, own_seconds[p], median) for p, rounds in self._slow.items() if rounds == ROUNDS]
+        named = [
+            Straggler(p, own_seconds[p], median)
+            for p, rounds in self._slow.items()
+            if rounds == ROUNDS
+        ]
         return sorted(named, key=lambda straggler: -straggler.seconds)

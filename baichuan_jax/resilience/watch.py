@@ -1,9 +1,11 @@
 """The watch over one process: heartbeats, a watchdog, and a last word before it leaves.
 
-There is a side thread for each board (the run's folder, jax's coordination service): it publishes the heartbeat and, while this
-process stands still, listens to the others; it may block for as long as its board does. The watchdog, one more thread, looks at memory
-only, so nothing blocks it. A process leaves through os._exit where its phase outlasts its limit, where a peer is not heard any more,
-or where a peer has said a last word. It says its own first: where it stood, and the stacks of all its threads.
+There is a side thread for each board (the run's folder, jax's coordination service): it publishes
+the heartbeat and, while this process stands still, listens to the others; it may block for as long
+as its board does. The watchdog, one more thread, looks at memory only, so nothing blocks it. A
+process leaves through os._exit where its phase outlasts its limit, where a peer is not heard any
+more, or where a peer has said a last word. It says its own first: where it stood, and the stacks of
+all its threads.
 """
 
 import contextlib
@@ -35,7 +37,7 @@ from baichuan_jax.resilience.reports import (
     Service,
     agree,
     service,
-)  # fmt: skip
+)
 from baichuan_jax.resilience.reports import HANG as HUNG
 from baichuan_jax.resilience.stragglers import Stragglers
 
@@ -48,16 +50,20 @@ PUBLISH = 2.0  # seconds that a board gets to take a last word
 
 # Variables by which a supervisor (launch.py) tells a process that it is not alone.
 FOLDER_VARIABLE, HOST_VARIABLE, SUPERVISOR_VARIABLE, FULL_VARIABLE = (
-    "BAICHUAN_JAX_ATTEMPT", "BAICHUAN_JAX_HOST", "BAICHUAN_JAX_SUPERVISOR", "BAICHUAN_JAX_FULL_PROCESSES",
-)  # fmt: skip
+    "BAICHUAN_JAX_ATTEMPT",
+    "BAICHUAN_JAX_HOST",
+    "BAICHUAN_JAX_SUPERVISOR",
+    "BAICHUAN_JAX_FULL_PROCESSES",
+)
 UNSUPERVISED = "unsupervised"  # a file in the folder of a launch that no supervisor planned
 
 
 class Watch:
     """A context around everything that a process of a run does; an error that leaves it is the process's last word.
 
-    `step` and `own_seconds` are what the loop last said. Inside a group of processes, or under a supervisor, a standstill ends the
-    process with exit code 76; alone it is reported on stderr and nothing is ended, since nobody would start it again.
+    `step` and `own_seconds` are what the loop last said. Inside a group of processes, or under a
+    supervisor, a standstill ends the process with exit code 76; alone it is reported on stderr and
+    nothing is ended, since nobody would start it again.
     """
 
     def __init__(self, config: ResilienceConfig, clock: Clock, attempts: Path) -> None:
@@ -70,7 +76,9 @@ class Watch:
         self._folder: Folder | None = None
         self._service: Service | None = None
         self._beat = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # process -> its newest beat, when that was first seen
+        self._heard: dict[
+            int, tuple[int, float]
+        ] = {}  # process -> its newest beat, when that was first seen
         self._listened = 0.0
         self._words: dict[int, Report] = {}
         self._closed = threading.Event()
@@ -78,7 +86,9 @@ class Watch:
         self._locks = {Folder: threading.Lock(), Service: threading.Lock()}
         self._stacks: Any = None
         self._warned: tuple[str, int] | None = None
-        self.on_straggler: Callable[..., None] = lambda **_: None  # on process 0, from a side thread
+        self.on_straggler: Callable[..., None] = lambda **_: (
+            None
+        )  # on process 0, from a side thread
         self._stragglers = Stragglers()
 
     def __enter__(self) -> "Watch":
@@ -123,9 +133,18 @@ class Watch:
         """This process now."""
         phase, age = self._clock.now
         return Report(
-            self._process, self.host, os.getpid(), self._beat, time.time(), self.step, phase, round(age, 3),
-            self.own_seconds, {name: round(seconds, 3) for name, seconds in self._clock.totals().items()}, **word,
-        )  # fmt: skip
+            self._process,
+            self.host,
+            os.getpid(),
+            self._beat,
+            time.time(),
+            self.step,
+            phase,
+            round(age, 3),
+            self.own_seconds,
+            {name: round(seconds, 3) for name, seconds in self._clock.totals().items()},
+            **word,
+        )
 
     def _publish_on(self, board: Folder | Service) -> None:
         first = board is self._folder or self._folder is None
@@ -135,14 +154,22 @@ class Watch:
                 self._publish(board, self.report())
                 if self._clock.now[1] > LISTEN:
                     self._listen(board.read())
-                elif first and self._process == 0 and self._processes > 1 and self._beat % ROUND == 0:
+                elif (
+                    first and self._process == 0 and self._processes > 1 and self._beat % ROUND == 0
+                ):
                     self._look_for_stragglers(board.read())
-            except Exception as error:  # a board that fails for now is one that the others do not hear from either
+            except (
+                Exception
+            ) as error:  # a board that fails for now is one that the others do not hear from either
                 say(f"heartbeat: {type(board).__name__.lower()}: {error}")
                 self._closed.wait(5 * BEAT)
 
     def _look_for_stragglers(self, reports: dict[int, Report]) -> None:
-        own = {process: report.own_seconds for process, report in reports.items() if report.own_seconds is not None}
+        own = {
+            process: report.own_seconds
+            for process, report in reports.items()
+            if report.own_seconds is not None
+        }
         for found in self._stragglers.look(own):
             self.on_straggler(host=reports[found.process].host, **dataclasses.asdict(found))
 
@@ -153,9 +180,13 @@ class Watch:
 
     def _listen(self, reports: dict[int, Report]) -> None:
         now = time.monotonic()
-        late = now - self._listened - 2 * BEAT  # what passed while this process did not listen says nothing about the others
+        late = (
+            now - self._listened - 2 * BEAT
+        )  # what passed while this process did not listen says nothing about the others
         if late > 0:
-            self._heard = {process: (beat, since + late) for process, (beat, since) in self._heard.items()}
+            self._heard = {
+                process: (beat, since + late) for process, (beat, since) in self._heard.items()
+            }
         self._listened = now
         for process, report in reports.items():
             if process == self._process:
@@ -168,7 +199,9 @@ class Watch:
     def _watchdog(self) -> None:
         while not self._closed.wait(BEAT / 2):
             if self._supervised and os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):
-                os._exit(HANG)  # its supervisor is gone, and others may have begun without this process
+                os._exit(
+                    HANG
+                )  # its supervisor is gone, and others may have begun without this process
             phase, age = self._clock.now
             limit = self._limit(phase)
             if age > limit:
@@ -181,12 +214,16 @@ class Watch:
             elif age > LISTEN and self._words:
                 self._leave(PEER, _first_line(next(iter(self._words.values())).error))
             elif age > LISTEN and (silent := self._silent()):
-                self._leave(HUNG, f"process {', '.join(map(str, silent))} not heard for {self._config.silence_seconds:g} s")
+                self._leave(
+                    HUNG,
+                    f"process {', '.join(map(str, silent))} not heard for {self._config.silence_seconds:g} s",
+                )
 
     def _limit(self, phase: str) -> float:
         """Seconds that a phase may last: its setting, or a multiple of its longest; the first of its kind as long as a start.
 
-        As long as a start, too, before the first step is done: who has its programs from a cache waits for those who compile.
+        As long as a start, too, before the first step is done: who has its programs from a cache
+        waits for those who compile.
         """
         config = self._config
         if phase not in LOOP or not {phase, WAIT} <= set(self._clock.longest):
@@ -199,7 +236,11 @@ class Watch:
         if WAIT not in self._clock.longest:
             return ()
         heard, listened = dict(self._heard), self._listened
-        return tuple(p for p, (_, since) in sorted(heard.items()) if listened - since > self._config.silence_seconds)
+        return tuple(
+            p
+            for p, (_, since) in sorted(heard.items())
+            if listened - since > self._config.silence_seconds
+        )
 
     def _leave(self, cause: str, error: str) -> None:
         """From the watchdog: say the last word, hear the others', leave."""
@@ -213,12 +254,17 @@ class Watch:
             if not self._supervised and self._process == min(words):
                 say(f"verdict: {self._verdict(words)}")
             if self._process == 0:
-                time.sleep(BEAT)  # its coordination service ends with it, and jax aborts those that still use it
+                time.sleep(
+                    BEAT
+                )  # its coordination service ends with it, and jax aborts those that still use it
             os._exit(HANG)
 
     def _verdict(self, words: dict[int, Report]) -> str:
         reports = {**(self._folder.read() if self._folder else {}), **words}
-        hosts = {process: reports[process].host if process in reports else "?" for process in range(self._processes)}
+        hosts = {
+            process: reports[process].host if process in reports else "?"
+            for process in range(self._processes)
+        }
         return str(blame(hosts, reports, {}))
 
     def _say(self, cause: str, error: str, named: tuple[int, ...] = ()) -> Report:
@@ -227,10 +273,15 @@ class Watch:
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks)
         silent = self._silent()
-        word = self.report(cause=cause, error=error[:2000], stack=_main_stack(), silent=silent, named=named)
+        word = self.report(
+            cause=cause, error=error[:2000], stack=_main_stack(), silent=silent, named=named
+        )
         self._words[self._process] = word
         boards = [board for board in (self._folder, self._service) if board is not None]
-        threads = [threading.Thread(target=_quietly, args=(self._publish, board, word), daemon=True) for board in boards]
+        threads = [
+            threading.Thread(target=_quietly, args=(self._publish, board, word), daemon=True)
+            for board in boards
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -247,7 +298,10 @@ class Watch:
             mute.update(self._folder.ended())
             self._listen(self._folder.read())
 
-        while len(self._words) + len(mute - set(self._words)) < self._processes and time.monotonic() < deadline:
+        while (
+            len(self._words) + len(mute - set(self._words)) < self._processes
+            and time.monotonic() < deadline
+        ):
             reader = threading.Thread(target=_quietly, args=(listen,), daemon=True)
             reader.start()
             reader.join(deadline - time.monotonic())
@@ -259,7 +313,9 @@ class Watch:
         with self._leaving:
             if self._alone or self._closed.is_set() or not isinstance(error, Exception):
                 return
-            self._say(_cause(error), f"{type(error).__name__}: {error}", getattr(error, "processes", ()))
+            self._say(
+                _cause(error), f"{type(error).__name__}: {error}", getattr(error, "processes", ())
+            )
             if self._process == 0:
                 self._hear_the_others()  # the coordination service ends with this process
 
@@ -271,22 +327,46 @@ class Watch:
         if self._stacks is not None:
             faulthandler.disable()
             self._stacks.close()
-        if isinstance(error, Exception) and not self._alone and _cause(error) == PEER and not isinstance(error, PeerFailed):
+        if (
+            isinstance(error, Exception)
+            and not self._alone
+            and _cause(error) == PEER
+            and not isinstance(error, PeerFailed)
+        ):
             raise PeerFailed(f"another process failed: {_first_line(str(error))}") from error
 
 
-# What jax's errors say when a peer is gone, rather than something here being wrong: gloo, the coordination service, NCCL.
+# What jax's errors say when a peer is gone, rather than something here being wrong: gloo, the
+# coordination service, NCCL.
 PEER_WORDS = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "UNAVAILABLE", "unhealthy", "Gloo",
-    "DEADLINE_EXCEEDED", "Barrier", "CoordinationService", "remote process exited", "ncclRemoteError", "ncclSystemError", "heartbeat",
-)  # fmt: skip
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "UNAVAILABLE",
+    "unhealthy",
+    "Gloo",
+    "DEADLINE_EXCEEDED",
+    "Barrier",
+    "CoordinationService",
+    "remote process exited",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "heartbeat",
+)
 
-# XLA's errors begin with a status; they come as JaxRuntimeError, and where an array is fetched as ValueError.
+# XLA's errors begin with a status; they come as JaxRuntimeError, and where an array is fetched as
+# ValueError.
 _STATUS = re.compile(r"[A-Z_]+: ")
 
 
 def _cause(error: BaseException) -> str:
-    for kind, cause in ((PeerFailed, PEER), (ConfigError, CONFIGURATION), (NumericsError, NUMERICS), (BadHost, BAD_HOST)):
+    for kind, cause in (
+        (PeerFailed, PEER),
+        (ConfigError, CONFIGURATION),
+        (NumericsError, NUMERICS),
+        (BadHost, BAD_HOST),
+    ):
         if isinstance(error, kind):
             return cause
     link: BaseException | None = error

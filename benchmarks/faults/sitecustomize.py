@@ -1,7 +1,8 @@
 """Real faults inside a real training process, asked for from outside; used by the tests and by benchmarks/chaos.py.
 
-With this folder on PYTHONPATH and FAULTS naming another, process P of a training run looks there before each batch for a file
-`KIND-P`. Where there is one it deletes it, writes the time into `KIND-P.done`, and suffers the fault:
+With this folder on PYTHONPATH and FAULTS naming another, process P of a training run looks there
+before each batch for a file `KIND-P`. Where there is one it deletes it, writes the time into
+`KIND-P.done`, and suffers the fault:
 
     hang         sleeps for ever in the data phase; its threads live
     exception    raises
@@ -10,8 +11,8 @@ With this folder on PYTHONPATH and FAULTS naming another, process P of a trainin
     quota        its files may not grow beyond 16 KiB any more, as if a quota were used up
     slow         from now on it loses a tenth of a second in every step, until the same comes again
 
-Where there is a file `poison` with two numbers, the batches at these positions of the data and between hold tokens that the
-vocabulary has not, on all processes: their loss is not a number.
+Where there is a file `poison` with two numbers, the batches at these positions of the data and
+between hold tokens that the vocabulary has not, on all processes: their loss is not a number.
 """
 
 import os
@@ -40,7 +41,10 @@ def _changed(state, change):
 
     leaves, tree = jax.tree.flatten(state.params)
     array = leaves[0]
-    copies = [jax.device_put(change(jax.device_get(shard.data).copy()), shard.device) for shard in array.addressable_shards]
+    copies = [
+        jax.device_put(change(jax.device_get(shard.data).copy()), shard.device)
+        for shard in array.addressable_shards
+    ]
     leaves[0] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
     return state._replace(params=jax.tree.unflatten(tree, leaves))
 
@@ -60,7 +64,9 @@ def _let_all_keep_what_they_compile() -> None:
     from jax._src import compiler
 
     first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
-    compiler._cache_write = types.FunctionType(compiler._cache_write.__code__, {**vars(compiler), "distributed": first})
+    compiler._cache_write = types.FunctionType(
+        compiler._cache_write.__code__, {**vars(compiler), "distributed": first}
+    )
 
 
 def _install(folder: Path) -> None:

@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-for folder in (Path(__file__).parents[1], Path(__file__).parents[2], Path(__file__).parent):  # as a program
+for folder in (
+    Path(__file__).parents[1],
+    Path(__file__).parents[2],
+    Path(__file__).parent,
+):  # as a program
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -70,30 +74,49 @@ def check(case: Case) -> dict[str, Any]:
         fill_free_memory()
         calls.append([np.asarray(array) for array in call(*arguments)])
     with jax.default_matmul_precision("float32"):
-        exact = [array.astype("float32") if array.dtype == case.dtype else array for array in arguments]
+        exact = [
+            array.astype("float32") if array.dtype == case.dtype else array for array in arguments
+        ]
         wanted = [np.asarray(array) for array in jax.jit(plain)(*exact)]
     got = [array.astype(np.float32) for array in calls[0]]
     errors = {name: difference(a, b) for name, a, b in zip(names, got, wanted, strict=True)}
     if case.variant == "extreme":
-        # Where one weight is 1 and the others are 0, dq and dk are differences of equal numbers, all but 0: they have to be finite.
+        # Where one weight is 1 and the others are 0, dq and dk are differences of equal numbers,
+        # all but 0: they have to be finite.
         finite = all(np.isfinite(array).all() for array in got)
-        errors = {name: errors[name] for name in ("out", "dv")} | ({} if finite else {"dq, dk": (float("nan"),) * 3})
+        errors = {name: errors[name] for name in ("out", "dv")} | (
+            {} if finite else {"dq, dk": (float("nan"),) * 3}
+        )
     # NaN counts as the worst.
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name][1], nan=np.inf))
     result = {
-        "errors": {name: dict(zip(("largest", "norm", "row"), values, strict=True)) for name, values in errors.items()},
-        "largest_error": max((values[0] for values in errors.values()), key=lambda error: np.nan_to_num(error, nan=np.inf)),
+        "errors": {
+            name: dict(zip(("largest", "norm", "row"), values, strict=True))
+            for name, values in errors.items()
+        },
+        "largest_error": max(
+            (values[0] for values in errors.values()),
+            key=lambda error: np.nan_to_num(error, nan=np.inf),
+        ),
         "norm_error": errors[worst][1],
         "worst": worst,
         "same_bits": all(a.tobytes() == b.tobytes() for a, b in zip(*calls, strict=True)),
         "poison_works": works,
     }
-    compared = case.operator == "attention" and case.variant in ("causal", "segments") and case.length <= TORCH_LENGTH
+    compared = (
+        case.operator == "attention"
+        and case.variant in ("causal", "segments")
+        and case.length <= TORCH_LENGTH
+    )
     if compared and importlib.util.find_spec("torch"):
         try:
             theirs = torch_attention(arguments, case.variant == "segments")
-            result["torch_error"] = max(difference(a, b)[1] for a, b in zip(got, theirs, strict=True))
-        except Exception as error:  # a torch that is broken, or without memory, says nothing about the kernel
+            result["torch_error"] = max(
+                difference(a, b)[1] for a, b in zip(got, theirs, strict=True)
+            )
+        except (
+            Exception
+        ) as error:  # a torch that is broken, or without memory, says nothing about the kernel
             result["no_torch"] = reason(error)
     return result
 
@@ -116,9 +139,14 @@ def difference(got: Any, wanted: Any) -> tuple[float, float, float]:
     if zero:
         return (float(np.abs(off).max()),) * 3
     rows = np.linalg.norm(wanted, axis=-1)
-    # A row of nearly 0, as the gradient of a query that sees one key, is measured against a ten-thousandth of the largest.
+    # A row of nearly 0, as the gradient of a query that sees one key, is measured against a
+    # ten-thousandth of the largest.
     row = np.linalg.norm(off, axis=-1) / np.maximum(rows, 1e-4 * rows.max())
-    return float(np.abs(off).max() / largest), float(np.linalg.norm(off) / np.linalg.norm(wanted)), float(row.max())
+    return (
+        float(np.abs(off).max() / largest),
+        float(np.linalg.norm(off) / np.linalg.norm(wanted)),
+        float(row.max()),
+    )
 
 
 def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
@@ -134,7 +162,12 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     keys = jax.random.split(jax.random.key(hash_of(case)), 4)
     scale = 60.0 if variant == "extreme" else 1.0
     q, k, v, dout = (jax.random.normal(key, (B, T, N, case.size)) for key in keys)
-    arrays = [(scale * q).astype(case.dtype), (scale * k).astype(case.dtype), v.astype(case.dtype), dout.astype(case.dtype)]
+    arrays = [
+        (scale * q).astype(case.dtype),
+        (scale * k).astype(case.dtype),
+        v.astype(case.dtype),
+        dout.astype(case.dtype),
+    ]
     # Documents of growing length, the last one cut.
     segments = jnp.broadcast_to(jnp.floor(jnp.sqrt(jnp.arange(T) / 3.0)).astype(jnp.int32), (B, T))
 
@@ -147,13 +180,18 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
             alone = jnp.ones((B, T), jnp.int32).at[0, T // 3].set(2)
             if function is attention:
                 return lambda q, k, v: attention(q, k, v, alone, jnp.ones_like(alone))
-            # The plain operator gives such a query the mean of all values; the kernels have to give 0.
-            return lambda q, k, v: function(q, k, v, alone, jnp.ones_like(alone)).at[:, T // 3].set(0)
+            # The plain operator gives such a query the mean of all values; the kernels have to give
+            # 0.
+            return lambda q, k, v: (
+                function(q, k, v, alone, jnp.ones_like(alone)).at[:, T // 3].set(0)
+            )
         if variant == "offset":
             first, count = T // 3, T // 2
             part = slice(first, first + count)
             return lambda q, k, v: (
-                jnp.zeros_like(q).at[:, part].set(function(q[:, part], k, v, segments[:, part], segments, jnp.int32(first)))
+                jnp.zeros_like(q)
+                .at[:, part]
+                .set(function(q[:, part], k, v, segments[:, part], segments, jnp.int32(first)))
             )
         assert variant == "scan remat vmap shard_map"
         return under_everything(function)
@@ -184,7 +222,11 @@ def under_everything(function: Any) -> Any:
 
     def one(q: Any, k: Any, v: Any) -> Any:
         local = jax.shard_map(
-            lambda q, k, v: function(q, k, v), mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"), check_vma=False
+            lambda q, k, v: function(q, k, v),
+            mesh=mesh,
+            in_specs=(P("data"),) * 3,
+            out_specs=P("data"),
+            check_vma=False,
         )
 
         def block(x: Any, _: None) -> tuple:
@@ -195,7 +237,11 @@ def under_everything(function: Any) -> Any:
     def run(q: Any, k: Any, v: Any) -> Any:
         split = [
             array.reshape(2, 1, array.shape[1] // 2, *array.shape[2:])
-            for array in (q[:, : q.shape[1] // 2 * 2], k[:, : k.shape[1] // 2 * 2], v[:, : v.shape[1] // 2 * 2])
+            for array in (
+                q[:, : q.shape[1] // 2 * 2],
+                k[:, : k.shape[1] // 2 * 2],
+                v[:, : v.shape[1] // 2 * 2],
+            )
         ]
         return jax.vmap(one)(*split)
 
@@ -215,7 +261,9 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
 
     residual = case.variant.endswith("residual")
     keys = jax.random.split(jax.random.key(hash_of(case)), 5)
-    x, added, dy, dtotal = (jax.random.normal(key, (1, case.length, case.size)).astype(case.dtype) for key in keys[:4])
+    x, added, dy, dtotal = (
+        jax.random.normal(key, (1, case.length, case.size)).astype(case.dtype) for key in keys[:4]
+    )
     weight = 1 + 0.1 * jax.random.normal(keys[4], (case.size,))
 
     def run(function: Any, x: Any, added: Any, weight: Any, dy: Any, dtotal: Any) -> tuple:
@@ -233,7 +281,12 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         return reference.rms_norm(x, weight, 1e-6, added)
 
     names = ["y", "total", "dx", "dresidual", "dweight"] if residual else ["y", "dx", "dweight"]
-    return functools.partial(run, kernel), functools.partial(run, plain), [x, added, weight, dy, dtotal], names
+    return (
+        functools.partial(run, kernel),
+        functools.partial(run, plain),
+        [x, added, weight, dy, dtotal],
+        names,
+    )
 
 
 def hash_of(case: Case) -> int:
@@ -250,12 +303,15 @@ def torch_attention(arguments: list[Any], segmented: bool) -> list[Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v, dout = (
-        torch.tensor(np.asarray(array, np.float64), device=device).transpose(1, 2).requires_grad_() for array in arguments
+        torch.tensor(np.asarray(array, np.float64), device=device).transpose(1, 2).requires_grad_()
+        for array in arguments
     )
     T = q.shape[2]
     mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     if segmented:
-        segments = torch.floor(torch.sqrt(torch.arange(T, dtype=torch.float32, device=device) / 3.0)).int()
+        segments = torch.floor(
+            torch.sqrt(torch.arange(T, dtype=torch.float32, device=device) / 3.0)
+        ).int()
         mask &= segments[:, None] == segments[None, :]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     gradients = torch.autograd.grad(out, (q, k, v), dout)

@@ -1,8 +1,9 @@
 """What a user types, on this device: import of a published checkpoint, evaluation, generation.
 
-Logits of the golden model (tests/golden/tiny: what the original's code computed in float32 on a CPU) have to agree within the
-rounding of each type. The model of the stage `training` answers questions, here and on this machine's CPU, with the same choices;
-tokens/s of its generation leave compilation out.
+Logits of the golden model (tests/golden/tiny: what the original's code computed in float32 on a
+CPU) have to agree within the rounding of each type. The model of the stage `training` answers
+questions, here and on this machine's CPU, with the same choices; tokens/s of its generation leave
+compilation out.
 """
 
 import json
@@ -17,7 +18,8 @@ import numpy as np
 from stage import REPOSITORY, Stage
 
 GOLDEN = REPOSITORY / "tests" / "golden"
-# Largest difference of logits, relative to the largest logit. bfloat16 keeps 8 bits, and a logit is a sum of terms that cancel.
+# Largest difference of logits, relative to the largest logit. bfloat16 keeps 8 bits, and a logit is
+# a sum of terms that cancel.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 QUESTIONS, SUBJECTS = 3, ["logic", "law"]
 # Of float32 logits here beside those of the CPU, relative to the largest of a question.
@@ -31,12 +33,16 @@ def run(stage: Stage) -> None:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.4"  # of this process, and of each command beside it
     imported = folder / "imported"
     seconds = command(stage, "hf", "import", str(GOLDEN / "tiny"), str(imported))
-    stage.say(f"`hf import` of the golden checkpoint took {seconds:.1f} s, most of it the start of jax.")
+    stage.say(
+        f"`hf import` of the golden checkpoint took {seconds:.1f} s, most of it the start of jax."
+    )
     logits(stage, imported)
     run_path = trained(stage)
     if run_path is None:
         stage.leave_out(
-            "evaluation and generation", "no run was found: the stage `training` has not finished its first one", needed=True
+            "evaluation and generation",
+            "no run was found: the stage `training` has not finished its first one",
+            needed=True,
         )
         return
     generation(stage, run_path)
@@ -57,7 +63,9 @@ def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
     print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"baichuan_jax.{name} ended with {done.returncode}: {last[:200]}\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"baichuan_jax.{name} ended with {done.returncode}: {last[:200]}\n{done.stderr[-2000:]}"
+        )
     return time.monotonic() - began
 
 
@@ -92,8 +100,12 @@ def logits(stage: Stage, imported: Path) -> None:
             )
             rows.append([f"{source}, {dtype}", kernel, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}"])
             if not error <= TOLERANCE[dtype]:
-                stage.wrong(f"golden logits in {dtype} differ by {error:.1e} of the largest ({TOLERANCE[dtype]:.0e} allowed)")
-    stage.table("Logits of the golden model", ["", "attention", "largest difference", "allowed"], rows)
+                stage.wrong(
+                    f"golden logits in {dtype} differ by {error:.1e} of the largest ({TOLERANCE[dtype]:.0e} allowed)"
+                )
+    stage.table(
+        "Logits of the golden model", ["", "attention", "largest difference", "allowed"], rows
+    )
     stage.headline(f"golden logits within {rows[0][2]} (float32) and {rows[2][2]} (bfloat16)")
 
 
@@ -106,7 +118,16 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
     for place in ("device", "CPU"):
         variables = {"JAX_PLATFORMS": "cpu"} if place == "CPU" else {}
         output = folder / f"evaluation-{place}"
-        words = ["--checkpoint", str(run_path), "--data", str(data), "--output", str(output), "--limit", str(QUESTIONS)]
+        words = [
+            "--checkpoint",
+            str(run_path),
+            "--data",
+            str(data),
+            "--output",
+            str(output),
+            "--limit",
+            str(QUESTIONS),
+        ]
         words += ["--subjects", ",".join(SUBJECTS), "--shots", "1" if stage.sizes.small else "3"]
         try:
             seconds[place] = command(stage, "evaluate", "ceval", *words, **variables)
@@ -119,7 +140,9 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
     for key, here in found["device"].items():
         there = found["CPU"][key]
         largest = max(map(abs, there["logits"]))
-        differences.append(max(abs(a - b) for a, b in zip(here["logits"], there["logits"], strict=True)) / largest)
+        differences.append(
+            max(abs(a - b) for a, b in zip(here["logits"], there["logits"], strict=True)) / largest
+        )
         if here["prediction"] != there["prediction"]:
             changed.append(key)
     stage.table(
@@ -136,7 +159,9 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
         ],
     )
     if not max(differences) <= LOGITS:
-        stage.wrong(f"logits of questions differ from the CPU's by {max(differences):.1e} of the largest ({LOGITS:.0e} allowed)")
+        stage.wrong(
+            f"logits of questions differ from the CPU's by {max(differences):.1e} of the largest ({LOGITS:.0e} allowed)"
+        )
 
 
 def generation(stage: Stage, run_path: Path) -> None:
@@ -148,7 +173,9 @@ def generation(stage: Stage, run_path: Path) -> None:
     for dtype in ("bfloat16", "float32"):
         generator = Generator(load_pretrained(run_path, dtype=dtype))
         for prompts in (1, 16) if dtype == "bfloat16" else (1,):
-            texts = generator.generate(tokenizer, ["It was a truth"] * prompts, 64, temperature=0.8, top_p=0.9, seed=0)
+            texts = generator.generate(
+                tokenizer, ["It was a truth"] * prompts, 64, temperature=0.8, top_p=0.9, seed=0
+            )
             assert generator.speed is not None
             speed = generator.speed
             rows.append(
@@ -161,7 +188,9 @@ def generation(stage: Stage, run_path: Path) -> None:
             )
             if dtype == "bfloat16" and prompts == 1:
                 stage.say(f"It writes: {' '.join(texts[0].split())[:200]}")
-            stage.table("Generation", ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"], rows)
+            stage.table(
+                "Generation", ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"], rows
+            )
             if stage.seconds_left < 15:
                 stage.leave_out("the rest of generation", "no time was left")
                 return

@@ -1,7 +1,8 @@
 """What choices cost: the same training step as in the stage `step`, with fewer blocks, changed in one thing at a time.
 
-Times are medians, taken in turn; ratios are to the first row. Micro-batches are summed in float32 on every device. Sums over devices
-in float32 need weights' gradients with a float32 result: what their products take more is the last note, from the stage `products`.
+Times are medians, taken in turn; ratios are to the first row. Micro-batches are summed in float32
+on every device. Sums over devices in float32 need weights' gradients with a float32 result: what
+their products take more is the last note, from the stage `products`.
 """
 
 import statistics
@@ -27,7 +28,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recompute all but products": ({"model.remat": "matmuls"}, {}),
     "recompute whole blocks": ({"model.remat": "full"}, {}),
     "cuDNN's attention": ({"kernels.attention": "cudnn"}, {}),
-    "XLA's attention (blockwise) and RMSNorm": ({"kernels.attention": "blockwise", "kernels.rms_norm": "reference"}, {}),
+    "XLA's attention (blockwise) and RMSNorm": (
+        {"kernels.attention": "blockwise", "kernels.rms_norm": "reference"},
+        {},
+    ),
     "XLA's RMSNorm": ({"kernels.rms_norm": "reference"}, {}),
     "blocks in a loop": ({"model.scan_layers": True}, {}),
     MICRO: ({}, {}),
@@ -38,7 +42,13 @@ class Variant:
     """One way to run the step, compiled in a thread of its own; the process may end before the thread does."""
 
     def __init__(
-        self, lowered: Any, options: dict[str, Any], batch: Any, wish: Any, rows: float, free: threading.Semaphore
+        self,
+        lowered: Any,
+        options: dict[str, Any],
+        batch: Any,
+        wish: Any,
+        rows: float,
+        free: threading.Semaphore,
     ) -> None:
         self.batch, self.wish, self.rows = batch, wish, rows
         self.compiled: Any = None
@@ -49,7 +59,9 @@ class Variant:
             with free:
                 try:
                     self.compiled = lowered.compile(options or None)
-                except Exception as error:  # what this device or version cannot serve is a result too
+                except (
+                    Exception
+                ) as error:  # what this device or version cannot serve is a result too
                     self.error = f"{type(error).__name__}: {reason(error)}"
 
         self.thread = threading.Thread(target=work, daemon=True)
@@ -74,13 +86,17 @@ def run(stage: Stage) -> None:
     device = jax.devices()[0]
     model, length = base.model, base.train.context_length
     where = {"device": device, "dtype": model.dtype}
-    attention = choose_attention("auto", **where, head_dim=model.head_dim, masked=False, length=length, context=1)
+    attention = choose_attention(
+        "auto", **where, head_dim=model.head_dim, masked=False, length=length, context=1
+    )
     stage.say(
         f"`auto` takes {attention[0]} for attention and {choose_rms_norm('auto', **where, width=model.hidden_size)[0]} for RMSNorm."
     )
     mesh = make_mesh(base.mesh, [device])
     init = make_steps(base, mesh).init
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init()
+    )
     free, variants = threading.Semaphore(COMPILERS), {}
     for name, (settings, options) in VARIANTS.items():
         changes = {"model.num_layers": layers, **settings}
@@ -99,10 +115,14 @@ def run(stage: Stage) -> None:
         variant.thread.join(max(stage.seconds_left - LEFT_TO_TIME, 0.1))
         if variant.compiled is None:
             late = variant.thread.is_alive()
-            stage.leave_out(name, "it was not compiled in time" if late else str(variant.error), needed=late)
+            stage.leave_out(
+                name, "it was not compiled in time" if late else str(variant.error), needed=late
+            )
             del variants[name]
     if BASE not in variants:
-        raise RuntimeError(f"{BASE!r}, which all others are compared with, was not compiled: see what was left out")
+        raise RuntimeError(
+            f"{BASE!r}, which all others are compared with, was not compiled: see what was left out"
+        )
     measure(stage, variants, init)
     float32_sums(stage)
 
@@ -120,7 +140,9 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
                 jax.block_until_ready(metrics)
             except Exception as error:  # out of memory, or a kernel that does not start
                 traceback.print_exc()
-                stage.leave_out(name, f"{type(error).__name__}: {reason(error)}", needed=name == BASE)
+                stage.leave_out(
+                    name, f"{type(error).__name__}: {reason(error)}", needed=name == BASE
+                )
                 del variants[name]
                 state = init()  # the other one was donated
                 continue
@@ -133,13 +155,21 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
 def show(stage: Stage, variants: dict[str, Variant]) -> None:
     """The table so far."""
     medians = {name: statistics.median(variant.seconds) for name, variant in variants.items()}
-    memory = {name: variant.compiled.memory_analysis().temp_size_in_bytes / 2**30 for name, variant in variants.items()}
+    memory = {
+        name: variant.compiled.memory_analysis().temp_size_in_bytes / 2**30
+        for name, variant in variants.items()
+    }
     first = medians[BASE]
-    rows = [[name, f"{medians[name] * 1e3:.1f}", f"{medians[name] / first:.3f}", f"{memory[name]:.2f}"] for name in medians]
+    rows = [
+        [name, f"{medians[name] * 1e3:.1f}", f"{medians[name] / first:.3f}", f"{memory[name]:.2f}"]
+        for name in medians
+    ]
     stage.table("A step of the 7B's width", ["", "ms", "ratio", "temporaries, GiB"], rows)
     stage.record(seconds=medians, temporaries_gib=memory)
     slowest = max(medians, key=lambda name: medians[name])
-    stage.headline(f"{first * 1e3:.1f} ms; the slowest is {slowest!r} with {medians[slowest] / first:.2f} times that")
+    stage.headline(
+        f"{first * 1e3:.1f} ms; the slowest is {slowest!r} with {medians[slowest] / first:.2f} times that"
+    )
 
 
 def float32_sums(stage: Stage) -> None:
@@ -151,8 +181,16 @@ def float32_sums(stage: Stage) -> None:
         if key.endswith("/ weight") and item["a_step"] and f"{key}, float32" in products
     ]
     if not pairs:
-        stage.leave_out("float32 results of the weights' gradients", "the stage `products` has none")
+        stage.leave_out(
+            "float32 results of the weights' gradients", "the stage `products` has none"
+        )
         return
-    total = sum(item["seconds"] * item["a_step"] for key, item in products.items() if not key.endswith("float32"))
+    total = sum(
+        item["seconds"] * item["a_step"]
+        for key, item in products.items()
+        if not key.endswith("float32")
+    )
     extra = sum((other["seconds"] - item["seconds"]) * item["a_step"] for item, other in pairs)
-    stage.say(f"Weights' gradients with a float32 result take {extra / total:+.1%} of all products of a step of the 7B.")
+    stage.say(
+        f"Weights' gradients with a float32 result take {extra / total:+.1%} of all products of a step of the 7B."
+    )

@@ -1,25 +1,35 @@
 """Device time by HLO instruction, read from a jax profiler trace, and what the roofline predicted for each beside it.
 
-In: the folder of jax.profiler.start_trace, and for the comparison the compiled program's text and its prediction. Out: seconds and
-executions by instruction, the device's busy time and span, groups, and where measurement and prediction differ most. Every kernel
-carries the name of the HLO instruction that launched it, so both sides are joined by that name. The program must be the very
-executable that ran (`compiled.as_text()`): a second compilation may number its instructions differently.
+In: the folder of jax.profiler.start_trace, and for the comparison the compiled program's text and
+its prediction. Out: seconds and executions by instruction, the device's busy time and span, groups,
+and where measurement and prediction differ most. Every kernel carries the name of the HLO
+instruction that launched it, so both sides are joined by that name. The program must be the very
+executable that ran (`compiled.as_text()`): a second compilation may number its instructions
+differently.
 
-How a GPU's trace is laid out. This was read in the sources of openxla/xla (2026-11: xla/backends/profiler/gpu/cupti_collector.cc,
-xla/backends/gpu/runtime/annotation.cc, xla/tsl/profiler/utils/xplane_schema.cc); no real GPU's trace was at hand:
+How a GPU's trace is laid out. This was read in the sources of openxla/xla (2026-11:
+xla/backends/profiler/gpu/cupti_collector.cc, xla/backends/gpu/runtime/annotation.cc,
+xla/tsl/profiler/utils/xplane_schema.cc); no real GPU's trace was at hand:
 
-- Plane "/device:GPU:0" has one line a CUDA stream, such as "Stream #14(Compute)" or "Stream #14(MemcpyD2D,Compute)". An event is one
-  activity that CUPTI recorded; its name is the demangled CUDA function, or "MemcpyD2D", "Memset". Kernels have the stat
-  `kernel_details`, copies `memcpy_details`.
-- The innermost annotation gives the stats `hlo_op` (the instruction's name) and, from the module around it, `hlo_module` and
-  `program_id`. That holds for cuBLAS's kernels and Triton's custom calls too. Several nested names are joined by "::".
-- Lines "XLA Ops", "XLA Modules", "Steps", "Framework Ops", "Source code", ... are derived from the streams when a trace is displayed,
-  and older versions write them into the file. They repeat the same time and are left out: only "Stream #" lines are read.
-- Inside a command buffer (a CUDA graph) kernels carry the buffer's name or none (openxla/xprof issues 2544 and 3070). The project's
+- Plane "/device:GPU:0" has one line a CUDA stream, such as "Stream #14(Compute)" or "Stream
+#14(MemcpyD2D,Compute)". An event is one
+  activity that CUPTI recorded; its name is the demangled CUDA function, or "MemcpyD2D", "Memset".
+  Kernels have the stat `kernel_details`, copies `memcpy_details`.
+- The innermost annotation gives the stats `hlo_op` (the instruction's name) and, from the module
+around it, `hlo_module` and
+  `program_id`. That holds for cuBLAS's kernels and Triton's custom calls too. Several nested names
+  are joined by "::".
+- Lines "XLA Ops", "XLA Modules", "Steps", "Framework Ops", "Source code", ... are derived from the
+streams when a trace is displayed,
+  and older versions write them into the file. They repeat the same time and are left out: only
+  "Stream #" lines are read.
+- Inside a command buffer (a CUDA graph) kernels carry the buffer's name or none (openxla/xprof
+issues 2544 and 3070). The project's
   flags switch command buffers off (xla_flags.py); otherwise their time appears as "measured only".
 
-A CPU backend has no device plane: plane "/host:CPU" has one line a thread, and an event with `hlo_op` is one execution of one
-instruction. That serves to rehearse; there an event may contain those of other instructions, and its own time is what they leave.
+A CPU backend has no device plane: plane "/host:CPU" has one line a thread, and an event with
+`hlo_op` is one execution of one instruction. That serves to rehearse; there an event may contain
+those of other instructions, and its own time is what they leave.
 """
 
 import re
@@ -37,16 +47,20 @@ from baichuan_jax.roofline import Prediction, kernel_of
 STREAM = re.compile(r"Stream #\d+")
 # Copies between host and device run on engines of their own: they keep no multiprocessor busy.
 HOST_COPIES = ("MemcpyH2D", "MemcpyD2H")
-# Instructions that run others. Their own time is a loop's predicate that is copied to the host, or on a CPU what their parts leave.
+# Instructions that run others. Their own time is a loop's predicate that is copied to the host, or
+# on a CPU what their parts leave.
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
 
 PRODUCTS = "matrix products"
 KERNELS = {
-    "attention_forward": "attention forward", "splash_mha_fwd": "attention forward",
-    "attention_dkv": "attention dkv", "splash_mha_dkv": "attention dkv",
-    "attention_dq": "attention dq", "splash_mha_dq": "attention dq",
+    "attention_forward": "attention forward",
+    "splash_mha_fwd": "attention forward",
+    "attention_dkv": "attention dkv",
+    "splash_mha_dkv": "attention dkv",
+    "attention_dq": "attention dq",
+    "splash_mha_dq": "attention dq",
     "rms_norm": "RMSNorm",
-}  # fmt: skip
+}
 MEMORY = "other fusions (memory-bound)"
 COPIES = "copies"
 CALLS = "other custom calls"
@@ -54,7 +68,17 @@ COLLECTIVE = "collectives"
 CONTROL = "loops and calls"
 UNMEASURED = "predicted only"
 UNPREDICTED = "measured only"
-GROUPS = [PRODUCTS, *dict.fromkeys(KERNELS.values()), MEMORY, COPIES, CALLS, COLLECTIVE, CONTROL, UNPREDICTED, UNMEASURED]
+GROUPS = [
+    PRODUCTS,
+    *dict.fromkeys(KERNELS.values()),
+    MEMORY,
+    COPIES,
+    CALLS,
+    COLLECTIVE,
+    CONTROL,
+    UNPREDICTED,
+    UNMEASURED,
+]
 
 
 class Measured(NamedTuple):
@@ -106,8 +130,9 @@ class _Event(NamedTuple):
 def read_trace(folder: Path, module: str | None = None, device: int = 0) -> Trace:
     """Summarise the one trace in `folder` (of jax.profiler.start_trace) for one device.
 
-    module: the program to read, such as "jit_step"; None: the one with the most device time. Raises FileNotFoundError where there is
-    no trace or there are several, ValueError where it holds no activity of a device or none of that module.
+    module: the program to read, such as "jit_step"; None: the one with the most device time. Raises
+    FileNotFoundError where there is no trace or there are several, ValueError where it holds no
+    activity of a device or none of that module.
     """
     found = sorted(Path(folder).rglob("*.xplane.pb"))
     if len(found) != 1:
@@ -137,14 +162,19 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
             seconds[event.module] += event.own
     if not seconds:
         known = sorted({event.module[0] for event in named})
-        raise ValueError(f"{where} holds no activity of {module or 'any program'}; its programs: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"{where} holds no activity of {module or 'any program'}; its programs: {', '.join(known) or 'none'}"
+        )
     chosen = max(seconds, key=lambda key: seconds[key])
     ours = [event for event in named if event.module == chosen]
     kernels: dict[str, dict[str, int]] = {}
     for event in ours:
         launches = kernels.setdefault(event.op, {})
         launches[event.name] = launches.get(event.name, 0) + 1
-    instructions = {name: Measured(each.seconds, max(kernels[name].values())) for name, each in _sums(ours, "op").items()}
+    instructions = {
+        name: Measured(each.seconds, max(kernels[name].values()))
+        for name, each in _sums(ours, "op").items()
+    }
     working = [event for event in events if not event.name.startswith(HOST_COPIES)]
     return Trace(
         platform=platform,
@@ -154,10 +184,14 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
         unnamed=_sums([event for event in events if not event.op], "name"),
         other_modules={
             f"{name}({number})" if number else name: each
-            for (name, number), each in _sums([event for event in named if event.module != chosen], "module").items()
+            for (name, number), each in _sums(
+                [event for event in named if event.module != chosen], "module"
+            ).items()
         },
         busy_seconds=_union(working),
-        span_seconds=(max(e.end for e in working) - min(e.start for e in working)) * 1e-9 if working else 0.0,
+        span_seconds=(max(e.end for e in working) - min(e.start for e in working)) * 1e-9
+        if working
+        else 0.0,
         lines=_sums(events, "line"),
     )
 
@@ -174,14 +208,20 @@ def _gpu_events(plane: Any) -> Iterator[_Event]:
             op = str(stats.get("hlo_op", "")).split("::")[-1]
             module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
             where = f"{plane.name} / {line.name}"
-            yield _Event(where, event.name, event.start_ns, event.end_ns, event.duration_ns, op, module)
+            yield _Event(
+                where, event.name, event.start_ns, event.end_ns, event.duration_ns, op, module
+            )
 
 
 def _cpu_events(plane: Any, device: int) -> Iterator[_Event]:
     """Executions of instructions on a CPU's threads; what is nested in an event is taken from its own time."""
     for line in plane.lines:
         found = [(event, dict(event.stats)) for event in line.events]
-        found = [(e, stats) for e, stats in found if "hlo_op" in stats and int(stats.get("device_ordinal", device)) == device]
+        found = [
+            (e, stats)
+            for e, stats in found
+            if "hlo_op" in stats and int(stats.get("device_ordinal", device)) == device
+        ]
         found.sort(key=lambda item: (item[0].start_ns, -item[0].end_ns))
         inside = [0.0] * len(found)
         open_events: list[int] = []
@@ -195,7 +235,9 @@ def _cpu_events(plane: Any, device: int) -> Iterator[_Event]:
             module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
             own = max(event.duration_ns - nested, 0.0)
             where = f"{plane.name} / {line.name}"
-            yield _Event(where, event.name, event.start_ns, event.end_ns, own, str(stats["hlo_op"]), module)
+            yield _Event(
+                where, event.name, event.start_ns, event.end_ns, own, str(stats["hlo_op"]), module
+            )
 
 
 def _sums(events: list[_Event], by: str) -> dict:
@@ -206,7 +248,10 @@ def _sums(events: list[_Event], by: str) -> dict:
         key = getattr(event, by)
         seconds[key] += event.own * 1e-9
         counts[key] += 1
-    return {key: Measured(seconds[key], counts[key]) for key in sorted(seconds, key=lambda key: -seconds[key])}
+    return {
+        key: Measured(seconds[key], counts[key])
+        for key in sorted(seconds, key=lambda key: -seconds[key])
+    }
 
 
 def _union(events: list[_Event]) -> float:
@@ -238,14 +283,21 @@ class Row:
         return self.measured_seconds - self.predicted_seconds
 
 
-def compare(measured: Mapping[str, tuple[float, int]], steps: int, program: Program, prediction: Prediction) -> list[Row]:
+def compare(
+    measured: Mapping[str, tuple[float, int]], steps: int, program: Program, prediction: Prediction
+) -> list[Row]:
     """Every instruction of either side, per step; the longest measured first.
 
-    measured: (seconds, executions) of `steps` runs of the program, by instruction (Trace.instructions). An instruction inside a loop
-    is predicted as often as the loop turns. A name that differs in "-start" or "-done" alone is one instruction. What only one side
-    knows is a row of its own (UNMEASURED, UNPREDICTED): a loop's condition, say, is run but never predicted.
+    measured: (seconds, executions) of `steps` runs of the program, by instruction
+    (Trace.instructions). An instruction inside a loop is predicted as often as the loop turns. A
+    name that differs in "-start" or "-done" alone is one instruction. What only one side knows is a
+    row of its own (UNMEASURED, UNPREDICTED): a loop's condition, say, is run but never predicted.
     """
-    known = {item.name: (computation, item) for computation in program.computations.values() for item in computation.instructions}
+    known = {
+        item.name: (computation, item)
+        for computation in program.computations.values()
+        for item in computation.instructions
+    }
     times: dict[str, int] = defaultdict(int)
     for _, instruction, runs, _ in program.walk():
         times[instruction.name] += runs
@@ -258,12 +310,20 @@ def compare(measured: Mapping[str, tuple[float, int]], steps: int, program: Prog
     rows = []
     for name in {**spent, **predicted}:
         seconds, count = spent.get(name, (0.0, 0.0))
-        runs = times[name] or 1 if name in predicted else 0  # inside a TPU's fused collective walk() does not come
+        runs = (
+            times[name] or 1 if name in predicted else 0
+        )  # inside a TPU's fused collective walk() does not come
         computation, instruction = known.get(name, (None, None))
         rows.append(
             Row(
                 name=name,
-                group=_group(computation, instruction, name in spent, name in predicted, prediction.bounds.get(name, "")),
+                group=_group(
+                    computation,
+                    instruction,
+                    name in spent,
+                    name in predicted,
+                    prediction.bounds.get(name, ""),
+                ),
                 op_name=instruction.op_name[-80:] if instruction else "",
                 measured_seconds=seconds,
                 predicted_seconds=predicted.get(name, 0.0) * runs,
@@ -276,11 +336,22 @@ def compare(measured: Mapping[str, tuple[float, int]], steps: int, program: Prog
 
 def _name_in(name: str, known: Mapping[str, object]) -> str:
     """The program's name of a measured instruction: an asynchronous one may be reported by its start or its end."""
-    others = (name, name.replace("-done", "-start"), name.replace("-start", "-done"), name.replace("-start", ""))
+    others = (
+        name,
+        name.replace("-done", "-start"),
+        name.replace("-start", "-done"),
+        name.replace("-start", ""),
+    )
     return next((other for other in others if other in known), name)
 
 
-def _group(computation: Computation | None, instruction: Instruction | None, measured: bool, predicted: bool, bound: str) -> str:
+def _group(
+    computation: Computation | None,
+    instruction: Instruction | None,
+    measured: bool,
+    predicted: bool,
+    bound: str,
+) -> str:
     if not measured:
         return UNMEASURED
     if instruction is None or computation is None:
@@ -304,10 +375,14 @@ def by_group(rows: list[Row]) -> list[Row]:
 
     def total(name: str, items: list[Row]) -> Row:
         return Row(
-            name, name, "",
-            sum(item.measured_seconds for item in items), sum(item.predicted_seconds for item in items),
-            sum(item.measured_count > 0 for item in items), sum(item.predicted_count > 0 for item in items),
-        )  # fmt: skip
+            name,
+            name,
+            "",
+            sum(item.measured_seconds for item in items),
+            sum(item.predicted_seconds for item in items),
+            sum(item.measured_count > 0 for item in items),
+            sum(item.predicted_count > 0 for item in items),
+        )
 
     groups = [(name, [row for row in rows if row.group == name]) for name in GROUPS]
     return [total(name, items) for name, items in groups if items] + [total("in all", rows)]

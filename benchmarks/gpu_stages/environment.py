@@ -1,6 +1,7 @@
 """What this machine is: driver, device, clocks and memory as `nvidia-smi` and jax see them, versions, and what `auto` chooses here.
 
-A clock below its maximum while products run (the last rows) lowers every speed of the other stages by the same share.
+A clock below its maximum while products run (the last rows) lowers every speed of the other stages
+by the same share.
 """
 
 import platform
@@ -74,7 +75,11 @@ def run(stage: Stage) -> None:
     if driver:
         busy = _query_under_load(512 if stage.sizes.small else 8192)
         stage.record(nvidia_smi_under_load=busy)
-        stage.table("nvidia-smi", ["", "quiet", "while products run"], [[name, quiet[name], busy[name]] for name in QUERY])
+        stage.table(
+            "nvidia-smi",
+            ["", "quiet", "while products run"],
+            [[name, quiet[name], busy[name]] for name in QUERY],
+        )
         _links(stage)
 
 
@@ -90,7 +95,10 @@ def _device(stage: Stage) -> None:
         ["devices", str(jax.device_count())],
         ["host", machine()],
         ["Python", platform.python_version()],
-        ["memory that jax may use", f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told"],
+        [
+            "memory that jax may use",
+            f"{memory['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in memory else "not told",
+        ],
         ["compute capability", str(getattr(device, "compute_capability", "-"))],
         ["row of hardware.py", getattr(hardware_of(device.device_kind), "name", "none")],
         ["topology as train sees it", str(detect_topology() or "none")],
@@ -116,7 +124,10 @@ def _links(stage: Stage) -> None:
 def _versions(stage: Stage) -> None:
     """What is installed, beside what requirements.txt asks for; an older package may work, but was not run."""
     lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    asked = {found.name: found.specifier for found in (Requirement(line) for line in lines if line and line[0] != "#")}
+    asked = {
+        found.name: found.specifier
+        for found in (Requirement(line) for line in lines if line and line[0] != "#")
+    }
     rows = []
     stage.record(versions={name: version_of(name) for name in PACKAGES})
     for name in dict.fromkeys((*PACKAGES, *asked)):
@@ -124,28 +135,46 @@ def _versions(stage: Stage) -> None:
         fits = version == "not installed" or wanted.contains(version, prereleases=True)
         rows.append([name, version, str(wanted) or "-"])
         if not fits:
-            stage.say(f"{name} {version} is not what requirements.txt asks for ({wanted}): this pair was not tried.")
+            stage.say(
+                f"{name} {version} is not what requirements.txt asks for ({wanted}): this pair was not tried."
+            )
     stage.table("Versions", ["package", "installed", "asked for"], rows)
 
 
 def _flags(stage: Stage) -> None:
     try:
-        from baichuan_jax.xla_flags import choose_flags  # needs jsonargparse, without which the rest can still be told
+        from baichuan_jax.xla_flags import (
+            choose_flags,
+        )  # needs jsonargparse, without which the rest can still be told
     except ImportError as error:
         stage.leave_out("settings for XLA", reason(error), needed=True)
         return
     reasons = choose_flags(Config(), detect_topology()).reasons
     stage.record(flags=list(reasons))
-    stage.table("Settings that training gives to XLA here", ["setting", "why"], [[word, why] for word, why in reasons.items()])
+    stage.table(
+        "Settings that training gives to XLA here",
+        ["setting", "why"],
+        [[word, why] for word, why in reasons.items()],
+    )
 
 
 def _choices(stage: Stage, device: object) -> None:
     rows = []
     for dtype in ("bfloat16", "float32"):
         for masked in (False, True):
-            name, why = choose_attention("auto", device=device, dtype=dtype, head_dim=128, masked=masked, length=4096, context=1)
+            name, why = choose_attention(
+                "auto",
+                device=device,
+                dtype=dtype,
+                head_dim=128,
+                masked=masked,
+                length=4096,
+                context=1,
+            )
             rows.append([f"attention {dtype}{', document masks' if masked else ''}", name, why])
-        rows.append([f"RMSNorm {dtype}", *choose_rms_norm("auto", device=device, dtype=dtype, width=4096)])
+        rows.append(
+            [f"RMSNorm {dtype}", *choose_rms_norm("auto", device=device, dtype=dtype, width=4096)]
+        )
     stage.table("What `auto` chooses", ["operator", "implementation", "why"], rows)
 
 

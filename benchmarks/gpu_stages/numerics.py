@@ -1,14 +1,16 @@
 """Every Triton kernel beside the plain operator (`kernels/reference.py`) computed in float32 on the same inputs: results and all
 gradients.
 
-Errors are the largest difference and the norm of the difference, each relative to the reference's, over results and gradients; the
-worst of all cases of a row is shown. Every single vector (of a token and head) is compared with its own size too. Of `extreme`
-(scores of tens of thousands) out and dv are compared; dq and dk are all but 0 there and have to be finite.
+Errors are the largest difference and the norm of the difference, each relative to the reference's,
+over results and gradients; the worst of all cases of a row is shown. Every single vector (of a
+token and head) is compared with its own size too. Of `extreme` (scores of tens of thousands) out
+and dv are compared; dq and dk are all but 0 there and have to be finite.
 
-Before each call all free memory of the pool is filled with NaN, so a result that a kernel does not write shows; a kernel that writes
-half of its output proves that this works. Every call is made twice and has to give the same bits. `sm_80` rows run the A800's code:
-the same kernels written for compute capability 8.0 and assembled for this device. `torch` is the error beside PyTorch's attention in
-float64, which shares no code with the reference.
+Before each call all free memory of the pool is filled with NaN, so a result that a kernel does not
+write shows; a kernel that writes half of its output proves that this works. Every call is made
+twice and has to give the same bits. `sm_80` rows run the A800's code: the same kernels written for
+compute capability 8.0 and assembled for this device. `torch` is the error beside PyTorch's
+attention in float64, which shares no code with the reference.
 """
 
 import contextlib
@@ -26,16 +28,17 @@ from typing import Any
 
 from checks import Case, parts_of
 
-# Largest and norm error. bfloat16 keeps 8 bits: right kernels differ by 2.8e-3 in norm (computed with every rounding of the kernels,
-# for 40 to 4,095 tokens). float32 products are three TF32 ones, about float32's own precision; sums of thousands of terms in another
-# order lose a few bits more.
+# Largest and norm error. bfloat16 keeps 8 bits: right kernels differ by 2.8e-3 in norm (computed
+# with every rounding of the kernels, for 40 to 4,095 tokens). float32 products are three TF32 ones,
+# about float32's own precision; sums of thousands of terms in another order lose a few bits more.
 TOLERANCE = {"bfloat16": (2e-2, 6e-3), "float32": (1e-4, 2e-5)}
-# Of the worst row. dq and dk are differences that may cancel within a row, down to a fifth of which is left right in bfloat16; a row
-# that is not written or belongs to another place is off by 1 or more.
+# Of the worst row. dq and dk are differences that may cancel within a row, down to a fifth of which
+# is left right in bfloat16; a row that is not written or belongs to another place is off by 1 or
+# more.
 ROW = {"bfloat16": 1.5e-2, "float32": 5e-4}
 ROW_CANCELLING = {"bfloat16": 0.5, "float32": 5e-2}
-# Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of products of 1e5 to about 0.01, so weights
-# are right to 1 %.
+# Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of
+# products of 1e5 to about 0.01, so weights are right to 1 %.
 EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
 # Two blocks one after the other, the first one's result rounded before the second takes it.
 TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
@@ -47,7 +50,10 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
     """In the order of their worth: what training calls first, then odd lengths and the rest."""
     wide = (4096, 4095, 8192) if not small else (64, 300)
     long = max(length for length in lengths if length <= 4096)
-    found = [Case("attention", "bfloat16", long, 128, "causal"), Case("attention", "bfloat16", long, 128, "sm_80 causal")]
+    found = [
+        Case("attention", "bfloat16", long, 128, "causal"),
+        Case("attention", "bfloat16", long, 128, "sm_80 causal"),
+    ]
     found += [
         Case("rms_norm", dtype, 4095 if not small else 19, width, variant)
         for width in wide
@@ -58,20 +64,34 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
     for length in order:
         for dtype in ("bfloat16", "float32"):
             for size in (128, 64):
-                found += [Case("attention", dtype, length, size, variant) for variant in ("causal", "segments")]
+                found += [
+                    Case("attention", dtype, length, size, variant)
+                    for variant in ("causal", "segments")
+                ]
     for dtype in ("bfloat16", "float32"):
         for size in (128, 64):
-            found += [Case("attention", dtype, long, size, variant) for variant in ("sm_80 causal", "sm_80 segments")]
+            found += [
+                Case("attention", dtype, long, size, variant)
+                for variant in ("sm_80 causal", "sm_80 segments")
+            ]
             found += [
                 Case("attention", dtype, 127 if not small else 40, size, variant)
-                for variant in ("unseen query", "offset", "extreme", "scan remat vmap shard_map", "sm_80 causal")
+                for variant in (
+                    "unseen query",
+                    "offset",
+                    "extreme",
+                    "scan remat vmap shard_map",
+                    "sm_80 causal",
+                )
             ]
         found.append(Case("rms_norm", dtype, 1, wide[0], "residual"))
         found.append(Case("rms_norm", dtype, 256 if not small else 16, wide[0], "sm_80 residual"))
     found = list(dict.fromkeys(found))
     if small:  # the interpreter computes bfloat16 on raw bits and takes seconds for a case; lowering is the same for every size
         found = [case._replace(dtype="float32") for case in found if case.dtype == "bfloat16"]
-        found = [case for case in dict.fromkeys(found) if case.size != 64 or case.operator == "rms_norm"]
+        found = [
+            case for case in dict.fromkeys(found) if case.size != 64 or case.operator == "rms_norm"
+        ]
     return found
 
 
@@ -114,15 +134,23 @@ def conclude(stage: Any, everything: list[Case], found: dict[Case, dict[str, Any
     stage.record(cases=[{**case._asdict(), **result} for case, result in found.items()])
     if missing := [case for case in everything if case not in found]:
         stage.leave_out(
-            f"{len(missing)} of {len(everything)} cases", f"no time was left: {', '.join(map(str, missing))}", needed=True
+            f"{len(missing)} of {len(everything)} cases",
+            f"no time was left: {', '.join(map(str, missing))}",
+            needed=True,
         )
     if without := sorted({result["no_torch"] for result in found.values() if "no_torch" in result}):
         stage.leave_out("some of torch's comparisons", "; ".join(without))
     if not all(result.get("poison_works", True) for result in found.values()):
-        stage.wrong("memory could not be prefilled with NaN: an output that a kernel does not write would not show")
+        stage.wrong(
+            "memory could not be prefilled with NaN: an output that a kernel does not write would not show"
+        )
     right = sum("wrong" not in result for result in found.values())
     worst = {
-        dtype: worst_of(result["norm_error"] for case, result in found.items() if case.dtype == dtype and "norm_error" in result)
+        dtype: worst_of(
+            result["norm_error"]
+            for case, result in found.items()
+            if case.dtype == dtype and "norm_error" in result
+        )
         for dtype in TOLERANCE
     }
     errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items() if error)
@@ -147,7 +175,9 @@ def judge(stage: Any, case: Case, result: dict[str, Any]) -> None:
         for name, errors in result["errors"].items():
             limit = (ROW_CANCELLING if name in ("dq", "dk") else ROW)[case.dtype]
             if not errors["row"] <= limit:
-                problems.append(f"a row of {name} is off by {errors['row']:.1e} of itself ({limit:.0e} allowed)")
+                problems.append(
+                    f"a row of {name} is off by {errors['row']:.1e} of itself ({limit:.0e} allowed)"
+                )
     if "torch_error" in result and not result["torch_error"] <= norm:
         problems.append(f"differs from torch by {result['torch_error']:.1e} ({norm:.0e} allowed)")
     if not result["same_bits"]:
@@ -161,19 +191,42 @@ def show(stage: Any, found: dict[Case, dict[str, Any]]) -> None:
     """A row for each operator, type, head size and variant; its lengths together."""
     groups: dict[tuple[str, ...], list[tuple[Case, dict[str, Any]]]] = {}
     for case, result in found.items():
-        groups.setdefault((case.operator, case.dtype, str(case.size), case.variant), []).append((case, result))
+        groups.setdefault((case.operator, case.dtype, str(case.size), case.variant), []).append(
+            (case, result)
+        )
     rows = []
     for key, items in sorted(groups.items()):
         results = [result for _, result in items if "error" not in result]
-        worst = [f"{worst_of(r[name] for r in results):.1e}" if results else "-" for name in ("largest_error", "norm_error")]
+        worst = [
+            f"{worst_of(r[name] for r in results):.1e}" if results else "-"
+            for name in ("largest_error", "norm_error")
+        ]
         torch = [result["torch_error"] for result in results if "torch_error" in result]
         wrong = sum("wrong" in result for _, result in items)
         lengths = ", ".join(str(case.length) for case, _ in sorted(items))
         bits = "yes" if results and all(result["same_bits"] for result in results) else "no"
         rows.append(
-            [*key, lengths, *worst, f"{worst_of(torch):.1e}" if torch else "-", bits, f"{wrong} wrong" if wrong else "right"]
+            [
+                *key,
+                lengths,
+                *worst,
+                f"{worst_of(torch):.1e}" if torch else "-",
+                bits,
+                f"{wrong} wrong" if wrong else "right",
+            ]
         )
-    columns = ["operator", "dtype", "head or width", "variant", "lengths", "largest", "norm", "torch", "same bits", ""]
+    columns = [
+        "operator",
+        "dtype",
+        "head or width",
+        "variant",
+        "lengths",
+        "largest",
+        "norm",
+        "torch",
+        "same bits",
+        "",
+    ]
     stage.table("Kernels beside the plain operator in float32", columns, rows)
 
 
@@ -266,7 +319,9 @@ def compile_all(stage: Any) -> None:
     """In a rehearsal: compile every kernel of a training step for both targets, and whole programs for an H100."""
     files = {target: stage.work / f"kernels-{target}.json" for target in ("sm_80", "sm_90")}
     started = [
-        subprocess.Popen([sys.executable, "-m", "baichuan_jax.kernels", "--targets", target, "--json", str(file)])
+        subprocess.Popen(
+            [sys.executable, "-m", "baichuan_jax.kernels", "--targets", target, "--json", str(file)]
+        )
         for target, file in files.items()
     ]
     codes = [process.wait() for process in started]
@@ -274,10 +329,20 @@ def compile_all(stage: Any) -> None:
         raise RuntimeError("python -m baichuan_jax.kernels failed; its output is in log.txt")
     found = [row for file in files.values() for row in json.loads(file.read_text(encoding="utf-8"))]
     rows = [
-        [row["target"], row["kernel"], str(row["registers"]), str(row["spilled_bytes"]), f"{row['bound_share_of_peak']:.1%}"]
+        [
+            row["target"],
+            row["kernel"],
+            str(row["registers"]),
+            str(row["spilled_bytes"]),
+            f"{row['bound_share_of_peak']:.1%}",
+        ]
         for row in found
     ]
-    stage.table("Compiled kernels", ["target", "kernel", "registers", "spilled bytes", "bound, share of peak"], rows)
+    stage.table(
+        "Compiled kernels",
+        ["target", "kernel", "registers", "spilled bytes", "bound, share of peak"],
+        rows,
+    )
     compile_for_h100(stage)
 
 
@@ -297,19 +362,28 @@ def compile_for_h100(stage: Any) -> None:
     (device,) = described_devices(parse_topology("h100:1x1"))
     layout = Layout(make_mesh(MeshConfig(1), [device]))
     everywhere = [
-        Case("attention", "bfloat16", 4095, 128, variant) for variant in ("causal", "segments", "offset", "unseen query")
+        Case("attention", "bfloat16", 4095, 128, variant)
+        for variant in ("causal", "segments", "offset", "unseen query")
     ]
     everywhere += [
         Case("attention", "bfloat16", 4095, 128, "sm_80 segments"),
         Case("rms_norm", "bfloat16", 4095, 4096, "residual"),
     ]
-    programs = {str(case): (*parts_of(case)[::2], 3 if case.operator == "attention" else 2) for case in everywhere}
+    programs = {
+        str(case): (*parts_of(case)[::2], 3 if case.operator == "attention" else 2)
+        for case in everywhere
+    }
     programs["the kernel that writes half"] = (half_written, [jnp.ones(4096, jnp.float32)], 1)
     for name, (function, arguments, kernels) in programs.items():
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in arguments]
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+            for x in arguments
+        ]
         older = "sm_80" in name
         with activate(layout), bridge.compile_as(80) if older else contextlib.nullcontext():
             text = jax.jit(function).lower(*shapes).compile().as_text()
         if (found := text.count("triton_kernel_call")) < kernels:
-            stage.wrong(f"{name}: compiled for an H100, it holds {found} kernels and should hold {kernels}")
+            stage.wrong(
+                f"{name}: compiled for an H100, it holds {found} kernels and should hold {kernels}"
+            )
     stage.say(f"Compiled whole for an H100, not run: {'; '.join(programs)}.")

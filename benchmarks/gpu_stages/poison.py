@@ -22,13 +22,16 @@ def _fill(size: int):
 def fill_free_memory() -> None:
     """Fill jax's pool with arrays of NaN, large ones and then small ones, and free them. Nothing on a CPU.
 
-    A tenth stays free: where memory runs out, jax's allocator waits ten seconds for some to come back.
+    A tenth stays free: where memory runs out, jax's allocator waits ten seconds for some to come
+    back.
     """
     stats = jax.devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return
     free = stats["bytes_limit"] - stats["bytes_in_use"]
-    large = int(0.9 * free / LARGE) >> 26 << 24  # float32 numbers of 64 MiB and its multiples, so that few programs are compiled
+    large = (
+        int(0.9 * free / LARGE) >> 26 << 24
+    )  # float32 numbers of 64 MiB and its multiples, so that few programs are compiled
     held = [_fill(large)() for _ in range(LARGE)]
     held += [_fill(size // 4)() for size in SMALL_BYTES for _ in range(SMALL_COUNT)]
     jax.block_until_ready(held)
@@ -47,7 +50,16 @@ def half_written(x: jax.Array) -> jax.Array:
     """x, a power of 2 long, and as much again that no kernel has written."""
     size = x.size
     like = jax.ShapeDtypeStruct((2 * size,), jnp.float32)
-    return bridge.call(_half_kernel, x, name="half", outputs=[like], grid=(1,), num_warps=4, num_stages=1, SIZE=size)[0]
+    return bridge.call(
+        _half_kernel,
+        x,
+        name="half",
+        outputs=[like],
+        grid=(1,),
+        num_warps=4,
+        num_stages=1,
+        SIZE=size,
+    )[0]
 
 
 @functools.cache

@@ -1,10 +1,11 @@
 """The matrix products of a training step at their real shapes and layouts, the memory's bandwidth, and the cost of a kernel's start:
 from them come **measured rates** for `plan`, in rates.json.
 
-`forward`: activations times weights; `input`: the gradient of the activations; `weight`: the gradient of the weights, also with a
-float32 result, which is what summing gradients in float32 would take. Shares are of the data sheet's peak. The rate of all products is
-that of a step of Baichuan-7B: each as often as the step has it. `plan --rates_file rates.json` predicts a cluster of this GPU with
-them; links and contention stay assumed.
+`forward`: activations times weights; `input`: the gradient of the activations; `weight`: the
+gradient of the weights, also with a float32 result, which is what summing gradients in float32
+would take. Shares are of the data sheet's peak. The rate of all products is that of a step of
+Baichuan-7B: each as often as the step has it. `plan --rates_file rates.json` predicts a cluster of
+this GPU with them; links and contention stay assumed.
 """
 
 import datetime
@@ -42,7 +43,10 @@ def run(stage: Stage) -> None:
     stage.record(copy_bandwidth=bandwidth, launch_seconds=start)
     stage.headline(f"copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us")
     if hardware:
-        peak, sheet = hardware.peak_tflops * 1e12, f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}"
+        peak, sheet = (
+            hardware.peak_tflops * 1e12,
+            f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}",
+        )
     else:
         size = 1024 if stage.sizes.small else 8192
         peak, sheet = product_flops(stage, size, dtype), f"a product of {size} x {size} here"
@@ -66,9 +70,22 @@ def run(stage: Stage) -> None:
     rows = []
     for name in shapes(stage):
         found = [rate_of.get(f"{name} / {kind}") for kind in KINDS]
-        rows.append([name, *("-" if rate is None else f"{rate / 1e12:,.1f} ({rate / peak:.0%})" for rate in found)])
+        rows.append(
+            [
+                name,
+                *(
+                    "-" if rate is None else f"{rate / 1e12:,.1f} ({rate / peak:.0%})"
+                    for rate in found
+                ),
+            ]
+        )
     stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", *KINDS], rows)
-    stage.record(products={key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]} for key in calls})
+    stage.record(
+        products={
+            key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]}
+            for key in calls
+        }
+    )
     if (together := seconds.get("gate + up as one / forward")) is not None:
         stage.say(
             f"Gate and up as one product take {together / (2 * seconds['gate / forward']):.2f} of the time of two, forward."
@@ -76,12 +93,26 @@ def run(stage: Stage) -> None:
     rates = {"launch_us": start * 1e6}
     if hardware:
         rates["memory"] = bandwidth / (hardware.memory_bandwidth * 1e9)
-    needed = [f"{name} / {kind}" for name, (_, _, times) in shapes(stage).items() if times for kind in KINDS if kind != FLOAT32]
+    needed = [
+        f"{name} / {kind}"
+        for name, (_, _, times) in shapes(stage).items()
+        if times
+        for kind in KINDS
+        if kind != FLOAT32
+    ]
     share = None
     if lacking := [key for key in needed if key not in calls]:
-        stage.leave_out("rate `matmul`", f"these products of a step were not timed: {', '.join(lacking)}", needed=True)
+        stage.leave_out(
+            "rate `matmul`",
+            f"these products of a step were not timed: {', '.join(lacking)}",
+            needed=True,
+        )
     else:
-        share = sum(flops[key] * counts[key] for key in needed) / sum(seconds[key] * counts[key] for key in needed) / peak
+        share = (
+            sum(flops[key] * counts[key] for key in needed)
+            / sum(seconds[key] * counts[key] for key in needed)
+            / peak
+        )
         rates["matmul"] = share
     rates |= kernel_rate(stage, hardware)
     rows = [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()]
@@ -89,7 +120,9 @@ def run(stage: Stage) -> None:
     stage.record(rates=rates)
     write_rates(stage, device.device_kind, hardware, rates)
     if share is not None:
-        stage.headline(f"products {share:.1%} of {sheet}; copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us")
+        stage.headline(
+            f"products {share:.1%} of {sheet}; copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us"
+        )
 
 
 MEANING = {
@@ -103,7 +136,14 @@ MEANING = {
 def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Name -> activations, weight, and how often a step of 32 blocks has it. The weight's first dimensions are summed over."""
     sizes = stage.sizes
-    rows, D, F, N, H, V = sizes.batch * sizes.length, sizes.hidden, sizes.intermediate, sizes.heads, sizes.head_dim, sizes.vocab
+    rows, D, F, N, H, V = (
+        sizes.batch * sizes.length,
+        sizes.hidden,
+        sizes.intermediate,
+        sizes.heads,
+        sizes.head_dim,
+        sizes.vocab,
+    )
     chunk = min(sizes.loss_chunk, rows)
     return {
         "QKV": ((rows, D), (D, 3, N, H), 32),
@@ -115,12 +155,17 @@ def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], in
     }
 
 
-def products(rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any) -> list[tuple[str, Callable, tuple, float]]:
+def products(
+    rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any
+) -> list[tuple[str, Callable, tuple, float]]:
     """(kind, function, arguments, operations) of a product and of both its gradients, as the model's layout has them."""
     summed = len(rows) - 1
     out = (rows[0], *weight[summed:])
     keys = jax.random.split(jax.random.key(len(weight)), 3)
-    x, w, dy = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, (rows, weight, out), strict=True))
+    x, w, dy = (
+        jax.random.normal(key, shape).astype(dtype)
+        for key, shape in zip(keys, (rows, weight, out), strict=True)
+    )
     amount = 2.0 * rows[0] * float(w.size)
     free = tuple(range(1, dy.ndim))
     weights = tuple(range(summed, w.ndim))
@@ -146,14 +191,22 @@ def product_flops(stage: Stage, size: int, dtype: Any) -> float:
     """FLOP/s of one large product, where no data sheet is known."""
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     call = functools.partial(jax.jit(jnp.matmul).lower(x, x).compile(), x, x)
-    return 2.0 * size**3 / measure({"product": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["product"]
+    return (
+        2.0
+        * size**3
+        / measure({"product": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["product"]
+    )
 
 
 def copy_bandwidth(stage: Stage) -> float:
     """Bytes a second, read and written, of a copy far larger than any cache."""
     x = jnp.ones(stage.sizes.copy_bytes // 4, jnp.float32)
     call = functools.partial(jax.jit(jnp.negative).lower(x).compile(), x)
-    return 2.0 * x.nbytes / measure({"copy": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["copy"]
+    return (
+        2.0
+        * x.nbytes
+        / measure({"copy": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["copy"]
+    )
 
 
 def launch_seconds(stage: Stage) -> float:
@@ -166,14 +219,17 @@ def launch_seconds(stage: Stage) -> float:
         return x
 
     call = functools.partial(jax.jit(chain).lower(x).compile(), x)
-    return measure({"chain": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["chain"] / LAUNCHES
+    return (
+        measure({"chain": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["chain"] / LAUNCHES
+    )
 
 
 def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
     """Share of their bounds that the attention kernels reached in the stage `speed`; nothing where that has no result."""
     values = stage.values_of("speed")
     alone, flops = values.get("kernels_alone", {}), values.get("kernel_flops", {})
-    # The bounds that plan multiplies the rate with, so that together they give the seconds that were measured.
+    # The bounds that plan multiplies the rate with, so that together they give the seconds that
+    # were measured.
     bounds = BOUNDS.get(hardware.compute_capability, {}) if hardware else {}
     names = [name for name in alone if name in bounds]
     if not names or hardware is None:
@@ -198,6 +254,10 @@ def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float
     }
     write_atomically(stage.output / "rates.json", json.dumps(content, indent=1).encode())
     if hardware is None:
-        stage.say(f"rates.json describes no accelerator: it was measured on {device}, to rehearse with it.")
+        stage.say(
+            f"rates.json describes no accelerator: it was measured on {device}, to rehearse with it."
+        )
         return
-    stage.say("Rates are in rates.json: python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ...")
+    stage.say(
+        "Rates are in rates.json: python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ..."
+    )

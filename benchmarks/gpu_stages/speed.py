@@ -1,9 +1,10 @@
 """Attention and RMSNorm at Baichuan-7B's sizes, each beside every other implementation that runs here.
 
-TFLOP/s count the products that the causal mask leaves: two forward, five backward. Shares are of a large matrix product, or of a copy,
-that was timed in the same rounds. Each Triton kernel is also timed alone, beside the share of the data sheet's peak that its own
-instructions allow ([kernels](kernels.md)), and with other block shapes around the chosen one. A shape that is faster than the chosen
-one by more than 3 % is named: it belongs into `kernels/triton/attention.py`.
+TFLOP/s count the products that the causal mask leaves: two forward, five backward. Shares are of a
+large matrix product, or of a copy, that was timed in the same rounds. Each Triton kernel is also
+timed alone, beside the share of the data sheet's peak that its own instructions allow
+([kernels](kernels.md)), and with other block shapes around the chosen one. A shape that is faster
+than the chosen one by more than 3 % is named: it belongs into `kernels/triton/attention.py`.
 """
 
 import argparse
@@ -32,7 +33,8 @@ KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
 LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
 BETTER = 1.03  # below this ratio a difference is noise
 
-# (kernel, blocks) that a thread compiles; Blocks of kernels/triton/attention.py, which is imported where Triton is needed.
+# (kernel, blocks) that a thread compiles; Blocks of kernels/triton/attention.py, which is imported
+# where Triton is needed.
 trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)
 
 
@@ -94,7 +96,11 @@ def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -
     if "triton" not in speeds:
         return f"{operator}: triton was not timed ({found['triton']['why_not']}); the fastest here is {best}"
     ours = f"{operator} {speeds['triton'] / 1e12:.0f} T{unit} forward and backward"
-    return ours if best is None else f"{ours}, {speeds['triton'] / others[best]:.2f} times the best other ({best})"
+    return (
+        ours
+        if best is None
+        else f"{ours}, {speeds['triton'] / others[best]:.2f} times the best other ({best})"
+    )
 
 
 def kernels_alone(stage: Stage, dtype: str) -> None:
@@ -103,7 +109,9 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
 
     sizes = stage.sizes
     capability = bridge.compute_capability()
-    chosen = {name: attention.choose_blocks(name, dtype, sizes.head_dim, capability) for name in KERNELS}
+    chosen = {
+        name: attention.choose_blocks(name, dtype, sizes.head_dim, capability) for name in KERNELS
+    }
     tried = {name: around(blocks)[: 3 if sizes.small else None] for name, blocks in chosen.items()}
     # The chosen ones first, then the neighbours of all kernels in turn.
     jobs = [
@@ -116,25 +124,45 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
     pool = concurrent.futures.ProcessPoolExecutor(
         sizes.workers, mp_context=multiprocessing.get_context("spawn"), initializer=compile_only
     )
-    assembling = {job: pool.submit(assemble, *job, dtype, sizes.head_dim, capability) for job in jobs}
+    assembling = {
+        job: pool.submit(assemble, *job, dtype, sizes.head_dim, capability) for job in jobs
+    }
     calls, failed = compile_calls(stage, jobs, chosen, dtype)
     seconds = measure(calls, sizes.rounds, sizes.sample_seconds)
     made = {job: _result_of(future) for job, future in assembling.items()}
     pool.shutdown(cancel_futures=True)
     shape = (sizes.batch, sizes.length, sizes.heads, sizes.head_dim)
     flops = {name: causal_attention_flops(shape, PRODUCTS[name]) for name in KERNELS}
-    show_kernels(stage, dtype, sorted(jobs, key=lambda job: KERNELS.index(job[0])), chosen, seconds, failed, made, flops)
+    show_kernels(
+        stage,
+        dtype,
+        sorted(jobs, key=lambda job: KERNELS.index(job[0])),
+        chosen,
+        seconds,
+        failed,
+        made,
+        flops,
+    )
     best = {}
     for name in KERNELS:
         timed = {blocks: took for (kernel, blocks), took in seconds.items() if kernel == name}
         if not timed:
             continue
         fastest, base = min(timed, key=lambda blocks: timed[blocks]), timed.get(chosen[name])
-        best[name] = {"shape": fastest, "seconds": timed[fastest], "chosen": chosen[name], "chosen_seconds": base}
+        best[name] = {
+            "shape": fastest,
+            "seconds": timed[fastest],
+            "chosen": chosen[name],
+            "chosen_seconds": base,
+        }
         if base is not None and base > BETTER * timed[fastest] and not sizes.small:
             ratio = base / timed[fastest]
-            stage.say(f"{name}: {words(fastest)} is {ratio:.2f} times as fast as the chosen {words(chosen[name])}.")
-    alone = {name: seconds[name, chosen[name]] for name in KERNELS if (name, chosen[name]) in seconds}
+            stage.say(
+                f"{name}: {words(fastest)} is {ratio:.2f} times as fast as the chosen {words(chosen[name])}."
+            )
+    alone = {
+        name: seconds[name, chosen[name]] for name in KERNELS if (name, chosen[name]) in seconds
+    }
     stage.record(kernels_alone=alone, kernel_flops=flops, best_blocks=best)
 
 
@@ -152,7 +180,10 @@ def compile_calls(
     from baichuan_jax.kernels.triton import attention
 
     B, T, N, H = stage.sizes.batch, stage.sizes.length, stage.sizes.heads, stage.sizes.head_dim
-    q, k, v, dout = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+    q, k, v, dout = (
+        jax.random.normal(key, (B, T, N, H)).astype(dtype)
+        for key in jax.random.split(jax.random.key(0), 4)
+    )
     offset = jnp.zeros((B,), jnp.int32)
     inputs = (q, k, v, offset, offset, offset)
     out, lse = jax.jit(functools.partial(attention._run_forward, False))(*inputs)
@@ -188,28 +219,46 @@ def compile_calls(
         concurrent.futures.ThreadPoolExecutor(stage.sizes.workers) as threads,
     ):
         # Each with a copy of this thread's context: kernels may be interpreted.
-        started = {job: threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs}
+        started = {
+            job: threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs
+        }
         calls = {job: future.result() for job, future in started.items()}
     return {job: call for job, call in calls.items() if call is not None}, failed
 
 
 def show_kernels(
-    stage: Stage, dtype: str, jobs: list[Any], chosen: dict[str, Any], seconds: dict[Any, float], failed: dict[Any, str],
-    made: dict[Any, dict[str, Any]], flops: dict[str, float],
-) -> None:  # fmt: skip
+    stage: Stage,
+    dtype: str,
+    jobs: list[Any],
+    chosen: dict[str, Any],
+    seconds: dict[Any, float],
+    failed: dict[Any, str],
+    made: dict[Any, dict[str, Any]],
+    flops: dict[str, float],
+) -> None:
     """A row for each (kernel, blocks): the assembler's figures, then speed and shares."""
     hardware = hardware_of(jax.devices()[0].device_kind)
     rows = []
     for job in jobs:
         name, blocks = job
-        cells = [str(made[job].get("registers", "-")), str(made[job].get("spilled_bytes", made[job].get("error", "-")))]
+        cells = [
+            str(made[job].get("registers", "-")),
+            str(made[job].get("spilled_bytes", made[job].get("error", "-"))),
+        ]
         if job not in seconds:
             rows.append([name, words(blocks), *cells, "-", "-", "-", "-", "-", failed[job]])
             continue
         rate, bound = flops[name] / seconds[job], made[job].get("bound")
         share = rate / (hardware.peak_tflops * 1e12) if hardware else None
-        cells += [f"{seconds[job] * 1e3:.3f}", f"{rate / 1e12:.0f}", "-" if share is None else f"{share:.1%}"]
-        cells += ["-" if bound is None else f"{bound:.1%}", "-" if share is None or not bound else f"{share / bound:.0%}"]
+        cells += [
+            f"{seconds[job] * 1e3:.3f}",
+            f"{rate / 1e12:.0f}",
+            "-" if share is None else f"{share:.1%}",
+        ]
+        cells += [
+            "-" if bound is None else f"{bound:.1%}",
+            "-" if share is None or not bound else f"{share / bound:.0%}",
+        ]
         rows.append([name, words(blocks), *cells, "chosen" if blocks == chosen[name] else ""])
     columns = [
         "kernel",
@@ -238,10 +287,20 @@ def _result_of(future: concurrent.futures.Future) -> dict[str, Any]:
 def around(blocks: Any) -> list[Any]:
     """The blocks themselves and their neighbours: half and twice the queries or keys, other warps, a stage more or less."""
     q, k, warps, stages = blocks
-    found = [blocks, blocks._replace(q=q // 2), blocks._replace(q=q * 2), blocks._replace(k=k // 2), blocks._replace(k=k * 2)]
-    found += [blocks._replace(num_warps=12 - warps if warps in (4, 8) else 4), blocks._replace(num_stages=stages + 1)]
+    found = [
+        blocks,
+        blocks._replace(q=q // 2),
+        blocks._replace(q=q * 2),
+        blocks._replace(k=k // 2),
+        blocks._replace(k=k * 2),
+    ]
+    found += [
+        blocks._replace(num_warps=12 - warps if warps in (4, 8) else 4),
+        blocks._replace(num_stages=stages + 1),
+    ]
     found += [blocks._replace(num_stages=stages - 1)] if stages > 1 else []
-    # 32 rows a warp: fewer bytes from shared memory, more registers; what spills may cost less than the bound says.
+    # 32 rows a warp: fewer bytes from shared memory, more registers; what spills may cost less than
+    # the bound says.
     wide = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
     found += [type(blocks)(*shape) for shape in wide]
     return [b for b in dict.fromkeys(found) if 16 <= b.q <= 256 and 16 <= b.k <= 256]
@@ -268,7 +327,9 @@ def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int)
         return blocks if kernel == name else choose(kernel, *others)
 
     with mock.patch.object(attention, "choose_blocks", patched):
-        launch = next(launch for launch in list_launches(dtype, head_dim, capability) if launch.name == name)
+        launch = next(
+            launch for launch in list_launches(dtype, head_dim, capability) if launch.name == name
+        )
     chip = sass.CHIPS["sm_80" if capability < 90 else "sm_90"]
     made = sass.assemble(launch, chip)
     found: dict[str, Any] = {"registers": made.registers, "spilled_bytes": made.spilled_bytes}

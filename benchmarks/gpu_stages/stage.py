@@ -189,7 +189,10 @@ class Stage:
     def fail(self, error: BaseException) -> None:
         """What ended the stage, in a line and as a traceback."""
         reason = f"{type(error).__name__}: {error}".strip()
-        self._report |= {"error": "".join(traceback.format_exception(error)), "reason": reason.splitlines()[0]}
+        self._report |= {
+            "error": "".join(traceback.format_exception(error)),
+            "reason": reason.splitlines()[0],
+        }
         self._save()
 
     def finish(self) -> None:
@@ -225,7 +228,9 @@ def end_with_parent() -> None:
 def main(argv: list[str]) -> int:
     name, state, work, output, seconds, size = argv
     end_with_parent()
-    stage = Stage(SMALL if size == "small" else FULL, Path(state), Path(work), Path(output), float(seconds))
+    stage = Stage(
+        SMALL if size == "small" else FULL, Path(state), Path(work), Path(output), float(seconds)
+    )
     try:
         importlib.import_module(name).run(stage)
     except BaseException as error:

@@ -1,8 +1,9 @@
 """A training step with the width of Baichuan-7B and few blocks, the real `step.py` with its kernels and flags: seconds and memory
 beside what `plan` predicts for this device, with default and with measured rates.
 
-A profiler trace of some steps is summed by instruction and set beside the roofline's line for it: where the two part, and by how much.
-The trace itself is in step.xplane.pb.gz (TensorBoard's profile plugin or xprof reads it).
+A profiler trace of some steps is summed by instruction and set beside the roofline's line for it:
+where the two part, and by how much. The trace itself is in step.xplane.pb.gz (TensorBoard's profile
+plugin or xprof reads it).
 """
 
 import dataclasses
@@ -46,12 +47,17 @@ def overrides(sizes: Sizes, **changes: Any) -> list[str]:
         "mesh.fsdp": 1,
         **changes,
     }
-    return [f"{name}={'null' if value is None else str(value).lower()}" for name, value in settings.items()]
+    return [
+        f"{name}={'null' if value is None else str(value).lower()}"
+        for name, value in settings.items()
+    ]
 
 
 def make_config(stage: Stage, **changes: Any) -> Config:
     """The configuration of the step that is measured."""
-    return load_config(REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage.sizes, **changes))
+    return load_config(
+        REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage.sizes, **changes)
+    )
 
 
 def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str, Any]:
@@ -63,14 +69,19 @@ def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str,
     accumulation = config.accumulation_steps(config.mesh)
     shape = (accumulation, train.global_batch_size // accumulation, train.context_length)
     rng = np.random.default_rng(0)
-    batch = {name: rng.integers(3, config.model.vocab_size, shape).astype(np.int32) for name in ("inputs", "labels")}
+    batch = {
+        name: rng.integers(3, config.model.vocab_size, shape).astype(np.int32)
+        for name in ("inputs", "labels")
+    }
     if documents:
         # Of a mean length of an eighth of a row.
         starts = rng.random(shape) < 8 / train.context_length
         starts[..., 0] = True
         batch["segment_ids"] = np.cumsum(starts, axis=-1).astype(np.int32)
         place = np.broadcast_to(np.arange(train.context_length), shape)
-        batch["positions"] = (place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1)).astype(np.int32)
+        batch["positions"] = (
+            place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1)
+        ).astype(np.int32)
     return jax.device_put(batch, steps.batch_sharding)
 
 
@@ -91,7 +102,9 @@ def run(stage: Stage) -> None:
     hardware = hardware_of(device.device_kind)
     name = f"{hardware.name if hardware else 'h100'}:1x1"
     if hardware is None:
-        stage.say(f"{device.device_kind} is no accelerator of hardware.py: the prediction is that of {name}.")
+        stage.say(
+            f"{device.device_kind} is no accelerator of hardware.py: the prediction is that of {name}."
+        )
     plans = start_plans(stage, name)
     mesh = make_mesh(config.mesh, [device])
     steps = make_steps(config, mesh)
@@ -150,7 +163,9 @@ def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen
     if (path := stage.output / "rates.json").exists():
         variants["measured rates"] = ["--rates_file", str(path)]
     else:
-        stage.leave_out("plan with measured rates", "there is no rates.json: the stage `products` wrote none")
+        stage.leave_out(
+            "plan with measured rates", "there is no rates.json: the stage `products` wrote none"
+        )
     if stage.sizes.small:
         variants[FULL_WIDTH] = []
     started = {}
@@ -174,13 +189,22 @@ def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen
         ]
         folder.mkdir()
         with open(folder / "log", "wb") as log:
-            variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # plan chooses its own
-            started[label] = (subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=REPOSITORY), folder)
+            variables = {
+                name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+            }  # plan chooses its own
+            started[label] = (
+                subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=REPOSITORY),
+                folder,
+            )
     return started
 
 
 def show_plans(
-    stage: Stage, plans: dict[str, tuple[subprocess.Popen, Path]], step: float, peak: int | None, planned: float
+    stage: Stage,
+    plans: dict[str, tuple[subprocess.Popen, Path]],
+    step: float,
+    peak: int | None,
+    planned: float,
 ) -> None:
     """Measured beside predicted: seconds and memory (of the process, with the start of the state in it)."""
     rows = [["measured", f"{step * 1e3:.1f}", "", "-" if peak is None else f"{peak / 2**30:.1f}"]]
@@ -190,16 +214,27 @@ def show_plans(
             code = process.wait(max(1.0, stage.seconds_left - 3))
         except subprocess.TimeoutExpired:
             process.kill()
-            stage.leave_out(f"plan, {label}", "it had not ended when the stage's time was up", needed=True)
+            stage.leave_out(
+                f"plan, {label}", "it had not ended when the stage's time was up", needed=True
+            )
             continue
         if code:
-            stage.wrong(f"plan, {label}, ended with {code}: {(folder / 'log').read_text(errors='replace').strip()[-300:]}")
+            stage.wrong(
+                f"plan, {label}, ended with {code}: {(folder / 'log').read_text(errors='replace').strip()[-300:]}"
+            )
             continue
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         predicted = plan["predicted_step_seconds"]
         off = "-" if label == FULL_WIDTH else f"{predicted / step - 1:+.1%}"
         rows.append([f"plan, {label}", f"{predicted * 1e3:.1f}", off, f"{plan['peak_gib']:.1f}"])
-        stage.record(**{f"plan, {label}": {key: plan[key] for key in ("predicted_step_seconds", "peak_gib", "seconds", "rates")}})
+        stage.record(
+            **{
+                f"plan, {label}": {
+                    key: plan[key]
+                    for key in ("predicted_step_seconds", "peak_gib", "seconds", "rates")
+                }
+            }
+        )
     stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
 
 
@@ -229,12 +264,16 @@ def show_trace(stage: Stage, traced: Any, program: Any, prediction: Any, step: f
     from device_trace import by_group, compare, largest_differences
 
     if traced.platform != jax.default_backend():
-        stage.wrong(f"the trace holds no activity of the {jax.default_backend()}, only of the {traced.platform}: is CUPTI there?")
+        stage.wrong(
+            f"the trace holds no activity of the {jax.default_backend()}, only of the {traced.platform}: is CUPTI there?"
+        )
         return
     rows = compare(traced.instructions, TRACED, program, prediction)
 
     def milliseconds(row: Any) -> list[str]:
-        ratio = f"{row.measured_seconds / row.predicted_seconds:.2f}" if row.predicted_seconds else "-"
+        ratio = (
+            f"{row.measured_seconds / row.predicted_seconds:.2f}" if row.predicted_seconds else "-"
+        )
         return [f"{row.measured_seconds * 1e3:.2f}", f"{row.predicted_seconds * 1e3:.2f}", ratio]
 
     groups = by_group(rows)
@@ -246,7 +285,10 @@ def show_trace(stage: Stage, traced: Any, program: Any, prediction: Any, step: f
     stage.table(
         "Where they part most",
         ["instruction", "of", "measured ms", "predicted ms", "ratio", "times"],
-        [[row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"] for row in largest_differences(rows)],
+        [
+            [row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"]
+            for row in largest_differences(rows)
+        ],
     )
     unnamed = sum(item.seconds for item in traced.unnamed.values()) / TRACED
     others = sum(item.seconds for item in traced.other_modules.values()) / TRACED

@@ -1,10 +1,11 @@
 """A run from text to the end through `python -m baichuan_jax.train` (grain, Orbax checkpoints, metrics): undisturbed, then the same
 killed with SIGKILL in its middle and started again, and the same in float32.
 
-The losses of the killed run have to equal those of the undisturbed one bit for bit (`train.deterministic`). The first losses stand
-beside those that a CPU computed beforehand (cpu_losses.json; `python benchmarks/gpu_stages/training.py` writes them). bfloat16 beside
-float32 over all steps is the original's claim of mixed precision without loss of accuracy. The killed and the float32 run share the
-device, so speeds are those of the undisturbed run.
+The losses of the killed run have to equal those of the undisturbed one bit for bit
+(`train.deterministic`). The first losses stand beside those that a CPU computed beforehand
+(cpu_losses.json; `python benchmarks/gpu_stages/training.py` writes them). bfloat16 beside float32
+over all steps is the original's claim of mixed precision without loss of accuracy. The killed and
+the float32 run share the device, so speeds are those of the undisturbed run.
 """
 
 import json
@@ -24,7 +25,8 @@ from baichuan_jax.run import Run
 
 RECORDED = Path(__file__).with_name("cpu_losses.json")
 FIRST = 3  # losses that a CPU computed beforehand
-# Relative. Weights and rows are the same; products are rounded in another order, and in bfloat16 to 8 bits.
+# Relative. Weights and rows are the same; products are rounded in another order, and in bfloat16 to
+# 8 bits.
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}
 LEFT_TO_END = 5  # seconds before the end of the stage in which a run that is late is told, with the end of its output
 ACCURACY = 0.01  # of the last losses in bfloat16 beside float32's
@@ -49,7 +51,9 @@ def settings(sizes: Sizes, folder: Path, dtype: str) -> list[str]:
 class Training:
     """One run, in a process of its own."""
 
-    def __init__(self, sizes: Sizes, folder: Path, name: str, dtype: str, *words: str, fraction: float = 0.85) -> None:
+    def __init__(
+        self, sizes: Sizes, folder: Path, name: str, dtype: str, *words: str, fraction: float = 0.85
+    ) -> None:
         self.run = Run(folder / name)
         self._log = folder / f"{name}.log"
         self._command = [
@@ -81,11 +85,15 @@ class Training:
         try:
             code = self.process.wait(max(seconds - LEFT_TO_END, 0.1))
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{self.run.path.name} was not at its end in time\n{self._tail()}") from None
+            raise RuntimeError(
+                f"{self.run.path.name} was not at its end in time\n{self._tail()}"
+            ) from None
         print(f"==== {self.run.path.name}\n{self._tail()}", flush=True)
         if code:
             lines = self._tail().strip().splitlines() or ["no output"]
-            raise RuntimeError(f"{self.run.path.name} ended with {code}: {lines[-1][:200]}\n{self._tail()}")
+            raise RuntimeError(
+                f"{self.run.path.name} ended with {code}: {lines[-1][:200]}\n{self._tail()}"
+            )
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
@@ -108,14 +116,20 @@ def run(stage: Stage) -> None:
     folder.mkdir()
     num_steps = sizes.train_steps
     plain = Training(
-        sizes, folder, "undisturbed", "bfloat16" if not sizes.small else "float32", "--checkpoint.every", str(num_steps)
+        sizes,
+        folder,
+        "undisturbed",
+        "bfloat16" if not sizes.small else "float32",
+        "--checkpoint.every",
+        str(num_steps),
     )
     plain.wait(stage.seconds_left)
     stage.record(run=str(plain.run.path))  # for the stage `commands`
     dtype = "bfloat16" if not sizes.small else "float32"
     show_speed(stage, plain.run)
     first_losses(stage, plain.run, dtype)
-    # The second save waits for the first, so when the run is killed one checkpoint at least is whole.
+    # The second save waits for the first, so when the run is killed one checkpoint at least is
+    # whole.
     every, kill_at = num_steps // 4, round(0.55 * num_steps)
     other = Training(
         sizes,
@@ -126,7 +140,9 @@ def run(stage: Stage) -> None:
         str(num_steps),
         fraction=0.4,
     )
-    killed = Training(sizes, folder, "killed", dtype, "--checkpoint.every", str(every), fraction=0.4)
+    killed = Training(
+        sizes, folder, "killed", dtype, "--checkpoint.every", str(every), fraction=0.4
+    )
     killed.wait_for_step(kill_at, stage.seconds_left)
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait()
@@ -135,7 +151,10 @@ def run(stage: Stage) -> None:
     killed.wait(stage.seconds_left)
     show_recovery(stage, plain.run, killed.run, before, died)
     other.wait(stage.seconds_left)
-    losses = {dtype: plain.run.curve("loss"), "float32" if dtype == "bfloat16" else "bfloat16": other.run.curve("loss")}
+    losses = {
+        dtype: plain.run.curve("loss"),
+        "float32" if dtype == "bfloat16" else "bfloat16": other.run.curve("loss"),
+    }
     first_losses(stage, other.run, "float32" if dtype == "bfloat16" else "bfloat16")
     show_precision(stage, losses["bfloat16"], losses["float32"])
 
@@ -156,12 +175,16 @@ def show_speed(stage: Stage, run: Run) -> None:
         ["loss, last 20 steps", f"{completed['loss']:.4f}"],
         ["unigram entropy of the text", f"{completed['unigram_entropy']:.4f}"],
     ]
-    rows += [[f"seconds of {name}", f"{seconds:.1f}"] for name, seconds in completed["seconds"].items()]
+    rows += [
+        [f"seconds of {name}", f"{seconds:.1f}"] for name, seconds in completed["seconds"].items()
+    ]
     stage.table("The undisturbed run", ["", ""], rows)
     stage.record(completed=completed)
     stage.headline(f"{completed['tokens_per_second']:,.0f} tokens/s, MFU {mfu.split(' (')[0]}")
     if not completed["loss"] < completed["unigram_entropy"] and not stage.sizes.small:
-        stage.wrong(f"the loss {completed['loss']:.3f} is not below the unigram entropy {completed['unigram_entropy']:.3f}")
+        stage.wrong(
+            f"the loss {completed['loss']:.3f} is not below the unigram entropy {completed['unigram_entropy']:.3f}"
+        )
 
 
 def show_recovery(stage: Stage, plain: Run, killed: Run, before: int, died: float) -> None:
@@ -180,21 +203,29 @@ def show_recovery(stage: Stage, plain: Run, killed: Run, before: int, died: floa
             ["losses that differ", str(len(different))],
         ],
     )
-    stage.record(recovery_seconds=again - died, losses_compared=len(lines), losses_different=len(different))
+    stage.record(
+        recovery_seconds=again - died, losses_compared=len(lines), losses_different=len(different)
+    )
     if not restored:
         stage.wrong("the killed run did not go on from a checkpoint")
     if {line["step"] for line in lines} != set(wanted):
         stage.wrong(f"the killed run has other steps than the undisturbed one: {len(lines)} lines")
     if different:
         worst = max(abs(line["loss"] / wanted[line["step"]] - 1) for line in lines)
-        stage.wrong(f"{len(different)} losses of the killed run differ, from step {different[0]} on, by {worst:.1e} at most")
+        stage.wrong(
+            f"{len(different)} losses of the killed run differ, from step {different[0]} on, by {worst:.1e} at most"
+        )
     else:
-        stage.say(f"All {len(lines)} losses of the killed run equal the undisturbed run's bit for bit.")
+        stage.say(
+            f"All {len(lines)} losses of the killed run equal the undisturbed run's bit for bit."
+        )
 
 
 def first_losses(stage: Stage, run: Run, dtype: str) -> None:
     """Beside a CPU's, where tokenizer and so rows are the same."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["small" if stage.sizes.small else "full"].get(dtype)
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[
+        "small" if stage.sizes.small else "full"
+    ].get(dtype)
     if recorded is None:
         stage.leave_out(f"first losses in {dtype} beside a CPU's", "none were recorded")
         return
@@ -207,26 +238,43 @@ def first_losses(stage: Stage, run: Run, dtype: str) -> None:
         return
     here = [run.curve("loss")[step] for step in range(1, FIRST + 1)]
     off = [a / b - 1 for a, b in zip(here, recorded["losses"], strict=True)]
-    rows = [[str(step + 1), f"{here[step]:.6f}", f"{recorded['losses'][step]:.6f}", f"{off[step]:+.1e}"] for step in range(FIRST)]
+    rows = [
+        [str(step + 1), f"{here[step]:.6f}", f"{recorded['losses'][step]:.6f}", f"{off[step]:+.1e}"]
+        for step in range(FIRST)
+    ]
     stage.table(
         f"First losses in {dtype}, beside a CPU's ({recorded['machine']}, jax {recorded['jax']})",
         ["step", "here", "CPU", "off"],
         rows,
     )
     if not max(map(abs, off)) <= TOLERANCE[dtype]:
-        stage.wrong(f"first losses in {dtype} differ from a CPU's by {max(map(abs, off)):.1e} ({TOLERANCE[dtype]:.0e} allowed)")
+        stage.wrong(
+            f"first losses in {dtype} differ from a CPU's by {max(map(abs, off)):.1e} ({TOLERANCE[dtype]:.0e} allowed)"
+        )
 
 
 def show_precision(stage: Stage, half: dict[int, float], full: dict[int, float]) -> None:
     """bfloat16 beside float32."""
     steps = sorted(half)
     shown = [step for step in steps if step == 1 or step % max(1, len(steps) // 10) == 0]
-    rows = [[str(step), f"{half[step]:.4f}", f"{full[step]:.4f}", f"{half[step] / full[step] - 1:+.2%}"] for step in shown]
+    rows = [
+        [str(step), f"{half[step]:.4f}", f"{full[step]:.4f}", f"{half[step] / full[step] - 1:+.2%}"]
+        for step in shown
+    ]
     last = steps[-20:]
     means = [statistics.fmean(curve[step] for step in last) for curve in (half, full)]
     difference = means[0] / means[1] - 1
-    rows.append([f"mean of the last {len(last)}", f"{means[0]:.4f}", f"{means[1]:.4f}", f"{difference:+.2%}"])
-    stage.table("Losses in bfloat16 and float32", ["step", "bfloat16", "float32", "difference"], rows)
+    rows.append(
+        [
+            f"mean of the last {len(last)}",
+            f"{means[0]:.4f}",
+            f"{means[1]:.4f}",
+            f"{difference:+.2%}",
+        ]
+    )
+    stage.table(
+        "Losses in bfloat16 and float32", ["step", "bfloat16", "float32", "difference"], rows
+    )
     stage.record(losses={"bfloat16": half, "float32": full}, precision_difference=difference)
     if not abs(difference) <= ACCURACY:
         stage.wrong(f"bfloat16 ends {difference:+.2%} beside float32 ({ACCURACY:.0%} allowed)")
@@ -244,7 +292,9 @@ def draw(stage: Stage, half: dict[int, float], full: dict[int, float]) -> None:
     axes = figure.add_subplot()
     for name, curve, style in (("float32", full, "-"), ("bfloat16", half, "--")):
         axes.plot(list(curve), list(curve.values()), style, label=name)
-    axes.set(xlabel="step", ylabel="training loss (nats per token)", title="The same run in both types")
+    axes.set(
+        xlabel="step", ylabel="training loss (nats per token)", title="The same run in both types"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(stage.output / "losses.png", dpi=120)
@@ -255,13 +305,16 @@ def main() -> None:
     import datetime
     import tempfile
 
-    kept: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
+    kept: dict[str, Any] = (
+        json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
+    )
     os.environ["JAX_PLATFORMS"] = "cpu"
     for size in sys.argv[1:] or ["small", "full"]:
         sizes = {"small": SMALL, "full": FULL}[size]
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as folder:
-                # Recomputed blocks: with all activations kept, the full size takes more memory than a CPU machine may have.
+                # Recomputed blocks: with all activations kept, the full size takes more memory than
+                # a CPU machine may have.
                 training = Training(sizes, Path(folder), "run", dtype, "--model.remat", "full")
                 training.wait_for_step(FIRST, 7200)
                 training.process.kill()

@@ -9,7 +9,9 @@ import pytest
 from baichuan_jax.config import ConfigError
 from baichuan_jax.data.decontaminate import FORMULA, EvaluationSets, main
 
-ENGLISH = "Which of the following rivers did the second expedition cross before winter set in"  # 14 words
+ENGLISH = (
+    "Which of the following rivers did the second expedition cross before winter set in"  # 14 words
+)
 CHINESE = "下列关于唐代科举制度的说法中哪一项是不正确的"  # 22 characters
 
 
@@ -19,17 +21,34 @@ def folder(tmp_path):
     for name in ("mmlu/test", "ceval/val", "agieval", "gaokao", "own"):
         (tmp_path / name).mkdir(parents=True)
     with (tmp_path / "mmlu/test/rivers_test.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow([ENGLISH + "?", "Only the Dee", "None", 'All, in "order"\nand twice', "Two", "A"])
+        csv.writer(file).writerow(
+            [ENGLISH + "?", "Only the Dee", "None", 'All, in "order"\nand twice', "Two", "A"]
+        )
     with (tmp_path / "ceval/val/history_val.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "question", "A", "B", "C", "D", "answer", "explanation"])
-        writer.writerow([0, CHINESE + "？____", "甲", "乙", "丙", "丁", "A", "这一段解释的文字不应该被当作考题来查找才对"])
+        writer.writerow(
+            [
+                0,
+                CHINESE + "？____",
+                "甲",
+                "乙",
+                "丙",
+                "丁",
+                "A",
+                "这一段解释的文字不应该被当作考题来查找才对",
+            ]
+        )
     record = {
-        "passage": "一二三四五六七八九十甲乙丙丁戊己庚辛", "question": "何者？",
-        "options": ["(A)子丑寅卯辰巳午未申酉戌亥天地玄黄", "(B)短"], "label": "A",
+        "passage": "一二三四五六七八九十甲乙丙丁戊己庚辛",
+        "question": "何者？",
+        "options": ["(A)子丑寅卯辰巳午未申酉戌亥天地玄黄", "(B)短"],
+        "label": "A",
         "other": {"source": "某某年某某省普通高等学校招生全国统一考试试卷"},
-    }  # fmt: skip
-    (tmp_path / "agieval/mixed.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    }
+    (tmp_path / "agieval/mixed.jsonl").write_text(
+        json.dumps(record, ensure_ascii=False) + "\n\n", encoding="utf-8"
+    )
     exam = {
         "keywords": "x",
         "example": [
@@ -40,8 +59,12 @@ def folder(tmp_path):
             }
         ],
     }
-    (tmp_path / "gaokao/2010_MCQs.json").write_text(json.dumps(exam, ensure_ascii=False), encoding="utf-8")
-    (tmp_path / "own/notes.txt").write_text("too short\n\n" + " ".join(f"word{i}" for i in range(20)), encoding="utf-8")
+    (tmp_path / "gaokao/2010_MCQs.json").write_text(
+        json.dumps(exam, ensure_ascii=False), encoding="utf-8"
+    )
+    (tmp_path / "own/notes.txt").write_text(
+        "too short\n\n" + " ".join(f"word{i}" for i in range(20)), encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -83,14 +106,21 @@ def test_a_text_is_found_where_it_shares_thirteen_units(sets, text, expected):
 
 
 def test_items_and_those_too_short_to_be_found_are_counted(sets):
-    assert dict(sets.items) == {"agieval/mixed": 1, "ceval/history": 1, "gaokao/2010_MCQs": 1, "mmlu/rivers": 1, "own/notes": 2}
+    assert dict(sets.items) == {
+        "agieval/mixed": 1,
+        "ceval/history": 1,
+        "gaokao/2010_MCQs": 1,
+        "mmlu/rivers": 1,
+        "own/notes": 2,
+    }
     assert {task: n for task, n in sets.short.items() if n} == {"own/notes": 1}
 
 
 def test_what_is_found_is_what_a_plain_search_finds(tmp_path):
     rng = random.Random(0)
     draw = lambda n: [
-        rng.choice("天地玄黃宇宙洪荒") if rng.random() < 0.5 else rng.choice(["sun", "moon", "x1"]) for _ in range(n)
+        rng.choice("天地玄黃宇宙洪荒") if rng.random() < 0.5 else rng.choice(["sun", "moon", "x1"])
+        for _ in range(n)
     ]
     items = [draw(40) for _ in range(30)]
     (tmp_path / "a.jsonl").write_text(
@@ -103,8 +133,14 @@ def test_what_is_found_is_what_a_plain_search_finds(tmp_path):
         units = draw(60)
         if rng.random() < 0.5:
             start, at = rng.randrange(28), rng.randrange(40)
-            units[at : at + rng.randint(10, 16)] = rng.choice(items)[start : start + rng.randint(10, 16)]
-        expected = {" ".join(units[i : i + 13]) for i in range(len(units) - 12) if tuple(units[i : i + 13]) in known}
+            units[at : at + rng.randint(10, 16)] = rng.choice(items)[
+                start : start + rng.randint(10, 16)
+            ]
+        expected = {
+            " ".join(units[i : i + 13])
+            for i in range(len(units) - 12)
+            if tuple(units[i : i + 13]) in known
+        }
         assert set(sets.shared(" ".join(units)).values()) == expected
         assert len(sets.find(" ".join(units))) == len(expected)
         found += bool(expected)
@@ -113,7 +149,9 @@ def test_what_is_found_is_what_a_plain_search_finds(tmp_path):
 
 def test_a_sequence_of_many_documents_is_a_formula_but_a_whole_question_is_not(tmp_path):
     formula = "中华人民共和国全国人民代表大会"
-    question = "以下是一道很长的题目" + formula + "其余的文字只在考卷里出现而不在别处出现所以它是泄漏"
+    question = (
+        "以下是一道很长的题目" + formula + "其余的文字只在考卷里出现而不在别处出现所以它是泄漏"
+    )
     (tmp_path / "a.txt").write_text(question, encoding="utf-8")
     sets = EvaluationSets([str(tmp_path / "a.txt")])
     grams = {"formula": sets.find(f"第一条{formula}"), "whole": sets.find(question)}
@@ -148,7 +186,10 @@ def test_the_command_counts_documents_by_task(folder, tmp_path, capsys):
     pytest.importorskip("pyarrow")
     corpus = tmp_path / "corpus.jsonl"
     texts = ["Nothing here.", f"A leak: {CHINESE}", f"Two: {CHINESE} {ENGLISH}"]
-    corpus.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)), encoding="utf-8")
+    corpus.write_text(
+        "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)),
+        encoding="utf-8",
+    )
     words = [
         "--evaluation",
         f"{folder}/mmlu/*/*.csv",

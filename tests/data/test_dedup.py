@@ -9,7 +9,15 @@ import daft
 import numpy as np
 
 from baichuan_jax.data.corpus_config import DedupConfig
-from baichuan_jax.data.dedup import HASHES, SIGNATURES, components, find_duplicates, minhash, similarity, units_of
+from baichuan_jax.data.dedup import (
+    HASHES,
+    SIGNATURES,
+    components,
+    find_duplicates,
+    minhash,
+    similarity,
+    units_of,
+)
 from baichuan_jax.data.engine import Engine
 
 
@@ -22,13 +30,19 @@ def test_hashes_estimate_the_jaccard_similarity():
     """Within four standard errors of the true similarity of sets of 5-grams, in Chinese and English."""
     rng = random.Random(0)
     for lang, space in (("zh", ""), ("en", " ")):
-        words = [chr(0x4E00 + i) for i in range(3000)] if lang == "zh" else [f"word{i}" for i in range(3000)]
+        words = (
+            [chr(0x4E00 + i) for i in range(3000)]
+            if lang == "zh"
+            else [f"word{i}" for i in range(3000)]
+        )
         for share in (0, 0.01, 0.03, 0.1):
             base = rng.choices(words, k=600)
             other = [rng.choice(words) if rng.random() < share else word for word in base]
             grams = [{tuple(text[i : i + 5]) for i in range(596)} for text in (base, other)]
             true = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
-            a, b = minhash(units_of([space.join(text) for text in (base, other)], [lang] * 2)).astype(np.uint16)
+            a, b = minhash(
+                units_of([space.join(text) for text in (base, other)], [lang] * 2)
+            ).astype(np.uint16)
             found = similarity([a.tobytes()], [b.tobytes()])[0]
             assert abs(found - true) <= 4 * (true * (1 - true) / HASHES) ** 0.5 + 1e-9
 
@@ -36,17 +50,28 @@ def test_hashes_estimate_the_jaccard_similarity():
 def test_width_case_and_punctuation_do_not_count():
     texts = ["Ｈｅｌｌｏ,  WORLD! don't", "你好，世界！ＡＢ", "——", "第1章\nABC，（二）", "②", "一"]
     langs = ["en", *["zh"] * 5]
-    assert units_of(texts, langs) == ["hello world don t", "你 好 世 界 a b", "", "第 1 章 a b c 二", "2", "一"]
+    assert units_of(texts, langs) == [
+        "hello world don t",
+        "你 好 世 界 a b",
+        "",
+        "第 1 章 a b c 二",
+        "2",
+        "一",
+    ]
     assert units_of([], []) == []
     plain = "_It's_ 3.14 --\tor so;\n\nTHE END\x0c"
-    assert units_of([plain, f"{plain}\u2014"], ["en"] * 2) == ["it s 3 14 or so the end"] * 2  # ASCII alone, and not
+    assert (
+        units_of([plain, f"{plain}\u2014"], ["en"] * 2) == ["it s 3 14 or so the end"] * 2
+    )  # ASCII alone, and not
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_components_are_those_of_union_find(engine, seed):
     rng = random.Random(seed)
     edges = {tuple(sorted(rng.sample(range(400), 2))) for _ in range(250)}
-    edges |= {(i, i + 1) for i in range(1000, 1100)} | {(2000, 2000 + i) for i in range(1, 50)}  # a chain and a star
+    edges |= {(i, i + 1) for i in range(1000, 1100)} | {
+        (2000, 2000 + i) for i in range(1, 50)
+    }  # a chain and a star
     parent: dict[int, int] = {}
 
     def find(node: int) -> int:
@@ -61,13 +86,19 @@ def test_components_are_those_of_union_find(engine, seed):
     table = daft.from_pydict({"low": list(low), "high": list(high)})
     found = components(engine, table).to_pydict()
     assert len(found["doc"]) == len(set(found["doc"]))
-    assert dict(zip(found["doc"], found["component"], strict=True)) == {node: find(node) for node in parent}
+    assert dict(zip(found["doc"], found["component"], strict=True)) == {
+        node: find(node) for node in parent
+    }
 
 
 @pytest.mark.parametrize("rows_at_once", [2 << 20, 3])
-def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(engine, monkeypatch, rows_at_once):
+def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(
+    engine, monkeypatch, rows_at_once
+):
     """A chain of four documents, each like the next but not like the one after; an exact copy; and one that is alone."""
-    monkeypatch.setattr("baichuan_jax.data.engine.ROWS_AT_ONCE", rows_at_once)  # the same, a few rows at a time
+    monkeypatch.setattr(
+        "baichuan_jax.data.engine.ROWS_AT_ONCE", rows_at_once
+    )  # the same, a few rows at a time
     rng = np.random.default_rng(0)
     sketches = [rng.integers(0, 65536, HASHES, dtype=np.uint16)]
     for _ in range(3):

@@ -19,12 +19,17 @@ FIELDS = ReadConfig()
 def lines_of(rng: random.Random) -> bytes:
     """Lines of all kinds: documents, blank lines, no JSON, with and without a carriage return; the last one may have no end."""
     kinds = [
-        lambda: json.dumps({"text": "字" * rng.randint(0, 40)}, ensure_ascii=False).encode() + rng.choice([b"\n", b"\r\n"]),
+        lambda: (
+            json.dumps({"text": "字" * rng.randint(0, 40)}, ensure_ascii=False).encode()
+            + rng.choice([b"\n", b"\r\n"])
+        ),
         lambda: b"\n",
         lambda: b"no json\n",
         lambda: b"\xff\xfe\n",
     ]
-    return b"".join(rng.choice(kinds)() for _ in range(60)) + rng.choice([b"", b'{"text": "the end"}'])
+    return b"".join(rng.choice(kinds)() for _ in range(60)) + rng.choice(
+        [b"", b'{"text": "the end"}']
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,7 +67,9 @@ def test_a_line_of_200_megabytes_is_not_held(tmp_path):
 
 
 def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
-    text = b"".join(json.dumps({"id": number, "text": "x" * 500}).encode() + b"\n" for number in range(2000))
+    text = b"".join(
+        json.dumps({"id": number, "text": "x" * 500}).encode() + b"\n" for number in range(2000)
+    )
     whole = zstandard.ZstdCompressor().compress(text)
     path = tmp_path / "cut.jsonl.zst"
     path.write_bytes(zstandard.ZstdCompressor().compress(text[:250_000]) + whole[: len(whole) // 2])
@@ -71,4 +78,6 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     assert isinstance(problem, Problem)
     assert (problem.reason, problem.line) == ("unreadable", len(records) + 1)
     assert all(isinstance(record, Record) for record in records)
-    assert [record.id for record in records if record.reason is None][:400] == [str(number) for number in range(400)]
+    assert [record.id for record in records if record.reason is None][:400] == [
+        str(number) for number in range(400)
+    ]

@@ -32,7 +32,9 @@ def corpora(tmp_path_factory):
 
     def make(name, first, rows):
         last = int(np.searchsorted(sizes, sizes[first - 1] + rows * (T + 1))) + 1
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents[first:last]))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": d}) + "\n" for d in documents[first:last])
+        )
         return pack([f"{folder}/{name}.jsonl"], folder / name, tokenizer, T, num_workers=1)
 
     large, small = make("large", 10, 100), make("small", 500, 37)
@@ -51,9 +53,12 @@ def sharding_of(shape):
 
 def settings(shape=(1, 1, 1, 1), accumulation_steps=1, document_mask=False):
     return {
-        "accumulation_steps": accumulation_steps, "batch_size": G, "eos_id": EOS, "document_mask": document_mask,
+        "accumulation_steps": accumulation_steps,
+        "batch_size": G,
+        "eos_id": EOS,
+        "document_mask": document_mask,
         "sharding": sharding_of(shape),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -62,7 +67,9 @@ def load():
     loaders = []
 
     def start(*sources, seed=3, position=0, skip=(), **chosen):
-        loaders.append(Loader(list(sources), seed=seed, position=position, skip=skip, **settings(**chosen)))
+        loaders.append(
+            Loader(list(sources), seed=seed, position=position, skip=skip, **settings(**chosen))
+        )
         return loaders[-1]
 
     yield start
@@ -89,13 +96,22 @@ def test_a_position_holds_the_same_rows_in_any_number_of_micro_batches(corpora, 
     chosen = [(corpora[0], 3.0), (corpora[1], 1.0)]
     whole = take(load(*chosen), 10)
     assert len({row for rows in whole for row in rows}) > 100
-    for accumulation_steps, shape in ((2, (1, 1, 1, 1)), (4, (2, 2, 1, 1)), (2, (8, 1, 1, 1)), (1, (1, 2, 2, 2))):
+    for accumulation_steps, shape in (
+        (2, (1, 1, 1, 1)),
+        (4, (2, 2, 1, 1)),
+        (2, (8, 1, 1, 1)),
+        (1, (1, 2, 2, 2)),
+    ):
         loader = load(*chosen, accumulation_steps=accumulation_steps, shape=shape)
         batch = next(loader)
-        assert {x.shape for x in batch.values()} == {(accumulation_steps, G // accumulation_steps, T)}
+        assert {x.shape for x in batch.values()} == {
+            (accumulation_steps, G // accumulation_steps, T)
+        }
         assert {str(x.dtype) for x in batch.values()} == {"int32"}
         found = [rows_of(batch), *take(loader, 9)]
-        assert [collections.Counter(rows) for rows in found] == [collections.Counter(rows) for rows in whole]
+        assert [collections.Counter(rows) for rows in found] == [
+            collections.Counter(rows) for rows in whole
+        ]
 
 
 @pytest.mark.parametrize("position", [1, 6, 7, 20])  # the first epoch ends within position 6
@@ -126,11 +142,16 @@ def test_an_epoch_has_every_row_once_and_each_epoch_another_order(corpora, load)
     for epoch in epochs:
         assert sorted(epoch) == sorted(rows)
         assert sum(a == b for a, b in zip(epoch, rows, strict=True)) < 20  # it is shuffled
-    assert all(sum(a == b for a, b in zip(epochs[i], epochs[j], strict=True)) < 20 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert all(
+        sum(a == b for a, b in zip(epochs[i], epochs[j], strict=True)) < 20
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    )
 
 
 def test_another_seed_gives_another_order(corpora, load):
-    first, second, again = (elements_of(load((corpora[0], 1.0), seed=seed), 4) for seed in (3, 4, 3))
+    first, second, again = (
+        elements_of(load((corpora[0], 1.0), seed=seed), 4) for seed in (3, 4, 3)
+    )
     assert first == again
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
 
@@ -157,8 +178,19 @@ def test_corpora_are_mixed_by_weight_and_each_is_used_in_full(corpora, load, wei
 def test_every_device_holds_its_slice_of_the_global_batch(corpora, load, shape, accumulation_steps):
     source = (corpora[0], 1.0)
     whole = np.array(take(load(source), 3))[2].reshape(accumulation_steps, -1, T + 1)
-    batch = next(load(source, shape=shape, accumulation_steps=accumulation_steps, document_mask=True, position=2))
-    documents = {name: x.reshape(*whole.shape[:2], T) for name, x in by_hand(whole[..., :-1].reshape(-1, T)).items()}
+    batch = next(
+        load(
+            source,
+            shape=shape,
+            accumulation_steps=accumulation_steps,
+            document_mask=True,
+            position=2,
+        )
+    )
+    documents = {
+        name: x.reshape(*whole.shape[:2], T)
+        for name, x in by_hand(whole[..., :-1].reshape(-1, T)).items()
+    }
     wanted = {"inputs": whole[..., :-1], "labels": whole[..., 1:], **documents}
     assert batch.keys() == wanted.keys()
     data, fsdp, context, _ = shape
@@ -170,7 +202,9 @@ def test_every_device_holds_its_slice_of_the_global_batch(corpora, load, shape, 
         for (d, f, c, t), device in np.ndenumerate(mesh):
             b = d * fsdp + f
             expected = wanted[name][:, b * B : (b + 1) * B, c * C : (c + 1) * C]
-            np.testing.assert_array_equal(held[device], expected, err_msg=f"{name} of {(d, f, c, t)}")
+            np.testing.assert_array_equal(
+                held[device], expected, err_msg=f"{name} of {(d, f, c, t)}"
+            )
 
 
 def by_hand(inputs):
@@ -198,23 +232,33 @@ def test_documents_are_numbered_and_counted_from_their_starts():
 
 
 @pytest.mark.parametrize("shape, accumulation_steps", [((1, 1, 1, 1), 1), ((2, 2, 2, 1), 2)])
-def test_validation_takes_every_row_once_from_all_corpora_in_turn(corpora, shape, accumulation_steps):
+def test_validation_takes_every_row_once_from_all_corpora_in_turn(
+    corpora, shape, accumulation_steps
+):
     large, small = map(everything, corpora)
     wanted = [row for pair in zip(large, small, strict=False) for row in pair] + large[37:]
     chosen = settings(shape=shape, accumulation_steps=accumulation_steps)
 
     def batches(num_batches):
-        return list(validation_batches([(corpora[0], 1.0), (corpora[1], 9.0)], **chosen, num_batches=num_batches))
+        return list(
+            validation_batches(
+                [(corpora[0], 1.0), (corpora[1], 9.0)], **chosen, num_batches=num_batches
+            )
+        )
 
     found = batches(100)
     assert len(found) == -(-137 // G) == 9
     labels = np.concatenate([np.asarray(batch["labels"]).reshape(-1, T) for batch in found])
     inputs = np.concatenate([np.asarray(batch["inputs"]).reshape(-1, T) for batch in found])
-    assert [(*a, b[-1]) for a, b in zip(inputs[:137].tolist(), labels.tolist(), strict=False)] == wanted
+    assert [
+        (*a, b[-1]) for a, b in zip(inputs[:137].tolist(), labels.tolist(), strict=False)
+    ] == wanted
     np.testing.assert_array_equal(labels[:137, :-1], inputs[:137, 1:])
     assert (labels[137:] == -100).all()
     assert len(labels) == 9 * G
-    assert ((inputs >= 0) & (inputs < 275)).all()  # rows that are ignored go through the model all the same
+    assert (
+        (inputs >= 0) & (inputs < 275)
+    ).all()  # rows that are ignored go through the model all the same
     assert found[0]["inputs"].sharding == chosen["sharding"]
     for number in (1, 3, 9):
         again = batches(number)
@@ -223,7 +267,9 @@ def test_validation_takes_every_row_once_from_all_corpora_in_turn(corpora, shape
 
 
 def test_validation_keeps_documents_apart_where_training_does(corpora):
-    for batch in validation_batches([(corpora[1], 1.0)], **settings(document_mask=True), num_batches=9):
+    for batch in validation_batches(
+        [(corpora[1], 1.0)], **settings(document_mask=True), num_batches=9
+    ):
         wanted = by_hand(np.asarray(batch["inputs"]).reshape(-1, T))
         assert {*batch} == {"inputs", "labels", *wanted}
         for name in wanted:
@@ -248,13 +294,18 @@ def cut_short(path):
 
 
 @pytest.mark.parametrize("damage", [gone, flipped, cut_short])
-def test_an_error_in_reading_reaches_the_caller_and_names_the_shard(corpora, load, tmp_path, damage):
+def test_an_error_in_reading_reaches_the_caller_and_names_the_shard(
+    corpora, load, tmp_path, damage
+):
     rows = Rows(shutil.copytree(corpora[0].path, tmp_path / "rows"))
     if damage is cut_short:
         rows[0]  # so the file is open before it is cut
     message = damage(tmp_path / "rows" / "shard-00000.array_record")
     loader = load((rows, 1.0))
-    with pytest.raises(ConfigError, match=rf"row \d+ of .*rows cannot be read from .*shard-00000\.array_record: .*{message}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"row \d+ of .*rows cannot be read from .*shard-00000\.array_record: .*{message}",
+    ):
         take(loader, 100 // G + 1)
     position = loader.position
     with pytest.raises(ValueError, match="closed"):  # to go on would leave out a batch

@@ -13,7 +13,14 @@ import pytest
 from launches import REPOSITORY, environment, write_config
 
 from baichuan_jax.config import ConfigError
-from baichuan_jax.data.mixture import LEAST_SHARE, Law, draw_mixtures, fit_law, main, temperature_weights
+from baichuan_jax.data.mixture import (
+    LEAST_SHARE,
+    Law,
+    draw_mixtures,
+    fit_law,
+    main,
+    temperature_weights,
+)
 
 
 def test_temperature_weights_follow_their_formula():
@@ -21,7 +28,10 @@ def test_temperature_weights_follow_their_formula():
     assert temperature_weights(sizes, 1) == pytest.approx(sizes / 3000)
     assert temperature_weights(sizes, 2) == pytest.approx(np.sqrt(sizes) / np.sqrt(sizes).sum())
     assert temperature_weights(sizes, 1e6) == pytest.approx(np.full(3, 1 / 3), abs=1e-5)
-    assert temperature_weights(np.array([1e300, 1e-300]), 0.01).tolist() == [1.0, 0.0]  # no overflow
+    assert temperature_weights(np.array([1e300, 1e-300]), 0.01).tolist() == [
+        1.0,
+        0.0,
+    ]  # no overflow
     with pytest.raises(ConfigError, match="temperature=0"):
         temperature_weights(sizes, 0)
 
@@ -65,15 +75,21 @@ def test_a_loss_that_is_left_out_does_not_help_its_own_prediction():
     "law",
     [
         Law(1.0, np.array([0.5, -0.3, 0.1]), np.array([0.2, 0.4, 0.1])),
-        Law(1.0, np.array([0.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0])),  # the best: proportional to the gains
-        Law(1.0, np.array([2.0, 0.1, 3.0]), np.array([0.0, 0.0, 0.0])),  # the best: all that may go to the second
+        Law(
+            1.0, np.array([0.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0])
+        ),  # the best: proportional to the gains
+        Law(
+            1.0, np.array([2.0, 0.1, 3.0]), np.array([0.0, 0.0, 0.0])
+        ),  # the best: all that may go to the second
         Law(1.0, np.array([0.0, 5.0, 0.0]), np.array([0.3, 0.0, 0.3])),
     ],
 )
 def test_the_best_mixture_is_that_of_a_fine_grid(law):
     floor = np.array([0.05, 0.02, 0.1])
     grid = [
-        (a, b, 1 - a - b) for a, b in itertools.product(np.arange(0.05, 1, 0.005), np.arange(0.02, 1, 0.005)) if 1 - a - b >= 0.1
+        (a, b, 1 - a - b)
+        for a, b in itertools.product(np.arange(0.05, 1, 0.005), np.arange(0.02, 1, 0.005))
+        if 1 - a - b >= 0.1
     ]
     best = law.best(floor)
     assert best.sum() == pytest.approx(1)
@@ -83,10 +99,26 @@ def test_the_best_mixture_is_that_of_a_fine_grid(law):
 
 def test_temperature_of_a_configuration_counts_text(tmp_path, capsys):
     config = write_config(tmp_path)
-    assert main(["temperature", "--config", str(config), "--temperature", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert (
+        main(
+            [
+                "temperature",
+                "--config",
+                str(config),
+                "--temperature",
+                "2",
+                "--json",
+                str(tmp_path / "out.json"),
+            ]
+        )
+        == 0
+    )
     figures = json.loads((tmp_path / "out.json").read_text())
     sizes = [
-        sum(len(json.loads(line)["text"].encode()) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        sum(
+            len(json.loads(line)["text"].encode())
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        )
         for name in ("train-en", "train-zh")
     ]
     assert figures["sizes"] == sizes
@@ -114,25 +146,52 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path):
     """Six trainings and the best, by the real trainer; the search is killed in the second, its training lives on and is used."""
     config = write_config(tmp_path)
     words = [
-        sys.executable, "-m", "baichuan_jax.data.mixture", "learn", "--config", str(config), "--output", str(tmp_path / "out"),
-        "--runs", "6", "--steps", "30", "--json", str(tmp_path / "out.json"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "baichuan_jax.data.mixture",
+        "learn",
+        "--config",
+        str(config),
+        "--output",
+        str(tmp_path / "out"),
+        "--runs",
+        "6",
+        "--steps",
+        "30",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     first = subprocess.Popen(words, env=environment(), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "out" / "run-001" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while (
+        not (tmp_path / "out" / "run-001" / "metrics.jsonl").exists()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     kept = (tmp_path / "out" / "run-000" / "metrics.jsonl").read_bytes()
-    done = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "run-000" / "metrics.jsonl").read_bytes() == kept
-    starts = [json.loads(line)["kind"] for line in (tmp_path / "out" / "run-001" / "events.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line)["kind"]
+        for line in (tmp_path / "out" / "run-001" / "events.jsonl").read_text().splitlines()
+    ]
     assert starts.count("started") == 1  # the orphan was waited for
     figures = json.loads((tmp_path / "out.json").read_text())
     for number, run in enumerate(figures["runs"]):
-        lines = [json.loads(line) for line in (tmp_path / "out" / f"run-{number:03d}" / "metrics.jsonl").read_text().splitlines()]
-        assert run["loss"] == next(line["eval_loss"] for line in lines if line.get("eval_loss") and line["step"] == 30)
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "out" / f"run-{number:03d}" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ]
+        assert run["loss"] == next(
+            line["eval_loss"] for line in lines if line.get("eval_loss") and line["step"] == 30
+        )
         recorded = (tmp_path / "out" / f"run-{number:03d}" / "config.yaml").read_text()
         assert all(f"jsonl: {weight}" in recorded for weight in run["weights"])
     assert len({run["loss"] for run in figures["runs"]}) == 6

@@ -27,36 +27,66 @@ def sample(name: str, count: int) -> list[str]:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
 
 
-def command(folder: Path, output: Path, *words: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20) -> list[str]:
+def command(
+    folder: Path, output: Path, *words: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20
+) -> list[str]:
     """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
     program = (
         "import sys; from baichuan_jax.data import documents, engine, pipeline; "
         f"documents.PART_BYTES, engine.ROWS_AT_ONCE = {part_bytes}, {rows_at_once}; "
         "pipeline.run_command(lambda: pipeline.main(sys.argv[1:]))"
     )
-    return [sys.executable, "-c", program, "--input", f"{folder}/*", "--output", str(output), *words]
+    return [
+        sys.executable,
+        "-c",
+        program,
+        "--input",
+        f"{folder}/*",
+        "--output",
+        str(output),
+        *words,
+    ]
 
 
-def pipeline(folder: Path, output: Path, *words: str, expect: int | None = 0, **sizes: int) -> subprocess.CompletedProcess:
+def pipeline(
+    folder: Path, output: Path, *words: str, expect: int | None = 0, **sizes: int
+) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        command(folder, output, *words, **sizes), env=environment(), capture_output=True, text=True, timeout=300, cwd=folder
+        command(folder, output, *words, **sizes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
     )
-    assert expect is None or done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert expect is None or done.returncode == expect, (
+        f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
 def rows(output: Path, folder: str) -> dict[str, dict]:
-    found = [row for path in sorted((output / folder).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    found = [
+        row
+        for path in sorted((output / folder).glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
     assert len({row["id"] for row in found}) == len(found)
     return {row["id"]: row for row in found}
 
 
 def content(output: Path) -> dict[str, bytes]:
     """The bytes of final/ and removed/."""
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(output.glob("[fr]*/*.parquet"))}
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in sorted(output.glob("[fr]*/*.parquet"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +100,12 @@ def corpus(tmp_path_factory) -> Path:
     records[6]["text"] += f"\n{sentence} The end of the first."
     records[7]["text"] += f"\nThe beginning. {sentence}\nThe end of the second."
     records.append({"id": "copy", "text": zh[0].replace("，", " , ")})
-    records.append({"id": "personal", "text": f"{en[5][4000:6000]}\nWrite to {EMAIL}, call {PHONE}, 证件号{IDENTITY}。"})
+    records.append(
+        {
+            "id": "personal",
+            "text": f"{en[5][4000:6000]}\nWrite to {EMAIL}, call {PHONE}, 证件号{IDENTITY}。",
+        }
+    )
     records.append({"id": "table", "text": "\n".join(f"{i}\t{i * i}\t{i**3}" for i in range(200))})
     write_jsonl(folder / "a.jsonl", records[::2])
     write_jsonl(folder / "b.jsonl", records[1::2])
@@ -86,17 +121,33 @@ def result(corpus, tmp_path_factory) -> Path:
 
 def test_every_document_is_kept_or_removed_for_a_reason(corpus, result):
     final, removed = rows(result, "final"), rows(result, "removed")
-    given = {json.loads(line)["id"] for path in corpus.iterdir() for line in path.read_text(encoding="utf-8").splitlines()}
+    given = {
+        json.loads(line)["id"]
+        for path in corpus.iterdir()
+        for line in path.read_text(encoding="utf-8").splitlines()
+    }
     assert final.keys() | removed.keys() == given
     assert not final.keys() & removed.keys()
-    assert list(next(iter(final.values()))) == ["id", "text", "source", "lang", "quality", "frequency"]
+    assert list(next(iter(final.values()))) == [
+        "id",
+        "text",
+        "source",
+        "lang",
+        "quality",
+        "frequency",
+    ]
     assert list(next(iter(removed.values()))) == ["id", "stage", "reason", "duplicate_of"]
     kept = {"zh0", "copy"} & final.keys()
     assert len(kept) == 1
     gone = removed[({"zh0", "copy"} - kept).pop()]
     assert (gone["stage"], gone["duplicate_of"]) == ("documents", kept.pop())
     assert {final[name]["frequency"] for name in ({"zh0", "copy"} & final.keys())} == {2}
-    assert removed["table"] == {"id": "table", "stage": "rules", "reason": "few_letters", "duplicate_of": None}
+    assert removed["table"] == {
+        "id": "table",
+        "stage": "rules",
+        "reason": "few_letters",
+        "duplicate_of": None,
+    }
     assert (final["zh1"]["lang"], final["zh1"]["source"]) == ("zh", "verse")
     assert final["en1"]["source"] in ("a", "b")
 
@@ -115,13 +166,20 @@ def test_personal_data_are_masked(result):
 
 def test_the_report_adds_up(result):
     report = json.loads((result / "report.json").read_text(encoding="utf-8"))
-    removed = collections.Counter((row["stage"], row["reason"]) for row in rows(result, "removed").values())
+    removed = collections.Counter(
+        (row["stage"], row["reason"]) for row in rows(result, "removed").values()
+    )
     counted = {
-        (stage["stage"], reason): found["documents"] for stage in report["stages"] for reason, found in stage["removed"].items()
+        (stage["stage"], reason): found["documents"]
+        for stage in report["stages"]
+        for reason, found in stage["removed"].items()
     }
     assert counted == dict(removed)
     final = rows(result, "final")
-    assert report["final"] == {"documents": len(final), "bytes": sum(len(row["text"].encode()) for row in final.values())}
+    assert report["final"] == {
+        "documents": len(final),
+        "bytes": sum(len(row["text"].encode()) for row in final.values()),
+    }
     assert (result / "funnel.png").read_bytes().startswith(b"\x89PNG")
     assert "few_letters" in (result / "funnel.html").read_text(encoding="utf-8")
 
@@ -156,13 +214,23 @@ def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(co
     """A file of two parts, whose last line is broken, and a small one; then the small one alone."""
     folder = tmp_path / "in"
     folder.mkdir()
-    documents = [{"id": f"n{i}", "text": f"{i}. {text}"} for i, text in enumerate(sample("train-en", 15) * 20)]
+    documents = [
+        {"id": f"n{i}", "text": f"{i}. {text}"}
+        for i, text in enumerate(sample("train-en", 15) * 20)
+    ]
     write_jsonl(folder / "large.jsonl", documents)
     with (folder / "large.jsonl").open("a", encoding="utf-8") as file:
         file.write("no json\n")
     (folder / "small.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
-    given = {json.loads(line)["id"] for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()}
-    words = [word for stage in ("rules", "dedup", "sentences", "quality") for word in (f"--{stage}.enabled", "false")]
+    given = {
+        json.loads(line)["id"]
+        for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    }
+    words = [
+        word
+        for stage in ("rules", "dedup", "sentences", "quality")
+        for word in (f"--{stage}.enabled", "false")
+    ]
     words += ["--num_workers", "1"]
     pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
     assert len(content(tmp_path / "o")) == 4
@@ -170,7 +238,9 @@ def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(co
     assert found >= given | {document["id"] for document in documents}
     assert len(found) == len(given) + 300 + 1
     report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
-    assert [(problem["reason"], problem["lines"]) for problem in report["problems"]] == [("no_json", [301])]
+    assert [(problem["reason"], problem["lines"]) for problem in report["problems"]] == [
+        ("no_json", [301])
+    ]
     (folder / "large.jsonl").unlink()
     pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
     assert rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys() == given
@@ -193,16 +263,31 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     ]
     (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (folder / "empty.jsonl").write_bytes(b"")
-    whole = gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in sample("train-en", 50)), mtime=0)
+    whole = gzip.compress(
+        b"".join(json.dumps({"text": text}).encode() + b"\n" for text in sample("train-en", 50)),
+        mtime=0,
+    )
     (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "none.parquet").write_bytes(b"PAR1 this is none")
     pq.write_table(pa.table({"text": [text.upper(), None]}), folder / "some.parquet")
     done = pipeline(
-        folder, tmp_path / "o", "--read.max_line_bytes", "65536", "--dedup.enabled", "false", "--sentences.enabled", "false",
-        "--quality.enabled", "false", "--num_workers", "1",
-    )  # fmt: skip
+        folder,
+        tmp_path / "o",
+        "--read.max_line_bytes",
+        "65536",
+        "--dedup.enabled",
+        "false",
+        "--sentences.enabled",
+        "false",
+        "--quality.enabled",
+        "false",
+        "--num_workers",
+        "1",
+    )
     report = json.loads((tmp_path / "o" / "report.json").read_text(encoding="utf-8"))
-    problems = {(Path(p["file"]).name, p["reason"]): (p["count"], p["lines"]) for p in report["problems"]}
+    problems = {
+        (Path(p["file"]).name, p["reason"]): (p["count"], p["lines"]) for p in report["problems"]
+    }
     lines_before_the_cut = problems.pop(("cut.jsonl.gz", "unreadable"))[1][0] - 1
     assert 0 < lines_before_the_cut < 50
     assert problems == {
@@ -215,7 +300,10 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
         ("none.parquet", "unreadable"): (1, [1]),
         ("some.parquet", "no_text"): (1, [2]),
     }
-    assert len(rows(tmp_path / "o", "final")) + len(rows(tmp_path / "o", "removed")) == 7 + lines_before_the_cut + 2
+    assert (
+        len(rows(tmp_path / "o", "final")) + len(rows(tmp_path / "o", "removed"))
+        == 7 + lines_before_the_cut + 2
+    )
     assert "a.jsonl: 2 broken_utf8 at line 2, 8" in done.stdout.replace("\n", "")
     failed = pipeline(folder, tmp_path / "f", "--on_error", "fail", expect=78)
     assert "a.jsonl, line 2: broken_utf8" in failed.stderr
@@ -241,7 +329,11 @@ def test_a_wrong_setting_is_refused(corpus, tmp_path, words, message):
 def test_a_full_disk_ends_the_run_and_costs_nothing_that_is_finished(corpus, result, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         pytest.skip(done.stderr)
     try:
@@ -259,7 +351,11 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_that_is_finished(corpus, res
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_bytes(corpus, result, tmp_path):
     done = subprocess.run(
-        command(corpus, tmp_path), env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=600
+        command(corpus, tmp_path),
+        env=environment(RAY_ADDRESS="local"),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert content(tmp_path) == content(result)
@@ -270,9 +366,12 @@ def test_ten_kills_give_the_same_bytes(corpus, result, tmp_path):
     rng = random.Random(0)
     for _ in range(10):
         process = subprocess.Popen(
-            command(corpus, tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command(corpus, tmp_path),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )  # fmt: skip
+        )
         time.sleep(rng.uniform(1, 8))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

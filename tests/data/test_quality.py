@@ -23,7 +23,10 @@ def documents(name, count):
 
 
 def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -44,22 +47,37 @@ def scrambled(text, rng):
 def test_the_shipped_model_knows_unseen_text_from_the_same_text_scrambled():
     rng = random.Random(5)
     for name, count in (("validation-en", 11), ("validation-zh", 36)):
-        texts = [text[start : start + 1000] for text in documents(name, count) for start in range(0, len(text) - 500, 1000)]
+        texts = [
+            text[start : start + 1000]
+            for text in documents(name, count)
+            for start in range(0, len(text) - 500, 1000)
+        ]
         good, bad = quality.score(texts), quality.score([scrambled(text, rng) for text in texts])
         assert good.dtype == np.float32
         assert np.mean(good > 0.5) > 0.95, name
-        assert np.mean(bad < 0.25) > 0.95, name  # verse is the harder: hardly any two characters of it recur
+        assert np.mean(bad < 0.25) > 0.95, (
+            name
+        )  # verse is the harder: hardly any two characters of it recur
     assert sum(path.stat().st_size for path in quality.MODEL.glob("*.ftz")) < 1_000_000
 
 
 def test_a_score_depends_on_its_text_alone():
-    texts = [*documents("validation-en", 3), *documents("validation-zh", 3), "", "=== 12 ===", "春眠不覺曉", "He said so."]
+    texts = [
+        *documents("validation-en", 3),
+        *documents("validation-zh", 3),
+        "",
+        "=== 12 ===",
+        "春眠不覺曉",
+        "He said so.",
+    ]
     together = quality.score(texts)
     assert together.tolist() == [quality.score([text]).item() for text in texts]
     assert together[6:8].tolist() == [0.0, 0.0]
     assert ((together[:6] > 0) & (together[:6] < 1)).all()
     assert quality.score([]).shape == (0,)
-    assert quality.score(["It was a\n\ntruth ."]) == quality.score(["it WAS a TRUTH. 17"])  # layout, case and digits aside
+    assert quality.score(["It was a\n\ntruth ."]) == quality.score(
+        ["it WAS a TRUTH. 17"]
+    )  # layout, case and digits aside
 
 
 def test_a_list_is_not_judged_by_the_order_of_its_words():
@@ -67,7 +85,10 @@ def test_a_list_is_not_judged_by_the_order_of_its_words():
     names = "Pinnacle PCTV; Hauppauge WinTV-HVR; Leadtek TV; Terratec Cinergy; Flyvideo; MSI; Zoran; Philips tuner cards"
     text = quality._tokens(names)
     classifier, entry = quality._load(str(quality.MODEL))["en"]
-    raw = entry["slope"] * quality._logits(classifier, entry["direction"], [text])[0] + entry["intercept"]
+    raw = (
+        entry["slope"] * quality._logits(classifier, entry["direction"], [text])[0]
+        + entry["intercept"]
+    )
     assert raw < 0
     assert quality.score([names]).item() == 0.5
     assert quality.score(["of the " * 3 + names]).item() < 0.5
@@ -75,7 +96,9 @@ def test_a_list_is_not_judged_by_the_order_of_its_words():
 
 def test_training_twice_gives_the_same_bytes(trained, tmp_path):
     model, good, card = trained
-    used = [np.full(10**6, np.nan) for _ in range(8)]  # fastText reads memory that it never wrote; let that be no zeros
+    used = [
+        np.full(10**6, np.nan) for _ in range(8)
+    ]  # fastText reads memory that it never wrote; let that be no zeros
     del used
     assert quality.train([good], [], tmp_path / "again", size=5000) == card
     for path in model.iterdir():
@@ -84,10 +107,16 @@ def test_training_twice_gives_the_same_bytes(trained, tmp_path):
 
 def test_chosen_bad_text_is_what_a_model_learns_to_refuse(tmp_path):
     good = write(tmp_path / "good.jsonl", documents("train-en", 60))
-    bad = write(tmp_path / "bad.jsonl", [text.upper().replace("THE ", "ZORG ") for text in documents("train-en", 120)[60:]])
+    bad = write(
+        tmp_path / "bad.jsonl",
+        [text.upper().replace("THE ", "ZORG ") for text in documents("train-en", 120)[60:]],
+    )
     card = quality.train([good], [bad], tmp_path / "model", size=5000)
     assert card["languages"]["en"]["held_out"]["auc"] > 0.9
-    fine, poor = quality.score(["He went to the house by the river.", "He went to zorg house by zorg river."], tmp_path / "model")
+    fine, poor = quality.score(
+        ["He went to the house by the river.", "He went to zorg house by zorg river."],
+        tmp_path / "model",
+    )
     assert fine > 0.5 > poor
 
 
@@ -96,7 +125,10 @@ def test_calibration_recovers_a_known_law():
     logits = rng.normal(0, 5, 200_000)
     labels = (rng.random(len(logits)) < 1 / (1 + np.exp(-(0.4 * logits - 1.0)))).astype(float)
     slope, intercept = quality._calibrate(logits, labels)
-    assert (slope, intercept) == (pytest.approx(0.4, abs=0.01), pytest.approx(-1.0, abs=0.03))  # five standard errors
+    assert (slope, intercept) == (
+        pytest.approx(0.4, abs=0.01),
+        pytest.approx(-1.0, abs=0.03),
+    )  # five standard errors
     report = quality._report(slope * logits + intercept, labels)
     assert report["calibration_error"] < 0.01
     assert sum(b["texts"] for b in report["calibration"]) == report["texts"] == len(labels)
@@ -106,7 +138,10 @@ def test_the_report_counts_pairs_and_errors():
     logits, labels = np.array([2.0, -1.0, 0.5, -3.0, 4.0]), np.array([1.0, 1.0, 0.0, 0.0, 1.0])
     report = quality._report(logits, labels)
     pairs = [
-        (a > b) for a, x in zip(logits, labels, strict=True) for b, y in zip(logits, labels, strict=True) if (x, y) == (1, 0)
+        (a > b)
+        for a, x in zip(logits, labels, strict=True)
+        for b, y in zip(logits, labels, strict=True)
+        if (x, y) == (1, 0)
     ]
     assert report["auc"] == pytest.approx(sum(pairs) / len(pairs))
     assert report["accuracy"] == pytest.approx(3 / 5)
@@ -118,7 +153,11 @@ def test_held_out_figures_are_what_score_gives(trained):
     figures = card["languages"]["en"]["held_out"]
     assert 0.6 < figures["accuracy"] <= 1
     rng = random.Random(1)
-    texts = [text[i : i + 300] for text in documents("validation-en", 11) for i in range(0, len(text) - 300, 300)]
+    texts = [
+        text[i : i + 300]
+        for text in documents("validation-en", 11)
+        for i in range(0, len(text) - 300, 300)
+    ]
     scores = quality.score([*texts, *(scrambled(text, rng) for text in texts)], model)
     truth = np.repeat([1.0, 0.0], len(texts))
     order = np.argsort(scores, kind="stable")
@@ -142,7 +181,9 @@ def test_what_cannot_be_is_refused(trained, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"en\.ftz has SHA-256 \w+ and card"):
         quality.score(["a"], copy)
     with pytest.raises(ConfigError, match="too little en text"):
-        quality.train([write(tmp_path / "one.jsonl", ["One short text of a few words."])], [], tmp_path / "m")
+        quality.train(
+            [write(tmp_path / "one.jsonl", ["One short text of a few words."])], [], tmp_path / "m"
+        )
     chinese = write(tmp_path / "zh.jsonl", documents("train-zh", 2))
     with pytest.raises(ConfigError, match=r"hold no en text"):
         quality.train([good], [chinese], tmp_path / "m")
@@ -154,14 +195,33 @@ def test_what_cannot_be_is_refused(trained, tmp_path, monkeypatch):
 
 def test_the_commands_show_figures(trained, tmp_path, capsys):
     _, good, card = trained
-    words = ["train", "--good", good, "--output", str(tmp_path / "m"), "--size", "5000", "--json", str(tmp_path / "card.json")]
+    words = [
+        "train",
+        "--good",
+        good,
+        "--output",
+        str(tmp_path / "m"),
+        "--size",
+        "5000",
+        "--json",
+        str(tmp_path / "card.json"),
+    ]
     assert quality.main(words) == 0
     assert json.loads((tmp_path / "card.json").read_text()) == card
     assert f"{card['languages']['en']['held_out']['accuracy']:.4f}" in capsys.readouterr().out
-    text = write(tmp_path / "some.jsonl", ["A line that is fine.\n\nof of a the to the of", "Another one, as good as the first."])
-    assert quality.main(["score", "--input", text, "--lines", "--json", str(tmp_path / "scores.json")]) == 0
+    text = write(
+        tmp_path / "some.jsonl",
+        ["A line that is fine.\n\nof of a the to the of", "Another one, as good as the first."],
+    )
+    assert (
+        quality.main(["score", "--input", text, "--lines", "--json", str(tmp_path / "scores.json")])
+        == 0
+    )
     lines = ["A line that is fine.", "of of a the to the of", "Another one, as good as the first."]
     figures = json.loads((tmp_path / "scores.json").read_text())[text]
-    assert (figures["texts"], figures["mean"]) == (3, pytest.approx(quality.score(lines).mean(), rel=1e-5))
+    assert (figures["texts"], figures["mean"]) == (
+        3,
+        pytest.approx(quality.score(lines).mean(), rel=1e-5),
+    )
     printed = capsys.readouterr().out
     assert printed.index("of of a the to the of") < printed.index("A line that is fine.")

@@ -36,7 +36,9 @@ def sample(language, number):
 
 
 def write(path, documents):
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,9 @@ def copy(packed, tmp_path):
 @pytest.fixture
 def config(tiny_config, corpus, tokenizer, tmp_path):
     data = DataConfig(train={corpus: 1.0}, cache_dir=str(tmp_path / "cache"), num_workers=1)
-    return dataclasses.replace(tiny_config, data=data, tokenizer=TokenizerConfig(path=str(tokenizer.path)))
+    return dataclasses.replace(
+        tiny_config, data=data, tokenizer=TokenizerConfig(path=str(tokenizer.path))
+    )
 
 
 def packed_only(config, *folders, **data):
@@ -85,7 +89,10 @@ def packed_only(config, *folders, **data):
 
 def streams(documents, tokenizer):
     """Plain Python: the tokens of every file, empty documents left out, each other one ended with </s>."""
-    return [[t for document in part if document for t in [*tokenizer.encode(document), 2]] for part in documents.values()]
+    return [
+        [t for document in part if document for t in [*tokenizer.encode(document), 2]]
+        for part in documents.values()
+    ]
 
 
 def content(folder):
@@ -114,7 +121,10 @@ def test_rows_are_the_documents_joined_and_cut(packed, documents, tokenizer):
 def test_documents_tokens_and_rows_are_counted(packed, documents, tokenizer):
     everything = [document for part in documents.values() for document in part]
     tokens = [token for stream in streams(documents, tokenizer) for token in stream]
-    found = {name: packed.manifest[name] for name in ("documents", "empty_documents", "text_bytes", "tokens", "eos_id")}
+    found = {
+        name: packed.manifest[name]
+        for name in ("documents", "empty_documents", "text_bytes", "tokens", "eos_id")
+    }
     assert found == {
         "documents": len(everything),
         "empty_documents": everything.count(""),
@@ -123,7 +133,10 @@ def test_documents_tokens_and_rows_are_counted(packed, documents, tokenizer):
         "eos_id": 2,
     }
     assert packed.counts.tolist() == [tokens.count(i) for i in range(512)]
-    assert f"{len(everything):,} documents ({everything.count('')} empty), {len(tokens):,} tokens" in summary(packed)
+    assert (
+        f"{len(everything):,} documents ({everything.count('')} empty), {len(tokens):,} tokens"
+        in summary(packed)
+    )
 
 
 def test_unigram_entropy_is_that_of_the_weighted_mixture(packed, corpus, tokenizer, tmp_path):
@@ -134,7 +147,9 @@ def test_unigram_entropy_is_that_of_the_weighted_mixture(packed, corpus, tokeniz
         mixed = [share * p + (1 - share) * q for p, q in zip(a, b, strict=True)]
         found = unigram_entropy([(packed, first), (other, second)])
         assert found == pytest.approx(-sum(p * np.log(p) for p in mixed if p), rel=1e-9)
-    assert unigram_entropy([(packed, 0.1)]) == pytest.approx(-sum(p * np.log(p) for p in a if p), rel=1e-9)
+    assert unigram_entropy([(packed, 0.1)]) == pytest.approx(
+        -sum(p * np.log(p) for p in a if p), rel=1e-9
+    )
 
 
 def test_any_number_of_processes_writes_the_same_folder(packed, corpus, tokenizer, tmp_path):
@@ -150,7 +165,10 @@ def test_a_large_file_becomes_several_shards_that_hold_every_document(
     rows = pack([corpus.replace("*", "a")], tmp_path / "rows", tokenizer, 8, num_workers=2)
     assert len(rows.manifest["shards"]) in (3, 4)
     assert rows.manifest["documents"] == len(documents["a.jsonl"])
-    assert rows.counts.tolist() == np.bincount(streams(documents, tokenizer)[0], minlength=512).tolist()
+    assert (
+        rows.counts.tolist()
+        == np.bincount(streams(documents, tokenizer)[0], minlength=512).tolist()
+    )
 
 
 def test_token_ids_of_a_large_vocabulary_are_not_cut(packed):
@@ -160,8 +178,19 @@ def test_token_ids_of_a_large_vocabulary_are_not_cut(packed):
 
 def start_pack(corpus, output, tokenizer):
     words = ["pack", "--input", corpus, "--output", str(output), "--tokenizer", str(tokenizer.path)]
-    command = [sys.executable, "-m", "baichuan_jax.data.rows", *words, "--context_length", "32", "--num_workers", "2"]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "baichuan_jax.data.rows",
+        *words,
+        "--context_length",
+        "32",
+        "--num_workers",
+        "2",
+    ]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children(pid):
@@ -181,10 +210,15 @@ def wait_until(holds, seconds=60.0):
         time.sleep(0.005)
 
 
-def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(documents, tokenizer, tmp_path):
+def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(
+    documents, tokenizer, tmp_path
+):
     (tmp_path / "text").mkdir()
     for i in range(12):
-        write(tmp_path / "text" / f"{i:02}.jsonl", [document + str(i) for document in documents["a.jsonl"]] * 5)
+        write(
+            tmp_path / "text" / f"{i:02}.jsonl",
+            [document + str(i) for document in documents["a.jsonl"]] * 5,
+        )
     corpus, killed = str(tmp_path / "text" / "*"), tmp_path / "killed"
     process = start_pack(corpus, killed, tokenizer)
     wait_until(lambda: list(killed.glob("shard-*.json")) and list(killed.glob("*.tmp")))
@@ -192,7 +226,9 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(documents, 
     process.kill()
     process.wait()
     try:
-        wait_until(lambda: not any(map(is_running, workers)), seconds=20)  # else they would write beside the next pack
+        wait_until(
+            lambda: not any(map(is_running, workers)), seconds=20
+        )  # else they would write beside the next pack
     finally:
         for worker in filter(is_running, workers):
             os.kill(worker, signal.SIGKILL)
@@ -215,17 +251,25 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(documents, 
     Rows(killed).verify()
 
 
-def test_a_finished_shard_of_other_settings_is_made_anew(copy, corpus, documents, tokenizer, tmp_path):
+def test_a_finished_shard_of_other_settings_is_made_anew(
+    copy, corpus, documents, tokenizer, tmp_path
+):
     train_tokenizer(documents["a.jsonl"], tmp_path / "other.model", 400)
     for other, length in ((tokenizer, 16), (Tokenizer(tmp_path / "other.model"), 32)):
         (copy / "manifest.json").unlink()  # as if it had been killed just before the end
         again = pack([corpus], copy, other, length, num_workers=1)
         assert (again.context_length, again.manifest["tokenizer"]) == (length, other.hash)
-        wanted = [s[i : i + length + 1] for s in streams(documents, other) for i in range(0, len(s) - length, length + 1)]
+        wanted = [
+            s[i : i + length + 1]
+            for s in streams(documents, other)
+            for i in range(0, len(s) - length, length + 1)
+        ]
         np.testing.assert_array_equal([again[i] for i in range(len(again))], wanted)
 
 
-def test_text_that_changes_and_keeps_its_size_is_packed_anew(corpus, documents, tokenizer, tmp_path):
+def test_text_that_changes_and_keeps_its_size_is_packed_anew(
+    corpus, documents, tokenizer, tmp_path
+):
     path = tmp_path / "a.jsonl"
     write(path, documents["a.jsonl"])
     pack([str(path)], tmp_path / "rows", tokenizer, 32, num_workers=1)
@@ -239,7 +283,9 @@ def test_text_that_changes_and_keeps_its_size_is_packed_anew(corpus, documents, 
     assert rows[0].tolist() == streams({"a": changed}, tokenizer)[0][:33]
 
 
-def test_only_the_shard_of_changed_text_is_made_anew(corpus, documents, tokenizer, packed, tmp_path):
+def test_only_the_shard_of_changed_text_is_made_anew(
+    corpus, documents, tokenizer, packed, tmp_path
+):
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
     pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
     (tmp_path / "rows" / "manifest.json").unlink()
@@ -247,15 +293,27 @@ def test_only_the_shard_of_changed_text_is_made_anew(corpus, documents, tokenize
     changed = documents | {"b.jsonl": [*documents["b.jsonl"], "one more " * 20]}
     write(tmp_path / "text" / "b.jsonl", changed["b.jsonl"])
     rows = pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
-    assert rows.manifest["tokens"] == sum(map(len, streams(changed, tokenizer))) > packed.manifest["tokens"]
+    assert (
+        rows.manifest["tokens"]
+        == sum(map(len, streams(changed, tokenizer)))
+        > packed.manifest["tokens"]
+    )
     kept = {name for name, made in times.items() if (rows.path / name).stat().st_mtime_ns == made}
-    assert kept == {f"shard-0000{i}.{suffix}" for i in (0, 2) for suffix in ("array_record", "json")}
+    assert kept == {
+        f"shard-0000{i}.{suffix}" for i in (0, 2) for suffix in ("array_record", "json")
+    }
 
 
-def test_packing_other_text_or_settings_into_a_finished_folder_is_refused(copy, corpus, tokenizer, tmp_path):
+def test_packing_other_text_or_settings_into_a_finished_folder_is_refused(
+    copy, corpus, tokenizer, tmp_path
+):
     before = content(copy)
     assert len(pack([corpus], copy, tokenizer, 32, num_workers=1)) == len(Rows(copy))
-    for patterns, length in (([corpus], 16), ([corpus.replace("*", "a")], 32), ([corpus.replace("*", "b")] * 3, 32)):
+    for patterns, length in (
+        ([corpus], 16),
+        ([corpus.replace("*", "a")], 32),
+        ([corpus.replace("*", "b")] * 3, 32),
+    ):
         with pytest.raises(ConfigError, match="copy holds rows of other text or settings"):
             pack(patterns, copy, tokenizer, length, num_workers=1)
     assert content(copy) == before
@@ -267,7 +325,12 @@ def test_an_error_of_a_worker_is_raised_and_the_next_pack_goes_on(tokenizer, tmp
     with pytest.raises(ConfigError, match=r"b\.jsonl, line 2 is no JSON"):
         pack([f"{tmp_path}/*.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=2)
     write(tmp_path / "b.jsonl", ["mended"])
-    assert pack([f"{tmp_path}/*.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=2).manifest["documents"] == 2
+    assert (
+        pack([f"{tmp_path}/*.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=2).manifest[
+            "documents"
+        ]
+        == 2
+    )
     assert not list((tmp_path / "rows").glob("*.tmp"))
 
 
@@ -281,7 +344,10 @@ def test_a_truncated_or_missing_shard_is_named_at_open(copy):
     shard = copy / "shard-00001.array_record"
     size = shard.stat().st_size
     os.truncate(shard, size - 1)
-    with pytest.raises(ConfigError, match=rf"shard-00001\.array_record has {size - 1} bytes and the manifest says {size}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"shard-00001\.array_record has {size - 1} bytes and the manifest says {size}",
+    ):
         Rows(copy)
     shard.unlink()
     with pytest.raises(ConfigError, match=r"shard-00001\.array_record has gone"):
@@ -305,7 +371,10 @@ def test_a_shard_that_is_cut_short_while_open_is_named(copy):
     last = len(rows) - 1
     expected = rows[last].tolist()
     os.truncate(copy / rows.manifest["shards"][0]["file"], 1000)
-    with pytest.raises(ConfigError, match=r"row 20 of .*copy cannot be read from .*shard-00000\.array_record: .*verify .*copy"):
+    with pytest.raises(
+        ConfigError,
+        match=r"row 20 of .*copy cannot be read from .*shard-00000\.array_record: .*verify .*copy",
+    ):
         [rows[i] for i in (20, last)]
     assert rows[last].tolist() == expected  # of another shard
     for index in (-1, len(rows)):
@@ -316,7 +385,9 @@ def test_a_shard_that_is_cut_short_while_open_is_named(copy):
 @pytest.mark.parametrize("content", ["", '{"version": 1', "[]", "{}"])
 def test_a_damaged_manifest_is_named(copy, content):
     (copy / "manifest.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"manifest\.json is no manifest: .*; delete the folder and pack again"):
+    with pytest.raises(
+        ConfigError, match=r"manifest\.json is no manifest: .*; delete the folder and pack again"
+    ):
         Rows(copy)
 
 
@@ -352,24 +423,35 @@ def test_rows_are_read_alike_from_several_threads(packed):
     assert results == dict.fromkeys(range(8), True)
 
 
-def test_prepare_packs_text_once_and_takes_it_from_the_cache_after(config, packed, corpus, monkeypatch):
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation={corpus.replace("*", "b"): 1.0}))
+def test_prepare_packs_text_once_and_takes_it_from_the_cache_after(
+    config, packed, corpus, monkeypatch
+):
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, validation={corpus.replace("*", "b"): 1.0})
+    )
     said = []
     prepared = prepare(config, say=said.append)
     (rows, weight), (validation, _) = prepared.train[0], prepared.validation[0]
     assert (weight, len(prepared.train), len(prepared.validation)) == (1.0, 1, 1)
     assert shards(rows.path) == shards(packed.path)
     assert validation.manifest["tokens"] < rows.manifest["tokens"]
-    assert [line.split(":")[0] for line in said] == [f"packed {corpus}", f"packed {corpus.replace('*', 'b')}"]
+    assert [line.split(":")[0] for line in said] == [
+        f"packed {corpus}",
+        f"packed {corpus.replace('*', 'b')}",
+    ]
     monkeypatch.setattr(preparing, "pack", refuse_to_work)
     monkeypatch.setattr(preparing, "train_tokenizer", refuse_to_work)
     assert prepare(config, say=refuse_to_work).train[0][0].path == rows.path
 
 
-def test_prepare_trains_a_tokenizer_once_and_again_for_other_text(config, corpus, documents, tmp_path, monkeypatch):
+def test_prepare_trains_a_tokenizer_once_and_again_for_other_text(
+    config, corpus, documents, tmp_path, monkeypatch
+):
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
     text = str(tmp_path / "text" / "*.jsonl")
-    config = packed_only(dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=512)), text)
+    config = packed_only(
+        dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=512)), text
+    )
     said = []
     first = prepare(config, say=said.append)
     assert first.tokenizer.vocab_size == 512
@@ -386,16 +468,26 @@ def test_prepare_trains_a_tokenizer_once_and_again_for_other_text(config, corpus
 @pytest.mark.parametrize("length, verb", [(64, "exceeds"), (16, "is below")])
 def test_packed_rows_of_another_length_are_refused(config, packed, length, verb):
     config = packed_only(config, packed.path)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, context_length=length))
-    with pytest.raises(ConfigError, match=f"context_length={length} {verb} the shards' 32 in .*rows; re-pack with"):
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, context_length=length)
+    )
+    with pytest.raises(
+        ConfigError, match=f"context_length={length} {verb} the shards' 32 in .*rows; re-pack with"
+    ):
         prepare(config)
 
 
-def test_packed_rows_of_another_tokenizer_are_refused(config, packed, documents, tokenizer, tmp_path):
+def test_packed_rows_of_another_tokenizer_are_refused(
+    config, packed, documents, tokenizer, tmp_path
+):
     other = tmp_path / "other.model"
     train_tokenizer(documents["a.jsonl"], other, 512)
-    config = dataclasses.replace(packed_only(config, packed.path), tokenizer=TokenizerConfig(path=str(other)))
-    wanted = f"packed with tokenizer {tokenizer.hash[:12]} and {other} is {Tokenizer(other).hash[:12]}"
+    config = dataclasses.replace(
+        packed_only(config, packed.path), tokenizer=TokenizerConfig(path=str(other))
+    )
+    wanted = (
+        f"packed with tokenizer {tokenizer.hash[:12]} and {other} is {Tokenizer(other).hash[:12]}"
+    )
     with pytest.raises(ConfigError, match=wanted):
         prepare(config)
 
@@ -446,7 +538,11 @@ def test_two_processes_may_prepare_the_same_cache_at_once(corpus, packed, tmp_pa
     command = [sys.executable, str(tmp_path / "program.py"), corpus, str(tmp_path / "cache")]
     processes = [
         subprocess.Popen(
-            [*command, str(own), str(go)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(own), str(go)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for own in ready
     ]
@@ -463,7 +559,9 @@ def test_two_processes_may_prepare_the_same_cache_at_once(corpus, packed, tmp_pa
 def test_the_other_processes_wait_for_the_writer(config, tmp_path):
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=512))
     found = []
-    waiting = threading.Thread(target=lambda: found.append(prepare(config, writer=False)), daemon=True)
+    waiting = threading.Thread(
+        target=lambda: found.append(prepare(config, writer=False)), daemon=True
+    )
     waiting.start()
     waiting.join(0.7)
     assert waiting.is_alive()
@@ -477,7 +575,8 @@ def test_the_other_processes_wait_for_the_writer(config, tmp_path):
 def test_the_other_processes_do_not_wait_for_ever(config, monkeypatch):
     monkeypatch.setattr(preparing, "WAIT_SECONDS", 1.0)
     with pytest.raises(
-        ConfigError, match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on a file system"
+        ConfigError,
+        match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on a file system",
     ):
         prepare(config, writer=False)
 
@@ -489,16 +588,27 @@ def test_the_samples_validation_text_is_not_in_its_training_text():
         def pieces(part, language=language):
             with gzip.open(SAMPLE / f"{part}-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
                 for line in file:
-                    for piece in json.loads(line)["text"].split("\n\n" if language == "zh" else "\0"):
-                        lines = piece.split("\n")[2 if language == "zh" else 0 :]  # a poem's first two are title and poet
-                        yield "".join(character for line in lines for character in line if character.isalpha())
+                    for piece in json.loads(line)["text"].split(
+                        "\n\n" if language == "zh" else "\0"
+                    ):
+                        lines = piece.split("\n")[
+                            2 if language == "zh" else 0 :
+                        ]  # a poem's first two are title and poet
+                        yield "".join(
+                            character for line in lines for character in line if character.isalpha()
+                        )
 
         def sequences(piece, length=length):
             return {piece[i : i + length] for i in range(len(piece) - length + 1)}
 
         held_out = [sequences(piece) for piece in pieces("validation")]
         wanted = set().union(*held_out)
-        known = {s for piece in pieces("train") for s in (piece[i : i + length] for i in range(len(piece))) if s in wanted}
+        known = {
+            s
+            for piece in pieces("train")
+            for s in (piece[i : i + length] for i in range(len(piece)))
+            if s in wanted
+        }
         assert sum(map(len, held_out)) > 30_000
         assert max(len(found & known) / max(1, len(found)) for found in held_out) <= 0.05
 
@@ -506,11 +616,23 @@ def test_the_samples_validation_text_is_not_in_its_training_text():
 @pytest.mark.slow
 def test_a_ray_cluster_packs_the_same_bytes(corpus, packed, tokenizer, tmp_path):
     pytest.importorskip("daft")
-    words = ["--input", corpus, "--tokenizer", str(tokenizer.path), "--context_length", "32", "--output", str(tmp_path / "rows")]
+    words = [
+        "--input",
+        corpus,
+        "--tokenizer",
+        str(tokenizer.path),
+        "--context_length",
+        "32",
+        "--output",
+        str(tmp_path / "rows"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "baichuan_jax.data.rows", "pack", *words],
-        env=environment(RAY_ADDRESS="local"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=environment(RAY_ADDRESS="local"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "tokens and" in done.stdout
     assert shards(tmp_path / "rows") == shards(packed.path)

@@ -30,7 +30,8 @@ def test_measures_are_those_of_a_plain_count():
         assert row["han"] == len(re.findall(r"[\u4e00-\u9fff]", text))
         assert row["latin"] == len(re.findall("[A-Za-z\u00e9]", text))
         assert row["broken"] == sum(
-            (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\t\r") or c == "\ufffd" for c in text
+            (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\t\r") or c == "\ufffd"
+            for c in text
         )
         units = re.findall(r"[\u4e00-\u9fff]|[A-Za-z0-9\u00e9\u0430]+", text)
         assert row["units"] == len(units)
@@ -38,7 +39,9 @@ def test_measures_are_those_of_a_plain_count():
         assert row["drawn_out"] == sum(len(match[0]) for match in drawn)
         seen, covered = set(), set()
         for place in range(len(units) - 9):
-            gram = tuple(unit.lower() if unit.isascii() else unit for unit in units[place : place + 10])
+            gram = tuple(
+                unit.lower() if unit.isascii() else unit for unit in units[place : place + 10]
+            )
             covered |= set(range(place, place + 10)) if gram in seen else set()
             seen.add(gram)
         assert row["repeated"] == len(covered)
@@ -73,7 +76,9 @@ def test_every_rule_has_a_text_that_only_it_removes_and_can_be_switched_off():
         "drawn_out": en[:900] + " no" + "o" * 150,
         "repeated_lines": (en[:90].replace("\n", " ") + "\n") * 5 + en[100:420],
         "open_lines": "\n".join(f"{line} and more..." for line in en[:1500].split("\n") if line),
-        "no_sentences": ", ".join(sorted({word.strip('.,;"!?') for word in words if len(word) > 5})),
+        "no_sentences": ", ".join(
+            sorted({word.strip('.,;"!?') for word in words if len(word) > 5})
+        ),
         "odd_neighbours": " ".join(random.Random(1).sample(words[:500], 500)),
         "random_order": re.sub(han, lambda _: next(shuffled), zh),
     }
@@ -103,5 +108,8 @@ def test_check_digits_are_those_of_the_standard():
 def test_blocked_phrases_remove_documents(tmp_path):
     (tmp_path / "phrases.txt").write_text("a C++ (blocked) phrase\n", encoding="utf-8")
     long = sample("validation-en")[0][:2000]
-    judged = apply([long, f"{long} A c++ (Blocked) phrase."], RulesConfig(blocked_phrases=str(tmp_path / "phrases.txt")))
+    judged = apply(
+        [long, f"{long} A c++ (Blocked) phrase."],
+        RulesConfig(blocked_phrases=str(tmp_path / "phrases.txt")),
+    )
     assert judged["reason"].to_pylist() == [None, "blocked_phrase"]

@@ -15,8 +15,22 @@ from baichuan_jax.data.sentences import _anchors, alike, cut, letters_of, spans
 @pytest.mark.parametrize(
     "sentences",
     [
-        ["Mr. Weston came in.", "It was 3.14 p.m. by the clock!", '"Stop!" he said.', "Was it J. Smith?", "Yes."],
-        ["他说：“走吧。”", "我们走了！", "真的吗？", "是的……", "圆周率是3.14。", "（完。）", "没有句号"],
+        [
+            "Mr. Weston came in.",
+            "It was 3.14 p.m. by the clock!",
+            '"Stop!" he said.',
+            "Was it J. Smith?",
+            "Yes.",
+        ],
+        [
+            "他说：“走吧。”",
+            "我们走了！",
+            "真的吗？",
+            "是的……",
+            "圆周率是3.14。",
+            "（完。）",
+            "没有句号",
+        ],
         ["See Fig. 2 and e.g. Section 3.", "Use it, etc. and so on.", "The U.S. Senate met."],
     ],
 )
@@ -29,7 +43,10 @@ def test_sentences_end_where_a_reader_ends_them(sentences):
 def test_spans_hold_everything_but_white_space():
     rng = random.Random(0)
     for _ in range(300):
-        text = "".join(rng.choice(["字", "a", "A", "。", ".", "!", "”", " ", "\n", "3", "Mr"]) for _ in range(60))
+        text = "".join(
+            rng.choice(["字", "a", "A", "。", ".", "!", "”", " ", "\n", "3", "Mr"])
+            for _ in range(60)
+        )
         found = spans(text)
         assert "".join(re.sub(r"\s", "", text[a:b]) for a, b in found) == re.sub(r"\s", "", text)
         assert all(a < b and text[a:b].strip() == text[a:b] for a, b in found)
@@ -52,7 +69,13 @@ def test_spans_hold_everything_but_white_space():
     ],
 )
 def test_what_is_left_keeps_its_places(text, removed, left):
-    assert cut(text, [(text.index(sentence), text.index(sentence) + len(sentence)) for sentence in removed]) == left
+    assert (
+        cut(
+            text,
+            [(text.index(sentence), text.index(sentence) + len(sentence)) for sentence in removed],
+        )
+        == left
+    )
 
 
 def test_letters_are_of_one_width_and_case():
@@ -74,7 +97,9 @@ def test_alike_is_a_share_of_letters_in_order_and_the_same_digits():
     left, right = [], []
     for _ in range(300):
         a = [rng.choice("abcdefgh") for _ in range(rng.randint(12, 80))]
-        b = [rng.choice("abcdefgh") if rng.random() < rng.choice([0.02, 0.1, 0.2]) else c for c in a]
+        b = [
+            rng.choice("abcdefgh") if rng.random() < rng.choice([0.02, 0.1, 0.2]) else c for c in a
+        ]
         left.append("".join(a))
         right.append("".join(b))
     lengths = [len(a) + len(b) for a, b in zip(left, right, strict=True)]
@@ -82,7 +107,9 @@ def test_alike_is_a_share_of_letters_in_order_and_the_same_digits():
     expected = [d <= max(0.12 * n, 4) + 1e-9 for d, n in zip(distance, lengths, strict=True)]
     assert 50 < sum(expected) < 250
     assert alike(left, right, 0.88).tolist() == expected
-    assert alike(["article12ofthelawonroads"], ["article13ofthelawonroads"], 0.88).tolist() == [False]
+    assert alike(["article12ofthelawonroads"], ["article13ofthelawonroads"], 0.88).tolist() == [
+        False
+    ]
 
 
 def test_texts_that_are_alike_keep_the_same_runs():
@@ -97,5 +124,10 @@ def test_texts_that_are_alike_keep_the_same_runs():
         first, second = _anchors([a, "".join(b)], [8, 8])
         shared.append(len(np.intersect1d(first, second)))
     assert np.mean(np.array(shared) >= 2) > 0.95
-    sizes = [len(found) for found in _anchors(["".join(rng.choices("abcdefgh", k=500)) for _ in range(200)], [8] * 200)]
+    sizes = [
+        len(found)
+        for found in _anchors(
+            ["".join(rng.choices("abcdefgh", k=500)) for _ in range(200)], [8] * 200
+        )
+    ]
     assert 18 < np.mean(sizes) < 22

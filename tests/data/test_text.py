@@ -13,8 +13,17 @@ from baichuan_jax.config import ConfigError
 from baichuan_jax.data import text
 from baichuan_jax.data.text import Part, find_files, read_documents, split_files
 
-DOCUMENTS = ["春眠不覺曉，\n處處聞啼鳥。", "", "It is a truth\tuniversally acknowledged", " 12  34 \n", "🙂\u2028é"]
-JSONL = "".join(json.dumps({"id": i, "text": document}, ensure_ascii=False) + "\n" for i, document in enumerate(DOCUMENTS))
+DOCUMENTS = [
+    "春眠不覺曉，\n處處聞啼鳥。",
+    "",
+    "It is a truth\tuniversally acknowledged",
+    " 12  34 \n",
+    "🙂\u2028é",
+]
+JSONL = "".join(
+    json.dumps({"id": i, "text": document}, ensure_ascii=False) + "\n"
+    for i, document in enumerate(DOCUMENTS)
+)
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
@@ -27,7 +36,9 @@ def read(path, text_field="text"):
 @pytest.mark.parametrize("last_newline", [True, False])
 def test_jsonl_reads_the_same_however_it_is_compressed(tmp_path, kind, suffix, last_newline):
     path = tmp_path / f"a{kind}{suffix}"
-    path.write_bytes(COMPRESS[suffix](JSONL.encode() if last_newline else JSONL.encode().rstrip(b"\n")))
+    path.write_bytes(
+        COMPRESS[suffix](JSONL.encode() if last_newline else JSONL.encode().rstrip(b"\n"))
+    )
     assert read(path) == DOCUMENTS
 
 
@@ -73,7 +84,9 @@ def test_the_text_field_is_chosen(tmp_path):
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_bad_line_is_named_after_those_before_it_are_read(tmp_path, line, message, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(COMPRESS[suffix](b'{"text": "fine"}\n\n' + line + b'\n{"text": "not reached"}\n'))
+    path.write_bytes(
+        COMPRESS[suffix](b'{"text": "fine"}\n\n' + line + b'\n{"text": "not reached"}\n')
+    )
     documents = read_documents(Part(str(path)), "text")
     assert next(documents) == "fine"
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 3 {message}"):
@@ -89,7 +102,10 @@ def test_bad_utf8_in_a_txt_file_is_named(tmp_path):
 def test_a_zst_file_without_its_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(COMPRESS[".zst"](b'{"text": "a"}'))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst cannot be read: zstandard is not installed; pip install zstandard"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a\.jsonl\.zst cannot be read: zstandard is not installed; pip install zstandard",
+    ):
         read(tmp_path / "a.jsonl.zst")
 
 
@@ -119,17 +135,28 @@ def test_parts_of_any_size_hold_every_document_once(tmp_path, monkeypatch, last_
     content = (JSONL + "\n" + JSONL).encode()
     path.write_bytes(content if last_newline else content[:-1])
     line_ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for size in {*range(1, 40), *line_ends, *(end - 1 for end in line_ends), *(end + 1 for end in line_ends)}:
+    for size in {
+        *range(1, 40),
+        *line_ends,
+        *(end - 1 for end in line_ends),
+        *(end + 1 for end in line_ends),
+    }:
         monkeypatch.setattr(text, "PART_BYTES", size)
         parts = split_files([str(path)])
         assert len(parts) == -(-path.stat().st_size // size)
-        assert [document for part in parts for document in read_documents(part, "text")] == DOCUMENTS * 2, size
+        assert [
+            document for part in parts for document in read_documents(part, "text")
+        ] == DOCUMENTS * 2, size
 
 
-def test_a_bad_line_of_a_later_part_is_named_with_the_byte_it_is_counted_from(tmp_path, monkeypatch):
+def test_a_bad_line_of_a_later_part_is_named_with_the_byte_it_is_counted_from(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' * 6 + "broken\n")
-    monkeypatch.setattr(text, "PART_BYTES", 40)  # lines begin at bytes 0, 14, ..., 84: the third part has the last
+    monkeypatch.setattr(
+        text, "PART_BYTES", 40
+    )  # lines begin at bytes 0, 14, ..., 84: the third part has the last
     with pytest.raises(ConfigError, match=r"a\.jsonl, line 1 after byte 80 is no JSON"):
         [list(read_documents(part, "text")) for part in split_files([str(path)])]
 
@@ -139,7 +166,9 @@ def test_only_uncompressed_jsonl_is_split(tmp_path, monkeypatch):
     for name in ("a.jsonl.gz", "b.txt", "c.jsonl.zst"):
         (tmp_path / name).write_bytes(os.urandom(50))
     (tmp_path / "d.jsonl").write_bytes(b"1234567890")
-    assert split_files(find_files([str(tmp_path / "*")])) == [Part(path) for path in find_files([str(tmp_path / "*")])]
+    assert split_files(find_files([str(tmp_path / "*")])) == [
+        Part(path) for path in find_files([str(tmp_path / "*")])
+    ]
 
 
 def test_globs_find_files_sorted_and_each_once(tmp_path):
@@ -168,12 +197,19 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"document {i} " + "字" * (i * 37 % 500) for i in range(1000)]
     path = str(tmp_path / "a.parquet")
-    parquet.write_table(pyarrow.table({"id": list(range(1000)), "text": texts}), path, row_group_size=77, compression="none")
+    parquet.write_table(
+        pyarrow.table({"id": list(range(1000)), "text": texts}),
+        path,
+        row_group_size=77,
+        compression="none",
+    )
     monkeypatch.setattr("baichuan_jax.data.text.PART_BYTES", 100_000)
     parts = split_files([path])
     assert len(parts) > 3
     assert [text for part in parts for text in read_documents(part, "text")] == texts
-    with pytest.raises(ConfigError, match=r"a\.parquet has no column 'body' \(it has: \['id', 'text'\]\)"):
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet has no column 'body' \(it has: \['id', 'text'\]\)"
+    ):
         list(read_documents(parts[0], "body"))
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read"):

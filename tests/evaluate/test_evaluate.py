@@ -40,18 +40,38 @@ def checkpoint(tmp_path_factory):
 def words(tmp_path, checkpoint):
     """Options of an evaluation of three C-Eval subjects, four questions each."""
     make_ceval(tmp_path / "ceval", SUBJECTS, 4)
-    options = {"checkpoint": checkpoint, "data": tmp_path / "ceval", "subjects": ",".join(SUBJECTS), "shots": 2}
-    return ["ceval", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    options = {
+        "checkpoint": checkpoint,
+        "data": tmp_path / "ceval",
+        "subjects": ",".join(SUBJECTS),
+        "shots": 2,
+    }
+    return [
+        "ceval",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
 
 
 def files(folder):
-    return {name: (folder / name).read_bytes() for name in ("result.json", "records.jsonl", "table.md", "chart.png")}
+    return {
+        name: (folder / name).read_bytes()
+        for name in ("result.json", "records.jsonl", "table.md", "chart.png")
+    }
 
 
 def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
     def start(output):
-        command = [sys.executable, "-m", "baichuan_jax.evaluate", *words, "--output", str(tmp_path / output)]
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-m",
+            "baichuan_jax.evaluate",
+            *words,
+            "--output",
+            str(tmp_path / output),
+        ]
+        return subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     killed = start("killed")
     deadline = time.monotonic() + 240
@@ -64,7 +84,9 @@ def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
     finished = {path.name for path in tmp_path.glob("killed/subjects/*.jsonl")}
     assert 0 < len(finished) < len(SUBJECTS)
     assert not (tmp_path / "killed" / "result.json").exists()
-    first = {name: (tmp_path / "killed" / "subjects" / name).stat().st_mtime_ns for name in finished}
+    first = {
+        name: (tmp_path / "killed" / "subjects" / name).stat().st_mtime_ns for name in finished
+    }
     assert [process.wait(240) for process in (start("killed"), start("undisturbed"))] == [0, 0]
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
     for name, written in first.items():  # kept, not scored again
@@ -76,15 +98,25 @@ def test_results_add_up_and_others_are_not_mixed_in(tmp_path, words, capsys):
     assert main([*words, *output, "--json", str(tmp_path / "figures.json")]) == 0
     assert "3 of 52 subjects" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(records) == 12
     for record in records:
         assert record["prediction"] == LETTERS[int(np.argmax(record["logits"]))]
         assert (record["shots"], len(record["shot_rows"])) == (2, 2)
-    right = {name: [r["prediction"] == r["answer"] for r in records if r["subject"] == name] for name in SUBJECTS}
+    right = {
+        name: [r["prediction"] == r["answer"] for r in records if r["subject"] == name]
+        for name in SUBJECTS
+    }
     assert result["average"] == pytest.approx(np.mean([np.mean(group) for group in right.values()]))
-    assert result["micro"]["accuracy"] == pytest.approx(np.mean(np.concatenate(list(right.values()))))
-    assert result["categories"]["Hard"]["accuracy"] == pytest.approx(np.mean(right["college_physics"]))
+    assert result["micro"]["accuracy"] == pytest.approx(
+        np.mean(np.concatenate(list(right.values())))
+    )
+    assert result["categories"]["Hard"]["accuracy"] == pytest.approx(
+        np.mean(right["college_physics"])
+    )
     assert result["manifest"]["shot_order"] == "shuffled"
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["speed"]["prompt_tokens"] == sum(record["num_tokens"] for record in records)
@@ -102,18 +134,33 @@ def test_standard_errors_and_categories():
         for name, size in sizes.items()
         for _ in range(size)
     ]
-    right = {name: np.array([r["answer"] == "A" for r in records if r["subject"] == name], float) for name in sizes}
+    right = {
+        name: np.array([r["answer"] == "A" for r in records if r["subject"] == name], float)
+        for name in sizes
+    }
     found = summarise("mmlu", "original", subjects, records)
     pooled = np.concatenate(list(right.values()))
     assert found["average"] == pytest.approx(pooled.mean())
     assert found["stderr"] == pytest.approx(pooled.std(ddof=1) / np.sqrt(len(pooled)))
     other = np.concatenate([right["virology"], right["marketing"]])
     category = found["categories"]["other (business, health, misc.)"]
-    assert (category["accuracy"], category["questions"], category["subjects"]) == (pytest.approx(other.mean()), 37, 2)
+    assert (category["accuracy"], category["questions"], category["subjects"]) == (
+        pytest.approx(other.mean()),
+        37,
+        2,
+    )
     errors = [group.std(ddof=1) / np.sqrt(len(group)) for group in right.values()]
-    assert found["macro"]["accuracy"] == pytest.approx(np.mean([group.mean() for group in right.values()]))
+    assert found["macro"]["accuracy"] == pytest.approx(
+        np.mean([group.mean() for group in right.values()])
+    )
     assert found["macro"]["stderr"] == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 3)
-    manifest = {"shots": 5, "split": "test", "limit": None, "subjects_of_task": 57, "shot_order": "file"}
+    manifest = {
+        "shots": 5,
+        "split": "test",
+        "limit": None,
+        "subjects_of_task": 57,
+        "shot_order": "file",
+    }
     text = markdown({"task": "mmlu", "protocol": "original", **found, "manifest": manifest})
     assert f"| {100 * pooled.mean():.1f} ± {100 * found['stderr']:.1f} |" in text
     assert "| Baichuan-7B (published) | 38.4 | 48.9 | 35.6 | 48.1 | 42.3 |" in text
@@ -123,36 +170,71 @@ def test_standard_errors_and_categories():
 def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, words):
     assert main([*words, "--output", str(tmp_path / "blind"), "--split", "test"]) == 0
     submission = json.loads((tmp_path / "blind" / "submission.json").read_text(encoding="utf-8"))
-    assert {name: list(answers) for name, answers in submission.items()} == {name: list("0123") for name in SUBJECTS}
+    assert {name: list(answers) for name, answers in submission.items()} == {
+        name: list("0123") for name in SUBJECTS
+    }
     result = json.loads((tmp_path / "blind" / "result.json").read_text(encoding="utf-8"))
     assert not result["scored"]
     assert "average" not in result
     assert "submission.json" in (tmp_path / "blind" / "table.md").read_text(encoding="utf-8")
     answers = str(tmp_path / "blind" / "submission.json")  # scored against itself
-    assert main([*words, "--output", str(tmp_path / "scored"), "--split", "test", "--answers", answers]) == 0
-    assert json.loads((tmp_path / "scored" / "result.json").read_text(encoding="utf-8"))["average"] == 1.0
+    assert (
+        main(
+            [*words, "--output", str(tmp_path / "scored"), "--split", "test", "--answers", answers]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "scored" / "result.json").read_text(encoding="utf-8"))["average"]
+        == 1.0
+    )
 
 
 def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path, words):
     train_tokenizer(["a b c d e f " * 50], tmp_path / "other.model", 265)
     with pytest.raises(ConfigError, match="was trained with tokenizer"):
-        main([*words, "--output", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "other.model")])
+        main(
+            [
+                *words,
+                "--output",
+                str(tmp_path / "out"),
+                "--tokenizer",
+                str(tmp_path / "other.model"),
+            ]
+        )
 
 
 def test_training_scores_as_the_command_does(tmp_path):
     make_mmlu(tmp_path / "mmlu", ["virology"], 5)
     settings = [
-        f"run_dir={tmp_path / 'run'}", "train.num_steps=4", "optimizer.warmup_steps=1", "evaluate.every=2",
-        f"evaluate.tasks={{mmlu: {tmp_path / 'mmlu'}}}", "evaluate.subjects={mmlu: [virology]}", "evaluate.limit=4",
-    ]  # fmt: skip
+        f"run_dir={tmp_path / 'run'}",
+        "train.num_steps=4",
+        "optimizer.warmup_steps=1",
+        "evaluate.every=2",
+        f"evaluate.tasks={{mmlu: {tmp_path / 'mmlu'}}}",
+        "evaluate.subjects={mmlu: [virology]}",
+        "evaluate.limit=4",
+    ]
     run = train(load_config(write_config(tmp_path), settings))
     scores = run.curve("mmlu")
     assert list(scores) == [2, 4]
     assert run.curve("eval_loss").keys() == scores.keys()
-    words = ["mmlu", "--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "mmlu"), "--output", str(tmp_path / "out")]
+    words = [
+        "mmlu",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--data",
+        str(tmp_path / "mmlu"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--subjects", "virology", "--limit", "4"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    assert (result["average"], result["stderr"], result["questions"]) == (scores[4], run.curve("mmlu_stderr")[4], 4)
+    assert (result["average"], result["stderr"], result["questions"]) == (
+        scores[4],
+        run.curve("mmlu_stderr")[4],
+        4,
+    )
 
 
 def test_training_refuses_a_test_without_its_files(tmp_path):
@@ -183,9 +265,21 @@ def test_subjects_of_the_tasks_are_those_of_their_authors():
     hard = json.loads((shared / "ceval" / "hard_subjects.json").read_text(encoding="utf-8"))
     assert {name for name, (_, _, categories) in ours.items() if "Hard" in categories} == set(hard)
     counts = {
-        "agieval": {"gaokao-history": 235, "gaokao-physics": 165, "jec-qa-ca": None, "logiqa-zh": 651, "sat-math": 220},
-        "gaokao": {"2010-2013_English_MCQs": 105, "2010-2022_History_MCQs": 287, "2010-2022_Physics_MCQs": 41},
+        "agieval": {
+            "gaokao-history": 235,
+            "gaokao-physics": 165,
+            "jec-qa-ca": None,
+            "logiqa-zh": 651,
+            "sat-math": 220,
+        },
+        "gaokao": {
+            "2010-2013_English_MCQs": 105,
+            "2010-2022_History_MCQs": 287,
+            "2010-2022_Physics_MCQs": 41,
+        },
     }
     for task, kept in counts.items():
         for subject in load_subjects(task, shared / task, only=list(kept))[0]:
-            assert kept[subject.name] in (None, len(subject.questions) + len(subject.examples)), subject.name
+            assert kept[subject.name] in (None, len(subject.questions) + len(subject.examples)), (
+                subject.name
+            )

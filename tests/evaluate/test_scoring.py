@@ -16,9 +16,15 @@ from baichuan_jax.model import Transformer
 from baichuan_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(
-    vocab_size=304, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, dtype="float32", remat="none",
+    vocab_size=304,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    dtype="float32",
+    remat="none",
     initializer_range=0.3,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,13 @@ def plain(model, rows):
     """Logits after every prompt, each in a row of its own, and their log-normalisers, in float64."""
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for place, row in enumerate(rows):
-        tokens[place, : len(row)] = row  # padding comes after the last real token, which does not see it
+        tokens[place, : len(row)] = (
+            row  # padding comes after the last real token, which does not see it
+        )
     graphdef, state = nnx.split(model)
-    logits = np.asarray(jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state), np.float64)
+    logits = np.asarray(
+        jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state), np.float64
+    )
     last = np.array([logits[place, len(row) - 1] for place, row in enumerate(rows)])
     return last, np.log(np.exp(last).sum(axis=-1))
 
@@ -42,7 +52,9 @@ def make_requests():
     draw = np.random.default_rng(0)
     tokens = lambda count: draw.integers(0, CONFIG.vocab_size, count).tolist()
     common = tokens(70)
-    requests = [Request(common + tokens(count), (1, 2, 3, 4), "long") for count in (5, 9, 40, 3, 17, 1, 22)]
+    requests = [
+        Request(common + tokens(count), (1, 2, 3, 4), "long") for count in (5, 9, 40, 3, 17, 1, 22)
+    ]
     requests += [Request(common[:8] + tokens(count), (5, 6), "short") for count in (12, 33, 20)]
     return [*requests, Request(tokens(51), (7, 8, 9, 10), "alone")]
 
@@ -62,7 +74,9 @@ def test_scores_are_those_of_each_prompt_alone(model, tmp_path, shape):
     assert sum(done) == len(requests)
     expected, expected_norms = plain(model, [request.tokens for request in requests])
     for request, found, wanted in zip(requests, logits, expected, strict=True):
-        np.testing.assert_allclose(found, wanted[list(request.wanted)], atol=2e-5)  # float32 sums in another order
+        np.testing.assert_allclose(
+            found, wanted[list(request.wanted)], atol=2e-5
+        )  # float32 sums in another order
     np.testing.assert_allclose(norms, expected_norms, atol=2e-5)
     assert scorer.work.prompt_tokens == sum(len(request.tokens) for request in requests)
     if shape is None:  # 70 tokens went through once, not seven times
@@ -75,11 +89,22 @@ def test_a_prefix_in_bfloat16_is_that_of_the_plain_attention():
     q, k, v = draw.normal(size=(3, 2, 8, 3, 4))
     k_S, v_S = draw.normal(size=(2, 16, 3, 4))
     mask = np.arange(16) < 11
-    scores = np.einsum("btnh,bsnh->bnts", q, np.concatenate([np.broadcast_to(k_S[:11], (2, 11, 3, 4)), k], axis=1)) / 2
+    scores = (
+        np.einsum(
+            "btnh,bsnh->bnts",
+            q,
+            np.concatenate([np.broadcast_to(k_S[:11], (2, 11, 3, 4)), k], axis=1),
+        )
+        / 2
+    )
     scores = np.where(np.tri(8, 19, 11, dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("bnts,bsnh->btnh", weights, np.concatenate([np.broadcast_to(v_S[:11], (2, 11, 3, 4)), v], axis=1))
+    expected = np.einsum(
+        "bnts,bsnh->btnh",
+        weights,
+        np.concatenate([np.broadcast_to(v_S[:11], (2, 11, 3, 4)), v], axis=1),
+    )
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 3e-2)):  # bfloat16 keeps 8 bits
         arrays = [jax.numpy.asarray(array, dtype) for array in (q, k, v, k_S, v_S)]
         found = prefix_attention(*arrays, mask)
@@ -109,7 +134,10 @@ def test_perplexity_is_the_mean_over_windows_on_any_mesh(model):
         windows = tokens[: 1000 // context * context].reshape(-1, context)
         logits = np.asarray(call(windows), np.float64)
         norms = np.log(np.exp(logits).sum(axis=-1))
-        losses = (norms - np.take_along_axis(logits, np.roll(windows, -1, axis=1)[..., None], axis=-1)[..., 0])[:, :-1]
+        losses = (
+            norms
+            - np.take_along_axis(logits, np.roll(windows, -1, axis=1)[..., None], axis=-1)[..., 0]
+        )[:, :-1]
         assert row["windows"] == len(losses)
         assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
         assert row["tail_perplexity"] == pytest.approx(np.exp(losses[:, -256:].mean()), rel=1e-4)

@@ -31,14 +31,21 @@ def prompts_of(task, folder, *, protocol="original", shots=1, shot_order="file",
     return [
         prompt
         for subject in subjects
-        for prompt in make_prompts(task, subject, Bytes(), protocol=protocol, shots=shots, shot_order=shot_order, seed=seed)
+        for prompt in make_prompts(
+            task, subject, Bytes(), protocol=protocol, shots=shots, shot_order=shot_order, seed=seed
+        )
     ]
 
 
 @pytest.fixture
 def mmlu(tmp_path):
-    write_csv(tmp_path / "dev" / "us_foreign_policy_dev.csv", [["Q one?", "a", "b", "c", "None", "D"]])
-    rows = [[" Why, then? ", "1.0", "None", 'say "x"', "d\ne", "B"], ["Second", "1", "2", "3", "4", "A"]]
+    write_csv(
+        tmp_path / "dev" / "us_foreign_policy_dev.csv", [["Q one?", "a", "b", "c", "None", "D"]]
+    )
+    rows = [
+        [" Why, then? ", "1.0", "None", 'say "x"', "d\ne", "B"],
+        ["Second", "1", "2", "3", "4", "A"],
+    ]
     write_csv(tmp_path / "test" / "us_foreign_policy_test.csv", rows)
     return tmp_path
 
@@ -51,7 +58,11 @@ def test_mmlu_is_asked_as_hendrycks_script_does(mmlu):
         "Q one?\nA. a\nB. b\nC. c\nD. None\nAnswer: D\n\n"
         ' Why, then? \nA. 1.0\nB. None\nC. say "x"\nD. d\ne\nAnswer:'
     )
-    assert (prompt.answer, prompt.shots, prompt.continuations) == ("B", (0,), ((65,), (66,), (67,), (68,)))
+    assert (prompt.answer, prompt.shots, prompt.continuations) == (
+        "B",
+        (0,),
+        ((65,), (66,), (67,), (68,)),
+    )
 
 
 def test_mmlu_is_asked_as_lm_eval_does(mmlu):
@@ -65,7 +76,10 @@ def test_mmlu_is_asked_as_lm_eval_does(mmlu):
 
 
 def test_ceval_is_asked_as_the_originals_script_does(tmp_path):
-    dev = [["id", "question", *"ABCD", "answer", "explanation"], ["0", "一加一____", "1", "2", "3", "4", " b", "算"]]
+    dev = [
+        ["id", "question", *"ABCD", "answer", "explanation"],
+        ["0", "一加一____", "1", "2", "3", "4", " b", "算"],
+    ]
     write_csv(tmp_path / "dev" / "mao_zedong_thought_dev.csv", dev)
     val = [["id", "question", *"ABCD", "answer"], ["0", "二加二____", "4", "5", "6", "7", "A"]]
     write_csv(tmp_path / "val" / "mao_zedong_thought_val.csv", val)
@@ -91,13 +105,26 @@ def test_shots_are_dropped_while_a_prompt_exceeds_2048_tokens(tmp_path):
     examples = [[f"{number}" * 500, "a", "b", "c", "d", "A"] for number in range(5)]
     write_csv(tmp_path / "dev" / "virology_dev.csv", examples)
     lengths = (10, 380, 1000, 3000)
-    write_csv(tmp_path / "test" / "virology_test.csv", [["x" * size, "a", "b", "c", "d", "A"] for size in lengths])
+    write_csv(
+        tmp_path / "test" / "virology_test.csv",
+        [["x" * size, "a", "b", "c", "d", "A"] for size in lengths],
+    )
     head = len("The following are multiple choice questions (with answers) about  virology.\n\n")
     options = len("\nA. a\nB. b\nC. c\nD. d\nAnswer:")
-    for prompt, size in zip(prompts_of("mmlu", tmp_path, only=["virology"], shots=5), lengths, strict=True):
-        fitting = [k for k in range(6) if head + k * (500 + options + len(" A\n\n")) + size + options <= 2048]
+    for prompt, size in zip(
+        prompts_of("mmlu", tmp_path, only=["virology"], shots=5), lengths, strict=True
+    ):
+        fitting = [
+            k
+            for k in range(6)
+            if head + k * (500 + options + len(" A\n\n")) + size + options <= 2048
+        ]
         assert prompt.shots == tuple(range(max(fitting, default=0))), size
-        assert len(prompt.tokens) == len(prompt.text) == head + len(prompt.shots) * (504 + options) + size + options
+        assert (
+            len(prompt.tokens)
+            == len(prompt.text)
+            == head + len(prompt.shots) * (504 + options) + size + options
+        )
 
 
 def test_ceval_shuffles_the_examples_for_every_question(tmp_path):
@@ -114,19 +141,29 @@ def test_ceval_shuffles_the_examples_for_every_question(tmp_path):
             return list(csv.DictReader(file))
 
     def block(row, answer=""):
-        return f"\n{row['question']}\n" + "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD") + f"答案：{answer}"
+        return (
+            f"\n{row['question']}\n"
+            + "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
+            + f"答案：{answer}"
+        )
 
     dev = rows("dev")
     for prompt, row in zip(one, rows("val"), strict=True):
         assert sorted(prompt.shots) == list(range(5))
         shown = "".join(block(dev[number], dev[number]["answer"]) for number in prompt.shots)
-        assert prompt.text == "以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。\n" + shown + block(row)
+        assert (
+            prompt.text
+            == "以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。\n" + shown + block(row)
+        )
 
 
 def test_agieval_keeps_four_options_with_one_answer_and_draws_its_examples(tmp_path):
     make_agieval(tmp_path, 20)
     english, chinese = load_subjects("agieval", tmp_path, only=["logiqa-en", "jec-qa-kd"])[0]
-    rows = [json.loads(line) for line in (tmp_path / "jec-qa-kd.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "jec-qa-kd.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     single = {number for number, row in enumerate(rows) if len(row["label"]) == 1}
     drawn = {example.row for example in chinese.examples}
     assert len(drawn) == 5
@@ -136,8 +173,12 @@ def test_agieval_keeps_four_options_with_one_answer_and_draws_its_examples(tmp_p
     other, _ = load_subjects("agieval", tmp_path, only=["jec-qa-kd"], seed=1)
     assert {example.row for example in other[0].examples} != drawn
     question = english.questions[0]
-    source = json.loads((tmp_path / "logiqa-en.jsonl").read_text(encoding="utf-8").splitlines()[question.row])
-    assert [f"({letter}){choice}" for letter, choice in zip("ABCD", question.choices, strict=True)] == source["options"]
+    source = json.loads(
+        (tmp_path / "logiqa-en.jsonl").read_text(encoding="utf-8").splitlines()[question.row]
+    )
+    assert [
+        f"({letter}){choice}" for letter, choice in zip("ABCD", question.choices, strict=True)
+    ] == source["options"]
 
 
 def test_options_lose_their_letters_however_they_are_written(tmp_path):
@@ -147,19 +188,26 @@ def test_options_lose_their_letters_however_they_are_written(tmp_path):
         ["(A)A man", "B. Apples", "(C)", "(C)同"],
         ["A man", "Both", "Cats", "D"],
     ]
-    lines = [json.dumps({"question": "q", "options": options, "label": "A"}, ensure_ascii=False) for options in written]
+    lines = [
+        json.dumps({"question": "q", "options": options, "label": "A"}, ensure_ascii=False)
+        for options in written
+    ]
     (tmp_path / "sat-math.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (subject,), _ = load_subjects("agieval", tmp_path, only=["sat-math"], shots=0)
     assert [question.choices for question in subject.questions] == [
-        ("No sun", "No moon", "有 白 术", "不 白 术"), ("广义", "照着", "接着", "不同"), ("A man", "Apples", "", "同"),
+        ("No sun", "No moon", "有 白 术", "不 白 术"),
+        ("广义", "照着", "接着", "不同"),
+        ("A man", "Apples", "", "同"),
         ("A man", "Both", "Cats", "D"),
-    ]  # fmt: skip
+    ]
 
 
 def test_gaokao_keeps_one_letter_and_asks_the_question_as_it_stands(tmp_path):
     make_gaokao(tmp_path, 16)
     prompts = prompts_of("gaokao", tmp_path, only=["2010-2022_History_MCQs"], shots=2)
-    rows = json.loads((tmp_path / "2010-2022_History_MCQs.json").read_text(encoding="utf-8"))["example"]
+    rows = json.loads((tmp_path / "2010-2022_History_MCQs.json").read_text(encoding="utf-8"))[
+        "example"
+    ]
     assert len(prompts) == 12 - 2
     for prompt in prompts:
         assert prompt.text.endswith("\n" + rows[prompt.index]["question"].strip() + "\n答案：")
@@ -168,12 +216,24 @@ def test_gaokao_keeps_one_letter_and_asks_the_question_as_it_stands(tmp_path):
 
 
 BAD = {
-    "a row of five fields": ("test/us_foreign_policy_test.csv", b'"Q\nq",a,b,c,d,A\nQ,a,b,c,A\n', r"_test\.csv:3: 5 fields"),
-    "an answer E": ("test/us_foreign_policy_test.csv", b"Q,a,b,c,d,A\nQ,a,b,c,d,E\n", r"_test\.csv:2: the answer is 'E'"),
-    "another encoding": ("test/us_foreign_policy_test.csv", b"Q,a,b,c,d,A\n\xc4\xe3,a,b,c,d,A\n", r"_test\.csv:2: not UTF-8"),
+    "a row of five fields": (
+        "test/us_foreign_policy_test.csv",
+        b'"Q\nq",a,b,c,d,A\nQ,a,b,c,A\n',
+        r"_test\.csv:3: 5 fields",
+    ),
+    "an answer E": (
+        "test/us_foreign_policy_test.csv",
+        b"Q,a,b,c,d,A\nQ,a,b,c,d,E\n",
+        r"_test\.csv:2: the answer is 'E'",
+    ),
+    "another encoding": (
+        "test/us_foreign_policy_test.csv",
+        b"Q,a,b,c,d,A\n\xc4\xe3,a,b,c,d,A\n",
+        r"_test\.csv:2: not UTF-8",
+    ),
     "an empty split": ("test/us_foreign_policy_test.csv", b"", r"_test\.csv has no questions"),
     "empty examples": ("dev/us_foreign_policy_dev.csv", b"", r"_dev\.csv must hold examples"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -188,7 +248,10 @@ def test_bad_mmlu_files_are_named(mmlu, what):
     "content, message",
     [
         ("id,question,A,B,C,answer\n0,q,1,2,3,A\n", r"_val\.csv:1: the header"),
-        ("id,question,A,B,C,D,answer\n0,q,1,2,3,4\n", r"_val\.csv:2: 6 fields and the header has 7"),
+        (
+            "id,question,A,B,C,D,answer\n0,q,1,2,3,4\n",
+            r"_val\.csv:2: 6 fields and the header has 7",
+        ),
         ("id,question,A,B,C,D,answer\n0,q,1,2,3,4,F\n", r"_val\.csv:2: the answer is 'F'"),
         ("id,question,A,B,C,D\n0,q,1,2,3,4\n", r"_val\.csv has questions without answers"),
         ("id,question,A,B,C,D,answer\n", r"_val\.csv has no questions"),
@@ -207,7 +270,9 @@ def test_bad_jsonl_and_json_are_named(tmp_path):
         file.write('{"question": "q"\n')
     with pytest.raises(ConfigError, match=r"logiqa-en\.jsonl:9: no JSON"):
         load_subjects("agieval", tmp_path, only=["logiqa-en"])
-    (tmp_path / "2010-2022_History_MCQs.json").write_text('{"example": [{"question": "q", "answer": "A"}]}', encoding="utf-8")
+    (tmp_path / "2010-2022_History_MCQs.json").write_text(
+        '{"example": [{"question": "q", "answer": "A"}]}', encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=r"History_MCQs\.json, example 0"):
         load_subjects("gaokao", tmp_path, only=["2010-2022_History_MCQs"])
 
@@ -218,7 +283,9 @@ def test_a_folder_that_is_another_or_is_incomplete_is_named(tmp_path):
         load_subjects("mmlu", tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         load_subjects("mmlu", tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"110 of mmlu's files are missing: .* --subjects virology,marketing"):
+    with pytest.raises(
+        ConfigError, match=r"110 of mmlu's files are missing: .* --subjects virology,marketing"
+    ):
         load_subjects("mmlu", tmp_path / "data")
     (tmp_path / "data" / "dev" / "virology_dev.csv").unlink()
     with pytest.raises(ConfigError, match=r"dev/virology_dev\.csv; fetch the rest"):
@@ -232,7 +299,10 @@ def test_the_test_split_of_ceval_takes_answers_that_are_brought(tmp_path):
     subjects, _ = load_subjects("ceval", tmp_path, only=["logic", "law"], split="test")
     assert all(question.answer is None for subject in subjects for question in subject.questions)
     answers = tmp_path / "answers.json"
-    answers.write_text(json.dumps({"logic": {"0": "A", "1": "B", "2": "C"}, "law": {"0": "D", "1": "D"}}), encoding="utf-8")
+    answers.write_text(
+        json.dumps({"logic": {"0": "A", "1": "B", "2": "C"}, "law": {"0": "D", "1": "D"}}),
+        encoding="utf-8",
+    )
     (logic,), _ = load_subjects("ceval", tmp_path, only=["logic"], split="test", answers=answers)
     assert [question.answer for question in logic.questions] == ["A", "B", "C"]
     with pytest.raises(ConfigError, match="the answer of law 2 is None"):

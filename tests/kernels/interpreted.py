@@ -1,8 +1,9 @@
 """The Triton kernels in Triton's interpreter on the CPU, against the plain operators and finite differences; all that surrounds them
 (derivatives, vmap, shard_map) is as on a GPU.
 
-Run by test_triton.py in a process of its own: triton decides at its import whether it compiles or interprets. The interpreter computes
-bfloat16 on its raw bits, so float32 and float16 stand for it here.
+Run by test_triton.py in a process of its own: triton decides at its import whether it compiles or
+interprets. The interpreter computes bfloat16 on its raw bits, so float32 and float16 stand for it
+here.
 """
 
 import functools
@@ -28,7 +29,8 @@ def interpreted():
         yield
 
 
-# Products in another order differ by float32's last bits. In float16 both round weights to 11 bits, at different scales.
+# Products in another order differ by float32's last bits. In float16 both round weights to 11 bits,
+# at different scales.
 TOLERANCE = {"float32": 3e-6, "float16": 4e-3}
 
 
@@ -47,8 +49,12 @@ TOLERANCE = {"float32": 3e-6, "float16": 4e-3}
 def test_attention_equals_reference(B, T, N, H, dtype, masked):
     q, k, v, weight = inputs(B, T, N, H, dtype)
     segments = documents(B, T) if masked else None
-    got = value_and_gradients(lambda q, k, v, s: attention(q, k, v, s, s), q, k, v, weight, segments)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    got = value_and_gradients(
+        lambda q, k, v, s: attention(q, k, v, s, s), q, k, v, weight, segments
+    )
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+    )
     assert got[0].dtype == dtype
     assert_close(got, wanted, TOLERANCE[dtype])
 
@@ -67,7 +73,9 @@ def test_attention_of_a_part_of_the_queries(offset, length):
         return reference.attention(q, k, v, s[:, part], s, offset)
 
     arguments = (q[:, part], k, v, weight[:, part], segments)
-    assert_close(value_and_gradients(shifted, *arguments), value_and_gradients(plain, *arguments), 3e-6)
+    assert_close(
+        value_and_gradients(shifted, *arguments), value_and_gradients(plain, *arguments), 3e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -75,15 +83,20 @@ def test_extreme_scores_stay_finite(dtype):
     """Scores of tens of thousands: one weight is 1, the others are 0."""
     q, k, v, weight = inputs(1, 100, 1, 64, dtype, scale=60.0)
     got = value_and_gradients(lambda q, k, v, s: attention(q, k, v), q, k, v, weight, None)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None)
-    # A log-sum-exp of 3e4 is kept to 0.002 in float32, and the weights of the backward pass to 0.3 %.
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+    )
+    # A log-sum-exp of 3e4 is kept to 0.002 in float32, and the weights of the backward pass to 0.3
+    # %.
     assert_close(got, wanted, {"float32": 5e-3, "float16": 1e-2}[dtype])
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
     q, k, v, weight = inputs(1, 40, 1, 64)
     alone = jnp.ones((1, 40), jnp.int32).at[0, 7].set(2)
-    got = value_and_gradients(lambda q, k, v, s: attention(q, k, v, alone, jnp.ones_like(alone)), q, k, v, weight, None)
+    got = value_and_gradients(
+        lambda q, k, v, s: attention(q, k, v, alone, jnp.ones_like(alone)), q, k, v, weight, None
+    )
     assert all(np.isfinite(array).all() for array in got)
     assert (got[0][0, 7] == 0).all()
     assert (got[1][0, 7] == 0).all()
@@ -103,7 +116,9 @@ def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
         x, _ = jax.lax.scan(jax.checkpoint(block), q, None, length=2)
         return jnp.sum(x * weight)
 
-    monkeypatch.setattr(kernels, "choose_attention", lambda *_, **__: ("triton", "the interpreter stands for a GPU"))
+    monkeypatch.setattr(
+        kernels, "choose_attention", lambda *_, **__: ("triton", "the interpreter stands for a GPU")
+    )
 
     def on_mesh(q, k, v, s):
         with activate(layout):
@@ -113,12 +128,18 @@ def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
         one = jax.grad(functools.partial(loss, function), argnums=(0, 1, 2))
         return jax.jit(jax.vmap(one, spmd_axis_name="data"))(q, k, v, weight, segments)
 
-    assert_close((q, *gradients(on_mesh)), (q, *gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s))), 3e-6)
+    assert_close(
+        (q, *gradients(on_mesh)),
+        (q, *gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s))),
+        3e-6,
+    )
 
 
 def norm_arguments(shape, dtype, seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
-    x, residual, dy, dtotal = (jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[:4])
+    x, residual, dy, dtotal = (
+        jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[:4]
+    )
     return x, residual, 1 + 0.1 * jax.random.normal(keys[4], shape[-1:]), dy, dtotal
 
 
@@ -127,7 +148,9 @@ def norm_results(function, x, residual, weight, dy, dtotal):
     if residual is None:
         y, pull = jax.vjp(lambda x, weight: function(weight, x, None), x, weight)
         return y[0], *pull([dy])
-    outputs, pull = jax.vjp(lambda x, residual, weight: function(weight, x, residual), x, residual, weight)
+    outputs, pull = jax.vjp(
+        lambda x, residual, weight: function(weight, x, residual), x, residual, weight
+    )
     return *outputs, *pull([dy, dtotal])
 
 
@@ -158,15 +181,21 @@ def test_rms_norm_equals_reference(shape, dtype, fused):
     got, wanted = norm_results(triton_norm, *arguments), norm_results(plain_norm, *arguments)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype
-        scale = max(1.0, np.abs(np.asarray(b, np.float64)).max())  # of width 1 the gradient of x is all but 0
-        np.testing.assert_allclose(a, b, atol=scale * {"float32": 1e-6, "float16": 2e-3}[dtype], rtol=0)
+        scale = max(
+            1.0, np.abs(np.asarray(b, np.float64)).max()
+        )  # of width 1 the gradient of x is all but 0
+        np.testing.assert_allclose(
+            a, b, atol=scale * {"float32": 1e-6, "float16": 2e-3}[dtype], rtol=0
+        )
 
 
 def test_rms_norm_of_extreme_rows():
     """Zeros are normalised by eps alone; a row of 1e18 has squares within float32."""
     x = jnp.zeros((1, 3, 64)).at[0, 1].set(1e18).at[0, 2].set(1e-18)
     arguments = (x, None, jnp.ones(64), jnp.ones_like(x), None)
-    for a, b in zip(norm_results(triton_norm, *arguments), norm_results(plain_norm, *arguments), strict=True):
+    for a, b in zip(
+        norm_results(triton_norm, *arguments), norm_results(plain_norm, *arguments), strict=True
+    ):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -177,7 +206,9 @@ def test_rms_norm_agrees_with_finite_differences():
     def loss(x, residual, weight):
         total = x + residual
         y = weight * total / np.sqrt(np.mean(total**2, axis=-1, keepdims=True) + 1e-6)
-        return np.sum(y * np.asarray(dy, np.float64)) + np.sum(total * np.asarray(dtotal, np.float64))
+        return np.sum(y * np.asarray(dy, np.float64)) + np.sum(
+            total * np.asarray(dtotal, np.float64)
+        )
 
     _, _, *gradients = norm_results(triton_norm, x, residual, weight, dy, dtotal)
     step = 1e-5
@@ -186,12 +217,16 @@ def test_rms_norm_agrees_with_finite_differences():
             up, down = ([np.array(a, np.float64) for a in (x, residual, weight)] for _ in range(2))
             up[index][position] += step
             down[index][position] -= step
-            assert float(gradient[position]) == pytest.approx(float(loss(*up) - loss(*down)) / (2 * step), abs=1e-5)
+            assert float(gradient[position]) == pytest.approx(
+                float(loss(*up) - loss(*down)) / (2 * step), abs=1e-5
+            )
 
 
 def test_attention_agrees_with_finite_differences():
     q, k, v, weight = inputs(1, 3, 1, 64)
-    _, *gradients = value_and_gradients(lambda q, k, v, s: attention(q, k, v), q, k, v, weight, None)
+    _, *gradients = value_and_gradients(
+        lambda q, k, v, s: attention(q, k, v), q, k, v, weight, None
+    )
 
     def loss(arrays):
         q, k, v = arrays
@@ -201,13 +236,17 @@ def test_attention_agrees_with_finite_differences():
         return np.sum(out * np.asarray(weight, np.float64))
 
     step = 1e-5
-    for index, position in itertools.product(range(3), itertools.product([0], range(3), [0], range(0, 64, 7))):
+    for index, position in itertools.product(
+        range(3), itertools.product([0], range(3), [0], range(0, 64, 7))
+    ):
         sides = []
         for sign in (1, -1):
             arrays = [np.array(a, np.float64) for a in (q, k, v)]
             arrays[index][position] += sign * step
             sides.append(loss(arrays))
-        assert float(gradients[index][position]) == pytest.approx(float(sides[0] - sides[1]) / (2 * step), abs=1e-5)
+        assert float(gradients[index][position]) == pytest.approx(
+            float(sides[0] - sides[1]) / (2 * step), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["alone", "residual"])
@@ -215,13 +254,18 @@ def test_attention_agrees_with_finite_differences():
 def test_rms_norm_on_a_mesh(fused, replicas):
     """Rows cut over batch and sequence; the weight's gradient is whole on every device, or each replica's own under vmap."""
     x, residual, weight, dy, dtotal = norm_arguments((2, 4, 6, 64), "float32")
-    layout = Layout(make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()), ("fsdp",) if replicas else ("data", "fsdp"))
+    layout = Layout(
+        make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()),
+        ("fsdp",) if replicas else ("data", "fsdp"),
+    )
 
     def sharded_norm(weight, x, residual):
         return _rms_norm(weight, x, residual, 1e-6, "triton", layout)
 
     def all_results(function, x, residual, dy, dtotal):
-        one = lambda x, residual, dy, dtotal: norm_results(function, x, residual if fused else None, weight, dy, dtotal)
+        one = lambda x, residual, dy, dtotal: norm_results(
+            function, x, residual if fused else None, weight, dy, dtotal
+        )
         if replicas:
             return jax.vmap(one, spmd_axis_name="data")(x, residual, dy, dtotal)
         return one(x[0], residual[0], dy[0], dtotal[0])

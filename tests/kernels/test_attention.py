@@ -32,7 +32,9 @@ def value_and_gradients(function, q, k, v, weight, segments):
         out = function(q, k, v, segments)
         return jnp.sum(out.astype(jnp.float32) * weight), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        q, k, v
+    )
     return out, *gradients
 
 
@@ -46,29 +48,47 @@ def assert_close(got, wanted, tolerance):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "segments"])
-@pytest.mark.parametrize(("B", "T", "N", "H"), [(2, 1, 1, 8), (1, 7, 2, 64), (2, 128, 2, 16), (1, 300, 3, 64), (1, 1100, 1, 128)])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "H"),
+    [(2, 1, 1, 8), (1, 7, 2, 64), (2, 128, 2, 16), (1, 300, 3, 64), (1, 1100, 1, 128)],
+)
 def test_blockwise_equals_reference_in_float32(B, T, N, H, masked):
     q, k, v, weight = inputs(B, T, N, H)
     segments = documents(B, T) if masked else None
-    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v, s, s), q, k, v, weight, segments)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    got = value_and_gradients(
+        lambda q, k, v, s: blockwise.attention(q, k, v, s, s), q, k, v, weight, segments
+    )
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+    )
     assert_close(got, wanted, 3e-6)
 
 
 def test_blockwise_in_bfloat16_is_as_near_to_float32_as_reference_is():
     q, k, v, weight = inputs(2, 200, 2, 64, jnp.bfloat16)
     exact = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v), *(x.astype(jnp.float32) for x in (q, k, v)), weight, None
+        lambda q, k, v, s: reference.attention(q, k, v),
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+        weight,
+        None,
     )
-    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None)
+    got = value_and_gradients(
+        lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None
+    )
     assert got[0].dtype == jnp.bfloat16
-    assert_close(got, exact, 2e-2)  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
+    assert_close(
+        got, exact, 2e-2
+    )  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
 
 
 def test_extreme_scores_stay_finite():
     q, k, v, weight = inputs(1, 160, 2, 64, scale=60.0)
-    got = value_and_gradients(lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None)
+    got = value_and_gradients(
+        lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None
+    )
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+    )
     assert_close(got, wanted, 1e-4)
 
 
@@ -93,11 +113,16 @@ def test_reference_agrees_with_finite_differences():
         differences = np.zeros((3, *q.shape))
         for index, position in itertools.product(range(3), np.ndindex(*q.shape)):
             shift = jnp.zeros(q.shape).at[position].set(step)
-            up, down = ([x + s * shift if i == index else x for i, x in enumerate((q, k, v))] for s in (1, -1))
+            up, down = (
+                [x + s * shift if i == index else x for i, x in enumerate((q, k, v))]
+                for s in (1, -1)
+            )
             differences[index][position] = (loss(*up) - loss(*down)) / (2 * step)
     single = [x.astype(jnp.float32) for x in (q, k, v, weight)]
     for function in (reference.attention, blockwise.attention):
-        _, *gradients = value_and_gradients(lambda q, k, v, s, f=function: f(q, k, v), *single, None)
+        _, *gradients = value_and_gradients(
+            lambda q, k, v, s, f=function: f(q, k, v), *single, None
+        )
         np.testing.assert_allclose(np.stack(gradients), differences, atol=2e-6)
 
 
@@ -107,7 +132,9 @@ def test_reference_agrees_with_finite_differences():
 def test_on_a_mesh_it_is_the_same(shape, implementation, masked):
     q, k, v, weight = inputs(4, 64, 4, 16)
     segments = documents(4, 64) if masked else None
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+    )
     layout = Layout(make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]))
 
     def on_mesh(q, k, v, s):
@@ -122,7 +149,14 @@ def device(platform, capability=None):
 
 
 A800, CPU, TPU = device("gpu", "8.0"), device("cpu"), device("tpu")
-USUAL = {"device": A800, "dtype": "bfloat16", "head_dim": 128, "masked": False, "length": 4096, "context": 1}
+USUAL = {
+    "device": A800,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "masked": False,
+    "length": 4096,
+    "context": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +185,10 @@ def test_auto_goes_on_without_jax_triton_and_says_so(monkeypatch):
     name, why = choose_attention("auto", **USUAL)
     assert name == "cudnn"
     assert "triton not installed" in why
-    assert choose_rms_norm("auto", device=A800, dtype="bfloat16", width=64) == ("reference", "not triton: triton not installed")
+    assert choose_rms_norm("auto", device=A800, dtype="bfloat16", width=64) == (
+        "reference",
+        "not triton: triton not installed",
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +221,9 @@ def test_a_choice_that_cannot_serve_raises(monkeypatch, implementation, change, 
     ],
     ids=str,
 )
-def test_a_norm_that_cannot_serve_is_refused_or_passed_over(monkeypatch, implementation, change, word):
+def test_a_norm_that_cannot_serve_is_refused_or_passed_over(
+    monkeypatch, implementation, change, word
+):
     monkeypatch.setattr(bridge, "obstacle", lambda: None)
     usual = {"device": A800, "dtype": "bfloat16", "width": 4096}
     assert choose_rms_norm("auto", **usual)[0] == "triton"

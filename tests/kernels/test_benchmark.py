@@ -7,19 +7,36 @@ import sys
 import pytest
 from launches import REPOSITORY
 
-SIZES = ["--length", "40", "--heads", "2", "--head-size", "8", "--rows", "9", "--width", "24", "--rounds", "1"]
+SIZES = [
+    "--length",
+    "40",
+    "--heads",
+    "2",
+    "--head-size",
+    "8",
+    "--rows",
+    "9",
+    "--width",
+    "24",
+    "--rounds",
+    "1",
+]
 
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
     """The benchmark as a module, its command line set."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", REPOSITORY / "benchmarks" / "kernels.py")
+    spec = importlib.util.spec_from_file_location(
+        "kernels_benchmark", REPOSITORY / "benchmarks" / "kernels.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
 
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *SIZES, "--json", str(tmp_path / "figures.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["kernels.py", *SIZES, "--json", str(tmp_path / "figures.json")]
+    )
     return module
 
 
@@ -36,7 +53,11 @@ def test_every_implementation_is_timed_or_has_a_reason(benchmark, tmp_path):
     missing = {"triton", "cudnn", "pallas"}
     (timed if importlib.util.find_spec("torch") else missing).add("torch sdpa")
     assert timed | missing == {name for name in attention if not name.startswith("tokamax")}
-    assert all({"reference", "triton", "pallas"} == {name for name in norm if not name.startswith("tokamax")} for norm in norms)
+    assert all(
+        {"reference", "triton", "pallas"}
+        == {name for name in norm if not name.startswith("tokamax")}
+        for norm in norms
+    )
     assert "tokamax triton" in attention
     for name in missing:
         assert attention[name]["why_not"]

@@ -32,7 +32,9 @@ def fresh(monkeypatch):
 def program(folder):
     """A ptxas that says its version."""
     folder.mkdir(parents=True)
-    (folder / "ptxas").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n")
+    (folder / "ptxas").write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n"
+    )
     (folder / "ptxas").chmod(0o755)
     return folder / "ptxas"
 
@@ -54,7 +56,10 @@ def packages(monkeypatch, found):
 def test_either_plugin_serves(monkeypatch, tmp_path, fresh, plugin):
     monkeypatch.setattr(bridge, "_jax_triton", lambda: (None, "0.4.1"))
     packages(monkeypatch, dict.fromkeys(("triton", "jax_triton"), tmp_path))
-    assert "jax_cuda12_plugin or jax_cuda13_plugin not installed (requirements-cuda12.txt or" in bridge.obstacle()
+    assert (
+        "jax_cuda12_plugin or jax_cuda13_plugin not installed (requirements-cuda12.txt or"
+        in bridge.obstacle()
+    )
     bridge.obstacle.cache_clear()
     packages(monkeypatch, dict.fromkeys(("triton", "jax_triton", plugin), tmp_path))
     assert bridge.obstacle() is None
@@ -86,7 +91,9 @@ def test_the_assembler_is_the_one_that_xla_takes(monkeypatch, tmp_path, fresh):
     assert bridge.ptxas_version() == "13.1.80"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (make plan-deps)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (make plan-deps)"
+)
 def test_the_version_of_the_installed_assembler():
     assert re.fullmatch(r"\d+\.\d+\.\d+", bridge.ptxas_version())
 
@@ -96,8 +103,16 @@ def test_the_version_of_the_installed_assembler():
     [
         ({"jax-cuda13-plugin", "jax-cuda13-pjrt", "triton", "jax-triton"}, True, []),
         ({"jax-cuda12-plugin", "jax-cuda12-pjrt", "triton", "jax-triton"}, True, []),
-        ({"jax-cuda13-plugin", "triton"}, False, ["jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "jax-triton"]),
-        ({"triton", "jax-triton"}, False, ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"]),
+        (
+            {"jax-cuda13-plugin", "triton"},
+            False,
+            ["jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "jax-triton"],
+        ),
+        (
+            {"triton", "jax-triton"},
+            False,
+            ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
+        ),
     ],
 )
 def test_a_plan_asks_for_what_xla_needs(monkeypatch, tmp_path, fresh, installed, toolkit, wanted):

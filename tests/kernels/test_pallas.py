@@ -19,7 +19,8 @@ EPS = 1e-6
 def interpreter():
     """Kernels traced in a test run in Pallas's interpreter, which reads NaN beyond an array's end as it fills the blocks.
 
-    Its plain one: that of a TPU's memories takes ten times as long, and cannot run what vmap makes of a kernel.
+    Its plain one: that of a TPU's memories takes ten times as long, and cannot run what vmap makes
+    of a kernel.
     """
     with pltpu.force_tpu_interpret_mode(True):
         yield
@@ -45,7 +46,9 @@ def norm_results(x, residual, dy, dtotal, weight, with_residual):
 
 def norm_exactly(x, residual, dy, dtotal, weight, with_residual):
     """The same in float64, from the sum as x's dtype holds it."""
-    total = np.asarray(x.astype(jnp.float32) + residual.astype(jnp.float32) if with_residual else x).astype(x.dtype)
+    total = np.asarray(
+        x.astype(jnp.float32) + residual.astype(jnp.float32) if with_residual else x
+    ).astype(x.dtype)
     x64, dy64, weight64 = (np.asarray(a, np.float64) for a in (total, dy, weight))
     scale = 1 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + EPS)
     normal, scaled = x64 * scale, dy64 * weight64
@@ -72,12 +75,15 @@ def norm_exactly(x, residual, dy, dtotal, weight, with_residual):
 def test_rms_norm_and_its_gradients_are_exact_to_rounding(shape, dtype, scale, with_residual):
     given = (*norm_inputs(shape, dtype, scale), with_residual)
     got, wanted = norm_results(*given), norm_exactly(*given)
-    # Results are rounded once to their dtype; sums of float32 products differ by some roundings more.
+    # Results are rounded once to their dtype; sums of float32 products differ by some roundings
+    # more.
     rounding = {"float32": 2e-6, "bfloat16": 2**-8}[dtype]
     for name, a, b in zip(("y", "total", "dx", "dweight"), got, wanted, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all(), name
-        assert np.abs(a - b).max() <= (2e-6 if name == "dweight" else rounding) * np.abs(b).max(), name
+        assert np.abs(a - b).max() <= (2e-6 if name == "dweight" else rounding) * np.abs(b).max(), (
+            name
+        )
     assert [a.dtype.name for a in got] == [dtype, dtype, dtype, "float32"]
 
 
@@ -87,13 +93,17 @@ def test_rms_norm_agrees_with_finite_differences():
 
     def loss(x, weight):
         y, total, *_ = norm_exactly(x, residual, dy, dtotal, weight, True)
-        return np.sum(y * np.asarray(dy, np.float64)) + np.sum(total * np.asarray(dtotal, np.float64))
+        return np.sum(y * np.asarray(dy, np.float64)) + np.sum(
+            total * np.asarray(dtotal, np.float64)
+        )
 
     direction, step = jax.random.normal(jax.random.key(9), x.shape), 2.0**-6
     up, down = loss(x + step * direction, weight), loss(x - step * direction, weight)
     assert (up - down) / (2 * step) == pytest.approx(float(jnp.sum(dx * direction)), rel=2e-3)
     up, down = loss(x, weight + step * direction[0]), loss(x, weight - step * direction[0])
-    assert (up - down) / (2 * step) == pytest.approx(float(jnp.sum(dweight * direction[0])), rel=1e-4)
+    assert (up - down) / (2 * step) == pytest.approx(
+        float(jnp.sum(dweight * direction[0])), rel=1e-4
+    )
 
 
 def test_what_cannot_be_served_is_refused():
@@ -120,12 +130,17 @@ def from_start(q, k, v, segments, start=0, offset=0):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("B", "T", "N", "H", "masked"), [(1, 1, 1, 64, False), (2, 300, 2, 64, True), (1, 700, 1, 128, False)])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "H", "masked"),
+    [(1, 1, 1, 64, False), (2, 300, 2, 64, True), (1, 700, 1, 128, False)],
+)
 def test_attention_equals_reference_in_float32(B, T, N, H, masked):
     q, k, v, weight = inputs(B, T, N, H)
     segments = documents(B, T) if masked else None
     got = value_and_gradients(from_start, q, k, v, weight, segments)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments)
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+    )
     assert_close(got, wanted, 3e-6)
 
 
@@ -133,18 +148,25 @@ def test_attention_equals_reference_in_float32(B, T, N, H, masked):
 def test_attention_in_bfloat16_is_as_near_to_float32_as_reference_is():
     q, k, v, weight = inputs(1, 300, 2, 128, jnp.bfloat16)
     exact = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v), *(x.astype(jnp.float32) for x in (q, k, v)), weight, None
+        lambda q, k, v, s: reference.attention(q, k, v),
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+        weight,
+        None,
     )
     got = value_and_gradients(from_start, q, k, v, weight, None)
     assert got[0].dtype == jnp.bfloat16
-    assert_close(got, exact, 2e-2)  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
+    assert_close(
+        got, exact, 2e-2
+    )  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_extreme_scores_stay_finite():
     q, k, v, weight = inputs(1, 160, 2, 64, scale=60.0)
     got = value_and_gradients(from_start, q, k, v, weight, None)
-    wanted = value_and_gradients(lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None)
+    wanted = value_and_gradients(
+        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+    )
     assert_close(got, wanted, 1e-4)
 
 
@@ -155,7 +177,9 @@ def test_queries_may_start_anywhere_and_the_start_may_be_traced(fused, monkeypat
     q, k, v, weight = inputs(1, 900, 1, 64)
     segments = documents(1, 900)
 
-    def got_loss(q, k, v, offset):  # 333 queries that see nothing of the last block of keys, in two blocks
+    def got_loss(
+        q, k, v, offset
+    ):  # 333 queries that see nothing of the last block of keys, in two blocks
         out = from_start(q, k, v, segments, 333, offset)
         return jnp.sum(out * weight[:, 333:]), out
 
@@ -163,6 +187,8 @@ def test_queries_may_start_anywhere_and_the_start_may_be_traced(fused, monkeypat
         out = reference.attention(q, k, v, segments, segments)[:, 333:]
         return jnp.sum(out * weight[:, 333:]), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(got_loss, (0, 1, 2), has_aux=True))(q, k, v, jnp.int32(333))
+    (_, out), gradients = jax.jit(jax.value_and_grad(got_loss, (0, 1, 2), has_aux=True))(
+        q, k, v, jnp.int32(333)
+    )
     (_, wanted_out), wanted = jax.value_and_grad(wanted_loss, (0, 1, 2), has_aux=True)(q, k, v)
     assert_close((out, *gradients), (wanted_out, *wanted), 3e-6)

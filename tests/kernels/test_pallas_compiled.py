@@ -15,7 +15,8 @@ from baichuan_jax.kernels import attention, rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt names its version)"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (requirements-tpu.txt names its version)",
 )
 
 
@@ -27,7 +28,9 @@ def tpus():
     return topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
 
 
-def kernels_of(tpus, mesh: MeshConfig, *, T: int, N: int, H: int, dtype: str, masked: bool) -> set[str]:
+def kernels_of(
+    tpus, mesh: MeshConfig, *, T: int, N: int, H: int, dtype: str, masked: bool
+) -> set[str]:
     """Kernels in the compiled gradient of two blocks of norm, attention and residual on a mesh of v5p chips."""
     devices = tpus[: int(np.prod(mesh.shape))]
     layout = Layout(make_mesh(mesh, devices))
@@ -39,7 +42,9 @@ def kernels_of(tpus, mesh: MeshConfig, *, T: int, N: int, H: int, dtype: str, ma
             with activate(layout):
                 y_BTD, x_BTD = rms_norm(x_BTD, weight_D, eps=1e-6, residual=out_BTD)
                 heads = y_BTD.reshape(B, T, N, H)
-                out = attention(heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None)
+                out = attention(
+                    heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None
+                )
             return (x_BTD, out.reshape(B, T, D)), None
 
         (x_BTD, out_BTD), _ = jax.lax.scan(jax.checkpoint(block), (x_BTD, x_BTD), weight_LD)
@@ -55,7 +60,10 @@ def kernels_of(tpus, mesh: MeshConfig, *, T: int, N: int, H: int, dtype: str, ma
     )
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text()
     assert "while" in text
-    return {re.sub(r"\.\d+$", "", name) for name in re.findall(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"", text)}
+    return {
+        re.sub(r"\.\d+$", "", name)
+        for name in re.findall(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"", text)
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,9 @@ def test_a_step_compiles_for_v5p_with_these_kernels(tpus, shape, T, N, H, dtype,
 
 
 def test_long_rows_get_separate_backward_kernels(tpus):
-    names = kernels_of(tpus, MeshConfig(1, 1, 1, 1), T=16384, N=1, H=128, dtype="bfloat16", masked=False)
+    names = kernels_of(
+        tpus, MeshConfig(1, 1, 1, 1), T=16384, N=1, H=128, dtype="bfloat16", masked=False
+    )
     assert {"splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"} < names
 
 
@@ -87,7 +97,9 @@ def test_long_rows_get_separate_backward_kernels(tpus):
 @pytest.mark.parametrize("D", [96, 4096, 16384, 32768])
 def test_rms_norm_fits_into_vmem(tpus, D, dtype):
     device = jax.sharding.SingleDeviceSharding(tpus[0])
-    x = jax.ShapeDtypeStruct((1024, D), dtype, sharding=device)  # too many rows for XLA to put them into VMEM whole
+    x = jax.ShapeDtypeStruct(
+        (1024, D), dtype, sharding=device
+    )  # too many rows for XLA to put them into VMEM whole
     weight = jax.ShapeDtypeStruct((D,), "float32", sharding=device)
     layout = Layout(make_mesh(MeshConfig(1, 1, 1, 1), tpus[:1]))
 

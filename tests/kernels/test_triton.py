@@ -26,8 +26,14 @@ HERE = Path(__file__).parent
 
 def needs(*modules):
     """Skips where a module is missing; of "a or b" either serves."""
-    missing = [names for names in modules if not any(importlib.util.find_spec(name) for name in names.split(" or "))]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (requirements-plan.txt)")
+    missing = [
+        names
+        for names in modules
+        if not any(importlib.util.find_spec(name) for name in names.split(" or "))
+    ]
+    return pytest.mark.skipif(
+        bool(missing), reason=f"not installed: {', '.join(missing)} (requirements-plan.txt)"
+    )
 
 
 CUDA = "jax_cuda12_plugin or jax_cuda13_plugin"
@@ -38,8 +44,11 @@ def test_numbers_in_the_interpreter():
     """Every test of interpreted.py, in a process that imports triton as an interpreter."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", HERE / "interpreted.py", "-q", "-p", "no:cacheprovider"],
-        cwd=HERE.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -66,7 +75,9 @@ gpu_device_info {{
 def gpus(major: int, count: int) -> list:
     """GPUs of compute capability major.0 as jax describes them: good for compiling."""
     jax.devices()  # lets jax find its plugins first
-    return topologies.get_topology_desc("gpu", "cuda", target_config=TARGET.format(major), topology=f"1x1x{count}").devices
+    return topologies.get_topology_desc(
+        "gpu", "cuda", target_config=TARGET.format(major), topology=f"1x1x{count}"
+    ).devices
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +107,9 @@ def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
             with activate(layout):
                 y_BTD, x_BTD = rms_norm(out_BTD, weight_D, eps=1e-6, residual=x_BTD)
                 heads = y_BTD.reshape(B, T, N, H)
-                out = attention(heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None)
+                out = attention(
+                    heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None
+                )
             return (x_BTD, out.reshape(B, T, N * H)), None
 
         (x_BTD, out_BTD), _ = jax.lax.scan(jax.checkpoint(block), (x_BTD, x_BTD), weight_LD)
@@ -112,7 +125,8 @@ def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
     )
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text()
     calls = re.findall(r"custom_call_target=\"(triton_kernel_call\w*)\"", compiled)
-    # In two loops: norm and attention forward; both again and, backward, attention's two and the norm's.
+    # In two loops: norm and attention forward; both again and, backward, attention's two and the
+    # norm's.
     assert len(calls) == 7, calls
     assert "while" in compiled
 
@@ -140,7 +154,9 @@ def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch
     def lower(major, jitted):
         made.clear()
         layout = Layout(make_mesh(MeshConfig(1, 1, 1, 1), gpus(major, 1)))
-        shape = jax.ShapeDtypeStruct((1, 512, 1, 128), "bfloat16", sharding=layout.sharding("batch", "length", "heads", None))
+        shape = jax.ShapeDtypeStruct(
+            (1, 512, 1, 128), "bfloat16", sharding=layout.sharding("batch", "length", "heads", None)
+        )
         with activate(layout):
             jitted.lower(shape)
             return {(capability, target) for capability, target, _ in made}
@@ -154,7 +170,13 @@ def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch
     for number, (_, _, ptx) in enumerate(made):
         (tmp_path / f"{number}.ptx").write_text(ptx)
         for target in ("sm_90", "sm_90a"):
-            command = [bridge.ptxas(), f"--gpu-name={target}", tmp_path / f"{number}.ptx", "-o", tmp_path / "cubin"]
+            command = [
+                bridge.ptxas(),
+                f"--gpu-name={target}",
+                tmp_path / f"{number}.ptx",
+                "-o",
+                tmp_path / "cubin",
+            ]
             assert subprocess.run(command).returncode == 0
     assert lower(9, gradient()) == set()  # jax-triton kept what it made first
     assert lower(8, gradient()) == {(80, "sm_80")}
@@ -163,8 +185,14 @@ def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch
     assert triton_lib.triton_kernel_call_lib is library
 
 
-# The shares of the peak that docs/kernels.md gives, bfloat16: forward, and backward with its seven products where five are asked for.
-BOUNDS = {("sm_80", 128): (0.73, 0.55), ("sm_80", 64): (0.96, 0.69), ("sm_90", 128): (0.96, 0.69), ("sm_90", 64): (0.89, 0.69)}
+# The shares of the peak that docs/kernels.md gives, bfloat16: forward, and backward with its seven
+# products where five are asked for.
+BOUNDS = {
+    ("sm_80", 128): (0.73, 0.55),
+    ("sm_80", 64): (0.96, 0.69),
+    ("sm_90", 128): (0.96, 0.69),
+    ("sm_90", 64): (0.89, 0.69),
+}
 
 
 @needs("triton")
@@ -178,8 +206,14 @@ def test_nothing_spills_and_the_bound_holds(target, head_dim):
     cycles = ideal = 0.0
     for launch in list_launches("bfloat16", head_dim, chip.capability):
         assembled = sass.assemble(launch, chip)
-        # triton 3.6 spills a few bytes in some of them; never in a loop, which is what would cost time.
-        assert not [opcode for loop in assembled.loops for opcode in loop if opcode.startswith(("LDL", "STL"))], launch.name
+        # triton 3.6 spills a few bytes in some of them; never in a loop, which is what would cost
+        # time.
+        assert not [
+            opcode
+            for loop in assembled.loops
+            for opcode in loop
+            if opcode.startswith(("LDL", "STL"))
+        ], launch.name
         assert assembled.spilled_bytes <= (0 if triton.__version__ >= "3.7" else 32), launch.name
         if launch.name.startswith("rms_norm"):
             assert assembled.tensor_core_instructions == 0
@@ -190,10 +224,16 @@ def test_nothing_spills_and_the_bound_holds(target, head_dim):
         for loop in assembled.loops:
             if target == "sm_80":
                 found = sum(opcode.startswith("HMMA.16816.F32.BF16") for opcode in loop)
-                assert found * launch.num_warps * 4096 == products * 2 * Q * K * H, launch.name  # 4,096 operations each
+                assert found * launch.num_warps * 4096 == products * 2 * Q * K * H, (
+                    launch.name
+                )  # 4,096 operations each
             else:  # HGMMA.64xNx16: four warps multiply 64 x 16 with 16 x N
-                columns = [int(opcode.split("x")[1]) for opcode in loop if opcode.startswith("HGMMA.64x")]
-                assert sum(columns) * 2 * 64 * 16 * launch.num_warps // 4 == products * 2 * Q * K * H, launch.name
+                columns = [
+                    int(opcode.split("x")[1]) for opcode in loop if opcode.startswith("HGMMA.64x")
+                ]
+                assert (
+                    sum(columns) * 2 * 64 * 16 * launch.num_warps // 4 == products * 2 * Q * K * H
+                ), launch.name
         limit = bound.attention_bound(launch, assembled, chip)
         if launch.name == "attention_forward":
             assert limit.share_of_peak > BOUNDS[target, head_dim][0]
@@ -224,20 +264,36 @@ def test_a_listing_is_split_into_loops_and_counted():
     outside, loops = sass.split_loops(LISTING)
     assert loops == [["LDSM.16.M88.4", "HMMA.16816.F32.BF16", "MUFU.EX2", "BRA"]]
     assert outside == ["MOV", "BRA", "STG.E.128", "EXIT", "BRA"]
-    # Two warps on each partition: one matrix product of 16 x 8 x 16 takes 8 cycles there, and 512 bytes for each of 8 warps 32 of all.
-    assert sass.busy_cycles(loops[0], 8, sass.CHIPS["sm_80"]) == {"issue": 8, "tensor": 16, "mufu": 16, "shared memory": 32}
+    # Two warps on each partition: one matrix product of 16 x 8 x 16 takes 8 cycles there, and 512
+    # bytes for each of 8 warps 32 of all.
+    assert sass.busy_cycles(loops[0], 8, sass.CHIPS["sm_80"]) == {
+        "issue": 8,
+        "tensor": 16,
+        "mufu": 16,
+        "shared memory": 32,
+    }
     assert sass.cached_bytes(outside, 8) == 8 * 32 * 16
 
 
 def test_programs_that_are_resident():
     chip = sass.CHIPS["sm_80"]
-    for registers, shared, warps, wanted in ((255, 40_000, 4, 2), (212, 98_304, 8, 1), (32, 8_192, 8, 8), (64, 81_000, 4, 2)):
-        assert sass.Assembled(registers, 0, shared, [], []).blocks_per_multiprocessor(warps, chip) == wanted
+    for registers, shared, warps, wanted in (
+        (255, 40_000, 4, 2),
+        (212, 98_304, 8, 1),
+        (32, 8_192, 8, 8),
+        (64, 81_000, 4, 2),
+    ):
+        assert (
+            sass.Assembled(registers, 0, shared, [], []).blocks_per_multiprocessor(warps, chip)
+            == wanted
+        )
 
 
 def test_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"sm_80, sm_90: triton is not installed; pip install triton==3.9.0"):
+    with pytest.raises(
+        ConfigError, match=r"sm_80, sm_90: triton is not installed; pip install triton==3.9.0"
+    ):
         main(["--targets", "sm_80"])
 
 
@@ -268,12 +324,20 @@ def test_xla_fuses_swiglu_and_rope():
     # Each is read once and written once, in bfloat16: nothing of float32 leaves the registers.
     (results,) = work(swiglu, (2, 512, 1024), 3)
     assert re.findall(r"(\w+)\[", results) == ["bf16"] * 3
-    assert [re.findall(r"(\w+\[[\d,]+\])", results) for results in work(rope, (2, 512, 4, 128), 2)] == [["bf16[2,512,4,128]"]] * 2
+    assert [
+        re.findall(r"(\w+\[[\d,]+\])", results) for results in work(rope, (2, 512, 4, 128), 2)
+    ] == [["bf16[2,512,4,128]"]] * 2
 
 
 def test_forced_kernels_reach_the_model():
     """kernels.rms_norm and kernels.attention are what the blocks ask for: on a CPU a forced one is refused."""
-    config = ModelConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1
+    )
     for kernels in (KernelsConfig(rms_norm="triton"), KernelsConfig(attention="triton")):
         with pytest.raises(ConfigError, match="triton cannot serve: Triton needs a GPU"):
-            jax.eval_shape(lambda kernels=kernels: Transformer(config, nnx.Rngs(params=0), kernels)(np.zeros((1, 4), np.int32)))
+            jax.eval_shape(
+                lambda kernels=kernels: Transformer(config, nnx.Rngs(params=0), kernels)(
+                    np.zeros((1, 4), np.int32)
+                )
+            )

@@ -1,6 +1,7 @@
 """Real processes, real faults: three supervised "hosts" on this machine. Who is named, does the run go on, are the losses the same?
 
-The machinery is that of benchmarks/chaos.py. Its limits are the protocol's with slack, since a busy machine may pause for seconds.
+The machinery is that of benchmarks/chaos.py. Its limits are the protocol's with slack, since a busy
+machine may pause for seconds.
 """
 
 import os
@@ -22,7 +23,9 @@ from baichuan_jax.resilience.ledger import CAUSES, read_ledger
 from baichuan_jax.resilience.watch import BEAT, Watch, _cause
 
 HANG = SILENCE = 8.0
-LISTEN_AND_WORDS = 2.5 + 3.0 + 2.0  # standing still before others are listened to, last words, keeping them
+LISTEN_AND_WORDS = (
+    2.5 + 3.0 + 2.0
+)  # standing still before others are listened to, last words, keeping them
 SLACK = 12.0  # of a busy machine
 NO_COPIES = ("--checkpoint.local_dir", "null", "--checkpoint.local_every", "null")
 
@@ -87,8 +90,12 @@ def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, folder):
     cluster, outcomes, _, last = disturbed
     straight = chaos.undisturbed(folder / "straight", words, last, 3)
     curve = cluster.run.curve("loss")
-    assert {step: curve[step] for step in range(1, last + 1)} == {step: straight[step] for step in range(1, last + 1)}
-    saved = [event["step"] for event in lines(cluster.run_dir, "events") if event["kind"] == "checkpoint"]
+    assert {step: curve[step] for step in range(1, last + 1)} == {
+        step: straight[step] for step in range(1, last + 1)
+    }
+    saved = [
+        event["step"] for event in lines(cluster.run_dir, "events") if event["kind"] == "checkpoint"
+    ]
     for outcome in outcomes:  # saves are 10 steps apart, and one may have been under way
         assert outcome.lost_steps <= 20, outcome
     assert saved
@@ -97,14 +104,18 @@ def test_no_loss_differs_from_the_undisturbed_run(disturbed, words, folder):
 def test_the_ledger_accounts_for_every_second_and_every_fault(disturbed):
     cluster, outcomes, _, _ = disturbed
     ledger = read_ledger(cluster.run_dir)
-    assert [(fault.cause, fault.host) for fault in ledger.faults] == [(outcome.cause, outcome.named) for outcome in outcomes]
+    assert [(fault.cause, fault.host) for fault in ledger.faults] == [
+        (outcome.cause, outcome.named) for outcome in outcomes
+    ]
     assert ledger.launches == 4
     assert sum(ledger.seconds.values()) == pytest.approx(ledger.total, rel=1e-6)
     assert set(ledger.seconds) == set(CAUSES)
     assert ledger.seconds["hang"] > HANG - 1
     assert ledger.lost_steps >= 3
     attempts = cluster.run_dir / "attempts"
-    began, ended = ((attempts / name).stat().st_mtime for name in ("1/coordinator.json", "4/process-0.json"))
+    began, ended = (
+        (attempts / name).stat().st_mtime for name in ("1/coordinator.json", "4/process-0.json")
+    )
     assert ledger.total == pytest.approx(ended - began, abs=4)
     assert all(fault.recover > 0 for fault in ledger.faults)
 
@@ -115,10 +126,28 @@ def test_the_table_of_a_run(disturbed, tmp_path):
 
     cluster, *_ = disturbed
     done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.resilience", str(cluster.run_dir), "--json", str(tmp_path / "ledger.json")],
-        env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY,
-    )  # fmt: skip
-    for text in ("killed", "a: 0", "not in the collective", "goodput", "lost steps", "1 x hang on b"):
+        [
+            sys.executable,
+            "-m",
+            "baichuan_jax.resilience",
+            str(cluster.run_dir),
+            "--json",
+            str(tmp_path / "ledger.json"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
+    for text in (
+        "killed",
+        "a: 0",
+        "not in the collective",
+        "goodput",
+        "lost steps",
+        "1 x hang on b",
+    ):
         assert text in done.stdout, done.stdout
     assert json.loads((tmp_path / "ledger.json").read_text())["launches"] == 4
 
@@ -148,12 +177,13 @@ def test_who_has_compiled_first_waits_for_the_others(tmp_path):
 
 def test_a_peer_s_failure_is_told_from_one_s_own():
     """As fetching an array raises it: seen where another process had left between two steps."""
-    lost = (
-        "UNKNOWN: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22762"
-    )
+    lost = "UNKNOWN: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22762"
     assert _cause(ValueError(lost)) == "peer"
     assert _cause(ValueError("the Gloo of our own")) == "exception"
-    assert _cause(SaveFailed("checkpoint 5 could not be written: No space left on device")) == "storage"
+    assert (
+        _cause(SaveFailed("checkpoint 5 could not be written: No space left on device"))
+        == "storage"
+    )
     failed = SaveFailed("checkpoint 5 could not be written")
     failed.__cause__ = ValueError(lost)
     assert _cause(failed) == "peer"
@@ -161,7 +191,10 @@ def test_a_peer_s_failure_is_told_from_one_s_own():
 
 def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
     clock = Clock()
-    with Watch(ResilienceConfig(hang_seconds=0.5, start_seconds=0.5), clock, tmp_path / "attempts"), clock("data"):
+    with (
+        Watch(ResilienceConfig(hang_seconds=0.5, start_seconds=0.5), clock, tmp_path / "attempts"),
+        clock("data"),
+    ):
         time.sleep(2.5)
     said = capfd.readouterr().err
     assert said.count("nothing has happened for") == 1
@@ -171,7 +204,12 @@ def test_alone_a_standstill_is_told_and_nothing_is_ended(tmp_path, capfd):
 @pytest.mark.chaos
 def test_every_kind_of_fault_once(words, folder):
     """SIGSTOP twice: of process 0, whose coordination service stops with it, and of another; a full disk where this is root."""
-    words = [*words, "--resilience.check_every", "5", *NO_COPIES]  # or they would be read in a bad checkpoint's place
+    words = [
+        *words,
+        "--resilience.check_every",
+        "5",
+        *NO_COPIES,
+    ]  # or they would be read in a bad checkpoint's place
     root = os.geteuid() == 0
     with chaos.Cluster(folder / "every", words, small_disk=root) as cluster:
         for number, kind in enumerate([*chaos.KINDS, "stop", *([chaos.FULL_DISK] if root else [])]):
@@ -183,7 +221,9 @@ def test_every_kind_of_fault_once(words, folder):
         kinds = [event["kind"] for event in cluster.run.events]
         assert "checkpoint_corrupt" in kinds
         assert "corruption" in kinds
-        assert {event["host"] for event in cluster.run.events if event["kind"] == "port_taken"} == {"a"}
+        assert {event["host"] for event in cluster.run.events if event["kind"] == "port_taken"} == {
+            "a"
+        }
         last, _ = cluster.steps(3, after=cluster.attempt - 1)
         cluster.stop()
     straight = chaos.undisturbed(folder / "every-straight", words, last, 3)
@@ -199,24 +239,37 @@ def test_data_that_give_no_number_are_left_out_as_if_from_the_start(words, folde
     with chaos.Cluster(folder / "poisoned", words) as cluster:
         last, _ = cluster.steps(30, after=2)
         cluster.stop()
-    assert [cluster.file("verdict", attempt)["verdict"]["cause"] for attempt in (1, 2)] == ["numerics", "numerics"]
-    found = [(event["begin"], event["end"]) for event in cluster.run.events if event["kind"] == "window_skipped"]
+    assert [cluster.file("verdict", attempt)["verdict"]["cause"] for attempt in (1, 2)] == [
+        "numerics",
+        "numerics",
+    ]
+    found = [
+        (event["begin"], event["end"])
+        for event in cluster.run.events
+        if event["kind"] == "window_skipped"
+    ]
     assert found == [(24, 27)]
-    straight = chaos.undisturbed(folder / "poisoned-straight", [*words, "--data.skip", "[[24, 27]]"], last, 3)
+    straight = chaos.undisturbed(
+        folder / "poisoned-straight", [*words, "--data.skip", "[[24, 27]]"], last, 3
+    )
     curve = cluster.run.curve("loss")
     assert last > 27
     assert all(curve[step] == straight[step] for step in range(1, last + 1))
 
 
 @pytest.mark.chaos
-def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(words, folder):
+def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the_batch(
+    words, folder
+):
     """Hosts die with their supervisors: 4 and a spare, 4, then 2 (three do not divide the batch), 1, back to 4; losses to rounding.
 
-    Other sums of the same numbers differ in their last bits, and steps enlarge that: so these are tiny. Other rows would differ by a
-    thousandth.
+    Other sums of the same numbers differ in their last bits, and steps enlarge that: so these are
+    tiny. Other rows would differ by a thousandth.
     """
     batch = ["--train.global_batch_size", "8", "--optimizer.learning_rate", "1e-5"]
-    with chaos.Cluster(folder / "elastic", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")) as cluster:
+    with chaos.Cluster(
+        folder / "elastic", [*words, *batch], hosts=4, spares=1, options=("--min_hosts", "1")
+    ) as cluster:
 
         def lose(*hosts: str) -> None:
             attempt = cluster.attempt
@@ -244,4 +297,6 @@ def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the
         cluster.stop()
     straight = chaos.undisturbed(folder / "elastic-straight", [*words, *batch], last, 4)
     curve = cluster.run.curve("loss")
-    assert all(curve[step] == pytest.approx(straight[step], rel=1e-5) for step in range(1, last + 1))
+    assert all(
+        curve[step] == pytest.approx(straight[step], rel=1e-5) for step in range(1, last + 1)
+    )

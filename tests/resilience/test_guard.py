@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from baichuan_jax.resilience.cadence import DEVICE_SECONDS_PER_FAULT, seconds_between_saves, seconds_per_fault
+from baichuan_jax.resilience.cadence import (
+    DEVICE_SECONDS_PER_FAULT,
+    seconds_between_saves,
+    seconds_per_fault,
+)
 from baichuan_jax.resilience.guard import Spikes, plan_rollback
 
 
@@ -22,7 +26,9 @@ def test_an_ordinary_curve_has_no_spike():
         assert spikes.check(loss=loss, grad_norm=float(rng.lognormal(0, 0.5))) is None
 
 
-@pytest.mark.parametrize("values", [{"loss": 5.0, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 60.0}])
+@pytest.mark.parametrize(
+    "values", [{"loss": 5.0, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 60.0}]
+)
 def test_a_spike_is_named_with_its_limit_and_does_not_become_usual(values):
     spikes = Spikes(20.0, [])
     rng = np.random.default_rng(1)
@@ -41,7 +47,13 @@ def test_large_gradients_apart_from_each_other_are_no_spike():
     """Seen in the first minutes of a small model: norms of 0.5, and one of 4.6 with an ordinary loss."""
     spikes = Spikes(20.0, [])
     for step in range(1000):
-        assert spikes.check(loss=2.0, grad_norm=9.0 if step % 5 in (0, 1) and step > 80 else 0.5 + 0.01 * (step % 7)) is None
+        assert (
+            spikes.check(
+                loss=2.0,
+                grad_norm=9.0 if step % 5 in (0, 1) and step > 80 else 0.5 + 0.01 * (step % 7),
+            )
+            is None
+        )
 
 
 def test_too_few_steps_say_nothing():
@@ -58,7 +70,9 @@ def test_the_first_time_replays_the_second_leaves_the_window_out_and_so_on_until
     plan = plan_rollback(events, [], 2)
     assert (plan.windows, plan.before, plan.back) == ((), 10, 0)
     events += plan.events
-    assert plan_rollback(events, [], 2).before is None  # answered: an ordinary restart changes nothing
+    assert (
+        plan_rollback(events, [], 2).before is None
+    )  # answered: an ordinary restart changes nothing
     events.append(numerics(10, 12, 15))
     plan = plan_rollback(events, [[3, 4]], 2)
     assert (plan.windows, plan.before, plan.back) == (((3, 4), (12, 15)), 10, 1)
@@ -78,8 +92,12 @@ def test_young_and_daly():
     """A thousand GPUs, a save that blocks for 3 s: sqrt(2 * 3 * 50.7 h) = 17 minutes, by hand."""
     mean = seconds_per_fault(1000, 0.0, 0)
     assert mean == DEVICE_SECONDS_PER_FAULT / 1000
-    assert seconds_between_saves(3.0, 20.0, mean) == pytest.approx(math.sqrt(6 * 50.7 * 3600), rel=1e-6)
-    assert seconds_between_saves(30.0, 20.0, 60.0) == 3000.0  # never more than a hundredth of the time
+    assert seconds_between_saves(3.0, 20.0, mean) == pytest.approx(
+        math.sqrt(6 * 50.7 * 3600), rel=1e-6
+    )
+    assert (
+        seconds_between_saves(30.0, 20.0, 60.0) == 3000.0
+    )  # never more than a hundredth of the time
     assert seconds_between_saves(0.01, 90.0, 60.0) == 135.0  # saves do not overlap
     assert seconds_per_fault(1000, 36_000.0, 9) == pytest.approx((50.7 * 3600 + 36_000) / 10)
 

@@ -1,7 +1,8 @@
 """A real Slurm of virtual nodes on this machine: launch/slurm/train.sbatch trains on two, a third stands ready, and nodes die.
 
-`make test-slurm`, as root, with Debian's slurm-wlm and munge. It runs in namespaces of its own (processes, mounts, network): so the
-nodes have addresses and names, nothing of this machine is changed, and all ends with the test.
+`make test-slurm`, as root, with Debian's slurm-wlm and munge. It runs in namespaces of its own
+(processes, mounts, network): so the nodes have addresses and names, nothing of this machine is
+changed, and all ends with the test.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import chaos
 
-pytestmark = pytest.mark.skipif(os.getpid() != 1, reason="make test-slurm runs it in namespaces of its own")
+pytestmark = pytest.mark.skipif(
+    os.getpid() != 1, reason="make test-slurm runs it in namespaces of its own"
+)
 
 NODES = 4
 NETWORK = "10.77.0."
@@ -66,18 +69,31 @@ class Slurm:
         for address, _ in names:
             command("ip", "address", "add", f"{address}/32", "dev", "lo")
         hosts = folder / "hosts"
-        lines = [f"{address} {name}" for address, name in [*names, (f"{NETWORK}1", socket.gethostname())]]
-        hosts.write_text(Path("/etc/hosts").read_text(encoding="utf-8") + "\n".join(lines) + "\n", encoding="utf-8")
+        lines = [
+            f"{address} {name}" for address, name in [*names, (f"{NETWORK}1", socket.gethostname())]
+        ]
+        hosts.write_text(
+            Path("/etc/hosts").read_text(encoding="utf-8") + "\n".join(lines) + "\n",
+            encoding="utf-8",
+        )
         command("mount", "--bind", str(hosts), "/etc/hosts")
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        files = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+        files = [
+            f"--{name}={folder}/munge.{name.split('-')[0]}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
+        ]
         command("munged", "--force", f"--key-file={key}", *files)
         settings = folder / "slurm.conf"
         settings.write_text(
             CONFIGURATION.format(
-                folder=folder, nodes=NODES, network=NETWORK, port=17000 + NODES, cpus=os.cpu_count(), down=DOWN_SECONDS
+                folder=folder,
+                nodes=NODES,
+                network=NETWORK,
+                port=17000 + NODES,
+                cpus=os.cpu_count(),
+                down=DOWN_SECONDS,
             ),
             encoding="utf-8",
         )
@@ -91,7 +107,9 @@ class Slurm:
         """Start a node's slurmd, and wait until the controller counts on it."""
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         command("slurmd", "-N", node)
-        self.wait(lambda: self.state_of(node) in ("idle", "mixed", "allocated"), f"{node} is not idle")
+        self.wait(
+            lambda: self.state_of(node) in ("idle", "mixed", "allocated"), f"{node} is not idle"
+        )
 
     def state_of(self, node: str) -> str:
         return command("sinfo", "--noheader", "--nodes", node, "--format", "%T")
@@ -106,7 +124,9 @@ class Slurm:
     def wait(self, found, message: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not found():
-            assert time.monotonic() < deadline, f"{message}: {command('sinfo', '-N', '-l')}; logs in {self.folder}"
+            assert time.monotonic() < deadline, (
+                f"{message}: {command('sinfo', '-N', '-l')}; logs in {self.folder}"
+            )
             time.sleep(0.2)
 
 
@@ -117,7 +137,11 @@ def _processes_of(node: str) -> set[int]:
         with contextlib.suppress(OSError):
             if f"SLURMD_NODENAME={node}".encode() in (path / "environ").read_bytes().split(b"\0"):
                 parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                steps = {parent} if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes() else set()
+                steps = (
+                    {parent}
+                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes()
+                    else set()
+                )
                 found |= {int(path.name), *steps}
     return found
 
@@ -125,16 +149,28 @@ def _processes_of(node: str) -> set[int]:
 class Job(chaos.Supervised):
     """A run that Slurm starts with the project's own script."""
 
-    def __init__(self, slurm: Slurm, run_dir: Path, words: list[str], *, hosts: int, nodes: int) -> None:
+    def __init__(
+        self, slurm: Slurm, run_dir: Path, words: list[str], *, hosts: int, nodes: int
+    ) -> None:
         super().__init__(run_dir)
         self._ended = (0.0, False)
         self.log = run_dir.parent / f"{run_dir.name}-slurm.log"
         script = REPOSITORY / "launch" / "slurm" / "train.sbatch"
-        os.environ.update(self.variables, PYTHON=sys.executable, HOSTS=str(hosts), TF_CPP_MIN_LOG_LEVEL="3")
+        os.environ.update(
+            self.variables, PYTHON=sys.executable, HOSTS=str(hosts), TF_CPP_MIN_LOG_LEVEL="3"
+        )
         self.id = command(
-            "sbatch", "--parsable", f"--nodes={nodes}", f"--output={self.log}", "--time=30", f"--chdir={REPOSITORY}", str(script),
-            *words, "--run_dir", str(run_dir),
-        )  # fmt: skip
+            "sbatch",
+            "--parsable",
+            f"--nodes={nodes}",
+            f"--output={self.log}",
+            "--time=30",
+            f"--chdir={REPOSITORY}",
+            str(script),
+            *words,
+            "--run_dir",
+            str(run_dir),
+        )
 
     @property
     def state(self) -> str:
@@ -163,19 +199,27 @@ def slurm(tmp_path_factory):
     return Slurm(folder)
 
 
-def test_a_job_goes_on_after_a_hang_a_lost_node_and_the_loss_of_its_first_node_and_is_put_back_saved(slurm, tmp_path):
+def test_a_job_goes_on_after_a_hang_a_lost_node_and_the_loss_of_its_first_node_and_is_put_back_saved(
+    slurm, tmp_path
+):
     job = Job(slurm, tmp_path / "run", chaos.words_of(tmp_path), hosts=2, nodes=4)
 
     def goes_on(began: float, attempt: int, what: str) -> list[str]:
         """The hosts of the next launch, once it has made steps: within a minute, in the same allocation."""
         _, again = job.steps(12, after=attempt)
-        print(f"{what}: running on {job.file('plan')['hosts']} after {again - began:.1f} s", flush=True)
+        print(
+            f"{what}: running on {job.file('plan')['hosts']} after {again - began:.1f} s",
+            flush=True,
+        )
         assert again - began < 60
         assert (job.state, job.show("Restarts"), job.attempt) == ("RUNNING", "0", attempt + 1)
         return job.file("plan")["hosts"]
 
     job.steps(12)
-    first, hosts = job.show("BatchHost"), job.file("plan")["hosts"]  # with the first node go the batch script and srun
+    first, hosts = (
+        job.show("BatchHost"),
+        job.file("plan")["hosts"],
+    )  # with the first node go the batch script and srun
 
     process = next(number for number, host in enumerate(hosts) if host != first)
     began, attempt = job.inject("hang", process), job.attempt

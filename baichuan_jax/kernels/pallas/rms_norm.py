@@ -1,9 +1,10 @@
 """RMSNorm with the residual addition fused, for TPUs in Pallas: one pass over memory forward, one backward.
 
-A block of whole rows lies in VMEM, so every array is read or written once, which is all there is to win: the operator is bound by
-memory. The statistics are computed again in the backward pass, from rows that it needs anyway. The weight's gradient is reduced in
-two stages, since blocks run in parallel on the two cores of a chip: a block adds up its rows but for the 8 sublanes of a register, and
-the caller adds up the rest.
+A block of whole rows lies in VMEM, so every array is read or written once, which is all there is to
+win: the operator is bound by memory. The statistics are computed again in the backward pass, from
+rows that it needs anyway. The weight's gradient is reduced in two stages, since blocks run in
+parallel on the two cores of a chip: a block adds up its rows but for the 8 sublanes of a register,
+and the caller adds up the rest.
 
 R rows (all leading dimensions), D width, P parts of the weight's gradient.
 """
@@ -17,29 +18,46 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# A tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel is given; in all 13.
+# A tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel
+# is given; in all 13.
 MAX_WIDTH = 32768
 WIDE = 16384  # beyond it a kernel computes 8 rows of bfloat16 at a time: 16 of 32,768, in float32, would take it to 17 MiB
 LANES = 128  # the last dimension of a register
-BLOCK_ELEMENTS = 2**18  # of one array: 0.5 MiB in bfloat16, long enough to hide the start of a transfer
+BLOCK_ELEMENTS = (
+    2**18
+)  # of one array: 0.5 MiB in bfloat16, long enough to hide the start of a transfer
 
 
-def forward(weight_D: jax.Array, x: jax.Array, residual: jax.Array | None = None, *, eps: float) -> list[jax.Array]:
+def forward(
+    weight_D: jax.Array, x: jax.Array, residual: jax.Array | None = None, *, eps: float
+) -> list[jax.Array]:
     """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 or bfloat16, float32 inside.
 
-    Any number of rows. D up to MAX_WIDTH; one that is no multiple of 128 is padded, which costs a copy. Raises ValueError beyond.
+    Any number of rows. D up to MAX_WIDTH; one that is no multiple of 128 is padded, which costs a
+    copy. Raises ValueError beyond.
     """
     arrays = [x] if residual is None else [x, residual]
     kernel = functools.partial(_forward_kernel, width=x.shape[-1], eps=eps)
-    return [_unpad(out, x) for out in _call(kernel, "rms_norm_forward", weight_D, arrays, outputs=len(arrays), parts=False)]
+    return [
+        _unpad(out, x)
+        for out in _call(
+            kernel, "rms_norm_forward", weight_D, arrays, outputs=len(arrays), parts=False
+        )
+    ]
 
 
 def backward(
-    weight_D: jax.Array, total: jax.Array, dy: jax.Array, dtotal: jax.Array | None = None, *, eps: float
+    weight_D: jax.Array,
+    total: jax.Array,
+    dy: jax.Array,
+    dtotal: jax.Array | None = None,
+    *,
+    eps: float,
 ) -> list[jax.Array]:
     """Gradients of forward: [dx, parts_PD]. dx is the residual's too; the weight's is the sum of parts_PD (float32) over P.
 
-    total: the array that was normalised. dtotal: the gradient of forward's second result, where it had one.
+    total: the array that was normalised. dtotal: the gradient of forward's second result, where it
+    had one.
     """
     D = total.shape[-1]
     arrays = [total, dy] if dtotal is None else [total, dy, dtotal]
@@ -58,12 +76,20 @@ def _tile(dtype: jnp.dtype) -> int:
 
 
 def _call(
-    kernel: Callable, name: str, weight_D: jax.Array, arrays: list[jax.Array], *, outputs: int, parts: bool
+    kernel: Callable,
+    name: str,
+    weight_D: jax.Array,
+    arrays: list[jax.Array],
+    *,
+    outputs: int,
+    parts: bool,
 ) -> list[jax.Array]:
     """Run a kernel over blocks of rows: of the arrays, `outputs` results like them and, if wanted, partial sums [8, D] a block."""
     D, dtype = weight_D.shape[0], arrays[0].dtype
     if D > MAX_WIDTH or dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"Pallas RMSNorm of {dtype} rows of {D}: it takes float32 and bfloat16, up to {MAX_WIDTH}")
+        raise ValueError(
+            f"Pallas RMSNorm of {dtype} rows of {D}: it takes float32 and bfloat16, up to {MAX_WIDTH}"
+        )
     padding = -D % LANES  # with zeros, which add nothing to the sum of squares
     weight_1D = jnp.pad(weight_D, (0, padding))[None]
     arrays_RD = [jnp.pad(a.reshape(-1, D), ((0, 0), (0, padding))) for a in arrays]
@@ -108,7 +134,9 @@ def _forward_kernel(weight_ref, *refs, width: int, eps: float):
             total = (x32 + residual_ref[0][rows].astype(jnp.float32)).astype(x_ref.dtype)
             total_ref[0][rows] = total
             x32 = total.astype(jnp.float32)  # rounded, as it would be between two operators
-        y_ref[rows] = (x32 * _scale(x32, width, eps) * weight_ref[...].astype(jnp.float32)).astype(y_ref.dtype)
+        y_ref[rows] = (x32 * _scale(x32, width, eps) * weight_ref[...].astype(jnp.float32)).astype(
+            y_ref.dtype
+        )
 
     _for_tiles(x_ref, tile)
 

@@ -1,11 +1,13 @@
 """The one file that imports jax_triton, lazily: what its two versions call differently, and for which GPU a kernel is compiled.
 
-jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the names of arguments. Both need jax's
-CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import, which is put back here.
+jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the names
+of arguments. Both need jax's CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import,
+which is put back here.
 
-A kernel is compiled when its caller is lowered, and jax-triton alone would ask the first GPU of this process what it can. Here the
-devices of the current mesh are asked while the caller is traced (sharding.activate), which may be those of a topology that is not
-there. `compile_as` compiles for an older GPU than the one that runs the kernel.
+A kernel is compiled when its caller is lowered, and jax-triton alone would ask the first GPU of
+this process what it can. Here the devices of the current mesh are asked while the caller is traced
+(sharding.activate), which may be those of a topology that is not there. `compile_as` compiles for
+an older GPU than the one that runs the kernel.
 """
 
 import contextlib
@@ -38,7 +40,9 @@ _substitute: ContextVar["_Substitute | None"] = ContextVar("substitute", default
 def obstacle() -> str | None:
     """Why Triton kernels cannot be compiled here, or None."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
-    if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+    if not any(
+        importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    ):
         missing.append("jax_cuda12_plugin or jax_cuda13_plugin")
     if missing:
         return f"{' and '.join(missing)} not installed (requirements-cuda12.txt or requirements-cuda13.txt)"
@@ -153,7 +157,9 @@ class _Substitute:
                 "own capability, or an older one below 90"
             )
         if self.device not in (None, device):
-            raise ValueError(f"compile_as: devices of sm_{self.device} and of sm_{device} in one context; take one for each")
+            raise ValueError(
+                f"compile_as: devices of sm_{self.device} and of sm_{device} in one context; take one for each"
+            )
         self.device = device
         return self.copies.setdefault(kernel, jit(kernel.fn))
 
@@ -168,9 +174,10 @@ def _jit_key() -> Any:
 def compile_as(capability: int) -> Iterator[None]:
     """Inside, kernels are compiled for this compute capability, their blocks too, and assembled for that of the device.
 
-    So an A800's code (sm_80) runs on a newer GPU: PTX does. Trace and lower inside; what jax traced outside is traced again.
-    ValueError while tracing where the devices are older, or where the code would be bound to another GPU (from sm_90 on).
-    RuntimeError where this version of jax_triton calls the assembler otherwise.
+    So an A800's code (sm_80) runs on a newer GPU: PTX does. Trace and lower inside; what jax traced
+    outside is traced again. ValueError while tracing where the devices are older, or where the code
+    would be bound to another GPU (from sm_90 on). RuntimeError where this version of jax_triton
+    calls the assembler otherwise.
     """
     _, version = _jax_triton()
     library: Any = sys.modules["jax_triton.triton_lib"]
@@ -179,8 +186,14 @@ def compile_as(capability: int) -> Iterator[None]:
     def assemble(*arguments: Any) -> Any:
         """TritonKernel(name, num_warps, num_ctas, shared bytes, PTX, TTIR, capability, ...): its last is what ptxas gets."""
         if len(arguments) < 7 or not isinstance(arguments[6], int):
-            raise RuntimeError(f"compile_as knows jax-triton 0.3.1 and 0.4.1; TritonKernel of {version} takes other arguments")
-        if _substitute.get() is not substitute or arguments[6] != capability or substitute.device is None:
+            raise RuntimeError(
+                f"compile_as knows jax-triton 0.3.1 and 0.4.1; TritonKernel of {version} takes other arguments"
+            )
+        if (
+            _substitute.get() is not substitute
+            or arguments[6] != capability
+            or substitute.device is None
+        ):
             return original.TritonKernel(*arguments)
         return original.TritonKernel(*arguments[:6], substitute.device, *arguments[7:])
 
@@ -224,7 +237,8 @@ def xla_ptxas() -> Path | None:
 def ptxas() -> Path:
     """The assembler that XLA will use, or else the one of triton's wheel (CUDA 12); triton is told to write for its version.
 
-    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on sm_90, where 12.9 knows 8.8).
+    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on
+    sm_90, where 12.9 knows 8.8).
     """
     found = xla_ptxas()
     if found is None:
@@ -270,7 +284,10 @@ def merge_vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wrapped.def_vmap
     def _(size: int, batched: list[bool], *arrays: jax.Array) -> Any:
-        whole = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, batched, strict=True)]
+        whole = [
+            x if b else jnp.broadcast_to(x, (size, *x.shape))
+            for x, b in zip(arrays, batched, strict=True)
+        ]
         results = wrapped(*(x.reshape(-1, *x.shape[2:]) for x in whole))
         return [x.reshape(size, -1, *x.shape[1:]) for x in results], [True] * len(results)
 

@@ -1,7 +1,8 @@
 """Triton kernels on a CPU, in Triton's interpreter: for numbers, not for speed. With bridge.run_with(interpreter.interpret, 80).
 
-The interpreter asks its arguments what it would ask a torch tensor; a class of NumPy arrays answers here, so that no torch is needed.
-TRITON_INTERPRET=1 has to be set before triton is imported: it decides then whether @triton.jit compiles or interprets.
+The interpreter asks its arguments what it would ask a torch tensor; a class of NumPy arrays answers
+here, so that no torch is needed. TRITON_INTERPRET=1 has to be set before triton is imported: it
+decides then whether @triton.jit compiles or interprets.
 """
 
 import functools
@@ -13,7 +14,9 @@ import numpy as np
 
 from baichuan_jax.kernels.triton.bridge import Launch
 
-_ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its state in globals, and a mesh has a thread for each device
+_ONE_AT_A_TIME = (
+    threading.Lock()
+)  # the interpreter keeps its state in globals, and a mesh has a thread for each device
 
 
 class _Tensor:
@@ -40,7 +43,9 @@ class _Tensor:
         """An empty tensor that set_ gives its storage."""
         return _Tensor(np.empty(size, self.array.dtype))
 
-    def set_(self, storage: "_Tensor", offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    def set_(
+        self, storage: "_Tensor", offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
         self.array = storage.array
 
     def storage_offset(self) -> int:
@@ -74,7 +79,8 @@ def _accept_new_numpy() -> None:
 def interpret(launch: Launch) -> list[jax.Array]:
     """Run a kernel in the interpreter, as a jax.pure_callback. What it does not write is NaN (in outputs of floats).
 
-    RuntimeError where triton was imported to compile. ValueError for bfloat16, which it computes on the raw bits (triton#11585).
+    RuntimeError where triton was imported to compile. ValueError for bfloat16, which it computes on
+    the raw bits (triton#11585).
     """
     from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportMissingImports]
 
@@ -84,13 +90,18 @@ def interpret(launch: Launch) -> list[jax.Array]:
             "set TRITON_INTERPRET=1 in the environment before this process imports triton"
         )
     if any(array.dtype.name == "bfloat16" for array in (*launch.arrays, *launch.outputs)):
-        raise ValueError(f"{launch.name}: Triton's interpreter computes bfloat16 wrongly (triton#11585); take float32 or float16")
+        raise ValueError(
+            f"{launch.name}: Triton's interpreter computes bfloat16 wrongly (triton#11585); take float32 or float16"
+        )
 
     _accept_new_numpy()
 
     def run(*arrays: Any) -> list[np.ndarray]:
         inputs = [np.array(array, order="C") for array in arrays]
-        outputs = [np.full(out.shape, np.nan if out.dtype.kind == "f" else 0, out.dtype) for out in launch.outputs]
+        outputs = [
+            np.full(out.shape, np.nan if out.dtype.kind == "f" else 0, out.dtype)
+            for out in launch.outputs
+        ]
         with _ONE_AT_A_TIME:
             launch.kernel[launch.grid](*map(_Tensor, (*inputs, *outputs)), **launch.constants)
         return outputs
