@@ -9,16 +9,16 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from baichuan_jax.config_file import load_config
+    from baichuan_jax.config.files import load_config
     from baichuan_jax.generate import Generator
-    from baichuan_jax.hf import load_pretrained
+    from baichuan_jax.hf.weights import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Generator", "load_config", "load_pretrained"]
 
 # Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the
 # package had imported already.
-_HOMES = {"load_config": "config_file", "load_pretrained": "hf", "Generator": "generate"}
+_HOMES = {"load_config": "config.files", "load_pretrained": "hf.weights", "Generator": "generate"}
 
 
 def _hide_compilers() -> None:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from baichuan_jax.config import ConfigError, MeshConfig
-from baichuan_jax.hf import load_pretrained, tokenizer_file, trained_with
+from baichuan_jax.config.schema import ConfigError, MeshConfig
+from baichuan_jax.hf.weights import load_pretrained, tokenizer_file, trained_with
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.sharding import add_mesh_options, make_mesh, mesh_config

@@ -18,14 +18,13 @@ import threading
 import time
 from typing import Any
 
-from baichuan_jax.config import Config, ConfigError
-from baichuan_jax.config_file import make_parser, parse_config
-from baichuan_jax.console import Display
+from baichuan_jax.config.files import make_parser, parse_config
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.resilience.attempts import Attempts
-from baichuan_jax.resilience.blame import Exit, Verdict, blame
+from baichuan_jax.resilience.attribution import Exit, Verdict, blame
 from baichuan_jax.resilience.clock import WAIT
 from baichuan_jax.resilience.exits import BAD_HOST, INTERRUPTED, PREEMPTED, run_command, say
-from baichuan_jax.resilience.ledger import read_ledger, say_ledger
+from baichuan_jax.resilience.goodput import read_ledger, say_ledger
 from baichuan_jax.resilience.policy import MAX_BLAMES, Decision, choose_hosts, decide
 from baichuan_jax.resilience.reports import Folder
 from baichuan_jax.resilience.watch import (
@@ -35,7 +34,8 @@ from baichuan_jax.resilience.watch import (
     SUPERVISOR_VARIABLE,
     UNSUPERVISED,
 )
-from baichuan_jax.run import Run, append_event
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.folder import Run, append_event
 
 TICK = 0.2  # seconds between two looks at everything
 PARTING_SECONDS = 90.0  # that processes wait for each other at a good end

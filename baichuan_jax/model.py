@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from baichuan_jax.config import KernelsConfig, ModelConfig
-from baichuan_jax.kernels import attention, masked_attention, prefix_attention, rms_norm
+from baichuan_jax.config.schema import KernelsConfig, ModelConfig
+from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.attention.reference import masked_attention, prefix_attention
+from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import constrain, current_layout
 
 Params = dict[str, Any]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from baichuan_jax.config import OptimizerConfig
+from baichuan_jax.config.schema import OptimizerConfig
 from baichuan_jax.model import Params
 
 

@@ -25,11 +25,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import Config, ConfigError
-from baichuan_jax.config_file import make_parser, parse_config
-from baichuan_jax.console import Display
+from baichuan_jax.config.files import make_parser, parse_config
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.resilience.exits import BadHost, SaveFailed, run_command
 from baichuan_jax.resilience.reports import coordinator_address, gather
+from baichuan_jax.runs.console import Display
 from baichuan_jax.sharding import initialize_processes
 
 BAD_JAX = {

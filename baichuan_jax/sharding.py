@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
+from baichuan_jax.config.schema import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 

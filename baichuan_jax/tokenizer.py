@@ -18,10 +18,10 @@ import sentencepiece
 from rich.console import Console
 from rich.table import Column, Table
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.data.text import find_files, language, read_documents, split_files
-from baichuan_jax.files import write_atomically
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.reader import find_files, language, read_documents, split_files
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import write_atomically
 
 TRAINING_BYTES = (
     8 << 20

@@ -12,23 +12,24 @@ from pathlib import Path
 
 import jax
 
-from baichuan_jax.config import Config, ConfigError
-from baichuan_jax.config_file import dump_config, make_parser, parse_config
-from baichuan_jax.console import Display
+from baichuan_jax.config.files import dump_config, make_parser, parse_config
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
-from baichuan_jax.files import require_writable, write_atomically
-from baichuan_jax.kernels import choose_attention, choose_rms_norm
-from baichuan_jax.metrics import Writer, seconds_since_process_start
+from baichuan_jax.kernels.attention.api import choose_attention
+from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import PREEMPTED, run_command, signals
 from baichuan_jax.resilience.watch import FULL_VARIABLE, Watch
-from baichuan_jax.run import Run
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import require_writable, write_atomically
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.sharding import initialize_processes, make_mesh
 from baichuan_jax.step import make_steps
-from baichuan_jax.summary import say_complete
-from baichuan_jax.trainer import Trainer
+from baichuan_jax.training.loop import Trainer
+from baichuan_jax.training.summary import say_complete
 from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 

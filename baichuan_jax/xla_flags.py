@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import jax
 
-from baichuan_jax.config import Config, require
-from baichuan_jax.config_file import make_parser, parse_command
-from baichuan_jax.hardware import Topology, detect_topology, parse_topology
+from baichuan_jax.config.files import make_parser, parse_command
+from baichuan_jax.config.schema import Config, require
+from baichuan_jax.hardware.accelerators import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
 GPU_MEMORY_FRACTION = (

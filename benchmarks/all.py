@@ -24,8 +24,8 @@ from collections.abc import Iterable
 
 from results import machine, markdown_table, version_of
 
-from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = {

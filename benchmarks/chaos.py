@@ -31,8 +31,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from results import Results
 
-from baichuan_jax.console import Display
-from baichuan_jax.run import Run
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.folder import Run
 
 # Shorter limits than a cluster's, longer than a busy machine's pauses; three replicas; a save every
 # few steps.

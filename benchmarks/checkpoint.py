@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from results import Results
 
-from baichuan_jax.checkpoint import Checkpoints
-from baichuan_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
-from baichuan_jax.local_copies import LocalCopies
+from baichuan_jax.checkpoint.local_copies import LocalCopies
+from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.config.schema import Config, MeshConfig, ModelConfig, OptimizerConfig
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import garbage
 
-from baichuan_jax.data.text import Part, find_files, read_documents
+from baichuan_jax.documents.reader import Part, find_files, read_documents
 
 SAMPLE = Path(__file__).parents[1] / "baichuan_jax" / "data" / "sample"
 LANGUAGES = ("zh", "en")

@@ -23,7 +23,8 @@ import jax
 import numpy as np
 from results import Results
 
-from baichuan_jax.config import (
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import (
     Config,
     MeshConfig,
     ModelConfig,
@@ -31,8 +32,7 @@ from baichuan_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from baichuan_jax.config_file import load_config
-from baichuan_jax.metrics import flops_per_token, measure_matmul_flops
+from baichuan_jax.runs.metrics import flops_per_token, measure_matmul_flops
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
 from baichuan_jax.train import train

@@ -324,7 +324,7 @@ def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[
     """Rows a second that the loader gives for configs/tiny.yaml, beside what its training takes."""
     import jax
 
-    from baichuan_jax.config_file import load_config
+    from baichuan_jax.config.files import load_config
     from baichuan_jax.data.loader import Loader
     from baichuan_jax.data.prepare import prepare
     from baichuan_jax.sharding import make_mesh

@@ -36,13 +36,13 @@ import numpy as np
 from exam import SAMPLE, make_ceval, make_mmlu
 from results import Results
 
-from baichuan_jax.config import ModelConfig
-from baichuan_jax.data.text import read_documents, split_files
+from baichuan_jax.config.schema import ModelConfig
+from baichuan_jax.documents.reader import read_documents, split_files
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import Record, score_prompts
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.hf import export, load_pretrained
+from baichuan_jax.hf.weights import export, load_pretrained
 from baichuan_jax.model import init_params
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 

@@ -36,8 +36,8 @@ from typing import Any
 from results import markdown_table
 from tqdm import tqdm
 
-from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "gpu_stages"

@@ -29,9 +29,12 @@ from clock import sample
 from results import Results, reason
 from tqdm import tqdm
 
-from baichuan_jax.config import Config
-from baichuan_jax.kernels import attention, reference, rms_norm
-from baichuan_jax.metrics import peak_flops
+from baichuan_jax.config.schema import Config
+from baichuan_jax.kernels.attention import reference as reference_attention
+from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
+from baichuan_jax.kernels.rms_norm.api import rms_norm
+from baichuan_jax.runs.metrics import peak_flops
 
 try:
     import tokamax  # pyright: ignore[reportMissingImports]
@@ -265,7 +268,9 @@ def norm_candidates(
 
 def run_attention(options: argparse.Namespace, dtype: str, shown: Any) -> dict:
     candidates, inputs, cotangents = attention_candidates(options, dtype)
-    prepare(candidates, lambda q, k, v: (reference.attention(q, k, v),), inputs, cotangents)
+    prepare(
+        candidates, lambda q, k, v: (reference_attention.attention(q, k, v),), inputs, cotangents
+    )
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(2), (size, size)).astype(dtype)
     product = plain_call(f"a product of {size} x {size}", jnp.matmul, 2.0 * size**3, matrix, matrix)
@@ -279,7 +284,7 @@ def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Any
     candidates, inputs, cotangents = norm_candidates(options, dtype, residual)
 
     def exact(x, weight, *added):
-        out = reference.rms_norm(x, weight, EPS, *added)
+        out = reference_rms_norm.rms_norm(x, weight, EPS, *added)
         return out if residual else (out,)
 
     prepare(candidates, exact, inputs, cotangents)

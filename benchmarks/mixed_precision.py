@@ -16,7 +16,7 @@ import tempfile
 from matplotlib.figure import Figure
 from results import Results
 
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
 from baichuan_jax.train import train
 
 

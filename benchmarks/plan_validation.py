@@ -23,8 +23,8 @@ from jax.sharding import AbstractMesh
 from results import Results
 from tqdm import tqdm
 
-from baichuan_jax import hlo, roofline
-from baichuan_jax.hardware import Topology, parse_topology
+from baichuan_jax.hardware.accelerators import Topology, parse_topology
+from baichuan_jax.plan import hlo, roofline
 from baichuan_jax.sharding import AXES
 
 

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.console import Display
+from baichuan_jax.runs.console import Display
 
 
 def reason(error: BaseException, length: int = 160) -> str:

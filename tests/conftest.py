@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from baichuan_jax.config import (
+from baichuan_jax.config.schema import (
     Config,
     MeshConfig,
     ModelConfig,

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from conftest import build
 
-from baichuan_jax.checkpoint import Checkpoints, digest, find_checkpoint, load_params, save_params
-from baichuan_jax.config import CheckpointConfig, ConfigError
+from baichuan_jax.checkpoint.orbax import (
+    Checkpoints,
+    digest,
+    find_checkpoint,
+    load_params,
+    save_params,
+)
+from baichuan_jax.config.schema import CheckpointConfig, ConfigError
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_the_page_of_settings_is_what_the_dataclasses_say():
 
 
 def test_every_setting_is_on_its_page():
-    from baichuan_jax.config_file import KEYS
+    from baichuan_jax.config.files import KEYS
 
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     sections = {key.split(".")[0] for key in KEYS if "." in key}

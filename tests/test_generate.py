@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_jax.config import ConfigError, MeshConfig, ModelConfig
+from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
 from baichuan_jax.generate import Generator, Sampling, _draw, _Stream, main
-from baichuan_jax.hf import export, load_pretrained
+from baichuan_jax.hf.weights import export, load_pretrained
 from baichuan_jax.model import Transformer
 from baichuan_jax.sharding import make_mesh
 

@@ -26,10 +26,10 @@ import step
 import training
 from stage import SMALL, Stage
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.hardware import HARDWARE
-from baichuan_jax.roofline import BOUNDS, read_rates
-from baichuan_jax.run import Run
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.hardware.accelerators import HARDWARE
+from baichuan_jax.plan.roofline import BOUNDS, read_rates
+from baichuan_jax.runs.folder import Run
 
 
 @pytest.fixture
@@ -146,7 +146,8 @@ def test_a_kernel_that_is_wrong_or_leaves_something_unwritten_is_found():
 import json, sys
 sys.path[:0] = [{str(STAGES)!r}, {str(REPOSITORY)!r}]
 import checks
-from baichuan_jax.kernels.triton import attention, interpreter
+from baichuan_jax.kernels.attention import triton as attention
+from baichuan_jax.kernels import triton_interpreter as interpreter
 case = checks.Case("attention", "float32", 40, 64, "causal")
 right = attention.attention
 def scaled(*arguments):

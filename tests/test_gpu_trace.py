@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from launches import REPOSITORY, environment
 
-from baichuan_jax import hlo, roofline
-from baichuan_jax.hardware import parse_topology
+from baichuan_jax.hardware.accelerators import parse_topology
+from baichuan_jax.plan import hlo, roofline
 from baichuan_jax.sharding import AXES
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

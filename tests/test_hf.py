@@ -16,9 +16,9 @@ from conftest import build
 from flax import nnx
 from launches import REPOSITORY, environment
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.hf import export, import_params, load_pretrained, main, read_config
-from baichuan_jax.hf_files import open_tensors
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.hf.files import open_tensors
+from baichuan_jax.hf.weights import export, import_params, load_pretrained, main, read_config
 from baichuan_jax.sharding import Layout
 
 TINY = Path(__file__).parent / "golden" / "tiny"
@@ -334,9 +334,9 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
         import json, resource, sys
         from pathlib import Path
         import jax, numpy as np
-        from baichuan_jax.config import ModelConfig
-        from baichuan_jax.hf import _entries, _hf_config, export, import_params
-        from baichuan_jax.hf_files import write_safetensors
+        from baichuan_jax.config.schema import ModelConfig
+        from baichuan_jax.hf.weights import _entries, _hf_config, export, import_params
+        from baichuan_jax.hf.files import write_safetensors
 
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

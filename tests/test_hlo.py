@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_jax import hlo
+from baichuan_jax.plan import hlo
 
 
 def compiled(function, *shapes) -> hlo.Program:

@@ -9,8 +9,8 @@ import pytest
 from conftest import build
 from launches import kill, lines, losses, run, start_all, wait_all, wait_for_step, write_config
 
-from baichuan_jax.checkpoint import Checkpoints
-from baichuan_jax.local_copies import LocalCopies, _send
+from baichuan_jax.checkpoint.local_copies import LocalCopies, _send
+from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.resilience.watch import HOST_VARIABLE
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_copy_is_told_and_not_used(opened, tmp_path, damage, capfd):
 def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_ever(
     opened, tmp_path, monkeypatch
 ):
-    import baichuan_jax.local_copies
+    import baichuan_jax.checkpoint.local_copies
 
     copies, steps = opened((1, 1, 1, 1))
     copies.save(filled(steps, 0), 7, 7)
@@ -148,7 +148,7 @@ def test_a_full_disk_is_told_and_the_copy_before_stays(opened, tmp_path):
 
 
 def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):
-    import baichuan_jax.local_copies
+    import baichuan_jax.checkpoint.local_copies
 
     sent = []
 
@@ -156,7 +156,9 @@ def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):
         sent.append(part.size)
         return part
 
-    monkeypatch.setattr(baichuan_jax.local_copies.multihost_utils, "broadcast_one_to_all", send)
+    monkeypatch.setattr(
+        baichuan_jax.checkpoint.local_copies.multihost_utils, "broadcast_one_to_all", send
+    )
     monkeypatch.setattr(baichuan_jax.local_copies, "CHUNK", 64)
     content = np.arange(150, dtype=np.float32).reshape(15, 10)
     np.testing.assert_array_equal(_send(content, 0), content)

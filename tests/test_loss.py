@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_jax.config import MeshConfig
+from baichuan_jax.config.schema import MeshConfig
 from baichuan_jax.loss import cross_entropy
 from baichuan_jax.sharding import Layout, activate, make_mesh
 

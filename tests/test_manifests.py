@@ -10,7 +10,7 @@ import pytest
 import yaml
 from launches import REPOSITORY
 
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
 from baichuan_jax.resilience import exits
 
 LAUNCH = REPOSITORY / "launch"

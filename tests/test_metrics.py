@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from baichuan_jax.config import Config, ConfigError, MetricsConfig, ModelConfig
-from baichuan_jax.metrics import Throughput, Writer, flops_per_token, peak_flops
-from baichuan_jax.run import Run
+from baichuan_jax.config.schema import Config, ConfigError, MetricsConfig, ModelConfig
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.metrics import Throughput, Writer, flops_per_token, peak_flops
 
 
 def test_7b_flops_follow_the_published_formula():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_jax.config import OptimizerConfig
+from baichuan_jax.config.schema import OptimizerConfig
 from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
 
 

@@ -11,9 +11,9 @@ import venv
 import pytest
 from launches import REPOSITORY
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.config_file import load_config, shipped
-from baichuan_jax.data.text import find_files
+from baichuan_jax.config.files import load_config, shipped
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.reader import find_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]

@@ -11,10 +11,10 @@ import pytest
 from conftest import build
 from flax import nnx
 
-from baichuan_jax.config import Config, OptimizerConfig, TokenizerConfig, TrainConfig
+from baichuan_jax.config.schema import Config, OptimizerConfig, TokenizerConfig, TrainConfig
 from baichuan_jax.generate import Generator
-from baichuan_jax.hf import import_params, load_pretrained, read_config
-from baichuan_jax.hf_files import _Safetensors
+from baichuan_jax.hf.files import _Safetensors
+from baichuan_jax.hf.weights import import_params, load_pretrained, read_config
 from baichuan_jax.loss import cross_entropy
 from baichuan_jax.model import init_cache
 from baichuan_jax.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from launches import environment, write_config
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.preflight import (
     compare_hosts,
     judge_pairs,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launches import run, write_config
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.evaluation import FILTERS
 from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tasks import Subject, count_subjects

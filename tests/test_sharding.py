@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
 from baichuan_jax.model import abstract_model
 from baichuan_jax.sharding import (
     AXES,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import batch_of, build
 
-from baichuan_jax.config import Config, ConfigError, TokenizerConfig
+from baichuan_jax.config.schema import Config, ConfigError, TokenizerConfig
 from baichuan_jax.resilience.corruption import compare_digests
 from baichuan_jax.resilience.exits import BadHost
 

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from baichuan_jax import tokenizer as module
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.tokenizer import Tokenizer, main, stats, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "data" / "sample"

@@ -21,9 +21,9 @@ from launches import (
     write_config,
 )
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.config_file import load_config
-from baichuan_jax.run import Run
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.train import main, train
 
 

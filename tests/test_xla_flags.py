@@ -8,9 +8,14 @@ import sys
 import pytest
 from launches import REPOSITORY, environment
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.config_file import load_config
-from baichuan_jax.hardware import Topology, detect_topology, hardware_of, parse_topology
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.hardware.accelerators import (
+    Topology,
+    detect_topology,
+    hardware_of,
+    parse_topology,
+)
 from baichuan_jax.xla_flags import apply_flags, choose_flags
 
 A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
@@ -184,7 +189,8 @@ def test_gpus_are_found_without_jax(tmp_path, monkeypatch):
         (folder / "information").write_text("Model: \t\t NVIDIA A800-SXM4-80GB\nIRQ:   \t\t 1\n")
     paths = sorted(str(path) for path in tmp_path.glob("*/information"))
     monkeypatch.setattr(
-        "baichuan_jax.hardware.glob.glob", lambda pattern: paths if "nvidia" in pattern else []
+        "baichuan_jax.hardware.accelerators.glob.glob",
+        lambda pattern: paths if "nvidia" in pattern else [],
     )
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -199,7 +205,7 @@ def test_gpus_are_found_where_a_container_hides_proc(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\necho 'NVIDIA H100 80GB HBM3'\n")
     program.chmod(0o755)
-    monkeypatch.setattr("baichuan_jax.hardware.glob.glob", lambda pattern: [])
+    monkeypatch.setattr("baichuan_jax.hardware.accelerators.glob.glob", lambda pattern: [])
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     for name in (
         "JAX_PLATFORMS",

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
 
 UNITS = 13
@@ -251,10 +251,10 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="save the figures")
     options = parser.parse_args(words)
-    from baichuan_jax.data.corpus_config import (
+    from baichuan_jax.data.corpus.config import (
         ReadConfig,
     )  # with pyarrow, which --help does without
-    from baichuan_jax.data.documents import Record, find_inputs, make_parts, read_records
+    from baichuan_jax.data.corpus.documents import Record, find_inputs, make_parts, read_records
 
     sets = EvaluationSets(options.evaluation)
     found: dict[tuple[str, int], np.ndarray] = {}

@@ -183,9 +183,10 @@ def _to_devices(
     place = place.reshape(shape[:2])
 
     def make(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: array[place[index[:2]]][..., index[2]]
-        )  # type: ignore
+        def part(index: Any) -> np.ndarray:
+            return array[place[index[:2]]][..., index[2]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: make(array) for name, array in arrays.items()}
 

@@ -31,13 +31,13 @@ from rich.table import Table
 from scipy.optimize import lsq_linear, minimize
 from tqdm import tqdm
 
-from baichuan_jax.config import Config, ConfigError, require
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.data.text import find_files, read_documents, split_files
-from baichuan_jax.files import write_atomically
+from baichuan_jax.documents.reader import find_files, read_documents, split_files
 from baichuan_jax.resilience.exits import CONFIGURATION, PREEMPTED, run_command, signals
-from baichuan_jax.run import Run
+from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.folder import Run
 
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 LEAST_SHARE = 0.01  # of a corpus in a drawn mixture: a weight of 0 is refused by the trainer, and the law has a pole there

@@ -19,20 +19,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.config_file import make_parser, parse_config
-from baichuan_jax.data import funnel
-from baichuan_jax.data.corpus_config import CorpusConfig
+from baichuan_jax.config.files import make_parser, parse_config
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.corpus import funnel
+from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.data.rows import locked
-from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import write_atomically
 
 
 def run(config: CorpusConfig, progress: bool = True) -> dict[str, Any]:
     """The whole pipeline; goes on where a killed run stopped. Returns what report.json holds. Raises ConfigError."""
     try:
-        from baichuan_jax.data.engine import START_AGAIN, Engine
-        from baichuan_jax.data.stages import Plan
+        from baichuan_jax.data.corpus.engine import START_AGAIN, Engine
+        from baichuan_jax.data.corpus.stages import Plan
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the data pipeline needs {error.name}: make data-deps, or pip install -r requirements-data.txt"

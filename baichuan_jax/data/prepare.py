@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config import Config, ConfigError
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, locked, pack, summary
-from baichuan_jax.data.text import Part, find_files, read_documents
-from baichuan_jax.files import require_writable
+from baichuan_jax.documents.reader import Part, find_files, read_documents
+from baichuan_jax.runs.files import require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 WAIT_SECONDS = 3600.0  # that the other processes of a run wait for the one that prepares its tokens

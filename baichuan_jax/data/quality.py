@@ -26,10 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config import ConfigError, require
-from baichuan_jax.data.text import find_files, language, read_documents, split_files
-from baichuan_jax.files import publish, write_atomically
+from baichuan_jax.config.schema import ConfigError, require
+from baichuan_jax.documents.reader import find_files, language, read_documents, split_files
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import publish, write_atomically
 
 MODEL = Path(__file__).parent / "quality_model"
 LANGUAGES = ("zh", "en")

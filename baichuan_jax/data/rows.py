@@ -31,10 +31,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.data.text import Part, find_files, read_documents, split_files
-from baichuan_jax.files import publish, write_atomically
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.reader import Part, find_files, read_documents, split_files
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -231,7 +231,7 @@ def _run_all(todo: list[_Work], num_workers: int, progress: bool, description: s
         delay=0 if terminal else 30,  # in a log: nothing, or a line now and then
     )
     if os.environ.get("RAY_ADDRESS"):
-        from baichuan_jax.data.engine import Engine
+        from baichuan_jax.data.corpus.engine import Engine
 
         with bar:
             for _ in Engine(num_workers, progress).each(_make_shard, todo):

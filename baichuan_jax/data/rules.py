@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 from daft.recordbatch import RecordBatch  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.config import ConfigError, require
-from baichuan_jax.data.corpus_config import RulesConfig
-from baichuan_jax.data.measures import measure
+from baichuan_jax.config.schema import ConfigError, require
+from baichuan_jax.data.corpus.config import RulesConfig
+from baichuan_jax.data.corpus.measures import measure
 
 HAN_SHARE = 0.3  # of the letters, from which on a text is Chinese: a Han character says what two or three Latin letters do
 

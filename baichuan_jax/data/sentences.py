@@ -19,9 +19,9 @@ from daft import DataFrame, DataType, col, lit  # pyright: ignore[reportMissingI
 from rapidfuzz.distance import Indel  # pyright: ignore[reportMissingImports]
 from rapidfuzz.process import cpdist  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data.corpus_config import SentencesConfig
-from baichuan_jax.data.dedup import components
-from baichuan_jax.data.engine import ROW_BITS, Engine, ParquetFile, Stage, read_part
+from baichuan_jax.data.corpus.config import SentencesConfig
+from baichuan_jax.data.corpus.engine import ROW_BITS, Engine, ParquetFile, Stage, read_part
+from baichuan_jax.data.near_duplicates import components
 
 # A sentence with one letter of ten replaced keeps a run of 5 Chinese characters, and nearly always
 # one of 12 Latin letters.

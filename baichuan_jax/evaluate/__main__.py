@@ -12,19 +12,19 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import baichuan_jax
-from baichuan_jax.config import DistributedConfig, MeshConfig
-from baichuan_jax.console import Display
-from baichuan_jax.data.text import find_files, read_documents, split_files
+from baichuan_jax.config.schema import DistributedConfig, MeshConfig
+from baichuan_jax.documents.reader import find_files, read_documents, split_files
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS, TASKS
-from baichuan_jax.files import write_atomically
 from baichuan_jax.generate import find_tokenizer
-from baichuan_jax.hf import load_pretrained, weights_sha256
-from baichuan_jax.kernels import choose_attention
+from baichuan_jax.hf.weights import load_pretrained, weights_sha256
+from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.sharding import add_mesh_options, initialize_processes, make_mesh, mesh_config
 from baichuan_jax.tokenizer import Tokenizer
 

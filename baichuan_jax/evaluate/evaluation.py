@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import baichuan_jax
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import (
     Prompt,
     Protocol,

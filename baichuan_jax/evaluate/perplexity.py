@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.scoring import default_batch_tokens
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, Transformer, matmul_precision

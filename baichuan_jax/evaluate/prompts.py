@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 from typing import Literal
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.subjects import CEVAL_LM_EVAL
 from baichuan_jax.evaluate.tasks import LETTERS, Question, Subject, order_key
 from baichuan_jax.tokenizer import Tokenizer

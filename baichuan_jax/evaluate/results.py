@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import Prompt, Protocol
 from baichuan_jax.evaluate.scoring import Request, Scorer
 from baichuan_jax.evaluate.tasks import LETTERS, Subject
-from baichuan_jax.files import write_atomically
 from baichuan_jax.resilience.exits import NumericsError
+from baichuan_jax.runs.files import write_atomically
 
 Record = dict[str, Any]
 

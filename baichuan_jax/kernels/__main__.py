@@ -6,6 +6,7 @@ kernels/sass.py.
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -23,14 +24,14 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from baichuan_jax.config import require
-from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
-from baichuan_jax.kernels import _module, sass
-from baichuan_jax.kernels.bound import Bound, attention_bound, norm_bound
-from baichuan_jax.kernels.triton import bridge
-from baichuan_jax.kernels.triton.bridge import Launch
+from baichuan_jax.config.schema import require
+from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.kernels.inspect import sass
+from baichuan_jax.kernels.inspect.bound import Bound, attention_bound, norm_bound
+from baichuan_jax.kernels.triton_bridge import Launch
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import write_atomically
 
 # Two rows of 4,096 tokens of Baichuan-7B: one micro-batch of a device.
 ROWS, LENGTH, WIDTH = 2, 4096, 4096
@@ -133,10 +134,10 @@ def list_launches(dtype: str, head_dim: int, capability: int) -> list[Launch]:
 
 def _operators(implementation: str) -> Callable[..., Any]:
     """Attention and RMSNorm with their gradients."""
-    attention, norm = (
-        _module(implementation, "attention").attention,
-        _module(implementation, "rms_norm"),
-    )
+    attention = importlib.import_module(
+        f"baichuan_jax.kernels.attention.{implementation}"
+    ).attention
+    norm = importlib.import_module(f"baichuan_jax.kernels.rms_norm.{implementation}")
 
     def run(q_BTNH: jax.Array, x_BTD: jax.Array, weight_D: jax.Array) -> Any:
         out_BTNH, pull = jax.vjp(attention, q_BTNH, q_BTNH, q_BTNH)

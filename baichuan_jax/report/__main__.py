@@ -5,10 +5,10 @@ import datetime
 import sys
 from pathlib import Path
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.console import Display
-from baichuan_jax.files import require_writable, write_atomically
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import require_writable, write_atomically
 
 
 def main(words: list[str]) -> int:

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 
 from baichuan_jax.evaluate.tables import COLUMNS, PUBLISHED, columns
 from baichuan_jax.report.recorded import Recorded
-from baichuan_jax.resilience.ledger import CAUSES
-from baichuan_jax.run import smooth
+from baichuan_jax.resilience.goodput import CAUSES
+from baichuan_jax.runs.folder import smooth
 
 MOST_POINTS = 2000  # of a curve; a longer one is drawn as the smallest and the largest value of equal stretches
 GREY = "#8b929c"

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
-from baichuan_jax.config import Config
+from baichuan_jax.config.schema import Config
 from baichuan_jax.evaluate.tables import COLUMNS, PUBLISHED, cautions, columns
 from baichuan_jax.report import figures
 from baichuan_jax.report.recorded import Recorded, flatten

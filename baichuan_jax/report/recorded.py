@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from baichuan_jax.config import Config, ConfigError
-from baichuan_jax.resilience.ledger import Ledger, launch_spans, read_ledger
-from baichuan_jax.run import Run
+from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.resilience.goodput import Ledger, launch_spans, read_ledger
+from baichuan_jax.runs.folder import Run
 
 # Told apart by people who see few colours, on light and on dark ground.
 COLOURS = ("#3b82d6", "#e0701e", "#2f9e6e", "#b163c9", "#d1495b", "#a3861a", "#2aa5b5", "#8a7a6a")

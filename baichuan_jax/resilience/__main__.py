@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.console import Display
-from baichuan_jax.files import write_atomically
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.resilience.ledger import read_ledger, say_ledger
+from baichuan_jax.resilience.goodput import read_ledger, say_ledger
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import write_atomically
 
 
 def main(words: list[str]) -> int:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.files import write_atomically
+from baichuan_jax.runs.files import write_atomically
 
 
 class Attempts:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 
 BUG = 70  # an error of the program: a restart would meet it again, unless it is one host's alone
 UNSAVED = 74  # a checkpoint could not be written: make room, start again

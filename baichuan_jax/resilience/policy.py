@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
-from baichuan_jax.resilience.blame import Verdict
+from baichuan_jax.resilience.attribution import Verdict
 from baichuan_jax.resilience.exits import (
     BAD_HOST,
     BUG,

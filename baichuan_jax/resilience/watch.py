@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config import ConfigError, ResilienceConfig
-from baichuan_jax.resilience.blame import blame
+from baichuan_jax.config.schema import ConfigError, ResilienceConfig
+from baichuan_jax.resilience.attribution import blame
 from baichuan_jax.resilience.clock import CHECKPOINT, EVALUATE, LOOP, WAIT, Clock
 from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed, SaveFailed, say
 from baichuan_jax.resilience.reports import (

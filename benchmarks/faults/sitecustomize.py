@@ -73,7 +73,7 @@ def _install(folder: Path) -> None:
     import jax
 
     from baichuan_jax.data.loader import Loader
-    from baichuan_jax.trainer import Trainer
+    from baichuan_jax.training.loop import Trainer
 
     create, load = Trainer.__init__, Loader.__next__
     poison = folder / "poison"

@@ -56,13 +56,13 @@ def check(case: Case) -> dict[str, Any]:
     import numpy as np
     from poison import fill_free_memory, proves_itself
 
-    from baichuan_jax.kernels.triton import bridge
+    from baichuan_jax.kernels import triton_bridge as bridge
 
     device = jax.devices()[0]
     function, plain, arguments, names = parts_of(case)
     with contextlib.ExitStack() as stack:
         if device.platform == "cpu":
-            from baichuan_jax.kernels.triton.interpreter import interpret
+            from baichuan_jax.kernels.triton_interpreter import interpret
 
             stack.enter_context(bridge.run_with(interpret, 80))
         elif case.variant.startswith("sm_80"):
@@ -154,8 +154,8 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     import jax
     import jax.numpy as jnp
 
-    from baichuan_jax.kernels import reference
-    from baichuan_jax.kernels.triton.attention import attention
+    from baichuan_jax.kernels.attention import reference as reference_attention
+    from baichuan_jax.kernels.attention.triton import attention
 
     T, variant = case.length, case.variant.removeprefix("sm_80 ")
     B, N = 1, 2
@@ -197,7 +197,11 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         return under_everything(function)
 
     names = ["out", "dq", "dk", "dv"]
-    return *(with_gradients(variant_of(f)) for f in (attention, reference.attention)), arrays, names  # type: ignore[return-value]
+    return (
+        *(with_gradients(variant_of(f)) for f in (attention, reference_attention.attention)),
+        arrays,
+        names,
+    )  # type: ignore[return-value]
 
 
 def with_gradients(function: Any) -> Any:
@@ -256,7 +260,8 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     """See parts_of; with or without a residual."""
     import jax
 
-    from baichuan_jax.kernels import _rms_norm, reference
+    from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
+    from baichuan_jax.kernels.rms_norm.api import _rms_norm
     from baichuan_jax.sharding import current_layout
 
     residual = case.variant.endswith("residual")
@@ -278,7 +283,7 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         return tuple(outputs) if added is not None else outputs[0]
 
     def plain(x: Any, added: Any, weight: Any) -> Any:
-        return reference.rms_norm(x, weight, 1e-6, added)
+        return reference_rms_norm.rms_norm(x, weight, 1e-6, added)
 
     names = ["y", "total", "dx", "dresidual", "dweight"] if residual else ["y", "dx", "dweight"]
     return (

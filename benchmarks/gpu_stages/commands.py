@@ -80,7 +80,7 @@ def logits(stage: Stage, imported: Path) -> None:
     import jax
 
     from baichuan_jax import load_pretrained
-    from baichuan_jax.kernels import choose_attention
+    from baichuan_jax.kernels.attention.api import choose_attention
 
     golden = dict(np.load(GOLDEN / "tiny" / "parity.npz"))
     wanted, rows = golden["A_logits"], []

@@ -78,8 +78,9 @@ def run(stage: Stage) -> None:
 
     import jax
 
-    from baichuan_jax.config import ConfigError
-    from baichuan_jax.kernels import choose_attention, choose_rms_norm
+    from baichuan_jax.config.schema import ConfigError
+    from baichuan_jax.kernels.attention.api import choose_attention
+    from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
 

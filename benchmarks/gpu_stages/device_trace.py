@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 
 from jax.profiler import ProfileData
 
-from baichuan_jax.hlo import COLLECTIVES, Computation, Instruction, Program
-from baichuan_jax.roofline import Prediction, kernel_of
+from baichuan_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program
+from baichuan_jax.plan.roofline import Prediction, kernel_of
 
 STREAM = re.compile(r"Stream #\d+")
 # Copies between host and device run on engines of their own: they keep no multiprocessor busy.

@@ -17,10 +17,11 @@ from packaging.specifiers import SpecifierSet
 from results import machine, reason, version_of
 from stage import REPOSITORY, Stage
 
-from baichuan_jax.config import Config
-from baichuan_jax.hardware import detect_topology, hardware_of
-from baichuan_jax.kernels import choose_attention, choose_rms_norm
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.config.schema import Config
+from baichuan_jax.hardware.accelerators import detect_topology, hardware_of
+from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.kernels.attention.api import choose_attention
+from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 
 PACKAGES = (
     "jax",

@@ -97,7 +97,7 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
 
 def run(stage: Any) -> None:
     """Share the cases among worker processes; a worker that dies or raises is replaced, since a CUDA error stays with its process."""
-    from baichuan_jax.kernels.triton import bridge
+    from baichuan_jax.kernels import triton_bridge as bridge
 
     if (obstacle := bridge.obstacle()) is not None:
         raise RuntimeError(f"Triton kernels cannot run here: {obstacle}")
@@ -353,10 +353,10 @@ def compile_for_h100(stage: Any) -> None:
     from jax.sharding import SingleDeviceSharding
     from poison import half_written
 
-    from baichuan_jax.config import MeshConfig
-    from baichuan_jax.hardware import parse_topology
-    from baichuan_jax.kernels.triton import bridge
-    from baichuan_jax.plan import described_devices
+    from baichuan_jax.config.schema import MeshConfig
+    from baichuan_jax.hardware.accelerators import parse_topology
+    from baichuan_jax.kernels import triton_bridge as bridge
+    from baichuan_jax.plan.ahead_of_time import described_devices
     from baichuan_jax.sharding import Layout, activate, make_mesh
 
     (device,) = described_devices(parse_topology("h100:1x1"))

@@ -8,7 +8,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.kernels import triton_bridge as bridge
 
 LARGE = 16  # arrays that share most of what is free
 SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)  # and arrays for the gaps between others

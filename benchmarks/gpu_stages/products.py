@@ -20,10 +20,10 @@ from clock import measure
 from results import version_of
 from stage import Stage
 
-from baichuan_jax.config import Config
-from baichuan_jax.files import write_atomically
-from baichuan_jax.hardware import hardware_of
-from baichuan_jax.roofline import BOUNDS
+from baichuan_jax.config.schema import Config
+from baichuan_jax.hardware.accelerators import hardware_of
+from baichuan_jax.plan.roofline import BOUNDS
+from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.xla_flags import apply_flags
 
 FLOAT32 = "weight, float32"

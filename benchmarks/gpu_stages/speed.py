@@ -24,9 +24,9 @@ from clock import measure
 from results import reason
 from stage import Stage
 
-from baichuan_jax.config import Config
-from baichuan_jax.hardware import hardware_of
-from baichuan_jax.roofline import PRODUCTS, causal_attention_flops
+from baichuan_jax.config.schema import Config
+from baichuan_jax.hardware.accelerators import hardware_of
+from baichuan_jax.plan.roofline import PRODUCTS, causal_attention_flops
 from baichuan_jax.xla_flags import apply_flags
 
 KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
@@ -69,8 +69,8 @@ def run(stage: Stage) -> None:
     stage.headline("; ".join(lines))
     with contextlib.ExitStack() as stack:
         if sizes.small:
-            from baichuan_jax.kernels.triton import bridge
-            from baichuan_jax.kernels.triton.interpreter import interpret
+            from baichuan_jax.kernels import triton_bridge as bridge
+            from baichuan_jax.kernels.triton_interpreter import interpret
 
             stage.say("Kernels alone are interpreted: their times mean nothing.")
             stack.enter_context(bridge.run_with(interpret, 90))
@@ -105,7 +105,8 @@ def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -
 
 def kernels_alone(stage: Stage, dtype: str) -> None:
     """Time each kernel with the chosen blocks and with those around them."""
-    from baichuan_jax.kernels.triton import attention, bridge
+    from baichuan_jax.kernels import triton_bridge as bridge
+    from baichuan_jax.kernels.attention import triton as attention
 
     sizes = stage.sizes
     capability = bridge.compute_capability()
@@ -177,7 +178,7 @@ def compile_calls(
     """A call for each (kernel, blocks), compiled side by side; and of those that cannot be compiled or started, why."""
     from unittest import mock
 
-    from baichuan_jax.kernels.triton import attention
+    from baichuan_jax.kernels.attention import triton as attention
 
     B, T, N, H = stage.sizes.batch, stage.sizes.length, stage.sizes.heads, stage.sizes.head_dim
     q, k, v, dout = (
@@ -316,10 +317,10 @@ def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int)
     """Registers, spilled bytes and bound of a kernel with these blocks, from the assembler; in a process of its own."""
     from unittest import mock
 
-    from baichuan_jax.kernels import sass
     from baichuan_jax.kernels.__main__ import list_launches
-    from baichuan_jax.kernels.bound import attention_bound
-    from baichuan_jax.kernels.triton import attention
+    from baichuan_jax.kernels.attention import triton as attention
+    from baichuan_jax.kernels.inspect import sass
+    from baichuan_jax.kernels.inspect.bound import attention_bound
 
     choose = attention.choose_blocks
 

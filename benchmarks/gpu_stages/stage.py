@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 for folder in (REPOSITORY / "tests", REPOSITORY / "benchmarks", Path(__file__).parent, REPOSITORY):
     sys.path.insert(0, str(folder))
 
-from baichuan_jax.files import write_atomically
+from baichuan_jax.runs.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

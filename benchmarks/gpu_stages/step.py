@@ -21,8 +21,8 @@ from typing import Any
 from results import reason
 from stage import FULL, REPOSITORY, Sizes, Stage
 
-from baichuan_jax.config import Config
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import Config
 from baichuan_jax.xla_flags import apply_flags
 
 STEPS, TRACED = 10, 3
@@ -92,9 +92,9 @@ def run(stage: Stage) -> None:
 
     import jax
 
-    from baichuan_jax import hlo, roofline
-    from baichuan_jax.hardware import hardware_of, parse_topology
-    from baichuan_jax.metrics import Throughput, peak_flops
+    from baichuan_jax.hardware.accelerators import hardware_of, parse_topology
+    from baichuan_jax.plan import hlo, roofline
+    from baichuan_jax.runs.metrics import Throughput, peak_flops
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
 

@@ -21,7 +21,7 @@ from typing import Any
 from results import machine
 from stage import FULL, REPOSITORY, SMALL, Sizes, Stage
 
-from baichuan_jax.run import Run
+from baichuan_jax.runs.folder import Run
 
 RECORDED = Path(__file__).with_name("cpu_losses.json")
 FIRST = 3  # losses that a CPU computed beforehand

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.decontaminate import FORMULA, EvaluationSets, main
 
 ENGLISH = (

@@ -8,8 +8,9 @@ pytest.importorskip("daft")
 import daft
 import numpy as np
 
-from baichuan_jax.data.corpus_config import DedupConfig
-from baichuan_jax.data.dedup import (
+from baichuan_jax.data.corpus.config import DedupConfig
+from baichuan_jax.data.corpus.engine import Engine
+from baichuan_jax.data.near_duplicates import (
     HASHES,
     SIGNATURES,
     components,
@@ -18,7 +19,6 @@ from baichuan_jax.data.dedup import (
     similarity,
     units_of,
 )
-from baichuan_jax.data.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(
 ):
     """A chain of four documents, each like the next but not like the one after; an exact copy; and one that is alone."""
     monkeypatch.setattr(
-        "baichuan_jax.data.engine.ROWS_AT_ONCE", rows_at_once
+        "baichuan_jax.data.corpus.engine.ROWS_AT_ONCE", rows_at_once
     )  # the same, a few rows at a time
     rng = np.random.default_rng(0)
     sketches = [rng.integers(0, 65536, HASHES, dtype=np.uint16)]

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("pyarrow")
 import zstandard
 
-from baichuan_jax.data.corpus_config import ReadConfig
-from baichuan_jax.data.documents import Problem, Record, Slice, count_lines, read_records
+from baichuan_jax.data.corpus.config import ReadConfig
+from baichuan_jax.data.corpus.documents import Problem, Record, Slice, count_lines, read_records
 
 FIELDS = ReadConfig()
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from baichuan_jax.config import ConfigError, MeshConfig
+from baichuan_jax.config.schema import ConfigError, MeshConfig
 from baichuan_jax.data.loader import CLOSE_SECONDS, Loader, document_arrays, validation_batches
 from baichuan_jax.data.rows import Rows, pack
 from baichuan_jax.sharding import Layout, make_mesh

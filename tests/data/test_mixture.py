@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launches import REPOSITORY, environment, write_config
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.mixture import (
     LEAST_SHARE,
     Law,

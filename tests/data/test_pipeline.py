@@ -38,7 +38,8 @@ def command(
 ) -> list[str]:
     """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
     program = (
-        "import sys; from baichuan_jax.data import documents, engine, pipeline; "
+        "import sys; from baichuan_jax.data import pipeline; "
+        "from baichuan_jax.data.corpus import documents, engine; "
         f"documents.PART_BYTES, engine.ROWS_AT_ONCE = {part_bytes}, {rows_at_once}; "
         "pipeline.run_command(lambda: pipeline.main(sys.argv[1:]))"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from launches import SAMPLE
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data import quality
 
 pytest.importorskip("fasttext")

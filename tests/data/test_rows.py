@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from launches import environment
 
-from baichuan_jax.config import ConfigError, DataConfig, TokenizerConfig
+from baichuan_jax.config.schema import ConfigError, DataConfig, TokenizerConfig
 from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
-from baichuan_jax.data import text
 from baichuan_jax.data.prepare import prepare
 from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
+from baichuan_jax.documents import reader as text
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "sample"
@@ -514,7 +514,7 @@ PREPARE = """
 import sys
 import time
 from pathlib import Path
-from baichuan_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from baichuan_jax.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from baichuan_jax.data.prepare import prepare
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 from launches import SAMPLE
 
 pytest.importorskip("daft")
-from baichuan_jax.data.corpus_config import RulesConfig
-from baichuan_jax.data.measures import measure
+from baichuan_jax.data.corpus.config import RulesConfig
+from baichuan_jax.data.corpus.measures import measure
 from baichuan_jax.data.rules import RULES, apply, is_identity_number
 
 

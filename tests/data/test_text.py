@@ -9,9 +9,9 @@ import sys
 import pytest
 import zstandard
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.data import text
-from baichuan_jax.data.text import Part, find_files, read_documents, split_files
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents import reader as text
+from baichuan_jax.documents.reader import Part, find_files, read_documents, split_files
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -203,7 +203,7 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path, monkeypatch):
         row_group_size=77,
         compression="none",
     )
-    monkeypatch.setattr("baichuan_jax.data.text.PART_BYTES", 100_000)
+    monkeypatch.setattr("baichuan_jax.documents.reader.PART_BYTES", 100_000)
     parts = split_files([path])
     assert len(parts) > 3
     assert [text for part in parts for text in read_documents(part, "text")] == texts

@@ -12,8 +12,8 @@ import pytest
 from exam import make_ceval, make_mmlu
 from launches import environment, write_config
 
-from baichuan_jax.config import ConfigError
-from baichuan_jax.config_file import load_config
+from baichuan_jax.config.files import load_config
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.__main__ import main
 from baichuan_jax.evaluate.results import summarise

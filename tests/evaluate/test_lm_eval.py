@@ -30,7 +30,7 @@ from exam import make_ceval, make_mmlu
 
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.hf import export, import_params, load_pretrained, read_config
+from baichuan_jax.hf.weights import export, import_params, load_pretrained, read_config
 from baichuan_jax.tokenizer import Tokenizer
 
 GOLDEN = TESTS / "golden"

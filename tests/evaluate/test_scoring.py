@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_jax.config import MeshConfig, ModelConfig
+from baichuan_jax.config.schema import MeshConfig, ModelConfig
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Request, Scorer
-from baichuan_jax.hf import export, load_pretrained
-from baichuan_jax.kernels import prefix_attention
+from baichuan_jax.hf.weights import export, load_pretrained
+from baichuan_jax.kernels.attention.reference import prefix_attention
 from baichuan_jax.model import Transformer
 from baichuan_jax.sharding import make_mesh
 

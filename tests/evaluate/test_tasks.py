@@ -6,7 +6,7 @@ import json
 import pytest
 from exam import make_agieval, make_ceval, make_gaokao, make_mmlu, write_csv
 
-from baichuan_jax.config import ConfigError
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import make_prompts
 from baichuan_jax.evaluate.tasks import load_subjects
 

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from test_attention import assert_close, documents, inputs, value_and_gradients
 
-from baichuan_jax import kernels
-from baichuan_jax.config import MeshConfig
-from baichuan_jax.kernels import _rms_norm, reference
-from baichuan_jax.kernels.triton import bridge, interpreter
-from baichuan_jax.kernels.triton.attention import attention
+from baichuan_jax.config.schema import MeshConfig
+from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.kernels import triton_interpreter as interpreter
+from baichuan_jax.kernels.attention import api as attention_api
+from baichuan_jax.kernels.attention import reference as reference_attention
+from baichuan_jax.kernels.attention.triton import attention
+from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
+from baichuan_jax.kernels.rms_norm.api import _rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
@@ -53,7 +56,7 @@ def test_attention_equals_reference(B, T, N, H, dtype, masked):
         lambda q, k, v, s: attention(q, k, v, s, s), q, k, v, weight, segments
     )
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+        lambda q, k, v, s: reference_attention.attention(q, k, v, s, s), q, k, v, weight, segments
     )
     assert got[0].dtype == dtype
     assert_close(got, wanted, TOLERANCE[dtype])
@@ -70,7 +73,7 @@ def test_attention_of_a_part_of_the_queries(offset, length):
         return attention(q, k, v, s[:, part], s, jnp.int32(offset))
 
     def plain(q, k, v, s):
-        return reference.attention(q, k, v, s[:, part], s, offset)
+        return reference_attention.attention(q, k, v, s[:, part], s, offset)
 
     arguments = (q[:, part], k, v, weight[:, part], segments)
     assert_close(
@@ -84,7 +87,7 @@ def test_extreme_scores_stay_finite(dtype):
     q, k, v, weight = inputs(1, 100, 1, 64, dtype, scale=60.0)
     got = value_and_gradients(lambda q, k, v, s: attention(q, k, v), q, k, v, weight, None)
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+        lambda q, k, v, s: reference_attention.attention(q, k, v), q, k, v, weight, None
     )
     # A log-sum-exp of 3e4 is kept to 0.002 in float32, and the weights of the backward pass to 0.3
     # %.
@@ -117,12 +120,14 @@ def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
         return jnp.sum(x * weight)
 
     monkeypatch.setattr(
-        kernels, "choose_attention", lambda *_, **__: ("triton", "the interpreter stands for a GPU")
+        attention_api,
+        "choose_attention",
+        lambda *_, **__: ("triton", "the interpreter stands for a GPU"),
     )
 
     def on_mesh(q, k, v, s):
         with activate(layout):
-            return kernels.attention(q, k, v, segment_ids=s)
+            return attention_api.attention(q, k, v, segment_ids=s)
 
     def gradients(function):
         one = jax.grad(functools.partial(loss, function), argnums=(0, 1, 2))
@@ -130,7 +135,7 @@ def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
 
     assert_close(
         (q, *gradients(on_mesh)),
-        (q, *gradients(lambda q, k, v, s: reference.attention(q, k, v, s, s))),
+        (q, *gradients(lambda q, k, v, s: reference_attention.attention(q, k, v, s, s))),
         3e-6,
     )
 
@@ -159,7 +164,7 @@ def triton_norm(weight, x, residual):
 
 
 def plain_norm(weight, x, residual):
-    outputs = reference.rms_norm(x, weight, 1e-6, residual)
+    outputs = reference_rms_norm.rms_norm(x, weight, 1e-6, residual)
     return [outputs] if residual is None else list(outputs)
 
 

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_jax.config import ConfigError, MeshConfig
-from baichuan_jax.kernels import attention, blockwise, choose_attention, choose_rms_norm, reference
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.config.schema import ConfigError, MeshConfig
+from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.kernels.attention import blockwise
+from baichuan_jax.kernels.attention import reference as reference_attention
+from baichuan_jax.kernels.attention.api import attention, choose_attention
+from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
@@ -59,7 +62,7 @@ def test_blockwise_equals_reference_in_float32(B, T, N, H, masked):
         lambda q, k, v, s: blockwise.attention(q, k, v, s, s), q, k, v, weight, segments
     )
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+        lambda q, k, v, s: reference_attention.attention(q, k, v, s, s), q, k, v, weight, segments
     )
     assert_close(got, wanted, 3e-6)
 
@@ -67,7 +70,7 @@ def test_blockwise_equals_reference_in_float32(B, T, N, H, masked):
 def test_blockwise_in_bfloat16_is_as_near_to_float32_as_reference_is():
     q, k, v, weight = inputs(2, 200, 2, 64, jnp.bfloat16)
     exact = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v),
+        lambda q, k, v, s: reference_attention.attention(q, k, v),
         *(x.astype(jnp.float32) for x in (q, k, v)),
         weight,
         None,
@@ -87,14 +90,14 @@ def test_extreme_scores_stay_finite():
         lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None
     )
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+        lambda q, k, v, s: reference_attention.attention(q, k, v), q, k, v, weight, None
     )
     assert_close(got, wanted, 1e-4)
 
 
 def test_query_offset_serves_the_later_part_of_a_sequence():
     q, k, v, _ = inputs(1, 300, 2, 16)
-    whole = reference.attention(q, k, v)
+    whole = reference_attention.attention(q, k, v)
     part = jax.jit(blockwise.attention)(q[:, 140:], k, v, None, None, jnp.int32(140))
     np.testing.assert_allclose(part, whole[:, 140:], atol=2e-6)
 
@@ -119,7 +122,7 @@ def test_reference_agrees_with_finite_differences():
             )
             differences[index][position] = (loss(*up) - loss(*down)) / (2 * step)
     single = [x.astype(jnp.float32) for x in (q, k, v, weight)]
-    for function in (reference.attention, blockwise.attention):
+    for function in (reference_attention.attention, blockwise.attention):
         _, *gradients = value_and_gradients(
             lambda q, k, v, s, f=function: f(q, k, v), *single, None
         )
@@ -133,7 +136,7 @@ def test_on_a_mesh_it_is_the_same(shape, implementation, masked):
     q, k, v, weight = inputs(4, 64, 4, 16)
     segments = documents(4, 64) if masked else None
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+        lambda q, k, v, s: reference_attention.attention(q, k, v, s, s), q, k, v, weight, segments
     )
     layout = Layout(make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]))
 

@@ -10,9 +10,9 @@ from importlib.machinery import ModuleSpec
 import pytest
 from launches import REPOSITORY, environment
 
-from baichuan_jax import plan
-from baichuan_jax.hardware import parse_topology
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.hardware.accelerators import parse_topology
+from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.plan import ahead_of_time as plan
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from test_attention import assert_close, documents, inputs, value_and_gradients
 
-from baichuan_jax.kernels import reference
-from baichuan_jax.kernels.pallas import attention, rms_norm
+from baichuan_jax.kernels.attention import pallas as attention
+from baichuan_jax.kernels.attention import reference as reference_attention
+from baichuan_jax.kernels.rms_norm import pallas as rms_norm
 
 EPS = 1e-6
 
@@ -139,7 +140,7 @@ def test_attention_equals_reference_in_float32(B, T, N, H, masked):
     segments = documents(B, T) if masked else None
     got = value_and_gradients(from_start, q, k, v, weight, segments)
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v, s, s), q, k, v, weight, segments
+        lambda q, k, v, s: reference_attention.attention(q, k, v, s, s), q, k, v, weight, segments
     )
     assert_close(got, wanted, 3e-6)
 
@@ -148,7 +149,7 @@ def test_attention_equals_reference_in_float32(B, T, N, H, masked):
 def test_attention_in_bfloat16_is_as_near_to_float32_as_reference_is():
     q, k, v, weight = inputs(1, 300, 2, 128, jnp.bfloat16)
     exact = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v),
+        lambda q, k, v, s: reference_attention.attention(q, k, v),
         *(x.astype(jnp.float32) for x in (q, k, v)),
         weight,
         None,
@@ -165,7 +166,7 @@ def test_extreme_scores_stay_finite():
     q, k, v, weight = inputs(1, 160, 2, 64, scale=60.0)
     got = value_and_gradients(from_start, q, k, v, weight, None)
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference.attention(q, k, v), q, k, v, weight, None
+        lambda q, k, v, s: reference_attention.attention(q, k, v), q, k, v, weight, None
     )
     assert_close(got, wanted, 1e-4)
 
@@ -184,7 +185,7 @@ def test_queries_may_start_anywhere_and_the_start_may_be_traced(fused, monkeypat
         return jnp.sum(out * weight[:, 333:]), out
 
     def wanted_loss(q, k, v):
-        out = reference.attention(q, k, v, segments, segments)[:, 333:]
+        out = reference_attention.attention(q, k, v, segments, segments)[:, 333:]
         return jnp.sum(out * weight[:, 333:]), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(got_loss, (0, 1, 2), has_aux=True))(

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from baichuan_jax.config import MeshConfig
-from baichuan_jax.kernels import attention, rms_norm
+from baichuan_jax.config.schema import MeshConfig
+from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 pytestmark = pytest.mark.skipif(

@@ -14,10 +14,12 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
-from baichuan_jax.config import ConfigError, KernelsConfig, MeshConfig, ModelConfig
-from baichuan_jax.kernels import attention, bound, rms_norm, sass
+from baichuan_jax.config.schema import ConfigError, KernelsConfig, MeshConfig, ModelConfig
+from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels.__main__ import list_launches, main
-from baichuan_jax.kernels.triton import bridge
+from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.inspect import bound, sass
+from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.model import Transformer, apply_rope, rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
@@ -54,7 +56,7 @@ def test_numbers_in_the_interpreter():
 
 @needs("triton")
 def test_the_interpreter_says_that_triton_was_imported_to_compile():
-    from baichuan_jax.kernels.triton.interpreter import interpret
+    from baichuan_jax.kernels.triton_interpreter import interpret
 
     (launch, *_) = list_launches("float32", 64, 80)
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 in the environment before"):
@@ -136,7 +138,7 @@ def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch
     """In bridge.compile_as(80) an H100 gets the A100's code and blocks; before and after it, each GPU its own."""
     from jax_triton import triton_lib
 
-    from baichuan_jax.kernels.triton.attention import attention as triton_attention
+    from baichuan_jax.kernels.attention.triton import attention as triton_attention
 
     library = triton_lib.triton_kernel_call_lib
     make, made = library.TritonKernel, []

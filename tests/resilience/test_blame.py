@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from baichuan_jax.resilience.blame import Exit, Verdict, blame
+from baichuan_jax.resilience.attribution import Exit, Verdict, blame
 from baichuan_jax.resilience.exits import (
     BAD_HOST,
     BUG,

@@ -16,10 +16,10 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import chaos
 
-from baichuan_jax.config import ResilienceConfig
+from baichuan_jax.config.schema import ResilienceConfig
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import SaveFailed
-from baichuan_jax.resilience.ledger import CAUSES, read_ledger
+from baichuan_jax.resilience.goodput import CAUSES, read_ledger
 from baichuan_jax.resilience.watch import BEAT, Watch, _cause
 
 HANG = SILENCE = 8.0

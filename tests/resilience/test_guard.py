@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from baichuan_jax.resilience.cadence import (
+from baichuan_jax.resilience.checkpoint_interval import (
     DEVICE_SECONDS_PER_FAULT,
     seconds_between_saves,
     seconds_per_fault,

@@ -1,0 +1,1 @@
+"""Checkpoints on shared storage and on the hosts' own disks."""

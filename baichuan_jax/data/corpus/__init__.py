@@ -1,0 +1,1 @@
+"""The machinery of the corpus pipeline; the filters lie beside it in data/."""

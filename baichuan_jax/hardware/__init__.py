@@ -1,0 +1,1 @@
+"""What is known of accelerators, and the FLOPs that a model asks of them."""

@@ -1,0 +1,65 @@
+"""`python -m baichuan_jax.hf import|export`: Hugging Face checkpoints in and out."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from baichuan_jax.checkpoint.orbax import load_params, save_params
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.hf.weights import export, import_params, read_config, tokenizer_file
+from baichuan_jax.resilience.exits import run_command
+
+
+def main(words: list[str]) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser(
+        "import", help="a Hugging Face folder -> a checkpoint for --init_from and generate"
+    )
+    importing.add_argument("folder", help="with config.json and safetensors or .bin files")
+    importing.add_argument("output", help="the checkpoint's new folder")
+    exporting = commands.add_parser(
+        "export", help="a run or checkpoint -> a folder that transformers loads"
+    )
+    exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
+    exporting.add_argument("output", help="the new folder")
+    exporting.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: bfloat16",
+    )
+    exporting.add_argument(
+        "--form",
+        default="llama",
+        choices=["llama", "baichuan"],
+        help="llama (default): transformers' own class",
+    )
+    options = parser.parse_args(words)
+    if options.command == "import":
+        if Path(options.output).exists():
+            raise ConfigError(f"{options.output} exists; import writes a new folder")
+        params = import_params(options.folder, progress=True)
+        save_params(options.output, read_config(options.folder), params)
+        if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
+            shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
+    else:
+        config, params = load_params(options.checkpoint)
+        export(
+            params,
+            config,
+            options.output,
+            dtype=options.dtype,
+            form=options.form,
+            tokenizer=tokenizer_file(options.checkpoint),
+        )
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Causal attention: the choice of an implementation, and one file for each."""

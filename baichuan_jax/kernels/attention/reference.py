@@ -1,0 +1,66 @@
+"""Plain jnp operators: the oracle of every other implementation.
+
+B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def masked_attention(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Softmax attention where mask_BTS (bool, may broadcast over B) is true; float32 softmax. Returns [B, T, N, H]."""
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    scores_BNTS *= q_BTNH.shape[-1] ** -0.5
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+    return jnp.einsum(
+        "bnts,bsnh->btnh", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32
+    ).astype(q_BTNH.dtype)
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    segments_BT: jax.Array | None = None,
+    segments_BS: jax.Array | None = None,
+    query_offset: jax.Array | int = 0,
+) -> jax.Array:
+    """Causal attention; query t stands at position query_offset + t of the keys. Attends within equal segments only."""
+    query_T = query_offset + jnp.arange(q_BTNH.shape[1])
+    mask_BTS = (query_T[:, None] >= jnp.arange(k_BSNH.shape[1]))[None]
+    if segments_BT is not None and segments_BS is not None:
+        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
+    return masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
+
+
+def prefix_attention(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    k_SNH: jax.Array,
+    v_SNH: jax.Array,
+    mask_S: jax.Array,
+) -> jax.Array:
+    """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
+
+    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes
+    over the scores, since these decide the time on a CPU: the weights are divided by their sum
+    after the product. Returns [B, T, N, H].
+    """
+    lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q_BTNH.shape[-1] ** -0.5
+    before_NBTS = product("btnh,snh->nbts", q_BTNH, k_SNH) * scale + jnp.where(mask_S, 0.0, lowest)
+    own_NBTU = product("btnh,bunh->nbtu", q_BTNH, k_BTNH) * scale
+    own_NBTU = jnp.where(jnp.tri(q_BTNH.shape[1], dtype=bool), own_NBTU, lowest)
+    top_NBT1 = jnp.maximum(before_NBTS.max(-1, keepdims=True), own_NBTU.max(-1, keepdims=True))
+    before_NBTS, own_NBTU = jnp.exp(before_NBTS - top_NBT1), jnp.exp(own_NBTU - top_NBT1)
+    total_NBT1 = before_NBTS.sum(-1, keepdims=True) + own_NBTU.sum(-1, keepdims=True)
+    out_NBTH = product("nbts,snh->nbth", before_NBTS.astype(dtype), v_SNH)
+    out_NBTH += product("nbtu,bunh->nbth", own_NBTU.astype(dtype), v_BTNH)
+    return jnp.moveaxis(out_NBTH / total_NBT1, 0, 2).astype(q_BTNH.dtype)

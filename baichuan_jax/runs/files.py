@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all, whatever is killed."""
+
+import os
+from pathlib import Path
+
+from baichuan_jax.config.schema import ConfigError
+
+
+def require_writable(folder: Path | str, setting: str) -> None:
+    """Make a folder that a setting names. Raises ConfigError where nothing can be written into it."""
+    probe = Path(folder) / f".{os.getpid()}.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); name another folder with "
+            f"--{setting}, or start from one that may be written"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name, then rename it: no reader and no killed writer leaves half of it. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, once its content is on the disk."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    os.replace(temporary, path)

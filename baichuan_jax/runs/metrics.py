@@ -1,0 +1,204 @@
+"""What a run measures and where it is written: FLOPs, MFU, memory; JSONL, TensorBoard, Weights & Biases."""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from baichuan_jax.config.schema import Config, ConfigError, ModelConfig, TrainConfig
+from baichuan_jax.hardware.accelerators import hardware_of
+from baichuan_jax.runs.folder import drop_unfinished_line
+
+
+def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, float]:
+    """Training FLOPs a token, forward and backward, nothing recomputed: (full-attention counting, causal counting).
+
+    6 a weight of every matrix product (the embedding is a look-up), and for attention 12 * L * D *
+    T where every pair of positions is counted (PaLM, Chowdhery et al. 2022, appendix B) or half of
+    it where only those that the causal mask leaves are.
+    """
+    block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
+    products = 6.0 * (model.num_layers * block + model.hidden_size * model.vocab_size)
+    attention = 12.0 * model.num_layers * model.hidden_size * context_length
+    return products + attention, products + attention / 2
+
+
+def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
+    """FLOP/s that MFU is a share of, and what they are: the data sheet's, the setting's, a CPU's measured ones, or None."""
+    if config.metrics.peak_tflops is not None:
+        return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
+    if device.platform == "cpu":
+        return (
+            measure_matmul_flops() / jax.local_device_count(),
+            "the measured matrix-product peak of this CPU",
+        )
+    if hardware := hardware_of(device.device_kind):
+        return (
+            hardware.peak_tflops * 1e12,
+            f"{hardware.name}: {hardware.peak_tflops:g} dense bfloat16 TFLOP/s",
+        )
+    return (
+        None,
+        f"unknown for {device.device_kind!r}; set metrics.peak_tflops to its dense bfloat16 TFLOP/s to see MFU",
+    )
+
+
+def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of float32 products of two size x size matrices on the first device: the best of those that fit into the time."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_memory_gib() -> float:
+    """Most memory used so far: of the first device where it tells, else of this process on the host."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process where the system tells (Linux), else 0: the time that imports took."""
+    try:
+        started = int(
+            Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+        ) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class Throughput:
+    """Tokens a second and MFU of a step from its seconds. `peak` is one device's FLOP/s or None."""
+
+    def __init__(self, config: Config, num_devices: int, peak: float | None) -> None:
+        train: TrainConfig = config.train
+        self.tokens = train.global_batch_size * train.context_length
+        self._full, self._causal = flops_per_token(config.model, train.context_length)
+        self._peak = None if peak is None else peak * num_devices
+        self._seconds: list[float] = []
+
+    def add(self, seconds: float) -> dict[str, float | None]:
+        self._seconds.append(seconds)
+        return self.figures(seconds)
+
+    def figures(self, seconds: float) -> dict[str, float | None]:
+        """tokens_per_second; mfu counts all pairs of positions (as the original's 58.3 % does), mfu_causal those attended."""
+        rate = self.tokens / seconds
+        share = {"mfu": None, "mfu_causal": None}
+        if self._peak is not None:
+            share = {
+                "mfu": rate * self._full / self._peak,
+                "mfu_causal": rate * self._causal / self._peak,
+            }
+        return {"step_seconds": seconds, "tokens_per_second": rate, **share}
+
+    def median(self) -> dict[str, float | None]:
+        """The figures of the median step so far (empty before the first)."""
+        return self.figures(statistics.median(self._seconds)) if self._seconds else {}
+
+
+class Writer:
+    """Appends to metrics.jsonl and events.jsonl of a run's folder, and to TensorBoard and W&B where asked for.
+
+    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run
+    has all its lines. `warnings`: what is not written although the settings say so, for the caller
+    to show.
+    """
+
+    def __init__(self, run_path: Path, config: Config, active: bool = True) -> None:
+        self._files: dict[str, Any] = {}
+        self._tensorboard = self._wandb = None
+        self.warnings: list[str] = []
+        if not active:
+            return
+        if config.metrics.wandb_project is not None:
+            self._wandb = _wandb_run(run_path, config)
+        if config.metrics.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            # On by default, so it may not have been asked for; and metrics.jsonl has the same
+            # figures.
+            self.warnings.append(
+                "TensorBoard events are not written: tensorboardX is not installed; pip install tensorboardX, or turn them off with "
+                "--metrics.tensorboard false"
+            )
+        elif config.metrics.tensorboard:
+            from tensorboardX import (
+                SummaryWriter,
+            )  # imported late: half a second that runs without it save
+
+            self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
+        for name in ("metrics", "events"):
+            file = open(run_path / f"{name}.jsonl", "a+b")  # noqa: SIM115
+            drop_unfinished_line(file)  # the step that it describes will be written again
+            self._files[name] = file
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """One line of figures of a step or of an evaluation; a figure that is not finite is written as null."""
+        if not self._files:
+            return
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        self._line("metrics", {"step": step, "time": round(time.time(), 3), **finite})
+        numbers = {
+            k: v
+            for k, v in finite.items()
+            if isinstance(v, int | float) and not isinstance(v, bool)
+        }
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened: kind, wall-clock time, whatever describes it."""
+        if self._files:
+            self._line("events", {"time": round(time.time(), 3), "kind": kind, **fields})
+
+    def _line(self, name: str, values: dict[str, Any]) -> None:
+        self._files[name].write((json.dumps(values, ensure_ascii=False) + "\n").encode())
+        self._files[name].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(run_path: Path, config: Config) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            f"metrics.wandb_project={config.metrics.wandb_project!r} needs the wandb package: pip install wandb"
+        ) from None
+    import dataclasses
+
+    return wandb.init(
+        project=config.metrics.wandb_project,
+        name=run_path.name,
+        dir=str(run_path),
+        config=dataclasses.asdict(config),
+    )

@@ -1,0 +1,1 @@
+"""One launch of a run, from its first state to its last step."""

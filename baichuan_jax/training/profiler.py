@@ -1,0 +1,39 @@
+"""Profiler traces of the steps that the settings or SIGUSR1 ask for."""
+
+from pathlib import Path
+
+import jax
+
+from baichuan_jax.config.schema import ProfileConfig
+
+STEPS_ON_DEMAND = 3  # that SIGUSR1 traces
+
+
+class Tracer:
+    """Writes jax.profiler traces into `folder`; `until` is the step that the one under way lasts to, or None."""
+
+    def __init__(self, config: ProfileConfig, folder: Path, num_steps: int) -> None:
+        self.until: int | None = None
+        self._steps, self._folder, self._num_steps = config.steps, folder, num_steps
+        self._requested = False
+
+    def request(self) -> None:
+        """Trace the next steps; may be called from a signal's handler."""
+        self._requested = True
+
+    def before(self, step: int) -> None:
+        """Start a trace where one is due with this step (the first is 1)."""
+        if self.until is not None or not (
+            self._requested or (self._steps and self._steps[0] == step)
+        ):
+            return
+        self.until = min(
+            step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1], self._num_steps
+        )
+        self._requested = False
+        jax.profiler.start_trace(str(self._folder))
+
+    def stop(self) -> None:
+        """End the trace under way, and write it."""
+        jax.profiler.stop_trace()
+        self.until = None
