@@ -117,7 +117,7 @@ def parse_command(
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with the program, by name."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     folder = (
         here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     )  # installed; a checkout
