@@ -17,8 +17,9 @@ from flax import nnx
 from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.hf.__main__ import main
 from baichuan_jax.hf.files import open_tensors
-from baichuan_jax.hf.weights import export, import_params, load_pretrained, main, read_config
+from baichuan_jax.hf.weights import export, import_params, load_pretrained, read_config
 from baichuan_jax.sharding import Layout
 
 TINY = Path(__file__).parent / "golden" / "tiny"

@@ -1,0 +1,329 @@
+"""What happens in a run, as typed records: the lines of `events.jsonl`.
+
+A line is one JSON object: `time` (seconds since the epoch), `kind` and the fields of one class
+below. Process 0 writes most of them; a supervisor adds its own while no process trains. Readers
+ask for classes (`of_kind(events, Restored)`), never for the strings. Lines of earlier versions stay
+readable: a field that they lack takes its default, a field that no longer exists is dropped, and a
+kind that is not known here becomes `Unknown`.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened at `time`, seconds since the epoch."""
+
+    kind: ClassVar[str] = ""
+    time: float = dataclasses.field(default_factory=lambda: round(time.time(), 3))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What describes it: everything but kind and time."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name != "time"}
+
+    def to_line(self) -> bytes:
+        """The line of events.jsonl, with its end."""
+        content = {"time": self.time, "kind": self.kind, **self.fields}
+        return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+
+
+KINDS: dict[str, type[Event]] = {}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _event(kind: str) -> Any:
+    """Class decorator: a frozen record that is written under this kind."""
+
+    def register(cls: type) -> type:
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made.kind = kind
+        KINDS[kind] = made
+        return made
+
+    return register
+
+
+@_event("started")
+class Started(Event):
+    """A launch has its devices and its data, and chose how to run."""
+
+    attempt: int
+    jax: str = ""
+    device: str = ""
+    devices: int = 1
+    processes: int = 1
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    attention: str | None = None
+    rms_norm: str | None = None
+    attention_reason: str = ""
+    rms_norm_reason: str = ""
+    xla_flags: list[str] = dataclasses.field(default_factory=list)
+    mfu_of: str = "-"
+    parameters: int = 0
+    tokenizer: str = ""
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    unigram_entropy: float | None = None
+
+
+@_event("initialised")
+class Initialised(Event):
+    """The first launch took its weights from `source` (init_from)."""
+
+    source: str
+
+
+@_event("restored")
+class Restored(Event):
+    """A launch goes on from a checkpoint; `local`: from a copy on a host's own disk."""
+
+    step: int
+    position: int
+    local: bool = False
+
+
+@_event("compiled")
+class Compiled(Event):
+    """The training step is compiled: its seconds, and the seconds since the process began."""
+
+    seconds: float
+    since_launch: float
+
+
+@_event("checkpoint")
+class CheckpointSaved(Event):
+    """A checkpoint is whole on storage.
+
+    `seconds` from its start; `blocked_seconds` of them the loop stood still; `blocked_share` of the
+    time since the save before; `next_in_seconds` where the interval is chosen by the clock.
+    """
+
+    step: int
+    seconds: float = 0.0
+    blocked_seconds: float = 0.0
+    blocked_share: float | None = None
+    next_in_seconds: float | None = None
+
+
+@_event("checkpoint_failed")
+class CheckpointFailed(Event):
+    """A checkpoint could not be written, and does not count."""
+
+    step: int
+    reason: str
+
+
+@_event("checkpoint_corrupt")
+class CheckpointCorrupt(Event):
+    """A checkpoint is damaged, and was passed over."""
+
+    step: int
+    path: str
+    reason: str
+
+
+@_event("local_copy")
+class LocalCopySaved(Event):
+    """The hosts' own copies of a step count from now on."""
+
+    step: int
+    seconds: float = 0.0
+    blocked_seconds: float = 0.0
+
+
+@_event("local_copy_failed")
+class LocalCopyFailed(Event):
+    """A host could not write its copy, which does not count."""
+
+    step: int
+    reason: str
+
+
+@_event("local_copy_corrupt")
+class LocalCopyCorrupt(Event):
+    """A host's copy is damaged, and was passed over."""
+
+    step: int
+    path: str
+    reason: str
+
+
+@_event("interrupted")
+class Interrupted(Event):
+    """The launch was asked to stop: it saved, and the next one goes on from here."""
+
+    step: int
+    position: int
+
+
+@_event("completed")
+class Completed(Event):
+    """The last step is done: losses, seconds by phase, samples, and the median step's speed."""
+
+    step: int
+    loss: float | None = None
+    eval_loss: float | None = None
+    unigram_entropy: float | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    samples: dict[str, str] = dataclasses.field(default_factory=dict)
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    mfu_causal: float | None = None
+
+
+@_event("failed")
+class Failed(Event):
+    """An exception ended the launch."""
+
+    step: int
+    error: str
+
+
+@_event("profiled")
+class Profiled(Event):
+    """A profile that lasted until this step is written."""
+
+    step: int
+
+
+@_event("straggler")
+class StragglerFound(Event):
+    """A process is slow in its own work: its seconds a step, and the median's."""
+
+    step: int
+    host: str
+    process: int
+    seconds: float
+    median: float
+
+
+@_event("update_skipped")
+class UpdateSkipped(Event):
+    """A step was not finite and changed nothing; `in_a_row` of them, `total` so far."""
+
+    step: int
+    position: int
+    total: int = 1
+    loss: str = ""
+    grad_norm: str = ""
+    in_a_row: int = 1
+
+
+@_event("numerics")
+class NumericsFault(Event):
+    """Numbers ended the launch at `step`, whose data lie at positions [begin, end)."""
+
+    step: int
+    begin: int
+    end: int
+    reason: str
+
+
+@_event("corruption")
+class Corruption(Event):
+    """Replicas computed different bits at this step or after it."""
+
+    step: int
+    reason: str
+
+
+@_event("window_skipped")
+class WindowSkipped(Event):
+    """The data at positions [begin, end) are left out from now on."""
+
+    begin: int
+    end: int
+    reason: str
+
+
+@_event("rolled_back")
+class RolledBack(Event):
+    """The launch went back to before a step; `skipped`: it leaves a window of data out as well."""
+
+    before: int
+    skipped: bool = False
+    reason: str = ""
+
+
+@_event("port_taken")
+class PortTaken(Event):
+    """A supervisor passed over a port that something else listens on."""
+
+    attempt: int
+    host: str
+    port: int
+
+
+@_event("verdict")
+class VerdictReached(Event):
+    """A launch has ended everywhere: its cause, who caused it, and what follows.
+
+    `detected` and `concluded` are times; `lost` are the hosts whose supervisors ended too.
+    """
+
+    attempt: int
+    hosts: list[str] = dataclasses.field(default_factory=list)
+    cause: str = ""
+    rule: str = ""
+    evidence: str = ""
+    host: str | None = None
+    processes: list[int] = dataclasses.field(default_factory=list)
+    restart: bool = False
+    code: int = 0
+    reason: str = ""
+    detected: float = 0.0
+    concluded: float = 0.0
+    checkpoint: int = 0
+    lost: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unknown(Event):
+    """A kind that another version of the program wrote; `content` is its line."""
+
+    content: dict[str, Any]
+
+
+def parse_event(content: dict[str, Any]) -> Event:
+    """The event of a line of events.jsonl."""
+    cls = KINDS.get(content["kind"])
+    if cls is None:
+        return Unknown(time=content["time"], content=content)
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in content.items() if name in names})
+
+
+Kind = TypeVar("Kind", bound=Event)
+
+
+def of_kind(events: Iterable[Event], kind: type[Kind]) -> list[Kind]:
+    """The events of one class, in their order."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def latest(events: Iterable[Event], kind: type[Kind]) -> Kind | None:
+    """The newest event of one class; None where there is none."""
+    found = of_kind(events, kind)
+    return found[-1] if found else None
+
+
+def append_event(run: Path, event: Event) -> None:
+    """Add a line where no process trains; what a killed writer left of its last line is dropped."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "events.jsonl", "a+b") as file:
+        drop_unfinished_line(file)
+        file.write(event.to_line())
+
+
+def drop_unfinished_line(file: Any) -> None:
+    """Cut off what a killed writer left of its last line."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
