@@ -63,10 +63,8 @@ def choose_flags(config: Config, topology: Topology | None) -> Settings:
 def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     mesh = config.mesh.resolve(topology.num_devices)
     model = config.model
-    block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
-    weights = (
-        block // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)
-    )  # gathered in the compute type
+    # Gathered in the compute type.
+    weights = model.block_weights // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)
     shard = weights // mesh.fsdp  # of a layer's gradients, reduced in the compute type
     nodes = max(topology.num_devices // topology.devices_per_node, 1)
     # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five

@@ -32,7 +32,8 @@ from baichuan_jax.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from baichuan_jax.runs.metrics import flops_per_token, measure_matmul_flops
+from baichuan_jax.hardware.devices import measure_matmul_flops
+from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
 from baichuan_jax.train import train
@@ -68,11 +69,11 @@ def our_step(config: Config) -> Callable[[], None]:
     batch = jax.device_put(
         {"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding
     )
-    state, stop = steps.init(), steps.wish(0)
+    state, request = steps.init(), steps.request()
 
     def step() -> None:
         nonlocal state
-        state, metrics = steps.train(state, batch, stop)
+        state, metrics = steps.train(state, batch, request)
         jax.block_until_ready(metrics)
 
     return step

@@ -30,11 +30,11 @@ from results import Results, reason
 from tqdm import tqdm
 
 from baichuan_jax.config.schema import Config
+from baichuan_jax.hardware.devices import peak_flops
 from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
 from baichuan_jax.kernels.rms_norm.api import rms_norm
-from baichuan_jax.runs.metrics import peak_flops
 
 try:
     import tokamax  # pyright: ignore[reportMissingImports]

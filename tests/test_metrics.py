@@ -5,8 +5,10 @@ import sys
 import pytest
 
 from baichuan_jax.config.schema import Config, ConfigError, MetricsConfig, ModelConfig
+from baichuan_jax.hardware.devices import peak_flops
+from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.runs.folder import Run
-from baichuan_jax.runs.metrics import Throughput, Writer, flops_per_token, peak_flops
+from baichuan_jax.runs.metrics import Throughput, Writer
 
 
 def test_7b_flops_follow_the_published_formula():

@@ -15,12 +15,12 @@ from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hardware.accelerators import Topology, parse_topology
+from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import ahead_of_time as plan_command
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import candidates
 from baichuan_jax.plan.report import capacity_gib
 from baichuan_jax.plan.roofline import RATE_NAMES, Rates, axes_of, predict, rates_for, read_rates
-from baichuan_jax.runs.metrics import flops_per_token
 from baichuan_jax.sharding import AXES
 
 CUDA = any(

@@ -61,13 +61,14 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def block_weights(self) -> int:
+        """Weights of one block's matrices: Q, K, V and output, then SwiGLU's gate, up and down."""
+        return 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, by formula."""
-        block = (
-            4 * self.hidden_size**2
-            + 3 * self.hidden_size * self.intermediate_size
-            + 2 * self.hidden_size
-        )
+        block = self.block_weights + 2 * self.hidden_size  # two norms
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""What is known of accelerators, and the FLOPs that a model asks of them."""
+"""What is known of accelerators, and how many FLOPs a model needs of them."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from baichuan_jax.config.schema import Config
 from baichuan_jax.hardware.accelerators import Hardware, Topology
+from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import hlo, roofline
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.metrics import flops_per_token
 from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION
 
 RESERVED_GIB = (

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.hardware.accelerators import HARDWARE, Hardware, Topology
+from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS, causal_attention_flops
 from baichuan_jax.plan.hlo import (
     COLLECTIVES,
     Computation,
@@ -233,15 +234,6 @@ class Prediction:
         return sum(item.exposed_seconds for item in self.collectives)
 
 
-# Causal matrix products of the attention kernels, by the scope in which they stand.
-PRODUCTS = {
-    "attention_forward": 2,
-    "attention_dkv": 4,
-    "attention_dq": 3,
-    "splash_mha_fwd": 2,
-    "splash_mha_dkv": 5,
-    "splash_mha_dq": 3,
-}
 # The share of the peak that bounds them at head size 128 in bfloat16, from their own instructions
 # (python -m baichuan_jax.kernels, docs/kernels.md). Not known for a TPU: 1.
 BOUNDS = {
@@ -251,8 +243,8 @@ BOUNDS = {
 
 
 def kernel_of(instruction: Instruction) -> str | None:
-    """Which of our kernels a custom call is: a name of PRODUCTS or "rms_norm"; None: none of them."""
-    known = (*PRODUCTS, "rms_norm")
+    """Which of our kernels a custom call is: a name of ATTENTION_PRODUCTS or "rms_norm"; None: none of them."""
+    known = (*ATTENTION_PRODUCTS, "rms_norm")
     return next(
         (name for name in known if name in instruction.op_name or name in instruction.name), None
     )
@@ -408,7 +400,7 @@ class _Simulation:
                 )
             return "memory", by_memory, 0.0
         self.kernels[name] = self.kernels.get(name, 0) + 1
-        if name not in PRODUCTS:
+        if name not in ATTENTION_PRODUCTS:
             return "kernel", by_memory + rates.launch_us * 1e-6, 0.0
         share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
         shapes = [
@@ -417,7 +409,7 @@ class _Simulation:
             for _, dims in shape_arrays(computation.shape_of(operand))
         ]
         flops = causal_attention_flops(
-            max(shapes, key=math.prod), PRODUCTS[name], name.startswith("splash")
+            max(shapes, key=math.prod), ATTENTION_PRODUCTS[name], name.startswith("splash")
         )
         by_products = flops / (hardware.peak_tflops * 1e12 * share)
         return "kernel", max(by_memory, by_products) + rates.launch_us * 1e-6, flops
@@ -552,11 +544,3 @@ def axes_of(groups: np.ndarray, mesh: Mesh | AbstractMesh) -> str:
         if {tuple(sorted(line)) for line in lines.tolist()} == wanted:
             return "+".join(chosen)
     return "?"
-
-
-def causal_attention_flops(
-    shape: tuple[int, ...], products: int, heads_first: bool = False
-) -> float:
-    """Operations of `products` matrix products of causal attention over [..., T, N, H] or [..., N, T, H]: half of the square each."""
-    length = shape[-2] if heads_first else shape[-3]
-    return products * 2.0 * math.prod(shape) * length / 2

@@ -26,7 +26,7 @@ from stage import Stage
 
 from baichuan_jax.config.schema import Config
 from baichuan_jax.hardware.accelerators import hardware_of
-from baichuan_jax.plan.roofline import PRODUCTS, causal_attention_flops
+from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS, causal_attention_flops
 from baichuan_jax.xla_flags import apply_flags
 
 KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
@@ -133,7 +133,7 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
     made = {job: _result_of(future) for job, future in assembling.items()}
     pool.shutdown(cancel_futures=True)
     shape = (sizes.batch, sizes.length, sizes.heads, sizes.head_dim)
-    flops = {name: causal_attention_flops(shape, PRODUCTS[name]) for name in KERNELS}
+    flops = {name: causal_attention_flops(shape, ATTENTION_PRODUCTS[name]) for name in KERNELS}
     show_kernels(
         stage,
         dtype,
