@@ -5,6 +5,7 @@ document masks also `segment_ids` and `positions`), as data/loader.py makes them
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,17 @@ from baichuan_jax.resilience.digest import digest
 from baichuan_jax.sharding import AXES, Layout, activate
 
 Batch = dict[str, jax.Array]
+
+
+class Request(enum.IntEnum):
+    """What a process may ask of all processes; with each step they agree on the largest."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+    """Save, then end the launch."""
+    ROLL_BACK = 3
+    """End the launch; the next one starts from before a loss spike."""
 
 
 class TrainState(NamedTuple):
@@ -54,25 +66,25 @@ class Steps:
     start: Callable[[Params], TrainState]
     """Fresh state around given parameters, which are donated."""
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    """One step; the state is donated. The last argument is this process's `wish`.
+    """One step; the state is donated. The last argument is `request(...)`.
 
     Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a
-    row), wish."""
+    row), request (the largest of all processes')."""
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """Sum of the loss over a batch, and its count of valid labels."""
     check: Callable[[Params, Batch], jax.Array]
     """A digest [replicas] uint32 of each replica's own copy of the parameters, and of the loss and gradients that it computes with
     them of the same rows, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
 
-    def wish(self, wish: int) -> jax.Array:
-        """This process's wish, a small number: [devices] int32. The step's metric `wish` is the largest of all processes'."""
-        value = np.full(1, wish, np.int32)
+    def request(self, request: Request = Request.NONE) -> jax.Array:
+        """This process's control request as an argument of `train`: [devices] int32."""
+        value = np.full(1, request, np.int32)
         return jax.make_array_from_callback(
-            (self.layout.mesh.size,), self.wish_sharding, lambda _: value
+            (self.layout.mesh.size,), self.request_sharding, lambda _: value
         )
 
     @property
-    def wish_sharding(self) -> NamedSharding:
+    def request_sharding(self) -> NamedSharding:
         return NamedSharding(self.layout.mesh, P(AXES))
 
 
@@ -122,7 +134,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
             )
 
     def train(
-        state: TrainState, batch: Batch, wish: jax.Array
+        state: TrainState, batch: Batch, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
@@ -153,7 +165,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
             "finite": finite,
             "nonfinite": nonfinite,
             "nonfinite_run": nonfinite_run,
-            "wish": wish.max(),
+            "request": request.max(),
         }
         return state, metrics
 

@@ -346,8 +346,8 @@ def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[
     )
     try:
         state = steps.init()
-        batch, wish = next(batches), steps.wish(0)
-        step = steps.train.lower(state, batch, wish).compile()
+        batch, request = next(batches), steps.request()
+        step = steps.train.lower(state, batch, request).compile()
         reading, training = [], []
         for number in range(options.rounds * 20):
             began = time.perf_counter()
@@ -355,7 +355,7 @@ def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[
             reading.append(time.perf_counter() - began)
             if number % 20 < 5:
                 began = time.perf_counter()
-                state, metrics = step(state, batch, wish)
+                state, metrics = step(state, batch, request)
                 jax.block_until_ready(metrics)
                 training.append(time.perf_counter() - began)
     finally:

@@ -247,12 +247,12 @@ def test_a_step_keeps_its_result_where_the_profiler_fails(stage, monkeypatch):
 
 def test_a_variant_that_fails_costs_its_row_alone(stage):
     class Fake:
-        rows, batch, wish = 1.0, None, None
+        rows, batch, request = 1.0, None, None
 
         def __init__(self, error=None):
             self.seconds, self.error, self.compiled = [], error, self
 
-        def __call__(self, state, batch, wish):
+        def __call__(self, state, batch, request):
             assert state == "state"
             if self.error:
                 raise self.error

@@ -183,7 +183,7 @@ def test_ten_training_steps(name, accumulation, optimizer):
         batch = jax.device_put(
             {"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding
         )
-        state, metrics = steps.train(state, batch, steps.wish(0))
+        state, metrics = steps.train(state, batch, steps.request())
         assert float(metrics["loss"]) == pytest.approx(wanted["losses"][step], rel=2e-6)
         assert float(metrics["grad_norm"]) == pytest.approx(wanted["grad_norms"][step], rel=2e-6)
         assert float(metrics["learning_rate"]) == pytest.approx(wanted["lrs"][step], rel=1e-6)

@@ -13,6 +13,7 @@ from conftest import batch_of, build
 from baichuan_jax.config.schema import Config, ConfigError, TokenizerConfig
 from baichuan_jax.resilience.corruption import compare_digests
 from baichuan_jax.resilience.exits import BadHost
+from baichuan_jax.step import Request
 
 USUAL = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 EVERY = [
@@ -52,7 +53,7 @@ def run(config, shape, tokens, num_steps=2):
     state = jax.device_put(initial, steps.state_shardings)
     figures = []
     for rows in tokens[:num_steps]:
-        state, metrics = steps.train(state, batch_of(config, steps, rows), steps.wish(0))
+        state, metrics = steps.train(state, batch_of(config, steps, rows), steps.request())
         figures.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(figures), jax.device_get(state.params)
 
@@ -149,7 +150,7 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
     config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
-    text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
+    text = steps.train.lower(abstract_state(steps), batch, steps.request()).compile().as_text()
     assert set(computations_with("all-reduce", text)) == {entry_of(text)}
 
 
@@ -157,7 +158,7 @@ def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
     """Blocks exchange nothing, since a tensor axis cuts heads; the embedding does, both ways; XLA gathers nothing it cannot place."""
     config, steps = build(tiny_config, (2, 2, 1, 2))
     batch = batch_of(config, steps, tokens[0])
-    text = steps.train.lower(abstract_state(steps), batch, steps.wish(0)).compile().as_text()
+    text = steps.train.lower(abstract_state(steps), batch, steps.request()).compile().as_text()
     assert "all-reduce" in text
     exchanges = computations_with("all-to-all", text)
     assert {name: len(found) for name, found in exchanges.items()} == {entry_of(text): 2}
@@ -167,7 +168,7 @@ def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
 def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, tokens, mesh_steps):
     config, steps = mesh_steps(tiny_config)
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
-    no = steps.wish(0)
+    no = steps.request()
     state, _ = steps.train(state, batch_of(config, steps, tokens[0]), no)
     # A weight of 3e38 overflows the forward pass; all else must come out as it went in.
     before = jax.device_get(state)
@@ -187,12 +188,12 @@ def test_a_nonfinite_gradient_skips_the_update_and_is_counted(tiny_config, token
     assert (int(metrics["nonfinite"]), int(metrics["nonfinite_run"])) == (1, 0)
 
 
-def test_what_any_process_wishes_all_hear(tiny_config, tokens, mesh_steps):
+def test_all_processes_see_the_largest_request(tiny_config, tokens, mesh_steps):
     config, steps = mesh_steps(tiny_config)
-    for wish in (0, 1, 3):
+    for request in (Request.NONE, Request.SAVE, Request.ROLL_BACK):
         state = jax.device_put(initial_state(config.model), steps.state_shardings)
-        _, metrics = steps.train(state, batch_of(config, steps, tokens[0]), steps.wish(wish))
-        assert int(metrics["wish"]) == wish
+        _, metrics = steps.train(state, batch_of(config, steps, tokens[0]), steps.request(request))
+        assert int(metrics["request"]) == request
 
 
 def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, mesh_steps):
@@ -201,7 +202,7 @@ def test_the_padding_row_of_the_embedding_gets_no_gradient(tiny_config, tokens, 
     config, steps = mesh_steps(tiny_config)
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
     before = np.asarray(state.params["embedding"])
-    state, metrics = steps.train(state, batch_of(config, steps, rows), steps.wish(0))
+    state, metrics = steps.train(state, batch_of(config, steps, rows), steps.request())
     after = np.asarray(state.params["embedding"])
     decay = 1 - float(metrics["learning_rate"]) * config.optimizer.weight_decay
     np.testing.assert_allclose(
@@ -218,7 +219,7 @@ def test_training_overfits_one_batch(tiny_config, tokens):
     state, losses = steps.init(), []
     batch = batch_of(config, steps, tokens[0])
     for _ in range(60):
-        state, metrics = steps.train(state, batch, steps.wish(0))
+        state, metrics = steps.train(state, batch, steps.request())
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(512), rel=0.02)
     assert losses[-1] < losses[0] / 2
@@ -229,7 +230,7 @@ def test_evaluation_sums_over_valid_labels(tiny_config, tokens, mesh_steps):
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
     batch = batch_of(config, steps, tokens[0])
     total, count = steps.evaluate(state.params, batch)
-    _, metrics = steps.train(state, batch, steps.wish(0))
+    _, metrics = steps.train(state, batch, steps.request())
     assert int(count) == 16 * 32 - 5 == int(metrics["tokens"])
     assert float(total) / int(count) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 

@@ -141,7 +141,7 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     ]
     stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
     lowered = steps.train.lower(
-        state, dict.fromkeys(names, rows), abstract(stop, steps.wish_sharding)
+        state, dict.fromkeys(names, rows), abstract(stop, steps.request_sharding)
     )
 
     def on_one_device(tree: Any) -> int:

@@ -44,15 +44,13 @@ from baichuan_jax.runs.metrics import (
     peak_memory_gib,
     seconds_since_process_start,
 )
-from baichuan_jax.step import Steps, TrainState
+from baichuan_jax.step import Request, Steps, TrainState
 from baichuan_jax.training.profiler import Tracer
 from baichuan_jax.training.restore import restore_or_start
 from baichuan_jax.training.summary import say_result, say_start, what_would_fit
 
 MAX_NONFINITE_RUN = 3  # updates skipped in a row before the run ends: it will not mend itself
 OWN_STEPS = 32  # whose median is a process's own time
-# What a process may wish of all; the largest wins, and all hear it with the same step.
-NOTHING, SAVE, STOP, ROLL_BACK = range(4)
 Pending = tuple[
     int, int, dict[str, jax.Array]
 ]  # step, position of its batch, figures on the devices
@@ -104,7 +102,7 @@ class Trainer:
         self.tests = tests
         self.test_prompts = [test.all_prompts() for test in tests]
         self._scorer: Scorer | None = None
-        self._wishes = [steps.wish(wish) for wish in range(4)]
+        self._requests = [steps.request(request) for request in Request]
         self._replicas, self._checked = (
             steps.layout.mesh.shape["data"],
             0,
@@ -229,13 +227,13 @@ class Trainer:
                 self.tracer.before(self.step + 1)
                 with self.clock(DISPATCH), jax.transfer_guard("disallow"):
                     self.state, metrics = step_function(
-                        self.state, batch, self._wishes[self._wish()]
+                        self.state, batch, self._requests[self._request()]
                     )
                 self.step, self.position = self.step + 1, self._batches.position
                 self.watch.step = self.step
                 # The step before this one: its figures are fetched while the devices work on this
                 # one.
-                wish = self._record(pending, progress)
+                request = self._record(pending, progress)
                 pending = (self.step, here, metrics)
                 self.saver.poll(recorded=self.step - 1)
                 last = self.step == config.train.num_steps
@@ -243,7 +241,7 @@ class Trainer:
                 save = (
                     last
                     or self.saver.due(self.step)
-                    or (wish == SAVE and self.saver.far_enough(self.step))
+                    or (request == Request.SAVE and self.saver.far_enough(self.step))
                 )
                 check = self._replicas > 1 and every > 0 and self.step % every == 0
                 copy = self.saver.copy_due(self.step) and not last
@@ -252,12 +250,12 @@ class Trainer:
                     or save
                     or copy
                     or check
-                    or wish == STOP
+                    or request == Request.STOP
                     or self.step == self.tracer.until
                 ):
-                    wish = max(self._record(pending, progress), wish)
+                    request = max(self._record(pending, progress), request)
                     pending = None
-                    stop = wish == STOP
+                    stop = request == Request.STOP
                     if self.step == self.tracer.until or (stop and self.tracer.until is not None):
                         self._stop_trace()
                     if check:
@@ -283,7 +281,7 @@ class Trainer:
 
     def _compile(self, batch: dict[str, jax.Array]) -> Any:
         with self.clock("compile"):
-            compiled = self.steps.train.lower(self.state, batch, self._wishes[NOTHING]).compile()
+            compiled = self.steps.train.lower(self.state, batch, self._requests[Request.NONE]).compile()
         self.writer.event(
             "compiled",
             seconds=self.clock.totals()["compile"],
@@ -291,11 +289,13 @@ class Trainer:
         )
         return compiled
 
-    def _wish(self) -> int:
+    def _request(self) -> Request:
         """What this process wants of the others: they hear it with the figures of the step that it goes into."""
         if self._spike is not None:
-            return ROLL_BACK
-        return STOP if self.stop_requested else SAVE if self.saver.wanted() else NOTHING
+            return Request.ROLL_BACK
+        if self.stop_requested:
+            return Request.STOP
+        return Request.SAVE if self.saver.wanted() else Request.NONE
 
     def _save(self, durably: bool, locally: bool, must_succeed: bool) -> None:
         with self.clock(CHECKPOINT):
@@ -313,9 +313,9 @@ class Trainer:
             self.saver.copy(self.state, self.step, self.position)
 
     def _record(self, pending: Pending | None, progress: Progress) -> int:
-        """Fetch and write a step's figures; the largest wish of all processes. Raises NumericsError."""
+        """Fetch and write a step's figures; the largest request of all processes. Raises NumericsError."""
         if pending is None:
-            return NOTHING
+            return Request.NONE
         step, position, metrics = pending
         with self.clock(WAIT):
             values = jax.device_get(metrics)
@@ -340,7 +340,7 @@ class Trainer:
         self.writer.metrics(step, line)
         progress.update(step, loss, line["tokens_per_second"], self.eval_loss)
         self._guard(step, position, values)
-        return int(values["wish"])
+        return int(values["request"])
 
     def _note_own_time(self) -> None:
         """Seconds of the last steps that this process spent alone, on data and on the host: what a slow host shows in."""
@@ -391,7 +391,7 @@ class Trainer:
                     begin,
                     position + 1,
                 )
-        if values["wish"] == ROLL_BACK:
+        if values["request"] == Request.ROLL_BACK:
             self._numbers_broke(
                 *(self._spike or ("process 0 saw a spike", step, position, position + 1))
             )

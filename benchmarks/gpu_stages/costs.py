@@ -46,11 +46,11 @@ class Variant:
         lowered: Any,
         options: dict[str, Any],
         batch: Any,
-        wish: Any,
+        request: Any,
         rows: float,
         free: threading.Semaphore,
     ) -> None:
-        self.batch, self.wish, self.rows = batch, wish, rows
+        self.batch, self.request, self.rows = batch, request, rows
         self.compiled: Any = None
         self.error: str | None = None
         self.seconds: list[float] = []
@@ -106,12 +106,12 @@ def run(stage: Stage) -> None:
         config = make_config(stage, **changes)
         try:
             steps = make_steps(config, mesh)
-            batch, wish = make_batch(config, steps, config.data.document_mask), steps.wish(0)
-            lowered = steps.train.lower(shapes, batch, wish)
+            batch, request = make_batch(config, steps, config.data.document_mask), steps.request()
+            lowered = steps.train.lower(shapes, batch, request)
         except ConfigError as error:
             stage.leave_out(name, str(error))
             continue
-        variants[name] = Variant(lowered, options, batch, wish, 2.0 if name == MICRO else 1.0, free)
+        variants[name] = Variant(lowered, options, batch, request, 2.0 if name == MICRO else 1.0, free)
     for name, variant in list(variants.items()):
         variant.thread.join(max(stage.seconds_left - LEFT_TO_TIME, 0.1))
         if variant.compiled is None:
@@ -137,7 +137,7 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
         for name, variant in list(variants.items()):
             began = time.perf_counter()
             try:
-                state, metrics = variant.compiled(state, variant.batch, variant.wish)
+                state, metrics = variant.compiled(state, variant.batch, variant.request)
                 jax.block_until_ready(metrics)
             except Exception as error:  # out of memory, or a kernel that does not start
                 traceback.print_exc()

@@ -93,8 +93,9 @@ def run(stage: Stage) -> None:
     import jax
 
     from baichuan_jax.hardware.accelerators import hardware_of, parse_topology
+    from baichuan_jax.hardware.devices import peak_flops
     from baichuan_jax.plan import hlo, roofline
-    from baichuan_jax.runs.metrics import Throughput, peak_flops
+    from baichuan_jax.runs.metrics import Throughput
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
 
@@ -109,14 +110,14 @@ def run(stage: Stage) -> None:
     mesh = make_mesh(config.mesh, [device])
     steps = make_steps(config, mesh)
     state = steps.init()
-    batch, wish = make_batch(config, steps), steps.wish(0)
+    batch, request = make_batch(config, steps), steps.request()
     began = time.perf_counter()
-    compiled = steps.train.lower(state, batch, wish).compile()
+    compiled = steps.train.lower(state, batch, request).compile()
     compile_seconds = time.perf_counter() - began
     losses, seconds = [], []
     for _ in range(STEPS):
         began = time.perf_counter()
-        state, metrics = compiled(state, batch, wish)
+        state, metrics = compiled(state, batch, request)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[2:])
@@ -142,7 +143,7 @@ def run(stage: Stage) -> None:
     if not losses[-1] < losses[0]:
         stage.wrong(f"the loss of the same rows does not fall: {losses}")
     try:
-        traced = trace(stage, compiled, state, batch, wish)
+        traced = trace(stage, compiled, state, batch, request)
         topology = parse_topology(name)
         rates = roofline.rates_for(topology)
         if (path := stage.output / "rates.json").exists():
@@ -238,7 +239,7 @@ def show_plans(
     stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
 
 
-def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> Any:
+def trace(stage: Stage, compiled: Any, state: Any, batch: Any, request: Any) -> Any:
     """Trace some steps: what device_trace.read_trace finds."""
     import jax
     from device_trace import read_trace
@@ -246,7 +247,7 @@ def trace(stage: Stage, compiled: Any, state: Any, batch: Any, wish: Any) -> Any
     folder = stage.work / "trace"
     jax.profiler.start_trace(str(folder))
     for _ in range(TRACED):
-        state, metrics = compiled(state, batch, wish)
+        state, metrics = compiled(state, batch, request)
     jax.block_until_ready(metrics)
     jax.profiler.stop_trace()
     for path in folder.rglob("*.xplane.pb"):
