@@ -1,4 +1,7 @@
-"""Baichuan-7B pre-training in JAX and Flax: `from baichuan_jax import load_config, load_pretrained, Generator`."""
+"""Baichuan-7B pre-training in JAX and Flax.
+
+A notebook begins with `from baichuan_jax import load_config, load_pretrained, Generator`.
+"""
 
 import glob
 import importlib
@@ -16,16 +19,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Generator", "load_config", "load_pretrained"]
 
-# Resolved at first use: `python -m baichuan_jax.generate` would load a module twice that the
-# package had imported already.
+# Imported at first use: `python -m baichuan_jax.generate` would otherwise load its module twice,
+# once by this file and once as __main__.
 _HOMES = {"load_config": "config.files", "load_pretrained": "hf.weights", "Generator": "generate"}
 
 
 def _hide_compilers() -> None:
-    """Keep jax from trying accelerators whose compilers alone are installed (requirements-plan.txt): they are for plan and kernels.
+    """Keep jax off accelerators of which only the compilers are installed.
 
-    jax loads every plugin that it finds, and those complain of missing drivers. plan and kernels
-    say that they want them by JAX_SKIP_CUDA_CONSTRAINTS_CHECK.
+    requirements-plan.txt installs plugins for GPUs and TPUs as compilers for `plan` and `kernels`.
+    jax loads every plugin that it finds, and these complain about missing drivers. `plan` and
+    `kernels` set JAX_SKIP_CUDA_CONSTRAINTS_CHECK, which keeps the plugins.
     """
     wanted = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") or "jax" in sys.modules
     devices = any(
@@ -39,6 +43,7 @@ def _hide_compilers() -> None:
     for cuda in ("cuda12", "cuda13"):
         plugin = types.ModuleType(f"jax_plugins.xla_{cuda}")
         plugin.initialize = lambda: None  # type: ignore[attr-defined]
+        # None makes an import fail, as where the package is not installed.
         sys.modules |= {f"jax_{cuda}_plugin": None, f"jax_plugins.xla_{cuda}": plugin}  # type: ignore[dict-item]
 
 

@@ -1,57 +1,78 @@
-"""`python -m baichuan_jax` lists the commands."""
+"""The console command: `baichuan-jax train ...` is the same as `python -m baichuan_jax.train ...`.
+
+Only the module of the chosen command is imported, as the program's main module. So its exit code,
+its signals and the processes that it spawns are those of `python -m`.
+"""
 
 import difflib
+import runpy
 import sys
 
 from baichuan_jax import __version__
 
 COMMANDS = {
     "Train": {
-        "train": "train a model, or go on where it was: --config configs/tiny.yaml takes minutes on a CPU",
-        "launch": "a supervised run on several hosts, which names the cause of a fault and starts again by itself",
-        "preflight": "check in seconds that every device computes, every pair of hosts talks and every host can save",
-        "plan": "compile a training step for a cluster that is not there: memory, collectives, predicted speed",
-        "xla_flags": "what XLA, NCCL and jax are told for a cluster, model and mesh, each with its reason",
-        "kernels": "what every GPU and TPU kernel takes of a device, from the assembler",
+        "train": "train a model, or continue a run (--config tiny: minutes on a CPU)",
+        "launch": "train on several hosts under supervisors, which find faults and restart",
+        "preflight": "check compute, communication and storage of every host in seconds",
+        "plan": "compile a training step for a cluster: memory, collectives, predicted speed",
+        "xla_flags": "print the XLA, NCCL and jax settings of a cluster, each with its reason",
+        "kernels": "print registers, spills and shared memory of every GPU and TPU kernel",
     },
-    "Look": {
-        "report": "a run, or several side by side, as one HTML page",
-        "resilience": "what happened in a run, when, to whom, and what it cost",
-        "generate": "let a model write",
+    "Inspect": {
+        "report": "write a run, or several side by side, as one HTML page",
+        "resilience": "list the faults of a run: when, which host, and their cost",
+        "generate": "generate text with a model",
         "evaluate": "MMLU, C-Eval, AGIEval, Gaokao, and perplexity by context length",
         "hf": "import and export Hugging Face checkpoints",
     },
     "Prepare text": {
-        "data.pipeline": "raw text to a clean corpus: rules, quality, near-duplicates, selection",
+        "data.pipeline": "clean raw text: rules, quality, near-duplicates, selection",
         "data.quality": "train quality classifiers, and score text",
         "data.decontaminate": "find text of evaluation sets in a corpus",
-        "data.mixture": "sampling weights of corpora, by temperature or learned from small trainings",
+        "data.mixture": "find sampling weights of corpora, by temperature or small trainings",
         "tokenizer": "train, try and measure SentencePiece tokenizers",
-        "data.rows": "pack text into rows of tokens beforehand",
+        "data.rows": "tokenise and pack text into rows before training",
     },
 }
+USAGE = f"""usage: baichuan-jax COMMAND ...    or, the same:    python -m baichuan_jax.COMMAND ...
+
+Baichuan-7B pre-training in JAX, version {__version__}. Each command explains itself with --help.
+Start with: baichuan-jax train --config tiny"""
 
 
-def main(words: list[str]) -> int:
-    """Print the list; 2 where words were given that mean nothing here."""
+def main(argv: list[str]) -> int:
+    """Run a command, or print the list of commands; 2 where no command has that name."""
     names = [name for group in COMMANDS.values() for name in group]
-    if words and words[0] not in ("-h", "--help"):
-        name = words[0].removeprefix("baichuan_jax.")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        for title, group in COMMANDS.items():
+            print(f"\n{title}")
+            for name, what in group.items():
+                print(f"  {name:<20}{what}")
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0].removeprefix("baichuan_jax.")
+    if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         print(
-            f"error: commands are modules: python -m baichuan_jax.{near} {' '.join(words[1:])}".rstrip(),
+            f"error: there is no command {argv[0]!r}; the nearest is {near!r}. "
+            "baichuan-jax --help lists all commands",
             file=sys.stderr,
         )
         return 2
-    print(
-        f"usage: python -m baichuan_jax.COMMAND ...    (baichuan_jax {__version__}; --help explains each)"
-    )
-    for title, group in COMMANDS.items():
-        print(f"\n{title}")
-        for name, what in group.items():
-            print(f"  {name:<20}{what}")
+    sys.argv = [sys.argv[0], *argv[1:]]
+    # As `python -m`: the module is __main__, which spawned processes import again by its name.
+    runpy.run_module(f"baichuan_jax.{name}", run_name="__main__", alter_sys=True)
     return 0
 
 
+def console() -> int:
+    """The entry point of `baichuan-jax`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console())

@@ -168,12 +168,7 @@ def test_the_readmes_say_the_same_and_name_commands_that_exist():
             assert module in FILES
 
 
-def test_the_package_lists_its_commands(capsys):
+def test_the_package_lists_its_commands():
     from baichuan_jax.__main__ import COMMANDS as listed
-    from baichuan_jax.__main__ import main
 
     assert sorted(name for group in listed.values() for name in group) == sorted(COMMANDS)
-    assert main([]) == 0
-    assert all(f"  {command} " in capsys.readouterr().out for command in COMMANDS[:1])
-    assert main(["trian", "--config", "x"]) == 2
-    assert "python -m baichuan_jax.train --config x" in capsys.readouterr().err

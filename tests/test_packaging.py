@@ -1,4 +1,4 @@
-"""What is installed: the extras are the requirements files, and a wheel holds all that a run needs."""
+"""The extras are the requirements files, and a wheel holds all that a run needs."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+from pathlib import Path
 
 import pytest
 from launches import REPOSITORY
@@ -50,9 +51,9 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
     config = load_config("tiny", ["train.num_steps=60"])
     assert config.run_dir == "runs/tiny"
     assert len(find_files(list(config.data.train))) == 2
-    for words in ("tinny", "tinny.yaml"):
+    for name in ("tinny", "tinny.yaml"):
         with pytest.raises(ConfigError, match=r"there is no configuration .*small.*tiny"):
-            load_config(words)
+            load_config(name)
     assert {"tiny", "small", "baichuan_7b_a800", "baichuan_7b_v5p", "corpus"} == set(shipped())
 
 
@@ -60,52 +61,43 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_a_wheel_trains_from_another_folder(tmp_path):
     source, away = tmp_path / "source", tmp_path / "away"
     away.mkdir()
+    caches = shutil.ignore_patterns("__pycache__")
     for name in ("baichuan_jax", "configs"):
-        shutil.copytree(
-            REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(REPOSITORY / name, source / name, ignore=caches)
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    variables = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")
-    }
+    left_out = ("PYTHONPATH", "XLA_FLAGS")
+    variables = {name: value for name, value in os.environ.items() if name not in left_out}
 
-    def run(*command: str) -> str:
+    def run(*command: str | Path) -> str:
         done = subprocess.run(
             command, cwd=away, env=variables, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)
-    )
+    pip = (sys.executable, "-m", "pip")
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("baichuan_jax-*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(packages), str(wheel))
+    run(*pip, "install", "--no-deps", "--target", packages, wheel)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert run(str(python), "-c", "import baichuan_jax; print(baichuan_jax.__file__)").startswith(
-        str(packages)
-    )
-    assert "baichuan_jax.COMMAND" in run(str(python), "-m", "baichuan_jax")
-    run(
-        str(python),
-        "-c",
-        "from baichuan_jax.data.quality import MODEL; assert (MODEL / 'zh.ftz').stat().st_size > 1e5",
-    )
-    words = [
-        "--train.num_steps",
-        "2",
-        "--optimizer.warmup_steps",
-        "1",
-        "--train.global_batch_size",
-        "2",
-        "--sample.prompts",
-        "[]",
-    ]
-    output = run(str(python), "-m", "baichuan_jax.train", "--config", "tiny", *words)
+    home = run(python, "-c", "import baichuan_jax; print(baichuan_jax.__file__)")
+    assert home.startswith(str(packages))
+    console = packages / "bin" / "baichuan-jax"
+    assert "baichuan-jax COMMAND" in run(python, console)
+    shipped_model = "from baichuan_jax.data.quality import MODEL\n"
+    run(python, "-c", shipped_model + "assert (MODEL / 'zh.ftz').stat().st_size > 1e5")
+    settings = {
+        "train.num_steps": "2",
+        "optimizer.warmup_steps": "1",
+        "train.global_batch_size": "2",
+        "sample.prompts": "[]",
+    }
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    output = run(python, console, "train", "--config", "tiny", *options)
     assert "validation loss" in output
-    run(str(python), "-m", "baichuan_jax.report", "runs/tiny")
+    run(python, "-m", "baichuan_jax.report", "runs/tiny")
     assert (away / "report.html").stat().st_size > 1e6
