@@ -23,6 +23,7 @@ from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import PREEMPTED, run_command, signals
 from baichuan_jax.resilience.watch import FULL_VARIABLE, Watch
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import Completed, latest
 from baichuan_jax.runs.files import require_writable, write_atomically
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
@@ -118,10 +119,10 @@ def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
 
 def _is_complete(config: Config, run: Run) -> bool:
     """Whether this run ended before; then say so, without starting jax."""
-    completed = [event for event in run.events if event["kind"] == "completed"]
-    if run.status != "completed" or completed[-1]["step"] < config.train.num_steps:
+    completed = latest(run.events, Completed)
+    if completed is None or run.status != "completed" or completed.step < config.train.num_steps:
         return False
-    say_complete(Display(), run, completed[-1])
+    say_complete(Display(), run, completed)
     return True
 
 

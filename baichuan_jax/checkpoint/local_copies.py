@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from baichuan_jax.checkpoint.orbax import Checkpoints, Restored, as_items, as_state, names_of
+from baichuan_jax.checkpoint.orbax import Checkpoints, RestoredState, as_items, as_state, names_of
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.reports import gather
+from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import publish
 
 SUFFIX = ".state"
@@ -110,8 +111,8 @@ class LocalCopies:
             self._error = error
             self._draft.unlink(missing_ok=True)
 
-    def restore(self, at_least: int, report: Callable[..., None]) -> Restored | None:
-        """The newest good copy of a step from `at_least` on, or None. Calls report("local_copy_corrupt", ...) for each bad one."""
+    def restore(self, at_least: int, report: Callable[..., None]) -> RestoredState | None:
+        """The newest good copy of a step from `at_least` on, or None. Calls report(event) for each bad one."""
         while True:
             self._rounds += 1
             path, head = self._newest()
@@ -144,14 +145,14 @@ class LocalCopies:
                 "digest", sum(found[name] != head["digest"].get(name) for name in found)
             )
             if not any(bad):
-                return Restored(state, step, head["position"])
+                return RestoredState(state, step, head["position"])
             # Each process judges what it holds; where all were sent one copy, that one goes,
             # whoever finds it wrong.
             damaged = (
                 [process for process, count in enumerate(bad) if count] if everywhere else [source]
             )
             reason = f"not the bits that were saved, on processes {damaged}"
-            report("local_copy_corrupt", step=step, path=str(self._folder), reason=reason)
+            report(LocalCopyCorrupt(step=step, path=str(self._folder), reason=reason))
             if jax.process_index() in damaged and path is not None:
                 path.unlink(missing_ok=True)
 

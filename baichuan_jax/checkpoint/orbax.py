@@ -31,6 +31,7 @@ from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.digest import digest
 from baichuan_jax.resilience.exits import PeerFailed
 from baichuan_jax.resilience.reports import agree
+from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.sharding import Layout
 
@@ -42,7 +43,7 @@ class CorruptCheckpoint(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
+class RestoredState:
     """What a checkpoint gave back. `position` is the data position of the next batch."""
 
     state: Any
@@ -134,8 +135,8 @@ class Checkpoints:
 
     def restore(
         self, report: Callable[..., None], before: int | None = None, back: int = 0
-    ) -> Restored | None:
-        """The newest good checkpoint on this run's mesh, or None. Calls report("checkpoint_corrupt", ...) for each bad one passed.
+    ) -> RestoredState | None:
+        """The newest good checkpoint on this run's mesh, or None. Calls report(event) for each bad one passed.
 
         Those of steps from `before` on are deleted, and so are `back` more as long as one remains.
         A bad one is renamed to STEP.corrupt. Files that are missing or cut short are found by
@@ -152,7 +153,7 @@ class Checkpoints:
                     raise CorruptCheckpoint(damage)
                 return self._restore(step)
             except CorruptCheckpoint as error:
-                report("checkpoint_corrupt", step=step, path=str(path), reason=str(error))
+                report(CheckpointCorrupt(step=step, path=str(path), reason=str(error)))
                 found = error
             if jax.process_count() > 1 and not found.everywhere and damage is None:
                 with contextlib.suppress(FileNotFoundError):  # several processes may have met it
@@ -177,7 +178,7 @@ class Checkpoints:
         for step in set(steps) - set(good):
             self._manager.delete(step)
 
-    def _restore(self, step: int) -> Restored:
+    def _restore(self, step: int) -> RestoredState:
         path = self.directory / str(step)
         run = _read_run(path)
         if run["tokenizer"] != self.tokenizer:
@@ -186,7 +187,7 @@ class Checkpoints:
                 "use the run's own tokenizer, or another run_dir"
             )
         items = _restore_items(path, as_items(self.target), run["digest"], self._digest)
-        return Restored(as_state(self.target, items), run["step"], run["position"])
+        return RestoredState(as_state(self.target, items), run["step"], run["position"])
 
     def close(self) -> None:
         self._manager.close()

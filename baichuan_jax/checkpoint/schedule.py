@@ -13,6 +13,12 @@ from baichuan_jax.resilience.checkpoint_interval import seconds_between_saves, s
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
 from baichuan_jax.resilience.exits import SaveFailed, say
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    LocalCopyFailed,
+    LocalCopySaved,
+)
 from baichuan_jax.runs.metrics import Writer
 from baichuan_jax.step import TrainState
 
@@ -105,17 +111,18 @@ class Saver:
             with self._clock(CHECKPOINT):
                 self.copies.finish()
         except Exception as error:
-            self._writer.event("local_copy_failed", step=step, reason=str(error))
+            self._writer.event(LocalCopyFailed(step=step, reason=str(error)))
             say(
                 f"the copy of step {step} in checkpoint.local_dir failed and does not count: {error}"
             )
             return
         now = time.monotonic()
         self._writer.event(
-            "local_copy",
-            step=step,
-            seconds=round(now - began, 3),
-            blocked_seconds=round(blocked + now - waited, 4),
+            LocalCopySaved(
+                step=step,
+                seconds=round(now - began, 3),
+                blocked_seconds=round(blocked + now - waited, 4),
+            )
         )
 
     def poll(self, recorded: int) -> None:
@@ -136,12 +143,13 @@ class Saver:
             duration = time.monotonic() - self._began
             self._interval = seconds_between_saves(self._blocked, duration, self._seconds_per_fault)
             self._writer.event(
-                "checkpoint",
-                step=saving,
-                seconds=round(duration, 3),
-                blocked_seconds=round(self._blocked, 4),
-                blocked_share=self.blocked_share,
-                next_in_seconds=self._interval if self._config.every is None else None,
+                CheckpointSaved(
+                    step=saving,
+                    seconds=round(duration, 3),
+                    blocked_seconds=round(self._blocked, 4),
+                    blocked_share=self.blocked_share,
+                    next_in_seconds=self._interval if self._config.every is None else None,
+                )
             )
 
     @contextlib.contextmanager
@@ -156,7 +164,7 @@ class Saver:
         try:
             yield
         except Exception as error:
-            self._writer.event("checkpoint_failed", step=step, reason=str(error))
+            self._writer.event(CheckpointFailed(step=step, reason=str(error)))
             self._display.say(f"checkpoint {step} failed and does not count: {error}", style="red")
             if must_succeed or jax.process_count() > 1:
                 raise SaveFailed(

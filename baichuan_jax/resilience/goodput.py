@@ -11,6 +11,7 @@ from baichuan_jax.resilience.attempts import read
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT
 from baichuan_jax.resilience.reports import HANG, PEER, Folder, Report
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, of_kind
 from baichuan_jax.runs.folder import Run
 
 CAUSES = (
@@ -120,13 +121,13 @@ def read_ledger(path: Path | str) -> Ledger:
     )
 
 
-def history(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """`faults` of a run so far and the `run_seconds` they came in, from its events: for the cadence of saves."""
-    begun = [event["time"] for event in events if event["kind"] == "started"]
-    good = sum(event["kind"] in ("interrupted", "completed") for event in events)
+def history(events: list[Event]) -> dict[str, Any]:
+    """`faults` of a run so far and the `run_seconds` they came in: for the checkpoint interval."""
+    begun = of_kind(events, Started)
+    good = sum(isinstance(event, Interrupted | Completed) for event in events)
     return {
         "faults": max(0, len(begun) - good),
-        "run_seconds": events[-1]["time"] - begun[0] if begun else 0.0,
+        "run_seconds": events[-1].time - begun[0].time if begun else 0.0,
     }
 
 

@@ -4,7 +4,15 @@ import dataclasses
 import math
 import statistics
 from collections import deque
-from typing import Any
+
+from baichuan_jax.runs.events import (
+    Corruption,
+    Event,
+    NumericsFault,
+    RolledBack,
+    WindowSkipped,
+    of_kind,
+)
 
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
 ENOUGH = 64  # of them must be there before anything is called a spike
@@ -61,64 +69,42 @@ class Rollback:
     windows: tuple[tuple[int, int], ...] = ()
     before: int | None = None
     back: int = 0
-    events: tuple[dict[str, Any], ...] = ()
+    events: tuple[RolledBack | WindowSkipped, ...] = ()
 
 
-def plan_rollback(events: list[dict[str, Any]], skip: list[list[int]], max_skips: int) -> Rollback:
-    """From a run's events and the windows of its settings. Raises RuntimeError after max_skips windows of its own.
+def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) -> Rollback:
+    """From a run's events and the windows of its settings: what this launch begins with.
 
-    A `numerics` event (step, begin, end) that no `rolled_back` follows is answered: the first time
-    by a replay of the same data, since the cause may have passed; again at the same place by
-    leaving its window out and going one checkpoint further back. A `corruption` event (step) is
-    answered by going back to before that step, whose data are not to blame.
+    Raises RuntimeError after max_skips windows of its own. A NumericsFault that no RolledBack
+    follows is answered: the first time by a replay of the same data, since the cause may have
+    passed; again at the same place by leaving its window out and going one checkpoint further back.
+    A Corruption is answered by going back to before its step, whose data are not to blame.
     """
     windows = [(begin, end) for begin, end in skip]
-    windows += [
-        (event["begin"], event["end"]) for event in events if event["kind"] == "window_skipped"
-    ]
-    faults = [
-        index for index, event in enumerate(events) if event["kind"] in ("numerics", "corruption")
-    ]
-    if not faults or any(event["kind"] == "rolled_back" for event in events[faults[-1] :]):
+    skipped = of_kind(events, WindowSkipped)
+    windows += [(event.begin, event.end) for event in skipped]
+    newest: NumericsFault | Corruption | None = None  # the newest fault that is not answered yet
+    for event in events:
+        if isinstance(event, NumericsFault | Corruption):
+            newest = event
+        elif isinstance(event, RolledBack):
+            newest = None
+    if newest is None:
         return Rollback(tuple(windows))
-    fault = events[faults[-1]]
-    recorded: list[dict[str, Any]] = []
-    if fault["kind"] == "corruption":
-        recorded.append(
-            {
-                "kind": "rolled_back",
-                "before": fault["step"],
-                "skipped": False,
-                "reason": fault["reason"],
-            }
-        )
-        return Rollback(tuple(windows), fault["step"], 0, tuple(recorded))
-    faults = [index for index in faults if events[index]["kind"] == "numerics"]
-    repeats = sum(
-        events[i]["begin"] < fault["end"] and fault["begin"] < events[i]["end"] for i in faults[:-1]
-    )
+    if isinstance(newest, Corruption):
+        answer = RolledBack(before=newest.step, reason=newest.reason)
+        return Rollback(tuple(windows), newest.step, 0, (answer,))
+    before = of_kind(events, NumericsFault)[:-1]
+    repeats = sum(fault.begin < newest.end and newest.begin < fault.end for fault in before)
+    recorded: list[RolledBack | WindowSkipped] = []
     if repeats:
-        skips = sum(event["kind"] == "window_skipped" for event in events)
-        if skips >= max_skips:
+        if len(skipped) >= max_skips:
             raise RuntimeError(
-                f"{fault['reason']} at step {fault['step']}, and {skips} windows of data have been left out already "
-                f"(resilience.max_skips={max_skips}): it is not the data; lower optimizer.learning_rate, or look at the events"
+                f"{newest.reason} at step {newest.step}, and {len(skipped)} windows of data have been "
+                f"left out already (resilience.max_skips={max_skips}): it is not the data; lower "
+                "optimizer.learning_rate, or look at the events"
             )
-        windows.append((fault["begin"], fault["end"]))
-        recorded.append(
-            {
-                "kind": "window_skipped",
-                "begin": fault["begin"],
-                "end": fault["end"],
-                "reason": fault["reason"],
-            }
-        )
-    recorded.append(
-        {
-            "kind": "rolled_back",
-            "before": fault["step"],
-            "skipped": bool(repeats),
-            "reason": fault["reason"],
-        }
-    )
-    return Rollback(tuple(windows), fault["step"], repeats, tuple(recorded))
+        windows.append((newest.begin, newest.end))
+        recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))
+    recorded.append(RolledBack(before=newest.step, skipped=bool(repeats), reason=newest.reason))
+    return Rollback(tuple(windows), newest.step, repeats, tuple(recorded))

@@ -28,10 +28,13 @@ class Event:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if name != "time"}
 
+    def to_json(self) -> dict[str, Any]:
+        """What parse_event reads: time, kind, fields."""
+        return {"time": self.time, "kind": self.kind, **self.fields}
+
     def to_line(self) -> bytes:
         """The line of events.jsonl, with its end."""
-        content = {"time": self.time, "kind": self.kind, **self.fields}
-        return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode()
 
 
 KINDS: dict[str, type[Event]] = {}

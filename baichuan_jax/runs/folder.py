@@ -3,11 +3,11 @@
 import io
 import json
 import math
-import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, latest, parse_event
 
 
 class Run:
@@ -22,16 +22,16 @@ class Run:
         return _read_lines(self.path / "metrics.jsonl")
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """Lines of events.jsonl in order."""
-        return _read_lines(self.path / "events.jsonl")
+        return [parse_event(line) for line in _read_lines(self.path / "events.jsonl")]
 
     @property
     def status(self) -> str:
         for event in reversed(self.events):
-            if event["kind"] in ("completed", "interrupted"):
-                return event["kind"]
-            if event["kind"] == "started":
+            if isinstance(event, Completed | Interrupted):
+                return event.kind
+            if isinstance(event, Started):
                 break
         return "running"
 
@@ -42,8 +42,8 @@ class Run:
     def plot(self, path: Path | str | None = None) -> Any:
         """The loss curve as a matplotlib figure, also written as PNG to `path` (default: loss.png in the run's folder)."""
         loss, validation = self.curve("loss"), self.curve("eval_loss")
-        started = [event for event in self.events if event["kind"] == "started"]
-        entropy = started[-1].get("unigram_entropy") if started else None
+        started = latest(self.events, Started)
+        entropy = None if started is None else started.unigram_entropy
         figure = _make_figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(
@@ -85,28 +85,6 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status}, {len(self.curve('loss'))} steps)"
-
-
-def append_event(path: Path, kind: str, **fields: Any) -> None:
-    """Add a line to the events of a run in which no process is training, after what a killed writer left of its last line."""
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "events.jsonl", "a+b") as file:
-        drop_unfinished_line(file)
-        file.write(
-            (
-                json.dumps(
-                    {"time": round(time.time(), 3), "kind": kind, **fields}, ensure_ascii=False
-                )
-                + "\n"
-            ).encode()
-        )
-
-
-def drop_unfinished_line(file: BinaryIO) -> None:
-    """Cut off what a killed writer left of its last line."""
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
 
 
 def _make_figure(**settings: Any) -> Any:

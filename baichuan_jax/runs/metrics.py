@@ -4,74 +4,14 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from baichuan_jax.config.schema import Config, ConfigError, ModelConfig, TrainConfig
-from baichuan_jax.hardware.accelerators import hardware_of
-from baichuan_jax.runs.folder import drop_unfinished_line
-
-
-def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, float]:
-    """Training FLOPs a token, forward and backward, nothing recomputed: (full-attention counting, causal counting).
-
-    6 a weight of every matrix product (the embedding is a look-up), and for attention 12 * L * D *
-    T where every pair of positions is counted (PaLM, Chowdhery et al. 2022, appendix B) or half of
-    it where only those that the causal mask leaves are.
-    """
-    block = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
-    products = 6.0 * (model.num_layers * block + model.hidden_size * model.vocab_size)
-    attention = 12.0 * model.num_layers * model.hidden_size * context_length
-    return products + attention, products + attention / 2
-
-
-def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
-    """FLOP/s that MFU is a share of, and what they are: the data sheet's, the setting's, a CPU's measured ones, or None."""
-    if config.metrics.peak_tflops is not None:
-        return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
-    if device.platform == "cpu":
-        return (
-            measure_matmul_flops() / jax.local_device_count(),
-            "the measured matrix-product peak of this CPU",
-        )
-    if hardware := hardware_of(device.device_kind):
-        return (
-            hardware.peak_tflops * 1e12,
-            f"{hardware.name}: {hardware.peak_tflops:g} dense bfloat16 TFLOP/s",
-        )
-    return (
-        None,
-        f"unknown for {device.device_kind!r}; set metrics.peak_tflops to its dense bfloat16 TFLOP/s to see MFU",
-    )
-
-
-def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
-    """FLOP/s of float32 products of two size x size matrices on the first device: the best of those that fit into the time."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    best, start = math.inf, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
-def peak_memory_gib() -> float:
-    """Most memory used so far: of the first device where it tells, else of this process on the host."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+from baichuan_jax.config.schema import Config, ConfigError, TrainConfig
+from baichuan_jax.hardware.flops import flops_per_token
+from baichuan_jax.runs.events import Event, drop_unfinished_line
 
 
 def seconds_since_process_start() -> float:
@@ -157,7 +97,8 @@ class Writer:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        self._line("metrics", {"step": step, "time": round(time.time(), 3), **finite})
+        line = {"step": step, "time": round(time.time(), 3), **finite}
+        self._write("metrics", (json.dumps(line, ensure_ascii=False) + "\n").encode())
         numbers = {
             k: v
             for k, v in finite.items()
@@ -169,13 +110,13 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Something that happened: kind, wall-clock time, whatever describes it."""
+    def event(self, event: Event) -> None:
+        """One line of events.jsonl."""
         if self._files:
-            self._line("events", {"time": round(time.time(), 3), "kind": kind, **fields})
+            self._write("events", event.to_line())
 
-    def _line(self, name: str, values: dict[str, Any]) -> None:
-        self._files[name].write((json.dumps(values, ensure_ascii=False) + "\n").encode())
+    def _write(self, name: str, line: bytes) -> None:
+        self._files[name].write(line)
         self._files[name].flush()
 
     def close(self) -> None:

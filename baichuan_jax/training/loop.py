@@ -27,6 +27,7 @@ from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.generate import Generator
+from baichuan_jax.hardware.devices import peak_flops, peak_memory_gib
 from baichuan_jax.model import abstract_model
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT, Clock
 from baichuan_jax.resilience.corruption import compare_digests
@@ -36,14 +37,23 @@ from baichuan_jax.resilience.guard import Rollback, Spikes, plan_rollback
 from baichuan_jax.resilience.reports import agree
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, Progress
-from baichuan_jax.runs.folder import Run
-from baichuan_jax.runs.metrics import (
-    Throughput,
-    Writer,
-    peak_flops,
-    peak_memory_gib,
-    seconds_since_process_start,
+from baichuan_jax.runs.events import (
+    Compiled,
+    Completed,
+    Corruption,
+    Failed,
+    Interrupted,
+    NumericsFault,
+    Profiled,
+    RolledBack,
+    Started,
+    StragglerFound,
+    UpdateSkipped,
+    of_kind,
+    parse_event,
 )
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.metrics import Throughput, Writer, seconds_since_process_start
 from baichuan_jax.step import Request, Steps, TrainState
 from baichuan_jax.training.profiler import Tracer
 from baichuan_jax.training.restore import restore_or_start
@@ -142,21 +152,22 @@ class Trainer:
         chosen = {operator: name for operator, (name, _) in kernels.items()}
         reasons = {f"{operator}_reason": reason for operator, (_, reason) in kernels.items()}
         self.writer.event(
-            "started",
-            attempt=int(self.watch.attempt.name),
-            jax=jax.__version__,
-            device=mesh.devices.flat[0].device_kind,
-            devices=mesh.size,
-            processes=jax.process_count(),
-            mesh=dict(mesh.shape),
-            **chosen,
-            **reasons,
-            xla_flags=list(flags),
-            mfu_of=self.peak_source,
-            parameters=self.config.model.num_parameters,
-            tokenizer=self.prepared.tokenizer.hash,
-            rows=rows,
-            unigram_entropy=self.entropy,
+            Started(
+                attempt=int(self.watch.attempt.name),
+                jax=jax.__version__,
+                device=mesh.devices.flat[0].device_kind,
+                devices=mesh.size,
+                processes=jax.process_count(),
+                mesh=dict(mesh.shape),
+                **chosen,
+                **reasons,
+                xla_flags=list(flags),
+                mfu_of=self.peak_source,
+                parameters=self.config.model.num_parameters,
+                tokenizer=self.prepared.tokenizer.hash,
+                rows=rows,
+                unigram_entropy=self.entropy,
+            )
         )
 
     def restore_or_start(self) -> None:
@@ -164,7 +175,9 @@ class Trainer:
         resilience, skip = self.config.resilience, self.config.data.skip
         found = agree("rollback", lambda: self._plan_rollback(skip, resilience.max_skips))
         self.skip = tuple((begin, end) for begin, end in found["windows"])
-        rollback = Rollback(self.skip, found["before"], found["back"], tuple(found["events"]))
+        rollback = Rollback(
+            self.skip, found["before"], found["back"], tuple(map(parse_event, found["events"]))
+        )
         if (local_path := self.config.checkpoint.local_path) is not None:
             self.saver.copies = LocalCopies(
                 local_path / found["run"], found["rollbacks"], self.watch.host, self.checkpoints
@@ -188,10 +201,11 @@ class Trainer:
         """The rollback that this launch begins with, a name for the run, and how often it will have rolled back."""
         events = self.run.events
         plan = plan_rollback(events, skip, max_skips)
-        rollbacks = sum(event["kind"] == "rolled_back" for event in [*events, *plan.events])
+        rollbacks = len(of_kind([*events, *plan.events], RolledBack))
         return {
             **dataclasses.asdict(plan),
-            "run": f"{self.run.path.name}-{events[0]['time']:.3f}",
+            "events": [event.to_json() for event in plan.events],
+            "run": f"{self.run.path.name}-{events[0].time:.3f}",
             "rollbacks": rollbacks,
         }
 
@@ -269,7 +283,7 @@ class Trainer:
                             must_succeed=last or stop,
                         )
                     if stop and not last:
-                        self.writer.event("interrupted", step=self.step, position=self.position)
+                        self.writer.event(Interrupted(step=self.step, position=self.position))
                         self.display.say(
                             f"stopped and saved at step {self.step}; the same command goes on from here",
                             style="green",
@@ -281,11 +295,14 @@ class Trainer:
 
     def _compile(self, batch: dict[str, jax.Array]) -> Any:
         with self.clock("compile"):
-            compiled = self.steps.train.lower(self.state, batch, self._requests[Request.NONE]).compile()
+            compiled = self.steps.train.lower(
+                self.state, batch, self._requests[Request.NONE]
+            ).compile()
         self.writer.event(
-            "compiled",
-            seconds=self.clock.totals()["compile"],
-            since_launch=seconds_since_process_start(),
+            Compiled(
+                seconds=self.clock.totals()["compile"],
+                since_launch=seconds_since_process_start(),
+            )
         )
         return compiled
 
@@ -351,7 +368,7 @@ class Trainer:
             self.watch.own_seconds = statistics.median(self._own)
 
     def _tell_straggler(self, **found: Any) -> None:
-        self.writer.event("straggler", step=self.step, **found)
+        self.writer.event(StragglerFound(step=self.step, **found))
         self.display.say(
             f"process {found['process']} on {found['host']} is slow: {found['seconds']:.3f} s of its own a step, "
             f"the median {found['median']:.3f} s",
@@ -368,11 +385,12 @@ class Trainer:
                 "in_a_row": run,
             }
             self.writer.event(
-                "update_skipped",
-                step=step,
-                position=position,
-                total=int(values["nonfinite"]),
-                **fields,
+                UpdateSkipped(
+                    step=step,
+                    position=position,
+                    total=int(values["nonfinite"]),
+                    **fields,
+                )
             )
             self.display.say(
                 f"step {step}: not finite, its update is skipped: {fields}", style="red"
@@ -418,13 +436,13 @@ class Trainer:
         try:
             compare_digests([int(digest) for digest in digests], owners)
         except BadHost as error:
-            self.writer.event("corruption", step=self._checked + 1, reason=str(error))
+            self.writer.event(Corruption(step=self._checked + 1, reason=str(error)))
             raise
         self._checked = self.step
 
     def _numbers_broke(self, reason: str, step: int, begin: int, end: int) -> NoReturn:
         """Leave, so that the next launch goes back to before this step, whose data lie at positions [begin, end)."""
-        self.writer.event("numerics", step=step, begin=begin, end=end, reason=reason)
+        self.writer.event(NumericsFault(step=step, begin=begin, end=end, reason=reason))
         raise NumericsError(
             f"{reason}; the next start goes back to a checkpoint before step {step}, and leaves positions {begin} to {end - 1} of the "
             "data out if it happens there again"
@@ -484,7 +502,7 @@ class Trainer:
 
     def _stop_trace(self) -> None:
         self.tracer.stop()
-        self.writer.event("profiled", step=self.step)
+        self.writer.event(Profiled(step=self.step))
         self.display.say(f"profile of the steps up to {self.step} in {self.run.path / 'profile'}")
 
     def _draw(self) -> None:
@@ -506,16 +524,16 @@ class Trainer:
             self._draw()
         samples = self._sample()
         finite = [loss for loss in self.losses if math.isfinite(loss)]
-        completed = {
-            "step": self.step,
-            "loss": statistics.fmean(finite[-20:]),
-            "eval_loss": self.eval_loss,
-            "unigram_entropy": self.entropy,
-            "seconds": self.clock.totals(),
-            "samples": samples,
+        completed = Completed(
+            step=self.step,
+            loss=statistics.fmean(finite[-20:]),
+            eval_loss=self.eval_loss,
+            unigram_entropy=self.entropy,
+            seconds=self.clock.totals(),
+            samples=samples,
             **self.throughput.median(),
-        }
-        self.writer.event("completed", **completed)
+        )
+        self.writer.event(completed)
         say_result(self.display, self.run, completed, self.peak_source)
 
     def _sample(self) -> dict[str, str]:
@@ -544,7 +562,7 @@ class Trainer:
         """Record what ended the run. Where memory ran out, keep a profile of it and return what would make it fit."""
         if isinstance(error, KeyboardInterrupt):
             return None
-        self.writer.event("failed", step=self.step, error=f"{type(error).__name__}: {error}"[:2000])
+        self.writer.event(Failed(step=self.step, error=f"{type(error).__name__}: {error}"[:2000]))
         memory = "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
         if (
             isinstance(error, SaveFailed) or not memory

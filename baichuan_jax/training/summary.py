@@ -1,13 +1,13 @@
 """What a launch says of itself: at its start what it runs on and chose, at its end what came of it and what to do next."""
 
 import shlex
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from baichuan_jax.config.schema import Config
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import Completed
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.sharding import crosses_nodes
 
@@ -47,14 +47,14 @@ def say_start(
         )
 
 
-def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: str) -> None:
+def say_result(display: Display, run: Run, completed: Completed, mfu_of: str) -> None:
     """Losses, where the time went, speed, samples, and the next command; from the event that closes the run."""
-    rows = [["training loss, mean of the last 20 steps", f"{completed['loss']:.3f}"]]
-    if completed["eval_loss"] is not None:
-        rows.append(["validation loss", f"{completed['eval_loss']:.3f}"])
-    rows.append(["unigram entropy of the training tokens", f"{completed['unigram_entropy']:.3f}"])
+    rows = [["training loss, mean of the last 20 steps", f"{completed.loss:.3f}"]]
+    if completed.eval_loss is not None:
+        rows.append(["validation loss", f"{completed.eval_loss:.3f}"])
+    rows.append(["unigram entropy of the training tokens", f"{completed.unigram_entropy:.3f}"])
     display.table("Result (nats per token)", ["", "loss"], rows)
-    seconds = completed["seconds"]
+    seconds = completed.seconds
     total = sum(seconds.values())
     causes = [*sorted(seconds.items(), key=lambda item: -item[1]), ("in all", total)]
     display.table(
@@ -62,12 +62,12 @@ def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: st
         ["", "seconds", "share"],
         [[name, f"{s:.1f}", f"{s / total:.1%}"] for name, s in causes],
     )
-    if "tokens_per_second" in completed:
-        mfu = "" if completed["mfu"] is None else f", {completed['mfu']:.1%} of {mfu_of}"
+    if completed.tokens_per_second is not None:
+        mfu = "" if completed.mfu is None else f", {completed.mfu:.1%} of {mfu_of}"
         display.say(
-            f"median step {completed['step_seconds']:.3f} s, {completed['tokens_per_second']:,.0f} tokens/s{mfu}"
+            f"median step {completed.step_seconds:.3f} s, {completed.tokens_per_second:,.0f} tokens/s{mfu}"
         )
-    for prompt, text in completed["samples"].items():
+    for prompt, text in completed.samples.items():
         display.say(f"\n{prompt!r} continues:", style="bold")
         display.say(text)
     if (run.path / "loss.png").exists():
@@ -75,13 +75,11 @@ def say_result(display: Display, run: Run, completed: dict[str, Any], mfu_of: st
     say_next(display, run)
 
 
-def say_complete(display: Display, run: Run, completed: dict[str, Any]) -> None:
+def say_complete(display: Display, run: Run, completed: Completed) -> None:
     """That a run needs no further launch."""
-    validation = (
-        "" if completed["eval_loss"] is None else f", validation {completed['eval_loss']:.3f}"
-    )
+    validation = "" if completed.eval_loss is None else f", validation {completed.eval_loss:.3f}"
     display.say(
-        f"{run.path} is complete: {completed['step']} steps, loss {completed['loss']:.3f}{validation}."
+        f"{run.path} is complete: {completed.step} steps, loss {completed.loss:.3f}{validation}."
     )
     display.say("Train on with a larger --train.num_steps, or again with another --run_dir.")
     say_next(display, run)
