@@ -1,10 +1,14 @@
-"""Real faults at random moments in a run of several supervised processes: who is named, does it go on, to the same losses?
+"""Real faults at random moments in a run of several supervised processes.
 
     python benchmarks/chaos.py --faults 50 --seed 0 --json chaos.json
 
+Input: a small run, a list of kinds of faults, a seed. Output: for each kind, how often the verdict
+names the right host, and the seconds until it detects the fault, attributes it and trains again;
+then whether every loss equals that of an undisturbed run.
+
 Every "host" is a supervisor on this machine with one training process. Kills and stops are signals
 from outside; hangs, exceptions, NaN, flipped bits and quotas happen inside the process
-(benchmarks/faults). Afterwards an undisturbed run is made, and every loss compared.
+(benchmarks/faults). The moment, the kind and the process of each fault follow from the seed.
 """
 
 import argparse
@@ -32,90 +36,64 @@ sys.path.insert(0, str(REPOSITORY))
 from results import Results
 
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import Restored, Started, StragglerFound, of_kind
 from baichuan_jax.runs.folder import Run
 
-# Shorter limits than a cluster's, longer than a busy machine's pauses; three replicas; a save every
-# few steps.
-QUICK = (
-    "--resilience.hang_seconds",
-    "6",
-    "--resilience.silence_seconds",
-    "6",
-    "--resilience.check_every",
-    "5",
-)
-MODEL = (
-    "--model.hidden_size",
-    "64",
-    "--model.intermediate_size",
-    "176",
-    "--model.num_layers",
-    "2",
-    "--model.num_heads",
-    "4",
-    "--model.vocab_size",
-    "512",
-    "--tokenizer.vocab_size",
-    "512",
-    "--train.context_length",
-    "64",
-    "--train.global_batch_size",
-    "6",
-    "--train.num_steps",
-    "1000000",
-    "--optimizer.warmup_steps",
-    "100",
-    "--evaluate.every",
-    "1000000",
-    "--checkpoint.every",
-    "10",
-    "--metrics.tensorboard",
-    "false",
-    "--data.validation",
-    "{}",
-    "--data.train",
-    "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}",
-)
+SETTINGS = {
+    # Limits shorter than a cluster's, and longer than the pauses of a busy machine.
+    "resilience.hang_seconds": "6",
+    "resilience.silence_seconds": "6",
+    "resilience.check_every": "5",
+    # A model that steps in milliseconds, so that a restart costs more than the steps it repeats.
+    "model.hidden_size": "64",
+    "model.intermediate_size": "176",
+    "model.num_layers": "2",
+    "model.num_heads": "4",
+    "model.vocab_size": "512",
+    "tokenizer.vocab_size": "512",
+    "train.context_length": "64",
+    "train.global_batch_size": "6",
+    # More steps than any call reaches: the run ends when the faults are through.
+    "train.num_steps": "1000000",
+    "optimizer.warmup_steps": "100",
+    "evaluate.every": "1000000",
+    "checkpoint.every": "10",
+    "metrics.tensorboard": "false",
+    "data.validation": "{}",
+    "data.train": "{baichuan_jax/data/sample/validation-en.jsonl.gz: 1.0}",
+}
 KINDS = (
-    "kill",
-    "kill in a save",
-    "kill in a start",
-    "stop",
-    "hang",
-    "exception",
-    "nan",
-    "bits",
-    "truncate",
-    "port",
-    "slow",
-    "quota",
+    *("kill", "kill in a save", "kill in a start", "stop", "hang", "exception", "nan", "bits"),
+    *("truncate", "port", "slow", "quota"),
 )
-FULL_DISK = "full disk"  # one more kind, where this is root: the checkpoints lie on a small file system of their own, in memory
+# One more kind, for root only: checkpoints then lie on a small file system of their own, in memory.
+FULL_DISK = "full disk"
 DISK_MIB, FILLER = 64, ".filler"
-STORAGE = {
-    FULL_DISK: "No space left",
-    "quota": "too large",
-}  # kinds that are nobody's fault, and what a verdict must say
+# Kinds that no host caused, and what the verdict's evidence must contain.
+STORAGE = {FULL_DISK: "No space left", "quota": "too large"}
+
+
+def argv_of(folder: Path) -> list[str]:
+    """Options of a training run that is small enough to be killed often."""
+    settings = {**SETTINGS, "data.cache_dir": str(folder / "cache")}
+    return ["--config", "configs/tiny.yaml", *(f"--{key}={settings[key]}" for key in settings)]
 
 
 class Supervised:
     """A run under supervisors, seen through its folder."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.faults, self.run = (
-            run_dir,
-            run_dir.parent / f"{run_dir.name}-faults",
-            Run(run_dir),
-        )
+        self.run_dir, self.run = run_dir, Run(run_dir)
+        self.faults = run_dir.parent / f"{run_dir.name}-faults"
         self.faults.mkdir(parents=True, exist_ok=True)
 
     def ended(self) -> bool:
-        """Whether nobody is left to go on."""
+        """Whether no supervisor is left."""
         raise NotImplementedError
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of a training process that faults can reach and that compiles nothing twice."""
+        """Environment of a training process: faults can reach it, and nothing is compiled twice."""
         return {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -123,15 +101,15 @@ class Supervised:
             "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks' / 'faults'}",
             "JAX_COMPILATION_CACHE_DIR": str(self.run_dir.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA warns of every program that it takes from there
+            # XLA warns about every program that it takes from the cache.
+            "TF_CPP_MIN_LOG_LEVEL": "3",
         }
 
     @property
     def attempt(self) -> int:
-        """The number of the newest launch."""
-        return max(
-            (int(path.name) for path in (self.run_dir / "attempts").glob("[0-9]*")), default=0
-        )
+        """The number of the newest launch; 0 before the first."""
+        launches = (self.run_dir / "attempts").glob("[0-9]*")
+        return max((int(path.name) for path in launches), default=0)
 
     def file(self, name: str, attempt: int | None = None) -> Any:
         """The content of a launch's file, or None."""
@@ -140,78 +118,77 @@ class Supervised:
 
     def pid(self, process: int) -> int:
         """The process id of a training process of the newest launch."""
-        return self.wait(
+        report = self.wait(
             lambda: self.file(f"process-{process}"), f"no heartbeat of process {process}"
-        )["pid"]
+        )
+        return report["pid"]
 
     def wait(self, found: Callable[[], Any], message: str, seconds: float = 300) -> Any:
-        """What `found` gives once it gives anything. Fails where all supervisors end first, or time does."""
+        """Call `found` until it gives a value; that value.
+
+        Raises AssertionError with the message after this time, or when all supervisors have ended.
+        """
         deadline = time.monotonic() + seconds
         while not (value := found()):
             if time.monotonic() > deadline or self.ended():
-                raise AssertionError(
-                    f"{message}; see {self.run_dir.parent}/{self.run_dir.name}-*.log"
-                )
+                logs = f"{self.run_dir.parent}/{self.run_dir.name}-*.log"
+                raise AssertionError(f"{message}; see {logs}")
             time.sleep(0.05)
         return value
 
     def steps(self, count: int = 1, after: int = 0) -> tuple[int, float]:
-        """The newest step, once a launch after `after` has written `count` of them; and when it wrote the first."""
+        """Wait until a launch later than `after` has written `count` steps.
+
+        Returns its newest step, and the time at which it wrote its first.
+        """
 
         def written() -> tuple[int, float] | None:
-            begun = [
-                e["time"]
-                for e in self.run.events
-                if e["kind"] == "started" and e["attempt"] == self.attempt > after
-            ]
-            found = [
-                line
-                for line in self.run.metrics
-                if begun and line["time"] >= begun[-1] and "loss" in line
-            ]
+            started = of_kind(self.run.events, Started)
+            begun = [event.time for event in started if event.attempt == self.attempt > after]
+            if not begun:
+                return None
+            lines = [line for line in self.run.metrics if line["time"] >= begun[-1]]
+            found = [line for line in lines if "loss" in line]
             return (found[-1]["step"], found[0]["time"]) if len(found) >= count else None
 
         return self.wait(written, f"no {count} steps after launch {after}")
 
     def inject(self, kind: str, process: int) -> float:
-        """A fault inside a process; when it began there."""
+        """Cause a fault inside a process (benchmarks/faults); the time at which it began."""
         file = self.faults / f"{kind}-{process}"
         done = file.with_name(f"{file.name}.done")
         done.unlink(missing_ok=True)
         file.touch()
-        self.wait(
+        began = self.wait(
             lambda: done.exists() and done.read_text(), f"process {process} did not take up {kind}"
         )
-        return float(done.read_text())
+        return float(began)
 
 
 class Cluster(Supervised):
-    """A run under supervisors, one for each host of a cluster whose hosts all lie on this machine."""
+    """A run under one supervisor for each host, all hosts on this machine."""
 
     def __init__(
         self,
         run_dir: Path,
-        words: list[str],
+        argv: list[str],
         *,
         hosts: int = 3,
         spares: int = 0,
         options: tuple[str, ...] = (),
         small_disk: bool = False,
     ) -> None:
+        """`argv`: options of training; `options`: those of the supervisors."""
         super().__init__(run_dir)
-        self._words, self._options = [*words, "--run_dir", str(run_dir)], options
-        self._hosts, self._held, self._disk = (
-            hosts,
-            [],
-            run_dir / "checkpoints" if small_disk else None,
-        )
+        self._argv, self._options = [*argv, "--run_dir", str(run_dir)], options
+        self._hosts, self._held = hosts, []
+        self._disk = run_dir / "checkpoints" if small_disk else None
         self._kept, self.earlier = run_dir.parent / f"{run_dir.name}-checkpoints", self.attempt
         if self._disk is not None:
             self._kept.mkdir(parents=True, exist_ok=True)
             self._disk.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", self._disk], check=True
-            )
+            tmpfs = ["-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs"]
+            subprocess.run(["mount", *tmpfs, self._disk], check=True)
             shutil.copytree(self._kept, self._disk, dirs_exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -219,49 +196,26 @@ class Cluster(Supervised):
         self.supervisors = {name: self.start(name) for name in "abcdefgh"[: hosts + spares]}
 
     def start(self, name: str) -> subprocess.Popen:
-        """The supervisor of one host."""
-        options = [
-            "--hosts",
-            str(self._hosts),
-            "--address",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            *self._options,
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "baichuan_jax.launch",
-            "--host",
-            name,
-            *options,
-            "--",
-            *self._words,
-        ]
+        """Start the supervisor of one host."""
+        cluster = ["--hosts", str(self._hosts), "--address", "127.0.0.1", "--port", str(self.port)]
+        options = ["--host", name, *cluster, *self._options]
+        command = [sys.executable, "-m", "baichuan_jax.launch", *options, "--", *self._argv]
+        variables = {**os.environ, **self.variables}
         with open(self.run_dir.parent / f"{self.run_dir.name}-{name}.log", "a") as log:
-            return subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                cwd=REPOSITORY,
-                env={**os.environ, **self.variables},
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY, env=variables)
 
     def ended(self) -> bool:
         return all(supervisor.poll() is not None for supervisor in self.supervisors.values())
 
     def fill(self) -> None:
         """Leave no byte free where checkpoints go."""
-        with (
-            open(self.run_dir / "checkpoints" / FILLER, "wb", buffering=0) as file,
-            contextlib.suppress(OSError),
-        ):
+        filler = self.run_dir / "checkpoints" / FILLER
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 12))
 
     def take(self, port: int) -> None:
-        """Listen on a port as soon as it is free, as long as the cluster lives."""
+        """Listen on a port as soon as it is free, until the cluster ends."""
         held = socket.socket()
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         deadline = time.monotonic() + 10
@@ -277,7 +231,7 @@ class Cluster(Supervised):
         self._held.append(held)
 
     def stop(self) -> list[int]:
-        """Ctrl-C on all hosts; their exit codes."""
+        """Send Ctrl-C to all hosts; their exit codes."""
         for supervisor in self.supervisors.values():
             supervisor.send_signal(signal.SIGINT)
         return [supervisor.wait(300) for supervisor in self.supervisors.values()]
@@ -292,19 +246,20 @@ class Cluster(Supervised):
         for held in self._held:
             held.close()
         if self._disk is not None:
+            # A later call goes on from these; the file system in memory ends here.
             shutil.rmtree(self._kept)
-            shutil.copytree(self._disk, self._kept)  # for a later call, since memory forgets
+            shutil.copytree(self._disk, self._kept)
             subprocess.run(["umount", "--lazy", self._disk], check=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one fault. `culprit` is the host that suffered it, `named` the one that the verdict names (None: nobody).
+    """The consequences of one fault.
 
-    `right`: they are the same; NaN may also be nobody's, where they are everywhere before the
-    replicas are compared, and so may a disk that takes nothing more, if only the reason is told.
-    `lost_steps`: those since the checkpoint that the run went on from, or since the beginning where
-    none was finished yet.
+    `culprit`: the host that suffered it; `named`: the host in the verdict, or None. `right`: they
+    are the same, or rightly None. NaN reach all replicas where the gradients are reduced before the
+    replicas are compared, and storage belongs to all hosts; there no host is named.
+    `lost_steps`: steps since the checkpoint from which the run continued, or since the beginning.
     """
 
     kind: str
@@ -319,45 +274,53 @@ class Outcome:
     lost_steps: int
     recovered: bool
 
+    @property
+    def line(self) -> str:
+        """For the console."""
+        seconds = f"{self.detect_seconds:.1f} + {self.localise_seconds:.1f} s"
+        return (
+            f"{self.kind} on {self.culprit}: {self.cause}, named {self.named} ({self.rule}) in "
+            f"{seconds}, running after {self.recover_seconds:.1f} s"
+        )
+
 
 def inflict(cluster: Cluster, kind: str, process: int) -> float:
-    """Let a process suffer a fault; when it began. A kill follows what only a new launch would notice."""
+    """Cause a fault in a process; the time at which it began."""
     checkpoints = cluster.run_dir / "checkpoints"
     if kind == "kill in a save":
         cluster.wait(lambda: list(checkpoints.glob("*.orbax-checkpoint-tmp*")), "no save")
     if kind == "truncate":
-        newest = max(
-            (path for path in checkpoints.glob("*") if path.name.isdigit()),
-            key=lambda path: int(path.name),
-        )
-        largest = max(
-            (path for path in newest.rglob("*") if path.is_file()),
-            key=lambda path: path.stat().st_size,
-        )
-        os.truncate(largest, largest.stat().st_size // 2)
+        _truncate_the_newest(checkpoints)
     now = time.time()
     if kind == "stop":
         os.kill(cluster.pid(process), signal.SIGSTOP)
     elif kind == FULL_DISK:
         cluster.fill()
     elif kind in ("kill", "kill in a save", "kill in a start", "truncate", "port"):
+        # Only a new launch notices a truncated file or a port that is in use, hence the kill.
         coordinator = cluster.file("coordinator")  # None where a launch has only begun
         os.kill(cluster.pid(process), signal.SIGKILL)
-        if (
-            kind == "port"
-        ):  # another program has taken process 0's port by the time that the next launch wants it
+        if kind == "port":  # another program takes process 0's port before the next launch does
             cluster.take(int(coordinator["address"].rsplit(":", 1)[1]))
     else:
         now = cluster.inject(kind, process)
     return now
 
 
+def _truncate_the_newest(checkpoints: Path) -> None:
+    """Cut the largest file of the newest checkpoint to half of its size."""
+    steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]
+    newest = max(steps, key=lambda path: int(path.name))
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
 def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
-    """Inflict a fault and wait until the run goes on."""
+    """Inflict a fault and wait until the run trains again."""
     cluster.steps()
-    if (
-        kind == "kill in a start"
-    ):  # of the launch that follows another kill, before it has done a step
+    if kind == "kill in a start":
+        # In the launch that follows another kill, before its first step.
         before = cluster.attempt
         os.kill(cluster.pid(process), signal.SIGKILL)
         cluster.wait(
@@ -373,151 +336,134 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
         (cluster.run_dir / "checkpoints" / FILLER).unlink()
     reached = max(line["step"] for line in cluster.run.metrics)
     _, again = cluster.steps(after=attempt)
-    restored = [
-        event["step"]
-        for event in cluster.run.events
-        if event["kind"] == "restored" and event["time"] > began
-    ]
-    named = found["verdict"]["host"]
+    restored = [e.step for e in of_kind(cluster.run.events, Restored) if e.time > began]
+    verdict = found["verdict"]
+    named = verdict["host"]
     right = named == culprit or (kind == "nan" and named is None)
     if kind in STORAGE:
-        right = named in (None, culprit) and STORAGE[kind] in found["verdict"]["evidence"]
+        right = named in (None, culprit) and STORAGE[kind] in verdict["evidence"]
     return Outcome(
-        kind,
-        culprit,
-        named,
-        right,
-        found["verdict"]["cause"],
-        found["verdict"]["rule"],
-        found["detected"] - began,
-        found["concluded"] - found["detected"],
-        again - began,
-        reached - (restored or [0])[-1],
-        again > began,
+        kind=kind,
+        culprit=culprit,
+        named=named,
+        right=right,
+        cause=verdict["cause"],
+        rule=verdict["rule"],
+        detect_seconds=found["detected"] - began,
+        localise_seconds=found["concluded"] - found["detected"],
+        recover_seconds=again - began,
+        lost_steps=reached - (restored or [0])[-1],
+        recovered=again > began,
     )
 
 
 def _suffer_slowness(cluster: Cluster, process: int, culprit: str, began: float) -> Outcome:
-    """Wait until the slow host is told; the run goes on meanwhile, and afterwards without slowness."""
+    """Wait for the event that names the slow host, then end the slowness. The run goes on."""
 
-    def told() -> dict[str, Any] | None:
-        return next(
-            (e for e in cluster.run.events if e["kind"] == "straggler" and e["time"] > began), None
-        )
+    def reported() -> StragglerFound | None:
+        events = of_kind(cluster.run.events, StragglerFound)
+        return next((event for event in events if event.time > began), None)
 
-    found = cluster.wait(told, "no slow host was told")
+    found = cluster.wait(reported, "no slow host was reported")
     cluster.inject("slow", process)
-    named = found["host"]
     return Outcome(
-        "slow",
-        culprit,
-        named,
-        named == culprit,
-        "slow",
-        "own time",
-        found["time"] - began,
-        0.0,
-        0.0,
-        0,
-        True,
+        kind="slow",
+        culprit=culprit,
+        named=found.host,
+        right=found.host == culprit,
+        cause="slow",
+        rule="own time",
+        detect_seconds=found.time - began,
+        localise_seconds=0.0,
+        recover_seconds=0.0,
+        lost_steps=0,
+        recovered=True,
     )
 
 
-def undisturbed(folder: Path, words: list[str], steps: int, hosts: int) -> dict[int, float]:
+def undisturbed(folder: Path, argv: list[str], steps: int, hosts: int) -> dict[int, float]:
     """The losses of a run without faults, up to a step."""
-    with Cluster(folder, words, hosts=hosts) as cluster:
-        cluster.wait(
-            lambda: max((line["step"] for line in cluster.run.metrics), default=0) >= steps,
-            "too slow",
-            3600,
-        )
+    with Cluster(folder, argv, hosts=hosts) as cluster:
+
+        def reached() -> bool:
+            return max((line["step"] for line in cluster.run.metrics), default=0) >= steps
+
+        cluster.wait(reached, "too slow", 3600)
         cluster.stop()
         return cluster.run.curve("loss")
-
-
-def words_of(folder: Path) -> list[str]:
-    """The settings of a run that is small enough to be killed often."""
-    return [
-        "--config",
-        "configs/tiny.yaml",
-        *MODEL,
-        *QUICK,
-        "--data.cache_dir",
-        str(folder / "cache"),
-    ]
 
 
 def _harm(
     cluster: Cluster, options: argparse.Namespace, display: Display, kept: Path
 ) -> list[Outcome]:
-    """Fault after fault, until there were enough or the time is up. Those of earlier calls are in `kept`, and so will be these."""
-    outcomes = (
-        [Outcome(**fields) for fields in json.loads(kept.read_text())] if kept.exists() else []
-    )
+    """Inflict fault after fault until there are enough or the time is up.
+
+    `kept` holds the outcomes of earlier calls; those of this call are added after each fault.
+    """
+    outcomes = []
+    if kept.exists():
+        outcomes = [Outcome(**fields) for fields in json.loads(kept.read_text())]
     deadline = time.monotonic() + 60 * options.minutes
     while len(outcomes) < options.faults and time.monotonic() < deadline:
+        # From the number of the fault: a call that continues draws what one long call would draw.
         rng = random.Random(f"{options.seed} {len(outcomes)}")
-        cluster.steps(
-            12, after=max(cluster.earlier, cluster.attempt - 1)
-        )  # so that each launch reaches a new checkpoint
+        # 12 steps, with saves 10 apart: each launch reaches a new checkpoint.
+        cluster.steps(12, after=max(cluster.earlier, cluster.attempt - 1))
         time.sleep(rng.uniform(0, 2))
         kind = rng.choice(options.kinds)
-        outcomes.append(outcome := suffer(cluster, kind, rng.randrange(options.hosts)))
-        kept.write_text(
-            json.dumps([dataclasses.asdict(each) for each in outcomes]), encoding="utf-8"
-        )
-        seconds = f"{outcome.detect_seconds:.1f} + {outcome.localise_seconds:.1f} s, running after {outcome.recover_seconds:.1f} s"
-        said = f"{kind} on {outcome.culprit}: {outcome.cause}, named {outcome.named} ({outcome.rule}) in {seconds}"
-        display.say(f"{len(outcomes)}/{options.faults}  {said}")
+        outcomes.append(suffer(cluster, kind, rng.randrange(options.hosts)))
+        content = json.dumps([dataclasses.asdict(each) for each in outcomes])
+        kept.write_text(content, encoding="utf-8")
+        display.say(f"{len(outcomes)}/{options.faults}  {outcomes[-1].line}")
     return outcomes
 
 
 def _rows(outcomes: list[Outcome], kinds: list[str]) -> list[list[str]]:
-    """Table of median and worst seconds by kind."""
+    """The table of median and worst seconds by kind."""
     rows = []
     for kind in kinds:
         of = [outcome for outcome in outcomes if outcome.kind == kind]
-        if of:
-            cells = [
-                [getattr(outcome, f"{name}_seconds") for outcome in of]
-                for name in ("detect", "localise", "recover")
-            ]
-            right = f"{sum(outcome.right for outcome in of)}/{len(of)}"
-            rows.append(
-                [
-                    kind,
-                    right,
-                    *[f"{statistics.median(values):.1f} / {max(values):.1f}" for values in cells],
-                ]
-            )
+        if not of:
+            continue
+        cells = [
+            [getattr(outcome, f"{name}_seconds") for outcome in of]
+            for name in ("detect", "localise", "recover")
+        ]
+        seconds = [f"{statistics.median(values):.1f} / {max(values):.1f}" for values in cells]
+        rows.append([kind, f"{sum(outcome.right for outcome in of)}/{len(of)}", *seconds])
     return rows
 
 
-def main() -> int:
-    """The command."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     kinds = [*KINDS, FULL_DISK] if os.geteuid() == 0 else list(KINDS)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hosts", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=50, help="how many (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments, kinds and processes")
+    parser.add_argument("--hosts", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="(default: all)")
     parser.add_argument(
         "--minutes",
         type=float,
         default=math.inf,
-        help="stop then; the same --folder goes on from there",
+        help="stop after this time; the same --folder goes on from there",
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where the runs lie (default: a temporary folder)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="of the runs (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Run the benchmark; 1 where a host is wrongly named, a loss differs or a run stays down."""
+    options = parse()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     display = Display()
-    with Cluster(
-        folder / "run", words_of(folder), hosts=options.hosts, small_disk=FULL_DISK in options.kinds
-    ) as cluster:
+    small_disk = FULL_DISK in options.kinds
+    argv = argv_of(folder)
+    with Cluster(folder / "run", argv, hosts=options.hosts, small_disk=small_disk) as cluster:
         outcomes = _harm(cluster, options, display, folder / "faults.json")
         last, _ = cluster.steps(3, after=cluster.attempt - 1)
         cluster.stop()
@@ -526,22 +472,19 @@ def main() -> int:
         display.say(f"the same command with --folder {folder} goes on")
         return 0
     display.say("the same without faults ...")
-    straight = undisturbed(folder / "undisturbed", words_of(folder), last, options.hosts)
+    straight = undisturbed(folder / "undisturbed", argv, last, options.hosts)
     common = set(disturbed) & set(straight)
     equal = len(common) >= last and all(disturbed[step] == straight[step] for step in common)
     results = Results()
     recovered = f"{sum(outcome.recovered for outcome in outcomes)} of {len(outcomes)} recovered"
+    losses = f"losses of {len(common)} steps {'equal' if equal else 'NOT EQUAL'}"
     results.table(
-        f"Faults, {recovered}, losses of {len(common)} steps {'equal' if equal else 'NOT EQUAL'}: median / worst seconds",
+        f"Faults, {recovered}, {losses}: median / worst seconds",
         ["kind", "rightly named", "detect", "localise", "recover"],
         _rows(outcomes, options.kinds),
     )
-    results.save(
-        options.json,
-        losses_equal=equal,
-        steps=last,
-        faults=[dataclasses.asdict(outcome) for outcome in outcomes],
-    )
+    faults = [dataclasses.asdict(outcome) for outcome in outcomes]
+    results.save(options.json, losses_equal=equal, steps=last, faults=faults)
     wrong = [o for o in outcomes if not o.right and o.named is not None]
     return 0 if equal and not wrong and all(o.recovered for o in outcomes) else 1
 

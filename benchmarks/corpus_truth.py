@@ -1,13 +1,13 @@
-"""Corpora whose truth is known: clean text with planted duplicates, sentences and garbage.
+"""Make a corpus whose truth is known: clean text with planted duplicates, sentences and garbage.
 
     python benchmarks/corpus_truth.py --output DIR [--input 'GLOB' ...] [--megabytes 25] [--seed 0]
     python benchmarks/corpus_score.py --corpus DIR --result PIPELINE_OUTPUT [--json FILE]
 
-Writes DIR/corpus-*.jsonl (`id, text, source, lang`) and DIR/truth.jsonl: a line a document (`id,
-kind, lang, of`) and a line a planted sentence (`kind, lang, sentences, documents`). The same
-arguments give the same bytes. Where more text is asked for than the clean corpus has, further
-rounds re-word it: every word goes to another of the same length and about the same frequency, so
-that the statistics stay and no duplicate arises. Memory does not grow with the size.
+Writes DIR/corpus-*.jsonl (`id, text, source, lang`) and DIR/truth.jsonl: one line for each document
+(`id, kind, lang, of`) and one for each planted sentence (`kind, lang, sentences, documents`). The
+same arguments give the same bytes. If the clean corpus is smaller than the size asked for, further
+rounds re-word it: every word becomes another of the same length and about the same frequency. So
+the statistics stay, and no duplicate arises. Memory does not grow with the size.
 """
 
 import sys
@@ -32,15 +32,13 @@ SAMPLE = Path(__file__).parents[1] / "baichuan_jax" / "data" / "sample"
 LANGUAGES = ("zh", "en")
 WINDOW = 1000  # clean documents among which duplicates and sentences are planted at once
 SHARD_BYTES = 8 << 20
-DUPLICATES = (
-    0.25  # share of the clean documents that get a duplicate; as much of the rest is left alone
-)
-SENTENCES = 0.2  # share of them that gives a sentence away
+DUPLICATES = 0.25  # share of the clean documents that get a duplicate
+SENTENCES = 0.2  # share of the others whose sentences are copied
 GARBAGE = 0.15  # garbage documents for each clean one
 BOILERPLATE_COPIES = 20
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 WORD = {"zh": re.compile(f"[{HAN}]"), "en": re.compile(r"[A-Za-z]+(?:'[a-z]+)?")}
-# A sentence that any splitter cuts alike: no quotes, no dots inside, one closing mark, no
+# A sentence that every splitter cuts alike: no quotes, no dots inside, one closing mark, no
 # abbreviation before it or at its end.
 SENTENCE = {
     "zh": re.compile(f"(?<=[。！？\n])[{HAN}，、；：]{{15,80}}[。！？](?=[{HAN}\n])"),
@@ -49,7 +47,7 @@ SENTENCE = {
 
 
 class Document(NamedTuple):
-    """A text with what is known of it: its kind, and the id of the document that it is a copy of."""
+    """A text, its kind, and the id of the document of which it is a copy."""
 
     text: str
     lang: str
@@ -58,19 +56,20 @@ class Document(NamedTuple):
 
 
 def language(text: str) -> str:
-    """ "zh" where most letters are Han, else "en"."""
-    return (
-        "zh"
-        if 2 * len(WORD["zh"].findall(text)) > sum(character.isalpha() for character in text)
-        else "en"
-    )
+    """The language by its letters: "zh" where most are Han, else "en"."""
+    letters = sum(character.isalpha() for character in text)
+    return "zh" if 2 * len(WORD["zh"].findall(text)) > letters else "en"
 
 
 # clean text
 
 
 def pieces(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """Documents of 800 to 6,000 characters, cut at line ends. A line of ten letters or more comes once; the rest are left out."""
+    """Documents of 800 to 6,000 characters, cut at line ends.
+
+    A line of ten letters or more appears once, later copies are dropped: the clean text must not
+    hold duplicates of its own.
+    """
     seen: set[int] = set()
     for document in documents:
         lines, size, target = [], 0, rng.randint(800, 6000)
@@ -90,7 +89,10 @@ def pieces(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
 
 
 def rewording(texts: list[str], lang: str, seed: int) -> Callable[[str], str]:
-    """A function that exchanges words for others of their length and about their frequency; the commonest stay."""
+    """A function that exchanges words for others of their length and about their frequency.
+
+    The commonest words stay: they hold the grammar.
+    """
     counts = collections.Counter(
         word.lower() for text in texts for word in WORD[lang].findall(text)
     )
@@ -114,13 +116,14 @@ def rewording(texts: list[str], lang: str, seed: int) -> Callable[[str], str]:
 
 
 def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
-    """Clean documents without end, Chinese and English by turns in bytes; from the second round on re-worded."""
+    """Clean documents without end, as many bytes of Chinese as of English.
+
+    From the second round on they are re-worded.
+    """
     rng = random.Random(f"{seed} pieces")
     base: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
-    files = find_files(patterns)
-    for piece in pieces(
-        (text for file in files for text in read_documents(Part(file), "text")), rng
-    ):
+    texts = (text for file in find_files(patterns) for text in read_documents(Part(file), "text"))
+    for piece in pieces(texts, rng):
         base[language(piece)].append(piece)
     for lang, texts in base.items():
         if not texts:
@@ -129,9 +132,9 @@ def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
 
     def stream(lang: str) -> Iterator[Document]:
         for number in itertools.count():
-            reword = (
-                rewording(base[lang], lang, 1000 * seed + number) if number else lambda text: text
-            )
+            reword = lambda text: text
+            if number:
+                reword = rewording(base[lang], lang, 1000 * seed + number)
             for text in base[lang]:
                 yield Document(reword(text), lang)
 
@@ -147,7 +150,10 @@ def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
 
 
 def edited(share: float) -> Callable[[Document, Document, random.Random], str]:
-    """Change this share of the words (characters, in Chinese): two of four are replaced, one is dropped, one doubled by another."""
+    """Change this share of the words (in Chinese: characters).
+
+    Of four, two are replaced, one is dropped, and one is followed by a new word.
+    """
 
     def edit(document: Document, other: Document, rng: random.Random) -> str:
         pool = WORD[document.lang].findall(other.text)
@@ -169,21 +175,17 @@ def edited(share: float) -> Callable[[Document, Document, random.Random], str]:
 
 def punctuated(document: Document, other: Document, rng: random.Random) -> str:
     """Other punctuation, line ends, spaces, and (English) capitals; the words stay."""
-    wide = str.maketrans(",.!?;:()", "，。！？；：（）")
+    narrow = str.maketrans("，。！？；：（）", ",.!?;:()")
     text = document.text
     if document.lang == "zh":
         text = re.sub("[，；：]", lambda match: rng.choice([match[0], ",", " ", "，"]), text)
-        text = (
-            text.translate({new: old for old, new in wide.items()}) if rng.random() < 0.5 else text
-        )
+        text = text.translate(narrow) if rng.random() < 0.5 else text
         return re.sub("\n+", lambda _: rng.choice(["\n", "\n\n", "\u3000"]), text)
     text = re.sub("[,;:]", lambda match: rng.choice([match[0], "", ";", " -"]), text)
     text = re.sub("\n+", lambda _: rng.choice(["\n", "\n\n", "  "]), text)
-    return (
-        text.upper()
-        if rng.random() < 0.2
-        else re.sub(r"\. ", lambda _: rng.choice([". ", ".  ", "! "]), text)
-    )
+    if rng.random() < 0.2:
+        return text.upper()
+    return re.sub(r"\. ", lambda _: rng.choice([". ", ".  ", "! "]), text)
 
 
 def truncated(keep: float) -> Callable[[Document, Document, random.Random], str]:
@@ -192,14 +194,14 @@ def truncated(keep: float) -> Callable[[Document, Document, random.Random], str]
 
 
 def boilerplated(document: Document, other: Document, rng: random.Random) -> str:
-    """A web page's head and foot around the text."""
+    """The text between the head and the foot of a web page."""
     lines = garbage.navigation(other.text, document.lang, rng).split("\n")
     size = max(2, rng.randint(3, 6))
     return "\n".join([*lines[:size], document.text, *lines[-size:]])
 
 
 def pasted(document: Document, other: Document, rng: random.Random) -> str:
-    """A section of another document, a fifth as long, stands in the middle."""
+    """The text with a section of another document in its middle, a fifth as long as the text."""
     size = len(document.text) // 5
     start = rng.randrange(max(1, len(other.text) - size))
     middle = document.text.find("\n", len(document.text) // 3) + 1
@@ -220,32 +222,36 @@ COPIES: dict[str, Callable[[Document, Document, random.Random], str]] = {
 
 
 def near(sentence: str, rng: random.Random, pool: str) -> str:
-    """The sentence with one letter of ten replaced; never the first, whose capital tells a splitter where an English one begins."""
+    """The sentence with one letter of ten replaced.
+
+    The first letter stays: a splitter finds the beginning of an English sentence by its capital.
+    """
     letters = [i for i, character in enumerate(sentence) if i and character.isalpha()]
     changed = list(sentence)
     for place in rng.sample(letters, max(1, round(len(letters) / 10))):
-        changed[place] = rng.choice(
-            [c for c in rng.choices(pool, k=20) if c != sentence[place]] or [pool[0]]
-        )
+        others = [c for c in rng.choices(pool, k=20) if c != sentence[place]]
+        changed[place] = rng.choice(others or [pool[0]])
     return "".join(changed)
 
 
 def insert(document: Document, sentence: str, rng: random.Random) -> Document | None:
-    """The document with a sentence between two others; None where it has no such place."""
+    """The document with a sentence between two of its own; None where it has fewer."""
     places = [match.end() for match in SENTENCE[document.lang].finditer(document.text)]
     if not places:
         return None
     place = rng.choice(places)
     joined = sentence if document.lang == "zh" else " " + sentence
-    return document._replace(
-        text=document.text[:place] + joined + document.text[place:], kind="host"
-    )
+    text = document.text[:place] + joined + document.text[place:]
+    return document._replace(text=text, kind="host")
 
 
 def plant_sentences(
     window: dict[str, Document], free: list[str], rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Put sentences of some free documents into others; documents in `window` change. Yields a record a sentence."""
+    """Copy sentences of some free documents into others.
+
+    Replaces documents in `window`, and yields one record for each sentence.
+    """
     seen: set[str] = set()
     givers = free[: round(SENTENCES * len(free))]
     hosts = {
@@ -285,12 +291,13 @@ def plant_sentences(
 def plant(
     window: dict[str, Document], name: Callable[[], str], rng: random.Random
 ) -> tuple[dict[str, Document], list[dict]]:
-    """Clean documents with their copies, sentences and garbage, in random order; and the records of the sentences."""
+    """Add copies, sentences and garbage to clean documents.
+
+    Returns all documents in random order, and the records of the planted sentences.
+    """
     names = rng.sample(list(window), len(window))
-    originals, rest = (
-        names[: round(DUPLICATES * len(names))],
-        names[round(DUPLICATES * len(names)) :],
-    )
+    count = round(DUPLICATES * len(names))
+    originals, rest = names[:count], names[count:]
     added: dict[str, Document] = {}
     kinds = itertools.cycle(rng.sample(list(COPIES), len(COPIES)))
     for original in originals:
@@ -298,15 +305,12 @@ def plant(
         document = window[original]
         for _ in range(rng.choice([1, 1, 2, 4]) if kind == "exact" else 1):
             other = window[rng.choice([n for n in rest[:200] if window[n].lang == document.lang])]
-            added[name()] = Document(
-                COPIES[kind](document, other, rng), document.lang, kind, original
-            )
-    sentences = list(
-        plant_sentences(window, rest[len(rest) // 3 :], rng)
-    )  # the first third stays as it was
-    for kind, lang in itertools.islice(
-        itertools.cycle(itertools.product(garbage.KINDS, LANGUAGES)), round(GARBAGE * len(window))
-    ):
+            copy = COPIES[kind](document, other, rng)
+            added[name()] = Document(copy, document.lang, kind, original)
+    # The first third of the others stays clean: what a pipeline removes of it is a wrong removal.
+    sentences = list(plant_sentences(window, rest[len(rest) // 3 :], rng))
+    kinds_of_garbage = itertools.cycle(itertools.product(garbage.KINDS, LANGUAGES))
+    for kind, lang in itertools.islice(kinds_of_garbage, round(GARBAGE * len(window))):
         text = window[rng.choice([n for n in names if window[n].lang == lang])].text
         added[name()] = Document(garbage.KINDS[kind](text, lang, rng), lang, f"garbage_{kind}")
     window = {**window, **added}
@@ -340,13 +344,8 @@ def make(patterns: list[str], output: Path, size: int, seed: int) -> collections
             for key, document in window.items():
                 line = {"id": key, "text": document.text, "source": "truth", "lang": document.lang}
                 rng.choice(shards).write(json.dumps(line, ensure_ascii=False) + "\n")
-                record = {
-                    "id": key,
-                    "kind": document.kind,
-                    "lang": document.lang,
-                    "of": document.of,
-                }
-                truth.write(json.dumps(record) + "\n")
+                fields = {"kind": document.kind, "lang": document.lang, "of": document.of}
+                truth.write(json.dumps({"id": key, **fields}) + "\n")
                 counts[document.kind] += 1
                 written += len(document.text.encode())
             for record in sentences:
@@ -358,6 +357,7 @@ def make(patterns: list[str], output: Path, size: int, seed: int) -> collections
 
 
 def main() -> None:
+    """Write a corpus and print how many documents it has of each kind."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -366,11 +366,11 @@ def main() -> None:
         nargs="+",
         default=[f"{SAMPLE}/train-*.jsonl.gz"],
         metavar="GLOB",
-        help="clean text (default: bundled)",
+        help="clean text (default: the bundled sample)",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--megabytes", type=float, default=25, help="of text, about (default: 25)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
     options = parser.parse_args()
     counts = make(options.input, options.output, round(1e6 * options.megabytes), options.seed)
     print("\n".join(f"{kind:28}{count:8,}" for kind, count in sorted(counts.items())))

@@ -1,11 +1,12 @@
-"""Speed of `baichuan_jax.evaluate` against EleutherAI's lm-eval with transformers, and that both mean the same.
+"""Speed of `baichuan_jax.evaluate` beside EleutherAI's lm-eval, and equality of their choices.
 
-python benchmarks/evaluation.py [--checkpoint DIR] [--questions 40] [--repeats 3] [--json FILE]
+    python benchmarks/evaluation.py [--checkpoint DIR] [--questions 40] [--repeats 3] [--json FILE]
 
-A seeded random model (or a checkpoint), made-up questions in MMLU's and C-Eval's file format, the
-original's prompts. lm-eval gets the same prompts byte for byte from a local JSON file and tries
-batch sizes; its best one counts. Loading and compiling are outside both times; reading files,
-making prompts, tokenising and scoring are inside. Both alternate, and medians are compared.
+Both score the same questions with the same model: a seeded random one (or a checkpoint), on made-up
+questions in MMLU's and C-Eval's file format, with the original's prompts. lm-eval, which computes
+with transformers, reads the same prompts byte for byte from a local JSON file and tries batch
+sizes; its best one counts. Both times leave out loading and compiling; they include reading files,
+making prompts, tokenising and scoring. The two alternate, and medians are compared.
 
 Needs requirements-eval-bench.txt.
 """
@@ -18,7 +19,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # a script, run fro
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # what is measured, whatever else is installed
+os.environ["JAX_PLATFORMS"] = "cpu"  # lm-eval computes on the CPU here, so both do
 
 import argparse
 import contextlib
@@ -62,12 +63,12 @@ SUBJECTS = {
 
 
 def lm_eval_model(folder: Path, tokenizer: Path, batch_size: int) -> Any:
-    """lm-eval's HFLM around a Hugging Face folder in float32 on the CPU; the tokenizer is SentencePiece itself, without BOS."""
-    os.environ |= {
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
+    """lm-eval's HFLM around a Hugging Face folder, in float32 on the CPU.
+
+    The tokenizer is SentencePiece itself, without BOS.
+    """
+    offline = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    os.environ |= dict.fromkeys(offline, "1")
     import sentencepiece
     import tokenizers
     import torch
@@ -82,28 +83,21 @@ def lm_eval_model(folder: Path, tokenizer: Path, batch_size: int) -> Any:
         def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
             return pieces.EncodeAsIds(string)
 
-    special = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
-    )
+    # HFLM also asks a tokenizer for its special tokens: this one has nothing else.
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    special = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    ends = transformers.PreTrainedTokenizerFast(tokenizer_object=special, **names)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ends = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=special, **names
-    )  # what HFLM asks a tokenizer for beside tokens
-    return SentencePieceLM(
-        pretrained=model,
-        tokenizer=ends,
-        backend="causal",
-        batch_size=batch_size,
-        max_length=1 << 20,
-    )
+    options: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "max_length": 1 << 20}
+    return SentencePieceLM(pretrained=model, tokenizer=ends, **options)
 
 
 def lm_eval_tasks(prompts: list[Prompt], folder: Path, delimiter: str = " ") -> dict[str, Any]:
-    """lm-eval's multiple-choice task, one a subject, whose context is each prompt as it is and whose choices are " A" to " D".
+    """lm-eval's multiple-choice tasks, one for each subject.
 
-    delimiter: what stands before the letter, chosen so that the letter's token is the one that the
-    original scores.
+    The context is each prompt unchanged, and the choices are the letters A to D after `delimiter`.
+    With the right delimiter the letter's token is the one that the original scores.
     """
     from lm_eval.api.task import ConfigurableTask
 
@@ -138,10 +132,9 @@ def run_lm_eval(model: Any, tasks: dict[str, Any]) -> list[tuple[str, list[float
     """(context, log-likelihoods of A to D) of every question, in order."""
     from lm_eval import evaluator
 
-    with contextlib.redirect_stderr(io.StringIO()):  # its bars
-        result = evaluator.evaluate(
-            lm=model, task_dict=dict(tasks), log_samples=True, bootstrap_iters=0
-        )
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        options: dict[str, Any] = {"log_samples": True, "bootstrap_iters": 0}
+        result = evaluator.evaluate(lm=model, task_dict=dict(tasks), **options)
     assert result is not None
     samples = [
         sample
@@ -155,14 +148,18 @@ def run_lm_eval(model: Any, tasks: dict[str, Any]) -> list[tuple[str, list[float
 
 
 def run_ours(plan: Plan, tokenizer: Tokenizer, scorer: Scorer) -> tuple[list[Prompt], list[Record]]:
-    """Prompts and records of all questions, from the files on."""
+    """Prompts and records of all questions, beginning with the files."""
     evaluation = Evaluation(plan, tokenizer)
     prompts = evaluation.all_prompts()
     return prompts, score_prompts(scorer, prompts, plan.protocol)
 
 
 def compare(records: list[Record], theirs: list[list[float]]) -> tuple[bool, float]:
-    """Whether all choices are equal, and how far the differences between two answers' scores are apart at most."""
+    """Whether all choices are equal, and the largest difference of two systems' score differences.
+
+    Differences between two answers' scores: ours are logits, theirs log-likelihoods, which differ
+    by the log-normaliser of the question.
+    """
     ours, other = np.array([record["logits"] for record in records]), np.array(theirs)
     same = bool((ours.argmax(axis=1) == other.argmax(axis=1)).all())
     differences = lambda scores: scores[:, :, None] - scores[:, None, :]
@@ -170,7 +167,7 @@ def compare(records: list[Record], theirs: list[list[float]]) -> tuple[bool, flo
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """A seeded random model in Hugging Face's form, with a tokenizer trained on the bundled text."""
+    """A seeded random model in Hugging Face's form, with a tokenizer trained on the sample text."""
     tokenizer = folder / "tokenizer.model"
     files = [str(path) for path in sorted(SAMPLE.glob("train-*.jsonl.gz"))]
     train_tokenizer(
@@ -185,7 +182,7 @@ def random_checkpoint(folder: Path) -> Path:
 def measure(
     plan: Plan, checkpoint: Path, batch_sizes: list[int], repeats: int, folder: Path
 ) -> dict[str, Any]:
-    """Both on the same questions, alternating."""
+    """Time both systems on the same questions, in turn."""
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     scorer = Scorer(load_pretrained(checkpoint))
     prompts, records = run_ours(plan, tokenizer, scorer)  # compiles
@@ -227,24 +224,44 @@ def measure(
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
-    """What a function returns, and its seconds by the clock and of the processor; the latter say more on a shared machine."""
+    """A function's result, its seconds by the clock, and its CPU-seconds.
+
+    On a shared machine the CPU-seconds say more.
+    """
     began, busy = time.perf_counter(), time.process_time()
     result = function()
     return result, (time.perf_counter() - began, time.process_time() - busy)
 
 
+def show(found: dict[str, dict[str, Any]]) -> Results:
+    """The table of all tasks."""
+    rows = []
+    for title, numbers in found.items():
+        theirs = numbers["lm_eval_seconds"][numbers["best_batch_size"]]
+        seconds = [f"{numbers['seconds']:.2f}", f"{theirs:.2f}"]
+        times = [f"{numbers[name]:.1f}" for name in ("speedup", "cpu_speedup")]
+        equal = "yes" if numbers["choices_equal"] else "NO"
+        largest = f"{numbers['max_difference']:.0e}"
+        rows.append([title, f"{numbers['questions']}", *seconds, *times, equal, largest])
+    speeds = ["s", "lm-eval's s", "times as fast", "in CPU time"]
+    columns = ["5-shot", "questions", *speeds, "choices equal", "largest difference"]
+    results = Results()
+    results.table("Evaluation beside lm-eval with transformers", columns, rows)
+    return results
+
+
 def main() -> None:
+    """Run the benchmark for MMLU, and for C-Eval with both orders of its shots."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint",
-        help="a Hugging Face folder with tokenizer.model, instead of the random model",
-    )
-    parser.add_argument("--questions", type=int, default=40, help="of each subject")
-    parser.add_argument("--batch_sizes", default="4,16,32", help="that lm-eval tries")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", help="save the figures")
+    checkpoint = "a Hugging Face folder with tokenizer.model (default: a random model)"
+    parser.add_argument("--checkpoint", metavar="DIR", help=checkpoint)
+    parser.add_argument("--questions", type=int, default=40, help="of each subject (default: 40)")
+    tried = "that lm-eval tries (default: 4,16,32)"
+    parser.add_argument("--batch_sizes", default="4,16,32", help=tried)
+    parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     found = {}
@@ -253,49 +270,16 @@ def main() -> None:
         checkpoint = Path(options.checkpoint) if options.checkpoint else random_checkpoint(folder)
         mmlu = make_mmlu(folder / "mmlu", SUBJECTS["mmlu"], options.questions)
         ceval = make_ceval(folder / "ceval", SUBJECTS["ceval"], options.questions)
-        for title, plan in (
-            ("mmlu", Plan("mmlu", mmlu, subjects=SUBJECTS["mmlu"])),
-            (
-                "ceval, fixed order",
-                Plan("ceval", ceval, subjects=SUBJECTS["ceval"], shot_order="file"),
-            ),
-            (
-                "ceval, shuffled for every question",
-                Plan("ceval", ceval, subjects=SUBJECTS["ceval"]),
-            ),
-        ):
+        subjects = SUBJECTS["ceval"]
+        plans = {
+            "mmlu": Plan("mmlu", mmlu, subjects=SUBJECTS["mmlu"]),
+            "ceval, fixed order": Plan("ceval", ceval, subjects=subjects, shot_order="file"),
+            "ceval, shuffled for every question": Plan("ceval", ceval, subjects=subjects),
+        }
+        for title, plan in plans.items():
             found[title] = measure(plan, checkpoint, sizes, options.repeats, folder)
-    results = Results()
-    rows = []
-    for title, figures in found.items():
-        theirs, times = (
-            figures["lm_eval_seconds"][figures["best_batch_size"]],
-            (figures["speedup"], figures["cpu_speedup"]),
-        )
-        row = [
-            title,
-            f"{figures['questions']}",
-            f"{figures['seconds']:.2f}",
-            f"{theirs:.2f}",
-            *(f"{value:.1f}" for value in times),
-        ]
-        rows.append(
-            [*row, "yes" if figures["choices_equal"] else "NO", f"{figures['max_difference']:.0e}"]
-        )
-    columns = [
-        "5-shot",
-        "questions",
-        "s",
-        "lm-eval's s",
-        "times as fast",
-        "in CPU time",
-        "choices equal",
-        "largest difference",
-    ]
-    results.table("Evaluation beside lm-eval with transformers", columns, rows)
-    results.save(
-        options.json, device=jax.devices()[0].device_kind, cores=os.cpu_count(), tasks=found
-    )
+    device = jax.devices()[0].device_kind
+    show(found).save(options.json, device=device, cores=os.cpu_count(), tasks=found)
 
 
 if __name__ == "__main__":

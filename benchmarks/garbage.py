@@ -1,7 +1,8 @@
-"""Twelve kinds of text that no model should learn from, in Chinese ("zh") and English ("en"), for corpus_truth.py.
+"""Twelve kinds of text that no model should learn from, in Chinese ("zh") and English ("en").
 
-Each is a function of a clean text, its language and a seeded random.Random; no two calls give the
-same text.
+corpus_truth.py plants them. Each kind is a function of a clean text, its language and a seeded
+random.Random, and takes words from the clean text: so a filter cannot find garbage by its
+vocabulary. No two calls give the same text.
 """
 
 import base64
@@ -9,29 +10,20 @@ import random
 import re
 from collections.abc import Callable
 
-CONTROL = [
-    chr(c)
-    for c in (
-        *range(1, 9),
-        *range(14, 32),
-        0x7F,
-        *range(0x80, 0xA0),
-        0xFFFD,
-        0xFFFD,
-        0xE000,
-        0xE123,
-        0xF8FF,
-    )
-]
+# Control characters but tab and line end, replacement characters, and some for private use.
+CONTROL_CODES = (*range(1, 9), *range(14, 32), 0x7F, *range(0x80, 0xA0))
+CONTROL = [chr(c) for c in (*CONTROL_CODES, 0xFFFD, 0xFFFD, 0xE000, 0xE123, 0xF8FF)]
 SYMBOLS = "=-*#~|+<>^_/\\•■□★☆◆◇※→←●○▲▼░▒▓│─┼{}[]()$%&@!?"
 MENU = {
     "zh": (
-        "首页,关于我们,联系我们,登录,注册,网站地图,新闻中心,产品展示,下载,帮助,搜索,购物车,我的收藏,会员中心,友情链接,上一页,下一页,返回顶部,"
-        "更多>>,热门推荐,最新评论,分享到,微信,微博,打印本页,关闭窗口,加入收藏,设为首页"
+        "首页,关于我们,联系我们,登录,注册,网站地图,新闻中心,产品展示,下载,帮助,搜索,购物车,"
+        "我的收藏,会员中心,友情链接,上一页,下一页,返回顶部,更多>>,热门推荐,最新评论,分享到,"
+        "微信,微博,打印本页,关闭窗口,加入收藏,设为首页"
     ),
     "en": (
-        "Home,About us,Contact,Log in,Sign up,Site map,News,Products,Download,Help,Search,Cart,My account,Favorites,Links,Previous,"
-        "Next,Back to top,More »,Popular,Latest comments,Share,Tweet,Print this page,Close,Privacy,Terms of use,FAQ"
+        "Home,About us,Contact,Log in,Sign up,Site map,News,Products,Download,Help,Search,Cart,"
+        "My account,Favorites,Links,Previous,Next,Back to top,More »,Popular,Latest comments,"
+        "Share,Tweet,Print this page,Close,Privacy,Terms of use,FAQ"
     ),
 }
 NOTICES = {
@@ -78,7 +70,10 @@ def _draw(text: str, lang: str, rng: random.Random, low: int, high: int) -> str:
 
 
 def mojibake(text: str, lang: str, rng: random.Random) -> str:
-    """UTF-8 that was read in another encoding; the English has the no-break spaces and curly quotes that betray it."""
+    """UTF-8 that was read in another encoding.
+
+    English needs characters beyond ASCII to show it: no-break spaces and curly quotes.
+    """
     text = text[:1200]
     if lang == "zh":
         if rng.random() < 0.5:
@@ -90,7 +85,7 @@ def mojibake(text: str, lang: str, rng: random.Random) -> str:
 
 
 def control(text: str, lang: str, rng: random.Random) -> str:
-    """A damaged file: control, private-use and replacement characters all over."""
+    """A damaged file: 3 to 15 % control, private-use and replacement characters."""
     share = rng.uniform(0.03, 0.15)
     return "".join(rng.choice(CONTROL) if rng.random() < share else c for c in text[:2000])
 
@@ -100,10 +95,8 @@ def symbols(text: str, lang: str, rng: random.Random) -> str:
     lines = []
     for _ in range(rng.randint(12, 50)):
         line = "".join(rng.choice(rng.sample(SYMBOLS, 3)) for _ in range(rng.randint(10, 60)))
-        lines.append(
-            line
-            + (" " + _draw(text, lang, rng, 1, 3) + " " + line[:8] if rng.random() < 0.5 else "")
-        )
+        with_words = rng.random() < 0.5
+        lines.append(f"{line} {_draw(text, lang, rng, 1, 3)} {line[:8]}" if with_words else line)
     return "\n".join(lines)
 
 
@@ -116,30 +109,21 @@ def digits(text: str, lang: str, rng: random.Random) -> str:
             f"{rng.uniform(0, 10 ** rng.randint(1, 6)):.{rng.randint(0, 3)}f}"
             for _ in range(rng.randint(3, 8))
         ]
-        lines.append(
-            "\t".join(
-                [
-                    rng.choice(rows)
-                    if rng.random() < 0.4
-                    else f"{rng.randint(1990, 2026)}-{rng.randint(1, 12):02d}",
-                    *cells,
-                ]
-            )
-        )
+        named = rng.random() < 0.4
+        month = "" if named else f"{rng.randint(1990, 2026)}-{rng.randint(1, 12):02d}"
+        lines.append("\t".join([rng.choice(rows) if named else month, *cells]))
     return "\n".join(lines)
 
 
 def repeated_lines(text: str, lang: str, rng: random.Random) -> str:
-    """A handful of lines over and over."""
-    lines = [
-        _draw(text, lang, rng, 12, 30) + ("。" if lang == "zh" else ".")
-        for _ in range(rng.randint(2, 6))
-    ]
+    """Two to six lines, 25 to 80 times."""
+    stop = "。" if lang == "zh" else "."
+    lines = [_draw(text, lang, rng, 12, 30) + stop for _ in range(rng.randint(2, 6))]
     return "\n".join(rng.choice(lines) for _ in range(rng.randint(25, 80)))
 
 
 def repeated_phrases(text: str, lang: str, rng: random.Random) -> str:
-    """One paragraph in which a phrase comes back all the time."""
+    """One paragraph of which three quarters are the same phrase."""
     space, stop = ("", "，") if lang == "zh" else (" ", ", ")
     phrase = _draw(text, lang, rng, 6, 12)
     parts = [
@@ -154,11 +138,9 @@ def repeated_characters(text: str, lang: str, rng: random.Random) -> str:
     out = []
     for word in words_of(text, lang)[: rng.randint(60, 200)]:
         place = rng.randrange(len(word))
-        out.append(
-            word[:place] + word[place] * rng.randint(6, 40) + word[place:]
-            if rng.random() < 0.5
-            else word
-        )
+        if rng.random() < 0.5:
+            word = word[:place] + word[place] * rng.randint(6, 40) + word[place:]
+        out.append(word)
     return ("" if lang == "zh" else " ").join(out)
 
 
@@ -173,16 +155,13 @@ def navigation(text: str, lang: str, rng: random.Random) -> str:
             notice = rng.choice(NOTICES[lang])
             word = lambda _: _draw(text, lang, rng, *((2, 8) if lang == "zh" else (1, 5)))
             notice = re.sub(r"\{w\}", word, notice)
-            lines.append(
-                notice.format(
-                    n=rng.randint(10**5, 10**8), y=rng.randint(1998, 2026), d=rng.randint(1, 28)
-                )
-            )
+            number, year = rng.randint(10**5, 10**8), rng.randint(1998, 2026)
+            lines.append(notice.format(n=number, y=year, d=rng.randint(1, 28)))
     return "\n".join(lines)
 
 
 def keywords(text: str, lang: str, rng: random.Random) -> str:
-    """A search engine's bait: a list of terms, no sentence."""
+    """A list of search terms without a sentence."""
     if lang == "zh":
         terms = [_draw(text, lang, rng, 2, 4) for _ in range(rng.randint(80, 250))]
     else:
@@ -199,18 +178,15 @@ def markup(text: str, lang: str, rng: random.Random) -> str:
     for _ in range(rng.randint(15, 50)):
         name, value, kind = f"c{rng.randint(1, 9999):x}", rng.randint(1, 900), rng.randrange(3)
         if kind == 0:
-            tag = rng.choice(TAGS)
-            lines.append(
-                f'<{tag} class="{name}" style="{rng.choice(STYLES)}:{value}px">{_draw(text, lang, rng, 0, 3)}</{tag}>'
-            )
+            tag, style = rng.choice(TAGS), f"{rng.choice(STYLES)}:{value}px"
+            inner = _draw(text, lang, rng, 0, 3)
+            lines.append(f'<{tag} class="{name}" style="{style}">{inner}</{tag}>')
         elif kind == 1:
-            lines.append(
-                f".{name} > {rng.choice(TAGS)} {{ {rng.choice(STYLES)}: {value}px; {rng.choice(STYLES)}: {value % 7}em; }}"
-            )
+            tag, one, two = rng.choice(TAGS), rng.choice(STYLES), rng.choice(STYLES)
+            lines.append(f".{name} > {tag} {{ {one}: {value}px; {two}: {value % 7}em; }}")
         else:
-            lines.append(
-                f'var {name} = document.getElementById("{name}_{value}"); if ({name}) {{ {name}.style.display = "none"; }}'
-            )
+            found = f'var {name} = document.getElementById("{name}_{value}");'
+            lines.append(f'{found} if ({name}) {{ {name}.style.display = "none"; }}')
     return "\n".join(lines)
 
 
@@ -219,9 +195,8 @@ def encoded(text: str, lang: str, rng: random.Random) -> str:
     content = rng.randbytes(rng.randint(300, 1500))
     body = base64.b64encode(content).decode() if rng.random() < 0.5 else content.hex()
     width = rng.choice([60, 64, 76])
-    return "\n".join(
-        [_draw(text, lang, rng, 1, 4), *(body[i : i + width] for i in range(0, len(body), width))]
-    )
+    caption = _draw(text, lang, rng, 1, 4)
+    return "\n".join([caption, *(body[i : i + width] for i in range(0, len(body), width))])
 
 
 def shuffled(text: str, lang: str, rng: random.Random) -> str:
@@ -234,20 +209,8 @@ def shuffled(text: str, lang: str, rng: random.Random) -> str:
     return re.sub(pattern, lambda _: next(rest), text)
 
 
-KINDS: dict[str, Callable[[str, str, random.Random], str]] = {
-    make.__name__: make
-    for make in (
-        mojibake,
-        control,
-        symbols,
-        digits,
-        repeated_lines,
-        repeated_phrases,
-        repeated_characters,
-        navigation,
-        keywords,
-        markup,
-        encoded,
-        shuffled,
-    )
-}
+ALL = (
+    *(mojibake, control, symbols, digits, repeated_lines, repeated_phrases, repeated_characters),
+    *(navigation, keywords, markup, encoded, shuffled),
+)
+KINDS: dict[str, Callable[[str, str, random.Random], str]] = {make.__name__: make for make in ALL}

@@ -1,4 +1,7 @@
-"""What a benchmark found: tables for a person and, in JSON, the same with all figures; benchmarks/all.py puts them together."""
+"""What a benchmark measured: tables for a person, and JSON with all numbers for a program.
+
+benchmarks/all.py puts the tables of all benchmarks on one page.
+"""
 
 import importlib.metadata
 import json
@@ -11,7 +14,7 @@ from baichuan_jax.runs.console import Display
 
 
 def reason(error: BaseException, length: int = 160) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of an exception's message; its type where it has no message."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     lines = str(error).strip().splitlines()
@@ -19,18 +22,15 @@ def reason(error: BaseException, length: int = 160) -> str:
 
 
 def machine() -> str:
-    """This machine in words."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
+    """Cores, processor and memory of this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB"
 
 
 def version_of(package: str) -> str:
-    """As its metadata tell, or "not installed"."""
+    """The version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -41,24 +41,16 @@ def markdown_table(table: dict[str, Any]) -> str:
     """A table of Results.table as Markdown, under its title."""
 
     def line(cells: list[str]) -> str:
-        return (
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
+        escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+        return f"| {' | '.join(escaped)} |"
 
     columns = table["columns"]
-    return "\n".join(
-        [
-            f"**{table['title']}**",
-            "",
-            line(columns),
-            "|---" * len(columns) + "|",
-            *map(line, table["rows"]),
-        ]
-    )
+    head = [f"**{table['title']}**", "", line(columns), "|---" * len(columns) + "|"]
+    return "\n".join([*head, *map(line, table["rows"])])
 
 
 class Results:
-    """Tables are shown as they come; `save` writes them with the figures behind them, where a file is named."""
+    """Tables that are shown as they come, and saved with the numbers behind them."""
 
     def __init__(self) -> None:
         self.display = Display()
@@ -71,9 +63,9 @@ class Results:
     def say(self, text: str) -> None:
         self.display.say(text)
 
-    def save(self, path: Path | str | None, **figures: Any) -> None:
+    def save(self, path: Path | str | None, **numbers: Any) -> None:
+        """Write tables and numbers as JSON, where a file is named."""
         if path is not None:
-            Path(path).write_text(
-                json.dumps({**figures, "tables": self._tables}, indent=1, ensure_ascii=False),
-                encoding="utf-8",
-            )
+            content = {**numbers, "tables": self._tables}
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            Path(path).write_text(text, encoding="utf-8")

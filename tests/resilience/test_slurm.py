@@ -202,7 +202,7 @@ def slurm(tmp_path_factory):
 def test_a_job_goes_on_after_a_hang_a_lost_node_and_the_loss_of_its_first_node_and_is_put_back_saved(
     slurm, tmp_path
 ):
-    job = Job(slurm, tmp_path / "run", chaos.words_of(tmp_path), hosts=2, nodes=4)
+    job = Job(slurm, tmp_path / "run", chaos.argv_of(tmp_path), hosts=2, nodes=4)
 
     def goes_on(began: float, attempt: int, what: str) -> list[str]:
         """The hosts of the next launch, once it has made steps: within a minute, in the same allocation."""
