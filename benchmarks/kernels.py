@@ -1,13 +1,13 @@
-"""Times every implementation of attention and RMSNorm that can run here, beside others' where they are installed.
+"""Time every implementation of attention and RMSNorm that can run here, beside other libraries'.
 
-    pip install tokamax torch python benchmarks/kernels.py [--operator attention] [--dtype bfloat16]
-    [--rounds 9] [--json FILE]
+    pip install tokamax torch
+    python benchmarks/kernels.py [--operator attention] [--dtype bfloat16] [--json FILE]
 
-Sizes are the 7B model's on a GPU or TPU and small ones on a CPU, unless given. Every result is
-first compared with the plain operator in float32; one that is wrong is not timed, and the program
-then exits with 1. Runs are interleaved, figures are medians, compilation stands outside. TFLOP/s
-count what the causal mask leaves: two products forward, five backward (with the scores computed
-again).
+Default sizes are those of the 7B model on a GPU or TPU, and small ones on a CPU. Every result is
+first compared with the plain operator in float32; a wrong implementation is not timed, and the
+program then exits with 1. All calls are sampled in turn, the table shows medians, and compilation
+is not in them. TFLOP/s count the pairs of positions that the causal mask leaves: two products
+forward, five backward (which computes the scores again).
 """
 
 import sys
@@ -20,7 +20,6 @@ import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +44,31 @@ try:
     import torch  # pyright: ignore[reportMissingImports]
 
     NO_TORCH = None
-except Exception as error:  # one that is installed but broken raises OSError
+except Exception as error:  # a broken installation raises OSError
     torch, NO_TORCH = None, f"torch cannot be imported: {reason(error)}"
 
 EPS = 1e-6
 # Largest difference from the plain operator in float32, relative to its largest value. bfloat16
-# rounds by 0.4 %, a few times over.
+# rounds by 0.4 %, a few times in a row.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# Name: (what, default on a GPU or TPU, default on a CPU).
+SIZES = {
+    "batch": ("rows of attention ", 2, 1),
+    "length": ("tokens ", 4096, 512),
+    "heads": ("", 32, 4),
+    "head_size": ("", 128, 64),
+    "rows": ("of RMSNorm ", 8192, 2048),
+    "width": ("", 4096, 1024),
+}
 
 
 @dataclass
 class Candidate:
-    """One implementation of an operator. `function` maps its inputs to a tuple of results; `work` is what a call does.
+    """One implementation of an operator.
 
-    Of another framework: `function` maps inputs and cotangents to (results and gradients, calls),
-    and `foreign` is set.
+    `function` maps inputs to a tuple of results. `work`: FLOPs or bytes of a call, by pass.
+    `foreign`: another framework, whose function maps inputs and cotangents to (results and
+    gradients, calls). `why_not`: the reason why it is not timed.
     """
 
     name: str
@@ -73,13 +82,16 @@ class Candidate:
 
 
 def both_passes(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
-    """Results and gradients: what a training step computes."""
+    """Results and gradients, as a training step computes them."""
     outputs, pull = jax.vjp(function, *inputs)
     return outputs, pull(cotangents)
 
 
 def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotangents: tuple) -> None:
-    """Compile both passes of each, and compare results and gradients with those of `exact` in float32."""
+    """Compile both passes of each candidate, and compare its results and gradients.
+
+    The comparison is with `exact` on the same inputs in float32.
+    """
     single = [tuple(x.astype(jnp.float32) for x in arrays) for arrays in (inputs, cotangents)]
     with jax.default_matmul_precision("float32"):
         wanted = jax.jit(functools.partial(both_passes, exact))(*single)
@@ -93,14 +105,11 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
                 compare(candidate, got, wanted, dtype)
                 continue
             forward = jax.jit(candidate.function).lower(*inputs).compile()
-            both = (
-                jax.jit(functools.partial(both_passes, candidate.function))
-                .lower(inputs, cotangents)
-                .compile()
-            )
+            both = jax.jit(functools.partial(both_passes, candidate.function))
+            both = both.lower(inputs, cotangents).compile()
             got = jax.block_until_ready(both(inputs, cotangents))
             jax.block_until_ready(forward(*inputs))
-        except Exception as error:  # whatever a library raises where it cannot serve
+        except Exception as error:  # libraries raise anything where they cannot serve
             candidate.why_not = reason(error, 1000).split("cannot serve: ")[-1].split("; use ")[0]
             candidate.calls = {}
             continue
@@ -112,45 +121,41 @@ def prepare(candidates: list[Candidate], exact: Callable, inputs: tuple, cotange
 
 
 def compare(candidate: Candidate, got: tuple, wanted: tuple, dtype: str) -> None:
-    """Note the largest relative error; a candidate that is wrong is not timed."""
+    """Record the largest relative error; a candidate that is wrong is not timed."""
     candidate.error = max(
         float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
     )
     if not candidate.error <= TOLERANCE[dtype]:
-        candidate.why_not = (
-            f"WRONG: differs by {candidate.error:.1e} from the plain operator in float32"
-        )
-        candidate.calls = {}
+        off = f"differs by {candidate.error:.1e} from the plain operator in float32"
+        candidate.why_not, candidate.calls = f"WRONG: {off}", {}
 
 
 def measure(candidates: list[Candidate], rounds: int) -> None:
-    """Time the candidates' calls in turn. A sample is as many as take 50 ms: they queue, which hides the microseconds of a start."""
+    """Time the candidates' calls in turn. A sample is as many calls as take 50 ms."""
     timed = [(candidate, name) for candidate in candidates for name in candidate.calls]
     repeats = {}
     for candidate, name in timed:
-        repeats[candidate.name, name] = max(
-            1, min(100, round(0.05 / sample(candidate.calls[name], 1)))
-        )
+        once = sample(candidate.calls[name], 1)
+        repeats[candidate.name, name] = max(1, min(100, round(0.05 / once)))
         candidate.seconds[name] = []
     for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
         for candidate, name in timed:
-            candidate.seconds[name].append(
-                sample(candidate.calls[name], repeats[candidate.name, name])
-            )
+            seconds = sample(candidate.calls[name], repeats[candidate.name, name])
+            candidate.seconds[name].append(seconds)
 
 
 def plain_call(name: str, function: Callable, work: float, *inputs: jax.Array) -> Candidate:
-    """What is measured for comparison only: a matrix product, a copy."""
+    """A call that gives the device's rate in the same rounds: a matrix product, a copy."""
     compiled = jax.jit(function).lower(*inputs).compile()
-    return Candidate(
-        name, function, {"forward": work}, calls={"forward": functools.partial(compiled, *inputs)}
-    )
+    calls: dict[str, Callable] = {"forward": functools.partial(compiled, *inputs)}
+    return Candidate(name, function, {"forward": work}, calls=calls)
 
 
 def attention_candidates(
     options: argparse.Namespace, dtype: str
 ) -> tuple[list[Candidate], tuple, tuple]:
+    """Candidates, inputs and cotangents; work in FLOPs."""
     B, T, N, H = options.batch, options.length, options.heads, options.head_size
     *inputs, cotangent = (
         jax.random.normal(key, (B, T, N, H)).astype(dtype)
@@ -172,11 +177,10 @@ def attention_candidates(
             tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),
         )
 
-    candidates = [
-        Candidate(name, ours(name), work)
-        for name in ("reference", "blockwise", "triton", "cudnn", "pallas")
-    ]
-    candidates.append(Candidate("jax.nn xla", jaxs("xla"), work))  # its cuDNN is the `cudnn` above
+    names = ("reference", "blockwise", "triton", "cudnn", "pallas")
+    candidates = [Candidate(name, ours(name), work) for name in names]
+    # Without jax.nn's cuDNN: that is `cudnn` above.
+    candidates.append(Candidate("jax.nn xla", jaxs("xla"), work))
     missing = None if tokamax else "tokamax is not installed"
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
         candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
@@ -185,7 +189,7 @@ def attention_candidates(
 
 
 class Queued:
-    """What a call of torch has started; jax.block_until_ready waits for it as for an array."""
+    """Work that a call of torch has started: jax.block_until_ready waits for it, as for arrays."""
 
     def block_until_ready(self) -> None:
         if torch.cuda.is_available():
@@ -193,7 +197,10 @@ class Queued:
 
 
 def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Callable]]:
-    """PyTorch's scaled_dot_product_attention on the same device, by the kernel that it chooses; heads before length."""
+    """PyTorch's scaled_dot_product_attention on the same device, with the kernel that it chooses.
+
+    PyTorch's arrays are [batch, heads, length, head size], so each is transposed once.
+    """
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("this torch sees no GPU")
@@ -227,7 +234,10 @@ def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Calla
 def norm_candidates(
     options: argparse.Namespace, dtype: str, residual: bool
 ) -> tuple[list[Candidate], tuple, tuple]:
-    """Work in bytes: every array read or written once, which the weight is small beside."""
+    """Candidates, inputs and cotangents; work in bytes.
+
+    Every array counts once. The weight does not count: it is small.
+    """
     R, D = options.rows, options.width
     x, added, dy, dtotal = (
         jax.random.normal(key, (1, R, D)).astype(dtype)
@@ -238,17 +248,15 @@ def norm_candidates(
     work = {"forward": forward, "both": forward + (4 if residual else 3) * x.nbytes}
 
     def ours(name: str) -> Callable:
+        norm = functools.partial(rms_norm, eps=EPS, implementation=name)
         if residual:
-            return lambda x, weight, added: rms_norm(
-                x, weight, eps=EPS, residual=added, implementation=name
-            )
-        return lambda x, weight: (rms_norm(x, weight, eps=EPS, implementation=name),)
+            return lambda x, weight, added: norm(x, weight, residual=added)
+        return lambda x, weight: (norm(x, weight),)
 
     def tokamaxs(name: str) -> Callable:
         def norm(x, weight):
-            return tokamax.layer_norm(
-                x, weight, None, epsilon=EPS, subtract_mean=False, implementation=name
-            )
+            options = {"epsilon": EPS, "subtract_mean": False, "implementation": name}
+            return tokamax.layer_norm(x, weight, None, **options)
 
         if residual:
             return lambda x, weight, added: (norm(x + added, weight), x + added)
@@ -256,21 +264,18 @@ def norm_candidates(
 
     candidates = [Candidate(name, ours(name), work) for name in ("reference", "triton", "pallas")]
     missing = None if tokamax else "tokamax is not installed"
-    candidates += [
-        Candidate(f"tokamax {name}", tokamaxs(name), work, missing) for name in ("triton", "xla")
-    ]
-    return (
-        candidates,
-        (x, weight, added) if residual else (x, weight),
-        (dy, dtotal) if residual else (dy,),
-    )
+    for name in ("triton", "xla"):
+        candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
+    if residual:
+        return candidates, (x, weight, added), (dy, dtotal)
+    return candidates, (x, weight), (dy,)
 
 
-def run_attention(options: argparse.Namespace, dtype: str, shown: Any) -> dict:
+def run_attention(options: argparse.Namespace, dtype: str, shown: Results) -> dict:
+    """Prepare, time and report attention."""
     candidates, inputs, cotangents = attention_candidates(options, dtype)
-    prepare(
-        candidates, lambda q, k, v: (reference_attention.attention(q, k, v),), inputs, cotangents
-    )
+    exact = lambda q, k, v: (reference_attention.attention(q, k, v),)
+    prepare(candidates, exact, inputs, cotangents)
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(2), (size, size)).astype(dtype)
     product = plain_call(f"a product of {size} x {size}", jnp.matmul, 2.0 * size**3, matrix, matrix)
@@ -280,7 +285,8 @@ def run_attention(options: argparse.Namespace, dtype: str, shown: Any) -> dict:
     return report(title, candidates, product, "FLOP/s", shown)
 
 
-def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Any) -> dict:
+def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Results) -> dict:
+    """Prepare, time and report RMSNorm."""
     candidates, inputs, cotangents = norm_candidates(options, dtype, residual)
 
     def exact(x, weight, *added):
@@ -290,17 +296,22 @@ def run_norm(options: argparse.Namespace, dtype: str, residual: bool, shown: Any
     prepare(candidates, exact, inputs, cotangents)
     copy = plain_call("a copy", jnp.negative, 2.0 * inputs[0].nbytes, inputs[0])
     measure([copy, *candidates], options.rounds)
-    title = f"rms_norm {'with residual ' if residual else ''}{dtype}: {inputs[0].shape[1]} rows of {inputs[0].shape[2]}"
+    _, rows, width = inputs[0].shape
+    title = f"rms_norm {'with residual ' if residual else ''}{dtype}: {rows} rows of {width}"
     return report(title, candidates, copy, "B/s", shown)
 
 
 def report(
-    title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Any
+    title: str, candidates: list[Candidate], yardstick: Candidate, unit: str, shown: Results
 ) -> dict:
-    """Print a table and return the same as a dictionary. Shares are of the yardstick's rate, measured in the same rounds."""
+    """Print a table and return the same as a dictionary.
+
+    Shares are of the yardstick's rate, measured in the same rounds.
+    """
     peak = yardstick.work["forward"] / statistics.median(yardstick.seconds["forward"])
     scale, prefix = (1e12, "T") if peak >= 1e12 else (1e9, "G")
-    caption = f"both: forward and backward; share: of {yardstick.name}, {peak / scale:,.1f} {prefix}{unit}"
+    rate = f"{peak / scale:,.1f} {prefix}{unit}"
+    caption = f"both: forward and backward; share: of {yardstick.name}, {rate}"
     columns = ["", "fwd ms", prefix + unit, "share", "both ms", prefix + unit, "share", "error"]
     lines = []
     results: dict[str, dict] = {}
@@ -324,62 +335,35 @@ def report(
 
 
 def parse_options() -> argparse.Namespace:
+    """The options of the command line, with defaults for this backend."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operator", choices=["attention", "rms_norm"], help="only this one")
-    parser.add_argument(
-        "--dtype", choices=list(TOLERANCE), help="default: bfloat16, on a CPU float32"
-    )
-    for name, what in {
-        "batch": "rows of attention (default: 2, on a CPU 1)",
-        "length": "tokens (default: 4096, on a CPU 512)",
-        "heads": "(default: 32, on a CPU 4)",
-        "head-size": "(default: 128, on a CPU 64)",
-        "rows": "of RMSNorm (default: 8192, on a CPU 2048)",
-        "width": "(default: 4096, on a CPU 1024)",
-    }.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=9,
-        metavar="N",
-        help="times that each is run in turn (default: 9)",
-    )
-    parser.add_argument("--json", metavar="FILE", help="save the figures")
+    dtypes = "(default: bfloat16, on a CPU float32)"
+    parser.add_argument("--dtype", choices=list(TOLERANCE), help=dtypes)
+    for name, (what, large, small) in SIZES.items():
+        sizes = f"{what}(default: {large}, on a CPU {small})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=sizes)
+    rounds = "samples of each call, in turn (default: 9)"
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help=rounds)
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    del sys.argv[1:]  # tokamax reads it too, and refuses options that are not its own
-    accelerator = {
-        "batch": 2,
-        "length": 4096,
-        "heads": 32,
-        "head_size": 128,
-        "rows": 8192,
-        "width": 4096,
-        "dtype": "bfloat16",
-    }
-    small = {
-        "batch": 1,
-        "length": 512,
-        "heads": 4,
-        "head_size": 64,
-        "rows": 2048,
-        "width": 1024,
-        "dtype": "float32",
-    }
-    for name, value in (small if jax.default_backend() == "cpu" else accelerator).items():
+    del sys.argv[1:]  # tokamax parses it too, and refuses options that are not its own
+    on_cpu = jax.default_backend() == "cpu"
+    for name, (_, large, small) in SIZES.items():
         if getattr(options, name) is None:
-            setattr(options, name, value)
+            setattr(options, name, small if on_cpu else large)
+    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     return options
 
 
 def main() -> None:
+    """Time what was asked for; exits with 1 where an implementation is wrong."""
     options = parse_options()
     device = jax.devices()[0]
-    print(
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}; one device is used"
-    )
+    devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    print(f"{devices}, jax {jax.__version__}; one device is used")
     sheet, source = (None, "") if device.platform == "cpu" else peak_flops(Config(), device)
     results, shown = [], Results()
     # As the model does: float32 products stay float32 where the backend would round them.
@@ -387,13 +371,13 @@ def main() -> None:
         if options.operator != "rms_norm":
             results.append(run_attention(options, options.dtype, shown))
             if sheet:
-                print(
-                    f"the matrix product reaches {results[0]['measured_peak'] / sheet:.0%} of the data sheet ({source})"
-                )
+                share = results[0]["measured_peak"] / sheet
+                print(f"the matrix product reaches {share:.0%} of the data sheet ({source})")
         if options.operator != "attention":
-            results += [
+            norms = [
                 run_norm(options, options.dtype, residual, shown) for residual in (False, True)
             ]
+            results += norms
     shown.save(
         options.json,
         device=device.device_kind,
