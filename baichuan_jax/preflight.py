@@ -27,10 +27,11 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.resilience.exits import BadHost, SaveFailed, run_command
-from baichuan_jax.resilience.reports import coordinator_address, gather
+from baichuan_jax.hardware.processes import initialize_processes
+from baichuan_jax.resilience.causes import BadHost, SaveFailed
+from baichuan_jax.resilience.coordination import coordinator_address, gather
+from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.sharding import initialize_processes
 
 BAD_JAX = {
     "0.10.2": "it miscompiles on the CPU (jax#39103)",

@@ -21,7 +21,7 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, abstract_model, init_params, matmul_precision
 from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
-from baichuan_jax.resilience.digest import digest
+from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
 
 Batch = dict[str, jax.Array]

@@ -16,18 +16,21 @@ from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
+from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
+from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.clock import Clock
-from baichuan_jax.resilience.exits import PREEMPTED, run_command, signals
-from baichuan_jax.resilience.watch import FULL_VARIABLE, Watch
+from baichuan_jax.resilience.exits import run_command, signals
+from baichuan_jax.resilience.placement import FULL_VARIABLE
+from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Completed, latest
 from baichuan_jax.runs.files import require_writable, write_atomically
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
-from baichuan_jax.sharding import initialize_processes, make_mesh
+from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
 from baichuan_jax.training.loop import Trainer
 from baichuan_jax.training.summary import say_complete
@@ -166,7 +169,7 @@ def main(words: list[str]) -> int:
         "trains a small model on bundled text in minutes on a CPU.",
     )
     _, completed = _train(parse_config(parser, words), clock)
-    return 0 if completed else PREEMPTED
+    return 0 if completed else Cause.PREEMPTED.exit_code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from baichuan_jax.resilience.watch import HOST_VARIABLE
+from baichuan_jax.resilience.placement import HOST_VARIABLE
 
 REPOSITORY = Path(__file__).parents[1]
 COMPILED = tempfile.mkdtemp(

@@ -11,7 +11,7 @@ from launches import kill, lines, losses, run, start_all, wait_all, wait_for_ste
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies, _send
 from baichuan_jax.checkpoint.orbax import Checkpoints
-from baichuan_jax.resilience.watch import HOST_VARIABLE
+from baichuan_jax.resilience.placement import HOST_VARIABLE
 
 
 def filled(steps, seed):

@@ -11,7 +11,7 @@ import yaml
 from launches import REPOSITORY
 
 from baichuan_jax.config.files import load_config
-from baichuan_jax.resilience import exits
+from baichuan_jax.resilience.causes import Cause
 
 LAUNCH = REPOSITORY / "launch"
 # JobSet's and Job's own words, which the schemas give as plain strings.
@@ -129,7 +129,8 @@ def test_bugs_stop_a_jobset_and_faults_recreate_it(name):
         assert spec["backoffLimit"] == 0
         (rule,) = spec["podFailurePolicy"]["rules"]
         assert rule["action"] == "FailJob"
-        assert rule["onExitCodes"]["values"] == [exits.BUG, exits.CONFIGURATION]
+        final = [Cause.EXCEPTION.exit_code, Cause.CONFIGURATION.exit_code]
+        assert rule["onExitCodes"]["values"] == final
         assert (
             rule["onExitCodes"]["containerName"]
             == spec["template"]["spec"]["containers"][0]["name"]
@@ -154,7 +155,8 @@ def test_the_batch_script_is_a_script():
     script = LAUNCH / "slurm" / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert f"{exits.BUG} | {exits.UNSAVED} | {exits.CONFIGURATION})" in text
+    final = (Cause.EXCEPTION, Cause.STORAGE, Cause.CONFIGURATION)
+    assert " | ".join(str(cause.exit_code) for cause in final) + ")" in text
 
 
 def test_the_containers_recipe_is_clean_and_pins_its_base():

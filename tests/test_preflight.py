@@ -17,7 +17,7 @@ from baichuan_jax.preflight import (
     products_are_right,
     storage_fault,
 )
-from baichuan_jax.resilience.exits import BadHost
+from baichuan_jax.resilience.causes import BadHost
 
 
 def test_right_devices_pass_and_a_wrong_product_is_seen():

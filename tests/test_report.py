@@ -16,7 +16,7 @@ from baichuan_jax.evaluate.tasks import Subject, count_subjects
 from baichuan_jax.report.__main__ import main
 from baichuan_jax.report.figures import thin
 from baichuan_jax.report.recorded import read_runs
-from baichuan_jax.resilience.reports import Report
+from baichuan_jax.resilience.launch_files import Report
 
 BROWSER = next(
     (
@@ -110,7 +110,7 @@ def write_faulty_run(path: Path) -> Path:
     ):
         folder = path / "attempts" / str(number)
         folder.mkdir(parents=True)
-        (folder / "process-0.json").write_text(Report(0, "node-7", time=end, seconds=seconds).text)
+        (folder / "process-0.json").write_text(Report(0, "node-7", time=end, seconds=seconds).to_json())
     (path / "config.yaml").write_text(
         "run_dir: x\ntrain: {num_steps: 8, seed: 1}\noptimizer: {learning_rate: 0.001}\n"
     )

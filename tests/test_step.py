@@ -11,8 +11,8 @@ import pytest
 from conftest import batch_of, build
 
 from baichuan_jax.config.schema import Config, ConfigError, TokenizerConfig
-from baichuan_jax.resilience.corruption import compare_digests
-from baichuan_jax.resilience.exits import BadHost
+from baichuan_jax.resilience.causes import BadHost
+from baichuan_jax.resilience.digests import compare_digests
 from baichuan_jax.step import Request
 
 USUAL = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2), (1, 2, 2, 2)]

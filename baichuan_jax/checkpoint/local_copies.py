@@ -20,8 +20,8 @@ from jax.experimental import multihost_utils
 
 from baichuan_jax.checkpoint.orbax import Checkpoints, RestoredState, as_items, as_state, names_of
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.coordination import gather
 from baichuan_jax.resilience.exits import say
-from baichuan_jax.resilience.reports import gather
 from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import publish
 

@@ -28,9 +28,9 @@ from jax.experimental import multihost_utils
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
-from baichuan_jax.resilience.digest import digest
-from baichuan_jax.resilience.exits import PeerFailed
-from baichuan_jax.resilience.reports import agree
+from baichuan_jax.resilience.causes import PeerFailed
+from baichuan_jax.resilience.coordination import agree
+from baichuan_jax.resilience.digests import digest
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.sharding import Layout

@@ -9,9 +9,10 @@ import jax
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.config.schema import CheckpointConfig
+from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.checkpoint_interval import seconds_between_saves, seconds_per_fault
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
-from baichuan_jax.resilience.exits import SaveFailed, say
+from baichuan_jax.resilience.exits import say
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import (
     CheckpointFailed,

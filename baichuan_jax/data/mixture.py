@@ -35,7 +35,8 @@ from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.documents.reader import find_files, read_documents, split_files
-from baichuan_jax.resilience.exits import CONFIGURATION, PREEMPTED, run_command, signals
+from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.runs.folder import Run
 
@@ -192,10 +193,10 @@ class Trainings:
         code = self._child.returncode
         if code == 0:
             return True
-        if self._stopped and code == PREEMPTED:
+        if self._stopped and code == Cause.PREEMPTED.exit_code:
             return False
         reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-        error = ConfigError if code == CONFIGURATION else RuntimeError
+        error = ConfigError if code == Cause.CONFIGURATION.exit_code else RuntimeError
         raise error(f"training {name} ended with code {code}: {reason} (see {log})")
 
     def close(self) -> None:
@@ -530,7 +531,7 @@ def main(words: list[str]) -> int:
         found = learn(options.config, overrides, options.output, **settings)
         if found is None:
             console.print(f"stopped; the same command goes on from what {options.output} holds")
-            return PREEMPTED
+            return Cause.PREEMPTED.exit_code
         figures = found
         weights = figures["best"]["weights"]
         _show(figures, console)

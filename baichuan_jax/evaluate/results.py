@@ -16,7 +16,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import Prompt, Protocol
 from baichuan_jax.evaluate.scoring import Request, Scorer
 from baichuan_jax.evaluate.tasks import LETTERS, Subject
-from baichuan_jax.resilience.exits import NumericsError
+from baichuan_jax.resilience.causes import NumericsError
 from baichuan_jax.runs.files import write_atomically
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from baichuan_jax.evaluate.tables import COLUMNS, PUBLISHED, columns
 from baichuan_jax.report.recorded import Recorded
-from baichuan_jax.resilience.goodput import CAUSES
+from baichuan_jax.resilience.goodput import CATEGORIES
 from baichuan_jax.runs.folder import smooth
 
 MOST_POINTS = 2000  # of a curve; a longer one is drawn as the smallest and the largest value of equal stretches
@@ -24,7 +24,7 @@ STATES = {
 }
 CAUSE_COLOURS = dict(
     zip(
-        CAUSES,
+        CATEGORIES,
         (
             "#2f9e6e",
             "#2aa5b5",
@@ -328,7 +328,7 @@ def where_time_went(records: list[Recorded]) -> go.Figure | None:
     if not shown:
         return None
     figure = _figure("", "share of the run's time", height=80 + 44 * len(shown), barmode="stack")
-    for cause in CAUSES:
+    for cause in CATEGORIES:
         seconds = [max(0.0, record.ledger.seconds[cause]) for record in shown]
         if max(seconds) >= 0.05:
             figure.add_bar(

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.resilience.goodput import Ledger, launch_spans, read_ledger
+from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
 from baichuan_jax.runs.folder import Run
 
 # Told apart by people who see few colours, on light and on dark ground.
@@ -39,7 +39,7 @@ class Recorded:
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
     tokens: dict[int, int]
-    ledger: Ledger
+    ledger: Accounting
     spans: list[Span]
     began: float
     tests: dict[str, dict[str, Any]]
@@ -135,7 +135,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
         [line for line in lines if "step_seconds" not in line],
         events,
         tokens,
-        read_ledger(path),
+        account(path),
         _spans(launches, every, began),
         began,
         _results(path, "evaluations/*/result.json"),

@@ -1,4 +1,4 @@
-"""What happened in a run, when, to whom, and what it cost: `python -m baichuan_jax.resilience RUN`."""
+"""Faults and goodput of a run: `python -m baichuan_jax.resilience RUN`."""
 
 import argparse
 import dataclasses
@@ -8,27 +8,31 @@ from pathlib import Path
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.resilience.goodput import read_ledger, say_ledger
+from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.resilience",
-        description="What happened in a run, when, to whom, and what it cost.",
+        description="List the faults of a run (when, which host, how they were found) and account "
+        "for its time: goodput, restarts, steps done twice.",
     )
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    options = parser.parse_args(words)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    options = parser.parse_args(argv)
     if not (options.run / "events.jsonl").exists():
-        raise ConfigError(f"{options.run} is no run's folder: it has no events.jsonl")
-    ledger = read_ledger(options.run)
-    say_ledger(Display(), ledger)
+        raise ConfigError(
+            f"{options.run} has no events.jsonl, so it is not a run's folder; "
+            "name a folder that training wrote (--run_dir)"
+        )
+    accounting = account(options.run)
+    show_accounting(Display(), accounting)
     if options.json is not None:
-        figures = {**dataclasses.asdict(ledger), "goodput": ledger.goodput}
-        write_atomically(options.json, (json.dumps(figures, indent=1) + "\n").encode())
+        numbers = {**dataclasses.asdict(accounting), "goodput": accounting.goodput}
+        write_atomically(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
     return 0
 
 

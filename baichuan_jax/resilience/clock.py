@@ -1,4 +1,9 @@
-"""What a process is doing now and what its time went to: one clock for the heartbeat, the watchdog and the ledger."""
+"""The clock of a process: what it is doing now, and what its time went to.
+
+Every moment belongs to one phase. The heartbeat publishes the phase, the watchdog compares its age
+with a limit, and the goodput accounting adds the phases up. Phases nest, and an inner one stops the
+outer one's time, so that they add up to the time that passed.
+"""
 
 import contextlib
 import time
@@ -17,13 +22,15 @@ ALONE = (DATA,)  # the phases of the loop in which a process waits for no other
 
 
 class Clock:
-    """Seconds by phase; phases never overlap. One thread enters and leaves them, others may read."""
+    """Seconds by phase. One thread enters and leaves phases, others may read."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.longest: dict[str, float] = {}
         self._stack: list[str] = ["other"]
-        self._now = ("other", time.perf_counter())  # phase, entered or come back to
+        # The phase and when it was entered or come back to: one tuple, so that another thread
+        # never reads the phase of one moment and the time of another.
+        self._now = ("other", time.perf_counter())
         self._since = self._now[1]
 
     @contextlib.contextmanager
@@ -42,21 +49,19 @@ class Clock:
 
     @property
     def now(self) -> tuple[str, float]:
-        """The phase, and for how many seconds nothing but it has happened."""
+        """The phase, and for how many seconds the process has been in it without a change."""
         phase, since = self._now
         return phase, time.perf_counter() - since
 
     def add(self, phase: str, seconds: float) -> None:
-        """Time that passed before this clock existed."""
+        """Add time that passed before this clock existed, as imports do."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def totals(self) -> dict[str, float]:
         """Seconds by phase until now."""
         phase = self._stack[-1]
-        return {
-            **self.seconds,
-            phase: self.seconds.get(phase, 0.0) + time.perf_counter() - self._since,
-        }
+        running = time.perf_counter() - self._since
+        return {**self.seconds, phase: self.seconds.get(phase, 0.0) + running}
 
     def _charge(self) -> None:
         now, phase = time.perf_counter(), self._stack[-1]

@@ -1,20 +1,29 @@
-"""The ledger of a run: where its time went, over all launches, and what every fault cost. Read from the run's folder alone."""
+"""Goodput accounting: where the time of a run went over all its launches, and what each fault cost.
+
+Input: the run's folder alone (events, metrics, and the last report of process 0 of every launch).
+Output: seconds by category, which add up to the time from the first launch's beginning to the last
+one's end. Goodput is the share of it in steps that count: all else is overhead (imports, compiling,
+saves), or lost to faults (hangs, restarts, steps done again since the last checkpoint). Gemini's
+trainings report the same number: 97 %, after 85 % with earlier models (Gemini Team 2023).
+"""
 
 import dataclasses
 import datetime
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.resilience.attempts import read
+from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT
-from baichuan_jax.resilience.reports import HANG, PEER, Folder, Report
+from baichuan_jax.resilience.launch_files import Launches, Report
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, of_kind
+from baichuan_jax.runs.events import CheckpointSaved, Event, VerdictReached, of_kind
 from baichuan_jax.runs.folder import Run
 
-CAUSES = (
+# Categories of a run's time, in the order in which the report draws them.
+CATEGORIES = (
     "steps",
     "data",
     "imports and start",
@@ -28,7 +37,7 @@ CAUSES = (
     "hang",
     "restart",
 )
-_CAUSE_OF = {
+_CATEGORY_OF = {
     DATA: "data",
     DISPATCH: "steps",
     WAIT: "steps",
@@ -43,10 +52,10 @@ _CAUSE_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One launch that ended in a fault. Seconds are None where something did not happen or is not known.
+    """A launch (`attempt`, as in events) that ended in a fault. Seconds are None where not known.
 
-    `detect`: from its last sign of good life to the first that noticed; `localise`: from there to
-    the verdict; `recover`: from the noticing to the first step of the next launch.
+    `detect`: from the last sign of health to the first sign of the fault; `localise`: from there to
+    the verdict; `recover`: from the first sign to the first step of the next launch.
     """
 
     attempt: int
@@ -62,8 +71,11 @@ class Fault:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger:
-    """`seconds` by CAUSES, which add up to `total`; `goodput` is the share of `steps` in it."""
+class Accounting:
+    """`seconds` by CATEGORIES, which add up to `total`; `goodput` is the share of `steps` in it.
+
+    `own_seconds` are those of the newest launch's processes; see Report.
+    """
 
     launches: int
     total: float
@@ -80,173 +92,143 @@ class Ledger:
 
     @property
     def slowest(self) -> tuple[int, float] | None:
-        """The process whose own work takes longest, and how many times the median's, of the newest launch."""
+        """The process with the longest own time a step, and how many times the median it is."""
         if len(self.own_seconds) < 2:
             return None
         process = max(self.own_seconds, key=lambda process: self.own_seconds[process])
-        return process, self.own_seconds[process] / max(
-            statistics.median(self.own_seconds.values()), 1e-9
-        )
+        median = max(statistics.median(self.own_seconds.values()), 1e-9)
+        return process, self.own_seconds[process] / median
 
 
-def read_ledger(path: Path | str) -> Ledger:
-    """The ledger of a run's folder."""
+def account(path: Path | str) -> Accounting:
+    """The accounting of a run's folder."""
     run = Run(path)
     events, steps = run.events, [line for line in run.metrics if "loss" in line]
-    launches = _launches(run.path / "attempts")
-    seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-    for report in launches.values():
-        for phase, spent in report.seconds.items():
-            seconds[_CAUSE_OF.get(phase, "imports and start")] += spent
-        if report.cause in (HANG, PEER):
-            seconds["hang"] += report.age
-            seconds[_CAUSE_OF.get(report.phase, "imports and start")] -= report.age
+    launches = _last_reports(run.path)
+    seconds = _seconds_by_phase(launches.values())
     times = list(launch_spans(run.path).values())
     total = times[-1][1] - times[0][0] if times else 0.0
     seconds["restart"] = max(0.0, total - sum(end - begin for begin, end in times))
+    # A step that stands in the metrics again later was lost with the launch that first did it.
     newest = {line["step"]: index for index, line in enumerate(steps)}
     lost = [line for index, line in enumerate(steps) if newest[line["step"]] != index]
     seconds["lost steps"] = min(sum(line["step_seconds"] for line in lost), seconds["steps"])
     seconds["steps"] -= seconds["lost steps"]
-    saves = [event for event in events if event["kind"] == "checkpoint"]
-    return Ledger(
+    saves = of_kind(events, CheckpointSaved)
+    reports = Launches(run.path / "attempts")[max(launches, default=0)].reports()
+    return Accounting(
         launches=len(launches),
         total=total,
         seconds=seconds,
         lost_steps=len(lost),
         faults=_faults(run.path, events, steps),
         saves=len(saves),
-        blocked_seconds=sum(event.get("blocked_seconds", 0.0) for event in saves),
-        own_seconds=_own_seconds(run.path / "attempts", max(launches, default=0)),
+        blocked_seconds=sum(event.blocked_seconds for event in saves),
+        own_seconds={p: r.own_seconds for p, r in reports.items() if r.own_seconds is not None},
     )
 
 
-def history(events: list[Event]) -> dict[str, Any]:
-    """`faults` of a run so far and the `run_seconds` they came in: for the checkpoint interval."""
-    begun = of_kind(events, Started)
-    good = sum(isinstance(event, Interrupted | Completed) for event in events)
-    return {
-        "faults": max(0, len(begun) - good),
-        "run_seconds": events[-1].time - begun[0].time if begun else 0.0,
-    }
+def _seconds_by_phase(reports: Iterable[Report]) -> dict[str, float]:
+    seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+    for report in reports:
+        for phase, spent in report.seconds.items():
+            seconds[_CATEGORY_OF.get(phase, "imports and start")] += spent
+        if report.cause in (Cause.HANG, Cause.PEER):
+            # The phase in which it stood still was no work.
+            seconds["hang"] += report.age
+            seconds[_CATEGORY_OF.get(report.phase, "imports and start")] -= report.age
+    return seconds
 
 
 def launch_spans(path: Path | str) -> dict[int, tuple[float, float]]:
-    """Launch -> when its process 0 began, and when it was last heard (seconds since the epoch)."""
-    launches = sorted(_launches(Path(path) / "attempts").items())
+    """Launch -> when its process 0 began, and its last report (seconds since the epoch)."""
+    launches = _last_reports(Path(path)).items()
     return {
         number: (report.time - sum(report.seconds.values()), report.time)
         for number, report in launches
     }
 
 
-def _launches(attempts: Path) -> dict[int, Report]:
-    """The last report of process 0 of every launch."""
-    found = {}
-    for folder in attempts.glob("*"):
-        report = read(folder / "process-0.json") if folder.name.isdigit() else None
-        if report is not None:
-            found[int(folder.name)] = Report.of(report)
-    return found
+def _last_reports(path: Path) -> dict[int, Report]:
+    """The last report of process 0 of every launch that has one, in their order."""
+    launches = Launches(path / "attempts")
+    found = {number: launches[number].read(Report, 0) for number in launches.numbers()}
+    return {number: report for number, report in found.items() if report is not None}
 
 
-def _own_seconds(attempts: Path, number: int) -> dict[int, float]:
-    reports = Folder(attempts / str(number)).read()
-    return {
-        process: report.own_seconds
-        for process, report in reports.items()
-        if report.own_seconds is not None
-    }
-
-
-def _faults(path: Path, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[Fault]:
+def _faults(path: Path, events: list[Event], steps: list[dict[str, Any]]) -> list[Fault]:
+    launches = Launches(path / "attempts")
     faults = []
-    for event in events:
-        if event["kind"] != "verdict" or event["cause"] in ("completed", "preempted"):
+    for verdict in of_kind(events, VerdictReached):
+        if verdict.cause in (Cause.COMPLETED, Cause.PREEMPTED):
             continue
-        reports = Folder(path / "attempts" / str(event["attempt"])).read()
-        again = [line["time"] for line in steps if line["time"] > event["concluded"]]
-        signs = [
-            _last_good(reports[process]) for process in event["processes"] if process in reports
-        ]
-        faults.append(
-            Fault(
-                event["attempt"],
-                event["detected"],
-                event["cause"],
-                event["host"],
-                tuple(event["processes"]),
-                event["rule"],
-                event["evidence"],
-                max(0.0, event["detected"] - min(signs)) if signs else None,
-                event["concluded"] - event["detected"],
-                again[0] - event["detected"] if again and event["restart"] else None,
-            )
+        reports = launches[verdict.attempt].reports()
+        signs = [_last_good(reports[p]) for p in verdict.processes if p in reports]
+        again = [line["time"] for line in steps if line["time"] > verdict.concluded]
+        recover = again[0] - verdict.detected if again and verdict.restart else None
+        fault = Fault(
+            attempt=verdict.attempt,
+            time=verdict.detected,
+            cause=verdict.cause,
+            host=verdict.host,
+            processes=tuple(verdict.processes),
+            rule=verdict.rule,
+            evidence=verdict.evidence,
+            detect=max(0.0, verdict.detected - min(signs)) if signs else None,
+            localise=verdict.concluded - verdict.detected,
+            recover=recover,
         )
+        faults.append(fault)
     return faults
 
 
 def _last_good(report: Report) -> float:
-    """When a process last did something right: it entered the phase in which it hung, or its heart beat."""
-    return report.time - report.age if report.cause == HANG else report.time
+    """When a process was last healthy: as it entered the phase in which it hung, else now."""
+    return report.time - report.age if report.cause == Cause.HANG else report.time
 
 
-def say_ledger(display: Display, ledger: Ledger) -> None:
-    """Faults, and where the time went."""
-
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
-
-    if ledger.faults:
-        rows = []
-        for fault in ledger.faults:
-            when = datetime.datetime.fromtimestamp(fault.time).strftime("%m-%d %H:%M:%S")
-            who = (
-                "unknown"
-                if fault.host is None
-                else f"{fault.host}: {', '.join(map(str, fault.processes))}"
-            )
-            figures = [seconds(fault.detect), seconds(fault.localise), seconds(fault.recover)]
-            rows.append([when, str(fault.attempt), fault.cause, who, fault.rule, *figures])
-        columns = [
-            "time",
-            "launch",
-            "what",
-            "host: process",
-            "rule",
-            "detect s",
-            "localise s",
-            "recover s",
-        ]
-        display.table("Faults", columns, rows)
-        display.say(f"restarts: {_reasons(ledger)}")
-    display.table(
-        f"Where the time of {ledger.launches} launch(es) went",
-        ["", "seconds", "share"],
-        _rows(ledger),
-    )
-    share = f", {ledger.blocked_seconds / ledger.total:.2%} of the time" if ledger.total else ""
+def show_accounting(display: Display, accounting: Accounting) -> None:
+    """Print the faults, and where the time went."""
+    if accounting.faults:
+        columns = ["time", "launch", "what", "host: process", "rule"]
+        columns += [f"{name} s" for name in ("detect", "localise", "recover")]
+        display.table("Faults", columns, [_fault_row(fault) for fault in accounting.faults])
+        display.say(f"restarts: {_reasons(accounting)}")
+    title = f"Where the time of {accounting.launches} launch(es) went"
+    display.table(title, ["", "seconds", "share"], _category_rows(accounting))
+    total, blocked = accounting.total, accounting.blocked_seconds
+    share = f", {blocked / total:.2%} of the time" if total else ""
     display.say(
-        f"goodput {ledger.goodput:.1%}; {ledger.lost_steps} steps done twice; {ledger.saves} checkpoints blocked the loop for "
-        f"{ledger.blocked_seconds:.2f} s{share}"
+        f"goodput {accounting.goodput:.1%}; {accounting.lost_steps} steps done twice; "
+        f"{accounting.saves} checkpoints blocked the loop for {blocked:.2f} s{share}"
     )
-    if ledger.slowest is not None:
-        process, ratio = ledger.slowest
+    if accounting.slowest is not None:
+        process, ratio = accounting.slowest
         display.say(f"slowest in its own work: process {process}, {ratio:.2f} times the median")
 
 
-def _rows(ledger: Ledger) -> list[list[str]]:
-    """Table of the time by cause, largest first."""
-    shown = sorted(
-        (item for item in ledger.seconds.items() if item[1] >= 0.05), key=lambda item: -item[1]
-    )
-    rows = [[cause, f"{seconds:.1f}", f"{seconds / ledger.total:.1%}"] for cause, seconds in shown]
-    return [*rows, ["in all", f"{ledger.total:.1f}", "100.0%"]]
+def _fault_row(fault: Fault) -> list[str]:
+    when = datetime.datetime.fromtimestamp(fault.time).strftime("%m-%d %H:%M:%S")
+    who = "unknown"
+    if fault.host is not None:
+        who = f"{fault.host}: {', '.join(map(str, fault.processes))}"
+    seconds = (fault.detect, fault.localise, fault.recover)
+    shown = ["-" if value is None else f"{value:.1f}" for value in seconds]
+    return [when, str(fault.attempt), fault.cause, who, fault.rule, *shown]
 
 
-def _reasons(ledger: Ledger) -> str:
+def _category_rows(accounting: Accounting) -> list[list[str]]:
+    """Seconds and shares by category, largest first, without those that round to nothing."""
+    total = accounting.total
+    shown = [item for item in accounting.seconds.items() if item[1] >= 0.05]
+    shown.sort(key=lambda item: -item[1])
+    rows = [[name, f"{seconds:.1f}", f"{seconds / total:.1%}"] for name, seconds in shown]
+    return [*rows, ["in all", f"{total:.1f}", "100.0%"]]
+
+
+def _reasons(accounting: Accounting) -> str:
     """Restarts by cause and host."""
     counts = Counter(
-        f"{fault.cause}{f' on {fault.host}' if fault.host else ''}" for fault in ledger.faults
+        f"{fault.cause}{f' on {fault.host}' if fault.host else ''}" for fault in accounting.faults
     )
     return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())

@@ -1,9 +1,21 @@
-"""The numerics guard: what a spike is, and what a launch does after one that ended because of numbers."""
+"""The numerics guard: what a spike is, and what a launch does after one that ended by bad numbers.
+
+Spikes. Input: the loss and the gradient norm of every step. A value is a spike when it is far above
+the last steps: above median + k * 1.4826 * MAD (the median absolute deviation; times 1.4826 it is
+the standard deviation of a normal distribution). Unlike mean and deviation, these are not moved by
+the spike itself.
+
+Rollback. Input: the events of the run. Output: how far back the next launch goes, and which windows
+of data it leaves out. The first time at a place it replays the same data, since the cause may have
+been a passing fault of a device; the second time it also skips the data, as PaLM's authors did by
+hand (Chowdhery et al. 2022, section 5.1).
+"""
 
 import dataclasses
 import math
 import statistics
 from collections import deque
+from typing import NamedTuple
 
 from baichuan_jax.runs.events import (
     Corruption,
@@ -14,56 +26,66 @@ from baichuan_jax.runs.events import (
     of_kind,
 )
 
-WINDOW = 128  # steps whose losses and gradient norms say what is usual
-ENOUGH = 64  # of them must be there before anything is called a spike
+WINDOW = 128  # steps that say what is usual
+ENOUGH = 64  # steps of it that must be there before anything is called a spike
+DEVIATION_OF_MAD = 1.4826  # of a normal distribution
 # A steady curve has a tiny spread; a spike is at least this share above the median as well.
 FLOOR = 0.2
-
-
 # Steps in a row above the limit that make a spike. One large gradient is clipped and does no harm:
 # ordinary data have some.
 IN_A_ROW = {"loss": 1, "grad_norm": 3}
 
 
+class Spike(NamedTuple):
+    """Why something is a spike, and over how many steps it has lasted."""
+
+    reason: str
+    steps: int
+
+
 class Spikes:
-    """Notices losses and gradient norms above median + k * 1.4826 MAD of the last steps (1.4826 MAD is a normal's deviation)."""
+    """Finds spikes of the loss and the gradient norm; `mads` is k, and 0 turns it off."""
 
     def __init__(self, mads: float, losses: list[float]) -> None:
         self._mads = mads
         self._windows = {"loss": deque(losses[-WINDOW:], WINDOW), "grad_norm": deque(maxlen=WINDOW)}
         self._above = dict.fromkeys(IN_A_ROW, 0)
 
-    def check(self, **values: float) -> tuple[str, int] | None:
-        """Words on what has become a spike, and over how many steps; or None. What is above the limit does not become usual."""
+    def check(self, **values: float) -> Spike | None:
+        """Take in a step's values; a spike where one of them is one now."""
         if not self._mads:
             return None
-        found = None
-        for name, value in values.items():
-            window = self._windows[name]
-            if len(window) >= ENOUGH and math.isfinite(value):
-                median = statistics.median(window)
-                spread = 1.4826 * statistics.median(abs(other - median) for other in window)
-                limit = median + max(self._mads * spread, FLOOR * abs(median))
-                self._above[name] = self._above[name] + 1 if value > limit else 0
-                if value > limit:
-                    words = f"median {median:.4g} + {self._mads:g} deviations of {spread:.3g}"
-                    if self._above[name] >= IN_A_ROW[name]:
-                        found = (
-                            f"{name} {value:.4g} is above {limit:.4g}: {words}",
-                            self._above[name],
-                        )
-                    continue
-            if math.isfinite(value):
-                window.append(value)
-        return found
+        found = [self._check(name, value) for name, value in values.items()]
+        return next((spike for spike in reversed(found) if spike is not None), None)
+
+    def _check(self, name: str, value: float) -> Spike | None:
+        window = self._windows[name]
+        if not math.isfinite(value):
+            return None  # the loop counts these
+        if len(window) >= ENOUGH:
+            median = statistics.median(window)
+            spread = statistics.median(abs(other - median) for other in window) * DEVIATION_OF_MAD
+            limit = median + max(self._mads * spread, FLOOR * abs(median))
+            if value > limit:
+                self._above[name] += 1
+                if self._above[name] < IN_A_ROW[name]:
+                    return None
+                usual = f"median {median:.4g} + {self._mads:g} deviations of {spread:.3g}"
+                reason = f"{name} {value:.4g} is above {limit:.4g}: {usual}"
+                return Spike(reason, self._above[name])
+            self._above[name] = 0
+        # Only here: values above the limit must not become usual.
+        window.append(value)
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-    """What a launch does about numbers: the data windows [begin, end) it leaves out, and how far back it goes.
+    """What a launch leaves out and how far back it goes.
 
-    `before`: only checkpoints of earlier steps are good (None: all are); `back`: so many of these
-    are passed over too. `events` are to be recorded.
+    `windows`: positions [begin, end) of the data to skip. `before`: only checkpoints of earlier
+    steps are good (None: all are). `back`: this many of them are passed over too. `events` are to
+    be recorded.
     """
 
     windows: tuple[tuple[int, int], ...] = ()
@@ -73,12 +95,12 @@ class Rollback:
 
 
 def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) -> Rollback:
-    """From a run's events and the windows of its settings: what this launch begins with.
+    """What a launch begins with, from the run's events and the windows in its settings.
 
-    Raises RuntimeError after max_skips windows of its own. A NumericsFault that no RolledBack
-    follows is answered: the first time by a replay of the same data, since the cause may have
-    passed; again at the same place by leaving its window out and going one checkpoint further back.
-    A Corruption is answered by going back to before its step, whose data are not to blame.
+    A NumericsFault that no RolledBack follows is answered: the first time by a replay; again at the
+    same place by skipping its window and going one checkpoint further back. A Corruption is
+    answered by going back to before its step; its data are good. Raises RuntimeError where
+    max_skips windows are skipped already.
     """
     windows = [(begin, end) for begin, end in skip]
     skipped = of_kind(events, WindowSkipped)
@@ -100,9 +122,9 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
     if repeats:
         if len(skipped) >= max_skips:
             raise RuntimeError(
-                f"{newest.reason} at step {newest.step}, and {len(skipped)} windows of data have been "
-                f"left out already (resilience.max_skips={max_skips}): it is not the data; lower "
-                "optimizer.learning_rate, or look at the events"
+                f"{newest.reason} at step {newest.step}, and {len(skipped)} windows of data have "
+                f"been left out already (resilience.max_skips={max_skips}), so it is not the data; "
+                "lower optimizer.learning_rate, or look at events.jsonl"
             )
         windows.append((newest.begin, newest.end))
         recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))

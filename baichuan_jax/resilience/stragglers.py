@@ -1,17 +1,24 @@
-"""Slow hosts: whose own work, outside of what it does together with the others, takes longer, round after round."""
+"""Stragglers: processes that slow the whole run down, because all others wait for them each step.
+
+Input: now and then every process's own seconds a step, outside of what it does together with the
+others (data and host work; the time in collectives is the same for all, so it tells nothing).
+Output: the processes that are slow round after round. A single slow round means little, since hosts
+have other work; and an excess of milliseconds delays nobody.
+"""
 
 import dataclasses
 import statistics
 from collections.abc import Mapping
 
 RATIO = 1.5  # times the median's own time
-FLOOR_SECONDS = 0.005  # above the median; less costs nobody anything
+FLOOR_SECONDS = 0.005  # above the median
 ROUNDS = 3  # in a row
+MIN_PROCESSES = 3  # of two, neither can be called the slow one
 
 
 @dataclasses.dataclass(frozen=True)
 class Straggler:
-    """A process that holds the others up: its own seconds a step, and the median's."""
+    """A slow process: its own seconds a step, and the median of all processes'."""
 
     process: int
     seconds: float
@@ -19,25 +26,22 @@ class Straggler:
 
 
 class Stragglers:
-    """Names a process once it was slow in several rounds in a row; again only after a round in which it was not."""
+    """Finds each straggler once; again only after a round in which it was not slow."""
 
     def __init__(self) -> None:
         self._slow: dict[int, int] = {}
 
     def look(self, own_seconds: Mapping[int, float]) -> list[Straggler]:
-        """One round: the processes that are now to be named, slowest first. Of two processes none can be called slow."""
-        if len(own_seconds) < 3:
+        """Take in a round; the processes that are stragglers from now on, slowest first."""
+        if len(own_seconds) < MIN_PROCESSES:
             return []
         median = statistics.median(own_seconds.values())
-        slow = {
-            p
-            for p, own in own_seconds.items()
-            if own > RATIO * median and own - median > FLOOR_SECONDS
-        }
+        limit = max(RATIO * median, median + FLOOR_SECONDS)
+        slow = {process for process, own in own_seconds.items() if own > limit}
         self._slow = {process: self._slow.get(process, 0) + 1 for process in slow}
-        named = [
-            Straggler(p, own_seconds[p], median)
-            for p, rounds in self._slow.items()
+        found = [
+            Straggler(process, own_seconds[process], median)
+            for process, rounds in self._slow.items()
             if rounds == ROUNDS
         ]
-        return sorted(named, key=lambda straggler: -straggler.seconds)
+        return sorted(found, key=lambda straggler: -straggler.seconds)

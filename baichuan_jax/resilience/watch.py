@@ -1,389 +1,287 @@
-"""The watch over one process: heartbeats, a watchdog, and a last word before it leaves.
+"""The watch over one training process: heartbeats, a watchdog, an exit report before it leaves.
 
-There is a side thread for each board (the run's folder, jax's coordination service): it publishes
-the heartbeat and, while this process stands still, listens to the others; it may block for as long
-as its board does. The watchdog, one more thread, looks at memory only, so nothing blocks it. A
-process leaves through os._exit where its phase outlasts its limit, where a peer is not heard any
-more, or where a peer has said a last word. It says its own first: where it stood, and the stacks of
-all its threads.
+A synchronous run hangs when one process does: all others wait for it in a collective, for as long
+as the network library likes. So each process publishes once a second where it is, and finds out by
+itself, within seconds, that it hangs or that a peer is lost. It then writes an exit report (its
+phase, its stack, who is silent), from which attribution.py finds the culprit, and leaves with exit
+code 76, because only a restart helps.
+
+One thread for each board (boards.py) publishes the heartbeat and, while this process stands still,
+listens to the others; it may block for as long as its board does. The watchdog, one more thread,
+looks at memory only, so nothing blocks it. It leaves through os._exit: the main thread cannot be
+interrupted inside a collective.
 """
 
-import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import os
-import re
-import socket
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from baichuan_jax.config.schema import ConfigError, ResilienceConfig
-from baichuan_jax.resilience.attribution import blame
-from baichuan_jax.resilience.clock import CHECKPOINT, EVALUATE, LOOP, WAIT, Clock
-from baichuan_jax.resilience.exits import HANG, BadHost, NumericsError, PeerFailed, SaveFailed, say
-from baichuan_jax.resilience.reports import (
-    BAD_HOST,
-    CONFIGURATION,
-    EXCEPTION,
-    NUMERICS,
-    PEER,
-    STORAGE,
-    Folder,
-    Report,
-    Service,
-    agree,
-    service,
-)
-from baichuan_jax.resilience.reports import HANG as HUNG
+from baichuan_jax.config.schema import ResilienceConfig
+from baichuan_jax.resilience.attribution import attribute_fault
+from baichuan_jax.resilience.boards import Board, Channel, Peers, call_within
+from baichuan_jax.resilience.causes import BadHost, Cause, PeerFailed, cause_among_peers
+from baichuan_jax.resilience.clock import Clock
+from baichuan_jax.resilience.coordination import agree, report_service
+from baichuan_jax.resilience.exits import say
+from baichuan_jax.resilience.heartbeats import BEAT
+from baichuan_jax.resilience.launch_files import Launches, LaunchFolder, Report, Verdict
+from baichuan_jax.resilience.limits import PhaseLimits
+from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.stragglers import Stragglers
+from baichuan_jax.runs.events import StragglerFound
 
-BEAT = 1.0  # seconds between heartbeats: together under 0.1 % of a core
-LISTEN = 2.5  # seconds in one phase, from which on others are listened to
-GRACE = 3.0  # seconds that others get to say their last word
-PATIENCE = 5  # a phase may last this many times its longest so far
-ROUND = 4  # heartbeats between two looks for slow processes
-PUBLISH = 2.0  # seconds that a board gets to take a last word
-
-# Variables by which a supervisor (launch.py) tells a process that it is not alone.
-FOLDER_VARIABLE, HOST_VARIABLE, SUPERVISOR_VARIABLE, FULL_VARIABLE = (
-    "BAICHUAN_JAX_ATTEMPT",
-    "BAICHUAN_JAX_HOST",
-    "BAICHUAN_JAX_SUPERVISOR",
-    "BAICHUAN_JAX_FULL_PROCESSES",
-)
-UNSUPERVISED = "unsupervised"  # a file in the folder of a launch that no supervisor planned
+LISTEN = 2.5  # seconds in one phase, after which the others are listened to: most steps are shorter
+GRACE = 3.0  # seconds that others have to publish their exit reports
+PUBLISH = 2.0  # seconds that a board has to take an exit report
+ROUND = 4  # heartbeats between two looks for stragglers
 
 
 class Watch:
-    """A context around everything that a process of a run does; an error that leaves it is the process's last word.
+    """A context around everything that a process of a run does; an error inside is reported.
 
-    `step` and `own_seconds` are what the loop last said. Inside a group of processes, or under a
-    supervisor, a standstill ends the process with exit code 76; alone it is reported on stderr and
-    nothing is ended, since nobody would start it again.
+    The loop sets `step` and `own_seconds` (a step's median time outside of what it does together
+    with others). Inside a group of processes, or under a supervisor, a hang ends the process with
+    exit code 76. Alone it is only reported on stderr, since nobody would start the run again.
     """
 
     def __init__(self, config: ResilienceConfig, clock: Clock, attempts: Path) -> None:
         self.step = 0
         self.own_seconds: float | None = None
-        self.host = os.environ.get(HOST_VARIABLE) or socket.gethostname()
-        self._config, self._clock, self._attempts = config, clock, attempts
-        self._supervised = FOLDER_VARIABLE in os.environ
-        self._process, self._processes = int(os.environ.get("JAX_PROCESS_ID", 0)), 1
-        self._folder: Folder | None = None
-        self._service: Service | None = None
-        self._beat = 0
-        self._heard: dict[
-            int, tuple[int, float]
-        ] = {}  # process -> its newest beat, when that was first seen
-        self._listened = 0.0
-        self._words: dict[int, Report] = {}
-        self._closed = threading.Event()
-        self._leaving = threading.Lock()
-        self._locks = {Folder: threading.Lock(), Service: threading.Lock()}
-        self._stacks: Any = None
-        self._warned: tuple[str, int] | None = None
-        self.on_straggler: Callable[..., None] = lambda **_: (
-            None
-        )  # on process 0, from a side thread
-        self._stragglers = Stragglers()
+        self._clock, self._limits = clock, PhaseLimits(config, clock)
+        self._launches, self._placement = Launches(attempts), Placement.from_environment()
+        self._peers = Peers(config.silence_seconds)
+        self._channels: list[Channel] = []
+        self._found: queue.SimpleQueue[StragglerFound] = queue.SimpleQueue()
+        self._closed, self._leaving = threading.Event(), threading.Lock()
+        self._stacks: TextIO | None = None
 
     def __enter__(self) -> "Watch":
-        if self._supervised:
-            self._open(Path(os.environ[FOLDER_VARIABLE]))
-        self._start(self._watchdog)
+        # Under a supervisor before jax starts: an exception in the start is reported too.
+        if self._placement.folder is not None:
+            self._open(self._placement.folder)
+        _start(self._watchdog)
         return self
 
     def join(self) -> None:
-        """The other processes are there (or there are none): from now on listen to them."""
+        """Watch the others too, once jax has connected them (or there are none)."""
         import jax
 
-        self._process, self._processes = jax.process_index(), jax.process_count()
-        self._service = service()
-        if self._service is not None:
-            self._start(self._publish_on, self._service)
-        if self._folder is None:
-            self._open(Path(agree("attempt", lambda: str(_next_attempt(self._attempts)))))
+        self._placement = dataclasses.replace(
+            self._placement, process=jax.process_index(), processes=jax.process_count()
+        )
+        if (service := report_service()) is not None:
+            self._open_channel(service)
+        if self._placement.folder is None:
+            number = agree("launch", lambda: self._launches.begin_unsupervised().number)
+            self._placement = dataclasses.replace(self._placement, folder=self._launches[number])
+            self._open(self._launches[number])
 
     @property
-    def _alone(self) -> bool:
-        return self._processes == 1 and not self._supervised
+    def host(self) -> str:
+        """The name of this process's host."""
+        return self._placement.host
 
     @property
-    def attempt(self) -> Path:
-        """The folder of this launch's reports."""
-        assert self._folder is not None, "join() comes first"
-        return self._folder.path
+    def launch(self) -> int:
+        """The number of this launch, from 1 (`attempt` in events)."""
+        assert self._placement.folder is not None, "join() comes first"
+        return self._placement.folder.number
 
-    def _open(self, path: Path) -> None:
-        self._folder = Folder(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if not self._alone:
-            self._stacks = open(path / f"stacks-{self._process}.txt", "w")  # noqa: SIM115
-            faulthandler.enable(self._stacks)  # jax aborts a process whose coordinator is gone
-        self._start(self._publish_on, self._folder)
+    def stragglers(self) -> list[StragglerFound]:
+        """Slow processes found since the last call; on process 0 only."""
+        found = []
+        while not self._found.empty():
+            found.append(self._found.get())
+        return found
 
-    def _start(self, target: Any, *arguments: Any) -> None:
-        threading.Thread(target=target, args=arguments, daemon=True, name=target.__name__).start()
-
-    def report(self, **word: Any) -> Report:
-        """This process now."""
+    def report(self, **leaving: Any) -> Report:
+        """This process now; `leaving` are the fields of an exit report."""
         phase, age = self._clock.now
         return Report(
-            self._process,
-            self.host,
-            os.getpid(),
-            self._beat,
-            time.time(),
-            self.step,
-            phase,
-            round(age, 3),
-            self.own_seconds,
-            {name: round(seconds, 3) for name, seconds in self._clock.totals().items()},
-            **word,
+            process=self._placement.process,
+            host=self.host,
+            pid=os.getpid(),
+            # Seconds, not a count: two threads publish, and both boards must show the same.
+            beat=int(time.monotonic() / BEAT),
+            time=time.time(),
+            step=self.step,
+            phase=phase,
+            age=round(age, 3),
+            own_seconds=self.own_seconds,
+            seconds={name: round(spent, 3) for name, spent in self._clock.totals().items()},
+            **leaving,
         )
 
-    def _publish_on(self, board: Folder | Service) -> None:
-        first = board is self._folder or self._folder is None
-        while not self._closed.wait(BEAT):
-            self._beat += first
+    def _open(self, folder: LaunchFolder) -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not self._placement.alone:
+            file = folder.path / f"stacks-{self._placement.process}.txt"
+            self._stacks = open(file, "w")  # noqa: SIM115 (closed in __exit__)
+            # For jax's abort, which it answers the loss of its coordination service with.
+            faulthandler.enable(self._stacks)
+        self._open_channel(folder)
+
+    def _open_channel(self, board: Board) -> None:
+        channel = Channel(board)
+        self._channels.append(channel)
+        _start(lambda: self._publish_on(channel), name=f"heartbeats on {type(board).__name__}")
+
+    def _publish_on(self, channel: Channel) -> None:
+        stragglers = Stragglers()
+        for beat in itertools.count(1):
+            if self._closed.wait(BEAT):
+                return
             try:
-                self._publish(board, self.report())
+                channel.publish(self.report())
+                process, processes = self._placement.process, self._placement.processes
                 if self._clock.now[1] > LISTEN:
-                    self._listen(board.read())
-                elif (
-                    first and self._process == 0 and self._processes > 1 and self._beat % ROUND == 0
-                ):
-                    self._look_for_stragglers(board.read())
-            except (
-                Exception
-            ) as error:  # a board that fails for now is one that the others do not hear from either
-                say(f"heartbeat: {type(board).__name__.lower()}: {error}")
+                    self._peers.hear(channel.board.reports(), own=process)
+                elif process == 0 and processes > 1 and beat % ROUND == 0:
+                    self._look_for_stragglers(stragglers, channel.board)
+            except Exception as error:
+                # A board that fails now may work again; the others do not hear this process on it.
+                say(f"heartbeat not published in {type(channel.board).__name__}: {error}")
                 self._closed.wait(5 * BEAT)
 
-    def _look_for_stragglers(self, reports: dict[int, Report]) -> None:
-        own = {
-            process: report.own_seconds
-            for process, report in reports.items()
-            if report.own_seconds is not None
-        }
-        for found in self._stragglers.look(own):
-            self.on_straggler(host=reports[found.process].host, **dataclasses.asdict(found))
-
-    def _publish(self, board: Folder | Service, report: Report) -> None:
-        with self._locks[type(board)]:  # so that no heartbeat comes after the last word
-            if report.cause is not None or not self._closed.is_set():
-                board.publish(report)
-
-    def _listen(self, reports: dict[int, Report]) -> None:
-        now = time.monotonic()
-        late = (
-            now - self._listened - 2 * BEAT
-        )  # what passed while this process did not listen says nothing about the others
-        if late > 0:
-            self._heard = {
-                process: (beat, since + late) for process, (beat, since) in self._heard.items()
-            }
-        self._listened = now
-        for process, report in reports.items():
-            if process == self._process:
-                continue
-            if process not in self._heard or self._heard[process][0] < report.beat:
-                self._heard[process] = (report.beat, now)
-            if report.cause is not None:
-                self._words[process] = report
+    def _look_for_stragglers(self, stragglers: Stragglers, board: Board) -> None:
+        # One board is enough, and the folder is always there.
+        if not isinstance(board, LaunchFolder):
+            return
+        reports = board.reports()
+        times = {p: r.own_seconds for p, r in reports.items() if r.own_seconds is not None}
+        for slow in stragglers.look(times):
+            host = reports[slow.process].host
+            fields = dataclasses.asdict(slow)
+            self._found.put(StragglerFound(step=self.step, host=host, **fields))
 
     def _watchdog(self) -> None:
+        warned: tuple[str, int] | None = None
+        supervisor = self._placement.supervisor
         while not self._closed.wait(BEAT / 2):
-            if self._supervised and os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):
-                os._exit(
-                    HANG
-                )  # its supervisor is gone, and others may have begun without this process
+            if supervisor is not None and os.getppid() != supervisor:
+                # The other hosts may have begun the next launch without this one.
+                os._exit(Cause.HANG.exit_code)
             phase, age = self._clock.now
-            limit = self._limit(phase)
-            if age > limit:
-                if not self._alone:
-                    self._leave(HUNG, f"{age:.0f} s in {phase}, over its limit of {limit:.0f} s")
-                elif self._warned != (phase, self.step):
-                    self._warned = (phase, self.step)
-                    say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):")
-                    faulthandler.dump_traceback(sys.stderr)
-            elif age > LISTEN and self._words:
-                self._leave(PEER, _first_line(next(iter(self._words.values())).error))
-            elif age > LISTEN and (silent := self._silent()):
-                self._leave(
-                    HUNG,
-                    f"process {', '.join(map(str, silent))} not heard for {self._config.silence_seconds:g} s",
-                )
+            limit = self._limits.seconds(phase)
+            if age > limit and not self._placement.alone:
+                self._leave(Cause.HANG, f"{age:.0f} s in {phase}; its limit is {limit:.0f} s")
+            elif age > limit and warned != (phase, self.step):
+                warned = (phase, self.step)
+                say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):")
+                faulthandler.dump_traceback(sys.stderr)
+            elif age > LISTEN and (lost := self._lost_peer()) is not None:
+                self._leave(*lost)
 
-    def _limit(self, phase: str) -> float:
-        """Seconds that a phase may last: its setting, or a multiple of its longest; the first of its kind as long as a start.
-
-        As long as a start, too, before the first step is done: who has its programs from a cache
-        waits for those who compile.
-        """
-        config = self._config
-        if phase not in LOOP or not {phase, WAIT} <= set(self._clock.longest):
-            return config.start_seconds
-        limit = config.hang_seconds * (10 if phase in (CHECKPOINT, EVALUATE) else 1)
-        return max(limit, PATIENCE * self._clock.longest[phase])
+    def _lost_peer(self) -> tuple[Cause, str] | None:
+        """Why this process waits in vain: a peer has left an exit report, or is silent."""
+        if self._peers.exit_reports:
+            first = next(iter(self._peers.exit_reports.values()))
+            return Cause.PEER, _first_line(first.error)
+        silent = self._silent()
+        if not silent:
+            return None
+        return Cause.HANG, f"heartbeat of process {', '.join(map(str, silent))} timed out"
 
     def _silent(self) -> tuple[int, ...]:
-        """Peers whose heartbeat stands still, once all have done a step: before, a long call may hold Python's lock."""
-        if WAIT not in self._clock.longest:
-            return ()
-        heard, listened = dict(self._heard), self._listened
-        return tuple(
-            p
-            for p, (_, since) in sorted(heard.items())
-            if listened - since > self._config.silence_seconds
-        )
+        # Not before the first step: tracing may hold Python's lock, and with it the heartbeat.
+        return self._peers.silent() if self._limits.has_stepped else ()
 
-    def _leave(self, cause: str, error: str) -> None:
-        """From the watchdog: say the last word, hear the others', leave."""
+    def _leave(self, cause: Cause, error: str) -> None:
+        """From the watchdog: publish the exit report, wait for the others', end the process."""
         with self._leaving:
             if self._closed.is_set():
                 return
-            word = self._say(cause, error)
-            words = self._hear_the_others()
-            at = f"at step {word.step} in {word.phase}; stacks: {self._stacks.name}"
-            say(f"\nprocess {self._process} on {self.host}: {cause}: {error}; {at}")
-            if not self._supervised and self._process == min(words):
-                say(f"verdict: {self._verdict(words)}")
-            if self._process == 0:
-                time.sleep(
-                    BEAT
-                )  # its coordination service ends with it, and jax aborts those that still use it
-            os._exit(HANG)
+            report = self._publish_exit_report(cause, error)
+            reports = self._wait_for_exit_reports()
+            process = self._placement.process
+            stacks = self._stacks.name if self._stacks is not None else "none"
+            at = f"at step {report.step} in {report.phase}; stacks: {stacks}"
+            say(f"\nprocess {process} on {self.host}: {cause}: {error}; {at}")
+            if self._placement.supervisor is None and process == min(reports):
+                say(f"verdict: {self._verdict(reports)}")
+            if process == 0:
+                # Its coordination service ends with it, and jax aborts those that still use it.
+                time.sleep(BEAT)
+            os._exit(Cause.HANG.exit_code)
 
-    def _verdict(self, words: dict[int, Report]) -> str:
-        reports = {**(self._folder.read() if self._folder else {}), **words}
-        hosts = {
-            process: reports[process].host if process in reports else "?"
-            for process in range(self._processes)
-        }
-        return str(blame(hosts, reports, {}))
+    def _verdict(self, exit_reports: dict[int, Report]) -> Verdict:
+        folder = self._placement.folder
+        reports = {**(folder.reports() if folder is not None else {}), **exit_reports}
+        processes = range(self._placement.processes)
+        hosts = {p: reports[p].host if p in reports else "?" for p in processes}
+        return attribute_fault(hosts, reports, {})
 
-    def _say(self, cause: str, error: str, named: tuple[int, ...] = ()) -> Report:
-        """Publish the last word; heartbeats end with it."""
+    def _publish_exit_report(self, cause: Cause, error: str, named: tuple[int, ...] = ()) -> Report:
+        """Publish the exit report on all boards; heartbeats end with it."""
         self._closed.set()
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks)
-        silent = self._silent()
-        word = self.report(
-            cause=cause, error=error[:2000], stack=_main_stack(), silent=silent, named=named
+        report = self.report(
+            cause=cause, error=error[:2000], stack=_main_stack(), silent=self._silent(), named=named
         )
-        self._words[self._process] = word
-        boards = [board for board in (self._folder, self._service) if board is not None]
-        threads = [
-            threading.Thread(target=_quietly, args=(self._publish, board, word), daemon=True)
-            for board in boards
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PUBLISH)
-        return word
+        self._peers.exit_reports[report.process] = report
+        call_within([lambda c=c: c.publish(report) for c in self._channels], PUBLISH)
+        return report
 
-    def _hear_the_others(self) -> dict[int, Report]:
-        """Last words of all processes that can still speak, or as many as come in time."""
+    def _wait_for_exit_reports(self) -> dict[int, Report]:
+        """Exit reports of all processes that can still write one, or as many as come in time."""
+        folder, own = self._placement.folder, self._placement.process
         deadline = time.monotonic() + GRACE
-        mute = set(self._words[self._process].silent)
+        found = self._peers.exit_reports
+        mute = set(found[own].silent)
 
         def listen() -> None:
-            assert self._folder is not None
-            mute.update(self._folder.ended())
-            self._listen(self._folder.read())
+            if folder is not None:
+                mute.update(folder.ended())
+                self._peers.hear(folder.reports(), own=own)
 
-        while (
-            len(self._words) + len(mute - set(self._words)) < self._processes
-            and time.monotonic() < deadline
-        ):
-            reader = threading.Thread(target=_quietly, args=(listen,), daemon=True)
-            reader.start()
-            reader.join(deadline - time.monotonic())
+        while len(set(found) | mute) < self._placement.processes and time.monotonic() < deadline:
+            call_within([listen], deadline - time.monotonic())
             time.sleep(0.1)
-        return dict(self._words)
+        return dict(found)
 
     def fail(self, error: BaseException) -> None:
-        """Say an error as this process's last word, at once: the others wait for it in a collective or a barrier."""
+        """Publish an error as the exit report, at once: the others wait for this process."""
         with self._leaving:
-            if self._alone or self._closed.is_set() or not isinstance(error, Exception):
+            if self._placement.alone or self._closed.is_set() or not isinstance(error, Exception):
                 return
-            self._say(
-                _cause(error), f"{type(error).__name__}: {error}", getattr(error, "processes", ())
-            )
-            if self._process == 0:
-                self._hear_the_others()  # the coordination service ends with this process
+            named = error.processes if isinstance(error, BadHost) else ()
+            text = f"{type(error).__name__}: {error}"
+            self._publish_exit_report(cause_among_peers(error), text, named)
+            if self._placement.process == 0:
+                # The coordination service ends with this process, and the others use it.
+                self._wait_for_exit_reports()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """End the watch. An error is the last word; raises PeerFailed in place of one that another process's failure caused."""
+        """End the watch. Raises PeerFailed in place of an error that another process caused."""
         if isinstance(error, Exception):
             self.fail(error)
         self._closed.set()
+        for channel in self._channels:
+            channel.seal()
         if self._stacks is not None:
             faulthandler.disable()
             self._stacks.close()
-        if (
-            isinstance(error, Exception)
-            and not self._alone
-            and _cause(error) == PEER
-            and not isinstance(error, PeerFailed)
-        ):
+        if isinstance(error, PeerFailed) or not isinstance(error, Exception):
+            return
+        if not self._placement.alone and cause_among_peers(error) == Cause.PEER:
             raise PeerFailed(f"another process failed: {_first_line(str(error))}") from error
 
 
-# What jax's errors say when a peer is gone, rather than something here being wrong: gloo, the
-# coordination service, NCCL.
-PEER_WORDS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "UNAVAILABLE",
-    "unhealthy",
-    "Gloo",
-    "DEADLINE_EXCEEDED",
-    "Barrier",
-    "CoordinationService",
-    "remote process exited",
-    "ncclRemoteError",
-    "ncclSystemError",
-    "heartbeat",
-)
-
-# XLA's errors begin with a status; they come as JaxRuntimeError, and where an array is fetched as
-# ValueError.
-_STATUS = re.compile(r"[A-Z_]+: ")
-
-
-def _cause(error: BaseException) -> str:
-    for kind, cause in (
-        (PeerFailed, PEER),
-        (ConfigError, CONFIGURATION),
-        (NumericsError, NUMERICS),
-        (BadHost, BAD_HOST),
-    ):
-        if isinstance(error, kind):
-            return cause
-    link: BaseException | None = error
-    while link is not None:
-        if _STATUS.match(str(link)) and any(words in str(link) for words in PEER_WORDS):
-            return PEER
-        link = link.__cause__ or link.__context__
-    return STORAGE if isinstance(error, SaveFailed) else EXCEPTION
+def _start(target: Callable[[], None], name: str | None = None) -> None:
+    threading.Thread(target=target, daemon=True, name=name or target.__name__).start()
 
 
 def _first_line(text: str | None) -> str:
     return (text or "").splitlines()[0][:300] if text else ""
-
-
-def _quietly(function: Any, *arguments: Any) -> None:
-    with contextlib.suppress(Exception):
-        function(*arguments)
 
 
 def _main_stack() -> tuple[str, ...]:
@@ -394,13 +292,3 @@ def _main_stack() -> tuple[str, ...]:
         names.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
         frame = frame.f_back
     return tuple(reversed(names[:24]))
-
-
-def _next_attempt(attempts: Path) -> Path:
-    numbers = [int(path.name) for path in attempts.glob("[0-9]*") if path.name.isdigit()]
-    path = attempts / str(max(numbers, default=0) + 1)
-    draft = path.with_name(f".{os.getpid()}")
-    draft.mkdir(parents=True, exist_ok=True)
-    (draft / UNSUPERVISED).touch()
-    draft.rename(path)
-    return path

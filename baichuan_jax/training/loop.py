@@ -29,12 +29,12 @@ from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.generate import Generator
 from baichuan_jax.hardware.devices import peak_flops, peak_memory_gib
 from baichuan_jax.model import abstract_model
+from baichuan_jax.resilience.causes import BadHost, NumericsError, SaveFailed
+from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import CHECKPOINT, DATA, DISPATCH, EVALUATE, WAIT, Clock
-from baichuan_jax.resilience.corruption import compare_digests
-from baichuan_jax.resilience.exits import BadHost, NumericsError, SaveFailed
-from baichuan_jax.resilience.goodput import history
+from baichuan_jax.resilience.coordination import agree
+from baichuan_jax.resilience.digests import compare_digests
 from baichuan_jax.resilience.guard import Rollback, Spikes, plan_rollback
-from baichuan_jax.resilience.reports import agree
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, Progress
 from baichuan_jax.runs.events import (
@@ -47,7 +47,6 @@ from baichuan_jax.runs.events import (
     Profiled,
     RolledBack,
     Started,
-    StragglerFound,
     UpdateSkipped,
     of_kind,
     parse_event,
@@ -97,7 +96,7 @@ class Trainer:
             writer,
             display,
             devices=steps.layout.mesh.size,
-            **history(run.events),
+            **dataclasses.asdict(fault_history(run.events)),
         )
         self.tracer = Tracer(config.profile, run.path / "profile", config.train.num_steps)
         self.state: TrainState = None  # type: ignore[assignment]  # from restore_or_start on
@@ -123,7 +122,6 @@ class Trainer:
         )
         self._own: deque[float] = deque(maxlen=OWN_STEPS)
         self._alone = 0.0
-        watch.on_straggler = self._tell_straggler
         self._batches = None
         self._mark = 0.0
 
@@ -153,7 +151,7 @@ class Trainer:
         reasons = {f"{operator}_reason": reason for operator, (_, reason) in kernels.items()}
         self.writer.event(
             Started(
-                attempt=int(self.watch.attempt.name),
+                attempt=self.watch.launch,
                 jax=jax.__version__,
                 device=mesh.devices.flat[0].device_kind,
                 devices=mesh.size,
@@ -339,6 +337,7 @@ class Trainer:
         now = time.perf_counter()
         figures = self.throughput.add(now - self._mark)
         self._note_own_time()
+        self._say_stragglers()
         self._mark = now
         loss = float(values["loss"])
         self.losses.append(loss)
@@ -367,13 +366,14 @@ class Trainer:
         if len(self._own) == OWN_STEPS:
             self.watch.own_seconds = statistics.median(self._own)
 
-    def _tell_straggler(self, **found: Any) -> None:
-        self.writer.event(StragglerFound(step=self.step, **found))
-        self.display.say(
-            f"process {found['process']} on {found['host']} is slow: {found['seconds']:.3f} s of its own a step, "
-            f"the median {found['median']:.3f} s",
-            style="yellow",
-        )
+    def _say_stragglers(self) -> None:
+        for found in self.watch.stragglers():
+            self.writer.event(found)
+            self.display.say(
+                f"process {found.process} on {found.host} is slow: {found.seconds:.3f} s of its "
+                f"own a step, the median {found.median:.3f} s",
+                style="yellow",
+            )
 
     def _guard(self, step: int, position: int, values: dict[str, Any]) -> None:
         """Count updates that were skipped; raise NumericsError after three in a row, and where process 0 saw a spike."""

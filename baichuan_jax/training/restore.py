@@ -7,8 +7,8 @@ from baichuan_jax.checkpoint.orbax import Checkpoints, RestoredState, load_param
 from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
 from baichuan_jax.hf.weights import import_params, read_config
 from baichuan_jax.model import Params
+from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.guard import Rollback
-from baichuan_jax.resilience.reports import agree
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import CheckpointCorrupt, Initialised, LocalCopyCorrupt, Restored
 from baichuan_jax.runs.metrics import Writer

@@ -1,4 +1,4 @@
-"""Spikes, rollbacks and the cadence of saves, without a model."""
+"""Spikes, rollbacks and the checkpoint interval, without a model."""
 
 import math
 
@@ -7,10 +7,22 @@ import pytest
 
 from baichuan_jax.resilience.checkpoint_interval import (
     DEVICE_SECONDS_PER_FAULT,
+    FaultHistory,
+    fault_history,
     seconds_between_saves,
     seconds_per_fault,
 )
 from baichuan_jax.resilience.guard import Spikes, plan_rollback
+from baichuan_jax.runs.events import (
+    Completed,
+    Corruption,
+    Event,
+    Interrupted,
+    NumericsFault,
+    Started,
+    WindowSkipped,
+    of_kind,
+)
 
 
 def curve(num_steps: int, seed: int = 0) -> list[float]:
@@ -35,16 +47,17 @@ def test_a_spike_is_named_with_its_limit_and_does_not_become_usual(values):
     for loss in curve(1200):
         spikes.check(loss=loss, grad_norm=float(rng.lognormal(0, 0.3)))
     steps = [spikes.check(**values) for _ in range(200)]
+    found = [step for step in steps if step is not None]
     first = 0 if values["loss"] > 2 else 2  # one large gradient, or two, are clipped and do no harm
     assert steps[:first] == [None] * first
-    assert all("deviations" in words for words, _ in steps[first:])
-    assert [count for _, count in steps[first:]] == list(range(first + 1, 201))
+    assert all("deviations" in spike.reason for spike in found)
+    assert [spike.steps for spike in found] == list(range(first + 1, 201))
     assert spikes.check(loss=2.0, grad_norm=1.0) is None
     assert Spikes(0.0, curve(1200)).check(**values) is None
 
 
 def test_large_gradients_apart_from_each_other_are_no_spike():
-    """Seen in the first minutes of a small model: norms of 0.5, and one of 4.6 with an ordinary loss."""
+    """As in the first minutes of a small model: norms of 0.5, one of 4.6, and ordinary losses."""
     spikes = Spikes(20.0, [])
     for step in range(1000):
         assert (
@@ -61,18 +74,17 @@ def test_too_few_steps_say_nothing():
     assert Spikes(20.0, curve(64)).check(loss=1e6, grad_norm=1.0) is not None
 
 
-def numerics(step: int, begin: int, end: int) -> dict:
-    return {"kind": "numerics", "step": step, "begin": begin, "end": end, "reason": "not finite"}
+def numerics(step: int, begin: int, end: int) -> Event:
+    return NumericsFault(step=step, begin=begin, end=end, reason="not finite")
 
 
 def test_the_first_time_replays_the_second_leaves_the_window_out_and_so_on_until_there_were_enough():
-    events = [numerics(10, 12, 15)]
+    events: list[Event] = [numerics(10, 12, 15)]
     plan = plan_rollback(events, [], 2)
     assert (plan.windows, plan.before, plan.back) == ((), 10, 0)
     events += plan.events
-    assert (
-        plan_rollback(events, [], 2).before is None
-    )  # answered: an ordinary restart changes nothing
+    # Answered: an ordinary restart changes nothing.
+    assert plan_rollback(events, [], 2).before is None
     events.append(numerics(10, 12, 15))
     plan = plan_rollback(events, [[3, 4]], 2)
     assert (plan.windows, plan.before, plan.back) == (((3, 4), (12, 15)), 10, 1)
@@ -83,9 +95,27 @@ def test_the_first_time_replays_the_second_leaves_the_window_out_and_so_on_until
         events.append(numerics(begin, begin, begin + 1))
         if begin == 20:
             events += plan_rollback(events, [], 2).events
-    assert [event["begin"] for event in events if event["kind"] == "window_skipped"] == [12, 20]
+    assert [event.begin for event in of_kind(events, WindowSkipped)] == [12, 20]
     with pytest.raises(RuntimeError, match="2 windows of data have been left out already"):
         plan_rollback(events, [], 2)
+
+
+def test_corruption_goes_back_to_before_its_step_and_skips_no_data():
+    events: list[Event] = [Corruption(step=7, reason="replicas differ")]
+    plan = plan_rollback(events, [[1, 2]], 0)
+    assert (plan.windows, plan.before, plan.back) == (((1, 2),), 7, 0)
+    assert plan_rollback([*events, *plan.events], [[1, 2]], 0).before is None
+
+
+def test_launches_that_did_not_end_as_they_should_are_faults():
+    def started(time: float) -> Event:
+        return Started(attempt=1, time=time)
+
+    assert fault_history([]) == FaultHistory(0, 0.0)
+    events = [started(10.0), started(20.0), Interrupted(step=1, position=1, time=30.0)]
+    assert fault_history(events) == FaultHistory(1, 20.0)
+    events += [started(40.0), Completed(step=2, time=50.0)]
+    assert fault_history(events) == FaultHistory(1, 40.0)
 
 
 def test_young_and_daly():
@@ -95,9 +125,8 @@ def test_young_and_daly():
     assert seconds_between_saves(3.0, 20.0, mean) == pytest.approx(
         math.sqrt(6 * 50.7 * 3600), rel=1e-6
     )
-    assert (
-        seconds_between_saves(30.0, 20.0, 60.0) == 3000.0
-    )  # never more than a hundredth of the time
+    # Never more than a hundredth of the time.
+    assert seconds_between_saves(30.0, 20.0, 60.0) == 3000.0
     assert seconds_between_saves(0.01, 90.0, 60.0) == 135.0  # saves do not overlap
     assert seconds_per_fault(1000, 36_000.0, 9) == pytest.approx((50.7 * 3600 + 36_000) / 10)
 

@@ -1,0 +1,133 @@
+"""Why a process or a launch ends: the one vocabulary for faults, and the exceptions that mean them.
+
+A `Cause` says with which code a command exits, whether a restart may help, and what happened. A
+training process takes its cause from the exception that ends it (`cause_of`); attribution.py adds
+the causes that only others can see: a process that was killed, or whose heartbeat timed out. The
+tables of exit codes in `launch --help`, both READMEs and docs/operations.md show `exit_code_table`
+(tests/resilience/test_causes.py compares them).
+"""
+
+import enum
+import itertools
+import re
+
+from baichuan_jax.config.schema import ConfigError
+
+
+class Cause(enum.StrEnum):
+    """Why something ended. The value is the word in reports, verdicts and events.
+
+    Codes from 70 to 78 have their meaning from sysexits.h where it has a fitting one: 70 internal
+    error, 74 input/output, 75 try again later, 78 configuration. 130 is a shell's code for SIGINT.
+    """
+
+    exit_code: int
+    restart: bool
+    meaning: str
+
+    COMPLETED = "completed", 0, False, "complete"
+    EXCEPTION = "exception", 70, False, "an error of the program, or of one host alone"
+    STORAGE = "storage", 74, True, "a checkpoint cannot be written; make room"
+    PREEMPTED = "preempted", 75, True, "asked to stop (Ctrl-C, SIGTERM), and saved"
+    HANG = "hang", 76, True, "a phase took longer than its limit"
+    SILENT = "silent", 76, True, "a heartbeat timed out"
+    KILLED = "killed", 76, True, "a signal ended a process"
+    PEER = "peer", 76, True, "another process failed"
+    UNKNOWN = "unknown", 76, True, "the reason is unknown"
+    NUMERICS = "numerics", 77, True, "values not finite, or a spike; the next launch rolls back"
+    CONFIGURATION = "configuration", 78, False, "a setting or an input is wrong"
+    BAD_HOST = "bad host", 79, True, "a check found a bad host, or too few hosts came"
+    INTERRUPTED = "interrupted", 130, False, "a second Ctrl-C; not saved"
+
+    def __new__(cls, word: str, exit_code: int, restart: bool, meaning: str) -> "Cause":
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.exit_code, member.restart, member.meaning = exit_code, restart, meaning
+        return member
+
+
+def exit_code_table() -> list[tuple[str, str, str, str]]:
+    """Rows of exit code, its causes, whether a restart may help (yes, no), meaning."""
+    rows = []
+    for code, group in itertools.groupby(Cause, lambda cause: cause.exit_code):
+        causes = list(group)
+        # Causes that share a code share what follows: a supervisor has only the code to act on.
+        restart = "yes" if causes[0].restart else "no"
+        meaning = "; ".join(cause.meaning for cause in causes)
+        rows.append((str(code), ", ".join(causes), restart, meaning))
+    return rows
+
+
+class NumericsError(RuntimeError):
+    """Losses or gradients that are not finite, or a spike: the run must go back to a checkpoint."""
+
+
+class PeerFailed(RuntimeError):
+    """Another process of the run failed, and this one with it."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: a full disk, a lost file system."""
+
+
+class BadHost(RuntimeError):
+    """A check found that `processes` compute or communicate wrongly."""
+
+    def __init__(self, message: str, processes: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.processes = processes
+
+
+EXCEPTIONS: dict[type[BaseException], Cause] = {
+    ConfigError: Cause.CONFIGURATION,
+    NumericsError: Cause.NUMERICS,
+    PeerFailed: Cause.PEER,
+    BadHost: Cause.BAD_HOST,
+    SaveFailed: Cause.STORAGE,
+}
+
+
+def cause_of(error: BaseException) -> Cause:
+    """The cause that an exception means by its type."""
+    return next(
+        (cause for kind, cause in EXCEPTIONS.items() if isinstance(error, kind)), Cause.EXCEPTION
+    )
+
+
+# XLA's errors begin with a status. They come as JaxRuntimeError, but as ValueError where an array
+# is fetched, so the type does not tell them apart from the program's own.
+_STATUS = re.compile(r"[A-Z_]+: ")
+
+# What such an error says when a peer is lost, rather than something here being wrong: gloo, the
+# coordination service, NCCL.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "UNAVAILABLE",
+    "unhealthy",
+    "Gloo",
+    "DEADLINE_EXCEEDED",
+    "Barrier",
+    "CoordinationService",
+    "remote process exited",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "heartbeat",
+)
+
+
+def cause_among_peers(error: BaseException) -> Cause:
+    """The cause in a run of several processes, where an error may be another process's failure."""
+    cause = cause_of(error)
+    # A failed save too: when a peer is lost, Orbax's barrier fails and the save with it.
+    if cause not in (Cause.EXCEPTION, Cause.STORAGE):
+        return cause
+    link: BaseException | None = error
+    while link is not None:
+        text = str(link)
+        if _STATUS.match(text) and any(words in text for words in _LOST_PEER):
+            return Cause.PEER
+        link = link.__cause__ or link.__context__
+    return cause

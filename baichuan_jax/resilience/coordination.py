@@ -1,0 +1,90 @@
+"""Small values that processes of a run exchange through jax's coordination service.
+
+The service is a key-value store in process 0. It works before any device does and needs no
+collective, but it ends with process 0, and a call blocks for as long as process 0 does not answer.
+Its client is private API of jax; only this file uses it.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from baichuan_jax.resilience.launch_files import Report
+
+TIMEOUT_SECONDS = 300.0  # hosts may begin this far apart: imports and a cold file system
+
+
+class ReportService:
+    """Reports of processes as keys of the service."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def publish(self, report: Report) -> None:
+        """Replace the report of its process."""
+        key = f"report/{report.process}"
+        self._client.key_value_set(key, report.to_json(), allow_overwrite=True)
+
+    def reports(self) -> dict[int, Report]:
+        """The newest report of every process that has one."""
+        texts = [text for _, text in self._client.key_value_dir_get("report/")]
+        found = [Report.from_json(json.loads(text)) for text in texts]
+        return {report.process: report for report in found}
+
+
+def report_service() -> ReportService | None:
+    """The service of a run of several processes; None in a run of one."""
+    client = _client()
+    return None if client is None else ReportService(client)
+
+
+def agree(name: str, choose: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
+    """What process 0 chooses (anything JSON can hold), on all processes.
+
+    Every process must call this with the same name, once. `choose` runs on process 0 only.
+    """
+    client = _client()
+    if client is None:
+        return choose()
+    if _process_id() != 0:
+        return json.loads(client.blocking_key_value_get(f"agreed/{name}", int(1000 * seconds)))
+    value = choose()
+    client.key_value_set(f"agreed/{name}", json.dumps(value))
+    return value
+
+
+def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]:
+    """Every process's value (anything JSON can hold), in the order of the processes.
+
+    Every process must call this with the same name, once.
+    """
+    client = _client()
+    if client is None:
+        return [json.loads(json.dumps(value))]
+    # Six digits, so that the order of the keys is that of the processes.
+    client.key_value_set(f"gathered/{name}/{_process_id():06}", json.dumps(value))
+    client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
+    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
+
+
+def coordinator_address() -> str | None:
+    """Where process 0's service is reached; None in a run of one process."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
+
+
+def _client() -> Any:
+    # A process that has not imported jax is in no group; importing it here would cost a second.
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _process_id() -> int:
+    from jax._src import distributed
+
+    return distributed.global_state.process_id

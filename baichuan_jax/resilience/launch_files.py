@@ -1,0 +1,335 @@
+"""The files of a launch, as typed records: all that supervisors and processes know of each other.
+
+They lie in `attempts/` of the run's folder, on storage that all hosts share. A launch is one start
+of all processes of a run; folder and events call it an attempt, as runs made long ago do.
+
+    attempts/hosts/HOST.json       HostHeartbeat  a supervisor lives; where its host is reached
+    attempts/N/plan.json           LaunchPlan     hosts and processes of the N-th launch
+    attempts/N/coordinator.json    Coordinator    where process 0 listens
+    attempts/N/process-P.json      Report         a process's newest heartbeat, or its exit report
+    attempts/N/ended-HOST.json     HostEnd        how a host's processes ended
+    attempts/N/verdict.json        VerdictRecord  what the launch ended from, and what follows
+    attempts/N/unsupervised        (empty)        no supervisor planned this launch
+    attempts/N/log-P.txt, stacks-P.txt            output and stacks of a process
+
+Files appear whole, by a rename. Plan and verdict are written once, by whichever host is first
+(`claim`), and never again: so all hosts agree without a leader. Everything else has one writer.
+"""
+
+import dataclasses
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.runs.files import write_atomically
+
+UNSUPERVISED = "unsupervised"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A record that a JSON file holds; `name` is the file's, in front of whom it is about."""
+
+    name: ClassVar[str] = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """An unknown field is dropped, and a missing one has its default: versions may differ."""
+        known = {field.name for field in dataclasses.fields(cls)} & set(content)
+        values = {name: content[name] for name in known}
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+
+@dataclasses.dataclass(frozen=True)
+class HostHeartbeat(_Record):
+    """A supervisor's heartbeat: `beat` counts them since its process `pid` began."""
+
+    address: str = ""
+    pid: int = 0
+    beat: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan(_Record):
+    """The hosts of a launch in the order of their processes, and the processes on each."""
+
+    name: ClassVar[str] = "plan"
+    hosts: tuple[str, ...]
+    processes: int
+
+    @property
+    def host_of(self) -> dict[int, str]:
+        """Process -> host."""
+        every = [host for host in self.hosts for _ in range(self.processes)]
+        return dict(enumerate(every))
+
+    def processes_of(self, host: str) -> range:
+        """The processes of one host."""
+        first = self.hosts.index(host) * self.processes
+        return range(first, first + self.processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinator(_Record):
+    """host:port of process 0's coordination service."""
+
+    name: ClassVar[str] = "coordinator"
+    address: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(_Record):
+    """One process at one moment: a heartbeat while it works, an exit report once it must leave.
+
+    `beat` grows with every heartbeat; `age` is the seconds spent in `phase`; `seconds` its time by
+    phase; `own_seconds` a step's median time outside of what it does together with others. Only an
+    exit report has a `cause`, the text of its `error`, `stack` (the main thread's functions,
+    innermost last), `silent` (processes whose heartbeat timed out) and `named` (processes that a
+    check found bad).
+    """
+
+    name: ClassVar[str] = "process"
+    process: int
+    host: str
+    pid: int = 0
+    beat: int = 0
+    time: float = 0.0
+    step: int = 0
+    phase: str = "start"
+    age: float = 0.0
+    own_seconds: float | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    cause: Cause | None = None
+    error: str | None = None
+    stack: tuple[str, ...] = ()
+    silent: tuple[int, ...] = ()
+    named: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        cause = content.get("cause")
+        return super().from_json({**content, "cause": None if cause is None else Cause(cause)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessEnd(_Record):
+    """How a process ended: its exit code, negative for a signal, and when.
+
+    `stopped`: its supervisor killed it, so the code says nothing.
+    """
+
+    code: int
+    stopped: bool = False
+    time: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HostEnd(_Record):
+    """How the processes of a host ended; empty where its supervisor was lost with them.
+
+    `asked`: somebody asked its supervisor to stop.
+    """
+
+    name: ClassVar[str] = "ended"
+    asked: bool = False
+    exits: dict[int, ProcessEnd] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        exits = content["exits"].items()
+        return cls(content["asked"], {int(p): ProcessEnd.from_json(end) for p, end in exits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict(_Record):
+    """The cause of a launch's end and whom it is attributed to; see attribution.py.
+
+    `rule` is the rule that decided, `evidence` what it saw. `host` and `processes` are None and ()
+    where the fault cannot be attributed to one host.
+    """
+
+    cause: Cause
+    rule: str
+    evidence: str
+    host: str | None = None
+    processes: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        return super().from_json({**content, "cause": Cause(content["cause"])})
+
+    def __str__(self) -> str:
+        processes = ", ".join(map(str, self.processes))
+        who = (
+            "no host can be named"
+            if self.host is None
+            else f"host {self.host}, process {processes}"
+        )
+        return f"{self.cause}: {who} (rule: {self.rule}): {self.evidence}"
+
+
+@dataclasses.dataclass(frozen=True)
+class History(_Record):
+    """What the next plan must know of the launches before it.
+
+    `attributed`: host -> how often a fault was attributed to it; `hosts` of the newest launch;
+    `fruitless`: launches in a row that reached no checkpoint after step `checkpoint`.
+    """
+
+    attributed: dict[str, int] = dataclasses.field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
+    fruitless: int = 0
+    checkpoint: int | None = None
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        # Verdicts written before the field had its name call it "blames".
+        return super().from_json({"attributed": content.get("blames", {}), **content})
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictRecord(_Record):
+    """The verdict on a launch and what follows: restart, or stop with `code`, for `reason`.
+
+    `detected` is when the first sign of the fault came, `concluded` when the verdict was reached,
+    `checkpoint` the newest saved step, `lost` the hosts whose supervisors ended too.
+    """
+
+    name: ClassVar[str] = "verdict"
+    verdict: Verdict
+    restart: bool
+    code: int
+    reason: str
+    detected: float
+    concluded: float
+    checkpoint: int
+    lost: tuple[str, ...]
+    history: History
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        verdict = Verdict.from_json(content["verdict"])
+        history = History.from_json(content["history"])
+        return super().from_json({**content, "verdict": verdict, "history": history})
+
+
+Kind = TypeVar("Kind", bound=_Record)
+
+
+class LaunchFolder:
+    """The folder of one launch. A record about a host or a process is kept under its `key`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def number(self) -> int:
+        """The launch's number, from 1."""
+        return int(self.path.name)
+
+    @property
+    def supervised(self) -> bool:
+        return not (self.path / UNSUPERVISED).exists()
+
+    def read(self, kind: type[Kind], key: str | int | None = None) -> Kind | None:
+        """The record of this kind; None where there is none."""
+        return _read(self._file(kind, key), kind)
+
+    def write(self, record: _Record, key: str | int | None = None) -> None:
+        """Replace a record that this process alone writes."""
+        _replace(self._file(type(record), key), record)
+
+    def claim(self, record: _Record) -> bool:
+        """Write a record of which there is one; False where another process was first.
+
+        A hard link can be made only once, on any file system, NFS included; open(O_EXCL) would
+        leave an empty file where its writer is killed.
+        """
+        file = self._file(type(record), None)
+        draft = file.with_name(f".{record.name}-{uuid.uuid4().hex}.json")
+        write_atomically(draft, record.to_json().encode())
+        try:
+            os.link(draft, file)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+
+    def publish(self, report: Report) -> None:
+        """Replace the report of its process."""
+        self.write(report, report.process)
+
+    def reports(self) -> dict[int, Report]:
+        """The newest report of every process that has one."""
+        found = (_read(file, Report) for file in self.path.glob(f"{Report.name}-*.json"))
+        return {report.process: report for report in found if report is not None}
+
+    def ended(self) -> set[int]:
+        """Processes that have ended, as their supervisors have written."""
+        ends = (_read(file, HostEnd) for file in self.path.glob(f"{HostEnd.name}-*.json"))
+        return {process for end in ends if end is not None for process in end.exits}
+
+    def _file(self, kind: type[_Record], key: str | int | None) -> Path:
+        return self.path / (f"{kind.name}.json" if key is None else f"{kind.name}-{key}.json")
+
+
+class Launches:
+    """All launches of a run: the folder `attempts/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, number: int) -> LaunchFolder:
+        return LaunchFolder(self.path / str(number))
+
+    def numbers(self) -> list[int]:
+        """The numbers of the launches so far, in their order."""
+        found = self.path.glob("[0-9]*")
+        return sorted(int(path.name) for path in found if path.name.isdigit())
+
+    def latest(self) -> int:
+        """The number of the newest launch; 0 where there is none."""
+        return max(self.numbers(), default=0)
+
+    def begin_unsupervised(self) -> LaunchFolder:
+        """The folder of a new launch that no supervisor planned."""
+        path = self.path / str(self.latest() + 1)
+        # Renamed into place with its mark inside: a supervisor that looks must not join it.
+        draft = path.with_name(f".{os.getpid()}")
+        draft.mkdir(parents=True, exist_ok=True)
+        (draft / UNSUPERVISED).touch()
+        draft.rename(path)
+        return LaunchFolder(path)
+
+    def write_heartbeat(self, host: str, heartbeat: HostHeartbeat) -> None:
+        """Replace a host's heartbeat."""
+        _replace(self.path / "hosts" / f"{host}.json", heartbeat)
+
+    def read_heartbeats(self) -> dict[str, HostHeartbeat]:
+        """The newest heartbeat of every host."""
+        found = {f.stem: _read(f, HostHeartbeat) for f in (self.path / "hosts").glob("*.json")}
+        return {host: heartbeat for host, heartbeat in found.items() if heartbeat is not None}
+
+
+def _read(file: Path, kind: type[Kind]) -> Kind | None:
+    try:
+        return kind.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _replace(file: Path, record: _Record) -> None:
+    """Not synced to the disk: other hosts need it soon, and nobody needs it after a power cut."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Not .json: a glob must not find it.
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(record.to_json(), encoding="utf-8")
+    os.replace(draft, file)

@@ -1,0 +1,68 @@
+"""Where a training process belongs: its host, its number, its launch, its supervisor.
+
+A supervisor (launch.py) writes this into the environment of the processes that it starts, and a
+process reads it back. A process without a supervisor has the defaults, and asks jax for its number
+once the others are there.
+"""
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+from baichuan_jax.resilience.launch_files import LaunchFolder
+
+# "ATTEMPT" is the folder of the launch; see launch_files.py.
+FOLDER_VARIABLE = "BAICHUAN_JAX_ATTEMPT"
+HOST_VARIABLE = "BAICHUAN_JAX_HOST"
+SUPERVISOR_VARIABLE = "BAICHUAN_JAX_SUPERVISOR"
+FULL_VARIABLE = "BAICHUAN_JAX_FULL_PROCESSES"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Process `process` of `processes`, on `host`.
+
+    `folder` is its launch's folder and `supervisor` its supervisor's process id, both None where it
+    has none. `full_processes` are those of a launch on all wanted hosts: where fewer are left, the
+    batch is divided as if it ran on them.
+    """
+
+    host: str
+    process: int = 0
+    processes: int = 1
+    folder: LaunchFolder | None = None
+    supervisor: int | None = None
+    full_processes: int | None = None
+
+    @classmethod
+    def from_environment(cls) -> "Placement":
+        """This process's placement, as far as it is known before jax starts."""
+        variables = os.environ
+        folder, supervisor = variables.get(FOLDER_VARIABLE), variables.get(SUPERVISOR_VARIABLE)
+        full = variables.get(FULL_VARIABLE)
+        return cls(
+            host=variables.get(HOST_VARIABLE) or socket.gethostname(),
+            process=int(variables.get("JAX_PROCESS_ID", 0)),
+            folder=None if folder is None else LaunchFolder(Path(folder)),
+            supervisor=None if supervisor is None else int(supervisor),
+            full_processes=None if full is None else int(full),
+        )
+
+    def to_environment(self, coordinator: str) -> dict[str, str]:
+        """The variables of a process that a supervisor starts; `coordinator` is host:port."""
+        assert self.folder is not None
+        return {
+            FOLDER_VARIABLE: str(self.folder.path),
+            HOST_VARIABLE: self.host,
+            SUPERVISOR_VARIABLE: str(self.supervisor),
+            FULL_VARIABLE: str(self.full_processes),
+            "JAX_COORDINATOR_ADDRESS": coordinator,
+            "JAX_NUM_PROCESSES": str(self.processes),
+            "JAX_PROCESS_ID": str(self.process),
+        }
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else waits for this process, and nobody would start it again."""
+        return self.processes == 1 and self.supervisor is None
