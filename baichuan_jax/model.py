@@ -1,11 +1,16 @@
-"""The Baichuan-7B decoder in flax.nnx: LLaMA's design with packed Q, K and V.
+"""The Baichuan-7B decoder in flax.nnx: LLaMA's design with Q, K and V packed into one matrix.
 
-Follows modeling_baichuan.py of baichuan-inc/Baichuan-7B. The blocks' parameters are stacked along a
-leading axis of layers, and every parameter carries its logical axes as metadata (`axes`, see
-sharding.RULES); nothing else here knows of devices.
+Tokens [B, T] go in; states [B, T, D] after the final norm come out, and `head` turns them into
+logits. A block is pre-norm: RMSNorm (Zhang and Sennrich 2019), causal attention with rotary
+positions (RoPE, Su et al. 2021), a residual sum, RMSNorm, SwiGLU (Shazeer 2020), a residual sum.
+There are no biases and no dropout. It follows modeling_baichuan.py of baichuan-inc/Baichuan-7B.
+
+The parameters of all blocks are stacked along a leading axis, so that one compiled block is scanned
+over them. Parameters and activations carry the names of their logical axes ("embed", "heads", ...;
+see sharding.RULES). This file names no mesh and no device; on a single one the names do nothing.
 
 B batch, T query length, S key length, D hidden, F intermediate, N heads, H head size, V vocabulary,
-L layers.
+L layers, C the three of Q, K and V.
 """
 
 import functools
@@ -20,7 +25,7 @@ from baichuan_jax.config.schema import KernelsConfig, ModelConfig
 from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.attention.reference import masked_attention, prefix_attention
 from baichuan_jax.kernels.rms_norm.api import rms_norm
-from baichuan_jax.sharding import constrain, current_layout
+from baichuan_jax.sharding import constrain, is_split
 
 Params = dict[str, Any]
 
@@ -28,7 +33,10 @@ _AUTO = KernelsConfig()
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: `length` positions are filled, and `mask_BS` marks the real ones among them."""
+    """Keys and values of the tokens so far.
+
+    The first `length` of S positions are filled; `mask_BS` is False at padding among them.
+    """
 
     k_LBSNH: jax.Array
     v_LBSNH: jax.Array
@@ -36,48 +44,17 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def _matrix(
-    rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
-) -> nnx.Param:
-    return nnx.Param(
-        config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes
-    )
-
-
-def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
-
-
-def _project(x: jax.Array, weight: jax.Array, summed: int = 1) -> jax.Array:
-    """x [B, T, ...] times a weight over x's last `summed` dimensions and the weight's first ones.
-
-    Rows of B and T are merged where no mesh axis cuts the sequence, so that the weight's gradient
-    is one plain product: over two dimensions XLA's CPU backend copies both operands into another
-    order first (a third of the SwiGLU block's time).
-    """
-    layout = current_layout()
-    if layout is not None and layout.mesh.shape["context"] > 1:
-        return jnp.tensordot(x, weight, summed)
-    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    return jnp.tensordot(rows, weight, summed).reshape(*x.shape[:2], *weight.shape[summed:])
-
-
 class Block(nnx.Module):
-    """All blocks' parameters, stacked [L, ...]; called with those of one, it is one pre-norm block."""
+    """A pre-norm block; as Transformer.layers its parameters are those of all blocks [L, ...]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig) -> None:
         self.config, self.kernels = config, kernels
-        L, D, F, N, H = (
-            config.num_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.head_dim,
-        )
+        L, D, F = config.num_layers, config.hidden_size, config.intermediate_size
+        N, H = config.num_heads, config.head_dim
         matrix = functools.partial(_matrix, rngs, config)
         self.attention_norm = _scale((L, D), ("layers", "norm"))
-        # Heads apart from Q, K, V, so that a tensor axis cuts heads and never moves parts of Q to
-        # where K lies.
+        # Q, K and V have an axis of their own. Packed into one axis [D, 3 * N * H], as the original
+        # stores them, a split of that axis would put parts of Q where K belongs.
         self.w_pack = matrix((L, D, 3, N, H), ("layers", "embed", "qkv", "heads", "head_dim"))
         self.w_out = matrix((L, N, H, D), ("layers", "heads", "head_dim", "embed"))
         self.mlp_norm = _scale((L, D), ("layers", "norm"))
@@ -93,15 +70,25 @@ class Block(nnx.Module):
         cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
         prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """One block. `cache`: (k_BSNH, v_BSNH, mask_BTS, start); the new keys and values come back written at `start`.
+        """The residual stream after this block, and the cache's keys and values where there is one.
 
-        `prefix`: (k_SNH, v_SNH, mask_S) of tokens that come before every row.
+        cache: (k_BSNH, v_BSNH, mask_BTS, start); new keys and values are written at `start`.
+        prefix: (k_SNH, v_SNH, mask_S) of tokens that come before every row.
         """
-        dtype = x_BTD.dtype
         norm = functools.partial(
             rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
         )
-        y_BTD = norm(x_BTD, self.attention_norm[...])
+        attended_BTD, written = self._attend(
+            norm(x_BTD, self.attention_norm[...]), rope, segment_ids, cache, prefix
+        )
+        # One kernel adds the residual and norms the sum: it is read and written once.
+        y_BTD, x_BTD = norm(attended_BTD, self.mlp_norm[...], residual=x_BTD)
+        x_BTD = x_BTD + self._swiglu(y_BTD)
+        return constrain(x_BTD, "batch", "length", "hidden"), written
+
+    def _attend(self, y_BTD, rope, segment_ids, cache, prefix):
+        """Attention over these tokens alone, over the cache with them in it, or after a prefix."""
+        dtype = y_BTD.dtype
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
         q_BTNH, k_BTNH, v_BTNH = (
             constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3)
@@ -124,32 +111,32 @@ class Block(nnx.Module):
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
             out_BTNH = masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
-        out_BTD = constrain(
-            _project(out_BTNH, self.w_out[...].astype(dtype), summed=2), "batch", "length", "hidden"
-        )
+        out_BTD = _project(out_BTNH, self.w_out[...].astype(dtype), contracted=2)
+        return constrain(out_BTD, "batch", "length", "hidden"), written
 
-        y_BTD, x_BTD = norm(out_BTD, self.mlp_norm[...], residual=x_BTD)
-        gate_BTF = constrain(
-            _project(y_BTD, self.w_gate[...].astype(dtype)), "batch", "length", "mlp"
-        )
-        up_BTF = constrain(_project(y_BTD, self.w_up[...].astype(dtype)), "batch", "length", "mlp")
-        x_BTD = x_BTD + _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
-        return constrain(x_BTD, "batch", "length", "hidden"), written
+    def _swiglu(self, y_BTD: jax.Array) -> jax.Array:
+        """silu(y @ gate) * (y @ up) @ down."""
+        dtype = y_BTD.dtype
+        gate_BTF = _project(y_BTD, self.w_gate[...].astype(dtype))
+        gate_BTF = constrain(gate_BTF, "batch", "length", "mlp")
+        up_BTF = _project(y_BTD, self.w_up[...].astype(dtype))
+        up_BTF = constrain(up_BTF, "batch", "length", "mlp")
+        return _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
 
 
 class Transformer(nnx.Module):
-    """The whole model: embedding, blocks, final norm, untied head. Parameters float32, compute in config.dtype."""
+    """The whole model: embedding, blocks, final norm, untied head.
+
+    Parameters are float32. Activations and the weights of products are config.dtype.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kernels: KernelsConfig = _AUTO) -> None:
         self.config, self.kernels = config, kernels
-        self.embedding = _matrix(
-            rngs, config, (config.vocab_size, config.hidden_size), ("vocab", "embed")
-        )
+        V, D = config.vocab_size, config.hidden_size
+        self.embedding = _matrix(rngs, config, (V, D), ("vocab", "embed"))
         self.layers = Block(config, rngs, kernels)
-        self.final_norm = _scale((config.hidden_size,), ("norm",))
-        self.lm_head = _matrix(
-            rngs, config, (config.hidden_size, config.vocab_size), ("embed", "vocab")
-        )
+        self.final_norm = _scale((D,), ("norm",))
+        self.lm_head = _matrix(rngs, config, (D, V), ("embed", "vocab"))
 
     def hidden(
         self,
@@ -158,10 +145,10 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """States after the final norm [B, T, D].
+        """States [B, T, D] after the final norm; training and scoring call it.
 
-        segment_ids [B, T]: documents that do not see each other. positions [B, T]: for the rotary
-        embedding, by default from 0.
+        segment_ids [B, T]: tokens attend within equal ids only. positions [B, T]: of the rotary
+        embedding; by default 0, 1, ...
         """
         config = self.config
         rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
@@ -180,12 +167,12 @@ class Transformer(nnx.Module):
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """States [B, T, D] of tokens that follow those in the cache, and the cache with them in it."""
+        """States [B, T, D] of tokens that follow the cache's, and the cache with them in it."""
         T, S = tokens_BT.shape[1], cache.mask_BS.shape[1]
         rope = self._rope(positions)
-        mask_BTS = (jnp.arange(S) <= (cache.length + jnp.arange(T))[:, None]) & cache.mask_BS[
-            :, None, :
-        ]
+        # Causal by place in the cache, not by position: places count padding, positions do not.
+        causal_TS = jnp.arange(S) <= (cache.length + jnp.arange(T))[:, None]
+        mask_BTS = causal_TS & cache.mask_BS[:, None, :]
         graphdef, layers = nnx.split(self.layers)
 
         def body(x_BTD, xs):
@@ -200,11 +187,11 @@ class Transformer(nnx.Module):
         k_LBSNH, v_LBSNH = cast(tuple[jax.Array, jax.Array], written)
         return self._final_norm(x_BTD), Cache(k_LBSNH, v_LBSNH, cache.mask_BS, cache.length + T)
 
-    def after(self, tokens_BT: jax.Array, prefix: Cache) -> jax.Array:
-        """States [B, T, D] of rows that all come after the tokens in `prefix`, a cache of one row, which stays as it is.
+    def hidden_after(self, tokens_BT: jax.Array, prefix: Cache) -> jax.Array:
+        """States [B, T, D] of rows that each follow the same prefix, a cache of one row.
 
-        Its keys and values are read by all rows, not copied for each. Padding goes to the right,
-        where no real token sees it.
+        All rows read the prefix's keys and values; none copies them, and the prefix stays as it is.
+        Padding goes to the right, where no real token attends to it.
         """
         rope = self._rope(prefix.length + jnp.arange(tokens_BT.shape[1])[None])
         mask_S = prefix.mask_BS[0] & (jnp.arange(prefix.mask_BS.shape[1]) < prefix.length)
@@ -219,37 +206,16 @@ class Transformer(nnx.Module):
         )
         return self._final_norm(x_BTD)
 
-    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
-
-    def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        weight_D = self.final_norm[...]
-        return rms_norm(
-            x_BTD, weight_D, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
-        )
-
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        # Every device looks up its columns for the rows of its whole fsdp group, and one all-to-all
-        # turns columns into rows: a group moves the activations of its rows instead of the table.
-        # Looked up in float32, then cast: the gradient's scatter-add is float32 (in bfloat16 it is
-        # slow and inexact).
-        tokens_BT = constrain(tokens_BT, "group", "length")
-        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
-        if self.config.pad_token_id is not None:
-            padding = (tokens_BT == self.config.pad_token_id)[..., None]
-            x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
-        x_BTD = constrain(x_BTD.astype(self.config.dtype), "group", "length", "embed")
-        return constrain(x_BTD, "batch", "length", "hidden")
-
     def head(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] in float32."""
+        """Logits [B, T, V] in float32, whatever dtype the states have."""
         kernel_DV = self.lm_head[...].astype(hidden_BTD.dtype)
         return jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BT: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        """Logits [B, T, V] in float32. attention_mask [B, T]: 1 real, 0 padding (either side); padding rows' logits mean nothing.
+        """Logits [B, T, V] in float32. attention_mask [B, T]: 1 real, 0 padding, on either side.
 
-        Positions count real tokens only, as the original's generation does.
+        Positions count real tokens only, as in the original's generation. The logits at padding
+        mean nothing.
         """
         tokens_BT = jnp.asarray(tokens_BT)
         segment_ids = positions = None
@@ -259,22 +225,85 @@ class Transformer(nnx.Module):
         with matmul_precision(self.config):
             return self.head(self.hidden(tokens_BT, segment_ids=segment_ids, positions=positions))
 
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        # The table is split along `embed`. Each device looks up its columns for the rows of its
+        # whole group, and one all-to-all turns columns into rows. So a group exchanges the
+        # activations of its rows; gathering the table would move V rows instead.
+        tokens_BT = constrain(tokens_BT, "group", "length")
+        # Looked up in float32, then cast: so the gradient's scatter-add is float32 too. In bfloat16
+        # it is slow, and sums of a frequent token's gradients lose bits.
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
+        if self.config.pad_token_id is not None:
+            padding = (tokens_BT == self.config.pad_token_id)[..., None]
+            x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
+        x_BTD = constrain(x_BTD.astype(self.config.dtype), "group", "length", "embed")
+        return constrain(x_BTD, "batch", "length", "hidden")
+
+    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
+
+    def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        weight_D = self.final_norm[...]
+        return rms_norm(
+            x_BTD, weight_D, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
+        )
+
+
+def abstract_model(
+    config: ModelConfig, kernels: KernelsConfig = _AUTO
+) -> tuple[nnx.GraphDef, Params, dict]:
+    """The model without numbers: (graph definition, shapes, logical axes) as nested dicts."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), kernels))
+    graphdef, state = nnx.split(model)
+    axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
+    return graphdef, nnx.to_pure_dict(state), nnx.traversals.unflatten_mapping(axes)
+
+
+def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
+    """Fresh float32 parameters as a nested dict.
+
+    Under jit with out_shardings every device makes its own part, and none ever holds the whole.
+    """
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=seed)), nnx.Param))
+
+
+def init_cache(config: ModelConfig, mask_BS: jax.Array) -> Cache:
+    """An empty cache for mask_BS.shape[1] positions."""
+    B, S = mask_BS.shape
+    shape = (config.num_layers, B, S, config.num_heads, config.head_dim)
+    return Cache(
+        jnp.zeros(shape, config.dtype),
+        jnp.zeros(shape, config.dtype),
+        mask_BS.astype(bool),
+        jnp.int32(0),
+    )
+
 
 def positions_of(mask_BT: jax.Array) -> jax.Array:
-    """Positions that count real tokens only: [B, T] int32; padding before the first stands at 1, as in the original."""
+    """Positions [B, T] int32 that count real tokens only; padding has 1, as in the original."""
     positions_BT = jnp.cumsum(mask_BT.astype(jnp.int32), axis=1) - 1
     return jnp.where(mask_BT.astype(bool), positions_BT, 1)
 
 
 def matmul_precision(config: ModelConfig):
-    """While tracing: float32 products are float32 where the backend would round them (TF32 on GPUs, bfloat16 on TPUs)."""
+    """Context for tracing: float32 models multiply in float32.
+
+    By default a backend may round the operands of a float32 product: to TF32 on GPUs, to bfloat16
+    on TPUs.
+    """
     return jax.default_matmul_precision("float32" if config.dtype == "float32" else "default")
 
 
 def rope_tables(
     positions_BT: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H/2] in float32 of the rotary embedding (Su et al. 2021), at any position."""
+    """Cosines and sines [B, T, H/2] of the rotary embedding in float32, at any position.
+
+    Channel pair i turns by position * theta^(-2i/H). Computed from the positions, not looked up in
+    a table of fixed length, so that a text may be longer than the rows of training.
+    """
+    # float32 throughout, in the original's order of operations: another order differs in the last
+    # bit, and positions in the thousands make that visible.
     frequencies = np.float32(1) / np.float32(theta) ** (
         np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     )
@@ -283,19 +312,61 @@ def rope_tables(
 
 
 def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32, returned in x's dtype."""
+    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32.
+
+    The RoPE paper pairs (2i, 2i + 1). Weights trained with one pairing are useless with the other.
+    """
     cos, sin = (table[:, :, None, :] for table in rope)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
-def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
-    """Apply the blocks one after the other: no stack of saved activations is written, and the compiler sees all of them at once.
+def _matrix(
+    rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> nnx.Param:
+    value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes)
 
-    In the backward pass a block waits until the gradients of the third block after it are reduced.
-    Left free, XLA's scheduler puts every reduction behind the last block, where no compute hides
-    them.
+
+def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+def _project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+    """x [B, T, ...] times a weight, over x's last `contracted` axes and the weight's first ones."""
+    if is_split("length"):
+        return jnp.tensordot(x, weight, contracted)
+    # B and T are merged, so that the weight's gradient is one plain matrix product. Contracting two
+    # axes, XLA's CPU backend would first copy both operands into another order: a third of the
+    # SwiGLU's time. A split length cannot be merged with the batch without moving data.
+    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.tensordot(rows, weight, contracted).reshape(*x.shape[:2], *weight.shape[contracted:])
+
+
+def _remat(body, policy: str):
+    """The block with its rematerialisation policy: which values the backward pass recomputes."""
+    if policy == "none":
+        return body
+    saveable = {
+        # Products of activations and weights are kept. Products with batch dimensions (attention's
+        # scores) and elementwise values are recomputed: they cost much memory and little time.
+        "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # Only the block's input is kept: a second forward pass, a third more FLOPs.
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[policy]
+    # prevent_cse keeps XLA from merging the recomputation with the forward pass. Inside scan the
+    # two are in different loops anyway, and its barriers would only block fusions.
+    return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+
+
+def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
+    """Apply the blocks one after the other, where scan would loop over one of them.
+
+    No stack of saved activations is written, and XLA optimises across blocks; compilation takes
+    longer. In the backward pass a block waits until the gradients of the third block after it are
+    reduced. Left free, XLA's scheduler puts all reductions after the last block, where no compute
+    hides them.
     """
     variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     axes = [variable.get_metadata()["axes"][1:] for variable in variables]
@@ -311,7 +382,10 @@ def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
 def _reduced_first(
     x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]
 ) -> tuple[jax.Array, nnx.State]:
-    """Both as they are; backward, the gradient of x goes on only when the block's gradients lie as its parameters do."""
+    """The identity, whose backward pass holds x's gradient until the block's are reduced.
+
+    A gradient is reduced when it has its parameter's sharding; the barrier ties the two together.
+    """
 
     @jax.custom_vjp
     def identity(x_BTD, block):
@@ -325,41 +399,3 @@ def _reduced_first(
 
     identity.defvjp(lambda x_BTD, block: ((x_BTD, block), None), backward)
     return identity(x_BTD, block)
-
-
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    saveable = {
-        "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[policy]
-    # prevent_cse guards against a merge across the loop that scan itself prevents.
-    return jax.checkpoint(body, policy=saveable, prevent_cse=False)
-
-
-def abstract_model(
-    config: ModelConfig, kernels: KernelsConfig = _AUTO
-) -> tuple[nnx.GraphDef, Params, dict]:
-    """The model without its numbers: (graph definition, shapes, logical axes), the last two as nested dicts."""
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), kernels))
-    graphdef, state = nnx.split(model)
-    axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
-    return graphdef, nnx.to_pure_dict(state), nnx.traversals.unflatten_mapping(axes)
-
-
-def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
-    """Fresh parameters, float32, as a nested dict; run it under jit with shardings to create them where they belong."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=seed)), nnx.Param))
-
-
-def init_cache(config: ModelConfig, mask_BS: jax.Array) -> Cache:
-    """An empty cache for mask_BS.shape[1] positions."""
-    B, S = mask_BS.shape
-    shape = (config.num_layers, B, S, config.num_heads, config.head_dim)
-    return Cache(
-        jnp.zeros(shape, config.dtype),
-        jnp.zeros(shape, config.dtype),
-        mask_BS.astype(bool),
-        jnp.int32(0),
-    )

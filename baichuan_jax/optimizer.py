@@ -1,4 +1,11 @@
-"""The original's optimiser: AdamW with clipping at a global norm, linear warm-up and a cosine."""
+"""The original's optimiser: AdamW, clipping at a global norm, linear warm-up and a cosine decay.
+
+Gradients, AdamW's state and the parameters go in; a direction comes out, which the step subtracts
+times the learning rate. AdamW (Loshchilov and Hutter 2019) as torch computes it: the decay acts on
+the parameters and not on the moments, eps is added outside the square root, and both moments are
+corrected for their start at zero. So ten steps from the original's weights give the original's
+losses (tests/test_parity.py).
+"""
 
 from typing import Any
 
@@ -11,8 +18,13 @@ from baichuan_jax.model import Params
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> jax.Array:
-    """Of step 0, 1, ...: peak * (step + 1) / warmup_steps, then a cosine from the peak to its final ratio at num_steps."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then a cosine.
+
+    During the warm-up peak * (step + 1) / warmup_steps; then from the peak down to its final ratio
+    at num_steps.
+    """
     step = jnp.asarray(step, jnp.float32)
+    # step + 1: the first step has a rate above zero, or its gradients would be wasted.
     warmup = (step + 1) / max(config.warmup_steps, 1)
     progress = jnp.clip(
         (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1), 0.0, 1.0
@@ -23,10 +35,10 @@ def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> j
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW's direction, decay included, before the learning rate: update = -learning_rate * direction (torch's AdamW).
+    """AdamW's direction, weight decay included, before the learning rate.
 
-    `update(gradients, state, params, finite=...)` leaves the state as it is where `finite` is
-    false; the direction then means nothing.
+    The update is -learning_rate * direction, as torch's AdamW. `update(gradients, state, params,
+    finite=...)` leaves the state as it is where `finite` is false; its direction is then undefined.
     """
 
     def decayed(params: Params) -> Params:
@@ -40,11 +52,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """optax's, but the direction is computed from the moments as they are kept.
+    """optax.scale_by_adam, but with the direction computed from the moments that are kept.
 
-    From the new ones before that selection, XLA would compute them a second time beside the
-    parameters, from the old. So it copied both moments before it overwrote them, which took two
-    thirds of the optimiser's time on a CPU.
+    optax computes it from the new moments, before the selection by `finite`. XLA then computes the
+    new moments a second time beside the parameters, from the old ones, and so copies both before it
+    overwrites them: two thirds of the optimiser's time on a CPU.
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
 
@@ -66,7 +78,10 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def clip_by_global_norm(gradients: Params, clip_norm: float) -> tuple[Params, jax.Array]:
-    """Gradients scaled by min(1, clip_norm / (norm + 1e-6)), as torch's clip_grad_norm_, and the norm before it."""
+    """Gradients scaled by min(1, clip_norm / (norm + 1e-6)), and the norm before clipping.
+
+    As torch's clip_grad_norm_; optax's own clipping lacks the 1e-6.
+    """
     norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
     return jax.tree.map(lambda gradient: gradient * scale, gradients), norm

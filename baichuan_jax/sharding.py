@@ -1,13 +1,16 @@
-"""The device mesh and the one table that maps logical axes of arrays to it, and the start of several processes.
+"""The device mesh, and the one table that says which mesh axis splits which dimension of an array.
 
-Arrays carry logical axis names ("embed", "heads", ...); RULES says which mesh axis cuts each.
-`activate` makes a mesh current while a function is traced; without a current mesh `constrain` does
-nothing, so that a model runs on one device as it stands.
+Numeric code names the dimensions of its arrays by logical axes ("embed", "heads", "batch"). RULES
+maps each logical axis to the mesh axes that split it: `data` (replicas), `fsdp` (shards of
+parameters and optimiser state), `context` (pieces of a sequence), `tensor` (heads, hidden units,
+vocabulary). `Layout.spec` turns logical axes into a PartitionSpec; GSPMD inserts the collectives.
+
+`activate` makes a layout current while a function is traced. Without one, `constrain` does nothing,
+so the same model code runs on a single device. The scheme is t5x's and MaxText's logical axes
+(Roberts et al. 2022), reduced to one table.
 """
 
-import argparse
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,12 +21,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.config.schema import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
+from baichuan_jax.config.schema import MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # parameters
+    # Parameters. A matrix is split over fsdp along `embed` and over tensor along its other side.
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
@@ -32,10 +35,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "qkv": None,
     "head_dim": None,
     "norm": None,
-    # activations
-    "replica": "data",
+    # Activations. Rows of a batch are split over replicas and, within one, over fsdp.
     "micro_batch": None,
     "batch": ("data", "fsdp"),
+    # Rows of a batch where the devices along fsdp split another dimension of the same array.
     "group": ("data",),
     "length": "context",
     "hidden": None,
@@ -44,40 +47,45 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the mesh axes that cut the batch (fewer while gradients are taken per replica)."""
+    """A mesh and the mesh axes that split the batch.
+
+    They are fewer where a function is traced once for each replica: `vmap` then holds `data`.
+    """
 
     mesh: Mesh
     batch_axes: tuple[str, ...] = ("data", "fsdp")
 
     def spec(self, axes: Sequence[str | None]) -> P:
-        """The PartitionSpec of an array with these logical axes. Raises ValueError where two of them need one mesh axis."""
-        entries = [
-            self._batch(axis) if axis in ("batch", "group") else RULES[axis] if axis else None
-            for axis in axes
-        ]
-        used = [
-            name
-            for entry in entries
-            if entry
-            for name in ((entry,) if isinstance(entry, str) else entry)
-        ]
+        """The PartitionSpec of an array with these logical axes; None is a dimension never split.
+
+        Raises ValueError where two logical axes map to one mesh axis.
+        """
+        entries = [None if axis is None else self._mesh_axes(axis) for axis in axes]
+        groups = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+        used = [name for group in groups for name in group]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} map a mesh axis twice: {entries}")
         return P(*entries)
 
-    def _batch(self, axis: str) -> tuple[str, ...]:
-        """Mesh axes of a batch's rows; of "group", where all devices along fsdp hold the rows of all of them."""
-        return tuple(name for name in self.batch_axes if axis == "batch" or name != "fsdp")
+    def _mesh_axes(self, axis: str) -> str | tuple[str, ...] | None:
+        """What splits a logical axis; the batch is split by `batch_axes` alone."""
+        rule = RULES[axis]
+        if isinstance(rule, tuple):
+            return tuple(name for name in rule if name in self.batch_axes)
+        return rule
 
     def sharding(self, *axes: str | None) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(axes))
 
 
+# A context variable and not an argument, so that the model and the kernels need not pass a layout
+# through every call. jax traces a function in the thread that calls it, which sees its own value.
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 def current_layout() -> Layout | None:
-    """The layout that `activate` made current, or None: one device."""
+    """The layout that `activate` made current; None: a single device."""
     return _current.get()
 
 
@@ -92,98 +100,46 @@ def activate(layout: Layout | None) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fix how an activation with these logical axes lies on the current mesh."""
+    """Fix the sharding of an activation by its logical axes; without a current layout, return x."""
     layout = _current.get()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh (data, fsdp, context, tensor) with tensor varying fastest along each node's devices, then context, then fsdp.
+def is_split(axis: str) -> bool:
+    """Whether several devices of the current layout split this logical axis."""
+    layout = _current.get()
+    if layout is None:
+        return False
+    names = layout.spec((axis,))[0] or ()
+    group = (names,) if isinstance(names, str) else names
+    return any(layout.mesh.shape[name] > 1 for name in group)
 
-    So tensor, context and fsdp stay inside a node (NVLink) where they fit, and the data groups join
-    devices of equal local number, the "rails" of an InfiniBand cluster. On TPUs jax chooses the
-    order by the torus. Raises ConfigError where the sizes do not fit.
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh (data, fsdp, context, tensor); tensor varies fastest along a node's devices.
+
+    After it come context, then fsdp. So these three stay inside a node (NVLink) where they fit, and
+    the data groups join devices of equal local number, the "rails" of an InfiniBand cluster. On
+    TPUs jax chooses the order by the torus. Raises ConfigError where the sizes do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = config.resolve(len(devices)).shape
     types = (AxisType.Auto,) * len(AXES)  # GSPMD: make_mesh became Explicit by default in jax 0.9
     if devices[0].platform == "tpu":
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    # jax lists devices in no order that it promises; a node's process owns consecutive ids.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=types)
 
 
-def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
-    """--mesh.data, --mesh.fsdp, --mesh.context and --mesh.tensor, as `train` has them, for a command that uses argparse."""
-    group = parser.add_argument_group(
-        "mesh", "devices along each axis; one of them may be -1: all that are left"
-    )
-    for axis, size, what in zip(
-        AXES, default.shape, ("rows", "parameters", "sequence", "heads"), strict=True
-    ):
-        group.add_argument(
-            f"--mesh.{axis}", type=int, default=size, metavar="N", help=f"pieces of the {what}"
-        )
-
-
-def mesh_config(options: argparse.Namespace) -> MeshConfig:
-    """The mesh of parsed options."""
-    return MeshConfig(**{axis: getattr(options, f"mesh.{axis}") for axis in AXES})
-
-
 def crosses_nodes(mesh: Mesh) -> list[str]:
-    """Axes other than data whose groups hold devices of several processes: their collectives leave the node."""
+    """Axes other than data whose groups hold devices of several processes.
+
+    Their collectives leave the node. For data that is meant; for the others it is slow.
+    """
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     crossing = []
     for index, name in enumerate(AXES):
         if name != "data" and (processes.min(axis=index) != processes.max(axis=index)).any():
             crossing.append(name)
     return crossing
-
-
-SHUTDOWN_SECONDS = 30  # that a process waits at its end for the others; jax's own 300 would hide a fault for five minutes
-
-
-def initialize_processes(
-    config: DistributedConfig, resilience: ResilienceConfig | None = None
-) -> None:
-    """Join the run's other processes: from the settings, JAX_COORDINATOR_ADDRESS/JAX_NUM_PROCESSES/JAX_PROCESS_ID, or Slurm.
-
-    Does nothing for a single process. Raises ConfigError where only some of the three are given.
-    """
-    resilience = resilience or ResilienceConfig()
-    timeouts: Any = {
-        "heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds,
-        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
-    }
-    address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
-    number = _integer(config.process_id, "JAX_PROCESS_ID")
-    ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    local_ids = [int(i) for i in ids.split(",")] if ids else None
-    if address is not None and count is not None and number is not None:
-        if not 0 <= number < count:
-            raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
-        if count > 1:
-            jax.distributed.initialize(
-                address, count, number, local_device_ids=local_ids, **timeouts
-            )
-    elif not (address is None and count is None and number is None):
-        raise ConfigError(
-            f"several processes need all of distributed.coordinator_address={address}, num_processes={count} and "
-            f"process_id={number}, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        # One process a node under Slurm would see its first GPU only, unless told its devices.
-        jax.distributed.initialize(
-            cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
-        )
-
-
-def _integer(value: int | None, variable: str) -> int | None:
-    if value is not None or variable not in os.environ:
-        return value
-    try:
-        return int(os.environ[variable])
-    except ValueError:
-        raise ConfigError(f"{variable}={os.environ[variable]!r} must be a whole number") from None

@@ -1,4 +1,4 @@
-"""Where every parameter of the 7B model lies, how devices are ordered, and what several processes are told."""
+"""The sharding of every parameter of the 7B model, and the order of devices in a mesh."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import load_config
-from baichuan_jax.config.schema import ConfigError, DistributedConfig, MeshConfig, ResilienceConfig
+from baichuan_jax.config.schema import MeshConfig
 from baichuan_jax.model import abstract_model
 from baichuan_jax.sharding import (
     AXES,
@@ -19,7 +19,7 @@ from baichuan_jax.sharding import (
     activate,
     constrain,
     crosses_nodes,
-    initialize_processes,
+    is_split,
     make_mesh,
 )
 
@@ -94,6 +94,14 @@ def test_without_a_mesh_constrain_changes_nothing():
         )
 
 
+def test_an_axis_is_split_where_its_mesh_axes_have_several_devices():
+    assert not is_split("length")
+    with activate(Layout(AbstractMesh((2, 1, 2, 1), AXES))):
+        assert [axis for axis in RULES if is_split(axis)] == ["batch", "group", "length"]
+    with activate(Layout(AbstractMesh((2, 1, 1, 1), AXES), batch_axes=("fsdp",))):
+        assert not is_split("batch")  # the vmapped axis holds data
+
+
 def nodes(count: int, local: int) -> list[SimpleNamespace]:
     """Devices of several nodes, in the order in which jax might list them: any."""
     devices = [
@@ -119,64 +127,6 @@ def test_fsdp_groups_stay_in_a_node_and_data_groups_run_along_rails(monkeypatch)
     assert crosses_nodes(mesh) == []
     wide = make_mesh(MeshConfig(-1, 16, 1, 1), devices)
     assert crosses_nodes(wide) == ["fsdp"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "variables", "message"),
-    [
-        (DistributedConfig(num_processes=2), {}, "need all of"),
-        (DistributedConfig(), {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "need all of"),
-        (
-            DistributedConfig("localhost:1", 2, 2),
-            {},
-            r"process_id=2 must lie in \[0, num_processes=2\)",
-        ),
-        (DistributedConfig(), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
-    ],
-)
-def test_half_a_description_of_the_processes_is_refused(settings, variables, message, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        initialize_processes(settings, ResilienceConfig())
-
-
-@pytest.mark.parametrize(
-    ("settings", "variables", "wanted"),
-    [
-        (DistributedConfig(), {}, None),
-        (DistributedConfig("h:1", 1, 0), {}, None),
-        (DistributedConfig("h:1", 4, 3), {}, (("h:1", 4, 3), {"local_device_ids": None})),
-        (
-            DistributedConfig(),
-            {
-                "JAX_COORDINATOR_ADDRESS": "h:1",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": "1",
-                "JAX_LOCAL_DEVICE_IDS": "0,1,2",
-            },
-            (("h:1", 2, 1), {"local_device_ids": [0, 1, 2]}),
-        ),
-        (
-            DistributedConfig(),
-            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
-            ((), {"cluster_detection_method": "slurm", "local_device_ids": None}),
-        ),
-    ],
-    ids=["nothing", "one", "settings", "environment", "slurm"],
-)
-def test_processes_are_described_by_settings_environment_or_slurm(
-    settings, variables, wanted, monkeypatch
-):
-    calls = []
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *args, **words: calls.append((args, words))
-    )
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    initialize_processes(settings, ResilienceConfig())
-    timeouts = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
-    assert calls == ([] if wanted is None else [(wanted[0], wanted[1] | timeouts)])
 
 
 def test_a_real_mesh_has_the_axes_in_order():

@@ -1,11 +1,17 @@
-"""A Config from YAML files and command-line words, and back; misspelt settings are refused with the nearest right name."""
+"""Settings from YAML files and the command line, and back to YAML.
+
+Every command that takes settings builds its parser here (`make_parser`) and reads it here
+(`parse_config`, `parse_command`); a notebook calls `load_config`. Options on the command line
+override the files of --config, wherever --config stands. A misspelt name is refused with the
+nearest right one, in a file and on the command line.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.schema import Config, ConfigError, require
+from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
@@ -29,145 +35,83 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
 KEYS = _keys(Config)
 
 
-def _refuse_unknown(keys: list[str], known: list[str], source: str) -> None:
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)"
-            )
-
-
-def _file_keys(tree: Any, known: list[str], prefix: str = "") -> list[str]:
-    """Dotted names that a parsed YAML file sets, down to the settings' own values."""
-    keys = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        section = any(other.startswith(name + ".") for other in known)
-        if section and not isinstance(value, dict):
-            raise ConfigError(
-                f"{name} is a section of settings and was given {value!r}; write its settings below it"
-            )
-        keys += _file_keys(value, known, name + ".") if section else [name]
-    return keys
-
-
 def make_parser(
     prog: str, description: str, settings: type = Config
 ) -> jsonargparse.ArgumentParser:
-    """The command-line parser of every command whose settings are a dataclass: a whole Config, or another."""
+    """The parser of a command whose options are the fields of a dataclass: Config, or another."""
+    # Help texts are the docstrings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
+    # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, --train.num_step
+    # would pass for --train.num_steps today and be ambiguous after the next setting is added.
     parser = jsonargparse.ArgumentParser(
         prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file of settings, or a name (tiny); options after it override it.",
+        help="YAML file of settings, or a name (tiny); other options override it.",
     )
     parser.add_class_arguments(settings)
     return parser
 
 
 def parse_config(
-    parser: jsonargparse.ArgumentParser, words: list[str], settings: type = Config
+    parser: jsonargparse.ArgumentParser, argv: list[str], settings: type = Config
 ) -> Any:
-    """The settings that a parser of make_parser reads. Raises ConfigError; --help and --print_config print and leave."""
-    return parse_command(parser, words, settings=settings)[0]
+    """The settings that a parser of make_parser reads from argv. Raises ConfigError.
+
+    --help and --print_config print and exit.
+    """
+    return parse_command(parser, argv, settings=settings)[0]
 
 
 def parse_command(
     parser: jsonargparse.ArgumentParser,
-    words: list[str],
+    argv: list[str],
     own: Sequence[str] = (),
     settings: type = Config,
 ) -> tuple[Any, dict[str, Any]]:
-    """The settings and the command's own options, by name. Raises ConfigError; --help and --print_config print and leave.
+    """The settings and the command's own options by name, read from argv. Raises ConfigError.
 
-    `own`: options that the command added to the parser beside the settings.
+    `own`: options that the command added to the parser beside the settings. --help and
+    --print_config print and exit.
     """
     known = KEYS if settings is Config else _keys(settings)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(words)[0].config
-    if path is not None:
-        path, words = _find(path, words)
+    paths, options = _split_config(argv)
+    for path in paths:
         _check_file(path, known)
-    for word in words:
-        if match := re.match(r"--([^=]+)", word):
-            key = match[1].rstrip("+")
-            if key not in ("help", "config", "print_config", *own):
+    for option in options:
+        if match := re.match(r"--([^=]+)", option):
+            key = match[1].rstrip("+")  # --data.skip+ appends to a list
+            if key not in ("help", "print_config", *own):
                 _refuse_unknown([key], known, "command line")
     try:
-        namespace = parser.parse_args(words)
+        # The files first: jsonargparse lets a later argument win, and an option given by hand must.
+        namespace = parser.parse_args([*(f"--config={path}" for path in paths), *options])
         namespace.pop("config")
-        options = {name: namespace.pop(name) for name in own}
+        values = {name: namespace.pop(name) for name in own}
         for section in {name.split(".")[0] for name in own if "." in name}:
             namespace.pop(section, None)  # empty now
         config = settings(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if isinstance(config, Config) and config.run_dir is None:
-        config = dataclasses.replace(
-            config, run_dir=f"runs/{Path(path).stem if path else 'default'}"
-        )
-    return config, options
-
-
-def shipped() -> dict[str, Path]:
-    """The configurations that come with the program, by name."""
-    here = Path(__file__).parents[1]
-    folder = (
-        here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-    )  # installed; a checkout
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def _find(path: str, words: list[str]) -> tuple[str, list[str]]:
-    """A file of settings: a path, or the name alone (tiny) of one that comes with the program; and the words with its path."""
-    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
-        return path, words
-    known = shipped()
-    require(
-        path in known,
-        f"there is no configuration {path!r}; give a file, or one of these names: {', '.join(known)}",
-    )
-    found = str(known[path])
-    given = [f"--config={found}" if word == f"--config={path}" else word for word in words]
-    return found, [
-        found if place and words[place - 1] == "--config" else word
-        for place, word in enumerate(given)
-    ]
-
-
-def _check_file(path: str | os.PathLike, known: list[str]) -> None:
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(
-            f"there is no configuration file {str(path)!r} (working directory: {os.getcwd()}); those that come with the program are "
-            f"given by name: --config {' | '.join(shipped())}"
-        )
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
-    require(
-        isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}"
-    )
-    _refuse_unknown(_file_keys(tree, known), known, str(path))
+        name = Path(paths[-1]).stem if paths else "default"
+        config = dataclasses.replace(config, run_dir=f"runs/{name}")
+    return config, values
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file of settings, then overrides such as "train.num_steps=60". Raises ConfigError."""
-    words = []
+    """Read a YAML file, then overrides such as "train.num_steps=60". Raises ConfigError."""
+    argv = ["--config", os.fspath(path)]
     for override in overrides or []:
         require(
             "=" in override,
             f"override {override!r} must read name=value, such as train.num_steps=60",
         )
-        words.append("--" + override.removeprefix("--"))
-    return parse_config(make_parser("load_config", ""), ["--config", os.fspath(path), *words])
+        argv.append("--" + override.removeprefix("--"))
+    return parse_config(make_parser("load_config", ""), argv)
 
 
 def dump_config(config: Config) -> str:
@@ -179,3 +123,97 @@ def dump_config(config: Config) -> str:
         return value
 
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the program, by name."""
+    # An installed package holds them as baichuan_jax/configs; a checkout, beside baichuan_jax.
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
+    """Add --mesh.data, .fsdp, .context and .tensor to a command that has no other settings."""
+    group = parser.add_argument_group(
+        "mesh", "devices along each axis; one of them may be -1: all that are left"
+    )
+    split = ("rows", "parameters", "sequence", "heads")
+    for item, size, what in zip(fields(MeshConfig), default.shape, split, strict=True):
+        group.add_argument(
+            f"--mesh.{item.name}", type=int, default=size, metavar="N", help=f"pieces of the {what}"
+        )
+
+
+def mesh_config(options: argparse.Namespace) -> MeshConfig:
+    """The mesh of the options that add_mesh_options added."""
+    return MeshConfig(*(getattr(options, f"mesh.{item.name}") for item in fields(MeshConfig)))
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The files that --config names in argv, in order, and the other arguments."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    try:
+        found, options = finder.parse_known_args(argv)
+    except argparse.ArgumentError:
+        raise ConfigError("--config needs a file, or the name of a configuration (tiny)") from None
+    return [_find(path) for path in found.config], options
+
+
+def _find(path: str) -> str:
+    """A file of settings: the path itself, or that of a configuration given by name (tiny)."""
+    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
+        return path
+    known = shipped()
+    require(
+        path in known,
+        f"there is no configuration {path!r}; give a file, or one of these names: "
+        f"{', '.join(known)}",
+    )
+    return str(known[path])
+
+
+def _check_file(path: str, known: list[str]) -> None:
+    """Refuse a file that is missing, is no YAML or sets something that does not exist."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no configuration file {path!r} (working directory: {os.getcwd()}); those "
+            f"that come with the program are given by name: --config {' | '.join(shipped())}"
+        )
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    require(
+        isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}"
+    )
+    _refuse_unknown(list(_file_keys(tree, known)), known, path)
+
+
+def _file_keys(tree: Any, known: list[str], prefix: str = "") -> Iterator[str]:
+    """Dotted names that a parsed YAML file sets, down to the settings' own values."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        # A setting may hold a dict itself (data.train); only sections are walked into.
+        if not any(other.startswith(name + ".") for other in known):
+            yield name
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{name} is a section of settings and was given {value!r}; "
+                "write its settings below it"
+            )
+        yield from _file_keys(value, known, name + ".")
+
+
+def _refuse_unknown(keys: list[str], known: list[str], source: str) -> None:
+    for key in keys:
+        if key not in known:
+            # cutoff 0: the nearest name is always given, however far it is.
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{source}: there is no setting {key!r}; the nearest is {near!r} (--help lists all)"
+            )

@@ -447,8 +447,9 @@ class Config:
         if self.tokenizer.path is None:
             require(
                 self.tokenizer.vocab_size <= self.model.vocab_size,
-                f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's "
-                f"tokenizer.vocab_size={self.tokenizer.vocab_size}; raise the one or lower the other",
+                f"model.vocab_size={self.model.vocab_size} is smaller than "
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size}: the embedding needs a row for "
+                "each of the tokenizer's pieces; raise the one or lower the other",
             )
         if -1 not in self.mesh.shape:
             self.check_mesh(self.mesh)

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from baichuan_jax.data.rows import Rows
+from baichuan_jax.loss import IGNORE
 
-IGNORE = -100  # a label that the loss leaves out
 PREFETCHED = 8  # batches held ready
 THREADS = 4  # that read rows
 CLOSE_SECONDS = 5.0

@@ -185,7 +185,7 @@ class Scorer:
     ) -> tuple[jax.Array, jax.Array]:
         with self._traced(params) as model:
             hidden_BTD = (
-                model.hidden(tokens_BT) if prefix is None else model.after(tokens_BT, prefix)
+                model.hidden(tokens_BT) if prefix is None else model.hidden_after(tokens_BT, prefix)
             )
             hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
             logits_BV = model.head(hidden_BD)

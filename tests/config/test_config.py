@@ -8,14 +8,14 @@ from baichuan_jax.config.schema import Config, ConfigError, MeshConfig
 from baichuan_jax.model import abstract_model
 
 CONFIGS = sorted(
-    (Path(__file__).parents[1] / "configs").glob("*.yaml")
+    (Path(__file__).parents[2] / "configs").glob("*.yaml")
 )  # corpus.yaml: test_pipeline.py
 CONFIGS = [path for path in CONFIGS if path.stem != "corpus"]
-TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
+TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
 
-def parse(*words: str) -> Config:
-    return parse_config(make_parser("train", ""), list(words))
+def parse(*argv: str) -> Config:
+    return parse_config(make_parser("train", ""), list(argv))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -60,6 +60,32 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults():
     assert config.run_dir == "runs/tiny"
 
 
+def test_the_command_line_wins_wherever_config_stands(tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text("train: {num_steps: 50, seed: 7}\n")
+    for argv in (
+        ["--train.num_steps", "77", "--config", TINY],
+        ["--train.num_steps=77", f"--config={TINY}"],
+        ["--config", "tiny", "--train.num_steps", "77"],
+    ):
+        config = parse(*argv)
+        assert (config.train.num_steps, config.run_dir) == (77, "runs/tiny")
+    # Of several files the later one wins; it also names the run.
+    config = parse("--config", TINY, "--train.num_steps", "77", "--config", str(second))
+    assert (config.train.num_steps, config.train.seed) == (77, 7)
+    assert config.run_dir == "runs/second"
+    assert config.model == load_config(TINY).model
+
+
+def test_every_file_is_checked_and_config_needs_one(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("train: {num_step: 50}\n")
+    with pytest.raises(ConfigError, match=r"nearest is 'train\.num_steps'"):
+        parse("--config", str(wrong), "--config", TINY)
+    with pytest.raises(ConfigError, match="--config needs a file"):
+        parse("--train.num_steps", "77", "--config")
+
+
 def test_there_are_about_60_settings():
     leaves = [key for key in KEYS if not any(other.startswith(key + ".") for other in KEYS)]
     assert len(leaves) <= 72
@@ -71,7 +97,7 @@ REFUSED = {
     "--train.num_steps abc": "num_steps",
     "--model.dtype float16": "float16",
     "--model.num_heads 7": "model.num_heads=7 does not divide model.hidden_size=192",
-    "--model.vocab_size 100": "model.vocab_size=100 is smaller than the tokenizer's tokenizer.vocab_size=8192",
+    "--model.vocab_size 100": "model.vocab_size=100 is smaller than tokenizer.vocab_size=8192",
     "--mesh.data 3": "3 x 1 = 3 does not divide train.global_batch_size=8",
     "--mesh.data 1 --mesh.tensor 2": "mesh.tensor=2 does not divide model.num_heads=3",
     "--mesh.data 1 --mesh.fsdp 5": "mesh.fsdp=5 does not divide model.hidden_size=192",

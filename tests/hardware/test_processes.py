@@ -1,0 +1,65 @@
+"""How a process finds the others of its run: settings, environment or Slurm."""
+
+import jax
+import pytest
+
+from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig
+from baichuan_jax.hardware.processes import initialize_processes
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "message"),
+    [
+        (DistributedConfig(num_processes=2), {}, "need all of"),
+        (DistributedConfig(), {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "need all of"),
+        (
+            DistributedConfig("localhost:1", 2, 2),
+            {},
+            r"process_id=2 must lie in \[0, num_processes=2\)",
+        ),
+        (DistributedConfig(), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
+    ],
+)
+def test_half_a_description_of_the_processes_is_refused(settings, variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        initialize_processes(settings, ResilienceConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "wanted"),
+    [
+        (DistributedConfig(), {}, None),
+        (DistributedConfig("h:1", 1, 0), {}, None),
+        (DistributedConfig("h:1", 4, 3), {}, (("h:1", 4, 3), {"local_device_ids": None})),
+        (
+            DistributedConfig(),
+            {
+                "JAX_COORDINATOR_ADDRESS": "h:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+                "JAX_LOCAL_DEVICE_IDS": "0,1,2",
+            },
+            (("h:1", 2, 1), {"local_device_ids": [0, 1, 2]}),
+        ),
+        (
+            DistributedConfig(),
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            ((), {"cluster_detection_method": "slurm", "local_device_ids": None}),
+        ),
+    ],
+    ids=["nothing", "one", "settings", "environment", "slurm"],
+)
+def test_processes_are_described_by_settings_environment_or_slurm(
+    settings, variables, wanted, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **words: calls.append((args, words))
+    )
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    initialize_processes(settings, ResilienceConfig())
+    timeouts = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+    assert calls == ([] if wanted is None else [(wanted[0], wanted[1] | timeouts)])
