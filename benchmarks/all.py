@@ -1,10 +1,11 @@
-"""Run every benchmark at a small size and write its tables into docs/benchmarks.md: `make bench`, about ten minutes on two cores.
+"""Run every benchmark at a small size and write its tables into docs/benchmarks.md: `make bench`.
 
     python benchmarks/all.py [NAME ...] [--docs FILE]
 
-Each runs alone, and compares with a peer or a limit measured in the same run. A name runs that one
-only and replaces its table only. What is compared with has to be installed: requirements-bench.txt,
--eval-bench.txt, -data.txt, -data-bench.txt and -plan.txt.
+Takes about ten minutes on two cores. Each benchmark runs alone, and compares with a peer or a limit
+that it measures in the same run. With a name only that one runs, and only its table is replaced.
+The peers have to be installed: requirements-bench.txt, -eval-bench.txt, -data.txt,
+-data-bench.txt and -plan.txt.
 """
 
 import sys
@@ -45,19 +46,19 @@ BEGIN, END = "<!-- {}: written by make bench -->", "<!-- end -->"
 
 
 def versions() -> str:
-    """Of what was compared, as far as it is installed."""
+    """The versions of the compared packages, or that one is not installed."""
     return ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
 
 
 def markdown(command: str, tables: Iterable[dict], seconds: float) -> str:
-    """Tables of one benchmark, with the command, machine and date."""
+    """Tables of one benchmark, with its command, date and seconds."""
     parts = [f"`python benchmarks/{command}` ({datetime.date.today()}, {seconds:.0f} s)"]
     parts += map(markdown_table, tables)
     return "\n\n".join(parts)
 
 
 def put(text: str, name: str, content: str) -> str:
-    """A page with what stands between the two comments of a name replaced."""
+    """A page with the text between the two comments of a name replaced."""
     begin = BEGIN.format(name)
     found = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
     if not found.search(text):
@@ -65,65 +66,50 @@ def put(text: str, name: str, content: str) -> str:
     return found.sub(lambda _: f"{begin}\n\n{content}\n\n{END}", text, count=1)
 
 
+def run(command: str, folder: Path) -> list[dict]:
+    """The tables of one benchmark. Raises RuntimeError with the end of its output."""
+    script, *options = command.split()
+    file, log = folder / "results.json", folder / "log"
+    argv = [sys.executable, str(REPOSITORY / "benchmarks" / script), *options, "--json", str(file)]
+    with open(log, "wb") as errors:
+        code = subprocess.run(argv, stderr=errors, cwd=REPOSITORY, check=False).returncode
+    if code or not file.exists():
+        raise RuntimeError(f"ended with {code}:\n{log.read_text(errors='replace')[-2000:]}")
+    return json.loads(file.read_text(encoding="utf-8"))["tables"]
+
+
 def main() -> int:
+    """Run the benchmarks; 1 where one of them failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)"
-    )
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        default=REPOSITORY / "docs" / "benchmarks.md",
-        help="page to write into",
-    )
+    names, docs = f"{', '.join(BENCHMARKS)} (default: all)", REPOSITORY / "docs" / "benchmarks.md"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
+    parser.add_argument("--docs", type=Path, default=docs, help="page to write into")
     options = parser.parse_args()
-    unknown = set(options.names) - set(BENCHMARKS)
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
     if unknown:
-        parser.error(
-            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
-        )
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     display, failed, began = Display(), [], time.monotonic()
     chosen = options.names or list(BENCHMARKS)
     for number, name in enumerate(chosen, 1):
-        display.say(
-            f"{number}/{len(chosen)} {name}: python benchmarks/{BENCHMARKS[name]}", style="bold"
-        )
-        script, *words = BENCHMARKS[name].split()
-        with tempfile.TemporaryDirectory() as folder:
-            file, log, since = Path(folder) / "figures.json", Path(folder) / "log", time.monotonic()
-            with open(log, "wb") as errors:
-                command = [
-                    sys.executable,
-                    str(REPOSITORY / "benchmarks" / script),
-                    *words,
-                    "--json",
-                    str(file),
-                ]
-                code = subprocess.run(
-                    command, stderr=errors, cwd=REPOSITORY, check=False
-                ).returncode
-            if code or not file.exists():
-                failed.append(name)
-                display.say(
-                    f"{name} ended with {code}:\n{log.read_text(errors='replace')[-2000:]}",
-                    style="red",
-                )
-                continue
-            tables = json.loads(file.read_text(encoding="utf-8"))["tables"]
-        text = put(
-            options.docs.read_text(encoding="utf-8"),
-            name,
-            markdown(BENCHMARKS[name], tables, time.monotonic() - since),
-        )
-        text = put(
-            text, "machine", f"{machine()}; Python {platform.python_version()}, {versions()}."
-        )
-        write_atomically(options.docs, text.encode())
-    display.say(
-        f"{len(chosen) - len(failed)} of {len(chosen)} in {(time.monotonic() - began) / 60:.1f} minutes; see {options.docs}"
-    )
+        command, since = BENCHMARKS[name], time.monotonic()
+        line = f"{number}/{len(chosen)} {name}: python benchmarks/{command}"
+        display.say(line, style="bold")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                tables = run(command, Path(folder))
+        except RuntimeError as error:
+            failed.append(name)
+            display.say(f"{name} {error}", style="red")
+            continue
+        content = markdown(command, tables, time.monotonic() - since)
+        text = put(options.docs.read_text(encoding="utf-8"), name, content)
+        here = f"{machine()}; Python {platform.python_version()}, {versions()}."
+        write_atomically(options.docs, put(text, "machine", here).encode())
+    minutes = (time.monotonic() - began) / 60
+    done = f"{len(chosen) - len(failed)} of {len(chosen)} in {minutes:.1f} minutes"
+    display.say(f"{done}; see {options.docs}")
     if failed:
         display.say(f"failed: {', '.join(failed)}", style="red")
     return bool(failed)

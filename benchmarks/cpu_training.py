@@ -1,10 +1,11 @@
-"""Training speed on this CPU beside transformers' Llama on torch: same sizes, float32, interleaved, medians.
+"""Training speed on this CPU beside transformers' Llama on torch, at the same sizes in float32.
 
     pip install torch==2.13.0 transformers
     python benchmarks/cpu_training.py [--compiled] [--rounds 5] [--json FILE]
 
-Also: the share of the measured matrix-product peak, and what the training loop adds to its compiled
-step.
+Both take the same step (forward, backward, clipping, AdamW) in turn; medians are compared. The
+table also has the share of the measured matrix-product peak, and the milliseconds that the training
+loop adds to its compiled step.
 """
 
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -29,7 +29,6 @@ from baichuan_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    TokenizerConfig,
     TrainConfig,
 )
 from baichuan_jax.hardware.devices import measure_matmul_flops
@@ -61,14 +60,9 @@ def our_step(config: Config) -> Callable[[], None]:
     """A function that runs one compiled step and waits for it."""
     steps = make_steps(config, make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
     G, T = config.train.global_batch_size, config.train.context_length
-    rows = (
-        np.random.default_rng(0)
-        .integers(1, config.model.vocab_size, (1, G, T + 1))
-        .astype(np.int32)
-    )
-    batch = jax.device_put(
-        {"inputs": rows[..., :-1], "labels": rows[..., 1:]}, steps.batch_sharding
-    )
+    rows = np.random.default_rng(0).integers(1, config.model.vocab_size, (1, G, T + 1), np.int32)
+    batch = {"inputs": rows[..., :-1], "labels": rows[..., 1:]}
+    batch = jax.device_put(batch, steps.batch_sharding)
     state, request = steps.init(), steps.request()
 
     def step() -> None:
@@ -80,21 +74,20 @@ def our_step(config: Config) -> Callable[[], None]:
 
 
 def torch_step(compiled: bool) -> Callable[[], None]:
-    """The same step with transformers: forward, backward, clipping, AdamW."""
+    """The same step with transformers on torch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     m = CONFIG.model
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=m.vocab_size,
-            hidden_size=m.hidden_size,
-            intermediate_size=m.intermediate_size,
-            num_hidden_layers=m.num_layers,
-            num_attention_heads=m.num_heads,
-            max_position_embeddings=LENGTH,
-        )
+    config = LlamaConfig(
+        vocab_size=m.vocab_size,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_hidden_layers=m.num_layers,
+        num_attention_heads=m.num_heads,
+        max_position_embeddings=LENGTH,
     )
+    model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
     ids = torch.randint(1, m.vocab_size, (ROWS, LENGTH))
     forward = torch.compile(model) if compiled else model
@@ -109,6 +102,7 @@ def torch_step(compiled: bool) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None], count: int) -> list[float]:
+    """Seconds of each of `count` steps."""
     taken = []
     for _ in range(count):
         began = time.perf_counter()
@@ -118,52 +112,44 @@ def seconds(step: Callable[[], None], count: int) -> list[float]:
 
 
 def loop_overhead(num_steps: int = 300) -> float:
-    """Seconds a step that train() adds to its compiled step, with a model so small that little hides it."""
+    """Seconds that train() adds to its compiled step.
+
+    With a model so small that the step does not hide the loop; the first 20 steps do not count.
+    """
+    settings = {
+        "model.vocab_size": 1024,
+        "tokenizer.vocab_size": 1024,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 64,
+        "model.num_layers": 1,
+        "model.num_heads": 1,
+        "train.num_steps": num_steps,
+        "checkpoint.every": num_steps,
+        "evaluate.every": num_steps,
+        "sample.prompts": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
-        configs = Path(__file__).parents[1] / "configs"
-        config = load_config(
-            configs / "tiny.yaml", [f"run_dir={folder}/run", f"data.cache_dir={folder}/cache"]
-        )
-        small = dataclasses.replace(
-            config,
-            model=dataclasses.replace(
-                config.model,
-                vocab_size=1024,
-                hidden_size=32,
-                intermediate_size=64,
-                num_layers=1,
-                num_heads=1,
-            ),
-            train=dataclasses.replace(config.train, num_steps=num_steps),
-            tokenizer=TokenizerConfig(vocab_size=1024),
-            checkpoint=dataclasses.replace(config.checkpoint, every=num_steps),
-            evaluate=dataclasses.replace(config.evaluate, every=num_steps),
-            sample=dataclasses.replace(config.sample, prompts=[]),
-        )
-        run = train(small)
-        looped = statistics.median(
-            line["step_seconds"] for line in run.metrics[20:] if "step_seconds" in line
-        )
-    bare = our_step(small)
+        settings |= {"run_dir": f"{folder}/run", "data.cache_dir": f"{folder}/cache"}
+        file = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+        config = load_config(file, [f"{name}={value}" for name, value in settings.items()])
+        lines = train(config).metrics[20:]
+        looped = statistics.median(line["step_seconds"] for line in lines if "step_seconds" in line)
+    bare = our_step(config)
     return looped - statistics.median(seconds(bare, num_steps)[20:])
 
 
 def main() -> None:
+    """Time both, and show tokens a second."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="times that each is run in turn (default: 5)"
-    )
-    parser.add_argument(
-        "--compiled", action="store_true", help="torch.compile too (minutes of compilation)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="save the figures")
+    rounds, compiled = "of four steps each (default: 5)", "torch.compile too (takes minutes)"
+    parser.add_argument("--rounds", type=int, default=5, help=rounds)
+    parser.add_argument("--compiled", action="store_true", help=compiled)
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    candidates = {
-        "baichuan_jax": our_step(CONFIG),
-        "transformers_eager": torch_step(compiled=False),
-    }
+    eager = torch_step(compiled=False)
+    candidates = {"baichuan_jax": our_step(CONFIG), "transformers_eager": eager}
     if options.compiled:
         candidates["transformers_compiled"] = torch_step(compiled=True)
     for step in candidates.values():
@@ -187,21 +173,14 @@ def main() -> None:
         "overhead_share": overhead / (ROWS * LENGTH / ours),
     }
     results = Results()
-    rows = [
-        [name, f"{rate:,.0f}", f"{rate / ours:.2f}"]
-        for name, rate in {"baichuan_jax": ours, **rates}.items()
-    ]
-    of_peak = (
-        f"{result['share_of_matmul_peak']:.0%} of the matrix products' {peak / 1e9:.0f} GFLOP/s"
-    )
-    results.table(
-        f"Training steps on this CPU (baichuan_jax: {of_peak})",
-        ["", "tokens/s", "of baichuan_jax"],
-        rows,
-    )
-    results.display.say(
-        f"the loop adds {1e3 * overhead:.2f} ms to a step: {result['overhead_share']:.2%}"
-    )
+    every = {"baichuan_jax": ours, **rates}
+    rows = [[name, f"{rate:,.0f}", f"{rate / ours:.2f}"] for name, rate in every.items()]
+    share = f"{result['share_of_matmul_peak']:.0%}"
+    title = f"{share} of the matrix products' {peak / 1e9:.0f} GFLOP/s"
+    columns = ["", "tokens/s", "of baichuan_jax"]
+    results.table(f"Training steps on this CPU (baichuan_jax: {title})", columns, rows)
+    added = f"{1e3 * overhead:.2f} ms to a step: {result['overhead_share']:.2%}"
+    results.say(f"the loop adds {added}")
     results.save(options.json, **result)
 
 

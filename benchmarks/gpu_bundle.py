@@ -1,11 +1,11 @@
-"""Collect what a bare GPU machine lacks, so that benchmarks/gpu.py runs there without a network: `make gpu-bundle`.
+"""Collect the wheels that a GPU machine without a network needs for `make gpu`.
 
     python benchmarks/gpu_bundle.py --output dist/gpu-bundle
 
-Downloads the wheels of gpu_bundle.txt for Python 3.12 on x86-64, and one assembler: ptxas 13.1,
-since 12.8.93 (in triton 3.6's wheel) and 13.0.88 (in CUDA 13.0) are known to miscompile Triton's
-code for sm_90a. On the machine, `bash benchmarks/gpu_bundle.sh DIR ...` installs them beside what
-is there and runs benchmarks/gpu.py.
+Downloads the wheels of gpu_bundle.txt for Python 3.12 on x86-64, and one assembler, ptxas 13.1:
+12.8.93 (in triton 3.6's wheel) and 13.0.88 (in CUDA 13.0) are known to miscompile Triton's code for
+sm_90a. On the machine, `bash benchmarks/gpu_bundle.sh DIR ...` installs them beside its own
+packages and runs benchmarks/gpu.py.
 """
 
 import argparse
@@ -21,90 +21,71 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("gpu_bundle.txt")
 NVCC = "nvidia-cuda-nvcc==13.1.80"
-PLATFORMS = (
-    "manylinux_2_28_x86_64",
-    "manylinux_2_27_x86_64",
-    "manylinux_2_24_x86_64",
-    "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64",
-)
-LIMIT = 45 << 20
+GLIBC = ("_2_28", "_2_27", "_2_24", "_2_17", "2014")
+PLATFORMS = [f"manylinux{version}_x86_64" for version in GLIBC]
+LIMIT = 45 << 20  # bytes; machines without a network take files by hand, and often not more
 
 
 def download(folder: Path, *what: str) -> None:
-    """Wheels without their dependencies."""
-    words = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--python-version",
-        "3.12",
-        "--implementation",
-        "cp",
-        *words,
-        "--dest",
-        str(folder),
-        *what,
-    ]
-    subprocess.run(command, check=True)
+    """Download wheels without their dependencies, whatever runs here."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    options += ["--python-version=3.12", "--implementation=cp", f"--dest={folder}"]
+    options += [f"--platform={platform}" for platform in PLATFORMS]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, *what], check=True)
 
 
 def ptxas_wheel(folder: Path) -> Path:
-    """A wheel that installs nothing but bin/ptxas: NVIDIA's has the whole compiler, 42 MB."""
+    """Make a wheel that installs bin/ptxas alone: NVIDIA's has the whole compiler, 42 MB."""
     with tempfile.TemporaryDirectory() as temporary:
         download(Path(temporary), NVCC)
         (source,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(source) as archive:
             content = archive.read("nvidia/cu13/bin/ptxas")
-            terms = [
-                archive.read(name)
-                for name in archive.namelist()
-                if name.lower().endswith(("license.txt", "license"))
-            ]
+            ends = ("license.txt", "license")
+            names = [name for name in archive.namelist() if name.lower().endswith(ends)]
+            terms = [archive.read(name) for name in names]
     version = NVCC.partition("==")[2]
     name, info = f"ptxas-{version}", f"ptxas-{version}.dist-info"
+    tag = "py3-none-manylinux_2_17_x86_64"
+    about = {"Metadata-Version": "2.1", "Name": "ptxas", "Version": version}
+    about["Summary"] = f"bin/ptxas of {NVCC}"
+    wheel = {"Wheel-Version": "1.0", "Generator": "gpu_bundle", "Root-Is-Purelib": "false"}
     files = {
         f"{name}.data/scripts/ptxas": content,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: ptxas\nVersion: {version}\nSummary: bin/ptxas of {NVCC}\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: gpu_bundle\nRoot-Is-Purelib: false\nTag: py3-none-manylinux_2_17_x86_64\n",
+        f"{info}/METADATA": _headers(about),
+        f"{info}/WHEEL": _headers({**wheel, "Tag": tag}),
         **({f"{info}/LICENSE": terms[0]} if terms else {}),
     }
-    record = [f"{path},sha256={_digest(data)},{len(data)}" for path, data in files.items()] + [
-        f"{info}/RECORD,,"
-    ]
-    target = folder / f"{name}-py3-none-manylinux_2_17_x86_64.whl"
+    record = [f"{path},sha256={_digest(data)},{len(data)}" for path, data in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,"]).encode()
+    target = folder / f"{name}-{tag}.whl"
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, data in {**files, f"{info}/RECORD": "\n".join(record).encode()}.items():
+        for path, data in files.items():
             entry = zipfile.ZipInfo(path)
             # With the bits of a regular file: without them pip does not make it executable.
-            entry.external_attr = (
-                stat.S_IFREG | (0o755 if path.endswith("/ptxas") else 0o644)
-            ) << 16
+            mode = 0o755 if path.endswith("/ptxas") else 0o644
+            entry.external_attr = (stat.S_IFREG | mode) << 16
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return target
 
 
+def _headers(values: dict[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\n" for name, value in values.items()).encode()
+
+
 def _digest(data: bytes) -> str:
+    """SHA-256 as RECORD has it: in base64 for URLs, without padding."""
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
 def main() -> None:
+    """Collect the wheels and list them. The folder appears whole, or not at all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("dist/gpu-bundle"),
-        metavar="DIR",
-        help="default: dist/gpu-bundle; replaced",
-    )
+    output = Path("dist/gpu-bundle")
+    what = f"replaced (default: {output})"
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help=what)
     options = parser.parse_args()
     made = options.output.with_name(f"{options.output.name}.tmp")
     shutil.rmtree(made, ignore_errors=True)
@@ -116,13 +97,13 @@ def main() -> None:
         print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path.name}")
     if size > LIMIT:
         raise SystemExit(
-            f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: a machine without a network may not take them"
+            f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: take a package out of "
+            f"{REQUIREMENTS.name}"
         )
     shutil.rmtree(options.output, ignore_errors=True)
     made.rename(options.output)
-    print(
-        f"{size / 2**20:6.1f} MiB in {options.output}; there: bash benchmarks/gpu_bundle.sh {options.output} --output gpu-results"
-    )
+    command = f"bash benchmarks/gpu_bundle.sh {options.output} --output gpu-results"
+    print(f"{size / 2**20:6.1f} MiB in {options.output}; on the machine: {command}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""How well `plan` foretells what others measured: compile their runs with our program, fit the rates, predict each from the others.
+"""Error of `plan`'s predictions on published runs, by leave-one-out cross-validation.
 
     python benchmarks/plan_validation.py [--cache cache/plan] [--json FILE]
 
-Needs requirements-plan.txt. Every row is a published measurement; its model, batch, mesh and
-recomputation are given to our training step, which is compiled for its cluster (kept in the cache)
-and predicted. Two rates are fitted for each kind of GPU to the other rows of that kind, the share
-of the peak that products reach and the share of the network: the left-out row's error is what the
-plan can be trusted to.
+Needs requirements-plan.txt. Every row is a published measurement. Our training step, with the row's
+model, batch, mesh and recomputation, is compiled ahead of time for the row's cluster (the programs
+are kept in the cache), and its time is predicted. Two rates are fitted for each kind of GPU, to the
+other rows of that kind: the share of the peak that products reach, and the share of the network.
+The error of the row that was left out is the error to expect of a prediction.
 """
 
 import argparse
 import dataclasses
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,11 @@ from baichuan_jax.sharding import AXES
 
 
 class Row(NamedTuple):
-    """A published measurement."""
+    """A published measurement: `seconds` of a step of `rows` rows of `length` tokens a device."""
 
     name: str
     topology: str
     seconds: float
-    """Of a step of `rows` rows of `length` tokens a device."""
     rows: int
     length: int
     settings: dict[str, object]
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     source: str
 
 
-# MPT's block has 12 D^2 weights, as a SwiGLU block of width 8/3 D has; heads and vocabulary as
+# MPT's block has 12 D^2 weights, as a SwiGLU block of width 8/3 D has. Heads and vocabulary are as
 # published.
 MPT_7B = {"model.intermediate_size": 10920, "model.vocab_size": 50368}
 MPT_13B = {
@@ -52,42 +52,30 @@ MPT_13B = {
     "model.intermediate_size": 13656,
     "model.vocab_size": 50368,
 }
-LLAMA2_7B = {"model.vocab_size": 32000}
+UNRECOMPUTED = {"model.vocab_size": 32000, "model.remat": "none"}  # Llama2-7B
+TOOLBOX = "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"
 FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md, A100 80GB"
 MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
-LLAMA2_FLOPS = (
-    6 * 6.738e9 + 12 * 32 * 4096 * 4096
-)  # a token, as MaxText counted: all parameters, full attention
+# A token, as MaxText counts: all parameters, and attention without its causal mask.
+LLAMA2_FLOPS = 6 * 6.738e9 + 12 * 32 * 4096 * 4096
 A3 = {"inter_node_gbps": 100.0}  # a3-highgpu-8g: 4 x 200 Gb/s a node of 8
 
 
 def _foundry(
     model: dict, name: str, rows: int, length: int, tokens_per_second: float, remat: str
 ) -> Row:
-    return Row(
-        f"{name}, {length} tokens",
-        "a100:1x8",
-        rows * length / tokens_per_second,
-        rows,
-        length,
-        {**model, "model.remat": remat},
-        {},
-        FOUNDRY,
-    )
+    """A row of llm-foundry's table, which has tokens a second and GPU."""
+    seconds = rows * length / tokens_per_second
+    settings = {**model, "model.remat": remat}
+    name = f"{name}, {length} tokens"
+    return Row(name, "a100:1x8", seconds, rows, length, settings, {}, FOUNDRY)
 
 
 def _maxtext(nodes: int, tflops: float) -> Row:
+    """A row of MaxText's table, which has TFLOP/s a GPU."""
     seconds = 4 * 4096 * LLAMA2_FLOPS / (tflops * 1e12)
-    return Row(
-        f"Llama2-7B, {nodes} x A3",
-        f"h100:{nodes}x8",
-        seconds,
-        4,
-        4096,
-        {**LLAMA2_7B, "model.remat": "none"},
-        A3,
-        MAXTEXT,
-    )
+    name, topology = f"Llama2-7B, {nodes} x A3", f"h100:{nodes}x8"
+    return Row(name, topology, seconds, 4, 4096, UNRECOMPUTED, A3, MAXTEXT)
 
 
 ROWS = [
@@ -95,25 +83,16 @@ ROWS = [
     _foundry(MPT_7B, "MPT-7B", 16, 4096, 3684, "full"),
     _foundry(MPT_7B, "MPT-7B", 8, 8192, 3206, "full"),
     _foundry(MPT_13B, "MPT-13B", 2, 2048, 2262, "none"),
-    Row(
-        "Llama2-7B, DGX H100",
-        "h100:1x8",
-        0.721,
-        2,
-        4096,
-        {**LLAMA2_7B, "model.remat": "none"},
-        {},
-        "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md",
-    ),
-    *(
-        _maxtext(nodes, tflops)
-        for nodes, tflops in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))
-    ),
+    Row("Llama2-7B, DGX H100", "h100:1x8", 0.721, 2, 4096, UNRECOMPUTED, {}, TOOLBOX),
+    *(starmap(_maxtext, [(1, 492), (2, 422), (4, 407), (8, 409), (16, 375)])),
 ]
 
 
 def compiled(row: Row, cache: Path) -> hlo.Program:
-    """The row's program, compiled once."""
+    """The row's program, compiled once.
+
+    In a process of its own: the plan chooses a backend for the cluster before jax starts.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / (row.name.lower().replace(",", "").replace(" ", "-") + ".hlo.txt")
     if not path.exists():
@@ -125,26 +104,12 @@ def compiled(row: Row, cache: Path) -> hlo.Program:
             "train.global_batch_size": row.rows * topology.num_devices,
             **row.settings,
         }
-        words = [f"--{name}={value}" for name, value in settings.items()]
-        command = [
-            sys.executable,
-            "-m",
-            "baichuan_jax.plan",
-            "--config",
-            "configs/baichuan_7b_a800.yaml",
-        ]
-        command += [
-            "--topology",
-            row.topology,
-            "--hlo",
-            str(path.resolve()),
-            "--output",
-            str(cache.resolve()),
-            *words,
-        ]
-        subprocess.run(
-            command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
-        )
+        files = ["--hlo", str(path.resolve()), "--output", str(cache.resolve())]
+        options = ["--config", "configs/baichuan_7b_a800.yaml", "--topology", row.topology, *files]
+        options += [f"--{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, "-m", "baichuan_jax.plan", *options]
+        root = Path(__file__).parents[1]
+        subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
     return hlo.parse(path.read_text(encoding="utf-8"))
 
 
@@ -156,6 +121,7 @@ def predicted(row: Row, program: hlo.Program, rates: roofline.Rates) -> float:
     return roofline.predict(program, mesh, topology, rates).seconds
 
 
+# The grid of shares that `fit` searches.
 MATMUL = [round(float(share), 2) for share in np.arange(0.46, 0.87, 0.02)]
 NETWORK = [0.2, 0.3, 0.4, 0.6, 0.8]
 
@@ -169,20 +135,32 @@ def fit(rows: list[Row], seconds: dict[tuple[str, float, float], float]) -> tupl
     return min(((matmul, network) for matmul in MATMUL for network in NETWORK), key=error)
 
 
+def predict_all(
+    kind: str, rows: list[Row], programs: dict[str, hlo.Program]
+) -> dict[tuple[str, float, float], float]:
+    """(row, share of products, share of network) -> predicted seconds."""
+    seconds: dict[tuple[str, float, float], float] = {}
+    for row in tqdm(rows, desc=f"predicting on {kind}", disable=None):
+        for matmul in MATMUL:
+            for network in NETWORK:
+                # A single node has no network: all shares give the same time.
+                alone = row.topology.endswith(":1x8")
+                known = seconds.get((row.name, matmul, NETWORK[0])) if alone else None
+                rates = roofline.RATES[kind]
+                rates = dataclasses.replace(rates, matmul=matmul, inter_node=network)
+                found = known or predicted(row, programs[row.name], rates)
+                seconds[row.name, matmul, network] = found
+    return seconds
+
+
 def main() -> None:
+    """Predict every row with rates fitted to the others."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=["a100", "h100"],
-        default=["a100", "h100"],
-        help="(default: both)",
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("cache/plan"), help="folder of compiled programs"
-    )
+    kinds, cache = ["a100", "h100"], Path("cache/plan")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="(default: both)")
+    parser.add_argument("--cache", type=Path, default=cache, help=f"of programs (default: {cache})")
     parser.add_argument("--json", metavar="FILE", help="save the table")
     options = parser.parse_args()
     programs = {}
@@ -192,47 +170,19 @@ def main() -> None:
     table, lines = [], []
     for kind in options.kinds:
         rows = [row for row in ROWS if row.topology.startswith(kind)]
-        seconds = {}
-        for row in tqdm(rows, desc=f"predicting on {kind}", disable=None):
-            alone = row.topology.endswith(":1x8")
-            for matmul in MATMUL:
-                for network in NETWORK:
-                    known = seconds.get((row.name, matmul, NETWORK[0])) if alone else None
-                    rates = dataclasses.replace(
-                        roofline.RATES[kind], matmul=matmul, inter_node=network
-                    )
-                    seconds[row.name, matmul, network] = known or predicted(
-                        row, programs[row.name], rates
-                    )
-        print(
-            f"{kind}: products {fit(rows, seconds)[0]}, network {fit(rows, seconds)[1]} fit all rows best"
-        )
+        seconds = predict_all(kind, rows, programs)
+        best = fit(rows, seconds)
+        print(f"{kind}: products {best[0]}, network {best[1]} fit all rows best")
         for row in rows:
             matmul, network = fit([other for other in rows if other is not row], seconds)
             found = seconds[row.name, matmul, network]
-            table.append(
-                {
-                    "row": row.name,
-                    "topology": row.topology,
-                    "measured": row.seconds,
-                    "predicted": found,
-                    "error": found / row.seconds - 1,
-                    "matmul": matmul,
-                    "inter_node": network,
-                    "source": row.source,
-                }
-            )
-            lines.append(
-                [
-                    row.name,
-                    row.topology,
-                    f"{row.seconds:.3f}",
-                    f"{found:.3f}",
-                    f"{found / row.seconds - 1:+.1%}",
-                    f"{matmul:.2f}",
-                    f"{network:.2f}",
-                ]
-            )
+            error = found / row.seconds - 1
+            rates = {"matmul": matmul, "inter_node": network}
+            numbers = {"measured": row.seconds, "predicted": found, "error": error, **rates}
+            names = {"row": row.name, "topology": row.topology, "source": row.source}
+            table.append({**names, **numbers})
+            cells = [f"{row.seconds:.3f}", f"{found:.3f}", f"{error:+.1%}"]
+            lines.append([row.name, row.topology, *cells, f"{matmul:.2f}", f"{network:.2f}"])
     columns = ["run", "cluster", "measured s", "predicted s", "error", "products", "network"]
     results = Results()
     results.table("Published runs, each predicted with rates fitted on the others", columns, lines)
