@@ -1,6 +1,11 @@
-"""Continue texts with a trained model: a key-value cache in one compiled loop.
+"""Continue texts with a trained model: one pass over the prompts, then a compiled loop over tokens.
 
 `python -m baichuan_jax.generate --checkpoint RUN --prompt TEXT`
+
+Prompts [B, T] go in; prompts and continuations [B, T + n] come out. The prompts run through the
+model once and leave keys and values in a cache of S positions. A while loop on the device then
+takes one token of every row, writes it into the cache and computes the logits of the next, until
+all rows have reached EOS. Lengths are rounded up, so that most calls find compiled code.
 
 B batch, T prompt length, S cache length, V vocabulary.
 """
@@ -17,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from baichuan_jax.config.files import add_mesh_options, mesh_config
 from baichuan_jax.config.schema import ConfigError, MeshConfig
 from baichuan_jax.hf.weights import load_pretrained, tokenizer_file, trained_with
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.sharding import add_mesh_options, make_mesh, mesh_config
-from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.sharding import make_mesh
+from baichuan_jax.tokenizer import EOS, Tokenizer
 
-LENGTH_STEP = (
-    64  # prompts and caches are padded to multiples of it, so that most calls find compiled code
-)
-EOS = 2
+# Prompts and continuations are padded to multiples of it. Smaller, more calls would compile;
+# larger, short prompts would pay for padding.
+LENGTH_STEP = 64
+STREAMED_TOKENS = 8  # between two calls of on_tokens; each costs a transfer from the device
 
 
 class Sampling(NamedTuple):
@@ -40,7 +46,7 @@ class Sampling(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """What one call took, without compilation: tokens of all rows (padding left out), seconds."""
+    """Seconds of one call without compilation, and tokens of all rows without padding."""
 
     prompt_tokens: int
     prefill_seconds: float
@@ -49,28 +55,36 @@ class Speed(NamedTuple):
 
 
 class _Loop(NamedTuple):
+    """What the decoding loop carries from token to token."""
+
     cache: Cache
     tokens_BS: jax.Array
     logits_BV: jax.Array
+    """Of the next token."""
     seen_BV: jax.Array
+    """Which tokens stand in the prompt or the continuation; for the repetition penalty."""
     done_B: jax.Array
+    """Which rows have reached EOS."""
     key: jax.Array
 
 
 class Generator:
-    """Generation with one model; compiles once for each number of prompts and each pair of their length and max_new_tokens, both
-    rounded up to multiples of 64. `speed` is that of the last call.
+    """Generation with one model; `speed` is that of the last call.
+
+    It compiles once for each number of prompts and each pair of their length and max_new_tokens,
+    both rounded up to multiples of LENGTH_STEP.
     """
 
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
         self._graphdef, state = nnx.split(model)
         self._params = nnx.to_pure_dict(state)
-        # transformers fills with EOS where a model has no padding token
+        # transformers fills with EOS where a model has no padding token.
         self._pad_id = EOS if model.config.pad_token_id is None else model.config.pad_token_id
         self.speed: Speed | None = None
         self._compiled: dict[tuple[int, int, int], jax.stages.Compiled] = {}
         self._prefill = jax.jit(self._run_prefill, static_argnames="length")
+        # The loop's cache is donated: without that, two caches would have to fit.
         self._decode = jax.jit(self._run_decode, donate_argnums=1, static_argnames="greedy")
 
     def generate_tokens(
@@ -88,29 +102,20 @@ class Generator:
         eos_id: int = EOS,
         on_tokens: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Prompts [B, T] and their continuations: [B, T + n], n <= max_new_tokens (fewer where all rows reached EOS).
+        """Prompts [B, T] and their continuations: [B, T + n], n <= max_new_tokens.
 
-        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there. After
-        EOS a row holds the model's pad_token_id. temperature 0 takes the most likely token; top_k 0
-        and top_p 1 leave all. repetition_penalty follows transformers: logits of tokens seen in
-        prompt or continuation are divided by it where positive, else multiplied. on_tokens is
-        called with [B, n] new tokens, several times, as they come. Raises ConfigError for arguments
-        that cannot be right.
+        n is smaller where all rows have reached EOS; after it a row holds the model's pad_token_id.
+        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there.
+        temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty
+        follows transformers: logits of tokens seen in prompt or continuation are divided by it
+        where positive, else multiplied. on_tokens is called with [B, n] new tokens, several times,
+        as they come. Raises ConfigError for an argument out of its range.
         """
         tokens_BT = np.asarray(tokens_BT, np.int32)
-        mask_BT = (
-            np.ones(tokens_BT.shape, bool)
-            if attention_mask is None
-            else np.asarray(attention_mask, bool)
-        )
+        real = np.ones(tokens_BT.shape) if attention_mask is None else np.asarray(attention_mask)
+        mask_BT = real.astype(bool)
         _check_prompts(tokens_BT, mask_BT, self.config.vocab_size)
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        B, T = tokens_BT.shape
-        padded = -T % LENGTH_STEP
-        prompt = np.pad(tokens_BT, ((0, 0), (padded, 0)))
-        real = np.pad(mask_BT, ((0, 0), (padded, 0)))
-        start = T + padded
-        length = start + max_new_tokens + -max_new_tokens % LENGTH_STEP
         sampling = Sampling(
             jnp.float32(temperature),
             jnp.int32(top_k or self.config.vocab_size),
@@ -118,23 +123,17 @@ class Generator:
             jnp.float32(repetition_penalty),
         )
         stop = jnp.int32(eos_id if stop_at_eos else -1)
+        start = _round_up(tokens_BT.shape[1])
 
-        def decode(loop: _Loop, goal: int) -> _Loop:
-            return self._decode(
-                self._params, loop, jnp.int32(start + goal), stop, sampling, greedy=temperature == 0
-            )
+        def decode(loop: _Loop, count: int) -> _Loop:
+            """Up to `count` new tokens in all."""
+            goal = jnp.int32(start + count)
+            return self._decode(self._params, loop, goal, stop, sampling, greedy=temperature == 0)
 
-        arguments = (self._params, prompt, real, jax.random.key(seed))
-        if (B, start, length) not in self._compiled:  # apart from the run, whose speed is told
-            self._compiled[B, start, length] = self._prefill.lower(
-                *arguments, length=length
-            ).compile()
-        began = time.perf_counter()
-        loop: _Loop = jax.block_until_ready(self._compiled[B, start, length](*arguments))
-        prefilled = time.perf_counter()
-        loop = jax.block_until_ready(decode(loop, 0))  # no token: compiles
+        loop, prefill_seconds = self._start(tokens_BT, mask_BT, max_new_tokens, seed)
+        loop = jax.block_until_ready(decode(loop, 0))  # compiles, and makes no token
         ready = time.perf_counter()
-        chunk = 8 if on_tokens is not None else max_new_tokens
+        chunk = STREAMED_TOKENS if on_tokens is not None else max_new_tokens
         made = 0
         while made < max_new_tokens and not (made and bool(loop.done_B.all())):
             loop = decode(loop, min(made + chunk, max_new_tokens))
@@ -142,12 +141,10 @@ class Generator:
             if on_tokens is not None:
                 on_tokens(np.asarray(loop.tokens_BS[:, start + made : start + reached]))
             made = reached
-        self.speed = Speed(
-            int(mask_BT.sum()), prefilled - began, B * made, time.perf_counter() - ready
-        )
-        return np.concatenate(
-            [tokens_BT, np.asarray(loop.tokens_BS)[:, start : start + made]], axis=1
-        )
+        seconds = time.perf_counter() - ready
+        self.speed = Speed(int(mask_BT.sum()), prefill_seconds, len(tokens_BT) * made, seconds)
+        new_BN = np.asarray(loop.tokens_BS)[:, start : start + made]
+        return np.concatenate([tokens_BT, new_BN], axis=1)
 
     def generate(
         self,
@@ -158,16 +155,17 @@ class Generator:
         on_text: Callable[[str], None] | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Continuations of texts, without the prompts. on_text (one prompt only) gets the text piece by piece as it comes."""
+        """Continuations of texts, without the prompts; **sampling: as in generate_tokens.
+
+        on_text gets the first prompt's continuation piece by piece as it comes.
+        """
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
         if not encoded or not all(encoded):
-            raise ConfigError("a prompt is empty, or there is none: there is nothing to go on from")
+            raise ConfigError("a prompt is empty, or there is none; give some text to continue")
         T = max(len(ids) for ids in encoded)
         tokens = np.array([[self._pad_id] * (T - len(ids)) + ids for ids in encoded])
         mask = np.array([[0] * (T - len(ids)) + [1] * len(ids) for ids in encoded])
-        stream = None
-        if on_text is not None:
-            stream = _Stream(tokenizer, encoded[0], on_text)
+        stream = None if on_text is None else _Stream(tokenizer, encoded[0], on_text)
         out = self.generate_tokens(
             tokens,
             max_new_tokens,
@@ -181,6 +179,24 @@ class Generator:
             for ids, row in zip(encoded, out.tolist(), strict=True)
         ]
 
+    def _start(
+        self, tokens_BT: np.ndarray, mask_BT: np.ndarray, max_new_tokens: int, seed: int
+    ) -> tuple[_Loop, float]:
+        """The loop after the prompts, and the seconds that they took without compilation."""
+        B, T = tokens_BT.shape
+        start = _round_up(T)
+        length = start + _round_up(max_new_tokens)
+        pad = ((0, 0), (start - T, 0))  # on the left, so that all rows continue at `start`
+        prompt, real = np.pad(tokens_BT, pad), np.pad(mask_BT, pad)
+        arguments = (self._params, prompt, real, jax.random.key(seed))
+        if (B, start, length) not in self._compiled:
+            # Compiled apart from the run, which is timed.
+            lowered = self._prefill.lower(*arguments, length=length)
+            self._compiled[B, start, length] = lowered.compile()
+        began = time.perf_counter()
+        loop = jax.block_until_ready(self._compiled[B, start, length](*arguments))
+        return loop, time.perf_counter() - began
+
     def _run_prefill(self, params, tokens_BT, mask_BT, key, *, length: int) -> _Loop:
         """Run the prompts into a cache of `length` positions."""
         B, T = tokens_BT.shape
@@ -191,8 +207,10 @@ class Generator:
             hidden_BTD, cache = model.extend(
                 tokens_BT, init_cache(self.config, mask_BS), positions_of(mask_BT)
             )
+            # Only the last position's logits are needed: the head is the largest matrix.
             logits_BV = model.head(hidden_BTD[:, -1])
         seen_BV = jnp.zeros((B, self.config.vocab_size), bool)
+        # max and not set: padding has a token id too, and must not mark it as seen.
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(mask_BT)
         tokens_BS = jnp.concatenate([tokens_BT, jnp.zeros((B, S - T), jnp.int32)], axis=1)
         return _Loop(cache, tokens_BS, logits_BV, seen_BV, jnp.zeros(B, bool), key)
@@ -218,159 +236,63 @@ class Generator:
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
             hidden_B1D, cache = model.extend(token_B[:, None], loop.cache, position_B1)
             seen_BV = loop.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-            return _Loop(
-                cache,
-                tokens_BS,
-                model.head(hidden_B1D[:, -1]),
-                seen_BV,
-                loop.done_B | (token_B == eos),
-                key,
-            )
+            done_B = loop.done_B | (token_B == eos)
+            return _Loop(cache, tokens_BS, model.head(hidden_B1D[:, -1]), seen_BV, done_B, key)
 
         with matmul_precision(self.config):
             return jax.lax.while_loop(going, step, loop)
 
 
-def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
-    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-        raise ConfigError(f"tokens {tokens_BT.shape} must be [prompts, length], neither of them 0")
-    if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
-        raise ConfigError(
-            f"tokens {tokens_BT.min()} to {tokens_BT.max()} must lie in [0, {vocab_size}): not this model's tokenizer"
-        )
-    shape = tokens_BT.shape
-    if (
-        mask_BT.shape != shape
-        or not mask_BT[:, -1].all()
-        or (np.diff(mask_BT.astype(int), axis=1) < 0).any()
-    ):
-        raise ConfigError(
-            f"attention_mask {mask_BT.shape} must be {shape}, padded on the left: the prompt's last tokens are real"
-        )
-
-
-def _check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
-) -> None:
-    for name, value, holds, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "0 (the most likely token) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "greater than 0"),
-    ):
-        if not holds:
-            raise ConfigError(f"{name}={value} must be {expected}")
-
-
-def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    return jnp.where(
-        seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV
-    )
-
-
-def _draw(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw from the top_k most likely tokens, and of those from the fewest that hold top_p of the probability."""
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / sampling.temperature
-    sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < sampling.top_k, sorted_BV, -jnp.inf)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
-    choice_B = jax.random.categorical(key, sorted_BV, axis=-1)
-    return jnp.take_along_axis(order_BV, choice_B[:, None], axis=-1)[:, 0]
-
-
-def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """Text of the new tokens up to EOS. Decoded with the prompt, since a decoder strips the space before a text's first word."""
-    if tokenizer.eos_id in new:
-        new = new[: new.index(tokenizer.eos_id)]
-    return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
-
-
-class _Stream:
-    """Turns new tokens into text as they come, holding back what may be half a character."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: list[int], on_text: Callable[[str], None]
-    ) -> None:
-        self._tokenizer, self._prompt, self._on_text = tokenizer, prompt, on_text
-        self._new: list[int] = []
-        self._printed = 0
-
-    def __call__(self, tokens_BN: np.ndarray) -> None:
-        self._new += tokens_BN[0].tolist()
-        text = _continuation(self._tokenizer, self._prompt, self._new).rstrip("\ufffd")
-        self._on_text(text[self._printed :])
-        self._printed = len(text)
-
-
 def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> Tokenizer:
-    """The tokenizer `given`, or the tokenizer.model beside a checkpoint or in the folders above it (a run's folder).
+    """The tokenizer `given`, or the tokenizer.model beside a checkpoint or above it (its run).
 
     Raises ConfigError where there is none, or it is not the one the checkpoint was trained with.
     """
     path = given or tokenizer_file(checkpoint)
     if path is None:
         raise ConfigError(
-            f"there is no tokenizer.model in {checkpoint} or the two folders above it; give --tokenizer FILE"
+            f"there is no tokenizer.model in {checkpoint} or the two folders above it; "
+            "give --tokenizer FILE"
         )
     tokenizer = Tokenizer(path)
     config, known = trained_with(checkpoint)
     if known not in (None, tokenizer.hash):
         raise ConfigError(
-            f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with tokenizer {known[:12]}"
+            f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with "
+            f"tokenizer {known[:12]}; give that one: --tokenizer FILE"
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{path} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: not the tokenizer of {checkpoint}"
+            f"{path} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: "
+            f"it is not the tokenizer of {checkpoint}"
         )
     return tokenizer
 
 
-def main(words: list[str]) -> int:
-    """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m baichuan_jax.generate",
-        description="Continue a text. Example: --checkpoint runs/tiny --prompt '登鹳雀楼->王之涣\\n夜雨寄北->' --max_new_tokens 64",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_model_options(parser: argparse.ArgumentParser, mesh: MeshConfig) -> None:
+    """Add --checkpoint, --tokenizer, --dtype and --mesh.*, for a command that runs a model."""
     add = parser.add_argument
     add(
         "--checkpoint",
         required=True,
-        metavar="FOLDER",
+        metavar="DIR",
         help="a run's folder, one of its checkpoints, or a Hugging Face folder",
     )
-    add("--prompt", required=True, help="the text to continue; \\n in it is a new line")
     add(
         "--tokenizer",
         metavar="FILE",
-        help="a SentencePiece model, where none lies with the checkpoint",
+        help="a SentencePiece model, where the checkpoint has none beside it",
     )
-    add("--max_new_tokens", type=int, default=64, help="length of the continuation")
-    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    add("--top_k", type=int, default=0, help="draw from this many most likely tokens; 0: from all")
-    add(
-        "--top_p",
-        type=float,
-        default=0.9,
-        help="draw from the fewest tokens that hold this probability",
-    )
-    add(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="above 1: seen tokens become less likely",
-    )
-    add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    add_mesh_options(parser, MeshConfig(data=1))
-    options = parser.parse_args(words)
-    sampling = {
-        name: getattr(options, name)
-        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
-    }
+    add_mesh_options(parser, mesh)
+
+
+def main(argv: list[str]) -> int:
+    """The command. Returns its exit code."""
+    options = _parser().parse_args(argv)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    sampling = {name: getattr(options, name) for name in names}
+    # Checked before the model is loaded, which may take minutes.
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
@@ -389,12 +311,119 @@ def main(words: list[str]) -> int:
     print()
     assert generator.speed is not None
     prompt_tokens, prefill_seconds, new_tokens, decode_seconds = generator.speed
+    # On stderr, so that stdout holds the text alone.
     print(
         f"prefill: {prompt_tokens} tokens, {prompt_tokens / prefill_seconds:,.1f} tokens/s; "
-        f"decode: {new_tokens} tokens, {new_tokens / decode_seconds:,.1f} tokens/s (compilation left out)",
+        f"decode: {new_tokens} tokens, {new_tokens / decode_seconds:,.1f} tokens/s "
+        "(compilation left out)",
         file=sys.stderr,
     )
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.generate",
+        description="Continue a text. Example: --checkpoint runs/tiny "
+        "--prompt '登鹳雀楼->王之涣\\n夜雨寄北->' --max_new_tokens 64",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--prompt", required=True, help="the text to continue; \\n in it is a new line")
+    add("--max_new_tokens", type=int, default=64, help="length of the continuation")
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--top_k", type=int, default=0, help="draw from this many most likely tokens; 0: from all")
+    top_p = "draw from the fewest tokens that hold this probability"
+    add("--top_p", type=float, default=0.9, help=top_p)
+    penalty = "above 1: seen tokens become less likely"
+    add("--repetition_penalty", type=float, default=1.0, help=penalty)
+    add("--seed", type=int, default=0, help="of the draws")
+    add_model_options(parser, MeshConfig(data=1))
+    return parser
+
+
+def _round_up(length: int) -> int:
+    return length + -length % LENGTH_STEP
+
+
+def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens of another vocabulary, and masks that are not padded on the left."""
+    shape = tokens_BT.shape
+    if tokens_BT.ndim != 2 or 0 in shape:
+        raise ConfigError(f"tokens {shape} must be [prompts, length], neither of them 0")
+    if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
+        raise ConfigError(
+            f"tokens {tokens_BT.min()} to {tokens_BT.max()} must lie in [0, {vocab_size}): "
+            "they are not of this model's tokenizer"
+        )
+    left = mask_BT.shape == shape and (np.diff(mask_BT.astype(int), axis=1) >= 0).all()
+    if not (left and mask_BT[:, -1].all()):
+        raise ConfigError(
+            f"attention_mask {mask_BT.shape} must be {shape} and padded on the left: "
+            "the last token of every prompt is real"
+        )
+
+
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
+) -> None:
+    for name, value, holds, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 (the most likely token) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "greater than 0"),
+    ):
+        if not holds:
+            raise ConfigError(f"{name}={value} must be {expected}")
+
+
+def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Lower the logits of seen tokens (CTRL, Keskar et al. 2019), as transformers does."""
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+
+def _draw(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draw from the top_k most likely tokens, and of those from the fewest that hold top_p.
+
+    top_p is a share of the probability (nucleus sampling, Holtzman et al. 2020), taken after top_k.
+    """
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / sampling.temperature
+    sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < sampling.top_k, sorted_BV, -jnp.inf)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    # What comes before a token: so the first one is always kept, however small top_p is.
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
+    choice_B = jax.random.categorical(key, sorted_BV, axis=-1)
+    return jnp.take_along_axis(order_BV, choice_B[:, None], axis=-1)[:, 0]
+
+
+def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of the new tokens up to EOS."""
+    if tokenizer.eos_id in new:
+        new = new[: new.index(tokenizer.eos_id)]
+    # Decoded with the prompt, since SentencePiece strips the space before a text's first piece.
+    return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+
+
+class _Stream:
+    """Turns new tokens into text as they come; holds back what may be half a character."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], on_text: Callable[[str], None]
+    ) -> None:
+        self._tokenizer, self._prompt, self._on_text = tokenizer, prompt, on_text
+        self._new: list[int] = []
+        self._printed = 0
+
+    def __call__(self, tokens_BN: np.ndarray) -> None:
+        self._new += tokens_BN[0].tolist()
+        # A character of several byte pieces decodes to U+FFFD until the last of them is there.
+        text = _continuation(self._tokenizer, self._prompt, self._new).rstrip("\ufffd")
+        self._on_text(text[self._printed :])
+        self._printed = len(text)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_every_mesh_continues_alike(model, tmp_path, shape):
 
 
 class Bytes:
-    """A tokenizer whose tokens are the bytes of UTF-8: every character beyond ASCII takes several."""
+    """A tokenizer of UTF-8 bytes: every character beyond ASCII takes several tokens."""
 
     eos_id = 256
 

@@ -1,4 +1,4 @@
-"""Text comes back from its tokens, training is repeatable and uses all text, and what cannot be a tokenizer is refused."""
+"""Tokenizers: text survives a round trip, training is repeatable, wrong files are refused."""
 
 import gzip
 import io
@@ -175,7 +175,7 @@ def test_no_more_text_than_the_bound_is_held_and_all_of_it_is_counted(bound):
 def test_the_share_of_chinese_is_kept(share):
     english = "\n".join(f"a line of English text, number {i}" for i in range(3000))
     chinese = "\n".join(f"一行中文，第{'一二三四五六七八九十'[i % 10]}行" for i in range(1000))
-    lines, used = module._choose([english, chinese], 40_000, share)
+    lines, used = module._sample_lines([english, chinese], 40_000, share)
     assert used["zh_bytes"] == len(chinese.replace("\n", "").encode())
     assert used["en_bytes"] == len(english.replace("\n", "").encode())
     sizes = [
@@ -277,24 +277,11 @@ def test_stats_are_sums_over_the_documents_of_a_language(tokenizer, documents):
 
 
 def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, capsys, monkeypatch):
-    text, model = tmp_path / "text.jsonl", str(tmp_path / "a.model")
-    text.write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
-    assert (
-        main(
-            [
-                "train",
-                "--input",
-                str(text),
-                "--text_field",
-                "body",
-                "--vocab_size",
-                "512",
-                "--output",
-                model,
-            ]
-        )
-        == 0
-    )
+    text, model = str(tmp_path / "text.jsonl"), str(tmp_path / "a.model")
+    lines = [json.dumps({"body": document}) + "\n" for document in documents]
+    Path(text).write_text("".join(lines))
+    source = ["--input", text, "--text_field", "body"]
+    assert main(["train", *source, "--vocab_size", "512", "--output", model]) == 0
     assert capsys.readouterr().out == f"{model}: 512 pieces; {json.dumps(trained[1])}\n"
     tokenizer = trained[0]
     assert Path(model).read_bytes() == tokenizer.path.read_bytes()
@@ -305,25 +292,9 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert main(["encode", "--model", model, "-"]) == 0
     assert capsys.readouterr().out == printed
     monkeypatch.setenv("COLUMNS", "300")
-    figures, other = tmp_path / "figures.json", str(tokenizer.path)
-    assert (
-        main(
-            [
-                "stats",
-                "--model",
-                model,
-                other,
-                "--input",
-                str(text),
-                "--text_field",
-                "body",
-                "--json",
-                str(figures),
-            ]
-        )
-        == 0
-    )
-    assert json.loads(figures.read_text()) == dict.fromkeys(
+    numbers, other = tmp_path / "numbers.json", str(tokenizer.path)
+    assert main(["stats", "--model", model, other, *source, "--json", str(numbers)]) == 0
+    assert json.loads(numbers.read_text()) == dict.fromkeys(
         (model, other), stats(tokenizer, documents)
     )
     row = rf"{re.escape(other)} +│ zh +│ 1 +│ {len(tokenizer.encode(documents[1])):,} +│"
@@ -334,5 +305,5 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
         rf"Compress Rate +│ +{rate} +│ +{rate} +│", printed
     )  # the original's layout: a column a model
     assert re.search(r"Vocab Size +│ +512 +│ +512 +│", printed)
-    with pytest.raises(ConfigError, match=r"text\.jsonl, line 1 has no text in field 'text'"):
-        main(["stats", "--model", model, "--input", str(text)])
+    with pytest.raises(ConfigError, match=r"text\.jsonl, line 1: .*no text in field 'text'"):
+        main(["stats", "--model", model, "--input", text])

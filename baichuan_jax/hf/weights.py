@@ -28,6 +28,7 @@ from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.sharding import Layout
+from baichuan_jax.tokenizer import BOS, EOS
 
 CONFIG_KEYS = {
     "vocab_size": "vocab_size",
@@ -302,7 +303,7 @@ def export(
     (temporary / "config.json").write_text(
         json.dumps(_hf_config(config, dtype, form), indent=2), encoding="utf-8"
     )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": config.pad_token_id}
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": config.pad_token_id}
     (temporary / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
     if tokenizer is not None:
         shutil.copy(tokenizer, temporary / "tokenizer.model")
@@ -319,8 +320,8 @@ def _hf_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
         "use_cache": True,
