@@ -1,7 +1,13 @@
-"""The training step as pure functions of pytrees: sharded initial state, train_step, eval_step.
+"""The training step as pure functions of pytrees on one mesh: init, train, evaluate, check.
 
-A batch is a dict of int32 arrays [A, B, T]: A micro-batches of B rows (`inputs`, `labels`, with
-document masks also `segment_ids` and `positions`), as data/loader.py makes them.
+A state (parameters, AdamW's moments, counters) and a batch go in; the next state and the step's
+metrics come out. A batch is a dict of int32 arrays [A, B, T], A micro-batches of B rows: `inputs`,
+`labels`, with document masks also `segment_ids` and `positions`, as data/loader.py makes them.
+
+One step: sum loss and gradients over all micro-batches and devices, divide by the count of valid
+labels of the whole step, clip, take AdamW's direction, subtract. A step whose loss or gradient norm
+is not finite changes nothing but its counters. `make_steps` shards all of it by the logical axes of
+the parameters (sharding.RULES) and compiles it; GSPMD inserts the collectives.
 """
 
 import dataclasses
@@ -25,6 +31,8 @@ from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
 
 Batch = dict[str, jax.Array]
+LossSum = Callable[[Params, Batch, tuple[str, ...]], jax.Array]
+"""(parameters, batch [B, T], mesh axes that split its rows) -> the sum of its loss."""
 
 
 class Request(enum.IntEnum):
@@ -32,39 +40,41 @@ class Request(enum.IntEnum):
 
     NONE = 0
     SAVE = 1
+    """Write a checkpoint."""
     STOP = 2
-    """Save, then end the launch."""
+    """Write a checkpoint, then end the launch."""
     ROLL_BACK = 3
     """End the launch; the next one starts from before a loss spike."""
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; also its shapes or shardings, in the same places.
-
-    `step` counts steps; `nonfinite` those whose update was skipped, `nonfinite_run` how many of
-    these came last in a row.
-    """
+    """Everything that a step changes; also its shapes or its shardings, in the same places."""
 
     params: Any
     opt_state: Any
     step: Any
+    """Steps done, skipped updates included."""
     nonfinite: Any
+    """Updates skipped so far because a number was not finite."""
     nonfinite_run: Any
+    """How many of these were the last ones in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The compiled functions of one configuration on one mesh, and how their arguments lie on it."""
+    """The compiled functions of one configuration on one mesh, and their arguments' shardings."""
 
     layout: Layout
     state_shapes: TrainState
     state_shardings: TrainState
     batch_sharding: NamedSharding
     """Of every array [A, B, T] of a batch."""
+    batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    """The arrays of a batch, without numbers."""
     init: Callable[[], TrainState]
-    """Fresh state, created where it belongs; no device ever holds the whole."""
+    """A fresh state. Every device makes its own part; none ever holds the whole."""
     start: Callable[[Params], TrainState]
-    """Fresh state around given parameters, which are donated."""
+    """A fresh state around given parameters, which are donated."""
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     """One step; the state is donated. The last argument is `request(...)`.
 
@@ -73,8 +83,9 @@ class Steps:
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     """Sum of the loss over a batch, and its count of valid labels."""
     check: Callable[[Params, Batch], jax.Array]
-    """A digest [replicas] uint32 of each replica's own copy of the parameters, and of the loss and gradients that it computes with
-    them of the same rows, before anything is summed over replicas. Where hardware is right and deterministic, all are equal."""
+    """A digest [replicas] uint32 of what each replica holds and computes: its own copy of the
+    parameters, and the loss and gradients of the same rows before anything is summed over replicas.
+    Where hardware is right and deterministic, all are equal."""
 
     def request(self, request: Request = Request.NONE) -> jax.Array:
         """This process's control request as an argument of `train`: [devices] int32."""
@@ -84,14 +95,35 @@ class Steps:
         )
 
     @property
+    def abstract_state(self) -> TrainState:
+        """The state's arrays as shapes with shardings: to compile for, and to restore into."""
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
+            self.state_shapes,
+            self.state_shardings,
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """`train` lowered for the shapes and shardings of its arguments; no device is needed."""
+        request = jax.ShapeDtypeStruct(
+            (self.layout.mesh.size,), jnp.int32, sharding=self.request_sharding
+        )
+        train: Any = self.train  # a jitted function, which its type here does not say
+        return train.lower(self.abstract_state, self.batch_shapes, request)
+
+    @property
     def request_sharding(self) -> NamedSharding:
+        """One number on each device, so that the step's maximum is over all processes."""
         return NamedSharding(self.layout.mesh, P(AXES))
 
 
 def make_steps(config: Config, mesh: Mesh) -> Steps:
-    """Build the step functions. Raises ConfigError where the mesh does not divide model or batch."""
+    """Build the step functions. Raises ConfigError for a mesh that does not divide them."""
     layout = Layout(mesh)
-    config.check_mesh(dataclasses.replace(config.mesh, **mesh.shape))
+    resolved = dataclasses.replace(config.mesh, **mesh.shape)
+    config.check_mesh(resolved)
     graphdef, param_shapes, axes = abstract_model(config.model, config.kernels)
     optimizer = make_optimizer(config.optimizer)
     param_shardings = jax.tree.map(lambda _, names: layout.sharding(*names), param_shapes, axes)
@@ -102,22 +134,50 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         return TrainState(params, optimizer.init(params), zero, zero, zero)
 
     state_shapes = jax.eval_shape(start, param_shapes)
-    state_shardings = TrainState(
+    # AdamW's moments lie where their parameters lie; its counter is on every device.
+    opt_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state_shapes.opt_state,
         param_shardings,
-        optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            state_shapes.opt_state,
-            param_shardings,
-            transform_non_params=lambda _: scalar,
-        ),
-        scalar,
-        scalar,
-        scalar,
+        transform_non_params=lambda _: scalar,
+    )
+    state_shardings = TrainState(param_shardings, opt_shardings, scalar, scalar, scalar)
+    loss_sum = _make_loss_sum(config, mesh, graphdef)
+    train = _make_train(config, layout, loss_sum, optimizer, param_shardings)
+    init = lambda: start(init_params(config.model, config.train.seed))
+    batch_sharding = layout.sharding("micro_batch", "batch", "length")
+    return Steps(
+        layout=layout,
+        state_shapes=state_shapes,
+        state_shardings=state_shardings,
+        batch_sharding=batch_sharding,
+        batch_shapes=_batch_shapes(config, config.accumulation_steps(resolved), batch_sharding),
+        init=jax.jit(init, out_shardings=state_shardings),
+        start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
+        train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
+        evaluate=jax.jit(_make_evaluate(layout, loss_sum), out_shardings=scalar),
+        check=_make_check(layout, loss_sum, param_shardings),
     )
 
-    def nll(params: Params, batch: Batch, batch_axes: tuple[str, ...]) -> jax.Array:
-        """Sum of the loss over arrays [B, T]."""
+
+def _batch_shapes(
+    config: Config, accumulation: int, sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = config.train.global_batch_size // accumulation
+    shape = (accumulation, rows, config.train.context_length)
+    names = [
+        "inputs",
+        "labels",
+        *(["segment_ids", "positions"] if config.data.document_mask else []),
+    ]
+    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+
+
+def _make_loss_sum(config: Config, mesh: Mesh, graphdef: nnx.GraphDef) -> LossSum:
+    """Model and loss as one function of parameters and arrays [B, T]."""
+
+    def loss_sum(params: Params, batch: Batch, batch_axes: tuple[str, ...]) -> jax.Array:
         with activate(Layout(mesh, batch_axes)), matmul_precision(config.model):
             model = nnx.merge(graphdef, params)
             hidden = model.hidden(
@@ -133,29 +193,42 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
                 z_loss=config.train.z_loss,
             )
 
+    return loss_sum
+
+
+def _make_train(
+    config: Config,
+    layout: Layout,
+    loss_sum: LossSum,
+    optimizer: optax.GradientTransformationExtraArgs,
+    shardings: Params,
+) -> Callable:
+    """Steps.train, not yet compiled."""
+
     def train(
         state: TrainState, batch: Batch, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
-            total, gradients = _sum_gradients(nll, state.params, batch, layout, param_shardings)
-        # Divided by the count over the whole step, so that accumulation and any mesh weigh every
-        # token alike.
-        loss, gradients = (
-            total / tokens,
-            jax.tree.map(lambda gradient: gradient / tokens, gradients),
-        )
+            total, gradients = _sum_gradients(loss_sum, state.params, batch, layout, shardings)
+        # Divided by the count of the whole step, not of a device or a micro-batch: accumulation and
+        # any mesh weigh every token alike.
+        loss = total / tokens
+        gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
         gradients, norm = clip_by_global_norm(gradients, config.optimizer.clip_norm)
+        # The norm is not finite where any gradient is not, so these two numbers speak for all.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         rate = learning_rate(config.optimizer, config.train.num_steps, state.step)
         direction, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, finite=finite
         )
+        # A selection and not lax.cond: it fuses into the update's pass over the parameters.
         params = jax.tree.map(
             lambda p, d: jnp.where(finite, p - rate * d, p), state.params, direction
         )
         nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
         nonfinite = state.nonfinite + jnp.where(finite, 0, 1)
+        # Counted even where the update is skipped: the next step has the next batch and rate.
         state = TrainState(params, opt_state, state.step + 1, nonfinite, nonfinite_run)
         metrics = {
             "loss": loss,
@@ -169,34 +242,27 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         }
         return state, metrics
 
+    return train
+
+
+def _make_evaluate(layout: Layout, loss_sum: LossSum) -> Callable:
+    """Steps.evaluate, not yet compiled."""
+
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
-        return nll(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
+        return loss_sum(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
 
-    return Steps(
-        layout=layout,
-        state_shapes=state_shapes,
-        state_shardings=state_shardings,
-        batch_sharding=layout.sharding("micro_batch", "batch", "length"),
-        init=jax.jit(
-            lambda: start(init_params(config.model, config.train.seed)),
-            out_shardings=state_shardings,
-        ),
-        start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
-        train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
-        evaluate=jax.jit(evaluate, out_shardings=scalar),
-        check=_make_check(nll, layout, param_shardings),
-    )
+    return evaluate
 
 
 def _make_check(
-    nll: Callable, layout: Layout, shardings: Params
+    layout: Layout, loss_sum: LossSum, shardings: Params
 ) -> Callable[[Params, Batch], jax.Array]:
     """Steps.check."""
     mesh, replicas = layout.mesh, layout.mesh.shape["data"]
 
     def spread(batch: Batch) -> Batch:
-        """The first rows of a batch, as many as a replica has shards, once for every replica: [replicas, rows, T]."""
+        """First rows of a batch, one a shard, the same for every replica: [replicas, shards, T]."""
         shards = mesh.shape["fsdp"]
         return {
             name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1]))
@@ -211,51 +277,54 @@ def _make_check(
         return jax.lax.psum(digest_all(*leaves), ("fsdp", "context", "tensor"))[None]
 
     def digests(params: Params, same: Batch) -> jax.Array:
-        one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
+        one = lambda batch: jax.value_and_grad(loss_sum)(params, batch, ("fsdp",))
         computed = jax.vmap(one, spmd_axis_name="data")(same)
         specs = tuple(sharding.spec for sharding in jax.tree.leaves(shardings))
-        # Copies are replicas of one array only as long as hardware is right: so not checked by the
-        # partitioner.
+        # check_vma off: the partitioner takes copies of one array for equal, which is exactly what
+        # a hardware fault breaks.
         on_replicas = jax.shard_map(
             digest_copies, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False
         )
+        # 31 is odd, so no bit of the first digest is lost modulo 2^32.
         return on_replicas(*jax.tree.leaves(params)) * 31 + jax.vmap(digest_all)(
             *jax.tree.leaves(computed)
         )
 
-    # Two programs: if one knew that all rows are the same, it could compute them once.
+    # Two programs: if one knew that all rows are the same, XLA could compute them once.
     spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
     digest_replicas = jax.jit(digests, out_shardings=NamedSharding(mesh, P()))
     return lambda params, batch: digest_replicas(params, spread_rows(batch))
 
 
 def _sum_gradients(
-    nll: Callable, params: Params, batch: Batch, layout: Layout, shardings: Params
+    loss_sum: LossSum, params: Params, batch: Batch, layout: Layout, shardings: Params
 ) -> tuple[jax.Array, Params]:
     """Loss and gradients, both summed over all tokens of the step.
 
     With several micro-batches every replica (mesh axis data) adds up its own gradients, and they
-    are summed across replicas once, at the end. Gradients per replica are a vmap over a leading
-    axis of replicas that lies along data: GSPMD alone would reduce them in every micro-batch.
+    are summed across replicas once, at the end. GSPMD alone would reduce them in every micro-batch:
+    in its view a gradient is one array, equal on all replicas. So gradients get an axis of replicas
+    [replicas, ...], split over data, by a vmap over the replicas' rows.
     """
     micro_batches = batch["labels"].shape[0]
     replicas = layout.mesh.shape["data"]
     if micro_batches == 1:
-        return jax.value_and_grad(nll)(
+        return jax.value_and_grad(loss_sum)(
             params, {name: array[0] for name, array in batch.items()}, layout.batch_axes
         )
 
-    def per_replica(array: jax.Array) -> jax.Array:
-        A, B, T = array.shape
-        return lie(array.reshape(A, replicas, B // replicas, T), None, "data", "fsdp", "context")
-
-    def lie(array: jax.Array, *axes: Any) -> jax.Array:
+    def put(array: jax.Array, *axes: Any) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, P(*axes)))
 
     def on_replicas(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        return lie(array, "data", *sharding.spec)
+        return put(array, "data", *sharding.spec)
 
-    one = lambda batch: jax.value_and_grad(nll)(params, batch, ("fsdp",))
+    def per_replica(array: jax.Array) -> jax.Array:
+        A, B, T = array.shape
+        return put(array.reshape(A, replicas, B // replicas, T), None, "data", "fsdp", "context")
+
+    # Inside the vmap a replica's rows are split over fsdp alone: data is the vmapped axis.
+    one = lambda batch: jax.value_and_grad(loss_sum)(params, batch, ("fsdp",))
     all_replicas = jax.vmap(one, spmd_axis_name="data")
 
     def add(carry, micro_batch):
@@ -267,7 +336,7 @@ def _sum_gradients(
     zeros = jax.tree.map(
         lambda p, s: on_replicas(jnp.zeros((replicas, *p.shape), p.dtype), s), params, shardings
     )
-    start = (lie(jnp.zeros(replicas), "data"), zeros)
+    start = (put(jnp.zeros(replicas), "data"), zeros)
     (total, gradients), _ = jax.lax.scan(
         add, start, {name: per_replica(array) for name, array in batch.items()}
     )
