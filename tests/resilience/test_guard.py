@@ -78,7 +78,7 @@ def numerics(step: int, begin: int, end: int) -> Event:
     return NumericsFault(step=step, begin=begin, end=end, reason="not finite")
 
 
-def test_the_first_time_replays_the_second_leaves_the_window_out_and_so_on_until_there_were_enough():
+def test_the_first_time_replays_the_second_skips_the_window_and_so_on_until_there_were_enough():
     events: list[Event] = [numerics(10, 12, 15)]
     plan = plan_rollback(events, [], 2)
     assert (plan.windows, plan.before, plan.back) == ((), 10, 0)

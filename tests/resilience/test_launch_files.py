@@ -1,4 +1,4 @@
-"""The files of a launch: written, read back, claimed once, and read as older versions wrote them."""
+"""The files of a launch: written, read back, claimed once, and read as old versions wrote them."""
 
 import json
 import multiprocessing

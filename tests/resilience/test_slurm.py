@@ -1,8 +1,8 @@
-"""A real Slurm of virtual nodes on this machine: launch/slurm/train.sbatch trains on two, a third stands ready, and nodes die.
+"""A real Slurm of virtual nodes on this machine, which runs launch/slurm/train.sbatch.
 
-`make test-slurm`, as root, with Debian's slurm-wlm and munge. It runs in namespaces of its own
-(processes, mounts, network): so the nodes have addresses and names, nothing of this machine is
-changed, and all ends with the test.
+Training runs on two nodes, the others are spares, and nodes die. `make test-slurm`, as root, with
+Debian's slurm-wlm and munge. It runs in namespaces of its own (processes, mounts, network): so the
+nodes have addresses and names, nothing of this machine is changed, and all ends with the test.
 """
 
 import contextlib
@@ -47,20 +47,21 @@ SelectType=select/cons_tres
 SlurmdTimeout={down}
 KillWait=5
 ReturnToService=2
-NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr={network}[1-{nodes}] Port=[17001-{port}] CPUs={cpus}
+NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr={network}[1-{nodes}] \
+Port=[17001-{port}] CPUs={cpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
 
-def command(*words: str) -> str:
+def command(*argv: str) -> str:
     """The output of a command. Fails where it does."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(argv)}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
 
 
 class Slurm:
-    """A controller and its nodes n1, n2, ..., each with an address of its own on the loopback interface."""
+    """A controller and its nodes n1, n2, ..., each with an address on the loopback interface."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,7 +116,7 @@ class Slurm:
         return command("sinfo", "--noheader", "--nodes", node, "--format", "%T")
 
     def kill(self, node: str) -> None:
-        """Lose a node: its slurmd, and all that runs there of a job, srun and the batch script included."""
+        """Lose a node: its slurmd and all of a job on it, srun and the batch script included."""
         daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
         for process in [daemon, *_processes_of(node)]:
             with contextlib.suppress(ProcessLookupError):
@@ -150,7 +151,7 @@ class Job(chaos.Supervised):
     """A run that Slurm starts with the project's own script."""
 
     def __init__(
-        self, slurm: Slurm, run_dir: Path, words: list[str], *, hosts: int, nodes: int
+        self, slurm: Slurm, run_dir: Path, argv: list[str], *, hosts: int, nodes: int
     ) -> None:
         super().__init__(run_dir)
         self._ended = (0.0, False)
@@ -167,7 +168,7 @@ class Job(chaos.Supervised):
             "--time=30",
             f"--chdir={REPOSITORY}",
             str(script),
-            *words,
+            *argv,
             "--run_dir",
             str(run_dir),
         )
@@ -199,13 +200,13 @@ def slurm(tmp_path_factory):
     return Slurm(folder)
 
 
-def test_a_job_goes_on_after_a_hang_a_lost_node_and_the_loss_of_its_first_node_and_is_put_back_saved(
+def test_a_job_goes_on_after_a_hang_and_lost_nodes_its_first_one_too_and_is_requeued_saved(
     slurm, tmp_path
 ):
     job = Job(slurm, tmp_path / "run", chaos.argv_of(tmp_path), hosts=2, nodes=4)
 
     def goes_on(began: float, attempt: int, what: str) -> list[str]:
-        """The hosts of the next launch, once it has made steps: within a minute, in the same allocation."""
+        """The hosts of the next launch, which steps within a minute, in the same allocation."""
         _, again = job.steps(12, after=attempt)
         print(
             f"{what}: running on {job.file('plan')['hosts']} after {again - began:.1f} s",

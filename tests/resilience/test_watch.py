@@ -1,5 +1,6 @@
 """The watch over one process: what it costs, its limits, and what it does alone."""
 
+import os
 import time
 
 import pytest
@@ -76,29 +77,30 @@ def test_alone_a_standstill_is_reported_and_nothing_is_ended(tmp_path, capfd):
 
 
 def test_an_error_alone_passes_and_leaves_no_exit_report(tmp_path):
-    with (
-        pytest.raises(ValueError, match="^UNAVAILABLE: x$"),
-        Watch(ResilienceConfig(), Clock(), tmp_path / "attempts") as watch,
-    ):
-        watch.join()
-        raise ValueError("UNAVAILABLE: x")
+    def command() -> None:
+        with Watch(ResilienceConfig(), Clock(), tmp_path / "attempts") as watch:
+            watch.join()
+            raise ValueError("UNAVAILABLE: x")
+
+    with pytest.raises(ValueError, match="UNAVAILABLE: x"):
+        command()
     reports = Launches(tmp_path / "attempts")[1].reports().values()
     assert [report for report in reports if report.cause is not None] == []
 
 
 def test_under_a_supervisor_an_error_is_the_exit_report(tmp_path, monkeypatch):
-    import os
-
     launch = Launches(tmp_path / "attempts")[4]
     placement = Placement("b", 1, 3, launch, supervisor=os.getppid(), full_processes=3)
     for name, value in placement.to_environment("a:1").items():
         monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(OSError, match="own fault"),
-        Watch(ResilienceConfig(), Clock(), tmp_path / "elsewhere") as watch,
-    ):
-        watch.step = 3
-        raise OSError("own fault")
+
+    def command() -> None:
+        with Watch(ResilienceConfig(), Clock(), tmp_path / "elsewhere") as watch:
+            watch.step = 3
+            raise OSError("own fault")
+
+    with pytest.raises(OSError, match="own fault"):
+        command()
     report = launch.reports()[1]
     assert (report.cause, report.error, report.host) == (Cause.EXCEPTION, "OSError: own fault", "b")
     assert (report.step, report.phase) == (3, "other")

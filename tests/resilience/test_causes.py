@@ -1,0 +1,127 @@
+"""One vocabulary for faults: exceptions, exit codes, and the tables that show them."""
+
+from pathlib import Path
+
+import pytest
+from launches import REPOSITORY
+
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.launch import main as launch
+from baichuan_jax.resilience.causes import (
+    BadHost,
+    Cause,
+    NumericsError,
+    PeerFailed,
+    SaveFailed,
+    cause_among_peers,
+    cause_of,
+    exit_code_table,
+)
+from baichuan_jax.resilience.exits import run_command
+
+
+def test_a_cause_is_its_word_and_knows_its_code():
+    assert Cause("bad host") is Cause.BAD_HOST
+    assert (f"{Cause.BAD_HOST}", Cause.BAD_HOST.exit_code) == ("bad host", 79)
+    codes = {cause.exit_code for cause in Cause}
+    assert codes == {0, 70, 74, 75, 76, 77, 78, 79, 130}
+    for code in codes:  # a code is all that a scheduler knows
+        assert len({cause.restart for cause in Cause if cause.exit_code == code}) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ConfigError("x"), Cause.CONFIGURATION),
+        (NumericsError("x"), Cause.NUMERICS),
+        (PeerFailed("x"), Cause.PEER),
+        (BadHost("x", (1,)), Cause.BAD_HOST),
+        (SaveFailed("x"), Cause.STORAGE),
+        (OSError("x"), Cause.EXCEPTION),
+        (RuntimeError("x"), Cause.EXCEPTION),
+    ],
+)
+def test_an_exception_means_one_cause_and_a_command_exits_with_its_code(error, cause, capsys):
+    assert cause_of(error) == cause
+    assert cause_among_peers(error) == cause
+
+    def command() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(command)
+    assert caught.value.code == cause.exit_code
+    # Whoever meets a bug needs its traceback, and whoever mistypes a setting does not.
+    assert ("Traceback" in capsys.readouterr().err) == (cause == Cause.EXCEPTION)
+
+
+def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own():
+    for code in (0, 2, 75):
+        with pytest.raises(SystemExit) as caught:
+            run_command(lambda code=code: code)
+        assert caught.value.code == code
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(interrupted)
+    assert caught.value.code == Cause.INTERRUPTED.exit_code
+
+
+def test_a_peer_s_failure_is_told_from_one_s_own():
+    """As fetching an array raises it: seen where another process had left between two steps."""
+    lost = (
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] "
+        "Connection closed by peer [127.0.0.1]:22762"
+    )
+    assert cause_among_peers(ValueError(lost)) == "peer"
+    assert cause_among_peers(ValueError("the Gloo of our own")) == "exception"
+    full = SaveFailed("checkpoint 5 could not be written: No space left on device")
+    assert cause_among_peers(full) == "storage"
+    failed = SaveFailed("checkpoint 5 could not be written")
+    failed.__cause__ = ValueError(lost)
+    assert cause_among_peers(failed) == "peer"
+    # Alone there is no peer.
+    assert cause_of(ValueError(lost)) == "exception"
+
+
+def table_of(file: Path) -> list[list[str]]:
+    """Cells of the table of exit codes in a page: the rows below the one that begins with 0."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| 0 |"))
+    rows = []
+    for line in lines[begin:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+YES = {"是": "yes", "否": "no"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/operations.md"])
+def test_the_pages_show_the_codes_that_the_program_has(page):
+    """Code, causes, restart and meaning; the Chinese page has its own words for the last two.
+
+    docs/operations.md has a column more, and below our codes those of the system's signals.
+    """
+    rows = {code: row for code, *row in table_of(REPOSITORY / page)}
+    for code, causes, restart, meaning in exit_code_table():
+        shown = rows.pop(code)
+        assert shown[:1] == [causes], code
+        assert YES.get(shown[1], shown[1]) == restart, code
+        assert shown[2], code
+        if not page.endswith(".zh.md"):
+            assert shown[2] == meaning, code
+    ours = [code for code in rows if page != "docs/operations.md" or int(code[:3]) < 131]
+    assert ours == []
+
+
+def test_the_supervisor_s_help_shows_them_too(capsys):
+    with pytest.raises(SystemExit):
+        launch(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for code, _, restart, meaning in exit_code_table():
+        assert f" {code} {restart} {meaning} " in said
