@@ -1,7 +1,10 @@
-"""The settings of a run: frozen dataclasses, read from YAML files and dotted overrides, refused where they contradict each other.
+"""The settings of a run: one frozen dataclass a section, each setting with its default.
 
-Every setting stands here with its default, which is the original Baichuan-7B's where the original
-had one.
+A default is the original Baichuan-7B's where the original had such a setting. Every class refuses
+values that cannot be right (`__post_init__`, ConfigError), and `Config` those that contradict each
+other. config/files.py reads them from YAML files and the command line. The docstring below a field
+is its text in --help and in docs/configuration.md; after a change, run
+`python docs/write_configuration.py`.
 """
 
 import math
@@ -12,7 +15,10 @@ from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """A setting or an input that cannot be right; commands leave with exit code 78 and do not restart."""
+    """A setting or an input that cannot be right.
+
+    Commands exit with code 78, and no supervisor restarts them: another launch would fail too.
+    """
 
 
 def require(holds: bool, message: str) -> None:
@@ -50,11 +56,13 @@ class ModelConfig:
     pad_token_id: int | None = 0
     """Its embedding row gets no gradient (the original's padding_idx); null: every row learns."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of activations and of weights in matrix products; parameters, norms, softmax and loss stay float32."""
+    """Type of activations and of weights in matrix products; parameters, norms, softmax and loss
+    are float32 in either case."""
     remat: Literal["none", "matmuls", "full"] = "full"
     """What the backward pass recomputes: nothing, all but the matrix products, or whole blocks."""
     scan_layers: bool = True
-    """Compile one block and loop over it (fast to compile), or unroll all blocks; results are equal."""
+    """Compile one block and loop over it (fast to compile), or unroll all blocks; results are
+    equal."""
 
     @property
     def head_dim(self) -> int:
@@ -72,29 +80,22 @@ class ModelConfig:
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
     def __post_init__(self) -> None:
-        _positive(
-            "model",
-            self,
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "rope_theta",
-        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _positive("model", self, *sizes, "rope_theta")
         require(
             self.hidden_size % self.num_heads == 0,
-            f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
-            "choose a number of heads that does",
+            f"model.num_heads={self.num_heads} does not divide "
+            f"model.hidden_size={self.hidden_size}; choose a number of heads that does",
         )
         require(
             self.head_dim % 2 == 0,
-            f"head_dim = hidden_size/num_heads = {self.hidden_size}/{self.num_heads} = {self.head_dim} is odd; "
-            "the rotary embedding turns pairs of channels",
+            f"head_dim = hidden_size/num_heads = {self.hidden_size}/{self.num_heads} = "
+            f"{self.head_dim} is odd; the rotary embedding turns pairs of channels",
         )
         require(
             self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
-            f"model.pad_token_id={self.pad_token_id} is outside the vocabulary of model.vocab_size={self.vocab_size}",
+            f"model.pad_token_id={self.pad_token_id} is outside the vocabulary of "
+            f"model.vocab_size={self.vocab_size}",
         )
 
 
@@ -103,28 +104,30 @@ class TrainConfig:
     """Steps, batch and loss."""
 
     num_steps: int = 286_000
-    """Optimiser steps of the whole run, where the schedule ends. The default makes 1.2T tokens."""
+    """Optimiser steps of the whole run, where the learning rate's schedule ends. The default makes
+    1.2T tokens."""
     context_length: int = 4096
-    """Tokens a row is trained on."""
+    """Tokens in a row."""
     global_batch_size: int = 1024
-    """Rows a step, over all devices."""
+    """Rows in a step, over all devices."""
     micro_batch_size: int | None = None
-    """Rows a device holds in one forward and backward pass; fewer than its share accumulates gradients. null: its whole share."""
+    """Rows a device holds in one forward and backward pass; fewer than its share accumulates
+    gradients. null: its whole share."""
     loss_chunk_size: int = 1024
     """Tokens whose logits exist at once on a device."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss (PaLM used 1e-4)."""
     seed: int = 42
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
-    """On GPUs: only kernels that give the same bits every time (slower). A CPU always does."""
+    """On GPUs: use only kernels that give the same bits every time (slower). A CPU always does."""
     schedule_profile: str | None = None
-    """A file that `plan` wrote for this configuration: on GPUs XLA's scheduler takes the latencies of collectives from it."""
+    """A file that `plan` wrote for this configuration: on GPUs XLA's scheduler takes the latencies
+    of collectives from it."""
 
     def __post_init__(self) -> None:
-        _positive(
-            "train", self, "num_steps", "context_length", "global_batch_size", "loss_chunk_size"
-        )
+        sizes = ("num_steps", "context_length", "global_batch_size", "loss_chunk_size")
+        _positive("train", self, *sizes)
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
         require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
@@ -163,10 +166,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
-        require(
-            0 <= self.final_learning_rate_ratio <= 1,
-            f"optimizer.final_learning_rate_ratio={self.final_learning_rate_ratio} must lie in [0, 1]",
-        )
+        ratio = self.final_learning_rate_ratio
+        require(0 <= ratio <= 1, f"optimizer.final_learning_rate_ratio={ratio} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,23 @@ class DataConfig:
     """Corpora, and how they become rows of tokens."""
 
     train: dict[str, float] = field(default_factory=dict)
-    """Corpora and their sampling weights: globs of text or JSONL files (also .gz, .zst), or folders of packed rows."""
+    """Corpora and their sampling weights: globs of text or JSONL files (also .gz, .zst), or folders
+    of packed rows."""
     validation: dict[str, float] = field(default_factory=dict)
-    """The same for the validation loss; must share no document with the training text. Weights are ignored: rows are read in order."""
+    """The same for the validation loss; must share no document with the training text. Weights are
+    ignored: rows are read in order."""
     text_field: str = "text"
     """The JSONL field that holds a document's text."""
     cache_dir: str = "cache"
-    """Where a trained tokenizer and packed rows are kept for every later run on the same text."""
+    """Folder of trained tokenizers and packed rows, which later runs on the same text use again."""
     document_mask: bool = False
-    """Attend within documents only, positions counted from each document's start. The original attends across."""
+    """Attend within documents only, positions counted from each document's start. The original
+    attends across."""
     num_workers: int = 0
-    """Processes that tokenise and pack; 0: one a core."""
+    """Processes that tokenise and pack; 0: one for each core."""
     skip: list[list[int]] = field(default_factory=list)
-    """[begin, end] pairs of positions (batches, from 0) that are left out, end not included: data that broke an earlier run."""
+    """[begin, end] pairs of positions (batches, from 0) that are left out, end not included: data
+    that broke an earlier run."""
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
@@ -219,7 +224,7 @@ class MeshConfig:
     data: int = -1
     """Replicas, across nodes: gradients are averaged over them."""
     fsdp: int = 1
-    """Shards of parameters and optimiser state, inside a node; the batch is cut along it too."""
+    """Shards of parameters and optimiser state, inside a node; the batch is split along it too."""
     context: int = 1
     """Pieces of every sequence."""
     tensor: int = 1
@@ -232,7 +237,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         require(
             all(size > 0 or size == -1 for size in self.shape) and self.shape.count(-1) <= 1,
-            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive, one of them -1 at most",
+            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive, "
+            "one of them -1 at most",
         )
 
     def resolve(self, num_devices: int) -> "MeshConfig":
@@ -240,10 +246,12 @@ class MeshConfig:
         known = 1
         for size in self.shape:
             known *= size if size > 0 else 1
+        free = -1 in self.shape
         require(
-            num_devices % known == 0 if -1 in self.shape else num_devices == known,
-            f"mesh (data, fsdp, context, tensor)={self.shape} needs {'a multiple of ' if -1 in self.shape else ''}{known} "
-            f"devices and there are {num_devices}; set mesh.* so that the product is {num_devices}",
+            num_devices % known == 0 if free else num_devices == known,
+            f"mesh (data, fsdp, context, tensor)={self.shape} needs "
+            f"{'a multiple of ' if free else ''}{known} devices and there are {num_devices}; "
+            f"set mesh.* so that the product is {num_devices}",
         )
         return MeshConfig(*(num_devices // known if size == -1 else size for size in self.shape))
 
@@ -253,9 +261,11 @@ class KernelsConfig:
     """Implementations of operators."""
 
     attention: Literal["auto", "reference", "blockwise", "triton", "cudnn", "pallas"] = "auto"
-    """Implementation of attention; a forced one that cannot serve raises."""
+    """Implementation of attention. A named one that cannot serve this model and device is an
+    error."""
     rms_norm: Literal["auto", "reference", "triton", "pallas"] = "auto"
-    """Implementation of RMSNorm and the residual addition before it; a forced one that cannot serve raises."""
+    """Implementation of RMSNorm and the residual addition before it. A named one that cannot serve
+    is an error."""
 
 
 @dataclass(frozen=True)
@@ -263,13 +273,15 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every: int | None = None
-    """Steps between checkpoints; the last step is always saved. null: from what saves cost and how often faults come (Young/Daly)."""
+    """Steps between checkpoints; the last step is always saved. null: from what saves cost and how
+    often faults come (Young/Daly)."""
     keep_last: int = 3
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
     local_dir: str | None = None
-    """Folder on each host's own disk, or /dev/shm, for copies of the newest state beside the checkpoints; $VARIABLES are put in."""
+    """Folder on each host's own disk, or /dev/shm, for copies of the newest state beside the
+    checkpoints; $VARIABLES are replaced by the host's environment."""
     local_every: int | None = None
     """Steps between copies in local_dir. A start takes the newest state there is, from any host."""
 
@@ -279,26 +291,24 @@ class CheckpointConfig:
         return None if self.local_dir is None else Path(os.path.expandvars(self.local_dir))
 
     def __post_init__(self) -> None:
-        _positive(
-            "checkpoint",
-            self,
-            "keep_last",
-            *(name for name in ("every", "local_every") if getattr(self, name) is not None),
-        )
+        _positive("checkpoint", self, "keep_last")
+        for name in ("every", "local_every", "keep_every"):
+            if getattr(self, name) is not None:
+                _positive("checkpoint", self, name)
         require(
             (self.local_dir is None) == (self.local_every is None),
-            f"checkpoint.local_dir={self.local_dir} and checkpoint.local_every={self.local_every}: set both or neither",
+            f"checkpoint.local_dir={self.local_dir} and checkpoint.local_every={self.local_every}: "
+            "set both or neither",
         )
         require(
             self.local_every != 1,
             "checkpoint.local_every=1: a copy counts two steps after it was made; set 2 or more",
         )
-        if self.keep_every is not None:
-            _positive("checkpoint", self, "keep_every")
+        if self.keep_every is not None and self.every is not None:
             require(
-                self.every is None or self.keep_every % self.every == 0,
-                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}: "
-                "nothing would be saved there",
+                self.keep_every % self.every == 0,
+                f"checkpoint.keep_every={self.keep_every} is no multiple of "
+                f"checkpoint.every={self.every}: nothing would be saved there",
             )
 
 
@@ -311,9 +321,11 @@ class EvaluateConfig:
     num_batches: int = 16
     """Batches of validation rows each time; fewer where the text ends."""
     tasks: dict[str, str] = field(default_factory=dict)
-    """Tests to score each time and the folders of their data: mmlu, ceval, agieval, gaokao (see docs/evaluation.md)."""
+    """Tests to score each time and the folders of their data: mmlu, ceval, agieval, gaokao (see
+    docs/evaluation.md)."""
     subjects: dict[str, list[str]] = field(default_factory=dict)
-    """Only these subjects of a test: {mmlu: [anatomy, astronomy]}; a test that is not named here is asked whole."""
+    """Only these subjects of a test: {mmlu: [anatomy, astronomy]}; a test that is not named here is
+    asked whole."""
     limit: int | None = None
     """Questions of each subject, from its beginning; null: all."""
 
@@ -321,6 +333,7 @@ class EvaluateConfig:
         _positive("evaluate", self, "every", "num_batches")
         if self.limit is not None:
             _positive("evaluate", self, "limit")
+        # evaluate.tasks.TASKS, which this module cannot import: settings know no other package.
         known = ("mmlu", "ceval", "agieval", "gaokao")
         for task in self.tasks:
             require(
@@ -340,19 +353,20 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     """Texts that the finished model continues."""
     max_new_tokens: int = 48
-    """Length of each continuation."""
+    """Tokens of each continuation."""
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where figures go."""
+    """Where metrics are written, beside the run's metrics.jsonl."""
 
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; needs the wandb package."""
     peak_tflops: float | None = None
-    """Dense bfloat16 TFLOP/s of one device, for an accelerator that the table in metrics.py lacks."""
+    """Dense bfloat16 TFLOP/s of one device, for an accelerator that hardware/accelerators.py
+    lacks. MFU is a share of it."""
 
 
 @dataclass(frozen=True)
@@ -371,29 +385,35 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    """Faults: how long is too long, and when numbers are wrong."""
+    """Faults: which time limits and which numbers count as one."""
 
     hang_seconds: float = 20.0
-    """A step's phase (data, dispatch, wait) may last this long, or five times its longest so far; then the process leaves with 76.
-    A checkpoint and an evaluation may last ten times as long."""
+    """A phase of a step (data, dispatch, wait) may last this long, or five times its longest so
+    far; then the process exits with 76. A checkpoint and an evaluation may last ten times as
+    long."""
     start_seconds: float = 1800.0
-    """The same for everything before the first step, and for the first of each phase: packing, restoring, compiling."""
+    """The same limit for everything before the first step, and for the first phase of each kind:
+    packing, restoring, compiling."""
     silence_seconds: float = 10.0
-    """A process whose heartbeat, one a second, is not heard for this long is taken for dead; the others leave with 76."""
+    """A process whose heartbeat, one a second, times out after this long counts as dead; the others
+    exit with 76."""
     spike_deviations: float = 20.0
-    """A loss, or three gradient norms in a row, so many deviations above the last 128 steps' median: to a checkpoint. 0: never."""
+    """A loss, or three gradient norms in a row, this many deviations above the median of the last
+    128 steps is a spike: the run goes back to a checkpoint. 0: never."""
     max_skips: int = 5
     """Windows of data that a run leaves out by itself before it gives up."""
     check_every: int = 0
-    """Steps between checks that all replicas compute the same bits; 0: none. On GPUs it needs train.deterministic."""
+    """Steps between checks that all replicas compute the same bits; 0: none. On GPUs it needs
+    train.deterministic."""
 
     @property
     def jax_heartbeat_seconds(self) -> int:
-        """After which jax aborts a run that has lost a process: the last resort, when nobody else has acted.
+        """Timeout after which jax itself aborts a run that has lost a process.
 
-        Seen: it gives up after 0.8 of its timeout. Before that the silence must be noticed (after
-        2.5 s of standing still), and last words said (3 s) and kept (2 s).
+        The last resort. Before it, the other processes must notice the silence (after 2.5 s in
+        which no step ends), write their exit reports (3 s) and keep them readable (2 s).
         """
+        # jax was seen to abort after 0.8 of its timeout.
         return max(30, math.ceil((self.silence_seconds + 7.5) / 0.8))
 
     def __post_init__(self) -> None:
@@ -405,12 +425,13 @@ class ResilienceConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes. All null: from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or Slurm, else one process."""
+    """Several processes. All null: from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or from Slurm, else one process."""
 
     coordinator_address: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
-    """Processes in all."""
+    """Number of processes."""
     process_id: int | None = None
     """This process's number, from 0."""
 
@@ -420,9 +441,11 @@ class Config:
     """A run: its folder, and a section for each part."""
 
     run_dir: str | None = None
-    """Folder of the run: configuration, metrics, checkpoints. null: runs/ and the configuration file's name."""
+    """Folder of the run: configuration, metrics, checkpoints. null: runs/ and the configuration
+    file's name."""
     init_from: str | None = None
-    """A Hugging Face Baichuan or LLaMA folder, or a run's checkpoint: its weights, with a fresh optimiser and schedule."""
+    """A Hugging Face Baichuan or LLaMA folder, or a run's checkpoint: the run starts from its
+    weights, with a fresh optimiser and schedule."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -441,8 +464,9 @@ class Config:
     def __post_init__(self) -> None:
         require(
             self.optimizer.warmup_steps <= self.train.num_steps,
-            f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds train.num_steps={self.train.num_steps}; "
-            "the peak learning rate would never be reached",
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
+            f"train.num_steps={self.train.num_steps}; the peak learning rate would never be "
+            "reached",
         )
         if self.tokenizer.path is None:
             require(
@@ -451,6 +475,7 @@ class Config:
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size}: the embedding needs a row for "
                 "each of the tokenizer's pieces; raise the one or lower the other",
             )
+        # A mesh with -1 is checked when the number of devices is known: make_steps.
         if -1 not in self.mesh.shape:
             self.check_mesh(self.mesh)
 
@@ -460,7 +485,7 @@ class Config:
         return Path(self.run_dir or "runs/default")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        """Refuse a resolved mesh that does not divide this model and batch. Raises ConfigError with both numbers."""
+        """Raise ConfigError, with both numbers, for a mesh that does not divide model or batch."""
         for what, size, axis, count in (
             ("model.num_heads", self.model.num_heads, "tensor", mesh.tensor),
             ("model.intermediate_size", self.model.intermediate_size, "tensor", mesh.tensor),
@@ -472,32 +497,34 @@ class Config:
         self.accumulation_steps(mesh)
 
     def on_part(self, full: MeshConfig) -> "Config":
-        """This configuration, whose mesh has fewer devices than `full`, with as many rows a pass as each had there.
+        """This configuration on fewer devices than `full` has, with unchanged rows in a pass.
 
-        So the global batch stays as it is and nothing needs more memory: gradients of more
-        micro-batches are accumulated.
+        For a launch without a node that was lost. The global batch stays as it is and no device
+        needs more memory: gradients of more micro-batches are accumulated.
         """
-        if (
-            self.train.micro_batch_size is not None
-            or full.data * full.fsdp <= self.mesh.data * self.mesh.fsdp
-        ):
+        shards = full.data * full.fsdp
+        if self.train.micro_batch_size is not None or shards <= self.mesh.data * self.mesh.fsdp:
             return self
-        micro = max(1, self.train.global_batch_size // (full.data * full.fsdp))
+        micro = max(1, self.train.global_batch_size // shards)
         return replace(self, train=replace(self.train, micro_batch_size=micro))
 
     def accumulation_steps(self, mesh: MeshConfig) -> int:
-        """Micro-batches in a step on a resolved mesh. Raises ConfigError where the batch does not divide."""
+        """Micro-batches of a step on a resolved mesh.
+
+        Raises ConfigError where devices and micro-batches do not divide the batch.
+        """
         rows, batch = mesh.data * mesh.fsdp, self.train.global_batch_size
         require(
             batch % rows == 0,
-            f"mesh.data x mesh.fsdp = {mesh.data} x {mesh.fsdp} = {rows} does not divide train.global_batch_size={batch}",
+            f"mesh.data x mesh.fsdp = {mesh.data} x {mesh.fsdp} = {rows} does not divide "
+            f"train.global_batch_size={batch}",
         )
         if self.train.micro_batch_size is None:
             return 1
         micro = self.train.micro_batch_size * rows
         require(
             batch % micro == 0,
-            f"train.micro_batch_size={self.train.micro_batch_size} on {rows} batch shards makes {micro} rows, "
-            f"which does not divide train.global_batch_size={batch}",
+            f"train.micro_batch_size={self.train.micro_batch_size} on {rows} batch shards makes "
+            f"{micro} rows, which does not divide train.global_batch_size={batch}",
         )
         return batch // micro
