@@ -124,25 +124,7 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     config = dataclasses.replace(config, mesh=config.mesh.resolve(mesh.size))
     steps = make_steps(config, mesh)
 
-    def abstract(shape: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    state = jax.tree.map(abstract, steps.state_shapes, steps.state_shardings)
-    accumulation = config.accumulation_steps(config.mesh)
-    rows = jax.ShapeDtypeStruct(
-        (accumulation, config.train.global_batch_size // accumulation, config.train.context_length),
-        jnp.int32,
-        sharding=steps.batch_sharding,
-    )
-    names = [
-        "inputs",
-        "labels",
-        *(["segment_ids", "positions"] if config.data.document_mask else []),
-    ]
-    stop = jax.eval_shape(lambda: jnp.zeros(mesh.size, jnp.int32))
-    lowered = steps.train.lower(
-        state, dict.fromkeys(names, rows), abstract(stop, steps.request_sharding)
-    )
+    state, lowered = steps.abstract_state, steps.lower()
 
     def on_one_device(tree: Any) -> int:
         leaves = jax.tree.leaves(tree)
