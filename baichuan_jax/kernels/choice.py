@@ -1,34 +1,59 @@
-"""What the choosers of all operators ask: may this implementation serve here, and was it forced?"""
+"""What the choosers of all operators share.
 
+A chooser has a list of implementations for each platform, the best first. It asks each for its
+obstacle, takes the first that has none, and gives the reasons of those that it passed over. An
+implementation knows its own limits: a function `obstacle` in its file returns them as text.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.kernels import triton_bridge
 from baichuan_jax.sharding import Layout
 
-
-def forced(operator: str, implementation: str, obstacles: dict[str, str | None]) -> tuple[str, str]:
-    """The implementation that a setting names. Raises ConfigError where it cannot serve."""
-    if reason := obstacles.get(implementation):
-        raise ConfigError(
-            f"kernels.{operator}={implementation} cannot serve: {reason}; use auto or reference"
-        )
-    return implementation, f"forced by kernels.{operator}"
+Obstacle = Callable[[], str | None]
+"""Why an implementation cannot serve a call; None: it can."""
 
 
-def triton_obstacle(device: Any) -> str | None:
-    """Why a device cannot run the Triton kernels; None: it can."""
-    if device.platform != "gpu":
-        return f"Triton needs a GPU and the backend is {device.platform}"
-    if float(device.compute_capability) < 8:
-        return f"the kernels need bfloat16 tensor cores (sm_80) and this GPU has compute capability {device.compute_capability}"
-    return triton_bridge.obstacle()
+def load(operator: str, name: str) -> Any:
+    """The module of an implementation, imported late: Pallas alone takes a second to import."""
+    return importlib.import_module(f"baichuan_jax.kernels.{operator}.{name}")
 
 
-def pallas_obstacle(device: Any, dtype: str) -> str | None:
-    """Why a device cannot run the Pallas kernels; None: it can."""
+def choose(
+    operator: str,
+    setting: str,
+    preferred: Mapping[str, str],
+    obstacles: Mapping[str, Obstacle],
+    fallback: tuple[str, str],
+) -> tuple[str, str]:
+    """The implementation that will run and why: (name, reason).
+
+    setting: "auto", or the name of the implementation to take. preferred: this platform's, the best
+    first, each with the reason to take it. obstacles: of every implementation that has limits.
+    fallback: the name and reason of one that has none. Raises ConfigError where a forced one cannot
+    serve.
+    """
+    if setting != "auto":
+        if setting in obstacles and (reason := obstacles[setting]()) is not None:
+            raise ConfigError(
+                f"kernels.{operator}={setting} cannot serve: {reason}; use auto or reference"
+            )
+        return setting, f"forced by kernels.{operator}"
+    refusals = []
+    for name, why in preferred.items():
+        if (reason := obstacles[name]()) is None:
+            return name, "; ".join([why, *refusals])
+        refusals.append(f"not {name}: {reason}")
+    name, why = fallback
+    return name, "; ".join([why, *refusals])
+
+
+def tpu_obstacle(device: Any, dtype: str) -> str | None:
+    """Why a device cannot run any Pallas kernel of this dtype; None: it can."""
     if device.platform != "tpu":
         return f"the Pallas kernels need a TPU and the backend is {device.platform}"
     return None if dtype in ("float32", "bfloat16") else f"a TPU does not compute in {dtype}"

@@ -1,13 +1,13 @@
-"""The one file that imports jax_triton, lazily: what its two versions call differently, and for which GPU a kernel is compiled.
+"""Calls Triton kernels from JAX: the only file that imports jax_triton, and only at first use.
 
 jax-triton 0.3.1 (Python 3.11, or triton 3.6) and 0.4.1 (Python 3.12 and newer) differ in the names
-of arguments. Both need jax's CUDA plugin, of CUDA 12 or 13, and change TRITON_CACHE_DIR on import,
-which is put back here.
+of arguments. Both need jax's CUDA plugin, of CUDA 12 or 13. Both change TRITON_CACHE_DIR on import,
+which is restored here.
 
-A kernel is compiled when its caller is lowered, and jax-triton alone would ask the first GPU of
-this process what it can. Here the devices of the current mesh are asked while the caller is traced
-(sharding.activate), which may be those of a topology that is not there. `compile_as` compiles for
-an older GPU than the one that runs the kernel.
+A kernel is compiled when its caller is lowered. jax-triton by itself compiles for the first GPU of
+this process. Here a kernel is compiled for the devices of the mesh that is current while its caller
+is traced (sharding.activate), so that it also compiles ahead of time for a described topology.
+`compile_as` compiles for an older GPU than the one that runs the kernel.
 """
 
 import contextlib
@@ -38,14 +38,15 @@ _substitute: ContextVar["_Substitute | None"] = ContextVar("substitute", default
 
 @functools.cache
 def obstacle() -> str | None:
-    """Why Triton kernels cannot be compiled here, or None."""
+    """Why Triton kernels cannot be compiled here; None: they can."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if not any(
         importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
     ):
         missing.append("jax_cuda12_plugin or jax_cuda13_plugin")
     if missing:
-        return f"{' and '.join(missing)} not installed (requirements-cuda12.txt or requirements-cuda13.txt)"
+        files = "requirements-cuda12.txt or requirements-cuda13.txt"
+        return f"{' and '.join(missing)} not installed ({files})"
     try:
         _jax_triton()
     except ImportError as error:
@@ -53,10 +54,23 @@ def obstacle() -> str | None:
     return None
 
 
-def compute_capability() -> int:
-    """That kernels are compiled for: of the current mesh's devices, or of the first device where there is no mesh; 80 for sm_80.
+def device_obstacle(device: Any) -> str | None:
+    """Why a device cannot run any Triton kernel of this package; None: it can."""
+    if device.platform != "gpu":
+        return f"Triton needs a GPU and the backend is {device.platform}"
+    if float(device.compute_capability) < 8:
+        return (
+            "the kernels need bfloat16 tensor cores (sm_80) and this GPU has compute capability "
+            f"{device.compute_capability}"
+        )
+    return obstacle()
 
-    Inside run_with and compile_as it is theirs.
+
+def compute_capability() -> int:
+    """What kernels are compiled for, such as 80 for sm_80.
+
+    It is the current mesh's, or the first device's where there is no mesh; inside run_with and
+    compile_as it is theirs.
     """
     if (elsewhere := _elsewhere.get()) is not None:
         return elsewhere[1]
@@ -72,7 +86,10 @@ def _device_capability() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One call of a kernel, whose parameters are contiguous arrays, then the outputs, then constants (tl.constexpr)."""
+    """One call of a kernel. Its parameters are arrays, then outputs, then tl.constexpr constants.
+
+    Arrays are contiguous.
+    """
 
     kernel: Any
     name: str
@@ -85,6 +102,7 @@ class Launch:
 
     @property
     def programs(self) -> int:
+        """Programs of the grid."""
         return math.prod(self.grid)
 
 
@@ -109,10 +127,11 @@ def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     outputs = list(launch.outputs)
     if version.startswith("0.3."):
         versioned = {"out_shape": outputs, "enable_fp_fusion": True}
-    else:  # said to triton, whose default changes in 3.10
+    else:  # passed on to triton, whose default changes in 3.10
         versioned = {"out_type": outputs, "backend_options": {"enable_fp_fusion": True}}
     substitute = _substitute.get()
-    with jax.named_scope(launch.name):  # so that a compiled program tells which kernel a call is
+    # The scope's name stays in the compiled program, where every call has the same target.
+    with jax.named_scope(launch.name):
         result = jax_triton.triton_call(
             *launch.arrays,
             kernel=launch.kernel if substitute is None else substitute.copy(launch.kernel),
@@ -129,7 +148,10 @@ def _through_jax_triton(launch: Launch) -> list[jax.Array]:
 
 @contextlib.contextmanager
 def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> Iterator[None]:
-    """Inside, kernels for this compute capability go to a function instead of jax-triton: to be listed, or interpreted."""
+    """Inside, kernels go to a function instead of jax-triton: to be listed, or interpreted.
+
+    capability: the one for which their block shapes are chosen.
+    """
     token = _elsewhere.set((runner, capability))
     try:
         yield
@@ -139,26 +161,33 @@ def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> It
 
 @dataclasses.dataclass
 class _Substitute:
-    """What compile_as keeps: the capability to compile for, and that of the devices, known once a kernel is traced."""
+    """The state of compile_as."""
 
     capability: int
+    """Compiled for."""
     device: int | None = None
+    """The capability of the devices; known once a kernel is traced."""
     copies: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def copy(self, kernel: Any) -> Any:
-        """Another object of the same kernel: jax-triton keeps what it compiled by kernel and capability, not by assembler's target."""
+        """Another object of the same kernel.
+
+        jax-triton caches what it compiled by kernel and capability, but not by the assembler's
+        target. With the same object it would return code for the wrong GPU.
+        """
         from triton import jit  # pyright: ignore
 
         device = _device_capability()
         # "a" features (sm_90a), which Triton uses from sm_90 on, run on that very GPU alone.
         if device < self.capability or device > self.capability >= 90:
             raise ValueError(
-                f"compile_as({self.capability}): code for sm_{self.capability} does not run on sm_{device}; give the device's "
-                "own capability, or an older one below 90"
+                f"compile_as({self.capability}): code for sm_{self.capability} does not run on "
+                f"sm_{device}; give the device's own capability, or an older one below 90"
             )
         if self.device not in (None, device):
             raise ValueError(
-                f"compile_as: devices of sm_{self.device} and of sm_{device} in one context; take one for each"
+                f"compile_as: devices of sm_{self.device} and of sm_{device} in one context; "
+                "take one for each"
             )
         self.device = device
         return self.copies.setdefault(kernel, jit(kernel.fn))
@@ -166,34 +195,39 @@ class _Substitute:
 
 @functools.cache
 def _jit_key() -> Any:
-    """A part of the key by which jax keeps traced and compiled functions; made at its first use, so that nothing else changes."""
+    """A part of the key by which jax caches traced and compiled functions.
+
+    Made at its first use, so that no other program's key changes.
+    """
     return jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def compile_as(capability: int) -> Iterator[None]:
-    """Inside, kernels are compiled for this compute capability, their blocks too, and assembled for that of the device.
+    """Inside, kernels and their block shapes are those of this compute capability.
 
-    So an A800's code (sm_80) runs on a newer GPU: PTX does. Trace and lower inside; what jax traced
-    outside is traced again. ValueError while tracing where the devices are older, or where the code
-    would be bound to another GPU (from sm_90 on). RuntimeError where this version of jax_triton
-    calls the assembler otherwise.
+    They are assembled for the device's own, so that an A800's code (sm_80) runs on a newer GPU, as
+    PTX does. Trace and lower inside; what jax traced outside is traced again. Raises ValueError
+    while tracing where the devices are older, or where the code would be bound to another GPU (from
+    sm_90 on). Raises RuntimeError where this version of jax_triton calls the assembler differently.
     """
     _, version = _jax_triton()
     library: Any = sys.modules["jax_triton.triton_lib"]
     original, substitute = library.triton_kernel_call_lib, _Substitute(capability)
 
     def assemble(*arguments: Any) -> Any:
-        """TritonKernel(name, num_warps, num_ctas, shared bytes, PTX, TTIR, capability, ...): its last is what ptxas gets."""
+        """TritonKernel(name, num_warps, num_ctas, shared bytes, PTX, TTIR, capability, ...).
+
+        The capability goes to ptxas.
+        """
         if len(arguments) < 7 or not isinstance(arguments[6], int):
             raise RuntimeError(
-                f"compile_as knows jax-triton 0.3.1 and 0.4.1; TritonKernel of {version} takes other arguments"
+                "compile_as knows jax-triton 0.3.1 and 0.4.1; "
+                f"TritonKernel of {version} takes other arguments"
             )
-        if (
-            _substitute.get() is not substitute
-            or arguments[6] != capability
-            or substitute.device is None
-        ):
+        # Another thread's kernel, or one that is compiled for the device anyway.
+        foreign = _substitute.get() is not substitute or arguments[6] != capability
+        if foreign or substitute.device is None:
             return original.TritonKernel(*arguments)
         return original.TritonKernel(*arguments[:6], substitute.device, *arguments[7:])
 
@@ -214,7 +248,10 @@ def compile_as(capability: int) -> Iterator[None]:
 
 
 def cuda_folders() -> list[Path]:
-    """Where XLA looks for CUDA's bin/ptxas and nvvm/libdevice: CUDA_ROOT or else NVIDIA's wheels (jax's choice), then toolkits."""
+    """Where XLA looks for CUDA's bin/ptxas and nvvm/libdevice, in order.
+
+    CUDA_ROOT or else NVIDIA's wheels (jax chooses between them), then toolkits.
+    """
     nvidia = importlib.util.find_spec("nvidia")
     wheels = [
         Path(folder) / name
@@ -226,7 +263,10 @@ def cuda_folders() -> list[Path]:
 
 
 def xla_ptxas() -> Path | None:
-    """The assembler that XLA will use: jax's choice, the first on PATH, or that of a toolkit (seen by strace, jax 0.10.1, 0.11.2)."""
+    """The assembler that XLA will use: jax's choice, the first on PATH, or that of a toolkit.
+
+    The order was observed with strace on jax 0.10.1 and 0.11.2.
+    """
     places = [folder / "bin" / "ptxas" for folder in cuda_folders()]
     if on_path := shutil.which("ptxas"):
         places.insert(len(places) - len(TOOLKITS), Path(on_path))
@@ -235,10 +275,11 @@ def xla_ptxas() -> Path | None:
 
 @functools.cache
 def ptxas() -> Path:
-    """The assembler that XLA will use, or else the one of triton's wheel (CUDA 12); triton is told to write for its version.
+    """The assembler that XLA will use, or else the one of triton's wheel (CUDA 12).
 
-    Left alone, triton writes for the newest of its own, whose PTX that of CUDA 12 refuses (9.4 on
-    sm_90, where 12.9 knows 8.8).
+    The environment is set so that triton writes PTX for this assembler's version. By default triton
+    writes for its own, newest one, and CUDA 12's assembler refuses that PTX (version 9.4 on sm_90,
+    where 12.9 knows 8.8).
     """
     found = xla_ptxas()
     if found is None:
@@ -253,7 +294,10 @@ def ptxas() -> Path:
 
 @functools.cache
 def ptxas_version() -> str:
-    """Of ptxas(), such as "12.9.86". 12.8.93 and 13.0.88 are known to miscompile Triton's code for sm_90a; 13.1.80 is not."""
+    """The version of ptxas(), such as "12.9.86".
+
+    12.8.93 and 13.0.88 are known to miscompile Triton's code for sm_90a; 13.1.80 is not.
+    """
     text = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     if found is None:
@@ -276,9 +320,10 @@ def _jax_triton() -> tuple[Any, str]:
 
 
 def merge_vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays that all begin with a batch dimension, as one that vmap calls once, its dimension merged into the batch.
+    """Make vmap call a function once, with the mapped dimension merged into the batch.
 
-    jax-triton has no rule for vmap, which step.py uses to take gradients per replica.
+    All arrays of the function begin with a batch dimension. jax-triton has no rule for vmap, which
+    step.py uses to take gradients per replica.
     """
     wrapped = jax.custom_batching.custom_vmap(function)
 

@@ -1,8 +1,10 @@
-"""Triton kernels on a CPU, in Triton's interpreter: for numbers, not for speed. With bridge.run_with(interpreter.interpret, 80).
+"""Triton kernels on a CPU, in Triton's interpreter: for numbers, not for speed.
 
-The interpreter asks its arguments what it would ask a torch tensor; a class of NumPy arrays answers
-here, so that no torch is needed. TRITON_INTERPRET=1 has to be set before triton is imported: it
-decides then whether @triton.jit compiles or interprets.
+    with triton_bridge.run_with(interpret, 80): ...
+
+The interpreter expects torch tensors as arguments. Here a class with a NumPy array has the methods
+that it calls, so that no torch is needed. TRITON_INTERPRET=1 has to be set before triton is
+imported: @triton.jit decides then whether it compiles or interprets.
 """
 
 import functools
@@ -14,20 +16,22 @@ import numpy as np
 
 from baichuan_jax.kernels.triton_bridge import Launch
 
-_ONE_AT_A_TIME = (
-    threading.Lock()
-)  # the interpreter keeps its state in globals, and a mesh has a thread for each device
+# The interpreter keeps its state in globals, and a mesh has a thread for each device.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Tensor:
-    """An array in the host's memory as triton 3.6's and 3.9's interpreters ask for one; it is its own storage, never copied."""
+    """An array in host memory with the methods that triton's interpreter (3.6, 3.9) calls.
 
-    def __init__(self, array: np.ndarray):
+    It is its own storage and is never copied.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
     @property
     def dtype(self) -> np.dtype:
-        """Triton reads its name, as of torch's: float32."""
+        """Triton reads its name, such as float32, which NumPy and torch share."""
         return self.array.dtype
 
     def data_ptr(self) -> int:
@@ -39,6 +43,8 @@ class _Tensor:
     def cpu(self) -> "_Tensor":
         return self
 
+    # The interpreter makes a host copy of every argument by new_empty and set_, runs the kernel on
+    # the copies, and copies them back. Here the copy shares the array, so that nothing is copied.
     def new_empty(self, size: int, device: str) -> "_Tensor":
         """An empty tensor that set_ gives its storage."""
         return _Tensor(np.empty(size, self.array.dtype))
@@ -58,13 +64,16 @@ class _Tensor:
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def copy_(self, other: "_Tensor") -> None:
-        """The interpreter's way back to the device: it has written here already."""
+        """The interpreter's way back to the device: the kernel has written here already."""
         assert other.array is self.array
 
 
 @functools.cache
 def _accept_new_numpy() -> None:
-    """Loops over scalars: triton 3.6 takes int() of an array of one dimension, which NumPy 2.5 refuses; 3.9 does not."""
+    """Let triton 3.6 loop over scalars with NumPy 2.5; triton 3.9 does so by itself.
+
+    triton 3.6 takes int() of an array of one dimension, which NumPy 2.5 refuses.
+    """
     from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
     original = interpreter._patch_lang_tensor
@@ -77,10 +86,11 @@ def _accept_new_numpy() -> None:
 
 
 def interpret(launch: Launch) -> list[jax.Array]:
-    """Run a kernel in the interpreter, as a jax.pure_callback. What it does not write is NaN (in outputs of floats).
+    """Run a kernel in the interpreter, as a jax.pure_callback.
 
-    RuntimeError where triton was imported to compile. ValueError for bfloat16, which it computes on
-    the raw bits (triton#11585).
+    Elements of floating outputs that the kernel does not write are NaN. Raises RuntimeError where
+    triton was imported to compile, and ValueError for bfloat16, which the interpreter computes on
+    the raw bits (https://github.com/triton-lang/triton/issues/11585).
     """
     from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportMissingImports]
 
@@ -91,9 +101,9 @@ def interpret(launch: Launch) -> list[jax.Array]:
         )
     if any(array.dtype.name == "bfloat16" for array in (*launch.arrays, *launch.outputs)):
         raise ValueError(
-            f"{launch.name}: Triton's interpreter computes bfloat16 wrongly (triton#11585); take float32 or float16"
+            f"{launch.name}: Triton's interpreter computes bfloat16 wrongly (triton#11585); "
+            "take float32 or float16"
         )
-
     _accept_new_numpy()
 
     def run(*arrays: Any) -> list[np.ndarray]:

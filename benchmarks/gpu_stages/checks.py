@@ -1,5 +1,8 @@
-"""One comparison of a kernel with the plain operator. As a program: reads cases from standard input, writes a result for each, for
-numerics.py, which runs some of these processes side by side.
+"""One comparison of a kernel with the plain operator (`reference.py`) in float32.
+
+Input: a case (operator, type, sizes, variant). Output: errors of results and gradients, whether two
+calls give the same bits, and the error beside PyTorch in float64. As a program it reads cases from
+standard input and writes a result for each; numerics.py runs several of these processes at once.
 """
 
 import contextlib
@@ -10,21 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-for folder in (
-    Path(__file__).parents[1],
-    Path(__file__).parents[2],
-    Path(__file__).parent,
-):  # as a program
+# For its use as a program.
+for folder in (Path(__file__).parents[1], Path(__file__).parents[2], Path(__file__).parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 from results import reason
 
-TORCH_LENGTH = 4096  # beyond, float64 scores take too much memory for all workers at once
+TORCH_LENGTH = 4096  # longer scores in float64 take too much memory for all workers at once
 
 
 class Case(NamedTuple):
-    """One comparison. `length`: tokens of attention, rows of RMSNorm; `size`: head size or width."""
+    """`length`: tokens of attention, rows of RMSNorm. `size`: head size or width."""
 
     operator: str
     dtype: str
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    """Read cases from standard input, write a line for each."""
+    """Read cases from standard input, and write a line for each."""
     import traceback
 
     for line in sys.stdin:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """Errors of one case, and whether its bits are the same twice."""
+    """Errors of one case, and whether two calls give the same bits."""
     import jax
     import numpy as np
     from poison import fill_free_memory, proves_itself
@@ -68,7 +68,8 @@ def check(case: Case) -> dict[str, Any]:
         elif case.variant.startswith("sm_80"):
             stack.enter_context(bridge.compile_as(80))
         call = jax.jit(function).lower(*arguments).compile()
-    works = device.platform == "cpu" or proves_itself()  # the interpreter's outputs begin as NaN
+    # On a CPU the interpreter's outputs begin as NaN.
+    works = device.platform == "cpu" or proves_itself()
     calls = []
     for _ in range(2):
         fill_free_memory()
@@ -82,22 +83,16 @@ def check(case: Case) -> dict[str, Any]:
     errors = {name: difference(a, b) for name, a, b in zip(names, got, wanted, strict=True)}
     if case.variant == "extreme":
         # Where one weight is 1 and the others are 0, dq and dk are differences of equal numbers,
-        # all but 0: they have to be finite.
-        finite = all(np.isfinite(array).all() for array in got)
-        errors = {name: errors[name] for name in ("out", "dv")} | (
-            {} if finite else {"dq, dk": (float("nan"),) * 3}
-        )
-    # NaN counts as the worst.
-    worst = max(errors, key=lambda name: np.nan_to_num(errors[name][1], nan=np.inf))
+        # nearly 0: they only have to be finite.
+        errors = {name: errors[name] for name in ("out", "dv")}
+        if not all(np.isfinite(array).all() for array in got):
+            errors["dq, dk"] = (float("nan"),) * 3
+    badness = lambda error: np.nan_to_num(error, nan=np.inf)  # NaN counts as the worst
+    worst = max(errors, key=lambda name: badness(errors[name][1]))
+    names = ("largest", "norm", "row")
     result = {
-        "errors": {
-            name: dict(zip(("largest", "norm", "row"), values, strict=True))
-            for name, values in errors.items()
-        },
-        "largest_error": max(
-            (values[0] for values in errors.values()),
-            key=lambda error: np.nan_to_num(error, nan=np.inf),
-        ),
+        "errors": {name: dict(zip(names, errors[name], strict=True)) for name in errors},
+        "largest_error": max((values[0] for values in errors.values()), key=badness),
         "norm_error": errors[worst][1],
         "worst": worst,
         "same_bits": all(a.tobytes() == b.tobytes() for a, b in zip(*calls, strict=True)),
@@ -111,36 +106,36 @@ def check(case: Case) -> dict[str, Any]:
     if compared and importlib.util.find_spec("torch"):
         try:
             theirs = torch_attention(arguments, case.variant == "segments")
-            result["torch_error"] = max(
-                difference(a, b)[1] for a, b in zip(got, theirs, strict=True)
-            )
-        except (
-            Exception
-        ) as error:  # a torch that is broken, or without memory, says nothing about the kernel
+            pairs = zip(got, theirs, strict=True)
+            result["torch_error"] = max(difference(a, b)[1] for a, b in pairs)
+        except Exception as error:
+            # A broken torch, or one without memory, says nothing about the kernel.
             result["no_torch"] = reason(error)
     return result
 
 
 def parts_of(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
-    """The kernel with its gradients, the same by the plain operator, their arguments, names of the results."""
+    """The kernel with its gradients, the plain operator with them, arguments, names of results."""
     return (attention_case if case.operator == "attention" else norm_case)(case)
 
 
 def difference(got: Any, wanted: Any) -> tuple[float, float, float]:
-    """The difference relative to the wanted array: its largest element, its norm, and the norm of its worst row (the last axis)
-    relative to that row. Absolute where the wanted array is 0.
+    """Three errors relative to the wanted array; absolute where that is 0.
+
+    The largest difference, the norm of the difference, and the norm of the difference of the worst
+    row (along the last axis) relative to that row.
     """
     import numpy as np
 
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     largest = np.abs(wanted).max()
-    zero = largest < 1e-4  # as the gradient of a single weight
+    zero = largest < 1e-4  # for example the gradient of a softmax over one key
     off = got - wanted
     if zero:
         return (float(np.abs(off).max()),) * 3
     rows = np.linalg.norm(wanted, axis=-1)
-    # A row of nearly 0, as the gradient of a query that sees one key, is measured against a
-    # ten-thousandth of the largest.
+    # The gradient of a query that sees one key is nearly 0: such a row is compared with a
+    # ten-thousandth of the largest row.
     row = np.linalg.norm(off, axis=-1) / np.maximum(rows, 1e-4 * rows.max())
     return (
         float(np.abs(off).max() / largest),
@@ -162,12 +157,7 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     keys = jax.random.split(jax.random.key(hash_of(case)), 4)
     scale = 60.0 if variant == "extreme" else 1.0
     q, k, v, dout = (jax.random.normal(key, (B, T, N, case.size)) for key in keys)
-    arrays = [
-        (scale * q).astype(case.dtype),
-        (scale * k).astype(case.dtype),
-        v.astype(case.dtype),
-        dout.astype(case.dtype),
-    ]
+    arrays = [array.astype(case.dtype) for array in (scale * q, scale * k, v, dout)]
     # Documents of growing length, the last one cut.
     segments = jnp.broadcast_to(jnp.floor(jnp.sqrt(jnp.arange(T) / 3.0)).astype(jnp.int32), (B, T))
 
@@ -180,8 +170,7 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
             alone = jnp.ones((B, T), jnp.int32).at[0, T // 3].set(2)
             if function is attention:
                 return lambda q, k, v: attention(q, k, v, alone, jnp.ones_like(alone))
-            # The plain operator gives such a query the mean of all values; the kernels have to give
-            # 0.
+            # The plain operator gives such a query the mean of all values, a kernel has to give 0.
             return lambda q, k, v: (
                 function(q, k, v, alone, jnp.ones_like(alone)).at[:, T // 3].set(0)
             )
@@ -196,12 +185,9 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         assert variant == "scan remat vmap shard_map"
         return under_everything(function)
 
+    kernel, plain = variant_of(attention), variant_of(reference_attention.attention)
     names = ["out", "dq", "dk", "dv"]
-    return (
-        *(with_gradients(variant_of(f)) for f in (attention, reference_attention.attention)),
-        arrays,
-        names,
-    )  # type: ignore[return-value]
+    return with_gradients(kernel), with_gradients(plain), arrays, names
 
 
 def with_gradients(function: Any) -> Any:
@@ -216,7 +202,10 @@ def with_gradients(function: Any) -> Any:
 
 
 def under_everything(function: Any) -> Any:
-    """As a training step calls it: rows under vmap, in a shard_map, recomputed, in a loop of two blocks."""
+    """The function as a training step calls it.
+
+    Rows under vmap, inside a shard_map, recomputed in the backward pass, in a scan of two blocks.
+    """
     import jax
     import numpy as np
     from jax.sharding import Mesh
@@ -239,14 +228,9 @@ def under_everything(function: Any) -> Any:
         return jax.lax.scan(jax.checkpoint(block), q, None, length=2)[0]
 
     def run(q: Any, k: Any, v: Any) -> Any:
-        split = [
-            array.reshape(2, 1, array.shape[1] // 2, *array.shape[2:])
-            for array in (
-                q[:, : q.shape[1] // 2 * 2],
-                k[:, : k.shape[1] // 2 * 2],
-                v[:, : v.shape[1] // 2 * 2],
-            )
-        ]
+        # Two rows of half the length; an odd last token is left out.
+        half = q.shape[1] // 2
+        split = [array[:, : 2 * half].reshape(2, 1, half, *array.shape[2:]) for array in (q, k, v)]
         return jax.vmap(one)(*split)
 
     def padded(q: Any, k: Any, v: Any) -> Any:
@@ -261,7 +245,7 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     import jax
 
     from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
-    from baichuan_jax.kernels.rms_norm.api import _rms_norm
+    from baichuan_jax.kernels.rms_norm.api import fused_rms_norm
     from baichuan_jax.sharding import current_layout
 
     residual = case.variant.endswith("residual")
@@ -279,30 +263,26 @@ def norm_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         return outputs, *pull(dy)
 
     def kernel(x: Any, added: Any, weight: Any) -> Any:
-        outputs = _rms_norm(weight, x, added, 1e-6, "triton", current_layout())
+        outputs = fused_rms_norm(weight, x, added, 1e-6, "triton", current_layout())
         return tuple(outputs) if added is not None else outputs[0]
 
     def plain(x: Any, added: Any, weight: Any) -> Any:
         return reference_rms_norm.rms_norm(x, weight, 1e-6, added)
 
     names = ["y", "total", "dx", "dresidual", "dweight"] if residual else ["y", "dx", "dweight"]
-    return (
-        functools.partial(run, kernel),
-        functools.partial(run, plain),
-        [x, added, weight, dy, dtotal],
-        names,
-    )
+    functions = functools.partial(run, kernel), functools.partial(run, plain)
+    return *functions, [x, added, weight, dy, dtotal], names
 
 
 def hash_of(case: Case) -> int:
-    """A seed of its own for every case, the same in every process."""
+    """A seed for each case, the same in every process."""
     import zlib
 
     return zlib.crc32(str(case).encode())
 
 
 def torch_attention(arguments: list[Any], segmented: bool) -> list[Any]:
-    """PyTorch's scaled_dot_product_attention in float64, and its gradients, as arrays like those of the kernel."""
+    """PyTorch's scaled_dot_product_attention in float64 and its gradients, in the kernel's layout."""
     import numpy as np
     import torch
 
@@ -314,9 +294,8 @@ def torch_attention(arguments: list[Any], segmented: bool) -> list[Any]:
     T = q.shape[2]
     mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     if segmented:
-        segments = torch.floor(
-            torch.sqrt(torch.arange(T, dtype=torch.float32, device=device) / 3.0)
-        ).int()
+        place = torch.arange(T, dtype=torch.float32, device=device)
+        segments = torch.floor(torch.sqrt(place / 3.0)).int()
         mask &= segments[:, None] == segments[None, :]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     gradients = torch.autograd.grad(out, (q, k, v), dout)

@@ -1,10 +1,10 @@
-"""Attention and RMSNorm at Baichuan-7B's sizes, each beside every other implementation that runs here.
+"""Attention and RMSNorm at Baichuan-7B's sizes, beside every implementation that runs here.
 
 TFLOP/s count the products that the causal mask leaves: two forward, five backward. Shares are of a
 large matrix product, or of a copy, that was timed in the same rounds. Each Triton kernel is also
 timed alone, beside the share of the data sheet's peak that its own instructions allow
-([kernels](kernels.md)), and with other block shapes around the chosen one. A shape that is faster
-than the chosen one by more than 3 % is named: it belongs into `kernels/triton/attention.py`.
+([kernels](kernels.md)), and with block shapes near the chosen one. A shape that is faster than the
+chosen one by more than 3 % is reported: it belongs into `kernels/attention/triton.py`.
 """
 
 import argparse
@@ -33,13 +33,13 @@ KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
 LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
 BETTER = 1.03  # below this ratio a difference is noise
 
-# (kernel, blocks) that a thread compiles; Blocks of kernels/triton/attention.py, which is imported
-# where Triton is needed.
+# The (kernel, blocks) that a thread compiles. Blocks are those of kernels/attention/triton.py,
+# which is imported late: it needs Triton.
 trying: contextvars.ContextVar[Any] = contextvars.ContextVar("trying", default=None)
 
 
 def run(stage: Stage) -> None:
-    """Operators beside others, then kernels alone and their blocks."""
+    """Time operators beside other implementations, then kernels alone with several blocks."""
     sizes = stage.sizes
     if sizes.small:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -47,15 +47,9 @@ def run(stage: Stage) -> None:
     import kernels as bench  # benchmarks/kernels.py
 
     dtype = "bfloat16" if not sizes.small else "float32"
-    options = argparse.Namespace(
-        batch=sizes.batch,
-        length=sizes.length,
-        heads=sizes.heads,
-        head_size=sizes.head_dim,
-        rows=sizes.batch * sizes.length,
-        width=sizes.hidden,
-        rounds=sizes.rounds,
-    )
+    shape = {"batch": sizes.batch, "length": sizes.length, "heads": sizes.heads}
+    shape |= {"head_size": sizes.head_dim, "rows": sizes.batch * sizes.length}
+    options = argparse.Namespace(**shape, width=sizes.hidden, rounds=sizes.rounds)
     lines = []
     attention = bench.run_attention(options, dtype, stage)
     report_wrong(stage, attention)
@@ -78,8 +72,9 @@ def run(stage: Stage) -> None:
 
 
 def report_wrong(stage: Stage, result: dict[str, Any]) -> None:
-    """An implementation of ours that gives other numbers at these sizes is wrong, and so is Triton where it does not run on a GPU; of
-    others it is a note.
+    """Report our implementations that differ at these sizes, and Triton where it does not run.
+
+    Other libraries' differences are notes in the table.
     """
     for name, row in result["implementations"].items():
         why = row.get("why_not", "")
@@ -89,22 +84,21 @@ def report_wrong(stage: Stage, result: dict[str, Any]) -> None:
 
 
 def _beside_best(operator: str, found: dict[str, Any], passes: str, unit: str) -> str:
-    """Triton's speed and its ratio to the fastest other one, in words."""
+    """Triton's speed and its ratio to the fastest other implementation, as text."""
     speeds = {name: row[passes][unit] for name, row in found.items() if passes in row}
     others = {name: speed for name, speed in speeds.items() if name != "triton"}
     best = max(others, key=lambda name: others[name]) if others else None
     if "triton" not in speeds:
-        return f"{operator}: triton was not timed ({found['triton']['why_not']}); the fastest here is {best}"
+        why_not = f"triton was not timed ({found['triton']['why_not']})"
+        return f"{operator}: {why_not}; the fastest here is {best}"
     ours = f"{operator} {speeds['triton'] / 1e12:.0f} T{unit} forward and backward"
-    return (
-        ours
-        if best is None
-        else f"{ours}, {speeds['triton'] / others[best]:.2f} times the best other ({best})"
-    )
+    if best is None:
+        return ours
+    return f"{ours}, {speeds['triton'] / others[best]:.2f} times the best other ({best})"
 
 
 def kernels_alone(stage: Stage, dtype: str) -> None:
-    """Time each kernel with the chosen blocks and with those around them."""
+    """Time each kernel with the chosen blocks and with those near them."""
     from baichuan_jax.kernels import triton_bridge as bridge
     from baichuan_jax.kernels.attention import triton as attention
 
@@ -122,52 +116,43 @@ def kernels_alone(stage: Stage, dtype: str) -> None:
         if blocks
     ]
     # Spawned: a fork of a process that holds a GPU is not safe.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        sizes.workers, mp_context=multiprocessing.get_context("spawn"), initializer=compile_only
-    )
-    assembling = {
-        job: pool.submit(assemble, *job, dtype, sizes.head_dim, capability) for job in jobs
-    }
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(sizes.workers, spawn, initializer=compile_only)
+    what = (dtype, sizes.head_dim, capability)
+    assembling = {job: pool.submit(assemble, *job, *what) for job in jobs}
     calls, failed = compile_calls(stage, jobs, chosen, dtype)
     seconds = measure(calls, sizes.rounds, sizes.sample_seconds)
     made = {job: _result_of(future) for job, future in assembling.items()}
     pool.shutdown(cancel_futures=True)
     shape = (sizes.batch, sizes.length, sizes.heads, sizes.head_dim)
     flops = {name: causal_attention_flops(shape, ATTENTION_PRODUCTS[name]) for name in KERNELS}
-    show_kernels(
-        stage,
-        dtype,
-        sorted(jobs, key=lambda job: KERNELS.index(job[0])),
-        chosen,
-        seconds,
-        failed,
-        made,
-        flops,
-    )
+    rows = []
+    for job in sorted(jobs, key=lambda job: KERNELS.index(job[0])):
+        name, blocks = job
+        note = failed.get(job, "chosen" if blocks == chosen[name] else "")
+        rows.append(kernel_row(job, seconds.get(job), made[job], flops[name], note))
+    shape = f"{sizes.batch} x {sizes.length} tokens, {sizes.heads} heads of {sizes.head_dim}"
+    assembler, speeds = ["registers", "spilled"], ["ms", "TFLOP/s", "of peak"]
+    bounds = ["bound", "of its bound", ""]
+    columns = ["kernel", "blocks: queries x keys", *assembler, *speeds, *bounds]
+    stage.table(f"Triton kernels alone, {shape}, {dtype}", columns, rows)
     best = {}
     for name in KERNELS:
         timed = {blocks: took for (kernel, blocks), took in seconds.items() if kernel == name}
         if not timed:
             continue
         fastest, base = min(timed, key=lambda blocks: timed[blocks]), timed.get(chosen[name])
-        best[name] = {
-            "shape": fastest,
-            "seconds": timed[fastest],
-            "chosen": chosen[name],
-            "chosen_seconds": base,
-        }
+        found = {"shape": fastest, "seconds": timed[fastest]}
+        best[name] = {**found, "chosen": chosen[name], "chosen_seconds": base}
         if base is not None and base > BETTER * timed[fastest] and not sizes.small:
-            ratio = base / timed[fastest]
-            stage.say(
-                f"{name}: {words(fastest)} is {ratio:.2f} times as fast as the chosen {words(chosen[name])}."
-            )
-    alone = {
-        name: seconds[name, chosen[name]] for name in KERNELS if (name, chosen[name]) in seconds
-    }
+            ratio = f"{base / timed[fastest]:.2f} times as fast as the chosen"
+            stage.say(f"{name}: {label(fastest)} is {ratio} {label(chosen[name])}.")
+    chosen_jobs = [(name, chosen[name]) for name in KERNELS]
+    alone = {job[0]: seconds[job] for job in chosen_jobs if job in seconds}
     stage.record(kernels_alone=alone, kernel_flops=flops, best_blocks=best)
 
 
-def words(blocks: Any) -> str:
+def label(blocks: Any) -> str:
     """Blocks as the table has them."""
     return f"{blocks.q} x {blocks.k}, {blocks.num_warps} warps, {blocks.num_stages} stages"
 
@@ -175,7 +160,10 @@ def words(blocks: Any) -> str:
 def compile_calls(
     stage: Stage, jobs: list[Any], chosen: dict[str, Any], dtype: str
 ) -> tuple[dict[Any, Callable], dict[Any, str]]:
-    """A call for each (kernel, blocks), compiled side by side; and of those that cannot be compiled or started, why."""
+    """Compile a call for each (kernel, blocks), several at once.
+
+    Returns the calls, and the reason for each that cannot be compiled or started.
+    """
     from unittest import mock
 
     from baichuan_jax.kernels.attention import triton as attention
@@ -187,13 +175,13 @@ def compile_calls(
     )
     offset = jnp.zeros((B,), jnp.int32)
     inputs = (q, k, v, offset, offset, offset)
-    out, lse = jax.jit(functools.partial(attention._run_forward, False))(*inputs)
+    out, lse = jax.jit(functools.partial(attention.run_forward, False))(*inputs)
     delta = jnp.swapaxes(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1), 1, 2)
     saved = (*inputs, dout, lse, delta)
     parts = {
-        "attention_forward": (lambda *a: attention._run_forward(False, *a), inputs),
-        "attention_dkv": (lambda *a: attention._run_backward(False, *a)[1:], saved),
-        "attention_dq": (lambda *a: attention._run_backward(False, *a)[0], saved),
+        "attention_forward": (lambda *a: attention.run_forward(False, *a), inputs),
+        "attention_dkv": (lambda *a: attention.run_backward(False, *a)[1:], saved),
+        "attention_dq": (lambda *a: attention.run_backward(False, *a)[0], saved),
     }
     failed: dict[Any, str] = {}
 
@@ -211,7 +199,7 @@ def compile_calls(
             compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
             jax.block_until_ready(compiled(*arguments))
             return functools.partial(compiled, *arguments)
-        except Exception as error:  # too much shared memory, above all
+        except Exception as error:  # most often too much shared memory
             failed[job] = reason(error, 80)
             return None
 
@@ -219,66 +207,34 @@ def compile_calls(
         mock.patch.object(attention, "choose_blocks", choose),
         concurrent.futures.ThreadPoolExecutor(stage.sizes.workers) as threads,
     ):
-        # Each with a copy of this thread's context: kernels may be interpreted.
-        started = {
-            job: threads.submit(contextvars.copy_context().run, compile_one, job) for job in jobs
-        }
+        # Each with a copy of this thread's context, which says whether kernels are interpreted.
+        copy = contextvars.copy_context
+        started = {job: threads.submit(copy().run, compile_one, job) for job in jobs}
         calls = {job: future.result() for job, future in started.items()}
     return {job: call for job, call in calls.items() if call is not None}, failed
 
 
-def show_kernels(
-    stage: Stage,
-    dtype: str,
-    jobs: list[Any],
-    chosen: dict[str, Any],
-    seconds: dict[Any, float],
-    failed: dict[Any, str],
-    made: dict[Any, dict[str, Any]],
-    flops: dict[str, float],
-) -> None:
-    """A row for each (kernel, blocks): the assembler's figures, then speed and shares."""
+def kernel_row(
+    job: Any, seconds: float | None, made: dict[str, Any], flops: float, note: str
+) -> list[str]:
+    """The row of a (kernel, blocks): the assembler's numbers, then speed and shares."""
+    name, blocks = job
+    registers = str(made.get("registers", "-"))
+    cells = [name, label(blocks), registers, str(made.get("spilled_bytes", made.get("error", "-")))]
+    if seconds is None:
+        return [*cells, "-", "-", "-", "-", "-", note]
     hardware = hardware_of(jax.devices()[0].device_kind)
-    rows = []
-    for job in jobs:
-        name, blocks = job
-        cells = [
-            str(made[job].get("registers", "-")),
-            str(made[job].get("spilled_bytes", made[job].get("error", "-"))),
-        ]
-        if job not in seconds:
-            rows.append([name, words(blocks), *cells, "-", "-", "-", "-", "-", failed[job]])
-            continue
-        rate, bound = flops[name] / seconds[job], made[job].get("bound")
-        share = rate / (hardware.peak_tflops * 1e12) if hardware else None
-        cells += [
-            f"{seconds[job] * 1e3:.3f}",
-            f"{rate / 1e12:.0f}",
-            "-" if share is None else f"{share:.1%}",
-        ]
-        cells += [
-            "-" if bound is None else f"{bound:.1%}",
-            "-" if share is None or not bound else f"{share / bound:.0%}",
-        ]
-        rows.append([name, words(blocks), *cells, "chosen" if blocks == chosen[name] else ""])
-    columns = [
-        "kernel",
-        "blocks: queries x keys",
-        "registers",
-        "spilled",
-        "ms",
-        "TFLOP/s",
-        "of peak",
-        "bound",
-        "of its bound",
-        "",
-    ]
-    sizes = stage.sizes
-    title = f"Triton kernels alone, {sizes.batch} x {sizes.length} tokens, {sizes.heads} heads of {sizes.head_dim}, {dtype}"
-    stage.table(title, columns, rows)
+    rate, bound = flops / seconds, made.get("bound")
+    share = rate / (hardware.peak_tflops * 1e12) if hardware else None
+    cells += [f"{seconds * 1e3:.3f}", f"{rate / 1e12:.0f}"]
+    cells.append("-" if share is None else f"{share:.1%}")
+    cells.append("-" if bound is None else f"{bound:.1%}")
+    cells.append("-" if share is None or not bound else f"{share / bound:.0%}")
+    return [*cells, note]
 
 
 def _result_of(future: concurrent.futures.Future) -> dict[str, Any]:
+    """What a process found, or the kind of error that it met."""
     try:
         return future.result(timeout=20)
     except Exception as error:
@@ -286,21 +242,17 @@ def _result_of(future: concurrent.futures.Future) -> dict[str, Any]:
 
 
 def around(blocks: Any) -> list[Any]:
-    """The blocks themselves and their neighbours: half and twice the queries or keys, other warps, a stage more or less."""
+    """The blocks themselves, then their neighbours.
+
+    Half and twice the queries or keys, another number of warps, one stage more or less.
+    """
     q, k, warps, stages = blocks
-    found = [
-        blocks,
-        blocks._replace(q=q // 2),
-        blocks._replace(q=q * 2),
-        blocks._replace(k=k // 2),
-        blocks._replace(k=k * 2),
-    ]
-    found += [
-        blocks._replace(num_warps=12 - warps if warps in (4, 8) else 4),
-        blocks._replace(num_stages=stages + 1),
-    ]
+    found = [blocks, blocks._replace(q=q // 2), blocks._replace(q=q * 2)]
+    found += [blocks._replace(k=k // 2), blocks._replace(k=k * 2)]
+    found.append(blocks._replace(num_warps=12 - warps if warps in (4, 8) else 4))
+    found.append(blocks._replace(num_stages=stages + 1))
     found += [blocks._replace(num_stages=stages - 1)] if stages > 1 else []
-    # 32 rows a warp: fewer bytes from shared memory, more registers; what spills may cost less than
+    # 32 rows a warp: fewer bytes from shared memory, more registers. Spilling may cost less than
     # the bound says.
     wide = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
     found += [type(blocks)(*shape) for shape in wide]
@@ -308,19 +260,22 @@ def around(blocks: Any) -> list[Any]:
 
 
 def compile_only() -> None:
-    """In a process that assembles: it takes no device, and does not interpret."""
+    """Initialise a process that assembles: it takes no device, and does not interpret."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.pop("TRITON_INTERPRET", None)
 
 
 def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int) -> dict[str, Any]:
-    """Registers, spilled bytes and bound of a kernel with these blocks, from the assembler; in a process of its own."""
+    """Registers, spilled bytes and bound of a kernel with these blocks, from the assembler.
+
+    Runs in a process of its own.
+    """
     from unittest import mock
 
-    from baichuan_jax.kernels.__main__ import list_launches
     from baichuan_jax.kernels.attention import triton as attention
     from baichuan_jax.kernels.inspect import sass
     from baichuan_jax.kernels.inspect.bound import attention_bound
+    from baichuan_jax.kernels.inspect.resources import list_launches
 
     choose = attention.choose_blocks
 
@@ -328,12 +283,11 @@ def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int)
         return blocks if kernel == name else choose(kernel, *others)
 
     with mock.patch.object(attention, "choose_blocks", patched):
-        launch = next(
-            launch for launch in list_launches(dtype, head_dim, capability) if launch.name == name
-        )
+        launches = list_launches(dtype, head_dim, capability)
+        launch = next(launch for launch in launches if launch.name == name)
     chip = sass.CHIPS["sm_80" if capability < 90 else "sm_90"]
     made = sass.assemble(launch, chip)
     found: dict[str, Any] = {"registers": made.registers, "spilled_bytes": made.spilled_bytes}
-    with contextlib.suppress(RuntimeError):  # another number of loops than the bound knows
+    with contextlib.suppress(RuntimeError):  # a number of loops that the bound does not know
         found["bound"] = attention_bound(launch, made, chip).share_of_peak
     return found

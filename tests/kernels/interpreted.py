@@ -22,7 +22,7 @@ from baichuan_jax.kernels.attention import api as attention_api
 from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.triton import attention
 from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
-from baichuan_jax.kernels.rms_norm.api import _rms_norm
+from baichuan_jax.kernels.rms_norm.api import fused_rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
@@ -160,7 +160,7 @@ def norm_results(function, x, residual, weight, dy, dtotal):
 
 
 def triton_norm(weight, x, residual):
-    return _rms_norm(weight, x, residual, 1e-6, "triton", None)
+    return fused_rms_norm(weight, x, residual, 1e-6, "triton", None)
 
 
 def plain_norm(weight, x, residual):
@@ -265,7 +265,7 @@ def test_rms_norm_on_a_mesh(fused, replicas):
     )
 
     def sharded_norm(weight, x, residual):
-        return _rms_norm(weight, x, residual, 1e-6, "triton", layout)
+        return fused_rms_norm(weight, x, residual, 1e-6, "triton", layout)
 
     def all_results(function, x, residual, dy, dtotal):
         one = lambda x, residual, dy, dtotal: norm_results(

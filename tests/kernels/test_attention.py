@@ -1,7 +1,9 @@
 """Every implementation of attention against the plain one, values and gradients, and that against finite differences."""
 
+import importlib
 import itertools
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +16,7 @@ from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels.attention import blockwise
 from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.api import attention, choose_attention
+from baichuan_jax.kernels.choice import load
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
@@ -173,6 +176,7 @@ USUAL = {
         ({"device": CPU}, "blockwise", "linear"),
         ({"device": CPU, "length": 64}, "reference", "64 tokens"),
         ({"device": TPU}, "pallas", "splash"),
+        ({"device": TPU, "head_dim": 256}, "blockwise", "not pallas: head size 256"),
     ],
     ids=str,
 )
@@ -190,7 +194,7 @@ def test_auto_goes_on_without_jax_triton_and_says_so(monkeypatch):
     assert "triton not installed" in why
     assert choose_rms_norm("auto", device=A800, dtype="bfloat16", width=64) == (
         "reference",
-        "not triton: triton not installed",
+        "the gpu's compiler fuses it; not triton: triton not installed",
     )
 
 
@@ -206,6 +210,7 @@ def test_auto_goes_on_without_jax_triton_and_says_so(monkeypatch):
         ("triton", {"head_dim": 32}, "head size 32"),
         ("pallas", {}, "TPU and the backend is gpu"),
         ("pallas", {"device": TPU, "dtype": "float16"}, "float16"),
+        ("pallas", {"device": TPU, "head_dim": 256}, "fit into VMEM up to 128"),
     ],
     ids=str,
 )
@@ -213,6 +218,23 @@ def test_a_choice_that_cannot_serve_raises(monkeypatch, implementation, change, 
     monkeypatch.setattr(bridge, "obstacle", lambda: None)
     with pytest.raises(ConfigError, match=word):
         choose_attention(implementation, **{**USUAL, **change})
+
+
+def test_limits_can_be_asked_where_triton_is_not_installed(monkeypatch):
+    """Each implementation states its own limits in a file that imports no Triton."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for operator in ("attention", "rms_norm"):
+        importlib.reload(load(operator, "triton"))
+    monkeypatch.setattr(bridge, "obstacle", lambda: None)
+    with pytest.raises(ConfigError, match="head size 96 is neither 64 nor 128"):
+        choose_attention("triton", **{**USUAL, "head_dim": 96})
+    monkeypatch.setattr(bridge, "obstacle", lambda: "triton not installed")
+    for choose, call in (
+        (choose_attention, USUAL),
+        (choose_rms_norm, {"device": A800, "dtype": "bfloat16", "width": 4096}),
+    ):
+        with pytest.raises(ConfigError, match="triton cannot serve: triton not installed"):
+            choose("triton", **call)
 
 
 @pytest.mark.parametrize(

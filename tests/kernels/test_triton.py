@@ -15,10 +15,12 @@ from flax import nnx
 from jax.experimental import topologies
 
 from baichuan_jax.config.schema import ConfigError, KernelsConfig, MeshConfig, ModelConfig
+from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS
 from baichuan_jax.kernels import triton_bridge as bridge
-from baichuan_jax.kernels.__main__ import list_launches, main
+from baichuan_jax.kernels.__main__ import main
 from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.inspect import bound, sass
+from baichuan_jax.kernels.inspect.resources import list_launches
 from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.model import Transformer, apply_rope, rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
@@ -222,7 +224,7 @@ def test_nothing_spills_and_the_bound_holds(target, head_dim):
             assert bound.norm_bound(launch, assembled, chip).unit == "memory"
             continue
         H, Q, K = (launch.constants[name] for name in "HQK")
-        products = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}[launch.name]
+        products = ATTENTION_PRODUCTS[launch.name]
         for loop in assembled.loops:
             if target == "sm_80":
                 found = sum(opcode.startswith("HMMA.16816.F32.BF16") for opcode in loop)

@@ -1,1 +1,1 @@
-"""Causal attention: the choice of an implementation, and one file for each."""
+"""Causal attention: api.py chooses an implementation; each implementation has its own file."""

@@ -1,19 +1,27 @@
-"""Causal attention: chooses an implementation, names it, and wraps it in shard_map.
+"""Causal attention: chooses an implementation, says why, and runs it on each device of the mesh.
 
 B batch, T query length, N heads, H head size.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
 
-from baichuan_jax.kernels.attention import blockwise, reference
-from baichuan_jax.kernels.choice import device_of, forced, pallas_obstacle, triton_obstacle
-from baichuan_jax.sharding import current_layout
+from baichuan_jax.kernels.choice import choose, device_of, load
+from baichuan_jax.sharding import Layout, current_layout
+
+# By platform, the best first, and why it is the best.
+PREFERRED = {
+    "gpu": {
+        "triton": "fused, deterministic, any length and mask",
+        "cudnn": "fused, and cuDNN has all that this call needs",
+    },
+    "tpu": {"pallas": "splash attention: fused, any length and mask"},
+}
+SHORT = 128  # tokens of the smallest block; fewer gain nothing from blocks
 
 
 def choose_attention(
@@ -26,44 +34,22 @@ def choose_attention(
     length: int,
     context: int,
 ) -> tuple[str, str]:
-    """The attention that will run and why: (name, reason). Raises ConfigError where a forced one cannot serve.
+    """The attention that will run and why: (name, reason).
 
-    `device`: one of those that it will run on. `masked`: packed documents are kept apart by segment
-    ids. `context`: devices along the sequence.
+    implementation: "auto" or a name. device: one of those that it will run on. masked: segment ids
+    keep packed documents apart. context: devices that split the sequence. Raises ConfigError where
+    the named implementation cannot serve.
     """
     obstacles = {
-        "triton": triton_obstacle(device)
-        or (f"head size {head_dim} is neither 64 nor 128" if head_dim not in (64, 128) else None),
-        "pallas": pallas_obstacle(device, dtype),
-        "cudnn": _cudnn_obstacle(device, dtype, masked, context),
+        "triton": lambda: load("attention", "triton").obstacle(device, head_dim),
+        "cudnn": lambda: load("attention", "cudnn").obstacle(device, dtype, masked, context),
+        "pallas": lambda: load("attention", "pallas").obstacle(device, dtype, head_dim),
     }
-    if implementation != "auto":
-        return forced("attention", implementation, obstacles)
-    platform = device.platform
-    if platform == "tpu" and obstacles["pallas"] is None:
-        return "pallas", "splash attention: fused, any length and mask"
-    if platform == "gpu" and obstacles["triton"] is None:
-        return "triton", "fused, deterministic, any length and mask"
-    if platform == "gpu" and obstacles["cudnn"] is None:
-        return "cudnn", f"fused, and nothing here is beyond it; not triton: {obstacles['triton']}"
-    if length < 128:
-        return "reference", f"{length} tokens are less than one block"
-    missed = {"tpu": ("pallas",), "gpu": ("triton", "cudnn")}.get(platform, ())
-    return "blockwise", "; ".join(
-        ["memory linear in the length", *(f"not {name}: {obstacles[name]}" for name in missed)]
-    )
-
-
-def _cudnn_obstacle(device: Any, dtype: str, masked: bool, context: int) -> str | None:
-    if device.platform != "gpu":
-        return f"cuDNN needs a GPU and the backend is {device.platform}"
-    if dtype not in ("bfloat16", "float16"):
-        return f"cuDNN attention computes in 16 bits and model.dtype is {dtype}"
-    if masked:
-        return "cuDNN attention has no segment mask before Hopper, and it would be lost"
-    return (
-        "cuDNN attention has no query offset, which mesh.context > 1 needs" if context > 1 else None
-    )
+    fallback = ("blockwise", "memory linear in the length")
+    if length < SHORT:
+        fallback = ("reference", f"{length} tokens are less than one block")
+    preferred = PREFERRED.get(device.platform, {})
+    return choose("attention", implementation, preferred, obstacles, fallback)
 
 
 def attention(
@@ -74,14 +60,13 @@ def attention(
     segment_ids: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Causal self-attention, float32 or bfloat16, any length; softmax and sums in float32. Returns [B, T, N, H].
+    """Causal self-attention of any length, float32 or bfloat16. Returns [B, T, N, H].
 
-    segment_ids [B, T] int32: a token sees its own segment only. On the current mesh batch and heads
-    are cut, and where the sequence is cut too (mesh axis "context") every device gathers the keys
-    and values and serves its own queries.
+    Softmax and sums are float32. segment_ids [B, T] int32: a token sees its own segment only. The
+    current mesh splits batch and heads. Where it splits the sequence too (mesh axis "context"),
+    every device gathers all keys and values and serves its own queries.
     """
     layout = current_layout()
-    mesh = None if layout is None else layout.mesh
     name, _ = choose_attention(
         implementation,
         device=device_of(layout),
@@ -89,45 +74,43 @@ def attention(
         head_dim=q_BTNH.shape[-1],
         masked=segment_ids is not None,
         length=q_BTNH.shape[1],
-        context=1 if mesh is None else mesh.shape["context"],
+        context=1 if layout is None else layout.mesh.shape["context"],
     )
-    if name in ("triton", "pallas"):
-        function = importlib.import_module(f"baichuan_jax.kernels.attention.{name}").attention
-    else:
-        function = {
-            "reference": reference.attention,
-            "blockwise": blockwise.attention,
-            "cudnn": _cudnn,
-        }[name]
-    if layout is None or mesh is None or mesh.size == 1:
+    function = load("attention", name).attention
+    if layout is None or layout.mesh.size == 1:
         return function(q_BTNH, k_BTNH, v_BTNH, segment_ids, segment_ids)
-    local = functools.partial(_local_attention, function, mesh.shape["context"] > 1)
+    return _on_mesh(layout, function, q_BTNH, k_BTNH, v_BTNH, segment_ids)
+
+
+def _on_mesh(
+    layout: Layout,
+    function: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
+    """Run an implementation on every device's share of batch, heads and queries."""
     heads = layout.spec(("batch", "length", "heads", None))
-    arguments = (
-        (q_BTNH, k_BTNH, v_BTNH) if segment_ids is None else (q_BTNH, k_BTNH, v_BTNH, segment_ids)
-    )
-    specs = (
-        (heads,) * 3 if segment_ids is None else (*(heads,) * 3, layout.spec(("batch", "length")))
-    )
+    arguments, specs = [q_BTNH, k_BTNH, v_BTNH], [heads] * 3
+    if segments_BT is not None:
+        arguments.append(segments_BT)
+        specs.append(layout.spec(("batch", "length")))
+    local = functools.partial(_local_attention, function, layout.mesh.shape["context"] > 1)
     # check_vma off: the custom derivatives inside do not declare how their results vary over the
-    # mesh. Every mesh axis cuts every argument (or the argument is replicated along it), so no
+    # mesh. Every mesh axis splits every argument (or the argument is replicated along it), so no
     # transposed sum is missing; tests compare all gradients.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-        *arguments
+    sharded = jax.shard_map(
+        local, mesh=layout.mesh, in_specs=tuple(specs), out_specs=heads, check_vma=False
     )
+    return sharded(*arguments)
 
 
-def _local_attention(function: Callable, sequence_cut: bool, q, k, v, segments=None):
+def _local_attention(function: Callable, sequence_split: bool, q, k, v, segments=None):
     """One device's share: its own queries against the keys of the whole sequence."""
-    if not sequence_cut:
+    if not sequence_split:
         return function(q, k, v, segments, segments)
     gather = functools.partial(lax.all_gather, axis_name="context", axis=1, tiled=True)
     all_segments = None if segments is None else gather(segments)
-    return function(
-        q, gather(k), gather(v), segments, all_segments, lax.axis_index("context") * q.shape[1]
-    )
-
-
-def _cudnn(q, k, v, segments_BT, segments_BS):
-    del segments_BT, segments_BS  # choose_attention refuses them
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    offset = lax.axis_index("context") * q.shape[1]
+    return function(q, gather(k), gather(v), segments, all_segments, offset)

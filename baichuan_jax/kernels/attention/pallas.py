@@ -1,9 +1,11 @@
-"""Causal attention on a TPU: jax's splash attention with masks made here, so that queries may start anywhere in the sequence.
+"""Causal attention on a TPU: jax's splash attention, with queries that may start anywhere.
 
-Splash attention is given, for every block of queries and keys, whether to compute it and which
-block to fetch next, and the position of every query. jax builds these tables from a mask known at
-compile time. They are small int32 arrays, so here they are computed from query_offset, which may be
-traced: on a context axis it is the device's place.
+In: q [B, T, N, H], k and v [B, S, N, H]; out: [B, T, N, H]. Splash attention is FlashAttention
+(Dao et al. 2022) over a sparse mask: a table says for every block of queries and keys whether to
+compute it and which block to fetch next, so that blocks above the diagonal cost nothing. jax builds
+these tables from a mask that is known at compile time. They are small int32 arrays, so here they
+are computed from query_offset, which may be traced: where the mesh splits the sequence, it is the
+position of the device's first query.
 
 B batch, T query length, S key length, N heads, H head size.
 """
@@ -20,6 +22,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from baichuan_jax.kernels.choice import tpu_obstacle
+
 LANES = 128  # the last dimension of a TPU's register tile, which a block of keys must fill
 
 # Tokens of a block, at most; scores are computed in pieces of BLOCK_COMPUTE keys. Larger blocks
@@ -30,10 +34,22 @@ LANES = 128  # the last dimension of a TPU's register tile, which a block of key
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 
-# One backward kernel computes five products, two separate ones seven. The one writes dq once for
-# every block of keys, to be added up: memory that grows with the square of the length, so beyond so
-# many blocks the separate ones run.
+# One backward kernel computes five products, two separate ones seven. The one kernel writes dq once
+# for every block of keys, to be added up: memory that grows with the square of the length. Beyond
+# this many blocks of keys the separate kernels run.
 MAX_FUSED_BLOCKS = 8
+MAX_HEAD_DIM = 128  # larger heads' blocks do not fit into VMEM
+
+
+def obstacle(device: Any, dtype: str, head_dim: int) -> str | None:
+    """Why this kernel cannot serve on a device; None: it can."""
+    return tpu_obstacle(device, dtype) or _head_obstacle(head_dim)
+
+
+def _head_obstacle(head_dim: int) -> str | None:
+    if head_dim <= MAX_HEAD_DIM:
+        return None
+    return f"head size {head_dim}: blocks of {BLOCK} tokens fit into VMEM up to {MAX_HEAD_DIM}"
 
 
 def attention(
@@ -44,17 +60,16 @@ def attention(
     segments_BS: jax.Array | None = None,
     query_offset: jax.Array | int = 0,
 ) -> jax.Array:
-    """Causal attention; query t stands at position query_offset + t of the keys. Attends within equal segments only.
+    """Causal attention within equal segments; query t has position query_offset + t of the keys.
 
-    Lengths that are no multiple of a block are padded. Raises ValueError for heads above 128, whose
-    blocks do not fit into VMEM.
+    Lengths that are no multiple of a block are padded. Raises ValueError for heads above
+    MAX_HEAD_DIM.
     """
     T, S, H = q_BTNH.shape[1], k_BSNH.shape[1], q_BTNH.shape[-1]
-    if H > 128:
-        raise ValueError(
-            f"Pallas attention with head size {H}: blocks of {BLOCK} tokens fit into VMEM up to 128"
-        )
+    if (reason := _head_obstacle(H)) is not None:
+        raise ValueError(f"Pallas attention with {reason}")
     block_q, block_k = _block(T), _block(S)
+    # Splash attention does not scale the scores. Scaling q in float32 rounds once.
     scaled = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     q_BNTH = _pad(jnp.swapaxes(scaled, 1, 2), block_q, 2)
     k_BNSH, v_BNSH = (_pad(jnp.swapaxes(x, 1, 2), block_k, 2) for x in (k_BSNH, v_BSNH))
@@ -71,7 +86,10 @@ def attention(
 
 
 def _block(length: int) -> int:
-    """Tokens of a block: the length in equal parts of at most BLOCK, rounded up to whole registers."""
+    """Tokens of a block: equal parts of at most BLOCK, rounded up to whole registers.
+
+    Equal parts pad least: 1,100 tokens are two blocks of 640 and not one of 1,024 and a rest.
+    """
     parts = -(-length // BLOCK)
     return -(-length // (parts * LANES)) * LANES
 
@@ -102,22 +120,19 @@ def _kernel(T: int, S: int, block_q: int, block_k: int, offset: jax.Array) -> Ca
         use_fused_bwd_kernel=fused,
     )
     i, j = jnp.arange(T // block_q)[:, None], jnp.arange(S // block_k)[None]
-    visible = (
-        offset + (i + 1) * block_q > j * block_k
-    )  # the block's last query sees the block's first key
-    first_i = jnp.clip(
-        (j * block_k - offset) // block_q, 0, T // block_q - 1
-    )  # the first block of queries that sees these keys
+    # The block's last query sees the block's first key.
+    visible = offset + (i + 1) * block_q > j * block_k
+    # The first block of queries that sees these keys.
+    first_i = jnp.clip((j * block_k - offset) // block_q, 0, T // block_q - 1)
     positions: Any = offset + jnp.arange(T, dtype=jnp.int32)
 
     def info(following: jax.Array) -> MaskInfo:
-        # The following block is fetched while skipped ones pass. 1: apply the mask, which the
-        # kernels do in every block anyway.
-        tables = (following[None].astype(jnp.int32), visible[None].astype(jnp.int32))
+        # The following block is fetched while skipped ones pass. In block_mask 0 skips a block and
+        # 1 applies the mask, which these kernels do in every block anyway.
         return MaskInfo(
-            data_next=tables[0],
+            data_next=following[None].astype(jnp.int32),
             mask_next=None,
-            block_mask=tables[1],
+            block_mask=visible[None].astype(jnp.int32),
             partial_mask_blocks=None,
             q_sequence=positions,
         )

@@ -1,4 +1,4 @@
-"""Plain jnp operators: the oracle of every other implementation.
+"""Attention in plain jnp, all scores at once: the oracle of the other implementations.
 
 B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
 """
@@ -12,7 +12,10 @@ import jax.numpy as jnp
 def masked_attention(
     q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Softmax attention where mask_BTS (bool, may broadcast over B) is true; float32 softmax. Returns [B, T, N, H]."""
+    """Softmax attention where mask_BTS is true (bool; its B may be 1). Returns [B, T, N, H].
+
+    Scores and softmax are float32.
+    """
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scores_BNTS *= q_BTNH.shape[-1] ** -0.5
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
@@ -30,7 +33,7 @@ def attention(
     segments_BS: jax.Array | None = None,
     query_offset: jax.Array | int = 0,
 ) -> jax.Array:
-    """Causal attention; query t stands at position query_offset + t of the keys. Attends within equal segments only."""
+    """Causal attention within equal segments; query t has position query_offset + t of the keys."""
     query_T = query_offset + jnp.arange(q_BTNH.shape[1])
     mask_BTS = (query_T[:, None] >= jnp.arange(k_BSNH.shape[1]))[None]
     if segments_BT is not None and segments_BS is not None:
@@ -46,11 +49,12 @@ def prefix_attention(
     v_SNH: jax.Array,
     mask_S: jax.Array,
 ) -> jax.Array:
-    """Causal attention of rows that all come after the same S tokens, where mask_S (bool) is true; float32 softmax.
+    """Causal attention of rows that all follow the same S tokens. Returns [B, T, N, H].
 
-    Every product with the prefix is one of all rows' queries with keys that exist once. Few passes
-    over the scores, since these decide the time on a CPU: the weights are divided by their sum
-    after the product. Returns [B, T, N, H].
+    mask_S (bool): which of the S tokens are visible. Keys and values of the prefix exist once, so
+    that its products are one matrix product of all rows' queries. Passes over the scores decide the
+    time on a CPU and are kept few: the result, and not the weights, is divided by the weights' sum.
+    The softmax is float32.
     """
     lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

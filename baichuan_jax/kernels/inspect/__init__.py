@@ -1,1 +1,1 @@
-"""What the assembler made of a kernel: registers, instructions, the roofline bound."""
+"""What compilers make of the kernels, without a device: registers, memory, the roofline bound."""

@@ -1,20 +1,30 @@
-"""The roofline bound of a kernel's call, from its instructions (sass.py) and from how often each of its loops runs."""
+"""The roofline bound of a kernel's call: the least cycles that its instructions need.
+
+In: the instructions of each loop (sass.py), and how often each loop runs, which follows from the
+grid and the causal mask. Out: for each unit of a multiprocessor the cycles that it is busy, when
+all multiprocessors share the programs evenly. The busiest unit sets the bound. The share of the
+peak compares it with the cycles that the useful work needs at the data sheet's rate (Williams et
+al. 2009, the roofline model, applied to every unit).
+"""
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS, causal_attention_flops
 from baichuan_jax.kernels.inspect.sass import Assembled, Chip, busy_cycles, cached_bytes
 from baichuan_jax.kernels.triton_bridge import Launch
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Cycles that a call keeps each unit of a multiprocessor busy, all multiprocessors sharing the programs evenly."""
+    """What bounds one call of a kernel on a GPU."""
 
     busy: dict[str, float]
+    """Cycles that each unit of a multiprocessor is busy."""
     ideal_cycles: float
-    """Of a kernel at the peak: its useful operations on the tensor cores (attention), or its arrays moved once (RMSNorm)."""
+    """What the useful work needs at the peak: matrix products (attention), or one transfer of every
+    array (RMSNorm)."""
     programs: int
     flops: float
     """Of the tensor cores, above the diagonal too."""
@@ -23,50 +33,55 @@ class Bound:
 
     @property
     def cycles(self) -> float:
+        """The least cycles of the call: those of its busiest unit."""
         return max(self.busy.values())
 
     @property
     def unit(self) -> str:
-        """The busiest one."""
+        """The busiest unit."""
         return max(self.busy, key=lambda unit: self.busy[unit])
 
     @property
     def share_of_peak(self) -> float:
+        """The largest share of the peak that the call can reach."""
         return self.ideal_cycles / self.cycles
 
 
 def attention_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
-    """Of one of the attention kernels, where queries and keys are the same tokens; useful are the products below the diagonal."""
-    T, H, Q, K = (launch.constants[name] for name in "THQK")
-    heads = launch.grid[1]
-    if launch.name == "attention_dkv":  # the loop across the diagonal comes first
-        blocks = range(math.ceil(T / K))
-        some = [j * K // Q for j in blocks]
-        full = [min(math.ceil(((j + 1) * K - 1) / Q), math.ceil(T / Q)) for j in blocks]
-        trips = [sum(full) - sum(some), sum(math.ceil(T / Q) - first for first in full)]
-    else:
-        blocks = range(math.ceil(T / Q))
-        some = [min(math.ceil((i + 1) * Q / K), math.ceil(T / K)) for i in blocks]
-        full = [min((i * Q + 1) // K, last) for i, last in zip(blocks, some, strict=True)]
-        trips = [sum(full), sum(some) - sum(full)]
+    """The bound of an attention kernel, where queries and keys are the same tokens.
+
+    Useful are the products below the diagonal.
+    """
     if len(assembled.loops) != 2:
         raise RuntimeError(
             f"{launch.name} was compiled to {len(assembled.loops)} loops; the bound knows of 2"
         )
-    products = {"attention_forward": 2, "attention_dkv": 4, "attention_dq": 3}[launch.name]
-    peak = (
-        chip.flops_per_cycle
-        * chip.multiprocessors
-        / (2 if launch.arrays[0].dtype.name == "float32" else 1)
-    )
-    pairs = T * (T + 1) / 2
-    executed = 2 * H * Q * K * sum(trips) * products * heads
-    trips = [heads * count for count in trips]
-    return _bound(launch, assembled, chip, trips, executed, 2 * H * pairs * products * heads / peak)
+    T, H, Q, K = (launch.constants[name] for name in "THQK")
+    heads = launch.grid[1]
+    trips = [heads * count for count in _trips(launch.name, T, Q, K)]
+    products = ATTENTION_PRODUCTS[launch.name]
+    peak = chip.flops_per_cycle * chip.multiprocessors
+    if launch.arrays[0].dtype.name == "float32":
+        peak /= 2  # TF32
+    useful = causal_attention_flops((heads, T, 1, H), products)
+    executed = 2 * H * Q * K * sum(trips) * products
+    return _bound(launch, assembled, chip, trips, executed, useful / peak)
+
+
+def _trips(kernel: str, T: int, Q: int, K: int) -> list[int]:
+    """How often the two loops of a kernel run for one head, as attention/triton_kernels.py says."""
+    query_blocks, key_blocks = math.ceil(T / Q), math.ceil(T / K)
+    if kernel == "attention_dkv":  # blocks that the diagonal crosses come first
+        some = [j * K // Q for j in range(key_blocks)]
+        whole = [min(math.ceil(((j + 1) * K - 1) / Q), query_blocks) for j in range(key_blocks)]
+        return [sum(whole) - sum(some), sum(query_blocks - first for first in whole)]
+    seen = [min(math.ceil((i + 1) * Q / K), key_blocks) for i in range(query_blocks)]
+    whole = [min((i * Q + 1) // K, last) for i, last in enumerate(seen)]
+    return [sum(whole), sum(seen) - sum(whole)]
 
 
 def norm_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
-    """Of one of the RMSNorm kernels, which memory limits at best."""
+    """The bound of an RMSNorm kernel, which memory limits at best."""
     trips = [launch.constants["TILES"] * launch.programs for _ in assembled.loops]
     return _bound(launch, assembled, chip, trips, 0, None)
 
@@ -79,12 +94,14 @@ def _bound(
     flops: float,
     ideal_cycles: float | None,
 ) -> Bound:
-    """`trips`: how often each loop runs in all programs together. No ideal cycles: those that memory needs."""
+    """trips: how often each loop runs in all programs together.
+
+    ideal_cycles None: those that memory needs.
+    """
     busy: dict[str, float] = defaultdict(float)
     moved = 0.0
-    for opcodes, count in zip(
-        (assembled.outside, *assembled.loops), (launch.programs, *trips), strict=True
-    ):
+    parts = (assembled.outside, *assembled.loops)
+    for opcodes, count in zip(parts, (launch.programs, *trips), strict=True):
         for unit, cycles in busy_cycles(opcodes, launch.num_warps, chip).items():
             busy[unit] += cycles * count / chip.multiprocessors
         moved += cached_bytes(opcodes, launch.num_warps) * count
@@ -93,10 +110,5 @@ def _bound(
         array.size * array.dtype.itemsize for array in (*launch.arrays, *launch.outputs)
     )
     busy["memory"] = bytes_once / chip.memory_bytes_per_cycle / chip.multiprocessors
-    return Bound(
-        dict(busy),
-        busy["memory"] if ideal_cycles is None else ideal_cycles,
-        launch.programs,
-        flops,
-        moved,
-    )
+    ideal = busy["memory"] if ideal_cycles is None else ideal_cycles
+    return Bound(dict(busy), ideal, launch.programs, flops, moved)

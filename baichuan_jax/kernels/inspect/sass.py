@@ -1,9 +1,10 @@
-"""A Triton kernel as a GPU's instructions, without a GPU: what it takes of a multiprocessor, and the bound that this sets.
+"""A Triton kernel as a GPU's instructions, without a GPU: registers, memory, and cycles by unit.
 
-The bound is a roofline over the units of one multiprocessor: every instruction keeps its unit busy
-for a known number of cycles, all units work side by side, and the busiest one sets the time. It is
-what the instructions allow at best, no measurement: latencies, barriers and the last wave of
-programs come on top. A warp's instruction takes, in cycles of one of the four partitions:
+Triton compiles the kernel to PTX, ptxas assembles it, and nvdisasm lists its instructions (SASS).
+Every instruction keeps one unit of a multiprocessor busy for a known number of cycles, and all
+units work side by side, so the busiest one sets a bound (bound.py). It is what the instructions
+allow at best and no measurement: latencies, barriers and the last wave of programs come on top. A
+warp's instruction takes, in cycles of one of the four partitions:
 
     unit    instructions                                           sm_80  sm_90
     issue   all                                                       1      1
@@ -34,27 +35,14 @@ from baichuan_jax.kernels.triton_bridge import Launch
 SHARED_BYTES_PER_CYCLE = 128
 THREADS = 2048  # of a multiprocessor
 REGISTERS = 65536
-_FMA = ("FFMA", "FMUL", "FADD", "IMAD")
-_ALU = (
-    "FMNMX",
-    "FSETP",
-    "FSEL",
-    "ISETP",
-    "IADD3",
-    "LOP3",
-    "SEL",
-    "SHF",
-    "LEA",
-    "PRMT",
-    "MOV",
-    "F2F",
-    "F2FP",
-    "IMNMX",
-    "PLOP3",
-    "VIADD",
-    "FCHK",
-    "IABS",
-)
+MAX_BLOCKS = 32
+_FMA = {"FFMA", "FMUL", "FADD", "IMAD"}
+_ALU = {
+    *("FMNMX", "FSETP", "FSEL", "FCHK"),  # floating comparisons and selections
+    *("F2F", "F2FP"),  # conversions
+    *("ISETP", "IMNMX", "IADD3", "VIADD", "IABS", "LEA"),  # integers
+    *("LOP3", "PLOP3", "SHF", "SEL", "PRMT", "MOV"),  # logic, shifts, moves
+}
 
 
 @dataclass(frozen=True)
@@ -82,17 +70,15 @@ class Chip:
 # H100 SXM: 989 TFLOP/s = 132 x 1.83 GHz x 4,096; its cache's bandwidth is not published: measured
 # at about that of the A100 (Luo et al. 2024), so it is taken over.
 def _chip(hardware: Hardware, clock_ghz: float, flops_per_cycle: int) -> Chip:
-    capability, count = hardware.compute_capability, hardware.multiprocessors
-    memory = hardware.memory_bandwidth * 1e9
     return Chip(
-        f"sm_{capability}",
-        capability,
-        count,
-        clock_ghz,
-        flops_per_cycle,
-        5120 / count,
-        memory,
-        hardware.shared_bytes,
+        target=f"sm_{hardware.compute_capability}",
+        capability=hardware.compute_capability,
+        multiprocessors=hardware.multiprocessors,
+        clock_ghz=clock_ghz,
+        flops_per_cycle=flops_per_cycle,
+        cache_bytes_per_cycle=5120 / hardware.multiprocessors,
+        memory_bytes_per_second=hardware.memory_bandwidth * 1e9,
+        shared_bytes=hardware.shared_bytes,
     )
 
 
@@ -104,7 +90,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Assembled:
-    """A kernel's instructions, and what the assembler says of it."""
+    """A kernel's instructions, and what the assembler reports of it."""
 
     registers: int
     spilled_bytes: int
@@ -120,13 +106,13 @@ class Assembled:
         )
 
     def blocks_per_multiprocessor(self, num_warps: int, chip: Chip) -> int:
-        """Programs that are resident at once: as many as registers (given to a warp by 256), shared memory and threads allow."""
-        warp_registers = -(-self.registers // 8) * 8 * 32
+        """Programs resident at once, as registers, shared memory and threads allow."""
+        warp_registers = -(-self.registers // 8) * 8 * 32  # allocated to a warp by 256
         return min(
             REGISTERS // warp_registers // num_warps,
-            chip.shared_bytes // (self.shared_bytes + 1024),
+            chip.shared_bytes // (self.shared_bytes + 1024),  # 1 KiB is the system's
             THREADS // (32 * num_warps),
-            32,
+            MAX_BLOCKS,
         )
 
 
@@ -136,7 +122,7 @@ def is_tensor_core(opcode: str) -> bool:
 
 
 def assemble(launch: Launch, chip: Chip) -> Assembled:
-    """Compile a kernel as jax-triton does (pointers divisible by 16), and read what ptxas and triton's nvdisasm say of it."""
+    """Compile a kernel as jax-triton does, and read the reports of ptxas and triton's nvdisasm."""
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource, compile  # pyright: ignore[reportMissingImports]
@@ -145,6 +131,7 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
     names = launch.kernel.arg_names
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
     pointers = [f"*{short[array.dtype.name]}" for array in (*launch.arrays, *launch.outputs)]
+    # jax-triton promises that pointers are divisible by 16.
     source = ASTSource(
         fn=launch.kernel,
         signature={
@@ -154,11 +141,8 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in range(len(pointers))},
     )
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
-    }
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["enable_fp_fusion"] = True
     compiled: Any = compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -184,7 +168,10 @@ def _output(program: Path, *arguments: str) -> str:
 
 
 def split_loops(listing: str) -> tuple[list[str], list[list[str]]]:
-    """Opcodes of nvdisasm's listing: those outside of loops, and those of each loop (a branch back to a label), in order."""
+    """Opcodes of nvdisasm's listing: those outside of loops, and those of each loop, in order.
+
+    A loop is what lies between a label and a branch back to it.
+    """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -196,17 +183,13 @@ def split_loops(listing: str) -> tuple[list[str], list[list[str]]]:
         ):
             opcodes.append(found[1])
             target = re.search(r"\.L_x_\d+", found[2])
-            # Not the branch to itself that ends every kernel.
-            if (
-                found[1].startswith("BRA")
-                and target
-                and labels.get(target[0], len(opcodes)) < len(opcodes) - 1
-            ):
-                spans.append((labels[target[0]], len(opcodes)))
+            if target and found[1].startswith("BRA"):
+                first = labels.get(target[0], len(opcodes))
+                if first < len(opcodes) - 1:  # not the branch to itself that ends every kernel
+                    spans.append((first, len(opcodes)))
     inside = {index for first, last in spans for index in range(first, last)}
-    return [o for i, o in enumerate(opcodes) if i not in inside], [
-        opcodes[first:last] for first, last in spans
-    ]
+    outside = [opcode for index, opcode in enumerate(opcodes) if index not in inside]
+    return outside, [opcodes[first:last] for first, last in spans]
 
 
 def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, float]:
@@ -233,7 +216,10 @@ def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, flo
 
 
 def cached_bytes(opcodes: list[str], num_warps: int) -> int:
-    """Bytes that these instructions of one program move to or from the second-level cache, where no thread is masked."""
+    """Bytes that these instructions of one program move to or from the second-level cache.
+
+    No thread is taken to be masked.
+    """
     return sum(
         32 * _width(opcode) * num_warps
         for opcode in opcodes
@@ -242,7 +228,7 @@ def cached_bytes(opcodes: list[str], num_warps: int) -> int:
 
 
 def _width(opcode: str) -> int:
-    """Bytes a thread moves."""
+    """Bytes that a thread moves."""
     return 16 if ".128" in opcode else 8 if ".64" in opcode else 2 if ".U16" in opcode else 4
 
 

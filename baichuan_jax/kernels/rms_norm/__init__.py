@@ -1,1 +1,1 @@
-"""RMSNorm with the residual addition: the choice of an implementation, and one file for each."""
+"""RMSNorm with the residual addition: api.py chooses; each implementation has its own file."""

@@ -1,10 +1,9 @@
-"""RMSNorm with the residual addition: chooses an implementation, names it, wraps it in shard_map.
+"""RMSNorm with the residual addition: chooses an implementation and runs it on each device's rows.
 
-B batch, T length, D width.
+B batch, T length, D width, P parts of the weight's gradient.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,29 +11,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.kernels.choice import device_of, forced, pallas_obstacle, triton_obstacle
+from baichuan_jax.kernels.choice import choose, device_of, load
 from baichuan_jax.kernels.rms_norm import reference
 from baichuan_jax.sharding import Layout, activate, current_layout
 
+FUSED = "one pass over memory, the residual addition in it"
+PREFERRED = {"gpu": {"triton": FUSED}, "tpu": {"pallas": FUSED}}
+
 
 def choose_rms_norm(implementation: str, *, device: Any, dtype: str, width: int) -> tuple[str, str]:
-    """The RMSNorm that will run and why: (name, reason). Raises ConfigError where a forced one cannot serve."""
-    wide = (
-        f"rows of {width} are beyond the registers of one program (8192)" if width > 8192 else None
-    )
+    """The RMSNorm that will run and why: (name, reason).
+
+    implementation: "auto" or a name. Raises ConfigError where the named one cannot serve.
+    """
     obstacles = {
-        "triton": triton_obstacle(device) or wide,
-        "pallas": pallas_obstacle(device, dtype)
-        or (f"rows of {width} are beyond VMEM (32768)" if width > 32768 else None),
+        "triton": lambda: load("rms_norm", "triton").obstacle(device, width),
+        "pallas": lambda: load("rms_norm", "pallas").obstacle(device, dtype, width),
     }
-    if implementation != "auto":
-        return forced("rms_norm", implementation, obstacles)
-    name = {"tpu": "pallas", "gpu": "triton"}.get(device.platform)
-    if name is None:
-        return "reference", f"the {device.platform}'s compiler fuses it"
-    if obstacles[name]:
-        return "reference", f"not {name}: {obstacles[name]}"
-    return name, "one pass over memory, the residual addition in it"
+    fallback = ("reference", f"the {device.platform}'s compiler fuses it")
+    preferred = PREFERRED.get(device.platform, {})
+    return choose("rms_norm", implementation, preferred, obstacles, fallback)
 
 
 def rms_norm(
@@ -47,7 +43,7 @@ def rms_norm(
 ) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
 
-    With a residual of x's shape and dtype, x + residual is normalised and comes back too: (y, x +
+    With a residual of x's shape and dtype, x + residual is normalised and returned too: (y, x +
     residual).
     """
     layout = current_layout()
@@ -56,39 +52,49 @@ def rms_norm(
     )
     if name == "reference":
         return reference.rms_norm(x_BTD, weight_D, eps, residual)
-    outputs: Any = _rms_norm(weight_D, x_BTD, residual, eps, name, layout)
+    outputs: Any = fused_rms_norm(weight_D, x_BTD, residual, eps, name, layout)
     return outputs[0] if residual is None else tuple(outputs)
 
 
-# The derivative stands outside shard_map, which would add up the gradient of x over the tensor
+# The derivative is defined outside shard_map, which would add up the gradient of x over the tensor
 # axis, along which x is replicated.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _rms_norm(weight_D, x_BTD, residual_BTD, eps, name, layout):
-    return _rms_norm_forward(weight_D, x_BTD, residual_BTD, eps, name, layout)[0]
+def fused_rms_norm(
+    weight_D: jax.Array,
+    x_BTD: jax.Array,
+    residual_BTD: jax.Array | None,
+    eps: float,
+    name: str,
+    layout: Layout | None,
+) -> list[jax.Array]:
+    """[y], or with a residual [y, x + residual], by the implementation `name`: triton or pallas."""
+    return _forward(weight_D, x_BTD, residual_BTD, eps, name, layout)[0]
 
 
-def _rms_norm_forward(weight_D, x_BTD, residual_BTD, eps, name, layout):
-    function = functools.partial(_module(name).forward, eps=eps)
+def _forward(weight_D, x_BTD, residual_BTD, eps, name, layout):
+    function = functools.partial(load("rms_norm", name).forward, eps=eps)
     arrays = [x_BTD] if residual_BTD is None else [x_BTD, residual_BTD]
-    with activate(
-        layout
-    ):  # the caller's: jax may trace the derivative's two halves after the caller has returned
+    # The caller's layout: jax may trace the derivative's two halves after the caller has returned.
+    with activate(layout):
         outputs = _on_rows(layout, function, ["rows"] * len(arrays), weight_D, *arrays)
+    # Kept for the backward pass: the array that was normalised. The statistics are cheaper to
+    # compute again than to store, since the rows are read anyway.
     return outputs, (weight_D, outputs[1] if len(outputs) == 2 else x_BTD)
 
 
-def _rms_norm_backward(eps, name, layout, saved, gradients):
+def _backward(eps, name, layout, saved, gradients):
     weight_D, total_BTD = saved
-    function = functools.partial(_module(name).backward, eps=eps)
+    function = functools.partial(load("rms_norm", name).backward, eps=eps)
     with activate(layout):
         dx_BTD, parts_PD = _on_rows(
             layout, function, ["rows", "parts"], weight_D, total_BTD, *gradients
         )
     dweight_D = jnp.sum(parts_PD, axis=0).astype(weight_D.dtype)
+    # x and the residual enter as their sum, so that they have the same gradient.
     return dweight_D, dx_BTD, dx_BTD if len(gradients) == 2 else None
 
 
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+fused_rms_norm.defvjp(_forward, _backward)
 
 
 def _on_rows(
@@ -98,10 +104,14 @@ def _on_rows(
     weight_D: jax.Array,
     *arrays_BTD: jax.Array,
 ) -> list:
-    """Call function(weight_D, *arrays_BTD) on every device's rows; it returns arrays of "rows" or of "parts" [P, D]."""
+    """Call function(weight_D, *arrays_BTD) on every device's rows.
+
+    outputs: what each of its results is, "rows" like the arrays or "parts" [P, D] to be summed.
+    """
     if layout is None or layout.mesh.size == 1:
         return function(weight_D, *arrays_BTD)
     rows = layout.spec(("batch", "length", "hidden"))
+    # Devices along tensor hold the same rows, so that their parts are equal and count once.
     specs = {"rows": rows, "parts": P((*layout.batch_axes, "context"), None)}
     return jax.shard_map(
         function,
@@ -110,8 +120,3 @@ def _on_rows(
         out_specs=[specs[name] for name in outputs],
         check_vma=False,
     )(weight_D, *arrays_BTD)
-
-
-def _module(name: str) -> Any:
-    """Imported when it is chosen: Triton and Pallas modules need libraries that other machines lack."""
-    return importlib.import_module(f"baichuan_jax.kernels.rms_norm.{name}")

@@ -1,16 +1,18 @@
-"""RMSNorm with the residual addition fused, for TPUs in Pallas: one pass over memory forward, one backward.
+"""RMSNorm (Zhang and Sennrich 2019) with the residual addition fused, for TPUs in Pallas.
 
-A block of whole rows lies in VMEM, so every array is read or written once, which is all there is to
-win: the operator is bound by memory. The statistics are computed again in the backward pass, from
-rows that it needs anyway. The weight's gradient is reduced in two stages, since blocks run in
-parallel on the two cores of a chip: a block adds up its rows but for the 8 sublanes of a register,
-and the caller adds up the rest.
+In: rows x [..., D], a weight [D] and perhaps a residual; out: the normalised rows, and x +
+residual. Memory bounds the operator. A block of whole rows lies in VMEM, so that every array is
+read or written once: one pass forward, one backward. The backward pass computes the statistics
+again, from rows that it reads anyway. The weight's gradient is reduced in two stages, since blocks
+run in parallel on the two cores of a chip: a block adds up its rows, except for the 8 sublanes of a
+register, and the caller adds up the rest.
 
 R rows (all leading dimensions), D width, P parts of the weight's gradient.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +20,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# A tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM that a kernel
-# is given; in all 13.
+from baichuan_jax.kernels.choice import tpu_obstacle
+
+# At this width a tile of rows in each of four arrays, double-buffered, is 8 of the 16 MiB of VMEM
+# that a kernel may use; with the float32 values between, 13 in all.
 MAX_WIDTH = 32768
-WIDE = 16384  # beyond it a kernel computes 8 rows of bfloat16 at a time: 16 of 32,768, in float32, would take it to 17 MiB
+# Beyond this width a kernel computes 8 rows of bfloat16 at a time: 16 rows of 32,768, in float32,
+# would need 17 MiB.
+WIDE = 16384
 LANES = 128  # the last dimension of a register
-BLOCK_ELEMENTS = (
-    2**18
-)  # of one array: 0.5 MiB in bfloat16, long enough to hide the start of a transfer
+# Of one array in a block: 0.5 MiB in bfloat16, long enough to hide the start of a transfer.
+BLOCK_ELEMENTS = 2**18
+
+
+def obstacle(device: Any, dtype: str, width: int) -> str | None:
+    """Why these kernels cannot serve on a device; None: they can."""
+    if (reason := tpu_obstacle(device, dtype)) is not None:
+        return reason
+    return f"rows of {width} are beyond VMEM ({MAX_WIDTH})" if width > MAX_WIDTH else None
 
 
 def forward(
     weight_D: jax.Array, x: jax.Array, residual: jax.Array | None = None, *, eps: float
 ) -> list[jax.Array]:
-    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual]. In x's dtype, float32 or bfloat16, float32 inside.
+    """RMSNorm of x [..., D]: [y]; or of x + residual: [y, x + residual].
 
-    Any number of rows. D up to MAX_WIDTH; one that is no multiple of 128 is padded, which costs a
-    copy. Raises ValueError beyond.
+    In x's dtype, float32 or bfloat16, float32 inside. Any number of rows. A D that is no multiple
+    of 128 is padded, which costs a copy. Raises ValueError where D > MAX_WIDTH.
     """
     arrays = [x] if residual is None else [x, residual]
     kernel = functools.partial(_forward_kernel, width=x.shape[-1], eps=eps)
-    return [
-        _unpad(out, x)
-        for out in _call(
-            kernel, "rms_norm_forward", weight_D, arrays, outputs=len(arrays), parts=False
-        )
-    ]
+    outputs = _call(kernel, "rms_norm_forward", weight_D, arrays, outputs=len(arrays))
+    return [_unpad(out, x) for out in outputs]
 
 
 def backward(
@@ -54,10 +62,11 @@ def backward(
     *,
     eps: float,
 ) -> list[jax.Array]:
-    """Gradients of forward: [dx, parts_PD]. dx is the residual's too; the weight's is the sum of parts_PD (float32) over P.
+    """Gradients of forward: [dx, parts_PD].
 
-    total: the array that was normalised. dtotal: the gradient of forward's second result, where it
-    had one.
+    dx is the residual's gradient too; the weight's is the sum of parts_PD (float32) over P. total:
+    the array that was normalised. dtotal: the gradient of forward's second result, where it had
+    one.
     """
     D = total.shape[-1]
     arrays = [total, dy] if dtotal is None else [total, dy, dtotal]
@@ -82,13 +91,17 @@ def _call(
     arrays: list[jax.Array],
     *,
     outputs: int,
-    parts: bool,
+    parts: bool = False,
 ) -> list[jax.Array]:
-    """Run a kernel over blocks of rows: of the arrays, `outputs` results like them and, if wanted, partial sums [8, D] a block."""
+    """Run a kernel over blocks of rows of the arrays.
+
+    It gives `outputs` results like the arrays and, with parts, partial sums [8, D] a block.
+    """
     D, dtype = weight_D.shape[0], arrays[0].dtype
     if D > MAX_WIDTH or dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"Pallas RMSNorm of {dtype} rows of {D}: it takes float32 and bfloat16, up to {MAX_WIDTH}"
+            f"Pallas RMSNorm of {dtype} rows of {D}: "
+            f"it takes float32 and bfloat16, up to {MAX_WIDTH}"
         )
     padding = -D % LANES  # with zeros, which add nothing to the sum of squares
     weight_1D = jnp.pad(weight_D, (0, padding))[None]
@@ -112,7 +125,10 @@ def _call(
 
 
 def _for_tiles(ref, body: Callable) -> None:
-    """Run body(first row, index of the rows) tile by tile: a whole block at once spills more and takes a quarter more instructions."""
+    """Run body(first row, index of the rows) tile by tile.
+
+    A whole block at once spills more and takes a quarter more instructions.
+    """
     tile = _tile(ref.dtype) if ref.shape[1] <= WIDE else 8
 
     @pl.loop(0, ref.shape[0] // tile)
@@ -155,7 +171,8 @@ def _backward_kernel(weight_ref, x_ref, dy_ref, *refs, width: int, eps: float, n
         if dtotal_ref:
             dx += dtotal_ref[0][rows].astype(jnp.float32)
         dx_ref[rows] = dx.astype(dx_ref.dtype)
-        # The last block reaches past the last row: what is read there is anything, NaN included.
+        # The last block reaches past the last row. What is read there is undefined, perhaps NaN,
+        # and must not reach the sum.
         row = first_of_block + first + lax.broadcasted_iota(jnp.int32, (x32.shape[0], 1), 0)
         products = jnp.where(row < num_rows, dy32 * normal, 0.0)
         dweight_ref[...] += jnp.sum(products.reshape(-1, 8, D), axis=0)

@@ -1,4 +1,7 @@
-"""RMSNorm in plain jnp: the oracle of the other implementations. D width."""
+"""RMSNorm (Zhang and Sennrich 2019) in plain jnp: the oracle of the other implementations.
+
+D width.
+"""
 
 from typing import Any
 
@@ -11,7 +14,7 @@ def rms_norm(
 ) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
 
-    With a residual, x + residual is normalised and comes back too: (y, x + residual).
+    With a residual, x + residual is normalised and returned too: (y, x + residual).
     """
     total = x if residual is None else residual + x
     x32 = total.astype(jnp.float32)

@@ -1,0 +1,321 @@
+"""FlashAttention-2 (Dao 2023) in the Triton language: the three kernels that triton.py calls.
+
+In: q [B, T, N, H], k and v [B, S, N, H] as the model has them, and a query offset for each row of
+the batch. Out: the attention's result and, for the backward pass, the log-sum-exp of every query.
+
+A program owns one block of queries of one head (forward, dq) or one block of keys (dkv). It walks
+over the blocks of the other side and keeps running sums in registers, so nothing is added
+atomically and every run gives the same bits. The forward pass keeps a running maximum and a
+running sum of exponentials and rescales the result when the maximum grows (online softmax). The
+backward pass computes the weights again from the log-sum-exp instead of storing T x S of them.
+
+Every kernel walks in two loops: over blocks that every query of the program sees whole, without a
+mask, and over blocks that the diagonal crosses, with one. Blocks above the diagonal are skipped.
+
+B batch, T queries, S keys, N heads, H head size, Q and K lengths of one block of queries and of
+keys. tl.static_range unrolls while the kernel is compiled, so its index is a constant there.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(
+    pointer,
+    first,
+    count: tl.constexpr,
+    limit: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Load rows first .. first + count of one head [count, H]; zeros at and past the limit.
+
+    EVEN: all of them lie before the limit, so that no load needs a mask.
+    """
+    rows = tl.arange(0, count)
+    pointers = pointer + ((first + rows)[:, None] * (N * H) + tl.arange(0, H)[None, :])
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(first + rows)[:, None] < limit, other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    pointer,
+    value,
+    first,
+    count: tl.constexpr,
+    limit: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+):
+    """Store rows first .. first + count of one head [count, H], those before the limit."""
+    rows = tl.arange(0, count)
+    start = pointer + tl.cast(first, tl.int64) * (N * H)
+    pointers = start + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
+    if limit % count == 0:
+        tl.store(pointers, value.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointers, value.to(pointer.dtype.element_ty), mask=(first + rows)[:, None] < limit)
+
+
+@triton.jit
+def _visible(
+    queries, keys, offset, q_segment, k_segment, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr
+):
+    """Where a query sees a key. Queries and keys broadcast: one is a column, the other a row."""
+    if CAUSAL and SEGMENTED:
+        return (offset + queries >= keys) & (q_segment == k_segment)
+    if CAUSAL:
+        return offset + queries >= keys
+    return q_segment == k_segment
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    offset_ptr,
+    q_segments,
+    k_segments,
+    out_ptr,
+    lse_ptr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """The result and the log-sum-exp (base 2) of one block of queries."""
+    # The last queries see the most keys. They start first, so that short programs fill the end.
+    i = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_ptr += b * (T * N * H) + n * H
+    out_ptr += b * (T * N * H) + n * H
+    k_ptr += b * (S * N * H) + n * H
+    v_ptr += b * (S * N * H) + n * H
+    k_segments += b * S
+    offset = tl.load(offset_ptr + b)
+    queries = i * Q + tl.arange(0, Q)
+    q_segment = queries
+    if SEGMENTED:
+        q_segment = tl.load(q_segments + b * T + queries, mask=queries < T, other=0)
+    q = _rows(q_ptr, i * Q, Q, T, N, H, T % Q == 0)
+    acc = tl.zeros((Q, H), tl.float32)
+    top = tl.full((Q,), float("-inf"), tl.float32)
+    total = tl.zeros((Q,), tl.float32)
+    whole = (offset + i * Q + 1) // K  # blocks of keys that every query of this block sees whole
+    seen = tl.minimum(tl.cdiv(offset + (i + 1) * Q, K), tl.cdiv(S, K))
+    whole = tl.minimum(whole, seen)
+    for crossing in tl.static_range(2):
+        for j in tl.range(whole if crossing else 0, seen if crossing else whole):
+            # Blocks that are seen whole lie within the keys, so only the others need a limit.
+            k = _rows(k_ptr, j * K, K, S, N, H, S % K == 0 or not crossing)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if crossing or SEGMENTED:
+                keys = j * K + tl.arange(0, K)
+                k_segment = keys
+                if SEGMENTED:
+                    k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
+                visible = _visible(
+                    queries[:, None],
+                    keys[None, :],
+                    offset,
+                    q_segment[:, None],
+                    k_segment[None, :],
+                    crossing,
+                    SEGMENTED,
+                )
+                s = tl.where(visible, s, float("-inf"))
+            # SCALE holds log2(e), so that exponentials are base 2: a GPU computes exp2 in hardware
+            # and exp as exp2 of a product. The scale is applied after the maximum, one product a
+            # query instead of one a score; both then are one fused multiply-add.
+            new_top = tl.maximum(top, tl.max(s, 1) * SCALE)
+            base = new_top
+            if SEGMENTED:  # a row without a visible key: -inf - -inf would be NaN
+                base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.math.exp2(s * SCALE - base[:, None])
+            shrink = tl.math.exp2(top - base)
+            total = total * shrink + tl.sum(p, 1)
+            v = _rows(v_ptr, j * K, K, S, N, H, S % K == 0 or not crossing)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            top = new_top
+    if SEGMENTED:
+        total = tl.where(total == 0.0, 1.0, total)  # a query that sees no key gives 0
+    _store_rows(out_ptr, acc / total[:, None], i * Q, Q, T, N, H)
+    lse_ptr += tl.cast(row, tl.int64) * T
+    tl.store(lse_ptr + queries, top + tl.math.log2(total), mask=queries < T)
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    offset_ptr,
+    q_segments,
+    k_segments,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """The gradients of one block of keys and values.
+
+    delta is the sum of out * dout over the head, which the softmax's derivative subtracts from
+    every product of dout and v. Scores are held transposed, [K, Q], so that the weights are at once
+    the left operand of the products that make dv and dk.
+    """
+    j = tl.program_id(0)  # most queries see the first keys, so the longest programs start first
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_ptr += b * (T * N * H) + n * H
+    dout_ptr += b * (T * N * H) + n * H
+    k_ptr += b * (S * N * H) + n * H
+    v_ptr += b * (S * N * H) + n * H
+    dk_ptr += b * (S * N * H) + n * H
+    dv_ptr += b * (S * N * H) + n * H
+    lse_ptr += tl.cast(row, tl.int64) * T
+    delta_ptr += tl.cast(row, tl.int64) * T
+    q_segments += b * T
+    offset = tl.load(offset_ptr + b)
+    keys = j * K + tl.arange(0, K)
+    k_segment = keys
+    if SEGMENTED:
+        k_segment = tl.load(k_segments + b * S + keys, mask=keys < S, other=0)
+    k = _rows(k_ptr, j * K, K, S, N, H, S % K == 0)
+    v = _rows(v_ptr, j * K, K, S, N, H, S % K == 0)
+    dk = tl.zeros((K, H), tl.float32)
+    dv = tl.zeros((K, H), tl.float32)
+    last = tl.cdiv(T, Q)
+    # The first block with a query that sees one of these keys, and the first whose queries all see
+    # all of them. Here the blocks that the diagonal crosses come first.
+    some = tl.minimum(tl.maximum(j * K - offset, 0) // Q, last)
+    whole = tl.minimum(tl.cdiv(tl.maximum((j + 1) * K - 1 - offset, 0), Q), last)
+    for below in tl.static_range(2):
+        for i in tl.range(whole if below else some, last if below else whole):
+            queries = i * Q + tl.arange(0, Q)
+            q = _rows(q_ptr, i * Q, Q, T, N, H, T % Q == 0)
+            if T % Q == 0:
+                lse = tl.load(lse_ptr + queries)
+                delta = tl.load(delta_ptr + queries)
+            else:  # past the last query an infinite log-sum-exp makes every weight 0
+                lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
+                delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            s = s * SCALE - lse[None, :]
+            dout = _rows(dout_ptr, i * Q, Q, T, N, H, T % Q == 0)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            if not below or SEGMENTED:
+                q_segment = queries
+                if SEGMENTED:
+                    q_segment = tl.load(q_segments + queries, mask=queries < T, other=0)
+                visible = _visible(
+                    queries[None, :],
+                    keys[:, None],
+                    offset,
+                    q_segment[None, :],
+                    k_segment[:, None],
+                    not below,
+                    SEGMENTED,
+                )
+                s = tl.where(visible, s, float("-inf"))
+            p = tl.math.exp2(s)
+            ds = p * (dp - delta[None, :])
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    # The scores' scale, once for all queries; without log2(e), which exp2 takes back.
+    _store_rows(dk_ptr, dk * (H**-0.5), j * K, K, S, N, H)
+    _store_rows(dv_ptr, dv, j * K, K, S, N, H)
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    offset_ptr,
+    q_segments,
+    k_segments,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """The gradient of one block of queries; delta as in dkv_kernel."""
+    i = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs first, as in the forward
+    row = tl.program_id(1)
+    b, n = tl.cast(row // N, tl.int64), row % N
+    q_ptr += b * (T * N * H) + n * H
+    dout_ptr += b * (T * N * H) + n * H
+    dq_ptr += b * (T * N * H) + n * H
+    k_ptr += b * (S * N * H) + n * H
+    v_ptr += b * (S * N * H) + n * H
+    k_segments += b * S
+    offset = tl.load(offset_ptr + b)
+    queries = i * Q + tl.arange(0, Q)
+    q_segment = queries
+    if SEGMENTED:
+        q_segment = tl.load(q_segments + b * T + queries, mask=queries < T, other=0)
+    q = _rows(q_ptr, i * Q, Q, T, N, H, T % Q == 0)
+    dout = _rows(dout_ptr, i * Q, Q, T, N, H, T % Q == 0)
+    lse = tl.load(
+        lse_ptr + tl.cast(row, tl.int64) * T + queries, mask=queries < T, other=float("inf")
+    )
+    delta = tl.load(delta_ptr + tl.cast(row, tl.int64) * T + queries, mask=queries < T, other=0.0)
+    dq = tl.zeros((Q, H), tl.float32)
+    seen = tl.minimum(tl.cdiv(offset + (i + 1) * Q, K), tl.cdiv(S, K))
+    whole = tl.minimum((offset + i * Q + 1) // K, seen)
+    for crossing in tl.static_range(2):
+        for j in tl.range(whole if crossing else 0, seen if crossing else whole):
+            k = _rows(k_ptr, j * K, K, S, N, H, S % K == 0 or not crossing)
+            v = _rows(v_ptr, j * K, K, S, N, H, S % K == 0 or not crossing)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = s * SCALE - lse[:, None]
+            if crossing or SEGMENTED:
+                keys = j * K + tl.arange(0, K)
+                k_segment = keys
+                if SEGMENTED:
+                    k_segment = tl.load(k_segments + keys, mask=keys < S, other=0)
+                visible = _visible(
+                    queries[:, None],
+                    keys[None, :],
+                    offset,
+                    q_segment[:, None],
+                    k_segment[None, :],
+                    crossing,
+                    SEGMENTED,
+                )
+                s = tl.where(visible, s, float("-inf"))
+            p = tl.math.exp2(s)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    _store_rows(dq_ptr, dq * (H**-0.5), i * Q, Q, T, N, H)
