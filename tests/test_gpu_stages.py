@@ -29,6 +29,7 @@ from stage import SMALL, Stage
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hardware.accelerators import HARDWARE
 from baichuan_jax.plan.roofline import BOUNDS, read_rates
+from baichuan_jax.runs.events import Event, Restored, Started
 from baichuan_jax.runs.folder import Run
 
 
@@ -295,22 +296,20 @@ def test_the_kernels_rate_gives_back_the_seconds_that_were_measured(stage):
     assert "speed" in report(stage)["left_out"][0]
 
 
-def write_run(folder: Path, losses: list[tuple[int, float]], *events: dict) -> Run:
+def write_run(folder: Path, losses: list[tuple[int, float]], *events: Event) -> Run:
     folder.mkdir()
     lines = [
         json.dumps({"step": step, "loss": loss, "time": 100.0 + index})
         for index, (step, loss) in enumerate(losses)
     ]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    (folder / "events.jsonl").write_text(
-        "".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events)
-    )
+    (folder / "events.jsonl").write_bytes(b"".join(event.to_line() for event in events))
     return Run(folder)
 
 
 def test_a_killed_run_that_does_not_go_on_as_the_other_is_wrong(stage, tmp_path):
     plain = write_run(tmp_path / "plain", [(1, 3.0), (2, 2.0), (3, 1.0)])
-    restored = {"kind": "restored", "step": 1}
+    restored = Restored(step=1, position=1)
     same = write_run(tmp_path / "same", [(1, 3.0), (2, 2.0), (2, 2.0), (3, 1.0)], restored)
     training.show_recovery(stage, plain, same, before=2, died=101.5)
     assert report(stage)["wrong"] == []
@@ -328,7 +327,7 @@ def test_losses_beside_a_cpu_and_between_types(stage, tmp_path):
     for size in ("small", "full"):
         assert {"float32", "bfloat16"} == set(recorded[size])
     small = recorded["small"]["float32"]
-    started = {"kind": "started", "tokenizer": small["tokenizer"]}
+    started = Started(attempt=1, tokenizer=small["tokenizer"])
     close = [(step, loss * (1 + 1e-6)) for step, loss in enumerate(small["losses"], 1)]
     training.first_losses(stage, write_run(tmp_path / "close", close, started), "float32")
     assert report(stage)["wrong"] == []
@@ -337,7 +336,7 @@ def test_losses_beside_a_cpu_and_between_types(stage, tmp_path):
     assert "differ from a CPU's by 1.0e-03" in report(stage)["wrong"][0]
     training.first_losses(
         stage,
-        write_run(tmp_path / "rows", off, {"kind": "started", "tokenizer": "another"}),
+        write_run(tmp_path / "rows", off, Started(attempt=1, tokenizer="another")),
         "float32",
     )
     assert "the tokenizer trained here is another" in report(stage)["left_out"][0]

@@ -1,9 +1,9 @@
-"""What a user types, on this device: import of a published checkpoint, evaluation, generation.
+"""Commands on this device: import of a published checkpoint, evaluation and generation.
 
-Logits of the golden model (tests/golden/tiny: what the original's code computed in float32 on a
+Logits of the golden model (tests/golden/tiny, which the original's code computed in float32 on a
 CPU) have to agree within the rounding of each type. The model of the stage `training` answers
-questions, here and on this machine's CPU, with the same choices; tokens/s of its generation leave
-compilation out.
+questions on the device and on this machine's CPU; both have to choose the same answers. Tokens/s of
+its generation leave out compilation.
 """
 
 import json
@@ -30,30 +30,26 @@ def run(stage: Stage) -> None:
     """Import, logits, evaluation, generation."""
     folder = stage.work / "commands"
     folder.mkdir()
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.4"  # of this process, and of each command beside it
+    # This process and a command beside it share the memory.
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.4"
     imported = folder / "imported"
     seconds = command(stage, "hf", "import", str(GOLDEN / "tiny"), str(imported))
-    stage.say(
-        f"`hf import` of the golden checkpoint took {seconds:.1f} s, most of it the start of jax."
-    )
+    stage.say(f"`hf import` of the golden checkpoint took {seconds:.1f} s, mostly to start jax.")
     logits(stage, imported)
     run_path = trained(stage)
     if run_path is None:
-        stage.leave_out(
-            "evaluation and generation",
-            "no run was found: the stage `training` has not finished its first one",
-            needed=True,
-        )
+        why = "no run was found: the stage `training` has not finished its first one"
+        stage.leave_out("evaluation and generation", why, needed=True)
         return
     generation(stage, run_path)
     evaluation(stage, run_path, folder)
 
 
-def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
+def command(stage: Stage, name: str, *argv: str, **variables: str) -> float:
     """Run a command of the package; its seconds. Raises RuntimeError where it fails."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", f"baichuan_jax.{name}", *words],
+        [sys.executable, "-m", f"baichuan_jax.{name}", *argv],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -63,9 +59,8 @@ def command(stage: Stage, name: str, *words: str, **variables: str) -> float:
     print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(
-            f"baichuan_jax.{name} ended with {done.returncode}: {last[:200]}\n{done.stderr[-2000:]}"
-        )
+        ended = f"baichuan_jax.{name} ended with {done.returncode}: {last[:200]}"
+        raise RuntimeError(f"{ended}\n{done.stderr[-2000:]}")
     return time.monotonic() - began
 
 
@@ -76,7 +71,7 @@ def trained(stage: Stage) -> Path | None:
 
 
 def logits(stage: Stage, imported: Path) -> None:
-    """The golden model's logits in both types, from the published files and from the imported checkpoint."""
+    """The golden model's logits in both types, from published files and an imported checkpoint."""
     import jax
 
     from baichuan_jax import load_pretrained
@@ -89,28 +84,21 @@ def logits(stage: Stage, imported: Path) -> None:
             model = load_pretrained(path, dtype=dtype)
             got = np.asarray(model(golden["A_ids"]), np.float32)
             error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
-            kernel, _ = choose_attention(
-                "auto",
-                device=jax.devices()[0],
-                dtype=dtype,
-                head_dim=model.config.head_dim,
-                masked=False,
-                length=wanted.shape[1],
-                context=1,
-            )
-            rows.append([f"{source}, {dtype}", kernel, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}"])
+            shape = {"head_dim": model.config.head_dim, "length": wanted.shape[1]}
+            where = {"device": jax.devices()[0], "masked": False, "context": 1}
+            kernel, _ = choose_attention("auto", dtype=dtype, **shape, **where)
+            allowed = f"{TOLERANCE[dtype]:.0e}"
+            rows.append([f"{source}, {dtype}", kernel, f"{error:.1e}", allowed])
             if not error <= TOLERANCE[dtype]:
-                stage.wrong(
-                    f"golden logits in {dtype} differ by {error:.1e} of the largest ({TOLERANCE[dtype]:.0e} allowed)"
-                )
-    stage.table(
-        "Logits of the golden model", ["", "attention", "largest difference", "allowed"], rows
-    )
+                off = f"{error:.1e} of the largest ({allowed} allowed)"
+                stage.wrong(f"golden logits in {dtype} differ by {off}")
+    columns = ["", "attention", "largest difference", "allowed"]
+    stage.table("Logits of the golden model", columns, rows)
     stage.headline(f"golden logits within {rows[0][2]} (float32) and {rows[2][2]} (bfloat16)")
 
 
 def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
-    """The same questions on the device and on this machine's CPU."""
+    """Answer the same questions on the device and on this machine's CPU."""
     from exam import make_ceval  # tests/exam.py
 
     data = make_ceval(folder / "ceval", SUBJECTS, QUESTIONS)
@@ -118,19 +106,11 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
     for place in ("device", "CPU"):
         variables = {"JAX_PLATFORMS": "cpu"} if place == "CPU" else {}
         output = folder / f"evaluation-{place}"
-        words = [
-            "--checkpoint",
-            str(run_path),
-            "--data",
-            str(data),
-            "--output",
-            str(output),
-            "--limit",
-            str(QUESTIONS),
-        ]
-        words += ["--subjects", ",".join(SUBJECTS), "--shots", "1" if stage.sizes.small else "3"]
+        options = {"checkpoint": run_path, "data": data, "output": output, "limit": QUESTIONS}
+        options |= {"subjects": ",".join(SUBJECTS), "shots": 1 if stage.sizes.small else 3}
+        argv = [f"--{name}={value}" for name, value in options.items()]
         try:
-            seconds[place] = command(stage, "evaluate", "ceval", *words, **variables)
+            seconds[place] = command(stage, "evaluate", "ceval", *argv, **variables)
         except subprocess.TimeoutExpired:
             stage.leave_out(f"evaluation on the {place}", "no time was left", needed=True)
             return
@@ -140,32 +120,24 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
     for key, here in found["device"].items():
         there = found["CPU"][key]
         largest = max(map(abs, there["logits"]))
-        differences.append(
-            max(abs(a - b) for a, b in zip(here["logits"], there["logits"], strict=True)) / largest
-        )
+        off = max(abs(a - b) for a, b in zip(here["logits"], there["logits"], strict=True))
+        differences.append(off / largest)
         if here["prediction"] != there["prediction"]:
             changed.append(key)
-    stage.table(
-        "C-Eval's protocol on bundled text",
-        ["", ""],
-        [
-            ["questions", str(len(differences))],
-            [
-                "largest difference of logits from the CPU's, of the largest logit",
-                f"{max(differences):.1e} ({LOGITS:.0e} allowed)",
-            ],
-            ["other choices", str(len(changed))],
-            *[[f"seconds on the {place}", f"{s:.1f}"] for place, s in seconds.items()],
-        ],
-    )
+    off = f"{max(differences):.1e} ({LOGITS:.0e} allowed)"
+    rows = [
+        ["questions", str(len(differences))],
+        ["largest difference of logits from the CPU's, of the largest logit", off],
+        ["other choices", str(len(changed))],
+        *[[f"seconds on the {place}", f"{s:.1f}"] for place, s in seconds.items()],
+    ]
+    stage.table("C-Eval's protocol on bundled text", ["", ""], rows)
     if not max(differences) <= LOGITS:
-        stage.wrong(
-            f"logits of questions differ from the CPU's by {max(differences):.1e} of the largest ({LOGITS:.0e} allowed)"
-        )
+        stage.wrong(f"logits of questions differ from the CPU's, of the largest, by {off}")
 
 
 def generation(stage: Stage, run_path: Path) -> None:
-    """Tokens a second, without compilation, and a text for people to read."""
+    """Tokens a second without compilation, and a generated text."""
     from baichuan_jax import Generator, load_pretrained
     from baichuan_jax.generate import find_tokenizer
 
@@ -173,24 +145,17 @@ def generation(stage: Stage, run_path: Path) -> None:
     for dtype in ("bfloat16", "float32"):
         generator = Generator(load_pretrained(run_path, dtype=dtype))
         for prompts in (1, 16) if dtype == "bfloat16" else (1,):
-            texts = generator.generate(
-                tokenizer, ["It was a truth"] * prompts, 64, temperature=0.8, top_p=0.9, seed=0
-            )
-            assert generator.speed is not None
+            sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 0}
+            texts = generator.generate(tokenizer, ["It was a truth"] * prompts, 64, **sampling)
             speed = generator.speed
-            rows.append(
-                [
-                    dtype,
-                    str(prompts),
-                    f"{speed.prompt_tokens / speed.prefill_seconds:,.0f}",
-                    f"{speed.new_tokens / speed.decode_seconds:,.0f}",
-                ]
-            )
+            assert speed is not None
+            prompt = f"{speed.prompt_tokens / speed.prefill_seconds:,.0f}"
+            new = f"{speed.new_tokens / speed.decode_seconds:,.0f}"
+            rows.append([dtype, str(prompts), prompt, new])
             if dtype == "bfloat16" and prompts == 1:
                 stage.say(f"It writes: {' '.join(texts[0].split())[:200]}")
-            stage.table(
-                "Generation", ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"], rows
-            )
+            columns = ["dtype", "texts at once", "prompt tokens/s", "new tokens/s"]
+            stage.table("Generation", columns, rows)
             if stage.seconds_left < 15:
                 stage.leave_out("the rest of generation", "no time was left")
                 return

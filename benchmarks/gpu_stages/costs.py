@@ -1,8 +1,8 @@
-"""What choices cost: the same training step as in the stage `step`, with fewer blocks, changed in one thing at a time.
+"""The cost of choices: the training step of the stage `step`, with one change at a time.
 
-Times are medians, taken in turn; ratios are to the first row. Micro-batches are summed in float32
-on every device. Sums over devices in float32 need weights' gradients with a float32 result: what
-their products take more is the last note, from the stage `products`.
+It has half as many blocks as there. Times are medians, taken in turn; ratios are to the first row.
+Micro-batches are summed in float32 on every device. Sums over devices in float32 need weights'
+gradients with a float32 result; the last note, from the stage `products`, is their extra time.
 """
 
 import statistics
@@ -16,11 +16,11 @@ from stage import Stage
 
 from baichuan_jax.xla_flags import apply_flags
 
-COMPILERS = 4  # programs that are compiled side by side
+COMPILERS = 4  # programs that are compiled at once
 LEFT_TO_TIME = 15  # seconds before the end from which no further program is awaited
 BASE = "as configured, nothing recomputed"
 MICRO = "two micro-batches, summed in float32 (time of half the rows)"
-# Name -> settings, options of the compiler. In the order of their worth.
+# Name -> settings, options of the compiler. By priority.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     BASE: ({}, {}),
     "deterministic": ({}, {"xla_gpu_deterministic_ops": True}),
@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class Variant:
-    """One way to run the step, compiled in a thread of its own; the process may end before the thread does."""
+    """One way to run the step, compiled in a daemon thread, which the process does not wait for."""
 
     def __init__(
         self,
@@ -59,9 +59,8 @@ class Variant:
             with free:
                 try:
                     self.compiled = lowered.compile(options or None)
-                except (
-                    Exception
-                ) as error:  # what this device or version cannot serve is a result too
+                except Exception as error:
+                    # A result too: what this device or version cannot compile is in the report.
                     self.error = f"{type(error).__name__}: {reason(error)}"
 
         self.thread = threading.Thread(target=work, daemon=True)
@@ -69,7 +68,7 @@ class Variant:
 
 
 def run(stage: Stage) -> None:
-    """Compile side by side, then time in turn."""
+    """Compile all variants, several at once, then time them in turn."""
     from step import make_batch, make_config
 
     layers = max(2, stage.sizes.layers // 2)
@@ -87,17 +86,14 @@ def run(stage: Stage) -> None:
     device = jax.devices()[0]
     model, length = base.model, base.train.context_length
     where = {"device": device, "dtype": model.dtype}
-    attention = choose_attention(
-        "auto", **where, head_dim=model.head_dim, masked=False, length=length, context=1
-    )
-    stage.say(
-        f"`auto` takes {attention[0]} for attention and {choose_rms_norm('auto', **where, width=model.hidden_size)[0]} for RMSNorm."
-    )
+    shape = {"head_dim": model.head_dim, "masked": False, "length": length, "context": 1}
+    attention, _ = choose_attention("auto", **where, **shape)
+    rms_norm, _ = choose_rms_norm("auto", **where, width=model.hidden_size)
+    stage.say(f"`auto` takes {attention} for attention and {rms_norm} for RMSNorm.")
     mesh = make_mesh(base.mesh, [device])
     init = make_steps(base, mesh).init
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init()
-    )
+    shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    shapes = jax.tree.map(shape_of, init())
     free, variants = threading.Semaphore(COMPILERS), {}
     for name, (settings, options) in VARIANTS.items():
         changes = {"model.num_layers": layers, **settings}
@@ -111,25 +107,26 @@ def run(stage: Stage) -> None:
         except ConfigError as error:
             stage.leave_out(name, str(error))
             continue
-        variants[name] = Variant(lowered, options, batch, request, 2.0 if name == MICRO else 1.0, free)
+        rows = 2.0 if name == MICRO else 1.0
+        variants[name] = Variant(lowered, options, batch, request, rows, free)
     for name, variant in list(variants.items()):
         variant.thread.join(max(stage.seconds_left - LEFT_TO_TIME, 0.1))
         if variant.compiled is None:
             late = variant.thread.is_alive()
-            stage.leave_out(
-                name, "it was not compiled in time" if late else str(variant.error), needed=late
-            )
+            why = "it was not compiled in time" if late else str(variant.error)
+            stage.leave_out(name, why, needed=late)
             del variants[name]
     if BASE not in variants:
-        raise RuntimeError(
-            f"{BASE!r}, which all others are compared with, was not compiled: see what was left out"
-        )
+        raise RuntimeError(f"{BASE!r}, with which the others are compared, was not compiled")
     measure(stage, variants, init)
     float32_sums(stage)
 
 
 def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
-    """Time all in turn; they pass one state on, which each donates. The table grows with every round."""
+    """Time all variants in turn, and show the table after every round.
+
+    They pass one state on: each call donates its input, so there is memory for one state only.
+    """
     import jax
 
     state = init()
@@ -141,11 +138,10 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
                 jax.block_until_ready(metrics)
             except Exception as error:  # out of memory, or a kernel that does not start
                 traceback.print_exc()
-                stage.leave_out(
-                    name, f"{type(error).__name__}: {reason(error)}", needed=name == BASE
-                )
+                why = f"{type(error).__name__}: {reason(error)}"
+                stage.leave_out(name, why, needed=name == BASE)
                 del variants[name]
-                state = init()  # the other one was donated
+                state = init()  # the call may have donated the old one
                 continue
             if number:  # the first round loads the programs
                 variant.seconds.append((time.perf_counter() - began) / variant.rows)
@@ -154,27 +150,25 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
 
 
 def show(stage: Stage, variants: dict[str, Variant]) -> None:
-    """The table so far."""
+    """The table of the rounds until now."""
     medians = {name: statistics.median(variant.seconds) for name, variant in variants.items()}
-    memory = {
-        name: variant.compiled.memory_analysis().temp_size_in_bytes / 2**30
-        for name, variant in variants.items()
-    }
+    memory = {}
+    for name, variant in variants.items():
+        memory[name] = variant.compiled.memory_analysis().temp_size_in_bytes / 2**30
     first = medians[BASE]
-    rows = [
-        [name, f"{medians[name] * 1e3:.1f}", f"{medians[name] / first:.3f}", f"{memory[name]:.2f}"]
-        for name in medians
-    ]
+    rows = []
+    for name, seconds in medians.items():
+        cells = [f"{seconds * 1e3:.1f}", f"{seconds / first:.3f}", f"{memory[name]:.2f}"]
+        rows.append([name, *cells])
     stage.table("A step of the 7B's width", ["", "ms", "ratio", "temporaries, GiB"], rows)
     stage.record(seconds=medians, temporaries_gib=memory)
     slowest = max(medians, key=lambda name: medians[name])
-    stage.headline(
-        f"{first * 1e3:.1f} ms; the slowest is {slowest!r} with {medians[slowest] / first:.2f} times that"
-    )
+    ratio = f"{medians[slowest] / first:.2f} times that"
+    stage.headline(f"{first * 1e3:.1f} ms; the slowest is {slowest!r} with {ratio}")
 
 
 def float32_sums(stage: Stage) -> None:
-    """What weights' gradients with a float32 result take more, from the products of the stage `products`."""
+    """The extra time of weights' gradients with a float32 result, from the stage `products`."""
     products = stage.values_of("products").get("products", {})
     pairs = [
         (item, products[f"{key}, float32"])
@@ -182,16 +176,11 @@ def float32_sums(stage: Stage) -> None:
         if key.endswith("/ weight") and item["a_step"] and f"{key}, float32" in products
     ]
     if not pairs:
-        stage.leave_out(
-            "float32 results of the weights' gradients", "the stage `products` has none"
-        )
+        what = "float32 results of the weights' gradients"
+        stage.leave_out(what, "the stage `products` has none")
         return
-    total = sum(
-        item["seconds"] * item["a_step"]
-        for key, item in products.items()
-        if not key.endswith("float32")
-    )
+    plain = [item for key, item in products.items() if not key.endswith("float32")]
+    total = sum(item["seconds"] * item["a_step"] for item in plain)
     extra = sum((other["seconds"] - item["seconds"]) * item["a_step"] for item, other in pairs)
-    stage.say(
-        f"Weights' gradients with a float32 result take {extra / total:+.1%} of all products of a step of the 7B."
-    )
+    share = f"{extra / total:+.1%} of all products of a step of the 7B"
+    stage.say(f"Weights' gradients with a float32 result take {share}.")

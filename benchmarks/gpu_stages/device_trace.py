@@ -1,35 +1,33 @@
-"""Device time by HLO instruction, read from a jax profiler trace, and what the roofline predicted for each beside it.
+"""Device time by HLO instruction from a jax profiler trace, beside the roofline's prediction.
 
-In: the folder of jax.profiler.start_trace, and for the comparison the compiled program's text and
-its prediction. Out: seconds and executions by instruction, the device's busy time and span, groups,
-and where measurement and prediction differ most. Every kernel carries the name of the HLO
-instruction that launched it, so both sides are joined by that name. The program must be the very
-executable that ran (`compiled.as_text()`): a second compilation may number its instructions
-differently.
+Input: the folder of jax.profiler.start_trace; for the comparison also the compiled program's text
+and its prediction. Output: seconds and executions by instruction, the device's busy time and span,
+groups, and the largest differences between measurement and prediction. Every kernel carries the
+name of the HLO instruction that launched it; measurement and prediction are joined by that name.
+The program must be the executable that ran (`compiled.as_text()`): a second compilation may number
+its instructions differently.
 
-How a GPU's trace is laid out. This was read in the sources of openxla/xla (2026-11:
+The layout of a GPU's trace, as read in the sources of openxla/xla (2026-11:
 xla/backends/profiler/gpu/cupti_collector.cc, xla/backends/gpu/runtime/annotation.cc,
-xla/tsl/profiler/utils/xplane_schema.cc); no real GPU's trace was at hand:
+xla/tsl/profiler/utils/xplane_schema.cc). No trace of a real GPU was available.
 
-- Plane "/device:GPU:0" has one line a CUDA stream, such as "Stream #14(Compute)" or "Stream
-#14(MemcpyD2D,Compute)". An event is one
-  activity that CUPTI recorded; its name is the demangled CUDA function, or "MemcpyD2D", "Memset".
-  Kernels have the stat `kernel_details`, copies `memcpy_details`.
+- Plane "/device:GPU:0" has one line for each CUDA stream, such as "Stream #14(Compute)" or
+  "Stream #14(MemcpyD2D,Compute)". An event is one activity that CUPTI recorded; its name is the
+  demangled CUDA function, or "MemcpyD2D", "Memset". Kernels have the stat `kernel_details`, copies
+  `memcpy_details`.
 - The innermost annotation gives the stats `hlo_op` (the instruction's name) and, from the module
-around it, `hlo_module` and
-  `program_id`. That holds for cuBLAS's kernels and Triton's custom calls too. Several nested names
-  are joined by "::".
+  around it, `hlo_module` and `program_id`. That holds for cuBLAS's kernels and Triton's custom
+  calls too. Several nested names are joined by "::".
 - Lines "XLA Ops", "XLA Modules", "Steps", "Framework Ops", "Source code", ... are derived from the
-streams when a trace is displayed,
-  and older versions write them into the file. They repeat the same time and are left out: only
-  "Stream #" lines are read.
+  streams when a trace is displayed, and older versions write them into the file. They repeat the
+  same time, so only "Stream #" lines are read.
 - Inside a command buffer (a CUDA graph) kernels carry the buffer's name or none (openxla/xprof
-issues 2544 and 3070). The project's
-  flags switch command buffers off (xla_flags.py); otherwise their time appears as "measured only".
+  issues 2544 and 3070). The project's flags disable command buffers (xla_flags.py); otherwise
+  their time appears as "measured only".
 
-A CPU backend has no device plane: plane "/host:CPU" has one line a thread, and an event with
-`hlo_op` is one execution of one instruction. That serves to rehearse; there an event may contain
-those of other instructions, and its own time is what they leave.
+A CPU backend has no device plane: plane "/host:CPU" has one line for each thread, and an event with
+`hlo_op` is one execution of one instruction. A rehearsal reads that. There an event may contain
+those of other instructions; its own time is the rest.
 """
 
 import re
@@ -45,10 +43,10 @@ from baichuan_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program
 from baichuan_jax.plan.roofline import Prediction, kernel_of
 
 STREAM = re.compile(r"Stream #\d+")
-# Copies between host and device run on engines of their own: they keep no multiprocessor busy.
+# Copies between host and device run on engines of their own, and leave the multiprocessors free.
 HOST_COPIES = ("MemcpyH2D", "MemcpyD2H")
-# Instructions that run others. Their own time is a loop's predicate that is copied to the host, or
-# on a CPU what their parts leave.
+# Instructions that run others. Their own time is the copy of a loop's predicate to the host; on a
+# CPU, the time outside of their parts.
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
 
 PRODUCTS = "matrix products"
@@ -68,21 +66,12 @@ COLLECTIVE = "collectives"
 CONTROL = "loops and calls"
 UNMEASURED = "predicted only"
 UNPREDICTED = "measured only"
-GROUPS = [
-    PRODUCTS,
-    *dict.fromkeys(KERNELS.values()),
-    MEMORY,
-    COPIES,
-    CALLS,
-    COLLECTIVE,
-    CONTROL,
-    UNPREDICTED,
-    UNMEASURED,
-]
+GROUPS = [PRODUCTS, *dict.fromkeys(KERNELS.values()), MEMORY, COPIES, CALLS, COLLECTIVE]
+GROUPS += [CONTROL, UNPREDICTED, UNMEASURED]
 
 
 class Measured(NamedTuple):
-    """Over a whole trace: seconds of the device, and how often it ran."""
+    """Seconds on the device over a whole trace, and executions."""
 
     seconds: float
     count: int
@@ -92,39 +81,42 @@ class Measured(NamedTuple):
 class Trace:
     """Device time of one program in one trace. Seconds are sums over the trace, not of a step."""
 
+    # "gpu", or "cpu" where the trace has no GPU's stream. A caller compares it with
+    # jax.default_backend(): a GPU's trace without device activity (CUPTI not loaded) would
+    # otherwise be read as its host's.
     platform: str
-    """gpu; cpu where the trace has no GPU's stream. A caller compares it with jax.default_backend(): a GPU's trace without device
-    activity (CUPTI not loaded) would otherwise be read as its host's."""
+    # The program, such as "jit_step": the one asked for, or the one with the most device time.
     module: str
-    """The program that was read, such as "jit_step": the one with the most device time, or the one asked for."""
+    # By HLO instruction. An instruction may launch several kernels a run (split-K and its sum, a
+    # memset before): `count` is that of its most frequent kernel.
     instructions: dict[str, Measured]
-    """By HLO instruction. An instruction may launch several kernels a run (split-K and its sum, a memset before): `count` is that of
-    its most frequent kernel."""
+    # By HLO instruction: launches by CUDA function (on a CPU, by the event's name).
     kernels: dict[str, dict[str, int]]
-    """By HLO instruction: launches by CUDA function (on a CPU, by the event's name)."""
+    # By CUDA function: activity without hlo_op, such as copies of inputs. On a CPU: empty.
     unnamed: dict[str, Measured]
-    """By CUDA function: device activity without hlo_op, such as copies of inputs. On a CPU: empty."""
+    # By program: activity of others in the same trace (small jitted functions beside the step).
     other_modules: dict[str, Measured]
-    """By program: device activity of others in the same trace (small jitted functions beside the step)."""
+    # Time in which at least one activity ran: the union over all streams, without copies between
+    # host and device; and the time from the first to the last of these activities.
     busy_seconds: float
-    """Time in which at least one activity ran: the union over all streams, without copies between host and device."""
     span_seconds: float
-    """From the first to the last of them."""
+    # By "plane / line": where everything above was found.
     lines: dict[str, Measured]
-    """By "plane / line": where everything above was found."""
 
 
 class _Event(NamedTuple):
+    """An activity. Times are in ns; `own` is without the events inside it.
+
+    `module`: name and number of the program; a function that was compiled twice has two numbers.
+    """
+
     line: str
     name: str
     start: float
-    """ns"""
     end: float
     own: float
-    """ns, without events inside it."""
     op: str
     module: tuple[str, str]
-    """Name and number of the program: a function that was compiled twice has two numbers."""
 
 
 def read_trace(folder: Path, module: str | None = None, device: int = 0) -> Trace:
@@ -137,13 +129,14 @@ def read_trace(folder: Path, module: str | None = None, device: int = 0) -> Trac
     found = sorted(Path(folder).rglob("*.xplane.pb"))
     if len(found) != 1:
         raise FileNotFoundError(
-            f"{folder} must hold one trace (*.xplane.pb) and holds {len(found)}: give start_trace a new folder"
+            f"{folder} must hold one trace (*.xplane.pb) and holds {len(found)}: give start_trace "
+            "a new folder"
         )
     return summarise(ProfileData.from_file(str(found[0])), str(found[0]), module, device)
 
 
 def summarise(data: ProfileData, where: str, module: str | None = None, device: int = 0) -> Trace:
-    """As read_trace, of a profile that is read already; `where` names it in errors."""
+    """As read_trace, for a profile in memory; `where` names it in errors."""
     planes = {plane.name: plane for plane in data.planes}
     streams = planes.get(f"/device:GPU:{device}")
     events = list(_gpu_events(streams)) if streams is not None else []
@@ -152,8 +145,8 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
         events = list(_cpu_events(planes["/host:CPU"], device))
     if not events:
         raise ValueError(
-            f"{where} holds no activity of device {device}; planes: {', '.join(planes)}. On a GPU: is CUPTI's library installed, and "
-            "may this user profile?"
+            f"{where} holds no activity of device {device}; planes: {', '.join(planes)}. On a GPU "
+            "check that CUPTI's library is installed and that this user may profile"
         )
     named = [event for event in events if event.op]
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -161,10 +154,9 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
         if module is None or event.module[0] == module:
             seconds[event.module] += event.own
     if not seconds:
-        known = sorted({event.module[0] for event in named})
-        raise ValueError(
-            f"{where} holds no activity of {module or 'any program'}; its programs: {', '.join(known) or 'none'}"
-        )
+        known = ", ".join(sorted({event.module[0] for event in named})) or "none"
+        wanted = module or "any program"
+        raise ValueError(f"{where} holds no activity of {wanted}; its programs: {known}")
     chosen = max(seconds, key=lambda key: seconds[key])
     ours = [event for event in named if event.module == chosen]
     kernels: dict[str, dict[str, int]] = {}
@@ -175,6 +167,7 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
         name: Measured(each.seconds, max(kernels[name].values()))
         for name, each in _sums(ours, "op").items()
     }
+    others = _sums([event for event in named if event.module != chosen], "module")
     working = [event for event in events if not event.name.startswith(HOST_COPIES)]
     return Trace(
         platform=platform,
@@ -183,21 +176,19 @@ def summarise(data: ProfileData, where: str, module: str | None = None, device: 
         kernels=kernels,
         unnamed=_sums([event for event in events if not event.op], "name"),
         other_modules={
-            f"{name}({number})" if number else name: each
-            for (name, number), each in _sums(
-                [event for event in named if event.module != chosen], "module"
-            ).items()
+            f"{name}({number})" if number else name: each for (name, number), each in others.items()
         },
         busy_seconds=_union(working),
-        span_seconds=(max(e.end for e in working) - min(e.start for e in working)) * 1e-9
-        if working
-        else 0.0,
+        span_seconds=_span(working),
         lines=_sums(events, "line"),
     )
 
 
 def _gpu_events(plane: Any) -> Iterator[_Event]:
-    """Activities of a GPU's streams (ProfilePlane). Those of one stream follow each other: all of an event's time is its own."""
+    """Activities of a GPU's streams (ProfilePlane).
+
+    Those of one stream follow each other, so all of an event's time is its own.
+    """
     for line in plane.lines:
         if not STREAM.match(line.name):
             continue
@@ -207,21 +198,20 @@ def _gpu_events(plane: Any) -> Iterator[_Event]:
             stats = dict(event.stats)
             op = str(stats.get("hlo_op", "")).split("::")[-1]
             module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
-            where = f"{plane.name} / {line.name}"
-            yield _Event(
-                where, event.name, event.start_ns, event.end_ns, event.duration_ns, op, module
-            )
+            where, span = f"{plane.name} / {line.name}", (event.start_ns, event.end_ns)
+            yield _Event(where, event.name, *span, event.duration_ns, op, module)
 
 
 def _cpu_events(plane: Any, device: int) -> Iterator[_Event]:
-    """Executions of instructions on a CPU's threads; what is nested in an event is taken from its own time."""
+    """Executions of instructions on a CPU's threads.
+
+    An event's own time is its duration without the events nested in it.
+    """
     for line in plane.lines:
         found = [(event, dict(event.stats)) for event in line.events]
-        found = [
-            (e, stats)
-            for e, stats in found
-            if "hlo_op" in stats and int(stats.get("device_ordinal", device)) == device
-        ]
+        found = [(event, stats) for event, stats in found if "hlo_op" in stats]
+        on = lambda stats: int(stats.get("device_ordinal", device))
+        found = [(event, stats) for event, stats in found if on(stats) == device]
         found.sort(key=lambda item: (item[0].start_ns, -item[0].end_ns))
         inside = [0.0] * len(found)
         open_events: list[int] = []
@@ -233,11 +223,9 @@ def _cpu_events(plane: Any, device: int) -> Iterator[_Event]:
             open_events.append(index)
         for (event, stats), nested in zip(found, inside, strict=True):
             module = (str(stats.get("hlo_module", "")), str(stats.get("program_id", "")))
-            own = max(event.duration_ns - nested, 0.0)
-            where = f"{plane.name} / {line.name}"
-            yield _Event(
-                where, event.name, event.start_ns, event.end_ns, own, str(stats["hlo_op"]), module
-            )
+            own, op = max(event.duration_ns - nested, 0.0), str(stats["hlo_op"])
+            where, span = f"{plane.name} / {line.name}", (event.start_ns, event.end_ns)
+            yield _Event(where, event.name, *span, own, op, module)
 
 
 def _sums(events: list[_Event], by: str) -> dict:
@@ -248,13 +236,19 @@ def _sums(events: list[_Event], by: str) -> dict:
         key = getattr(event, by)
         seconds[key] += event.own * 1e-9
         counts[key] += 1
-    return {
-        key: Measured(seconds[key], counts[key])
-        for key in sorted(seconds, key=lambda key: -seconds[key])
-    }
+    longest_first = sorted(seconds, key=lambda key: -seconds[key])
+    return {key: Measured(seconds[key], counts[key]) for key in longest_first}
+
+
+def _span(events: list[_Event]) -> float:
+    """Seconds from the first start to the last end."""
+    if not events:
+        return 0.0
+    return (max(e.end for e in events) - min(e.start for e in events)) * 1e-9
 
 
 def _union(events: list[_Event]) -> float:
+    """Seconds in which at least one event ran."""
     total = 0.0
     end = float("-inf")
     for event in sorted(events, key=lambda event: event.start):
@@ -265,21 +259,23 @@ def _union(events: list[_Event]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One instruction, or a group of them, per step."""
+    """One instruction, or a group of them, per step.
+
+    `op_name`: the end of the jax operation's path, from the HLO's metadata. Counts are executions
+    a step; of a group, instructions.
+    """
 
     name: str
     group: str
     op_name: str
-    """The end of the jax operation's path, from the HLO's metadata."""
     measured_seconds: float
     predicted_seconds: float
     measured_count: float
-    """Executions a step; of a group, instructions."""
     predicted_count: float
 
     @property
     def difference(self) -> float:
-        """Seconds a step that the measurement lies above the prediction."""
+        """Measured minus predicted seconds a step."""
         return self.measured_seconds - self.predicted_seconds
 
 
@@ -289,9 +285,9 @@ def compare(
     """Every instruction of either side, per step; the longest measured first.
 
     measured: (seconds, executions) of `steps` runs of the program, by instruction
-    (Trace.instructions). An instruction inside a loop is predicted as often as the loop turns. A
-    name that differs in "-start" or "-done" alone is one instruction. What only one side knows is a
-    row of its own (UNMEASURED, UNPREDICTED): a loop's condition, say, is run but never predicted.
+    (Trace.instructions). An instruction inside a loop is predicted once for each turn. Names that
+    differ only in "-start" or "-done" are one instruction. An instruction that only one side has
+    gets a row of its own (UNMEASURED, UNPREDICTED): a loop's condition runs, and has no prediction.
     """
     known = {
         item.name: (computation, item)
@@ -310,38 +306,29 @@ def compare(
     rows = []
     for name in {**spent, **predicted}:
         seconds, count = spent.get(name, (0.0, 0.0))
-        runs = (
-            times[name] or 1 if name in predicted else 0
-        )  # inside a TPU's fused collective walk() does not come
-        computation, instruction = known.get(name, (None, None))
-        rows.append(
-            Row(
-                name=name,
-                group=_group(
-                    computation,
-                    instruction,
-                    name in spent,
-                    name in predicted,
-                    prediction.bounds.get(name, ""),
-                ),
-                op_name=instruction.op_name[-80:] if instruction else "",
-                measured_seconds=seconds,
-                predicted_seconds=predicted.get(name, 0.0) * runs,
-                measured_count=count,
-                predicted_count=float(runs),
-            )
+        # `or 1`: walk() does not go into a TPU's fused collective.
+        runs = times[name] or 1 if name in predicted else 0
+        found, bound = known.get(name, (None, None)), prediction.bounds.get(name, "")
+        row = Row(
+            name=name,
+            group=_group(*found, name in spent, name in predicted, bound),
+            op_name=found[1].op_name[-80:] if found[1] else "",
+            measured_seconds=seconds,
+            predicted_seconds=predicted.get(name, 0.0) * runs,
+            measured_count=count,
+            predicted_count=float(runs),
         )
+        rows.append(row)
     return sorted(rows, key=lambda row: (-row.measured_seconds, -row.predicted_seconds))
 
 
 def _name_in(name: str, known: Mapping[str, object]) -> str:
-    """The program's name of a measured instruction: an asynchronous one may be reported by its start or its end."""
-    others = (
-        name,
-        name.replace("-done", "-start"),
-        name.replace("-start", "-done"),
-        name.replace("-start", ""),
-    )
+    """The program's name of a measured instruction.
+
+    A trace may have an asynchronous one under its start or under its end.
+    """
+    swaps = (("-done", "-start"), ("-start", "-done"), ("-start", ""))
+    others = [name, *(name.replace(*swap) for swap in swaps)]
     return next((other for other in others if other in known), name)
 
 
@@ -352,6 +339,7 @@ def _group(
     predicted: bool,
     bound: str,
 ) -> str:
+    """The group of an instruction."""
     if not measured:
         return UNMEASURED
     if instruction is None or computation is None:
@@ -371,23 +359,19 @@ def _group(
 
 
 def by_group(rows: list[Row]) -> list[Row]:
-    """Sums of the rows in the order of GROUPS, and of all ("in all"); counts are of instructions, on either side."""
+    """Sums of the rows in the order of GROUPS, then of all ("in all"). Counts are instructions."""
 
     def total(name: str, items: list[Row]) -> Row:
-        return Row(
-            name,
-            name,
-            "",
-            sum(item.measured_seconds for item in items),
-            sum(item.predicted_seconds for item in items),
-            sum(item.measured_count > 0 for item in items),
-            sum(item.predicted_count > 0 for item in items),
-        )
+        measured = sum(item.measured_seconds for item in items)
+        predicted = sum(item.predicted_seconds for item in items)
+        run = sum(item.measured_count > 0 for item in items)
+        known = sum(item.predicted_count > 0 for item in items)
+        return Row(name, name, "", measured, predicted, run, known)
 
     groups = [(name, [row for row in rows if row.group == name]) for name in GROUPS]
     return [total(name, items) for name, items in groups if items] + [total("in all", rows)]
 
 
 def largest_differences(rows: list[Row], number: int = 15) -> list[Row]:
-    """The instructions where measurement and prediction differ most, in seconds a step."""
+    """The rows whose measurement and prediction differ most, in seconds a step."""
     return sorted(rows, key=lambda row: -abs(row.difference))[:number]

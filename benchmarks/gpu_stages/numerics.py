@@ -1,20 +1,21 @@
-"""Every Triton kernel beside the plain operator (`kernels/reference.py`) computed in float32 on the same inputs: results and all
-gradients.
+"""Every Triton kernel beside the plain operator (`reference.py`) in float32: results and gradients.
 
 Errors are the largest difference and the norm of the difference, each relative to the reference's,
-over results and gradients; the worst of all cases of a row is shown. Every single vector (of a
-token and head) is compared with its own size too. Of `extreme` (scores of tens of thousands) out
-and dv are compared; dq and dk are all but 0 there and have to be finite.
+over results and gradients; a row shows the worst of its cases. Every single vector (of a token and
+head) is also compared, relative to its own size. In `extreme` (scores of tens of thousands) out and
+dv are compared; dq and dk are nearly 0 there and have to be finite.
 
-Before each call all free memory of the pool is filled with NaN, so a result that a kernel does not
-write shows; a kernel that writes half of its output proves that this works. Every call is made
-twice and has to give the same bits. `sm_80` rows run the A800's code: the same kernels written for
-compute capability 8.0 and assembled for this device. `torch` is the error beside PyTorch's
-attention in float64, which shares no code with the reference.
+Before each call all free memory of the pool is filled with NaN, so an element that a kernel does
+not write becomes visible; a kernel that writes half of its output checks that this works. Every
+call is made twice and has to give the same bits. `sm_80` rows run the A800's code: the same kernels
+written for compute capability 8.0 and assembled for this device. `torch` is the error beside
+PyTorch's attention in float64, which shares no code with the reference.
 """
 
 import contextlib
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,71 +33,58 @@ from checks import Case, parts_of
 # with every rounding of the kernels, for 40 to 4,095 tokens). float32 products are three TF32 ones,
 # about float32's own precision; sums of thousands of terms in another order lose a few bits more.
 TOLERANCE = {"bfloat16": (2e-2, 6e-3), "float32": (1e-4, 2e-5)}
-# Of the worst row. dq and dk are differences that may cancel within a row, down to a fifth of which
-# is left right in bfloat16; a row that is not written or belongs to another place is off by 1 or
+# Of the worst row. dq and dk are differences: terms of a row may cancel, and bfloat16 then keeps as
+# little as half of the row. A row that is not written or belongs to another place is off by 1 or
 # more.
 ROW = {"bfloat16": 1.5e-2, "float32": 5e-4}
 ROW_CANCELLING = {"bfloat16": 0.5, "float32": 5e-2}
 # Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of
 # products of 1e5 to about 0.01, so weights are right to 1 %.
 EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
-# Two blocks one after the other, the first one's result rounded before the second takes it.
+UNDER_EVERYTHING = "scan remat vmap shard_map"  # as a training step calls the kernel
+# Two blocks in a row: the result of the first is rounded before the second takes it.
 TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
 
-LEFT_TO_END = 8  # seconds before the end of the stage in which no further result is awaited: to end the workers takes some
+LEFT_TO_END = 8  # seconds before the end of the stage, kept to end the workers
 
 
 def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
-    """In the order of their worth: what training calls first, then odd lengths and the rest."""
+    """All cases by priority: those of training, then odd lengths, then the rest."""
     wide = (4096, 4095, 8192) if not small else (64, 300)
     long = max(length for length in lengths if length <= 4096)
-    found = [
-        Case("attention", "bfloat16", long, 128, "causal"),
-        Case("attention", "bfloat16", long, 128, "sm_80 causal"),
-    ]
-    found += [
-        Case("rms_norm", dtype, 4095 if not small else 19, width, variant)
-        for width in wide
-        for dtype in ("bfloat16", "float32")
-        for variant in ("residual", "alone")
-    ]
+    short, odd, few = (127, 4095, 256) if not small else (40, 19, 16)
+    dtypes = ("bfloat16", "float32")
+    found = [Case("attention", "bfloat16", long, 128, name) for name in ("causal", "sm_80 causal")]
+    for width, dtype, variant in itertools.product(wide, dtypes, ("residual", "alone")):
+        found.append(Case("rms_norm", dtype, odd, width, variant))
+    # The longest that torch can follow first, the very long ones last.
     order = sorted(lengths, key=lambda length: -(length <= 4096) * length)
-    for length in order:
-        for dtype in ("bfloat16", "float32"):
-            for size in (128, 64):
-                found += [
-                    Case("attention", dtype, length, size, variant)
-                    for variant in ("causal", "segments")
-                ]
-    for dtype in ("bfloat16", "float32"):
+    plain = itertools.product(order, dtypes, (128, 64), ("causal", "segments"))
+    for length, dtype, size, variant in plain:
+        found.append(Case("attention", dtype, length, size, variant))
+    special = ("unseen query", "offset", "extreme", UNDER_EVERYTHING, "sm_80 causal")
+    for dtype in dtypes:
         for size in (128, 64):
-            found += [
-                Case("attention", dtype, long, size, variant)
-                for variant in ("sm_80 causal", "sm_80 segments")
-            ]
-            found += [
-                Case("attention", dtype, 127 if not small else 40, size, variant)
-                for variant in (
-                    "unseen query",
-                    "offset",
-                    "extreme",
-                    "scan remat vmap shard_map",
-                    "sm_80 causal",
-                )
-            ]
+            of_size = functools.partial(Case, "attention", dtype)
+            found += [of_size(long, size, name) for name in ("sm_80 causal", "sm_80 segments")]
+            found += [of_size(short, size, name) for name in special]
         found.append(Case("rms_norm", dtype, 1, wide[0], "residual"))
-        found.append(Case("rms_norm", dtype, 256 if not small else 16, wide[0], "sm_80 residual"))
+        found.append(Case("rms_norm", dtype, few, wide[0], "sm_80 residual"))
     found = list(dict.fromkeys(found))
-    if small:  # the interpreter computes bfloat16 on raw bits and takes seconds for a case; lowering is the same for every size
+    if small:
+        # The interpreter computes bfloat16 on raw bits, which takes seconds for a case; and
+        # lowering does not depend on the size.
         found = [case._replace(dtype="float32") for case in found if case.dtype == "bfloat16"]
-        found = [
-            case for case in dict.fromkeys(found) if case.size != 64 or case.operator == "rms_norm"
-        ]
+        kept = lambda case: case.size != 64 or case.operator == "rms_norm"
+        found = [case for case in dict.fromkeys(found) if kept(case)]
     return found
 
 
 def run(stage: Any) -> None:
-    """Share the cases among worker processes; a worker that dies or raises is replaced, since a CUDA error stays with its process."""
+    """Check all cases in worker processes.
+
+    A worker that dies or raises is replaced: a CUDA error makes its process useless.
+    """
     from baichuan_jax.kernels import triton_bridge as bridge
 
     if (obstacle := bridge.obstacle()) is not None:
@@ -130,29 +118,24 @@ def run(stage: Any) -> None:
 
 
 def conclude(stage: Any, everything: list[Case], found: dict[Case, dict[str, Any]]) -> None:
-    """Record all cases, say which were not checked, and sum up."""
+    """Record all cases, report those that were not checked, and summarise."""
     stage.record(cases=[{**case._asdict(), **result} for case, result in found.items()])
     if missing := [case for case in everything if case not in found]:
-        stage.leave_out(
-            f"{len(missing)} of {len(everything)} cases",
-            f"no time was left: {', '.join(map(str, missing))}",
-            needed=True,
-        )
+        why = f"no time was left: {', '.join(map(str, missing))}"
+        stage.leave_out(f"{len(missing)} of {len(everything)} cases", why, needed=True)
     if without := sorted({result["no_torch"] for result in found.values() if "no_torch" in result}):
         stage.leave_out("some of torch's comparisons", "; ".join(without))
     if not all(result.get("poison_works", True) for result in found.values()):
         stage.wrong(
-            "memory could not be prefilled with NaN: an output that a kernel does not write would not show"
+            "memory could not be prefilled with NaN: an element that a kernel does not write would "
+            "look right"
         )
     right = sum("wrong" not in result for result in found.values())
-    worst = {
-        dtype: worst_of(
-            result["norm_error"]
-            for case, result in found.items()
-            if case.dtype == dtype and "norm_error" in result
-        )
-        for dtype in TOLERANCE
-    }
+    norms: dict[str, list[float]] = {dtype: [] for dtype in TOLERANCE}
+    for case, result in found.items():
+        if "norm_error" in result:
+            norms[case.dtype].append(result["norm_error"])
+    worst = {dtype: worst_of(errors) for dtype, errors in norms.items()}
     errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items() if error)
     stage.headline(f"{right} of {len(everything)} cases right; worst norm error {errors}")
 
@@ -163,21 +146,20 @@ def judge(stage: Any, case: Case, result: dict[str, Any]) -> None:
         result["wrong"] = result["error"]
         stage.wrong(f"{case}: {result['error']}")
         return
-    allowed = {"extreme": EXTREME, "scan remat vmap shard_map": TWICE}.get(case.variant, TOLERANCE)
-    largest, norm = allowed[case.dtype]
+    special = {"extreme": EXTREME, UNDER_EVERYTHING: TWICE}
+    largest, norm = special.get(case.variant, TOLERANCE)[case.dtype]
     problems = []
     if not (result["largest_error"] <= largest and result["norm_error"] <= norm):
         problems.append(
-            f"largest error {result['largest_error']:.1e} ({largest:.0e} allowed), norm {result['norm_error']:.1e} ({norm:.0e}), "
-            f"worst in {result['worst']}"
+            f"largest error {result['largest_error']:.1e} ({largest:.0e} allowed), norm "
+            f"{result['norm_error']:.1e} ({norm:.0e}), worst in {result['worst']}"
         )
-    if case.variant not in ("extreme", "scan remat vmap shard_map"):
+    if case.variant not in special:
         for name, errors in result["errors"].items():
             limit = (ROW_CANCELLING if name in ("dq", "dk") else ROW)[case.dtype]
             if not errors["row"] <= limit:
-                problems.append(
-                    f"a row of {name} is off by {errors['row']:.1e} of itself ({limit:.0e} allowed)"
-                )
+                off = f"{errors['row']:.1e} of itself ({limit:.0e} allowed)"
+                problems.append(f"a row of {name} is off by {off}")
     if "torch_error" in result and not result["torch_error"] <= norm:
         problems.append(f"differs from torch by {result['torch_error']:.1e} ({norm:.0e} allowed)")
     if not result["same_bits"]:
@@ -188,12 +170,11 @@ def judge(stage: Any, case: Case, result: dict[str, Any]) -> None:
 
 
 def show(stage: Any, found: dict[Case, dict[str, Any]]) -> None:
-    """A row for each operator, type, head size and variant; its lengths together."""
+    """One row for each operator, type, head size and variant, over all lengths."""
     groups: dict[tuple[str, ...], list[tuple[Case, dict[str, Any]]]] = {}
     for case, result in found.items():
-        groups.setdefault((case.operator, case.dtype, str(case.size), case.variant), []).append(
-            (case, result)
-        )
+        key = (case.operator, case.dtype, str(case.size), case.variant)
+        groups.setdefault(key, []).append((case, result))
     rows = []
     for key, items in sorted(groups.items()):
         results = [result for _, result in items if "error" not in result]
@@ -205,28 +186,10 @@ def show(stage: Any, found: dict[Case, dict[str, Any]]) -> None:
         wrong = sum("wrong" in result for _, result in items)
         lengths = ", ".join(str(case.length) for case, _ in sorted(items))
         bits = "yes" if results and all(result["same_bits"] for result in results) else "no"
-        rows.append(
-            [
-                *key,
-                lengths,
-                *worst,
-                f"{worst_of(torch):.1e}" if torch else "-",
-                bits,
-                f"{wrong} wrong" if wrong else "right",
-            ]
-        )
-    columns = [
-        "operator",
-        "dtype",
-        "head or width",
-        "variant",
-        "lengths",
-        "largest",
-        "norm",
-        "torch",
-        "same bits",
-        "",
-    ]
+        cells = [f"{worst_of(torch):.1e}" if torch else "-", bits]
+        rows.append([*key, lengths, *worst, *cells, f"{wrong} wrong" if wrong else "right"])
+    groups_of = ["operator", "dtype", "head or width", "variant", "lengths"]
+    columns = [*groups_of, "largest", "norm", "torch", "same bits", ""]
     stage.table("Kernels beside the plain operator in float32", columns, rows)
 
 
@@ -236,7 +199,7 @@ def worst_of(errors: Iterable[float]) -> float:
 
 
 class Worker(threading.Thread):
-    """A process that checks one case after the other."""
+    """A process (checks.py) that checks one case after the other, and the thread that feeds it."""
 
     def __init__(self, todo: queue.Queue, done: queue.Queue, sizes: Any) -> None:
         super().__init__(daemon=True)
@@ -254,7 +217,7 @@ class Worker(threading.Thread):
             self._done.put((case, self._ask(case)))
 
     def kill(self) -> None:
-        """Let the process end, without waiting for it."""
+        """End the process without waiting for it."""
         self._stopped = True
         if (process := self._process) is not None:
             process.kill()
@@ -287,7 +250,7 @@ class Worker(threading.Thread):
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None:  # stop() was faster
+        if process is None:  # stop() has ended it
             return
         process.kill()
         process.wait()
@@ -302,10 +265,9 @@ class Worker(threading.Thread):
         if self._sizes.small:
             environment["TRITON_INTERPRET"] = "1"
         else:
-            # The reference's products need not be fast, so nothing is tuned for them.
-            environment["XLA_FLAGS"] = (
-                f"--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
-            )
+            # The reference's products need not be fast: tuning them costs more time than it saves.
+            untuned = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+            environment["XLA_FLAGS"] = f"{untuned} {os.environ.get('XLA_FLAGS', '')}"
         return subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("checks.py"))],
             stdin=subprocess.PIPE,
@@ -316,7 +278,10 @@ class Worker(threading.Thread):
 
 
 def compile_all(stage: Any) -> None:
-    """In a rehearsal: compile every kernel of a training step for both targets, and whole programs for an H100."""
+    """In a rehearsal: compile every kernel of a training step for both targets.
+
+    And compile whole programs for an H100.
+    """
     files = {target: stage.work / f"kernels-{target}.json" for target in ("sm_80", "sm_90")}
     started = [
         subprocess.Popen(
@@ -328,26 +293,17 @@ def compile_all(stage: Any) -> None:
     if any(codes):
         raise RuntimeError("python -m baichuan_jax.kernels failed; its output is in log.txt")
     found = [row for file in files.values() for row in json.loads(file.read_text(encoding="utf-8"))]
-    rows = [
-        [
-            row["target"],
-            row["kernel"],
-            str(row["registers"]),
-            str(row["spilled_bytes"]),
-            f"{row['bound_share_of_peak']:.1%}",
-        ]
-        for row in found
-    ]
-    stage.table(
-        "Compiled kernels",
-        ["target", "kernel", "registers", "spilled bytes", "bound, share of peak"],
-        rows,
-    )
+    rows = []
+    for row in found:
+        cells = [str(row["registers"]), str(row["spilled_bytes"])]
+        rows.append([row["target"], row["kernel"], *cells, f"{row['bound_share_of_peak']:.1%}"])
+    columns = ["target", "kernel", "registers", "spilled bytes", "bound, share of peak"]
+    stage.table("Compiled kernels", columns, rows)
     compile_for_h100(stage)
 
 
 def compile_for_h100(stage: Any) -> None:
-    """Programs of real cases, through jax-triton, for a GPU that is described by a topology: all but running them."""
+    """Compile programs of real cases ahead of time for a topology of one H100."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -361,14 +317,9 @@ def compile_for_h100(stage: Any) -> None:
 
     (device,) = described_devices(parse_topology("h100:1x1"))
     layout = Layout(make_mesh(MeshConfig(1), [device]))
-    everywhere = [
-        Case("attention", "bfloat16", 4095, 128, variant)
-        for variant in ("causal", "segments", "offset", "unseen query")
-    ]
-    everywhere += [
-        Case("attention", "bfloat16", 4095, 128, "sm_80 segments"),
-        Case("rms_norm", "bfloat16", 4095, 4096, "residual"),
-    ]
+    variants = ("causal", "segments", "offset", "unseen query", "sm_80 segments")
+    everywhere = [Case("attention", "bfloat16", 4095, 128, variant) for variant in variants]
+    everywhere.append(Case("rms_norm", "bfloat16", 4095, 4096, "residual"))
     programs = {
         str(case): (*parts_of(case)[::2], 3 if case.operator == "attention" else 2)
         for case in everywhere
@@ -383,7 +334,6 @@ def compile_for_h100(stage: Any) -> None:
         with activate(layout), bridge.compile_as(80) if older else contextlib.nullcontext():
             text = jax.jit(function).lower(*shapes).compile().as_text()
         if (found := text.count("triton_kernel_call")) < kernels:
-            stage.wrong(
-                f"{name}: compiled for an H100, it holds {found} kernels and should hold {kernels}"
-            )
+            wanted = f"{found} kernels and should hold {kernels}"
+            stage.wrong(f"{name}: compiled for an H100, it holds {wanted}")
     stage.say(f"Compiled whole for an H100, not run: {'; '.join(programs)}.")

@@ -1,4 +1,9 @@
-"""Fill a GPU's free memory with NaN, so that a kernel's output that nobody writes is NaN and no leftover of an earlier call."""
+"""Fill a GPU's free memory with NaN, so that an element that a kernel does not write is NaN.
+
+A kernel's output is fresh memory of jax's pool. Without the filling it holds values of an earlier
+call, and an element that a kernel forgets looks right. `proves_itself` checks the method on this
+device, with a kernel that writes half of its output.
+"""
 
 import functools
 
@@ -10,8 +15,8 @@ import triton.language as tl
 
 from baichuan_jax.kernels import triton_bridge as bridge
 
-LARGE = 16  # arrays that share most of what is free
-SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)  # and arrays for the gaps between others
+LARGE = 16  # arrays that share most of the free memory
+SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)  # arrays for the gaps between others
 
 
 @functools.cache
@@ -20,18 +25,17 @@ def _fill(size: int):
 
 
 def fill_free_memory() -> None:
-    """Fill jax's pool with arrays of NaN, large ones and then small ones, and free them. Nothing on a CPU.
+    """Fill jax's pool with arrays of NaN, large ones and then small ones, and free them.
 
-    A tenth stays free: where memory runs out, jax's allocator waits ten seconds for some to come
-    back.
+    A tenth stays free: where memory runs out, jax's allocator waits ten seconds for more. Does
+    nothing on a CPU, where jax has no pool.
     """
     stats = jax.devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return
     free = stats["bytes_limit"] - stats["bytes_in_use"]
-    large = (
-        int(0.9 * free / LARGE) >> 26 << 24
-    )  # float32 numbers of 64 MiB and its multiples, so that few programs are compiled
+    # In multiples of 64 MiB (2^24 float32 numbers), so that few programs are compiled.
+    large = int(0.9 * free / LARGE) >> 26 << 24
     held = [_fill(large)() for _ in range(LARGE)]
     held += [_fill(size // 4)() for size in SMALL_BYTES for _ in range(SMALL_COUNT)]
     jax.block_until_ready(held)
@@ -41,30 +45,22 @@ def fill_free_memory() -> None:
 
 @triton.jit
 def _half_kernel(x_pointer, out_pointer, SIZE: tl.constexpr):
-    """Write the first half of an output, leave the second."""
+    """Write the first half of an output, and leave the second."""
     places = tl.arange(0, SIZE)
     tl.store(out_pointer + places, tl.load(x_pointer + places))
 
 
 def half_written(x: jax.Array) -> jax.Array:
-    """x, a power of 2 long, and as much again that no kernel has written."""
+    """x, whose length is a power of 2, and as many elements again that no kernel has written."""
     size = x.size
-    like = jax.ShapeDtypeStruct((2 * size,), jnp.float32)
-    return bridge.call(
-        _half_kernel,
-        x,
-        name="half",
-        outputs=[like],
-        grid=(1,),
-        num_warps=4,
-        num_stages=1,
-        SIZE=size,
-    )[0]
+    outputs = [jax.ShapeDtypeStruct((2 * size,), jnp.float32)]
+    launch = {"grid": (1,), "num_warps": 4, "num_stages": 1}
+    return bridge.call(_half_kernel, x, name="half", outputs=outputs, SIZE=size, **launch)[0]
 
 
 @functools.cache
 def proves_itself(size: int = 4096) -> bool:
-    """Whether what a kernel does not write is NaN after fill_free_memory."""
+    """Whether an element that a kernel does not write is NaN after fill_free_memory."""
     x = jnp.ones(size, jnp.float32)
     call = jax.jit(half_written).lower(x).compile()
     fill_free_memory()

@@ -1,11 +1,11 @@
-"""The matrix products of a training step at their real shapes and layouts, the memory's bandwidth, and the cost of a kernel's start:
-from them come **measured rates** for `plan`, in rates.json.
+"""Measured rates for `plan`, in rates.json: matrix products, memory bandwidth, kernel starts.
 
-`forward`: activations times weights; `input`: the gradient of the activations; `weight`: the
-gradient of the weights, also with a float32 result, which is what summing gradients in float32
-would take. Shares are of the data sheet's peak. The rate of all products is that of a step of
-Baichuan-7B: each as often as the step has it. `plan --rates_file rates.json` predicts a cluster of
-this GPU with them; links and contention stay assumed.
+The products are those of a training step, at its shapes and layouts. `forward`: activations times
+weights; `input`: the gradient of the activations; `weight`: the gradient of the weights, also with
+a float32 result, which summing gradients in float32 would need. Shares are of the data sheet's
+peak. The rate of all products is that of a step of Baichuan-7B, which has each product a known
+number of times. `plan --rates_file rates.json` predicts a cluster of this GPU with these rates; its
+rates of links and contention stay assumptions.
 """
 
 import datetime
@@ -34,19 +34,17 @@ LAUNCHES = 256  # kernels that follow each other in the program that measures a 
 
 def run(stage: Stage) -> None:
     """Time everything, then write the rates."""
-    apply_flags(Config())  # as training does: without command buffers, cuBLAS for products
+    apply_flags(Config())  # as training does: no command buffers, and cuBLAS for products
     device = jax.devices()[0]
     hardware = hardware_of(device.device_kind)
     dtype = jnp.float32 if stage.sizes.small else jnp.bfloat16
-    # First what is quick, so that it is there whatever comes.
+    # First the quick ones: they are recorded even if the time ends.
     bandwidth, start = copy_bandwidth(stage), launch_seconds(stage)
     stage.record(copy_bandwidth=bandwidth, launch_seconds=start)
     stage.headline(f"copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us")
     if hardware:
-        peak, sheet = (
-            hardware.peak_tflops * 1e12,
-            f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}",
-        )
+        peak = hardware.peak_tflops * 1e12
+        sheet = f"{hardware.peak_tflops:g} TFLOP/s of {hardware.name}"
     else:
         size = 1024 if stage.sizes.small else 8192
         peak, sheet = product_flops(stage, size, dtype), f"a product of {size} x {size} here"
@@ -56,7 +54,7 @@ def run(stage: Stage) -> None:
         for name, (rows, weight, times) in shapes(stage).items()
         for product in products(rows, weight, dtype)
     ]
-    # Those of a step first: the rates need them.
+    # The products of a step first: the rates need them.
     wanted.sort(key=lambda item: item[1] == 0 or item[2] == FLOAT32)
     for name, times, kind, function, arguments, amount in wanted:
         key = f"{name} / {kind}"
@@ -70,26 +68,16 @@ def run(stage: Stage) -> None:
     rows = []
     for name in shapes(stage):
         found = [rate_of.get(f"{name} / {kind}") for kind in KINDS]
-        rows.append(
-            [
-                name,
-                *(
-                    "-" if rate is None else f"{rate / 1e12:,.1f} ({rate / peak:.0%})"
-                    for rate in found
-                ),
-            ]
-        )
+        cells = [f"{rate / 1e12:,.1f} ({rate / peak:.0%})" if rate else "-" for rate in found]
+        rows.append([name, *cells])
     stage.table(f"Products, TFLOP/s and share of {sheet}", ["product", *KINDS], rows)
-    stage.record(
-        products={
-            key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]}
-            for key in calls
-        }
-    )
+    numbers = {
+        key: {"seconds": seconds[key], "flops": flops[key], "a_step": counts[key]} for key in calls
+    }
+    stage.record(products=numbers)
     if (together := seconds.get("gate + up as one / forward")) is not None:
-        stage.say(
-            f"Gate and up as one product take {together / (2 * seconds['gate / forward']):.2f} of the time of two, forward."
-        )
+        share = together / (2 * seconds["gate / forward"])
+        stage.say(f"Gate and up as one product take {share:.2f} of the time of two, forward.")
     rates = {"launch_us": start * 1e6}
     if hardware:
         rates["memory"] = bandwidth / (hardware.memory_bandwidth * 1e9)
@@ -102,17 +90,11 @@ def run(stage: Stage) -> None:
     ]
     share = None
     if lacking := [key for key in needed if key not in calls]:
-        stage.leave_out(
-            "rate `matmul`",
-            f"these products of a step were not timed: {', '.join(lacking)}",
-            needed=True,
-        )
+        why = f"these products of a step were not timed: {', '.join(lacking)}"
+        stage.leave_out("rate `matmul`", why, needed=True)
     else:
-        share = (
-            sum(flops[key] * counts[key] for key in needed)
-            / sum(seconds[key] * counts[key] for key in needed)
-            / peak
-        )
+        amount = sum(flops[key] * counts[key] for key in needed)
+        share = amount / sum(seconds[key] * counts[key] for key in needed) / peak
         rates["matmul"] = share
     rates |= kernel_rate(stage, hardware)
     rows = [[name, f"{value:.3f}", MEANING[name]] for name, value in rates.items()]
@@ -120,9 +102,8 @@ def run(stage: Stage) -> None:
     stage.record(rates=rates)
     write_rates(stage, device.device_kind, hardware, rates)
     if share is not None:
-        stage.headline(
-            f"products {share:.1%} of {sheet}; copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us"
-        )
+        others = f"copies {bandwidth / 1e9:,.0f} GB/s; a start {start * 1e6:.1f} us"
+        stage.headline(f"products {share:.1%} of {sheet}; {others}")
 
 
 MEANING = {
@@ -134,16 +115,13 @@ MEANING = {
 
 
 def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Name -> activations, weight, and how often a step of 32 blocks has it. The weight's first dimensions are summed over."""
+    """Name -> shape of the activations, shape of the weight, and count in a step of 32 blocks.
+
+    A product sums over the first dimensions of the weight.
+    """
     sizes = stage.sizes
-    rows, D, F, N, H, V = (
-        sizes.batch * sizes.length,
-        sizes.hidden,
-        sizes.intermediate,
-        sizes.heads,
-        sizes.head_dim,
-        sizes.vocab,
-    )
+    rows, D, F = sizes.batch * sizes.length, sizes.hidden, sizes.intermediate
+    N, H, V = sizes.heads, sizes.head_dim, sizes.vocab
     chunk = min(sizes.loss_chunk, rows)
     return {
         "QKV": ((rows, D), (D, 3, N, H), 32),
@@ -158,7 +136,7 @@ def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], in
 def products(
     rows: tuple[int, ...], weight: tuple[int, ...], dtype: Any
 ) -> list[tuple[str, Callable, tuple, float]]:
-    """(kind, function, arguments, operations) of a product and of both its gradients, as the model's layout has them."""
+    """(kind, function, arguments, FLOPs) of a product and of both its gradients."""
     summed = len(rows) - 1
     out = (rows[0], *weight[summed:])
     keys = jax.random.split(jax.random.key(len(weight)), 3)
@@ -191,26 +169,23 @@ def product_flops(stage: Stage, size: int, dtype: Any) -> float:
     """FLOP/s of one large product, where no data sheet is known."""
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     call = functools.partial(jax.jit(jnp.matmul).lower(x, x).compile(), x, x)
-    return (
-        2.0
-        * size**3
-        / measure({"product": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["product"]
-    )
+    return 2.0 * size**3 / seconds_of(call, stage)
+
+
+def seconds_of(call: Callable[[], object], stage: Stage) -> float:
+    """Median seconds of one call."""
+    return measure({"": call}, stage.sizes.rounds, stage.sizes.sample_seconds)[""]
 
 
 def copy_bandwidth(stage: Stage) -> float:
     """Bytes a second, read and written, of a copy far larger than any cache."""
     x = jnp.ones(stage.sizes.copy_bytes // 4, jnp.float32)
     call = functools.partial(jax.jit(jnp.negative).lower(x).compile(), x)
-    return (
-        2.0
-        * x.nbytes
-        / measure({"copy": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["copy"]
-    )
+    return 2.0 * x.nbytes / seconds_of(call, stage)
 
 
 def launch_seconds(stage: Stage) -> float:
-    """Seconds from one kernel to the next where each does next to nothing."""
+    """Seconds from one kernel to the next, with kernels that do almost nothing."""
     x = jnp.zeros(32, jnp.float32)
 
     def chain(x: jax.Array) -> jax.Array:
@@ -219,17 +194,18 @@ def launch_seconds(stage: Stage) -> float:
         return x
 
     call = functools.partial(jax.jit(chain).lower(x).compile(), x)
-    return (
-        measure({"chain": call}, stage.sizes.rounds, stage.sizes.sample_seconds)["chain"] / LAUNCHES
-    )
+    return seconds_of(call, stage) / LAUNCHES
 
 
 def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
-    """Share of their bounds that the attention kernels reached in the stage `speed`; nothing where that has no result."""
+    """The share of their bounds that the attention kernels reached in the stage `speed`.
+
+    Empty where that stage has no result.
+    """
     values = stage.values_of("speed")
     alone, flops = values.get("kernels_alone", {}), values.get("kernel_flops", {})
-    # The bounds that plan multiplies the rate with, so that together they give the seconds that
-    # were measured.
+    # The bounds with which plan multiplies the rate: rate and bound together give the measured
+    # seconds.
     bounds = BOUNDS.get(hardware.compute_capability, {}) if hardware else {}
     names = [name for name in alone if name in bounds]
     if not names or hardware is None:
@@ -242,10 +218,10 @@ def kernel_rate(stage: Stage, hardware: Any) -> dict[str, float]:
 def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float]) -> None:
     """rates.json, as `plan --rates_file` reads it."""
     if hardware is None and not stage.sizes.small:
-        stage.leave_out("rates.json", f"{device} is no accelerator of hardware.py")
+        stage.leave_out("rates.json", f"{device} is not in hardware/accelerators.py")
         return
     content = {
-        # In a rehearsal the file serves to try what reads it.
+        # A rehearsal writes the file too, so that its reader can be tested.
         "device": device if hardware else f"{device}, a rehearsal",
         "hardware": hardware.name if hardware else "h100",
         "date": str(datetime.date.today()),
@@ -254,10 +230,7 @@ def write_rates(stage: Stage, device: str, hardware: Any, rates: dict[str, float
     }
     write_atomically(stage.output / "rates.json", json.dumps(content, indent=1).encode())
     if hardware is None:
-        stage.say(
-            f"rates.json describes no accelerator: it was measured on {device}, to rehearse with it."
-        )
+        stage.say(f"rates.json describes no accelerator: it is a rehearsal on {device}.")
         return
-    stage.say(
-        "Rates are in rates.json: python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ..."
-    )
+    command = "python -m baichuan_jax.plan --rates_file rates.json --topology h100:16x8 ..."
+    stage.say(f"Rates are in rates.json: {command}")

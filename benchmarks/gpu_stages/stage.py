@@ -1,8 +1,10 @@
-"""One stage of benchmarks/gpu.py, in a process of its own: what it is given and what it reports.
+"""One stage of benchmarks/gpu.py in a process of its own: its inputs and its report.
 
     python benchmarks/gpu_stages/stage.py NAME STATE WORK OUTPUT SECONDS full|small
 
-The report is on disk after every addition, so a stage that is killed keeps what it had found.
+NAME is a module of this folder with `run(stage)`. The stage reads its sizes and its time from
+`stage`, and adds headlines, tables, numbers and errors to it. Every addition is on disk at once
+(STATE), so a stage that is killed keeps its results until then.
 """
 
 import dataclasses
@@ -27,33 +29,41 @@ from baichuan_jax.runs.files import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the stages work on. `small` is the rehearsal on a CPU, where Triton kernels are interpreted."""
+    """Sizes of all stages. `small`: the rehearsal on a CPU, with Triton kernels interpreted."""
 
     small: bool
+    # Of attention in the numerical checks, and how many processes check at once.
     lengths: tuple[int, ...]
-    """Of attention in the numerical checks."""
     workers: int
-    """Processes that check numbers side by side."""
+    # Of attention where it is timed, and of the training step.
     batch: int
     length: int
     heads: int
     head_dim: int
-    """Of attention where it is timed, and of the training step."""
+    # Of the training step that is timed: the width of Baichuan-7B, with fewer blocks.
     hidden: int
     intermediate: int
     vocab: int
     layers: int
-    """Of the training step that is measured; the model has the width of Baichuan-7B."""
     loss_chunk: int
+    # How often each call is sampled, in turn with the others, and how long one sample takes.
     rounds: int
-    """Times that each call is timed, in turn with the others."""
     sample_seconds: float
-    """Seconds of one timing: as many calls as take this long."""
+    # The array whose copy measures the memory's bandwidth.
     copy_bytes: int
-    """Size of the array whose copy measures the memory's bandwidth."""
+    # The run that is killed: its steps, and its overrides of configs/tiny.yaml.
     train_steps: int
     train_settings: tuple[str, ...]
-    """Overrides of configs/tiny.yaml for the run that is killed."""
+
+
+def settings(hidden: int, intermediate: int, layers: int, heads: int, **others: str) -> tuple:
+    """Overrides of configs/tiny.yaml for a model of these sizes, all activations kept."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers}
+    model = {**sizes, "num_heads": heads, "scan_layers": "false", "remat": "none"}
+    return (
+        *(f"model.{name}={value}" for name, value in model.items()),
+        *(f"{name.replace('__', '.')}={value}" for name, value in others.items()),
+    )
 
 
 FULL = Sizes(
@@ -73,19 +83,14 @@ FULL = Sizes(
     sample_seconds=0.03,
     copy_bytes=2**31,
     train_steps=100,
-    train_settings=(
-        # 350 million parameters with heads of 128, as the 7B has.
-        "model.hidden_size=1024",
-        "model.intermediate_size=2816",
-        "model.num_layers=26",
-        "model.num_heads=8",
-        "model.scan_layers=false",
-        "model.remat=none",
-        "train.context_length=1024",
-        "train.global_batch_size=8",
-        "train.loss_chunk_size=2048",
-        "optimizer.learning_rate=3e-4",
-        "optimizer.warmup_steps=10",
+    # 350 million parameters with heads of 128, as the 7B has.
+    train_settings=settings(
+        *(1024, 2816, 26, 8),
+        train__context_length="1024",
+        train__global_batch_size="8",
+        train__loss_chunk_size="2048",
+        optimizer__learning_rate="3e-4",
+        optimizer__warmup_steps="10",
     ),
 )
 SMALL = Sizes(
@@ -105,39 +110,27 @@ SMALL = Sizes(
     sample_seconds=0.0,
     copy_bytes=2**24,
     train_steps=20,
-    train_settings=(
-        "model.hidden_size=64",
-        "model.intermediate_size=176",
-        "model.num_layers=2",
-        "model.num_heads=1",
-        "model.scan_layers=false",
-        "model.remat=none",
-        "train.context_length=64",
-        "train.global_batch_size=4",
-        "train.loss_chunk_size=128",
-        "optimizer.learning_rate=1e-3",
-        "optimizer.warmup_steps=2",
+    train_settings=settings(
+        *(64, 176, 2, 1),
+        train__context_length="64",
+        train__global_batch_size="4",
+        train__loss_chunk_size="128",
+        optimizer__learning_rate="1e-3",
+        optimizer__warmup_steps="2",
     ),
 )
 
 
 class Stage:
-    """What a stage works on and reports; every addition is written to its state file at once."""
+    """A stage's sizes, folders and time, and its report, which is written at every addition."""
 
     def __init__(self, sizes: Sizes, state: Path, work: Path, output: Path, seconds: float) -> None:
         self.sizes, self.work, self.output = sizes, work, output
         self._state, self._deadline = state, time.monotonic() + seconds
-        self._report: dict[str, Any] = {
-            "headline": "",
-            "notes": [],
-            "tables": [],
-            "values": {},
-            "wrong": [],
-            "left_out": [],
-            "lacking": False,
-            "error": None,
-            "finished": False,
-        }
+        lists = ("notes", "tables", "wrong", "left_out")
+        self._report: dict[str, Any] = {name: [] for name in lists}
+        self._report |= {"headline": "", "values": {}, "error": None}
+        self._report |= {"lacking": False, "finished": False}
         self._save()
 
     @property
@@ -146,17 +139,17 @@ class Stage:
         return self._deadline - time.monotonic()
 
     def values_of(self, stage: str) -> dict[str, Any]:
-        """What an earlier stage has recorded; nothing where it has not run."""
+        """The numbers that an earlier stage recorded; empty where it has not run."""
         path = self.work / f"{stage}.json"
         return json.loads(path.read_text(encoding="utf-8"))["values"] if path.exists() else {}
 
     def headline(self, text: str) -> None:
-        """The one line that stands in the table of all stages."""
+        """Set the line of this stage in the table of all stages."""
         self._report["headline"] = text
         self._save()
 
     def say(self, text: str) -> None:
-        """A sentence below the tables."""
+        """Add a sentence below the tables."""
         print(text, flush=True)
         self._report["notes"].append(text)
         self._save()
@@ -169,33 +162,35 @@ class Stage:
         self._save()
 
     def record(self, **values: Any) -> None:
-        """Numbers behind the tables, for the JSON."""
+        """Add numbers to results.json."""
         self._report["values"] |= values
         self._save()
 
     def wrong(self, what: str) -> None:
-        """A number that is not what it has to be: the stage counts as wrong."""
+        """Report a wrong result: the outcome of the stage becomes "wrong"."""
         print("WRONG:", what, flush=True)
         self._report["wrong"].append(what)
         self._save()
 
     def leave_out(self, what: str, why: str, needed: bool = False) -> None:
-        """Something that was not looked at, and the reason. `needed`: without it the stage is not complete."""
+        """Report something that was not checked, and the reason.
+
+        `needed`: the outcome of the stage becomes "incomplete".
+        """
         print("left out:", what, "-", why, flush=True)
         self._report["left_out"].append(f"{what}: {why}")
         self._report["lacking"] = self._report["lacking"] or needed
         self._save()
 
     def fail(self, error: BaseException) -> None:
-        """What ended the stage, in a line and as a traceback."""
+        """Report the exception that ended the stage, as a line and as a traceback."""
         reason = f"{type(error).__name__}: {error}".strip()
-        self._report |= {
-            "error": "".join(traceback.format_exception(error)),
-            "reason": reason.splitlines()[0],
-        }
+        self._report["error"] = "".join(traceback.format_exception(error))
+        self._report["reason"] = reason.splitlines()[0]
         self._save()
 
     def finish(self) -> None:
+        """Report that the stage reached its end."""
         self._report["finished"] = True
         self._save()
 
@@ -204,7 +199,7 @@ class Stage:
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and infinity as text: JSON has neither."""
+    """The value with NaN and infinity as text, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -213,7 +208,7 @@ def _finite(value: Any) -> Any:
 
 
 def end_with_parent() -> None:
-    """End this process and all that it has started as soon as benchmarks/gpu.py is gone: they would keep the GPU."""
+    """End this process and its children when benchmarks/gpu.py ends: they would keep the GPU."""
     parent = int(os.environ.get("BAICHUAN_JAX_GPU_PARENT", "0"))
 
     def watch() -> None:
@@ -226,11 +221,11 @@ def end_with_parent() -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Run one stage; 1 where it raises."""
     name, state, work, output, seconds, size = argv
     end_with_parent()
-    stage = Stage(
-        SMALL if size == "small" else FULL, Path(state), Path(work), Path(output), float(seconds)
-    )
+    sizes = SMALL if size == "small" else FULL
+    stage = Stage(sizes, Path(state), Path(work), Path(output), float(seconds))
     try:
         importlib.import_module(name).run(stage)
     except BaseException as error:
@@ -242,7 +237,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The stages import this file as `stage`: one module, not two.
+    # The stages import this file as `stage`. Without this line it would exist twice.
     from stage import main as run_stage
 
     sys.exit(run_stage(sys.argv[1:]))

@@ -1,9 +1,9 @@
-"""A training step with the width of Baichuan-7B and few blocks, the real `step.py` with its kernels and flags: seconds and memory
-beside what `plan` predicts for this device, with default and with measured rates.
+"""A training step with Baichuan-7B's width and few blocks: seconds and memory beside `plan`'s.
 
-A profiler trace of some steps is summed by instruction and set beside the roofline's line for it:
-where the two part, and by how much. The trace itself is in step.xplane.pb.gz (TensorBoard's profile
-plugin or xprof reads it).
+It is the real `step.py` with its kernels and flags. `plan` predicts it for this device, with
+default and with measured rates. A profiler trace of some steps is summed by instruction and
+compared with the roofline's prediction for each. The trace itself is in step.xplane.pb.gz
+(TensorBoard's profile plugin or xprof reads it).
 """
 
 import dataclasses
@@ -26,12 +26,13 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.xla_flags import apply_flags
 
 STEPS, TRACED = 10, 3
-FULL_WIDTH = "of the real step, with the width of the 7B"  # in a rehearsal, so that its program too has been compiled
-TRACE_BYTES = 15 << 20  # beyond, the trace is not kept
+# A rehearsal plans this too, so that the program of the full size is compiled once.
+FULL_WIDTH = "of the real step, with the width of the 7B"
+TRACE_BYTES = 15 << 20  # a larger trace is not kept
 
 
 def overrides(sizes: Sizes, **changes: Any) -> list[str]:
-    """Settings on top of configs/baichuan_7b_a800.yaml: one device, few blocks; in a rehearsal, small."""
+    """Overrides of configs/baichuan_7b_a800.yaml: one device and few blocks, at these sizes."""
     settings = {
         "model.num_layers": sizes.layers,
         "model.hidden_size": sizes.hidden,
@@ -47,21 +48,18 @@ def overrides(sizes: Sizes, **changes: Any) -> list[str]:
         "mesh.fsdp": 1,
         **changes,
     }
-    return [
-        f"{name}={'null' if value is None else str(value).lower()}"
-        for name, value in settings.items()
-    ]
+    yaml = lambda value: "null" if value is None else str(value).lower()
+    return [f"{name}={yaml(value)}" for name, value in settings.items()]
 
 
 def make_config(stage: Stage, **changes: Any) -> Config:
     """The configuration of the step that is measured."""
-    return load_config(
-        REPOSITORY / "configs" / "baichuan_7b_a800.yaml", overrides(stage.sizes, **changes)
-    )
+    file = REPOSITORY / "configs" / "baichuan_7b_a800.yaml"
+    return load_config(file, overrides(stage.sizes, **changes))
 
 
 def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str, Any]:
-    """Random tokens as the loader would give them."""
+    """Random tokens in the loader's form."""
     import jax
     import numpy as np
 
@@ -69,19 +67,16 @@ def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str,
     accumulation = config.accumulation_steps(config.mesh)
     shape = (accumulation, train.global_batch_size // accumulation, train.context_length)
     rng = np.random.default_rng(0)
-    batch = {
-        name: rng.integers(3, config.model.vocab_size, shape).astype(np.int32)
-        for name in ("inputs", "labels")
-    }
+    tokens = lambda: rng.integers(3, config.model.vocab_size, shape).astype(np.int32)
+    batch = {"inputs": tokens(), "labels": tokens()}
     if documents:
-        # Of a mean length of an eighth of a row.
+        # Documents have a mean length of an eighth of a row.
         starts = rng.random(shape) < 8 / train.context_length
         starts[..., 0] = True
         batch["segment_ids"] = np.cumsum(starts, axis=-1).astype(np.int32)
         place = np.broadcast_to(np.arange(train.context_length), shape)
-        batch["positions"] = (
-            place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1)
-        ).astype(np.int32)
+        first = np.maximum.accumulate(np.where(starts, place, 0), axis=-1)
+        batch["positions"] = (place - first).astype(np.int32)
     return jax.device_put(batch, steps.batch_sharding)
 
 
@@ -103,9 +98,8 @@ def run(stage: Stage) -> None:
     hardware = hardware_of(device.device_kind)
     name = f"{hardware.name if hardware else 'h100'}:1x1"
     if hardware is None:
-        stage.say(
-            f"{device.device_kind} is no accelerator of hardware.py: the prediction is that of {name}."
-        )
+        unknown = f"{device.device_kind} is not in hardware/accelerators.py"
+        stage.say(f"{unknown}: the prediction is that of {name}.")
     plans = start_plans(stage, name)
     mesh = make_mesh(config.mesh, [device])
     steps = make_steps(config, mesh)
@@ -124,7 +118,7 @@ def run(stage: Stage) -> None:
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     speed = Throughput(config, 1, peak_flops(config, device)[0]).figures(step)
     mfu = "unknown" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
-    parameters = config.model.num_parameters / 1e9
+    parameters = config.model.num_parameters
     stage.headline(f"{step * 1e3:.1f} ms a step, MFU {mfu}")
     stage.record(
         step_seconds=step,
@@ -134,12 +128,12 @@ def run(stage: Stage) -> None:
         mfu_causal=speed["mfu_causal"],
         peak_bytes=peak,
         compile_seconds=compile_seconds,
-        parameters=config.model.num_parameters,
+        parameters=parameters,
     )
-    stage.say(
-        f"{config.model.num_layers} blocks, {parameters:.2f}B parameters, {config.train.global_batch_size} rows of "
-        f"{config.train.context_length} tokens; compiled in {compile_seconds:.0f} s; loss {losses[0]:.3f} to {losses[-1]:.3f}."
-    )
+    model = f"{config.model.num_layers} blocks, {parameters / 1e9:.2f}B parameters"
+    batch_size = f"{config.train.global_batch_size} rows of {config.train.context_length} tokens"
+    loss = f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    stage.say(f"{model}, {batch_size}; compiled in {compile_seconds:.0f} s; {loss}.")
     if not losses[-1] < losses[0]:
         stage.wrong(f"the loss of the same rows does not fall: {losses}")
     try:
@@ -150,7 +144,7 @@ def run(stage: Stage) -> None:
             rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
         program = hlo.parse(compiled.as_text())
         show_trace(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
-    except Exception as error:  # the main result, measured beside planned, does not depend on it
+    except Exception as error:  # the main result, seconds beside the plan, does not depend on it
         traceback.print_exc()
         stage.wrong(f"no trace beside the prediction: {type(error).__name__}: {reason(error)}")
     memory = compiled.memory_analysis()
@@ -159,44 +153,31 @@ def run(stage: Stage) -> None:
 
 
 def start_plans(stage: Stage, topology: str) -> dict[str, tuple[subprocess.Popen, Path]]:
-    """`plan` for this device in the background: with default rates, and with measured ones where there are some."""
+    """Start `plan` for this device in the background, with default and with measured rates."""
     variants: dict[str, list[str]] = {"default rates": []}
     if (path := stage.output / "rates.json").exists():
         variants["measured rates"] = ["--rates_file", str(path)]
     else:
-        stage.leave_out(
-            "plan with measured rates", "there is no rates.json: the stage `products` wrote none"
-        )
+        why = "there is no rates.json: the stage `products` wrote none"
+        stage.leave_out("plan with measured rates", why)
     if stage.sizes.small:
         variants[FULL_WIDTH] = []
     started = {}
-    for number, (label, words) in enumerate(variants.items()):
+    # plan chooses its own flags.
+    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    for number, (label, rates) in enumerate(variants.items()):
         settings = overrides(FULL if label == FULL_WIDTH else stage.sizes)
         folder = stage.work / f"plan-{number}"
-        command = [
-            sys.executable,
-            "-m",
-            "baichuan_jax.plan",
-            "--config",
-            str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml"),
-            "--topology",
-            topology,
-            "--output",
-            str(folder),
-            "--json",
-            str(folder / "plan.json"),
-            *(f"--{setting}" for setting in settings),
-            *words,
-        ]
+        what = ["--config", str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")]
+        what += ["--topology", topology, *(f"--{setting}" for setting in settings), *rates]
+        where = ["--output", str(folder), "--json", str(folder / "plan.json")]
+        command = [sys.executable, "-m", "baichuan_jax.plan", *what, *where]
         folder.mkdir()
         with open(folder / "log", "wb") as log:
-            variables = {
-                name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-            }  # plan chooses its own
-            started[label] = (
-                subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=REPOSITORY),
-                folder,
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=variables, cwd=REPOSITORY
             )
+        started[label] = (process, folder)
     return started
 
 
@@ -207,7 +188,7 @@ def show_plans(
     peak: int | None,
     planned: float,
 ) -> None:
-    """Measured beside predicted: seconds and memory (of the process, with the start of the state in it)."""
+    """Measured beside predicted: seconds, and the process's peak of memory."""
     rows = [["measured", f"{step * 1e3:.1f}", "", "-" if peak is None else f"{peak / 2**30:.1f}"]]
     rows.append(["the program that ran, as compiled", "", "", f"{planned:.1f}"])
     for label, (process, folder) in plans.items():
@@ -215,32 +196,24 @@ def show_plans(
             code = process.wait(max(1.0, stage.seconds_left - 3))
         except subprocess.TimeoutExpired:
             process.kill()
-            stage.leave_out(
-                f"plan, {label}", "it had not ended when the stage's time was up", needed=True
-            )
+            why = "it had not ended when the stage's time was up"
+            stage.leave_out(f"plan, {label}", why, needed=True)
             continue
         if code:
-            stage.wrong(
-                f"plan, {label}, ended with {code}: {(folder / 'log').read_text(errors='replace').strip()[-300:]}"
-            )
+            end = (folder / "log").read_text(errors="replace").strip()[-300:]
+            stage.wrong(f"plan, {label}, ended with {code}: {end}")
             continue
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         predicted = plan["predicted_step_seconds"]
         off = "-" if label == FULL_WIDTH else f"{predicted / step - 1:+.1%}"
         rows.append([f"plan, {label}", f"{predicted * 1e3:.1f}", off, f"{plan['peak_gib']:.1f}"])
-        stage.record(
-            **{
-                f"plan, {label}": {
-                    key: plan[key]
-                    for key in ("predicted_step_seconds", "peak_gib", "seconds", "rates")
-                }
-            }
-        )
+        kept = ("predicted_step_seconds", "peak_gib", "seconds", "rates")
+        stage.record(**{f"plan, {label}": {key: plan[key] for key in kept}})
     stage.table("A step, measured and predicted", ["", "ms", "off by", "peak GiB"], rows)
 
 
 def trace(stage: Stage, compiled: Any, state: Any, batch: Any, request: Any) -> Any:
-    """Trace some steps: what device_trace.read_trace finds."""
+    """Trace some steps, and read the trace (device_trace.read_trace)."""
     import jax
     from device_trace import read_trace
 
@@ -255,58 +228,50 @@ def trace(stage: Stage, compiled: Any, state: Any, batch: Any, request: Any) -> 
         if len(content) <= TRACE_BYTES:
             (stage.output / "step.xplane.pb.gz").write_bytes(content)
         else:
-            stage.leave_out("step.xplane.pb.gz", f"{len(content) >> 20} MiB are too much to keep")
+            stage.leave_out("step.xplane.pb.gz", f"{len(content) >> 20} MiB are too many to keep")
     return read_trace(folder)
 
 
 def show_trace(stage: Stage, traced: Any, program: Any, prediction: Any, step: float) -> None:
-    """By group of instructions, and those where measurement and prediction part most."""
+    """Measurement beside prediction: by group, and the instructions that differ most."""
     import jax
     from device_trace import by_group, compare, largest_differences
 
     if traced.platform != jax.default_backend():
-        stage.wrong(
-            f"the trace holds no activity of the {jax.default_backend()}, only of the {traced.platform}: is CUPTI there?"
-        )
+        which = f"no activity of the {jax.default_backend()}, only of the {traced.platform}"
+        stage.wrong(f"the trace holds {which}: check that CUPTI is installed")
         return
     rows = compare(traced.instructions, TRACED, program, prediction)
 
     def milliseconds(row: Any) -> list[str]:
-        ratio = (
-            f"{row.measured_seconds / row.predicted_seconds:.2f}" if row.predicted_seconds else "-"
-        )
-        return [f"{row.measured_seconds * 1e3:.2f}", f"{row.predicted_seconds * 1e3:.2f}", ratio]
+        measured, predicted = row.measured_seconds, row.predicted_seconds
+        ratio = f"{measured / predicted:.2f}" if predicted else "-"
+        return [f"{measured * 1e3:.2f}", f"{predicted * 1e3:.2f}", ratio]
 
     groups = by_group(rows)
-    stage.table(
-        "A step by kind of kernel, traced and predicted for this program",
-        ["", "measured ms", "predicted ms", "ratio", "instructions"],
-        [[row.name, *milliseconds(row), f"{row.measured_count:.0f}"] for row in groups],
-    )
-    stage.table(
-        "Where they part most",
-        ["instruction", "of", "measured ms", "predicted ms", "ratio", "times"],
-        [
-            [row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"]
-            for row in largest_differences(rows)
-        ],
-    )
+    title = "A step by kind of kernel, traced and predicted for this program"
+    times = ["measured ms", "predicted ms", "ratio"]
+    cells = [[row.name, *milliseconds(row), f"{row.measured_count:.0f}"] for row in groups]
+    stage.table(title, ["", *times, "instructions"], cells)
+    cells = [
+        [row.name, row.op_name[-60:], *milliseconds(row), f"{row.measured_count:g}"]
+        for row in largest_differences(rows)
+    ]
+    stage.table("The largest differences", ["instruction", "of", *times, "times"], cells)
     unnamed = sum(item.seconds for item in traced.unnamed.values()) / TRACED
     others = sum(item.seconds for item in traced.other_modules.values()) / TRACED
-    busy = traced.busy_seconds / TRACED
+    busy, span = traced.busy_seconds / TRACED, traced.span_seconds / TRACED
     stage.say(
-        f"Traced, a step: {busy * 1e3:.1f} ms busy of {traced.span_seconds / TRACED * 1e3:.1f} ms (untraced: {step * 1e3:.1f} ms); "
-        f"{unnamed * 1e3:.2f} ms of kernels carry no instruction's name, {others * 1e3:.2f} ms are of other programs."
+        f"Traced, a step: {busy * 1e3:.1f} ms busy of {span * 1e3:.1f} ms (untraced: "
+        f"{step * 1e3:.1f} ms); {unnamed * 1e3:.2f} ms of kernels carry no instruction's name, "
+        f"{others * 1e3:.2f} ms are of other programs."
     )
-    stage.record(
-        trace={
-            "busy_seconds": busy,
-            "span_seconds": traced.span_seconds / TRACED,
-            "unnamed_seconds": unnamed,
-            "other_seconds": others,
-            "groups": [dataclasses.asdict(row) for row in groups],
-            "instructions": [dataclasses.asdict(row) for row in rows[:200]],
-            "kernels": {name: traced.kernels.get(name) for name in [row.name for row in rows[:40]]},
-            "lines": traced.lines,
-        }
-    )
+    seconds = {"busy_seconds": busy, "span_seconds": span}
+    seconds |= {"unnamed_seconds": unnamed, "other_seconds": others}
+    found = {
+        "groups": [dataclasses.asdict(row) for row in groups],
+        "instructions": [dataclasses.asdict(row) for row in rows[:200]],
+        "kernels": {row.name: traced.kernels.get(row.name) for row in rows[:40]},
+        "lines": traced.lines,
+    }
+    stage.record(trace={**seconds, **found})
