@@ -1,4 +1,4 @@
-"""The program for ten minutes on a GPU: whatever a stage does, its result and those of the others are kept and told."""
+"""`make gpu`: however a stage ends, its results and those of the others are kept and reported."""
 
 import json
 import os
@@ -21,8 +21,12 @@ import gpu
 
 # A stage of each kind of end.
 FAKES = {
-    "good": "stage.headline('fine'); stage.table('t', ['a|b', 'c'], [['x|y', '1']]); stage.record(value=1)",
-    "wrong": "stage.table('kept', ['c'], [['1']]); stage.wrong('2 is not 3'); stage.headline('half')",
+    "good": """stage.headline('fine')
+    stage.table('t', ['a|b', 'c'], [['x|y', '1']])
+    stage.record(value=1)""",
+    "wrong": """stage.table('kept', ['c'], [['1']])
+    stage.wrong('2 is not 3')
+    stage.headline('half')""",
     "raises": "stage.headline('begun'); raise ValueError('a reason')",
     "lacks": "import no_such_package",
     "dies": "import os; print('last line', flush=True); os.kill(os.getpid(), 9)",
@@ -38,7 +42,7 @@ FAKES = {
 
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
-    """benchmarks/gpu.py with these stages instead of its own; returns the folder that it writes into."""
+    """benchmarks/gpu.py with these stages instead of its own; the folder that it writes into."""
     folder = tmp_path / "stages"
     folder.mkdir()
     for name, body in FAKES.items():
@@ -62,7 +66,7 @@ def run(monkeypatch, output: Path, *argv: str) -> tuple[int, dict, str]:
     return code, json.loads((output / "results.json").read_text()), (output / "gpu.md").read_text()
 
 
-def test_every_end_of_a_stage_is_told_and_the_next_one_runs(fakes, monkeypatch, capsys):
+def test_every_end_of_a_stage_is_reported_and_the_next_one_runs(fakes, monkeypatch, capsys):
     code, results, page = run(monkeypatch, fakes)
     assert code == 1
     stages = results["stages"]
@@ -168,10 +172,14 @@ def test_where_jax_sees_no_gpu_the_other_stages_are_not_run_at_full_size(fakes, 
 def _runner_that_prefers(folder: Path) -> Path:
     """stage.py, but for a stage whose name a real one has, the fake one is found first."""
     runner = folder / "runner.py"
-    runner.write_text(
-        f"import sys\nsys.path.insert(0, {str(STAGES)!r})\nimport stage\nsys.path.insert(0, {str(folder)!r})\n"
-        "sys.exit(stage.main(sys.argv[1:]))\n"
-    )
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(STAGES)!r})",
+        "import stage",
+        f"sys.path.insert(0, {str(folder)!r})",
+        "sys.exit(stage.main(sys.argv[1:]))",
+    ]
+    runner.write_text("\n".join(lines))
     return runner
 
 
@@ -179,10 +187,16 @@ def _runner_that_prefers(folder: Path) -> Path:
 def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
     """A real process is stopped in the second of two stages."""
     script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(STAGES.parent)!r})\nimport gpu\n"
-        f"gpu.FOLDER = Path({str(gpu.FOLDER)!r})\ngpu.LIMITS = {{'good': 60, 'hangs': 300, 'left_out': 60}}\nsys.exit(gpu.main())\n"
-    )
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        f"sys.path.insert(0, {str(STAGES.parent)!r})",
+        "import gpu",
+        f"gpu.FOLDER = Path({str(gpu.FOLDER)!r})",
+        "gpu.LIMITS = {'good': 60, 'hangs': 300, 'left_out': 60}",
+        "sys.exit(gpu.main())",
+    ]
+    script.write_text("\n".join(lines))
     process = subprocess.Popen(
         [sys.executable, str(script), "--rehearse", "--output", str(fakes), "--minutes", "9"],
         stdout=subprocess.PIPE,
@@ -222,7 +236,7 @@ def test_a_stop_at_any_moment_loses_one_stage(fakes, tmp_path, number):
             )
 
 
-def test_a_full_disk_is_told_and_the_next_stage_tries_again(fakes, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_the_next_stage_tries_again(fakes, monkeypatch, capsys):
     write, calls = gpu.write_atomically, []
 
     def full(path, content):
@@ -242,10 +256,9 @@ def test_a_page_is_published_in_its_place(fakes, monkeypatch, tmp_path):
     run(monkeypatch, fakes, "--stages", "good")
     docs = tmp_path / "gpu.md"
     mark = gpu.MARK.format
-    docs.write_text(
-        f"# GPU\n\n{mark('results')}\n\nNot yet: no GPU has run this.\n\n{mark('end')}\n\n{mark('rehearsal')}\n\nold\n\n"
-        f"{mark('end')}\n\nend\n"
-    )
+    results = [mark("results"), "Not yet: no GPU has run this.", mark("end")]
+    rehearsal = [mark("rehearsal"), "old", mark("end")]
+    docs.write_text("\n\n".join(["# GPU", *results, *rehearsal, "end\n"]))
     gpu.publish(fakes, docs)
     text = docs.read_text()
     assert "old" not in text
@@ -282,7 +295,7 @@ def test_the_page_has_its_places_and_names_every_stage():
 
 
 def test_a_bare_image_lacks_nothing_that_training_needs():
-    """Every package of requirements.txt is in the image, in the bundle, or is one that training does without."""
+    """Each package of requirements.txt is in image or bundle, or training works without it."""
 
     def names(path: Path) -> set[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -309,8 +322,7 @@ def test_the_bundles_script_explains_itself(tmp_path):
         assert "make gpu-bundle" in done.stderr
 
 
-# What jax and triton put into the environment of the process that imports them: the tests' own
-# compiler is another one.
+# Variables that jax and triton set in the process that imports them. The rehearsal has its own.
 LEFT_BY_JAX = (
     "JAX_PLATFORMS",
     "XLA_FLAGS",
@@ -330,7 +342,7 @@ def _python312() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not _python312(), reason="there is no Python 3.12 under ~/.pyenv/versions")
 def test_the_rehearsal_passes(tmp_path):
-    """`make gpu-rehearse`: the image's environment, the bundle installed without a network, every stage."""
+    """`make gpu-rehearse`: the image's environment, the bundle without a network, every stage."""
     done = subprocess.run(
         ["make", "gpu-rehearse", f"REHEARSAL={tmp_path / 'rehearsal'}"],
         cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""The stages of the program for a GPU: wrong numbers are found, and what fails inside of one costs no more than it must."""
+"""The stages of `make gpu`: wrong numbers are found, and a failure costs as little as possible."""
 
 import importlib.util
 import json
@@ -100,14 +100,8 @@ def test_the_cases_are_those_that_a_model_meets():
             variants = {
                 case.variant for case in attention if (case.dtype, case.size) == (dtype, head)
             }
-            assert {
-                "unseen query",
-                "offset",
-                "extreme",
-                "scan remat vmap shard_map",
-                "sm_80 causal",
-                "sm_80 segments",
-            } <= variants
+            special = {"unseen query", "offset", "extreme", "scan remat vmap shard_map"}
+            assert special | {"sm_80 causal", "sm_80 segments"} <= variants
 
 
 def test_a_worker_that_dies_or_raises_costs_its_case_alone(stage, monkeypatch, tmp_path):
@@ -142,7 +136,10 @@ def test_a_worker_that_dies_or_raises_costs_its_case_alone(stage, monkeypatch, t
     importlib.util.find_spec("triton") is None, reason="triton is not installed (make plan-deps)"
 )
 def test_a_kernel_that_is_wrong_or_leaves_something_unwritten_is_found():
-    """In a process whose triton interprets: the real check of a real kernel, right, scaled by 1.01 and with rows left out."""
+    """The real check of a kernel: right, scaled by 1.01, and with a row left unwritten.
+
+    In a process in which triton interprets.
+    """
     program = f"""
 import json, sys
 sys.path[:0] = [{str(STAGES)!r}, {str(REPOSITORY)!r}]
@@ -158,7 +155,8 @@ def lazy(launch):
     outputs = interpret(launch)
     if launch.name == "attention_dq":
         import jax.numpy as jnp
-        outputs = [outputs[0].at[:, -1].set(jnp.nan)]  # what it had before: the kernel left these rows out
+        # What the memory held before: the kernel did not write this row.
+        outputs = [outputs[0].at[:, -1].set(jnp.nan)]
     return outputs
 found = [checks.check(case)]
 attention.attention = scaled
@@ -184,7 +182,7 @@ print("FOUND " + json.dumps(found))
 
 
 def test_measured_rates_are_what_plan_reads(stage, tmp_path):
-    """The file that is written is read by plan's own reader; an unknown device has none, in a rehearsal it says so."""
+    """plan reads the file; the file of a device that is not known describes a rehearsal."""
     rates = {"matmul": 0.7, "memory": 0.9, "launch_us": 2.0}
     products.write_rates(stage, "NVIDIA H100 80GB HBM3", HARDWARE["h100"], rates)
     path = stage.output / "rates.json"
@@ -197,7 +195,7 @@ def test_measured_rates_are_what_plan_reads(stage, tmp_path):
     assert "rehearsal" in read_rates(path, HARDWARE["h100"]).device
 
 
-def test_products_without_time_are_told_and_the_rest_is_there(tmp_path):
+def test_products_without_time_are_reported_and_the_rest_is_there(tmp_path):
     (tmp_path / "output").mkdir()
     stage = Stage(
         SMALL, tmp_path / "state.json", tmp_path, tmp_path / "output", products.LEFT_TO_TIME - 1.0

@@ -1,4 +1,7 @@
-"""The reader of profiler traces: a real one of this CPU, and a GPU's written by hand after the layout that its docstring states."""
+"""The reader of profiler traces: a real trace of this CPU, and a GPU's written by hand.
+
+The GPU's has the layout that the docstring of device_trace.py states.
+"""
 
 import subprocess
 import sys
@@ -101,12 +104,16 @@ def test_a_trace_of_this_cpu_has_every_product_as_often_as_it_ran(tmp_path):
 
 
 def event(name: str, start_us: float, microseconds: float, **stats: str) -> str:
-    """One event of a line; a stat's value and an event's name are references into the plane's tables, as CUPTI's collector writes."""
+    """One event of a line, as CUPTI's collector writes it.
+
+    Names and values of stats are references into the plane's tables.
+    """
     texts = "".join(
         f"stats {{ metadata_id: {number(key)} ref_value: {number(value)} }} "
         for key, value in stats.items()
     )
-    return f"events {{ metadata_id: {number(name)} offset_ps: {int(start_us * 1e6)} duration_ps: {int(microseconds * 1e6)} {texts}}}\n"
+    place = f"offset_ps: {int(start_us * 1e6)} duration_ps: {int(microseconds * 1e6)}"
+    return f"events {{ metadata_id: {number(name)} {place} {texts}}}\n"
 
 
 NUMBERS: dict[str, int] = {}
@@ -138,28 +145,24 @@ KERNEL = {"kernel_details": "regs:128", "hlo_module": "jit_step", "program_id": 
 
 
 def gpu_profile() -> jax.profiler.ProfileData:
-    """Two steps of 100 us: a cuBLAS product that launches two kernels, our attention on a second stream, copies, derived lines."""
+    """Two steps of 100 us.
+
+    A cuBLAS product that launches two kernels, our attention on a second stream, copies, and the
+    derived lines.
+    """
     compute, beside, derived = "", "", ""
     for start in (0.0, 100.0):
         compute += event("sm90_gemm", start, 40.0, hlo_op="custom-call.3", **KERNEL)
         compute += event("splitKreduce", start + 40, 5.0, hlo_op="custom-call.3", **KERNEL)
-        compute += event(
-            "MemcpyD2D",
-            start + 45,
-            5.0,
-            memcpy_details="kind",
-            hlo_op="copy.2",
-            hlo_module="jit_step",
-            program_id="7",
-        )
-        beside += event(
-            "attention_forward_kernel", start + 30, 30.0, hlo_op="call.1::custom-call.4", **KERNEL
-        )
+        program = {"hlo_module": "jit_step", "program_id": "7"}
+        copy = {"memcpy_details": "kind", "hlo_op": "copy.2", **program}
+        compute += event("MemcpyD2D", start + 45, 5.0, **copy)
+        call = {"hlo_op": "call.1::custom-call.4", **KERNEL}
+        beside += event("attention_forward_kernel", start + 30, 30.0, **call)
         derived += event("custom-call.3", start, 45.0, hlo_op="custom-call.3", **KERNEL)
     compute += event("MemoryAlloc", 210.0, 0.0)
-    compute += event(
-        "loop_add_fusion", 220.0, 2.0, hlo_op="fusion.1", hlo_module="jit_convert", program_id="3"
-    )
+    convert = {"hlo_op": "fusion.1", "hlo_module": "jit_convert", "program_id": "3"}
+    compute += event("loop_add_fusion", 220.0, 2.0, **convert)
     compute += event("a_kernel_of_a_library", 230.0, 1.0, kernel_details="regs:1")
     copies = event("MemcpyH2D", 0.0, 500.0, memcpy_details="kind")
     lines = {

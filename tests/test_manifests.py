@@ -1,4 +1,4 @@
-"""Launch scripts and manifests: real schemas, the enumerations that these leave open, exit codes that are ours."""
+"""Launch scripts and manifests match the real schemas, their enumerations and our exit codes."""
 
 import copy
 import subprocess
@@ -14,7 +14,7 @@ from baichuan_jax.config.files import load_config
 from baichuan_jax.resilience.causes import Cause
 
 LAUNCH = REPOSITORY / "launch"
-# JobSet's and Job's own words, which the schemas give as plain strings.
+# Values of JobSet and Job that the schemas leave open (plain strings).
 JOBSET_ACTIONS = {
     "FailJobSet",
     "RestartJobSet",
@@ -39,7 +39,7 @@ def documents(name: str) -> dict[str, dict]:
 
 
 def validate(kind: str, document: dict) -> None:
-    """Against the generated models of the real APIs; what a model does not know is refused too."""
+    """Validate with generated models of the real APIs; keys that a model lacks are refused too."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     model = {
@@ -79,17 +79,15 @@ def missing(given: Any, known: Any, path: str = "") -> list[str]:
 
 
 def jobset_of(document: dict) -> dict:
-    return (
-        document["spec"]
-        if document["kind"] == "JobSet"
-        else document["spec"].get("template", {}).get("spec", {})
-    )
+    """The specification of a JobSet, or of the one inside a TrainingRuntime."""
+    spec = document["spec"]
+    return spec if document["kind"] == "JobSet" else spec.get("template", {}).get("spec", {})
 
 
 def jobs(document: dict) -> list[dict]:
-    return [
-        {"spec": job["template"]["spec"]} for job in jobset_of(document).get("replicatedJobs", [])
-    ]
+    """The jobs of a JobSet."""
+    replicated = jobset_of(document).get("replicatedJobs", [])
+    return [{"spec": job["template"]["spec"]} for job in replicated]
 
 
 @pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
@@ -140,13 +138,10 @@ def test_bugs_stop_a_jobset_and_faults_recreate_it(name):
 def test_the_arguments_in_manifests_name_a_configuration_that_loads():
     job = documents("jobset.yaml")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
-    for words in (
-        container["args"],
-        documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]["args"],
-    ):
-        assert (
-            load_config(REPOSITORY / words[1], ["run_dir=" + words[3]]).run_dir == "/shared/runs/7b"
-        )
+    trainer = documents("trainjob.yaml")["TrainJob"]["spec"]["trainer"]
+    for argv in (container["args"], trainer["args"]):
+        config = load_config(REPOSITORY / argv[1], ["run_dir=" + argv[3]])
+        assert config.run_dir == "/shared/runs/7b"
     number = next(item["value"] for item in container["env"] if item["name"] == "JAX_NUM_PROCESSES")
     assert int(number) == job["completions"] == job["parallelism"]
 
@@ -168,7 +163,7 @@ def test_the_containers_recipe_is_clean_and_pins_its_base():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in recipe.read_text(encoding="utf-8").splitlines()]
-    (base,) = [words[1] for words in lines if words[:1] == ["FROM"]]
+    (base,) = [line[1] for line in lines if line[:1] == ["FROM"]]
     assert base.rpartition(":")[2][0].isdigit()
-    for source in [word for words in lines if words[:1] == ["COPY"] for word in words[1:-1]]:
+    for source in [name for line in lines if line[:1] == ["COPY"] for name in line[1:-1]]:
         assert (REPOSITORY / source).exists(), source

@@ -282,7 +282,7 @@ def hash_of(case: Case) -> int:
 
 
 def torch_attention(arguments: list[Any], segmented: bool) -> list[Any]:
-    """PyTorch's scaled_dot_product_attention in float64 and its gradients, in the kernel's layout."""
+    """PyTorch's attention in float64 and its gradients, in the kernel's layout."""
     import numpy as np
     import torch
 
