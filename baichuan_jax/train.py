@@ -1,21 +1,28 @@
-"""Train a model: `python -m baichuan_jax.train --config configs/tiny.yaml`, or train(load_config(...)) in a notebook.
+"""Train a model: `python -m baichuan_jax.train --config configs/tiny.yaml`.
 
-train() reads from top to bottom: refuse what cannot work, join the other processes, prepare tokens,
-build the compiled step, restore or start a state, then step, evaluate and save until the end.
-Killed at any moment, the next start goes on from the last checkpoint.
+In a notebook: `train(load_config("configs/tiny.yaml"))`. The story is told from top to bottom, here
+and in training/loop.py: refuse what cannot work, join the other processes, prepare tokens, build
+the step, restore a state, then step, evaluate and save until the end. A launch that is killed at
+any moment loses nothing that counts: the next one goes on from the newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared, prepare
+from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
+from baichuan_jax.hardware.devices import peak_flops
 from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
@@ -29,80 +36,157 @@ from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Completed, latest
 from baichuan_jax.runs.files import require_writable, write_atomically
 from baichuan_jax.runs.folder import Run
-from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
+from baichuan_jax.runs.metrics import Throughput, Writer, seconds_since_process_start
+from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import make_mesh
-from baichuan_jax.step import make_steps
-from baichuan_jax.training.loop import Trainer
-from baichuan_jax.training.summary import say_complete
+from baichuan_jax.step import Steps, make_steps
+from baichuan_jax.training.evaluator import Evaluator
+from baichuan_jax.training.loop import Launch, StopRequest, train_loop
+from baichuan_jax.training.numerics import NumericsGuard
+from baichuan_jax.training.profiler import Profiler
+from baichuan_jax.training.recorder import Recorder
+from baichuan_jax.training.restore import open_store, plan_restore, restore
+from baichuan_jax.training.summary import (
+    Choices,
+    Kernels,
+    conclude,
+    explain_failure,
+    record_start,
+    show_complete,
+)
 from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 
 def train(config: Config) -> Run:
-    """Train to the end, or until interrupted (`run.status` tells). Raises ConfigError, NumericsError."""
-    return _train(config, Clock())[0]
-
-
-def _train(config: Config, clock: Clock) -> tuple[Run, bool]:
-    """The run, and whether it is complete: so this process knows it, whose word must not wait for process 0's in the run's folder."""
+    """Train to the end, or until asked to stop (`run.status` says). Raises ConfigError, ..."""
     run = Run(config.run_path)
+    _train(config, run, Clock())
+    return run
+
+
+def _train(config: Config, run: Run, clock: Clock) -> bool:
+    """Whether the run is complete now.
+
+    Every process knows that from its own loop: in the run's folder process 0 may not have written
+    it yet.
+    """
     if _is_complete(config, run):
-        return run, True
+        return True
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
-            flags = apply_flags(config)
-            initialize_processes(config.distributed, config.resilience)
-            mesh = make_mesh(config.mesh)
-            keep_compiled(config, mesh.devices.flat[0].platform)
-            config = _resolve(config, mesh.size)
-            kernels = _choose_kernels(config)
-            first = jax.process_index() == 0
-            display = Display(active=first)
-            steps = make_steps(config, mesh)
-            watch.join()
-            for warning in preflight(config).warnings:
-                display.say(warning, style="yellow")
+            config, steps, choices, display = _start_devices(config, watch)
         with clock("pack"):
+            first = display.active
             prepared = prepare(config, writer=first, progress=first, say=display.say)
             tests = _read_tests(config, prepared)
         with clock("start"):
-            writer = _open_run(config, run, prepared, display, active=first)
-            trainer = Trainer(config, run, steps, prepared, tests, clock, watch, writer, display)
-        try:
+            output = _open_run(config, run, prepared, display)
+        with _closing(config, run, clock, watch, output) as resources:
             with clock("start"):
-                trainer.describe(flags, kernels)
+                mesh = steps.layout.mesh
+                throughput = Throughput(config, mesh.size, *peak_flops(config, jax.devices()[0]))
+                choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
+                record_start(config, mesh, prepared, watch.launch, choices, output)
             with clock("restore"):
-                trainer.restore_or_start()
-            with signals(trainer.ask_to_stop, trainer.tracer.request):
-                completed = trainer.loop()
-            with clock("finish"):
-                if completed:
-                    trainer.conclude()
-                trainer.close()
-        except BaseException as error:
-            watch.fail(error)
-            advice = trainer.explain(error)
-            trainer.close(failed=True)
-            if advice is not None:
-                raise ConfigError(advice) from error
-            raise
-    return run, completed
+                plan = plan_restore(config, run)
+                tokenizer = prepared.tokenizer.hash
+                store = open_store(config, run, plan, steps, tokenizer, watch.host, clock, output)
+                resources.callback(store.close)
+                start = restore(config, steps, store, plan.rollback, output)
+            with clock("start"):
+                batches = _open_loader(config, prepared, steps, start)
+                resources.callback(batches.close)
+                losses = run.losses(until=start.step)
+                eval_loss = run.curve("eval_loss").get(start.step)
+                recorder = Recorder(output, clock, throughput, losses, eval_loss)
+                guard = NumericsGuard(output, config.resilience, losses, start.step)
+                evaluator = Evaluator(config, steps, prepared, tests, recorder, output)
+                profiler = Profiler(config.profile, run.path / "profile", config.train.num_steps)
+                launch = Launch(
+                    config, steps, store, recorder, guard, evaluator, profiler, clock, watch, output
+                )
+            stop = StopRequest()
+            with signals(stop.make, profiler.request):
+                end, completed = train_loop(launch, batches, start, stop)
+            if completed:
+                with clock("finish"):
+                    conclude(launch, run, end, unigram_entropy(prepared.train))
+    return completed
+
+
+def _start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
+    """Connect the processes, make the mesh and the steps on it, and check the hosts."""
+    flags = apply_flags(config)  # before jax starts, which reads them once
+    initialize_processes(config.distributed, config.resilience)
+    mesh = make_mesh(config.mesh)
+    keep_compiled(config, mesh.devices.flat[0].platform)
+    config = _resolve(config, mesh.size)
+    choices = Choices(_choose_kernels(config), flags)
+    display = Display(active=jax.process_index() == 0)
+    steps = make_steps(config, mesh)
+    watch.join()
+    for warning in preflight(config).warnings:
+        display.say(warning, style="yellow")
+    return config, steps, choices, display
+
+
+@contextlib.contextmanager
+def _closing(
+    config: Config, run: Run, clock: Clock, watch: Watch, output: Output
+) -> Iterator[contextlib.ExitStack]:
+    """Close what is given to the stack at the end; record and report an error that ends the launch.
+
+    After an error among several processes only files are closed: Orbax and the loader would wait
+    for the other processes.
+    """
+    resources = contextlib.ExitStack()
+    try:
+        yield resources
+        with clock("finish"):
+            resources.close()
+    except BaseException as error:
+        # Before anything else: the other processes wait for this one until they hear of it.
+        watch.fail(error)
+        advice = explain_failure(error, config, run, watch.step, output)
+        if jax.process_count() == 1:
+            resources.close()
+        if advice is not None:
+            raise ConfigError(advice) from error
+        raise
+    finally:
+        output.writer.close()
+
+
+def _open_loader(config: Config, prepared: Prepared, steps: Steps, start: RunState) -> Loader:
+    return Loader(
+        prepared.train,
+        seed=config.train.seed,
+        accumulation_steps=config.accumulation_steps(config.mesh),
+        batch_size=config.train.global_batch_size,
+        eos_id=prepared.tokenizer.eos_id,
+        document_mask=config.data.document_mask,
+        sharding=steps.batch_sharding,
+        position=start.position,
+        skip=start.skipped,
+    )
 
 
 def _resolve(config: Config, num_devices: int) -> Config:
-    """The configuration on these devices. Raises ConfigError where they do not divide mesh or batch."""
-    full = (
-        num_devices * int(os.environ.get(FULL_VARIABLE, jax.process_count())) // jax.process_count()
-    )
-    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(
-        config.mesh.resolve(full)
-    )
+    """The configuration on these devices. Raises ConfigError where they do not divide it.
+
+    `full` is the mesh that the run would have on all its hosts: on fewer, each device takes more
+    micro-batches instead of more rows in one.
+    """
+    processes = int(os.environ.get(FULL_VARIABLE, jax.process_count()))
+    full = config.mesh.resolve(num_devices * processes // jax.process_count())
+    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(full)
     resolved.check_mesh(resolved.mesh)
     return resolved
 
 
-def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
-    """The implementation of each operator that will run, and why. Raises ConfigError where a forced one cannot."""
+def _choose_kernels(config: Config) -> Kernels:
+    """The implementation of each operator. Raises ConfigError where a forced one cannot serve."""
     model, device = config.model, jax.devices()[0]
     return {
         "attention": choose_attention(
@@ -121,16 +205,16 @@ def _choose_kernels(config: Config) -> dict[str, tuple[str, str]]:
 
 
 def _is_complete(config: Config, run: Run) -> bool:
-    """Whether this run ended before; then say so, without starting jax."""
+    """Whether the run has all its steps; then say so, without starting jax."""
     completed = latest(run.events, Completed)
     if completed is None or run.status != "completed" or completed.step < config.train.num_steps:
         return False
-    say_complete(Display(), run, completed)
+    show_complete(Display(), run, completed)
     return True
 
 
 def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
-    """The tests that are scored during the run. Raises ConfigError where their files are not as they should be."""
+    """The tests that are scored during the run. Raises ConfigError for files that are not right."""
     only, limit = config.evaluate.subjects, config.evaluate.limit
     return [
         Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
@@ -138,38 +222,38 @@ def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
     ]
 
 
-def _open_run(
-    config: Config, run: Run, prepared: Prepared, display: Display, active: bool
-) -> Writer:
-    """Create the run's folder, put configuration and tokenizer into it, say what changed since its last launch."""
-    if active:
+def _open_run(config: Config, run: Run, prepared: Prepared, display: Display) -> Output:
+    """Make the run's folder with configuration and tokenizer; show what changed since last time."""
+    if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
-        file = run.path / "config.yaml"
-        now = dump_config(config)
-        if file.exists() and (before := file.read_text(encoding="utf-8")) != now:
-            changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
+        file, text = run.path / "config.yaml", dump_config(config)
+        if file.exists() and (before := file.read_text(encoding="utf-8")) != text:
+            old = before.splitlines()
+            changed = [line.strip() for line in text.splitlines() if line not in old]
             display.say(
                 f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow"
             )
-        write_atomically(file, now.encode())
-        write_atomically(run.path / "tokenizer.model", Path(prepared.tokenizer.path).read_bytes())
-    writer = Writer(run.path, config, active)
+        write_atomically(file, text.encode())
+        tokenizer = Path(prepared.tokenizer.path).read_bytes()
+        write_atomically(run.path / "tokenizer.model", tokenizer)
+    writer = Writer(run.path, config, display.active)
     for warning in writer.warnings:
         display.say(warning, style="yellow")
-    return writer
+    return Output(writer, display)
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     clock = Clock()
     clock.add("imports", seconds_since_process_start())
     parser = make_parser(
         "python -m baichuan_jax.train",
-        "Train a Baichuan model. Started again with the same settings, it goes on where it was: --config configs/tiny.yaml "
-        "trains a small model on bundled text in minutes on a CPU.",
+        "Train a Baichuan model. Started again with the same settings, it goes on where it was: "
+        "--config configs/tiny.yaml trains a small model on bundled text in minutes on a CPU.",
     )
-    _, completed = _train(parse_config(parser, words), clock)
-    return 0 if completed else Cause.PREEMPTED.exit_code
+    config = parse_config(parser, argv)
+    completed = _train(config, Run(config.run_path), clock)
+    return (Cause.COMPLETED if completed else Cause.PREEMPTED).exit_code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Saving and restoring a state beside plain writing and reading of as many bytes: seconds, how long training stands still, memory.
+"""Time saving and restoring a state beside plain writing and reading of as many bytes.
 
     python benchmarks/checkpoint.py [--gigabytes 2] [--folder DIR] [--json FILE]
 
-A state of parameters and both moments in float32, saved through Orbax (`checkpoints/`) and as a
-host's local copy, then restored from each; plain files of the same bytes are written and read in
-the same run. Memory is the process's peak above what it held before: on a CPU "devices" use the
-host's memory too, so a restored state itself is taken off.
+The state has parameters and both moments in float32. It is saved through Orbax (`checkpoints/`) and
+as a host's local copy, then restored from each; a plain file of the same bytes is written and read
+in the same run. The table has seconds, the seconds for which training is blocked, and memory: the
+process's peak above what it held before. On a CPU the devices use the host's memory too, so the
+restored state itself is subtracted.
 """
 
 import sys
@@ -27,6 +28,7 @@ from results import Results
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.checkpoint.state import StateTarget, as_items
 from baichuan_jax.config.schema import Config, MeshConfig, ModelConfig, OptimizerConfig
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
@@ -35,27 +37,25 @@ LAYER = 4 * 1024 * 1024 + 3 * 1024 * 2816  # parameters of a block of the model 
 
 
 def of_size(gigabytes: float) -> Config:
-    """A model whose state, 12 bytes a parameter, takes about so many gigabytes."""
+    """A model whose state takes about this many gigabytes, at 12 bytes a parameter."""
     layers = max(1, round((gigabytes * 1e9 / 12 - 2 * 32_000 * 1024) / LAYER))
-    model = ModelConfig(
-        vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_layers=layers, num_heads=8
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_heads": 8}
+    model = ModelConfig(vocab_size=32_000, num_layers=layers, **sizes)
     return Config(model=model, optimizer=OptimizerConfig(warmup_steps=0))
 
 
 def memory(name: str) -> int:
-    """A figure of this process's memory in bytes: VmHWM the peak, VmRSS now."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
-    )
+    """This process's memory in bytes: "VmHWM" is its peak, "VmRSS" its present size."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 class Measured:
-    """Seconds of a call and its peak of memory above what was held before it."""
+    """Seconds of a call, and its peak of memory above what the process held before."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (man 5 proc)
         before, began = memory("VmRSS"), time.perf_counter()
         self.value = call()
         self.seconds = time.perf_counter() - began
@@ -84,11 +84,11 @@ def main() -> None:
     results, rows, figures = Results(), [], {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        checkpoints = Checkpoints(
-            folder / "checkpoints", config, "", steps.state_shapes, steps.state_shardings
-        )
-        copies = LocalCopies(folder / "local", 0, "here", checkpoints)
-        checkpoints.digest(state)  # compiled before anything is timed
+        target = StateTarget(steps.abstract_state)
+        digest = lambda state: target.digest(as_items(state))
+        checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
+        copies = LocalCopies(folder / "local", 0, "here", "", target)
+        digest(state)  # compiled before anything is timed
         plain = {
             "write": Measured(lambda: write(folder / "plain", state)),
             "read": Measured(lambda: (folder / "plain").read_bytes()),
@@ -133,7 +133,7 @@ def main() -> None:
                 else lambda report: copies.restore(0, report)
             )
             done = Measured(lambda first=first: jax.block_until_ready(first(fail).state))
-            assert checkpoints.digest(done.value) == checkpoints.digest(state)
+            assert digest(done.value) == digest(state)
             note(f"restore a {what}", done, "read", held=size)
             del done
         checkpoints.close()

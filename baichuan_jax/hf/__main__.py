@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from baichuan_jax.checkpoint.orbax import load_params, save_params
+from baichuan_jax.checkpoint.weights import load_params, save_params
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.weights import export, import_params, read_config, tokenizer_file
 from baichuan_jax.resilience.exits import run_command

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from baichuan_jax.checkpoint.orbax import describe, load_params
+from baichuan_jax.checkpoint.weights import describe, load_params
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.model import Params, Transformer, abstract_model

@@ -7,7 +7,7 @@ from baichuan_jax.config.schema import ConfigError
 
 
 def require_writable(folder: Path | str, setting: str) -> None:
-    """Make a folder that a setting names. Raises ConfigError where nothing can be written into it."""
+    """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
     probe = Path(folder) / f".{os.getpid()}.tmp"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -15,13 +15,16 @@ def require_writable(folder: Path | str, setting: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); name another folder with "
-            f"--{setting}, or start from one that may be written"
+            f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
+            f"name another folder with --{setting}, or start from one that may be written"
         ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name, then rename it: no reader and no killed writer leaves half of it. Makes its folder."""
+    """Write a file under another name, then rename it: nobody ever sees half of it.
+
+    Makes its folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)

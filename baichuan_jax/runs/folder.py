@@ -1,4 +1,4 @@
-"""A run's folder, read back: its metrics, its events, its loss curve. What train() returns and a notebook holds on to."""
+"""A run's folder, read back: metrics, events, loss curve. `train()` returns a Run."""
 
 import io
 import json
@@ -11,14 +11,17 @@ from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, lat
 
 
 class Run:
-    """One run, finished or not. `status` of the last launch: "completed", "interrupted" or "running"."""
+    """One run, finished or not."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl in order: one a step, one an evaluation. After a restart a repeated step stands again."""
+        """Lines of metrics.jsonl in order, one for each step and evaluation.
+
+        A step that was repeated after a restart has a line for each time, with the same numbers.
+        """
         return _read_lines(self.path / "metrics.jsonl")
 
     @property
@@ -28,6 +31,7 @@ class Run:
 
     @property
     def status(self) -> str:
+        """Of the last launch: "completed", "interrupted" or "running" (a kill leaves that too)."""
         for event in reversed(self.events):
             if isinstance(event, Completed | Interrupted):
                 return event.kind
@@ -39,8 +43,15 @@ class Run:
         """Step -> value of one figure, the latest where a step was repeated."""
         return {line["step"]: line[name] for line in self.metrics if line.get(name) is not None}
 
+    def losses(self, until: int) -> list[float]:
+        """The training losses of the steps up to `until`, in their order."""
+        return [loss for step, loss in self.curve("loss").items() if step <= until]
+
     def plot(self, path: Path | str | None = None) -> Any:
-        """The loss curve as a matplotlib figure, also written as PNG to `path` (default: loss.png in the run's folder)."""
+        """The loss curve as a matplotlib figure, also written as PNG to `path`.
+
+        Default: loss.png in the run's folder.
+        """
         loss, validation = self.curve("loss"), self.curve("eval_loss")
         started = latest(self.events, Started)
         entropy = None if started is None else started.unigram_entropy

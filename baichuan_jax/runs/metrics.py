@@ -1,5 +1,6 @@
-"""What a run measures and where it is written: FLOPs, MFU, memory; JSONL, TensorBoard, Weights & Biases."""
+"""The metrics of a run: speed and MFU, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -26,21 +27,31 @@ def seconds_since_process_start() -> float:
 
 
 class Throughput:
-    """Tokens a second and MFU of a step from its seconds. `peak` is one device's FLOP/s or None."""
+    """Tokens a second and MFU of a step from its seconds.
 
-    def __init__(self, config: Config, num_devices: int, peak: float | None) -> None:
+    `peak` is one device's FLOP/s, None where they are not known; `mfu_of` says where they are from.
+    """
+
+    def __init__(
+        self, config: Config, num_devices: int, peak: float | None, mfu_of: str = ""
+    ) -> None:
         train: TrainConfig = config.train
+        self.mfu_of = mfu_of
         self.tokens = train.global_batch_size * train.context_length
         self._full, self._causal = flops_per_token(config.model, train.context_length)
         self._peak = None if peak is None else peak * num_devices
         self._seconds: list[float] = []
 
     def add(self, seconds: float) -> dict[str, float | None]:
+        """The speed of a step that took so long."""
         self._seconds.append(seconds)
-        return self.figures(seconds)
+        return self.speed(seconds)
 
-    def figures(self, seconds: float) -> dict[str, float | None]:
-        """tokens_per_second; mfu counts all pairs of positions (as the original's 58.3 % does), mfu_causal those attended."""
+    def speed(self, seconds: float) -> dict[str, float | None]:
+        """step_seconds, tokens_per_second, mfu and mfu_causal.
+
+        mfu counts all pairs of positions, as the original's 58.3 % does; mfu_causal those attended.
+        """
         rate = self.tokens / seconds
         share = {"mfu": None, "mfu_causal": None}
         if self._peak is not None:
@@ -51,16 +62,16 @@ class Throughput:
         return {"step_seconds": seconds, "tokens_per_second": rate, **share}
 
     def median(self) -> dict[str, float | None]:
-        """The figures of the median step so far (empty before the first)."""
-        return self.figures(statistics.median(self._seconds)) if self._seconds else {}
+        """The speed of the median step so far; empty before the first."""
+        return self.speed(statistics.median(self._seconds)) if self._seconds else {}
 
 
 class Writer:
-    """Appends to metrics.jsonl and events.jsonl of a run's folder, and to TensorBoard and W&B where asked for.
+    """Appends to metrics.jsonl and events.jsonl of a run, to TensorBoard and to Weights & Biases.
 
-    Only process 0 writes; on others every method does nothing. Each line is flushed: a killed run
-    has all its lines. `warnings`: what is not written although the settings say so, for the caller
-    to show.
+    Only process 0 is `active`; on others every method does nothing. Each line is flushed, so that
+    a killed run has all its lines. `warnings`: what is not written although the settings say so,
+    for the caller to show.
     """
 
     def __init__(self, run_path: Path, config: Config, active: bool = True) -> None:
@@ -72,16 +83,13 @@ class Writer:
         if config.metrics.wandb_project is not None:
             self._wandb = _wandb_run(run_path, config)
         if config.metrics.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-            # On by default, so it may not have been asked for; and metrics.jsonl has the same
-            # figures.
+            # No error: it is on by default, and metrics.jsonl has the same numbers.
             self.warnings.append(
-                "TensorBoard events are not written: tensorboardX is not installed; pip install tensorboardX, or turn them off with "
-                "--metrics.tensorboard false"
+                "TensorBoard events are not written: tensorboardX is not installed; pip install "
+                "tensorboardX, or turn them off with --metrics.tensorboard false"
             )
         elif config.metrics.tensorboard:
-            from tensorboardX import (
-                SummaryWriter,
-            )  # imported late: half a second that runs without it save
+            from tensorboardX import SummaryWriter  # here, since its import takes half a second
 
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
         for name in ("metrics", "events"):
@@ -90,7 +98,10 @@ class Writer:
             self._files[name] = file
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """One line of figures of a step or of an evaluation; a figure that is not finite is written as null."""
+        """One line for a step or an evaluation; a number that is not finite is written as null.
+
+        JSON has no word for NaN, and readers in other languages refuse Python's.
+        """
         if not self._files:
             return
         finite = {
@@ -133,10 +144,9 @@ def _wandb_run(run_path: Path, config: Config) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            f"metrics.wandb_project={config.metrics.wandb_project!r} needs the wandb package: pip install wandb"
+            f"metrics.wandb_project={config.metrics.wandb_project!r} needs the wandb package: "
+            "pip install wandb"
         ) from None
-    import dataclasses
-
     return wandb.init(
         project=config.metrics.wandb_project,
         name=run_path.name,

@@ -6,15 +6,18 @@ import jax
 
 from baichuan_jax.config.schema import ProfileConfig
 
-STEPS_ON_DEMAND = 3  # that SIGUSR1 traces
+STEPS_ON_DEMAND = 3  # that SIGUSR1 traces: one may be unusual
 
 
-class Tracer:
-    """Writes jax.profiler traces into `folder`; `until` is the step that the one under way lasts to, or None."""
+class Profiler:
+    """Writes jax.profiler traces into `folder`.
+
+    `until`: the last step of the trace under way; None where there is none.
+    """
 
     def __init__(self, config: ProfileConfig, folder: Path, num_steps: int) -> None:
-        self.until: int | None = None
-        self._steps, self._folder, self._num_steps = config.steps, folder, num_steps
+        self.folder, self.until = folder, None
+        self._steps, self._num_steps = config.steps, num_steps
         self._requested = False
 
     def request(self) -> None:
@@ -23,15 +26,13 @@ class Tracer:
 
     def before(self, step: int) -> None:
         """Start a trace where one is due with this step (the first is 1)."""
-        if self.until is not None or not (
-            self._requested or (self._steps and self._steps[0] == step)
-        ):
+        due = self._requested or (self._steps and self._steps[0] == step)
+        if self.until is not None or not due:
             return
-        self.until = min(
-            step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1], self._num_steps
-        )
+        last = step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1]
+        self.until = min(last, self._num_steps)
         self._requested = False
-        jax.profiler.start_trace(str(self._folder))
+        jax.profiler.start_trace(str(self.folder))
 
     def stop(self) -> None:
         """End the trace under way, and write it."""

@@ -1,71 +1,117 @@
-"""Where a launch begins: at the newest good checkpoint, at `init_from`'s weights, or at fresh ones."""
+"""Where a launch begins: at the newest good checkpoint, at `init_from`'s weights, or at fresh ones.
 
+First all processes agree on a plan, because only process 0 reads the run's events: whether numbers
+of the launch before force a rollback, and which windows of the data are left out. Then the store
+looks for a checkpoint that the plan allows, in both tiers.
+"""
+
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
-from baichuan_jax.checkpoint.orbax import Checkpoints, RestoredState, load_params
+from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.checkpoint.schedule import Schedule
+from baichuan_jax.checkpoint.state import RunState, StateTarget
+from baichuan_jax.checkpoint.store import CheckpointStore
+from baichuan_jax.checkpoint.weights import load_params
 from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
 from baichuan_jax.hf.weights import import_params, read_config
 from baichuan_jax.model import Params
+from baichuan_jax.resilience.checkpoint_interval import fault_history, seconds_per_fault
+from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.coordination import agree
-from baichuan_jax.resilience.guard import Rollback
-from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import CheckpointCorrupt, Initialised, LocalCopyCorrupt, Restored
-from baichuan_jax.runs.metrics import Writer
+from baichuan_jax.resilience.guard import Rollback, plan_rollback
+from baichuan_jax.runs.events import Initialised, RolledBack, of_kind, parse_event
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import Layout
 from baichuan_jax.step import Steps
 
 
-def restore_or_start(
+@dataclasses.dataclass(frozen=True)
+class RestorePlan:
+    """What a launch may restore; the same on all processes.
+
+    `run_name` names this run's folder on the hosts' own disks. `rollbacks`: how often the run has
+    rolled back, this launch included; hosts' copies made before the last time do not count.
+    """
+
+    rollback: Rollback
+    run_name: str
+    rollbacks: int
+
+
+def plan_restore(config: Config, run: Run) -> RestorePlan:
+    """Process 0's plan on all processes, from the run's events.
+
+    Raises RuntimeError where resilience.max_skips windows have been left out already.
+    """
+
+    def choose() -> dict[str, Any]:
+        events = run.events
+        rollback = plan_rollback(events, config.data.skip, config.resilience.max_skips)
+        return {
+            **dataclasses.asdict(rollback),
+            "events": [event.to_json() for event in rollback.events],
+            # The first event's time tells apart two runs of one name on one host's disk.
+            "run": f"{run.path.name}-{events[0].time:.3f}",
+            "rollbacks": len(of_kind([*events, *rollback.events], RolledBack)),
+        }
+
+    found = agree("rollback", choose)
+    rollback = Rollback(
+        windows=tuple((begin, end) for begin, end in found["windows"]),
+        before=found["before"],
+        back=found["back"],
+        events=tuple(map(parse_event, found["events"])),
+    )
+    return RestorePlan(rollback, found["run"], found["rollbacks"])
+
+
+def open_store(
     config: Config,
+    run: Run,
+    plan: RestorePlan,
     steps: Steps,
-    checkpoints: Checkpoints,
-    copies: LocalCopies | None,
-    rollback: Rollback,
-    writer: Writer,
-    display: Display,
-) -> RestoredState:
-    """The state to go on from, its step and its position in the data. Raises ConfigError where weights do not fit the model."""
+    tokenizer_hash: str,
+    host: str,
+    clock: Clock,
+    output: Output,
+) -> CheckpointStore:
+    """Both tiers of the run's checkpoints. Raises ConfigError where local_dir cannot serve."""
+    target = StateTarget(steps.abstract_state)
+    storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
+    local = None
+    if (folder := config.checkpoint.local_path) is not None:
+        local = LocalCopies(folder / plan.run_name, plan.rollbacks, host, tokenizer_hash, target)
+    history = fault_history(run.events)
+    per_fault = seconds_per_fault(steps.layout.mesh.size, history.run_seconds, history.faults)
+    schedule = Schedule(config, per_fault)
+    return CheckpointStore(storage, local, schedule, target, clock, output)
 
-    def report(event: CheckpointCorrupt | LocalCopyCorrupt) -> None:
-        display.say(
-            f"{event.kind}: {event.path}: {event.reason}; trying the one before it",
-            style="yellow",
-        )
-        writer.event(event)
 
+def restore(
+    config: Config, steps: Steps, store: CheckpointStore, rollback: Rollback, output: Output
+) -> RunState:
+    """The state to go on from. Raises ConfigError where given weights do not fit the model."""
     for event in rollback.events:
-        writer.event(event)
-        display.say(f"{event.kind.replace('_', ' ')}: {event.reason}", style="yellow")
-    if copies is not None and rollback.before is None:
-        newest = agree("newest checkpoint", lambda: max(checkpoints.steps(), default=0))
-        restored = copies.restore(newest, report)
-        if restored is not None:
-            display.say(
-                f"going on from the copy of step {restored.step} in {config.checkpoint.local_path}",
-                style="green",
-            )
-            writer.event(Restored(step=restored.step, position=restored.position, local=True))
-            return restored
-    restored = checkpoints.restore(report, rollback.before, rollback.back)
-    if restored is not None:
-        display.say(
-            f"going on from checkpoint {restored.step} in {checkpoints.directory}", style="green"
-        )
-        writer.event(Restored(step=restored.step, position=restored.position))
+        output.event(event)
+        output.say(f"{event.kind.replace('_', ' ')}: {event.reason}", style="yellow")
+    if (restored := store.restore(rollback)) is not None:
         return restored
     if config.init_from is None:
-        return RestoredState(steps.init(), 0, 0)
+        return RunState(steps.init(), 0, 0, rollback.windows)
     state = steps.start(_initial_weights(config, config.init_from, steps.layout))
-    display.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
-    writer.event(Initialised(source=config.init_from))
-    return RestoredState(state, 0, 0)
+    output.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
+    output.event(Initialised(source=config.init_from))
+    return RunState(state, 0, 0, rollback.windows)
 
 
 def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
-    if (Path(path) / "config.json").exists():
-        model = read_config(path)
-        _refuse_other_shapes(path, model, config)
+    if (Path(path) / "config.json").exists():  # a Hugging Face folder
+        # Before the weights are read: they may be of a much larger model.
+        _refuse_other_shapes(path, read_config(path), config)
         return import_params(path, layout)
     model, params = load_params(path, layout)
     _refuse_other_shapes(path, model, config)
@@ -73,7 +119,7 @@ def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
 
 
 def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
-    for name in (
+    names = (
         "vocab_size",
         "hidden_size",
         "intermediate_size",
@@ -81,9 +127,11 @@ def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
         "num_heads",
         "rms_norm_eps",
         "rope_theta",
-    ):
+    )
+    for name in names:
         theirs, ours = getattr(found, name), getattr(config.model, name)
         if theirs != ours:
             raise ConfigError(
-                f"init_from={path} has {name}={theirs} and model.{name}={ours}; set model.{name}={theirs}"
+                f"init_from={path} has {name}={theirs} and model.{name}={ours}; "
+                f"set model.{name}={theirs}"
             )

@@ -1,102 +1,178 @@
-"""What a launch says of itself: at its start what it runs on and chose, at its end what came of it and what to do next."""
+"""What a launch shows: devices and choices at its start, result and next commands at its end."""
 
+import dataclasses
+import importlib.util
+import math
 import shlex
+import statistics
 
 import jax
 from jax.sharding import Mesh
 
+from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import Config
+from baichuan_jax.data.prepare import Prepared
+from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.resilience.causes import SaveFailed
+from baichuan_jax.resilience.clock import EVALUATE
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import Completed
+from baichuan_jax.runs.events import Completed, Failed, Started
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
+from baichuan_jax.training.loop import Launch
+
+LAST_LOSSES = 20  # whose mean is the training loss of the result: single steps differ by their data
+Kernels = dict[str, tuple[str, str]]  # operator -> the implementation that was chosen, and why
 
 
-def say_start(
-    display: Display,
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a launch chose: kernels, flags with their reasons, and what MFU is a share of."""
+
+    kernels: Kernels
+    flags: dict[str, str]
+    mfu_of: str = ""
+
+
+def record_start(
     config: Config,
     mesh: Mesh,
-    *,
-    text_tokens: int,
-    kernels: dict[str, tuple[str, str]],
-    mfu_of: str,
-    flags: dict[str, str],
+    prepared: Prepared,
+    number: int,
+    choices: Choices,
+    output: Output,
 ) -> None:
-    """Model, devices, batch and every choice that was made, with its reason."""
-    train, device = config.train, mesh.devices.flat[0]
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    display.say(
-        f"{config.model.num_parameters:,} parameters, {config.model.dtype}; {mesh.size} x {device.device_kind} in "
-        f"{jax.process_count()} process(es): {axes}"
-    )
-    accumulation = config.accumulation_steps(config.mesh)
-    micro = f" in {accumulation} micro-batches" if accumulation > 1 else ""
-    wanted = train.num_steps * train.global_batch_size * train.context_length
-    display.say(
-        f"batch of {train.global_batch_size} x {train.context_length} tokens{micro}; {train.num_steps} steps = {wanted:,} tokens, "
-        f"{wanted / text_tokens:.2f} times the text's {text_tokens:,}"
-    )
+    """Show and record what launch `number` runs on, and every choice with its reason."""
+    rows = {str(rows.path): len(rows) for rows, _ in prepared.train}
+    display, kernels = output.display, choices.kernels
+    _show_start(display, config, mesh, sum(rows.values()) * config.train.context_length)
     for operator, (name, reason) in kernels.items():
         display.say(f"{operator}: {name} ({reason})")
-    display.say(f"MFU: {mfu_of}")
-    for flag, reason in flags.items():
+    display.say(f"MFU: {choices.mfu_of}")
+    for flag, reason in choices.flags.items():
         display.say(f"{flag}: {reason}")
     for axis in crosses_nodes(mesh):
         display.say(
             f"mesh axis {axis} crosses processes: its collectives leave the node", style="yellow"
         )
+    event = Started(
+        attempt=number,
+        jax=jax.__version__,
+        device=mesh.devices.flat[0].device_kind,
+        devices=mesh.size,
+        processes=jax.process_count(),
+        mesh=dict(mesh.shape),
+        attention=kernels["attention"][0],
+        attention_reason=kernels["attention"][1],
+        rms_norm=kernels["rms_norm"][0],
+        rms_norm_reason=kernels["rms_norm"][1],
+        xla_flags=list(choices.flags),
+        mfu_of=choices.mfu_of,
+        parameters=config.model.num_parameters,
+        tokenizer=prepared.tokenizer.hash,
+        rows=rows,
+        unigram_entropy=unigram_entropy(prepared.train),
+    )
+    output.event(event)
 
 
-def say_result(display: Display, run: Run, completed: Completed, mfu_of: str) -> None:
-    """Losses, where the time went, speed, samples, and the next command; from the event that closes the run."""
-    rows = [["training loss, mean of the last 20 steps", f"{completed.loss:.3f}"]]
+def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) -> None:
+    train, device = config.train, mesh.devices.flat[0]
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    display.say(
+        f"{config.model.num_parameters:,} parameters, {config.model.dtype}; {mesh.size} x "
+        f"{device.device_kind} in {jax.process_count()} process(es): {axes}"
+    )
+    accumulation = config.accumulation_steps(config.mesh)
+    micro = f" in {accumulation} micro-batches" if accumulation > 1 else ""
+    tokens = train.num_steps * train.global_batch_size * train.context_length
+    display.say(
+        f"batch of {train.global_batch_size} x {train.context_length} tokens{micro}; "
+        f"{train.num_steps} steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the text's "
+        f"{text_tokens:,}"
+    )
+
+
+def conclude(launch: Launch, run: Run, end: RunState, entropy: float) -> None:
+    """After the last step: loss curve, samples, the Completed event, and what to do next."""
+    recorder, display = launch.recorder, launch.output.display
+    # A launch that was killed after its last checkpoint and before its evaluation.
+    if recorder.eval_loss is None and launch.evaluator.validates:
+        with launch.clock(EVALUATE):
+            launch.evaluator.evaluate(end.step, end.state.params)
+    if jax.process_index() == 0:
+        _draw(run, display)
+    finite = [loss for loss in recorder.losses if math.isfinite(loss)]
+    completed = Completed(
+        step=end.step,
+        loss=statistics.fmean(finite[-LAST_LOSSES:]),
+        eval_loss=recorder.eval_loss,
+        unigram_entropy=entropy,
+        samples=launch.evaluator.sample(end.state.params),
+        seconds=launch.clock.totals(),
+        **recorder.throughput.median(),
+    )
+    launch.output.event(completed)
+    _show_result(display, run, completed, recorder.throughput.mfu_of)
+
+
+def _draw(run: Run, display: Display) -> None:
+    """Draw the loss curve, where matplotlib is installed: a run must not fail for a picture."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        run.plot()
+        return
+    display.say(
+        f"{run.path / 'loss.png'} is not drawn: matplotlib is not installed; pip install "
+        "matplotlib, then in Python: from baichuan_jax.runs.folder import Run; "
+        f"Run({str(run.path)!r}).plot()",
+        style="yellow",
+    )
+
+
+def _show_result(display: Display, run: Run, completed: Completed, mfu_of: str) -> None:
+    """Losses, where the time went, speed, samples, and the next commands."""
+    rows = [[f"training loss, mean of the last {LAST_LOSSES} steps", f"{completed.loss:.3f}"]]
     if completed.eval_loss is not None:
         rows.append(["validation loss", f"{completed.eval_loss:.3f}"])
     rows.append(["unigram entropy of the training tokens", f"{completed.unigram_entropy:.3f}"])
     display.table("Result (nats per token)", ["", "loss"], rows)
-    seconds = completed.seconds
-    total = sum(seconds.values())
-    causes = [*sorted(seconds.items(), key=lambda item: -item[1]), ("in all", total)]
-    display.table(
-        "Where the time went",
-        ["", "seconds", "share"],
-        [[name, f"{s:.1f}", f"{s / total:.1%}"] for name, s in causes],
-    )
+    total = sum(completed.seconds.values())
+    phases = [*sorted(completed.seconds.items(), key=lambda item: -item[1]), ("in all", total)]
+    rows = [[name, f"{spent:.1f}", f"{spent / total:.1%}"] for name, spent in phases]
+    display.table("Where the time went", ["", "seconds", "share"], rows)
     if completed.tokens_per_second is not None:
         mfu = "" if completed.mfu is None else f", {completed.mfu:.1%} of {mfu_of}"
         display.say(
-            f"median step {completed.step_seconds:.3f} s, {completed.tokens_per_second:,.0f} tokens/s{mfu}"
+            f"median step {completed.step_seconds:.3f} s, "
+            f"{completed.tokens_per_second:,.0f} tokens/s{mfu}"
         )
     for prompt, text in completed.samples.items():
         display.say(f"\n{prompt!r} continues:", style="bold")
         display.say(text)
     if (run.path / "loss.png").exists():
         display.say(f"\nloss curve: {run.path / 'loss.png'}")
-    say_next(display, run)
+    _show_next(display, run)
 
 
-def say_complete(display: Display, run: Run, completed: Completed) -> None:
-    """That a run needs no further launch."""
+def show_complete(display: Display, run: Run, completed: Completed) -> None:
+    """That a run has all its steps and needs no further launch."""
     validation = "" if completed.eval_loss is None else f", validation {completed.eval_loss:.3f}"
     display.say(
         f"{run.path} is complete: {completed.step} steps, loss {completed.loss:.3f}{validation}."
     )
     display.say("Train on with a larger --train.num_steps, or again with another --run_dir.")
-    say_next(display, run)
+    _show_next(display, run)
 
 
-def say_next(display: Display, run: Run) -> None:
-    """Where everything lies, and the commands to try, fit to be pasted."""
-    path = shlex.quote(str(run.path))
-    curves = (
-        f"  (curves: tensorboard --logdir {path})" if (run.path / "tensorboard").exists() else ""
-    )
+def _show_next(display: Display, run: Run) -> None:
+    """The run's folder, and the commands to try, quoted so that they can be pasted."""
+    path, page = shlex.quote(str(run.path)), shlex.quote(str(run.path / "report.html"))
+    has_curves = (run.path / "tensorboard").exists()
+    curves = f"  (curves: tensorboard --logdir {path})" if has_curves else ""
     display.say(f"the run's folder: {run.path}{curves}")
     display.say("next: look at it in a browser:")
-    display.say(
-        f"  python -m baichuan_jax.report {path} -o {shlex.quote(str(run.path / 'report.html'))}",
-        style="bold",
-    )
+    display.say(f"  python -m baichuan_jax.report {path} -o {page}", style="bold")
     display.say("or let it write:")
     display.say(
         f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48",
@@ -104,22 +180,42 @@ def say_next(display: Display, run: Run) -> None:
     )
 
 
-def what_would_fit(config: Config) -> str:
+def explain_failure(
+    error: BaseException, config: Config, run: Run, step: int, output: Output
+) -> str | None:
+    """Record the exception that ended a launch; where memory ran out, what would make it fit.
+
+    Then a profile of the devices' memory is written too. None for all other errors.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return None
+    output.event(Failed(step=step, error=f"{type(error).__name__}: {error}"[:2000]))
+    text = str(error)
+    memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    # TensorStore says RESOURCE_EXHAUSTED for a full disk.
+    if isinstance(error, SaveFailed) or not memory:
+        return None
+    profile = run.path / "memory.prof"
+    jax.profiler.save_device_memory_profile(str(profile))
+    reason = text.splitlines()[0][:200]
+    return (
+        f"out of memory at step {step} ({reason}); profile in {profile}. {_what_would_fit(config)}"
+    )
+
+
+def _what_would_fit(config: Config) -> str:
     """Settings that need less memory than these, most useful first."""
     ideas = []
-    micro = config.train.micro_batch_size or config.train.global_batch_size // (
-        config.mesh.data * config.mesh.fsdp
-    )
+    train, mesh = config.train, config.mesh
+    micro = train.micro_batch_size or train.global_batch_size // (mesh.data * mesh.fsdp)
     if micro > 1:
         ideas.append(f"--train.micro_batch_size {micro // 2} (now {micro})")
     if config.model.remat != "full":
         ideas.append(f"--model.remat full (now {config.model.remat})")
-    if config.train.loss_chunk_size > 512:
+    if (chunk := train.loss_chunk_size) > 512:
+        ideas.append(f"--train.loss_chunk_size {chunk // 2} (now {chunk})")
+    if mesh.data > 1:
         ideas.append(
-            f"--train.loss_chunk_size {config.train.loss_chunk_size // 2} (now {config.train.loss_chunk_size})"
-        )
-    if config.mesh.data > 1:
-        ideas.append(
-            f"a larger mesh.fsdp (now {config.mesh.fsdp}) and a smaller mesh.data (now {config.mesh.data})"
+            f"a larger mesh.fsdp (now {mesh.fsdp}) and a smaller mesh.data (now {mesh.data})"
         )
     return "What needs less: " + "; ".join([*ideas, "more devices", "a smaller model"])

@@ -1,18 +1,18 @@
-"""Real faults inside a real training process, asked for from outside; used by the tests and by benchmarks/chaos.py.
+"""Inject real faults into a real training process, for the tests and benchmarks/chaos.py.
 
-With this folder on PYTHONPATH and FAULTS naming another, process P of a training run looks there
-before each batch for a file `KIND-P`. Where there is one it deletes it, writes the time into
-`KIND-P.done`, and suffers the fault:
+Python imports this file at its start, with this folder on PYTHONPATH. FAULTS names another folder:
+process P of a training run looks there before each batch for a file `KIND-P`. If it finds one, it
+deletes the file, writes the time into `KIND-P.done`, and suffers the fault:
 
-    hang         sleeps for ever in the data phase; its threads live
+    hang         sleeps for ever in the data phase; its other threads go on
     exception    raises
     nan          its copy of a parameter becomes NaN
-    bits         one exponent bit of one parameter flips in its copy alone
-    quota        its files may not grow beyond 16 KiB any more, as if a quota were used up
-    slow         from now on it loses a tenth of a second in every step, until the same comes again
+    bits         one exponent bit of one parameter flips, in its copy only
+    quota        its files cannot grow beyond 16 KiB any more, as with a full quota
+    slow         loses a tenth of a second in every step, until the same fault comes again
 
-Where there is a file `poison` with two numbers, the batches at these positions of the data and
-between hold tokens that the vocabulary has not, on all processes: their loss is not a number.
+A file `poison` with two numbers poisons all processes: batches from the first position of the data
+to the second hold tokens outside of the vocabulary, and their loss is not a number.
 """
 
 import os
@@ -60,7 +60,11 @@ def _flip(values):
 
 
 def _let_all_keep_what_they_compile() -> None:
-    """On accelerators all processes share compiled programs. On the CPU each has its own, of which jax keeps process 0's alone."""
+    """Make jax's compilation cache write in every process.
+
+    On the CPU each process has programs of its own, and jax keeps those of process 0 only. The
+    others would compile again at every restart, which accelerators do not.
+    """
     from jax._src import compiler
 
     first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
@@ -73,20 +77,26 @@ def _install(folder: Path) -> None:
     import jax
 
     from baichuan_jax.data.loader import Loader
-    from baichuan_jax.training.loop import Trainer
+    from baichuan_jax.training import loop
 
-    create, load = Trainer.__init__, Loader.__next__
+    compile_step, load = loop.compile_step, Loader.__next__
     poison = folder / "poison"
     begin, end = map(int, poison.read_text().split()) if poison.exists() else (0, 0)
-    trainer, late = None, False
+    change = None  # what happens to the state before the next step
+    late = False
 
-    def remember(self, *arguments):
-        nonlocal trainer
-        trainer = self
-        create(self, *arguments)
+    def compile_and_change(launch):
+        step = compile_step(launch)
+
+        def run(state, batch, request):
+            nonlocal change
+            state, change = (state, None) if change is None else (_changed(state, change), None)
+            return step(state, batch, request)
+
+        return run
 
     def suffer(self):
-        nonlocal late
+        nonlocal change, late
         kind = _find(folder, jax.process_index())
         if kind == "hang":
             while True:
@@ -94,7 +104,7 @@ def _install(folder: Path) -> None:
         if kind == "exception":
             raise OSError("a fault put into this process from outside")
         if kind in ("nan", "bits"):
-            trainer.state = _changed(trainer.state, _nan if kind == "nan" else _flip)
+            change = _nan if kind == "nan" else _flip
         if kind == "quota":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
         late ^= kind == "slow"
@@ -105,7 +115,7 @@ def _install(folder: Path) -> None:
         return {**batch, "inputs": batch["inputs"] + 1_000_000} if poisoned else batch
 
     _let_all_keep_what_they_compile()
-    Trainer.__init__, Loader.__next__ = remember, suffer
+    loop.compile_step, Loader.__next__ = compile_and_change, suffer
 
 
 if "FAULTS" in os.environ and "baichuan_jax.train" in sys.orig_argv:

@@ -116,7 +116,7 @@ def run(stage: Stage) -> None:
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[2:])
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    speed = Throughput(config, 1, peak_flops(config, device)[0]).figures(step)
+    speed = Throughput(config, 1, peak_flops(config, device)[0]).speed(step)
     mfu = "unknown" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
     parameters = config.model.num_parameters
     stage.headline(f"{step * 1e3:.1f} ms a step, MFU {mfu}")

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from conftest import build
 
-from baichuan_jax.checkpoint.orbax import (
-    Checkpoints,
-    digest,
-    find_checkpoint,
-    load_params,
-    save_params,
-)
+from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.checkpoint.state import StateTarget
+from baichuan_jax.checkpoint.weights import find_checkpoint, load_params, save_params
 from baichuan_jax.config.schema import CheckpointConfig, ConfigError
+from baichuan_jax.resilience.digests import digest
 
 
 @pytest.fixture
@@ -26,9 +23,8 @@ def opened(tmp_path):
 
     def open_(config, shape, tokenizer="abc"):
         config, steps = build(config, shape)
-        checkpoints = Checkpoints(
-            tmp_path / "checkpoints", config, tokenizer, steps.state_shapes, steps.state_shardings
-        )
+        target = StateTarget(steps.abstract_state)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", config, tokenizer, target)
         everything.append(checkpoints)
         return checkpoints, steps
 
@@ -57,8 +53,8 @@ def state():
     return make
 
 
-def refuse_reports(*words, **fields):
-    raise AssertionError(f"unexpected report {words} {fields}")
+def refuse_reports(event):
+    raise AssertionError(f"unexpected report {event}")
 
 
 def assert_equal(a, b):
@@ -123,7 +119,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     damage(biggest_file(checkpoints.directory / "2" / "params"))
     reports = []
     restored = checkpoints.restore(
-        lambda kind, **fields: reports.append((kind, fields["step"], fields["path"]))
+        lambda event: reports.append((event.kind, event.step, event.path))
     )
     assert restored.step == 1
     assert_equal(restored.state, state(steps, seed=1))

@@ -1,4 +1,4 @@
-"""Copies of the state on every host's own disk: bit-exact, newest wins, bad ones found, and hosts without one are sent theirs."""
+"""Copies on the hosts' own disks: bit-exact, newest first, damage found, missing ones sent."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from conftest import build
 from launches import kill, lines, losses, run, start_all, wait_all, wait_for_step, write_config
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies, _send
-from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.checkpoint.state import StateTarget
 from baichuan_jax.resilience.placement import HOST_VARIABLE
 
 
@@ -27,19 +27,12 @@ def filled(steps, seed):
 
 @pytest.fixture
 def opened(tiny_config, tmp_path):
-    everything = []
-
     def open_(shape, rollbacks=0):
-        config, steps = build(tiny_config, shape)
-        checkpoints = Checkpoints(
-            tmp_path / "checkpoints", config, "abc", steps.state_shapes, steps.state_shardings
-        )
-        everything.append(checkpoints)
-        return LocalCopies(tmp_path / "local", rollbacks, "here", checkpoints), steps
+        _, steps = build(tiny_config, shape)
+        target = StateTarget(steps.abstract_state)
+        return LocalCopies(tmp_path / "local", rollbacks, "here", "abc", target), steps
 
-    yield open_
-    for checkpoints in everything:
-        checkpoints.close()
+    return open_
 
 
 def bits(state):
@@ -49,8 +42,8 @@ def bits(state):
     ]
 
 
-def refuse_reports(*words, **fields):
-    raise AssertionError(f"unexpected report {words} {fields}")
+def refuse_reports(event):
+    raise AssertionError(f"unexpected report {event}")
 
 
 def test_a_copy_is_restored_bit_for_bit_onto_another_mesh_and_only_the_newest_is_kept(
@@ -109,7 +102,7 @@ def test_a_damaged_copy_is_told_and_not_used(opened, tmp_path, damage, capfd):
     copies.finish()
     damage(tmp_path / "local" / "7.state")
     reports = []
-    assert copies.restore(0, lambda kind, **fields: reports.append((kind, fields["step"]))) is None
+    assert copies.restore(0, lambda event: reports.append((event.kind, event.step))) is None
     assert ("7.state is not a copy to go on from" in capfd.readouterr().err) != (
         reports == [("local_copy_corrupt", 7)]
     )
@@ -125,13 +118,15 @@ def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_e
     copies.finish()
     theirs = {"steps": None, "head": {}, "digest": 1}  # another host, which has no copy
     monkeypatch.setattr(
-        baichuan_jax.local_copies,
+        baichuan_jax.checkpoint.local_copies,
         "gather",
         lambda name, value: [value, theirs[name.rsplit("/", 1)[1]]],
     )
-    monkeypatch.setattr(baichuan_jax.local_copies, "_send", lambda content, source: content)
+    monkeypatch.setattr(
+        baichuan_jax.checkpoint.local_copies, "_send", lambda content, source: content
+    )
     reports = []
-    assert copies.restore(0, lambda kind, **fields: reports.append(fields["reason"])) is None
+    assert copies.restore(0, lambda event: reports.append(event.reason)) is None
     assert reports == ["not the bits that were saved, on processes [0]"]
     assert not list((tmp_path / "local").iterdir())
 
@@ -159,7 +154,7 @@ def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):
     monkeypatch.setattr(
         baichuan_jax.checkpoint.local_copies.multihost_utils, "broadcast_one_to_all", send
     )
-    monkeypatch.setattr(baichuan_jax.local_copies, "CHUNK", 64)
+    monkeypatch.setattr(baichuan_jax.checkpoint.local_copies, "CHUNK", 64)
     content = np.arange(150, dtype=np.float32).reshape(15, 10)
     np.testing.assert_array_equal(_send(content, 0), content)
     assert sent == [64, 64, 32]

@@ -1,0 +1,89 @@
+"""Weights alone: found in a run's folder or a checkpoint, read onto any mesh, written as a folder.
+
+`init_from`, generate, evaluate and export read them here. A folder of weights is a checkpoint
+without optimizer state: `params` and a `run` item with the model's settings and the digests.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from baichuan_jax.checkpoint.orbax import (
+    CorruptCheckpoint,
+    read_run,
+    restore_items,
+    save_arguments,
+)
+from baichuan_jax.checkpoint.state import named_digest
+from baichuan_jax.config.schema import ConfigError, ModelConfig
+from baichuan_jax.model import Params, abstract_model
+from baichuan_jax.resilience.digests import digest
+from baichuan_jax.sharding import Layout
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the newest of a run's folder.
+
+    Raises ConfigError where there is none.
+    """
+    for folder in (path / "checkpoints", path):
+        if (folder / "params").is_dir():
+            return folder
+        entries = folder.iterdir() if folder.is_dir() else []
+        steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
+        if steps:
+            return folder / str(max(steps))
+    raise ConfigError(
+        f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with "
+        "params/)"
+    )
+
+
+def describe(path: Path | str) -> dict[str, Any]:
+    """A checkpoint's `run` item: `config`, `digest`; a run's also has `step` and `tokenizer`."""
+    folder = find_checkpoint(Path(path).absolute())
+    try:
+        return read_run(folder)
+    except CorruptCheckpoint as error:
+        raise _damaged(folder, error) from None
+
+
+def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
+    """The weights, float32, of a run's newest checkpoint or of one checkpoint folder.
+
+    They lie as `layout` says; without one on the first device. Raises ConfigError.
+    """
+    folder = find_checkpoint(Path(path).absolute())
+    try:
+        run = read_run(folder)
+        config = ModelConfig(**run["config"]["model"])
+        _, shapes, axes = abstract_model(config)
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def place(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+            sharding = one if layout is None else layout.sharding(*names)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        target = {"params": jax.tree.map(place, shapes, axes)}
+        digest_of = lambda items: named_digest(jax.jit(digest), items)
+        return config, restore_items(folder, target, run["digest"], digest_of)["params"]
+    except CorruptCheckpoint as error:
+        raise _damaged(folder, error) from None
+
+
+def save_params(path: Path | str, config: ModelConfig, params: Params) -> None:
+    """Write weights as a checkpoint folder that `init_from` and load_params read."""
+    items = {"params": params}
+    run = {
+        "config": {"model": dataclasses.asdict(config)},
+        "digest": named_digest(jax.jit(digest), items),
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(path).absolute(), args=save_arguments(items, run))
+
+
+def _damaged(folder: Path, error: CorruptCheckpoint) -> ConfigError:
+    return ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run")
