@@ -55,9 +55,12 @@ from baichuan_jax.runs.events import (
 )
 from baichuan_jax.runs.folder import Run
 
-TICK = 0.2  # seconds between two looks at everything
-PORTS = 100  # tried from --port upward
-KILLED = -signal.SIGKILL  # the exit code of processes that are lost with their host
+# Seconds between two looks at files and processes.
+TICK = 0.2
+# Ports that are tried from --port upward.
+PORTS = 100
+# The exit code of processes that are lost with their host.
+KILLED = -signal.SIGKILL
 
 
 class Supervisor:
@@ -72,7 +75,8 @@ class Supervisor:
         patience = 2 * config.resilience.silence_seconds
         self.heartbeats = HostHeartbeats(self.launches, self.host, options.address, patience)
         self.children: dict[int, subprocess.Popen] = {}
-        self.asked = 0  # signals so far that ask to stop
+        # Signals so far that ask to stop.
+        self.asked = 0
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
@@ -90,6 +94,7 @@ class Supervisor:
             self._take_part(launch, plan)
             found = self._agree_on_verdict(launch, plan)
             if not found.restart:
+                # Once for the run, not on every host.
                 if self.host == plan.hosts[0]:
                     show_accounting(Display(), account(self.run.path))
                 return found.code
@@ -147,6 +152,7 @@ class Supervisor:
             plan = launch.read(LaunchPlan)
             if plan is not None:
                 return plan
+            # In every round anew: another host may have come, or have written the plan.
             alive, waited = self._alive(before, began), time.monotonic() - began
             minimum = options.min_hosts
             hosts = choose_hosts(
@@ -199,6 +205,7 @@ class Supervisor:
             hosts = ", ".join(plan.hosts)
             say(f"launch {launch.number} runs on {hosts}; {self.host} is a spare")
             return
+        # Its processes ended before this supervisor was started (_first_launch).
         if launch.read(HostEnd, self.host) is not None:
             return
         coordinator = self._coordinator(launch, plan)
@@ -217,6 +224,7 @@ class Supervisor:
 
         None where that host was lost before it did.
         """
+        # Only its own host can tell which of its ports are free.
         first = plan.hosts[0]
         if self.host == first:
             address = self._free_address(launch)
@@ -278,6 +286,7 @@ class Supervisor:
                 codes=tuple(codes),
                 can_grow=self._can_grow(plan),
             )
+            # A process that is killed now has ended by the next round.
             action, seen = next_action(status, seen, time.monotonic())
             for process in action.kill:
                 killed.add(process)
@@ -304,6 +313,7 @@ class Supervisor:
         for host in set(plan.hosts) - {self.host}:
             ended = launch.read(HostEnd, host)
             if ended is not None:
+                # None at all: its supervisor was started again and wrote an empty end.
                 codes += [end.code for end in ended.exits.values()] or [KILLED]
             elif self.heartbeats.lost(host):
                 codes.append(KILLED)
@@ -311,6 +321,7 @@ class Supervisor:
 
     def _can_grow(self, plan: LaunchPlan) -> bool:
         """Whether ready hosts could enlarge a launch that is too small. Its first host decides."""
+        # Saved and restarted, so the run must gain: only counts that divide mesh and batch.
         hosts, wanted = plan.hosts, self.options.hosts
         if self.host != hosts[0] or len(hosts) >= wanted:
             return False
@@ -330,6 +341,7 @@ class Supervisor:
                     checkpoint=self._newest_checkpoint(),
                     now=time.time(),
                 )
+                # One line in the events, from the host whose verdict counts.
                 if launch.claim(record):
                     append_event(self.run.path, _event_of(launch, plan, record))
             time.sleep(TICK)

@@ -1,1 +1,1 @@
-"""Faults: exit codes that mean something, and signals that ask a run to stop."""
+"""Faults of a run: how they are noticed, attributed to a host, survived and accounted for."""

@@ -23,7 +23,8 @@ from baichuan_jax.resilience.launch_files import ProcessEnd, Report, Verdict
 
 # Exit codes of an exception: Python's own 1 and 2 where the program never began, and ours.
 EXCEPTION_CODES = (1, 2, Cause.EXCEPTION.exit_code)
-MIN_HOSTS_OF_MAJORITY = 3  # of two hosts, neither is the odd one
+# Of two hosts, neither is the odd one.
+MIN_HOSTS_OF_MAJORITY = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,11 @@ class _Evidence:
     def name(self, cause: Cause, rule: str, processes: Iterable[int], evidence: str) -> Verdict:
         """A verdict on these processes; on nobody where they belong to several hosts."""
         found = tuple(sorted(processes))
+        # Several processes of one host are one culprit: they share its devices and its network.
         theirs = sorted({self.hosts[process] for process in found})
         if len(theirs) == 1:
             return Verdict(cause, rule, evidence, theirs[0], found)
+        # Of hundreds of hosts, a few tell where to look.
         shown = ", ".join(theirs[:4])
         return Verdict(cause, rule, f"{evidence}; no host named: {len(theirs)} hosts ({shown})")
 
@@ -76,6 +79,7 @@ def attribute_fault(
     its last heartbeat; `ends` to how it ended, where a supervisor knows.
     """
     codes = [end.code for end in ends.values()]
+    # A host that was lost has no codes, so a launch without them all is not complete.
     if len(codes) == len(hosts) and set(codes) == {0}:
         return Verdict(Cause.COMPLETED, "exit codes", "every process ended with 0")
     known = _Evidence(hosts, reports, ends)
@@ -89,6 +93,7 @@ def attribute_fault(
     for rule in INDIRECT:
         if (verdict := rule(known)) is not None:
             return verdict
+    # Nothing tells the hosts apart; whoever reads the verdict may see more in where they were.
     seen = [p for p in sorted(hosts) if p in reports]
     places = "; ".join(f"process {p} on {hosts[p]} {known.where([p])}" for p in seen)
     cause = Cause.HANG if known.exit_reports else Cause.UNKNOWN
@@ -101,6 +106,7 @@ def _checked(known: _Evidence) -> Verdict | None:
     if not errors:
         return None
     text = next(iter(errors.values()))
+    # All processes take part in a check, so their findings agree; any one of them may be missing.
     named = {p for process in errors for p in known.exit_reports[process].named}
     if not named:
         return Verdict(Cause.BAD_HOST, "named by a check", text)
@@ -119,6 +125,7 @@ def _killed(known: _Evidence) -> Verdict | None:
         first = set(signals)
     if not first:
         return None
+    # Usually SIGKILL: the kernel's out-of-memory killer, or a person.
     names = ", ".join(sorted({signal.Signals(signals[process]).name for process in first}))
     evidence = f"{names} {known.where(first)}"
     return known.name(Cause.KILLED, "ended by a signal", first, evidence)
@@ -144,6 +151,7 @@ def _could_not_save(known: _Evidence) -> Verdict | None:
 
 
 def _configuration(known: _Evidence) -> Verdict | None:
+    # A process that refuses its settings before the watch begins leaves its code only.
     code = Cause.CONFIGURATION.exit_code
     errors = known.errors(Cause.CONFIGURATION)
     refused = [process for process, end in known.ends.items() if end.code == code]
@@ -152,6 +160,7 @@ def _configuration(known: _Evidence) -> Verdict | None:
 
 
 def _exception(known: _Evidence) -> Verdict | None:
+    # Where there is a report, it decides: a lost peer is an exception too, and exits with 76.
     by_code = {
         process: f"exit code {end.code}"
         for process, end in known.ends.items()
@@ -165,6 +174,7 @@ def _raised(known: _Evidence, cause: Cause, rule: str, errors: dict[int, str]) -
     """Processes that ended by an error of their own, with its first line as evidence."""
     if not errors:
         return None
+    # One line: equal errors of two launches must compare equal (policy.decide).
     lines = next(iter(errors.values())).splitlines()
     evidence = f"{lines[0][:300] if lines else ''} {known.where(errors)}"
     return known.name(cause, rule, errors, evidence)
@@ -179,6 +189,7 @@ def _numerics(known: _Evidence) -> Verdict | None:
 def _did_not_end(known: _Evidence) -> Verdict | None:
     """A process had to be stopped, without an exit report: those that ended waited for it."""
     found = set(known.hosts) - known.left - set(known.exit_reports)
+    # If nobody ended by itself, somebody stopped them all, and nothing follows.
     if not found or not known.left:
         return None
     return known.name(Cause.SILENT, "did not end", found, f"last {known.where(found)}")
@@ -187,6 +198,7 @@ def _did_not_end(known: _Evidence) -> Verdict | None:
 def _not_in_the_collective(known: _Evidence) -> Verdict | None:
     """The one host in a phase that waits for nobody, while the others wait."""
     exits = known.exit_reports
+    # All others need it for their collective, and it does not need them.
     alone = {process for process, report in exits.items() if report.phase in ALONE}
     if not alone or len(alone) == len(exits):
         return None
@@ -196,6 +208,7 @@ def _not_in_the_collective(known: _Evidence) -> Verdict | None:
 def _lowest_step(known: _Evidence) -> Verdict | None:
     """The one host that has done fewer steps than all others."""
     exits = known.exit_reports
+    # Steps count when they are dispatched, so the others may be one ahead of the one that hangs.
     steps = sorted({report.step for report in exits.values()})
     if len(steps) < 2:
         return None
@@ -212,6 +225,7 @@ def _minority_stack(known: _Evidence) -> Verdict | None:
     enough = len({known.hosts[process] for process in places}) >= MIN_HOSTS_OF_MAJORITY
     if not enough or len(counts) != 2:
         return None
+    # Two places exactly: with more, the processes are on their way and not stuck.
     (_, most), (rare, few) = counts.most_common()
     if few >= most:
         return None

@@ -41,6 +41,7 @@ class Channel:
 
     def seal(self) -> None:
         """Publish no more heartbeats. Does not wait for one that is under way."""
+        # Without the lock, which a blocked board may hold for ever.
         self._sealed = True
 
 
@@ -52,6 +53,7 @@ class Peers:
         self._silence_seconds = silence_seconds
         self._beats: dict[int, int] = {}
         self._monitor: HeartbeatMonitor[int] = HeartbeatMonitor()
+        # Both boards' threads hear, and one may come while the other is at it.
         self._lock = threading.Lock()
 
     def hear(self, reports: Mapping[int, Report], own: int) -> None:

@@ -22,7 +22,9 @@ class Cause(enum.StrEnum):
     """
 
     exit_code: int
+    # Whether a restart may help. A scheduler that knows only the code may act on it.
     restart: bool
+    # One sentence for tables and messages.
     meaning: str
 
     COMPLETED = "completed", 0, False, "complete"
@@ -40,6 +42,7 @@ class Cause(enum.StrEnum):
     INTERRUPTED = "interrupted", 130, False, "a second Ctrl-C; not saved"
 
     def __new__(cls, word: str, exit_code: int, restart: bool, meaning: str) -> "Cause":
+        # The value is the word alone, so that Cause("hang") reads what a file holds.
         member = str.__new__(cls, word)
         member._value_ = word
         member.exit_code, member.restart, member.meaning = exit_code, restart, meaning
@@ -49,9 +52,9 @@ class Cause(enum.StrEnum):
 def exit_code_table() -> list[tuple[str, str, str, str]]:
     """Rows of exit code, its causes, whether a restart may help (yes, no), meaning."""
     rows = []
+    # Causes with one code stand next to each other above.
     for code, group in itertools.groupby(Cause, lambda cause: cause.exit_code):
         causes = list(group)
-        # Causes that share a code share what follows: a supervisor has only the code to act on.
         restart = "yes" if causes[0].restart else "no"
         meaning = "; ".join(cause.meaning for cause in causes)
         rows.append((str(code), ", ".join(causes), restart, meaning))
@@ -78,6 +81,7 @@ class BadHost(RuntimeError):
         self.processes = processes
 
 
+# In this order: an exception of two kinds has the first cause.
 EXCEPTIONS: dict[type[BaseException], Cause] = {
     ConfigError: Cause.CONFIGURATION,
     NumericsError: Cause.NUMERICS,
@@ -124,6 +128,7 @@ def cause_among_peers(error: BaseException) -> Cause:
     # A failed save too: when a peer is lost, Orbax's barrier fails and the save with it.
     if cause not in (Cause.EXCEPTION, Cause.STORAGE):
         return cause
+    # The error that says so may be wrapped, as in a SaveFailed.
     link: BaseException | None = error
     while link is not None:
         text = str(link)

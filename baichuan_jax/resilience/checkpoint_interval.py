@@ -16,8 +16,10 @@ from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, of_
 # Before a run has faults of its own: Llama 3's 54 days on 16,384 GPUs had 419 (Grattafiori et al.
 # 2024), one in 50,700 GPU-hours.
 DEVICE_SECONDS_PER_FAULT = 50_700 * 3600.0
-MAX_BLOCKED_SHARE = 0.01  # of the time, for which saves may block the loop
-HEADROOM = 1.5  # saves begin at least this many times a save's duration apart
+# Saves may block the loop for this share of the time.
+MAX_BLOCKED_SHARE = 0.01
+# Saves begin at least this many times a save's duration apart, so that they do not overlap.
+HEADROOM = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ def fault_history(events: Sequence[Event]) -> FaultHistory:
     begun = of_kind(events, Started)
     if not begun:
         return FaultHistory()
+    # A launch that was killed has written nothing of its end: it is counted by its beginning.
     good = sum(isinstance(event, Interrupted | Completed) for event in events)
     return FaultHistory(max(0, len(begun) - good), events[-1].time - begun[0].time)
 

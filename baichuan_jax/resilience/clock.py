@@ -18,7 +18,8 @@ DATA, DISPATCH, WAIT, CHECKPOINT, EVALUATE = LOOP = (
     "checkpoint",
     "evaluate",
 )
-ALONE = (DATA,)  # the phases of the loop in which a process waits for no other
+# The phases of the loop in which a process waits for no other.
+ALONE = (DATA,)
 
 
 class Clock:
@@ -44,6 +45,7 @@ class Clock:
             began = self._now[1]
             self._charge()
             self.longest[phase] = max(self.longest.get(phase, 0.0), self._since - began)
+            # The outer phase counts from here on: its age is the time without any change.
             self._stack.pop()
             self._now = (self._stack[-1], self._since)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from baichuan_jax.resilience.launch_files import Report
 
-TIMEOUT_SECONDS = 300.0  # hosts may begin this far apart: imports and a cold file system
+# Hosts may begin this far apart: they import from a cold file system.
+TIMEOUT_SECONDS = 300.0
 
 
 class ReportService:
@@ -23,6 +24,7 @@ class ReportService:
 
     def publish(self, report: Report) -> None:
         """Replace the report of its process."""
+        # A key may be set only once unless overwriting is allowed.
         key = f"report/{report.process}"
         self._client.key_value_set(key, report.to_json(), allow_overwrite=True)
 
@@ -61,9 +63,11 @@ def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]
     """
     client = _client()
     if client is None:
+        # Through JSON here too, so that one process meets what several would: tuples become lists.
         return [json.loads(json.dumps(value))]
     # Six digits, so that the order of the keys is that of the processes.
     client.key_value_set(f"gathered/{name}/{_process_id():06}", json.dumps(value))
+    # Nobody reads before everybody has written.
     client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
 

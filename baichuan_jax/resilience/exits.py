@@ -36,6 +36,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     """Run a command's main function; exit with its code, or with that of its error's cause."""
     try:
         code = command()
+    # These name what is wrong and what to do; a traceback would hide it.
     except tuple(EXCEPTIONS) as error:
         say(f"error: {error}")
         code = cause_of(error).exit_code
@@ -61,6 +62,7 @@ def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Ite
         return
     asked = False
 
+    # A handler runs between two bytecodes of the main thread, so it must do little.
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
@@ -70,6 +72,7 @@ def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Ite
         asked = True
         on_stop(signal.Signals(number).name)
 
+    # Put back afterwards: a notebook has handlers of its own.
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: on_trace())
     try:

@@ -37,6 +37,7 @@ CATEGORIES = (
     "hang",
     "restart",
 )
+# Categories of the clock's phases; all others belong to a launch's start.
 _CATEGORY_OF = {
     DATA: "data",
     DISPATCH: "steps",
@@ -52,42 +53,46 @@ _CATEGORY_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A launch (`attempt`, as in events) that ended in a fault. Seconds are None where not known.
+    """A launch that ended in a fault. Seconds are None where they are not known."""
 
-    `detect`: from the last sign of health to the first sign of the fault; `localise`: from there to
-    the verdict; `recover`: from the first sign to the first step of the next launch.
-    """
-
+    # The number of the launch, under the name that events have for it.
     attempt: int
+    # When the first sign of the fault came, in seconds since the epoch.
     time: float
     cause: str
     host: str | None
     processes: tuple[int, ...]
     rule: str
     evidence: str
+    # From the last sign of health to the first sign of the fault.
     detect: float | None
+    # From there to the verdict.
     localise: float
+    # From the first sign to the first step of the next launch.
     recover: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Accounting:
-    """`seconds` by CATEGORIES, which add up to `total`; `goodput` is the share of `steps` in it.
-
-    `own_seconds` are those of the newest launch's processes; see Report.
-    """
+    """Where the time of a run went."""
 
     launches: int
+    # From the first launch's beginning to the last one's end.
     total: float
+    # By CATEGORIES; they add up to the total.
     seconds: dict[str, float]
+    # Steps that were done again after a fault.
     lost_steps: int
     faults: list[Fault]
+    # Checkpoints, and for how long they blocked the loop.
     saves: int
     blocked_seconds: float
+    # Process -> Report.own_seconds, of the newest launch.
     own_seconds: dict[int, float]
 
     @property
     def goodput(self) -> float:
+        """The share of the total in steps that count."""
         return self.seconds["steps"] / self.total if self.total else 0.0
 
     @property
@@ -160,9 +165,11 @@ def _faults(path: Path, events: list[Event], steps: list[dict[str, Any]]) -> lis
     launches = Launches(path / "attempts")
     faults = []
     for verdict in of_kind(events, VerdictReached):
+        # Launches that ended as they should have a verdict too.
         if verdict.cause in (Cause.COMPLETED, Cause.PREEMPTED):
             continue
         reports = launches[verdict.attempt].reports()
+        # Process 0's clock and the supervisors' may differ by a moment: no time is negative.
         signs = [_last_good(reports[p]) for p in verdict.processes if p in reports]
         again = [line["time"] for line in steps if line["time"] > verdict.concluded]
         recover = again[0] - verdict.detected if again and verdict.restart else None
@@ -184,6 +191,7 @@ def _faults(path: Path, events: list[Event], steps: list[dict[str, Any]]) -> lis
 
 def _last_good(report: Report) -> float:
     """When a process was last healthy: as it entered the phase in which it hung, else now."""
+    # A hung process went on sending heartbeats, so its last report is no sign of health.
     return report.time - report.age if report.cause == Cause.HANG else report.time
 
 

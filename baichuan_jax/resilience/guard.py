@@ -26,9 +26,11 @@ from baichuan_jax.runs.events import (
     of_kind,
 )
 
-WINDOW = 128  # steps that say what is usual
-ENOUGH = 64  # steps of it that must be there before anything is called a spike
-DEVIATION_OF_MAD = 1.4826  # of a normal distribution
+# Steps that say what is usual, and how many must be there before anything is called a spike.
+WINDOW = 128
+ENOUGH = 64
+# The standard deviation of a normal distribution, as a multiple of its MAD.
+DEVIATION_OF_MAD = 1.4826
 # A steady curve has a tiny spread; a spike is at least this share above the median as well.
 FLOOR = 0.2
 # Steps in a row above the limit that make a spike. One large gradient is clipped and does no harm:
@@ -48,6 +50,7 @@ class Spikes:
 
     def __init__(self, mads: float, losses: list[float]) -> None:
         self._mads = mads
+        # Losses are known from before a restart; gradient norms begin anew.
         self._windows = {"loss": deque(losses[-WINDOW:], WINDOW), "grad_norm": deque(maxlen=WINDOW)}
         self._above = dict.fromkeys(IN_A_ROW, 0)
 
@@ -60,8 +63,9 @@ class Spikes:
 
     def _check(self, name: str, value: float) -> Spike | None:
         window = self._windows[name]
+        # The loop counts these itself.
         if not math.isfinite(value):
-            return None  # the loop counts these
+            return None
         if len(window) >= ENOUGH:
             median = statistics.median(window)
             spread = statistics.median(abs(other - median) for other in window) * DEVIATION_OF_MAD
@@ -105,7 +109,8 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
     windows = [(begin, end) for begin, end in skip]
     skipped = of_kind(events, WindowSkipped)
     windows += [(event.begin, event.end) for event in skipped]
-    newest: NumericsFault | Corruption | None = None  # the newest fault that is not answered yet
+    # The newest fault that no launch has answered yet.
+    newest: NumericsFault | Corruption | None = None
     for event in events:
         if isinstance(event, NumericsFault | Corruption):
             newest = event
@@ -116,6 +121,7 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
     if isinstance(newest, Corruption):
         answer = RolledBack(before=newest.step, reason=newest.reason)
         return Rollback(tuple(windows), newest.step, 0, (answer,))
+    # Windows that overlap are one place: a spike may be noticed a step earlier or later.
     before = of_kind(events, NumericsFault)[:-1]
     repeats = sum(fault.begin < newest.end and newest.begin < fault.end for fault in before)
     recorded: list[RolledBack | WindowSkipped] = []
@@ -126,6 +132,8 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
                 f"been left out already (resilience.max_skips={max_skips}), so it is not the data; "
                 "lower optimizer.learning_rate, or look at events.jsonl"
             )
+        # One checkpoint further back each time (`back` is `repeats`): the state that the fault
+        # grew from may have been saved already.
         windows.append((newest.begin, newest.end))
         recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))
     recorded.append(RolledBack(before=newest.step, skipped=bool(repeats), reason=newest.reason))

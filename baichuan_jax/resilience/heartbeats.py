@@ -19,7 +19,8 @@ from typing import Any, Generic, TypeVar
 
 from baichuan_jax.resilience.launch_files import HostHeartbeat, Launches
 
-BEAT = 1.0  # seconds between heartbeats: together under 0.1 % of a core
+# Seconds between heartbeats. One costs under 0.1 % of a core's second (a test measures it).
+BEAT = 1.0
 # Seconds between two looks at the others. Twice a heartbeat: a look may come just before one.
 LOOK = 2 * BEAT
 
@@ -48,6 +49,7 @@ class HeartbeatMonitor(Generic[Peer]):
         """Take in the newest heartbeats."""
         with self._lock:
             now = self._clock()
+            # Give every peer the time by which this look is late.
             late = max(0.0, now - self._looked - LOOK)
             self._began += late
             for seen in self._seen.values():
@@ -73,8 +75,9 @@ class HeartbeatMonitor(Generic[Peer]):
         return tuple(sorted(found))
 
     def alive(self, seconds: float) -> set[Peer]:
-        """Peers whose heartbeat changed within this time. An old file alone is no sign of life."""
+        """Peers whose heartbeat changed within this time."""
         with self._lock:
+            # The first heartbeat that is seen may be the old file of a supervisor that is dead.
             return {
                 peer
                 for peer, seen in self._seen.items()
@@ -103,6 +106,7 @@ class HostHeartbeats:
         """Publish this host's heartbeat and look at the others'. Raises OSError."""
         self._beat += 1
         own = HostHeartbeat(self._address, os.getpid(), self._beat)
+        # Look even where the write fails: a full disk can still be read.
         try:
             self._launches.write_heartbeat(self._host, own)
         finally:
@@ -110,6 +114,7 @@ class HostHeartbeats:
 
     def alive(self) -> set[str]:
         """Hosts whose supervisors live, this one's included once it has begun to publish."""
+        # A change in one's own file is not waited for: that would delay a launch by a heartbeat.
         own = {self._host} if self._beat else set()
         return self._monitor.alive(self._seconds) | own
 

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.runs.files import write_atomically
 
+# The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
 
 
@@ -41,6 +42,7 @@ class _Record:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """An unknown field is dropped, and a missing one has its default: versions may differ."""
+        # JSON has lists only, and a frozen record has tuples.
         known = {field.name for field in dataclasses.fields(cls)} & set(content)
         values = {name: content[name] for name in known}
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
@@ -86,30 +88,31 @@ class Coordinator(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Report(_Record):
-    """One process at one moment: a heartbeat while it works, an exit report once it must leave.
-
-    `beat` grows with every heartbeat; `age` is the seconds spent in `phase`; `seconds` its time by
-    phase; `own_seconds` a step's median time outside of what it does together with others. Only an
-    exit report has a `cause`, the text of its `error`, `stack` (the main thread's functions,
-    innermost last), `silent` (processes whose heartbeat timed out) and `named` (processes that a
-    check found bad).
-    """
+    """One process at one moment: a heartbeat while it works, an exit report once it must leave."""
 
     name: ClassVar[str] = "process"
     process: int
     host: str
     pid: int = 0
+    # Grows with every heartbeat.
     beat: int = 0
     time: float = 0.0
     step: int = 0
     phase: str = "start"
+    # Seconds in this phase so far.
     age: float = 0.0
+    # A step's median seconds outside of what it does together with the others.
     own_seconds: float | None = None
+    # Seconds by phase since the process began.
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    # From here on for an exit report only: why it leaves, and the text of its error.
     cause: Cause | None = None
     error: str | None = None
+    # Functions on the main thread's stack, innermost last.
     stack: tuple[str, ...] = ()
+    # Processes whose heartbeat timed out, as this one sees it.
     silent: tuple[int, ...] = ()
+    # Processes that a check found bad.
     named: tuple[int, ...] = ()
 
     @classmethod
@@ -120,24 +123,21 @@ class Report(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessEnd(_Record):
-    """How a process ended: its exit code, negative for a signal, and when.
+    """How a process ended, and when (seconds since the epoch)."""
 
-    `stopped`: its supervisor killed it, so the code says nothing.
-    """
-
+    # Negative for a signal.
     code: int
+    # Its supervisor killed it, so the code says nothing.
     stopped: bool = False
     time: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class HostEnd(_Record):
-    """How the processes of a host ended; empty where its supervisor was lost with them.
-
-    `asked`: somebody asked its supervisor to stop.
-    """
+    """How the processes of a host ended; empty where its supervisor was lost with them."""
 
     name: ClassVar[str] = "ended"
+    # Somebody asked its supervisor to stop.
     asked: bool = False
     exits: dict[int, ProcessEnd] = dataclasses.field(default_factory=dict)
 
@@ -149,15 +149,13 @@ class HostEnd(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict(_Record):
-    """The cause of a launch's end and whom it is attributed to; see attribution.py.
-
-    `rule` is the rule that decided, `evidence` what it saw. `host` and `processes` are None and ()
-    where the fault cannot be attributed to one host.
-    """
+    """The cause of a launch's end and whom it is attributed to; see attribution.py."""
 
     cause: Cause
+    # The rule that decided, and what it saw.
     rule: str
     evidence: str
+    # None and () where the fault cannot be attributed to one host.
     host: str | None = None
     processes: tuple[int, ...] = ()
 
@@ -177,14 +175,13 @@ class Verdict(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class History(_Record):
-    """What the next plan must know of the launches before it.
+    """What the next plan must know of the launches before it."""
 
-    `attributed`: host -> how often a fault was attributed to it; `hosts` of the newest launch;
-    `fruitless`: launches in a row that reached no checkpoint after step `checkpoint`.
-    """
-
+    # Host -> how often a fault was attributed to it.
     attributed: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Of the newest launch, in the order of their processes.
     hosts: tuple[str, ...] = ()
+    # Launches in a row that reached no checkpoint after this step.
     fruitless: int = 0
     checkpoint: int | None = None
 
@@ -196,20 +193,20 @@ class History(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class VerdictRecord(_Record):
-    """The verdict on a launch and what follows: restart, or stop with `code`, for `reason`.
-
-    `detected` is when the first sign of the fault came, `concluded` when the verdict was reached,
-    `checkpoint` the newest saved step, `lost` the hosts whose supervisors ended too.
-    """
+    """The verdict on a launch, and what follows from it."""
 
     name: ClassVar[str] = "verdict"
     verdict: Verdict
+    # Restart, or stop with this exit code; and why.
     restart: bool
     code: int
     reason: str
+    # When the first sign of the fault came, and when the verdict was reached.
     detected: float
     concluded: float
+    # The newest saved step.
     checkpoint: int
+    # Hosts whose supervisors ended with the launch.
     lost: tuple[str, ...]
     history: History
 
@@ -253,6 +250,7 @@ class LaunchFolder:
         leave an empty file where its writer is killed.
         """
         file = self._file(type(record), None)
+        # Complete and on the disk before it has its name: no reader sees half of a plan.
         draft = file.with_name(f".{record.name}-{uuid.uuid4().hex}.json")
         write_atomically(draft, record.to_json().encode())
         try:
@@ -292,6 +290,7 @@ class Launches:
 
     def numbers(self) -> list[int]:
         """The numbers of the launches so far, in their order."""
+        # The folder also holds hosts/ and drafts.
         found = self.path.glob("[0-9]*")
         return sorted(int(path.name) for path in found if path.name.isdigit())
 

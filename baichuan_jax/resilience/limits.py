@@ -8,8 +8,10 @@ first of its kind compiles, packs or restores, so it has the limit of a start.
 from baichuan_jax.config.schema import ResilienceConfig
 from baichuan_jax.resilience.clock import CHECKPOINT, EVALUATE, LOOP, WAIT, Clock
 
-PATIENCE = 5  # a phase may last this many times its longest so far
-LONG_PHASES = {CHECKPOINT: 10, EVALUATE: 10}  # times hang_seconds: many steps' work, or a slow disk
+# A phase may last this many times its longest so far.
+PATIENCE = 5
+# Times hang_seconds: a validation is the work of many steps, and a shared disk may be slow.
+LONG_PHASES = {CHECKPOINT: 10, EVALUATE: 10}
 
 
 class PhaseLimits:

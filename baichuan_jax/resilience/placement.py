@@ -21,23 +21,23 @@ FULL_VARIABLE = "BAICHUAN_JAX_FULL_PROCESSES"
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Process `process` of `processes`, on `host`.
-
-    `folder` is its launch's folder and `supervisor` its supervisor's process id, both None where it
-    has none. `full_processes` are those of a launch on all wanted hosts: where fewer are left, the
-    batch is divided as if it ran on them.
-    """
+    """Process `process` of `processes`, on `host`."""
 
     host: str
     process: int = 0
+    # One until jax has connected them all.
     processes: int = 1
+    # The launch's folder and the supervisor's process id; None without a supervisor.
     folder: LaunchFolder | None = None
     supervisor: int | None = None
+    # Processes of a launch on all wanted hosts. Where fewer are left, each accumulates gradients of
+    # more micro-batches, so that no device needs more memory (Config.on_part).
     full_processes: int | None = None
 
     @classmethod
     def from_environment(cls) -> "Placement":
         """This process's placement, as far as it is known before jax starts."""
+        # JAX_PROCESS_ID may be set without a supervisor too, as Kubernetes does.
         variables = os.environ
         folder, supervisor = variables.get(FOLDER_VARIABLE), variables.get(SUPERVISOR_VARIABLE)
         full = variables.get(FULL_VARIABLE)

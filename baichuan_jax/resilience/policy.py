@@ -24,9 +24,12 @@ from baichuan_jax.resilience.launch_files import (
     VerdictRecord,
 )
 
-MAX_FRUITLESS = 3  # restarts that reach no new checkpoint
-MAX_ATTRIBUTED = 2  # faults of a host, after which it is left out even without a spare
-REJOIN_SECONDS = 5.0  # a restart waits this long for more hosts, once there are enough
+# Restarts in a row that reach no new checkpoint.
+MAX_FRUITLESS = 3
+# Faults of a host, after which it is left out even without a spare: one may be chance.
+MAX_ATTRIBUTED = 2
+# A restart waits this long for more hosts, once there are enough.
+REJOIN_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ def decide(
         return Decision(False, code, cause.meaning)
     if asked:
         return Decision(False, Cause.PREEMPTED.exit_code, "asked to stop")
+    # An exception on one host may be that host's (a full disk, a broken device); on all it is the
+    # program's.
     if cause == Cause.EXCEPTION:
         if verdict.host is None or len(verdict.processes) == processes:
             reason = "an exception on all hosts is a bug: a restart would meet it again"
@@ -96,6 +101,7 @@ def conclude(
         # A check measures the host itself, so its finding weighs as much as two faults.
         weight = MAX_ATTRIBUTED if verdict.cause == Cause.BAD_HOST else 1
         attributed[verdict.host] = attributed.get(verdict.host, 0) + weight
+    # The first exit report or exit code; a process that was stopped is a consequence.
     signs = [report.time for report in reports.values() if report.cause is not None]
     signs += [end.time for end in exits.values() if end.code != 0 and not end.stopped]
     return VerdictRecord(
@@ -148,6 +154,7 @@ def choose_hosts(
 
     good = sorted(alive, key=lambda host: (faults(host), *order(host)))
     trusted = [host for host in good if faults(host) < MAX_ATTRIBUTED]
+    # Those that are not trusted only where too few others are left.
     for candidates in (trusted, good):
         for count in range(min(wanted, len(candidates)), at_least - 1, -1):
             if usable(count):

@@ -10,10 +10,14 @@ import dataclasses
 import statistics
 from collections.abc import Mapping
 
-RATIO = 1.5  # times the median's own time
-FLOOR_SECONDS = 0.005  # above the median
-ROUNDS = 3  # in a row
-MIN_PROCESSES = 3  # of two, neither can be called the slow one
+# A slow process takes this many times the median's own time, and this much more: on a fast
+# machine own times are microseconds, and a multiple of them delays nobody.
+RATIO = 1.5
+FLOOR_SECONDS = 0.005
+# Rounds in a row. One slow round may be another program's doing.
+ROUNDS = 3
+# Of two processes, neither can be called the slow one.
+MIN_PROCESSES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +39,11 @@ class Stragglers:
         """Take in a round; the processes that are stragglers from now on, slowest first."""
         if len(own_seconds) < MIN_PROCESSES:
             return []
+        # The median, since the slow ones themselves would raise a mean.
         median = statistics.median(own_seconds.values())
         limit = max(RATIO * median, median + FLOOR_SECONDS)
         slow = {process for process, own in own_seconds.items() if own > limit}
+        # A process that is not slow now begins anew.
         self._slow = {process: self._slow.get(process, 0) + 1 for process in slow}
         found = [
             Straggler(process, own_seconds[process], median)

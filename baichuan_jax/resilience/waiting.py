@@ -15,42 +15,48 @@ import math
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.policy import REJOIN_SECONDS
 
-EXIT_SECONDS = 10.0  # standing still (2.5), exit reports of others (3), publishing (2), and slack
-PARTING_SECONDS = 90.0  # after the others are done, process 0 still draws and samples
+# After a failure: 2.5 s until a process listens to the others, 3 s for their exit reports, 2 s to
+# publish its own, and slack.
+EXIT_SECONDS = 10.0
+# After a good end: when the others are done, process 0 still draws and samples.
+PARTING_SECONDS = 90.0
 GOOD_CODES = (Cause.COMPLETED.exit_code, Cause.PREEMPTED.exit_code)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What is known of a launch now.
+    """What is known of a launch now."""
 
-    `running`: this host's processes that have not ended. `silent`: those of them whose heartbeat
-    timed out without an exit report. `codes`: exit codes so far, on all hosts. `can_grow`: more
-    hosts are ready, with which the launch could be larger.
-    """
-
+    # This host's processes that have not ended.
     running: frozenset[int]
+    # Those of them whose heartbeat timed out and that left no exit report.
     silent: frozenset[int] = frozenset()
+    # Exit codes so far, on all hosts.
     codes: tuple[int, ...] = ()
+    # More hosts are ready, with which the launch could be larger.
     can_grow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """When (seconds of any clock) the first process ended, the first one failed, and since when the
-    launch could grow: infinity once it was asked to, so that it is asked once."""
+    """What a supervisor remembers of a launch, in seconds of its clock."""
 
+    # When the first process ended, and when the first one failed.
     ended: float | None = None
     failed: float | None = None
+    # Since when the launch could grow; infinity once it was asked to, so that it is asked once.
     growable: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """Processes to kill now; whether to ask all to save and stop; whether the wait is over."""
+    """What to do now."""
 
+    # Processes to kill.
     kill: frozenset[int] = frozenset()
+    # Ask all processes to save and stop, so that the next launch takes in more hosts.
     grow: bool = False
+    # All processes of this host have ended.
     done: bool = False
 
 
@@ -63,11 +69,12 @@ def next_action(status: Status, seen: Seen, now: float) -> tuple[Action, Seen]:
     if not status.running:
         return Action(done=True), seen
     kill = _to_kill(status, seen, now)
+    # A launch that is ending will be planned anew anyway.
     if status.can_grow and not status.codes:
         since = now if seen.growable is None else seen.growable
         grow = now - since > REJOIN_SECONDS
         return Action(kill, grow), dataclasses.replace(seen, growable=math.inf if grow else since)
-    # The other hosts went away again, or the launch ends anyway.
+    # The other hosts went away again: when they come back, they must stay as long.
     if seen.growable != math.inf:
         seen = dataclasses.replace(seen, growable=None)
     return Action(kill), seen

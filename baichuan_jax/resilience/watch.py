@@ -38,10 +38,14 @@ from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.stragglers import Stragglers
 from baichuan_jax.runs.events import StragglerFound
 
-LISTEN = 2.5  # seconds in one phase, after which the others are listened to: most steps are shorter
-GRACE = 3.0  # seconds that others have to publish their exit reports
-PUBLISH = 2.0  # seconds that a board has to take an exit report
-ROUND = 4  # heartbeats between two looks for stragglers
+# Seconds in one phase, after which the others are listened to. Most steps are shorter, so a healthy
+# run reads nothing, and hundreds of processes do not all read hundreds of reports each second.
+LISTEN = 2.5
+# Seconds that others have to publish their exit reports, and a board has to take this process's.
+GRACE = 3.0
+PUBLISH = 2.0
+# Heartbeats between two looks for stragglers, which read all reports, on process 0 alone.
+ROUND = 4
 
 
 class Watch:
@@ -55,6 +59,7 @@ class Watch:
     def __init__(self, config: ResilienceConfig, clock: Clock, attempts: Path) -> None:
         self.step = 0
         self.own_seconds: float | None = None
+        # Shared between threads: what they exchange is either assigned whole or has its own lock.
         self._clock, self._limits = clock, PhaseLimits(config, clock)
         self._launches, self._placement = Launches(attempts), Placement.from_environment()
         self._peers = Peers(config.silence_seconds)
@@ -77,8 +82,10 @@ class Watch:
         self._placement = dataclasses.replace(
             self._placement, process=jax.process_index(), processes=jax.process_count()
         )
+        # The service exists in a group of processes only.
         if (service := report_service()) is not None:
             self._open_channel(service)
+        # Without a supervisor process 0 makes the folder, and the others learn its number.
         if self._placement.folder is None:
             number = agree("launch", lambda: self._launches.begin_unsupervised().number)
             self._placement = dataclasses.replace(self._placement, folder=self._launches[number])
@@ -97,6 +104,7 @@ class Watch:
 
     def stragglers(self) -> list[StragglerFound]:
         """Slow processes found since the last call; on process 0 only."""
+        # The loop asks, and writes the events: a thread of this class must not write to its files.
         found = []
         while not self._found.empty():
             found.append(self._found.get())
@@ -125,7 +133,7 @@ class Watch:
         if not self._placement.alone:
             file = folder.path / f"stacks-{self._placement.process}.txt"
             self._stacks = open(file, "w")  # noqa: SIM115 (closed in __exit__)
-            # For jax's abort, which it answers the loss of its coordination service with.
+            # For a crash, and for jax's abort when its coordination service is lost.
             faulthandler.enable(self._stacks)
         self._open_channel(folder)
 
@@ -147,7 +155,8 @@ class Watch:
                 elif process == 0 and processes > 1 and beat % ROUND == 0:
                     self._look_for_stragglers(stragglers, channel.board)
             except Exception as error:
-                # A board that fails now may work again; the others do not hear this process on it.
+                # A board that fails now may work again. Until then the others do not hear this
+                # process on it, and decide what that means.
                 say(f"heartbeat not published in {type(channel.board).__name__}: {error}")
                 self._closed.wait(5 * BEAT)
 
@@ -167,12 +176,14 @@ class Watch:
         supervisor = self._placement.supervisor
         while not self._closed.wait(BEAT / 2):
             if supervisor is not None and os.getppid() != supervisor:
-                # The other hosts may have begun the next launch without this one.
+                # The supervisor is dead. The other hosts may have begun the next launch without
+                # this one, and two launches must not write the same checkpoints.
                 os._exit(Cause.HANG.exit_code)
             phase, age = self._clock.now
             limit = self._limits.seconds(phase)
             if age > limit and not self._placement.alone:
                 self._leave(Cause.HANG, f"{age:.0f} s in {phase}; its limit is {limit:.0f} s")
+            # Once for each standstill, not twice a second.
             elif age > limit and warned != (phase, self.step):
                 warned = (phase, self.step)
                 say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):")
@@ -197,6 +208,7 @@ class Watch:
     def _leave(self, cause: Cause, error: str) -> None:
         """From the watchdog: publish the exit report, wait for the others', end the process."""
         with self._leaving:
+            # The main thread was faster: it is ending already, well or with an error.
             if self._closed.is_set():
                 return
             report = self._publish_exit_report(cause, error)
@@ -205,6 +217,7 @@ class Watch:
             stacks = self._stacks.name if self._stacks is not None else "none"
             at = f"at step {report.step} in {report.phase}; stacks: {stacks}"
             say(f"\nprocess {process} on {self.host}: {cause}: {error}; {at}")
+            # A supervisor says the verdict itself, with exit codes as evidence too.
             if self._placement.supervisor is None and process == min(reports):
                 say(f"verdict: {self._verdict(reports)}")
             if process == 0:
@@ -222,6 +235,7 @@ class Watch:
     def _publish_exit_report(self, cause: Cause, error: str, named: tuple[int, ...] = ()) -> Report:
         """Publish the exit report on all boards; heartbeats end with it."""
         self._closed.set()
+        # Before the report: where nothing can be published, the stacks are there at least.
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks)
         report = self.report(
@@ -236,6 +250,7 @@ class Watch:
         folder, own = self._placement.folder, self._placement.process
         deadline = time.monotonic() + GRACE
         found = self._peers.exit_reports
+        # Processes from which none will come: silent, or ended without one.
         mute = set(found[own].silent)
 
         def listen() -> None:
@@ -251,6 +266,7 @@ class Watch:
     def fail(self, error: BaseException) -> None:
         """Publish an error as the exit report, at once: the others wait for this process."""
         with self._leaving:
+            # KeyboardInterrupt and SystemExit are no faults.
             if self._placement.alone or self._closed.is_set() or not isinstance(error, Exception):
                 return
             named = error.processes if isinstance(error, BadHost) else ()
@@ -272,6 +288,7 @@ class Watch:
             self._stacks.close()
         if isinstance(error, PeerFailed) or not isinstance(error, Exception):
             return
+        # So the exit code is 76 and not a bug's: this process only met the consequence.
         if not self._placement.alone and cause_among_peers(error) == Cause.PEER:
             raise PeerFailed(f"another process failed: {_first_line(str(error))}") from error
 
@@ -285,7 +302,8 @@ def _first_line(text: str | None) -> str:
 
 
 def _main_stack() -> tuple[str, ...]:
-    """Functions on the main thread's stack, innermost last, without line numbers."""
+    """Functions on the main thread's stack, innermost last."""
+    # Without line numbers, processes that wait at one place have equal stacks.
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     names = []
     while frame is not None:
