@@ -1,10 +1,13 @@
-# `make train` and `make test` set up what they need. ARGS="..." is passed on: make train ARGS="--train.num_steps 60"
+# `make train` and `make test` install what they need. ARGS="..." is passed to the command:
+# make train ARGS="--train.num_steps 60"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos gpu gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
+.PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps \
+  browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos gpu \
+  gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -13,7 +16,7 @@ venv: $(VENV)/.installed  ## make .venv and install requirements.txt
 
 dev: $(VENV)/.installed-dev  ## and what tests and lint need
 
-bench-deps: dev  ## and torch and transformers, for benchmarks and the tests that compare with them
+bench-deps: dev  ## and torch and transformers, which benchmarks and tests compare with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 
 eval-bench-deps: dev  ## and lm-eval, for benchmarks/evaluation.py and the test against it
@@ -34,17 +37,18 @@ browser-deps: dev  ## and playwright, for the tests in a browser (apt-get instal
 train: venv  ## train a small model on bundled text: minutes on two cores
 	exec $(BIN)/python -m baichuan_jax.train --config configs/tiny.yaml $(ARGS)
 
-bench: bench-deps eval-bench-deps data-bench-deps plan-deps  ## every benchmark, small, beside its peers, into docs/benchmarks.md: ten minutes
+bench: bench-deps eval-bench-deps data-bench-deps plan-deps  ## all benchmarks: ten minutes
 	exec $(BIN)/python benchmarks/all.py $(ARGS)
 
 CORPUS := runs/corpus
-corpus: data-deps  ## clean bundled text with planted noise and duplicates, show the funnel, judge the result: minutes
+corpus: data-deps  ## clean bundled text with planted noise, and score the result: minutes
 	$(BIN)/python benchmarks/corpus_truth.py --output $(CORPUS)/truth --megabytes 12
-	$(BIN)/python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input '$(CORPUS)/truth/corpus-*.jsonl' --output $(CORPUS)/cleaned $(ARGS)
+	$(BIN)/python -m baichuan_jax.data.pipeline --config configs/corpus.yaml \
+	  --input '$(CORPUS)/truth/corpus-*.jsonl' --output $(CORPUS)/cleaned $(ARGS)
 	$(BIN)/python benchmarks/corpus_score.py --corpus $(CORPUS)/truth --result $(CORPUS)/cleaned
-	@echo "the funnel: $(CORPUS)/cleaned/funnel.html, funnel.png; what is left: $(CORPUS)/cleaned/final/"
+	@echo "funnel: $(CORPUS)/cleaned/funnel.html and funnel.png; clean text: $(CORPUS)/cleaned/final/"
 
-corpus-scale: data-deps  ## the data pipeline's cost by the corpus's size, 25 to 400 MB: half an hour
+corpus-scale: data-deps  ## cost of the data pipeline by corpus size, 25 to 400 MB: half an hour
 	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
 
 test: dev  ## the tests, about a quarter of an hour on two cores
@@ -65,12 +69,15 @@ chaos: dev  ## real faults at random moments to a real run, losses compared
 # The CUDA of `make gpu`: requirements-cuda12.txt or requirements-cuda13.txt.
 CUDA ?= 13
 BUNDLE := dist/gpu-bundle
-gpu:  ## everything that must be seen on a GPU, nine minutes; from dist/gpu-bundle where it is, else from PyPI (CUDA=12 or 13)
-	@ls /dev/nvidia* >/dev/null 2>&1 || command -v nvidia-smi >/dev/null || { echo "no NVIDIA GPU is seen here; make gpu-rehearse runs on a CPU" >&2; exit 2; }
+gpu:  ## checks and measurements on a GPU, nine minutes; from dist/gpu-bundle or PyPI (CUDA=12, 13)
+	@ls /dev/nvidia* >/dev/null 2>&1 || command -v nvidia-smi >/dev/null || { \
+	  echo "no NVIDIA GPU is seen here; make gpu-rehearse runs on a CPU" >&2; exit 2; }
 	@if [ -d $(BUNDLE) ]; then \
-	  echo "installing $(BUNDLE) beside the packages of $(PYTHON)"; PYTHON=$(PYTHON) bash benchmarks/gpu_bundle.sh $(BUNDLE) $(ARGS); \
+	  echo "installing $(BUNDLE) beside the packages of $(PYTHON)"; \
+	  PYTHON=$(PYTHON) bash benchmarks/gpu_bundle.sh $(BUNDLE) $(ARGS); \
 	else \
-	  echo "no $(BUNDLE): installing requirements-cuda$(CUDA).txt into $(VENV)"; $(MAKE) --silent gpu-from-pypi; \
+	  echo "no $(BUNDLE): installing requirements-cuda$(CUDA).txt into $(VENV)"; \
+	  $(MAKE) --silent gpu-from-pypi; \
 	fi
 
 gpu-from-pypi: venv
@@ -80,13 +87,14 @@ gpu-from-pypi: venv
 gpu-bundle:  ## wheels for a GPU machine without a network, into dist/gpu-bundle
 	$(PYTHON) benchmarks/gpu_bundle.py --output $(BUNDLE)
 
-# Python 3.12 with the packages of benchmarks/gpu_image.txt; a CPU serves.
+# Python 3.12 with the packages of benchmarks/gpu_image.txt, on a CPU.
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
 REHEARSAL := runs/gpu-rehearsal
-gpu-rehearse: .venv-gpu/.installed  ## make gpu at small sizes on a CPU, in the environment of a CUDA 13 image: eight minutes
+gpu-rehearse: .venv-gpu/.installed  ## make gpu at small sizes on a CPU: eight minutes
 	.venv-gpu/bin/python benchmarks/gpu_bundle.py --output $(REHEARSAL)-bundle
 	rm -rf $(REHEARSAL)
-	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh $(REHEARSAL)-bundle --rehearse --minutes 16 --output $(REHEARSAL) $(ARGS)
+	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh \
+	  $(REHEARSAL)-bundle --rehearse --minutes 16 --output $(REHEARSAL) $(ARGS)
 
 lint: dev  ## ruff: lint and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
