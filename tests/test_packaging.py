@@ -14,7 +14,7 @@ from launches import REPOSITORY
 
 from baichuan_jax.config.files import load_config, shipped
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.reader import find_files
+from baichuan_jax.documents.files import find_files
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]

@@ -1,8 +1,11 @@
-"""Text of evaluation sets inside a corpus: sequences of 13 units that both hold; a unit is a Han character, or a word of others.
+"""Finds text of evaluation sets in a corpus: sequences of 13 units that both hold.
 
-Thirteen, and what counts as a formula, follow GPT-3 (arXiv:2005.14165, appendix C). Compared are
-question, passage and options, each by itself; case, width, punctuation and spacing do not count.
-The pipeline removes the documents found (decontaminate.files); this command only looks:
+Input: documents, and files of test questions. Output: the documents that hold a question's text,
+each with the tasks. A unit is a Han character, or a word of another script; case, width,
+punctuation and spacing do not count. Question, passage and options are compared each by itself.
+Thirteen units, and what counts as a formula that many documents share, follow GPT-3 (Brown et al.
+2020, https://arxiv.org/abs/2005.14165, appendix C). The pipeline removes the documents found
+(decontaminate.files); the command only reports them:
 
 `python -m baichuan_jax.data.decontaminate --evaluation 'ceval/*/*.csv' --input 'corpus/*.parquet'`
 """
@@ -21,49 +24,129 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.files import Slice, find_inputs
+from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
 
+if TYPE_CHECKING:
+    # At run time these need pyarrow and daft, which the command does without.
+    from baichuan_jax.data.corpus.config import DecontaminateConfig
+    from baichuan_jax.data.corpus.effects import Effects
+    from baichuan_jax.data.corpus.filter import Corpus
+    from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile
+
 UNITS = 13
-FORMULA = 10  # a sequence that more documents hold is a formula of laws, forms or prayers, not a leak by itself (GPT-3: 10)
-COVERED = 0.5  # share of a text's sequences from which on it is leaked all the same, where it has as many as UNITS
-FIELDS = (
-    "passage",
-    "context",
-    "question",
-    "options",
-    "choices",
-    "A",
-    "B",
-    "C",
-    "D",
-    "E",
-)  # of an item; what else it has is not asked
+# A sequence that more documents hold is a formula of laws, forms or prayers, and no leak by itself
+# (GPT-3: 10).
+FORMULA = 10
+# From this share of a text's sequences on it is leaked all the same, where it has as many as UNITS.
+COVERED = 0.5
+# Fields of an item that are compared. Answers and explanations are not: they are no questions.
+FIELDS = ("passage", "context", "question", "options", "choices", "A", "B", "C", "D", "E")
 _UNIT = re.compile(
     r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
 )
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, n, 1 << 64) for n in range(1, UNITS + 1)], np.uint64)
 
 
-class EvaluationSets:
-    """The 13-grams of evaluation files: CSV with or without a header, JSON, JSONL, or plain text (its paragraphs are the items).
+# The filter
 
-    A task is a file's last two names, splits aside: `ceval/logic` for ceval/val/logic_val.csv.
-    Raises ConfigError where a glob matches nothing, or a file is of no known kind, unreadable, or
-    all hold nothing to look for.
+
+class Decontaminate:
+    """Removes documents that hold text of evaluation sets; the reason names the tasks."""
+
+    name = "decontaminate"
+
+    def __init__(self, config: "DecontaminateConfig") -> None:
+        """Raises ConfigError where a glob matches no file."""
+        self.patterns = config.files
+        self._files = _find_files(config.files)
+
+    def run(self, corpus: "Corpus") -> "Effects":
+        import daft  # pyright: ignore[reportMissingImports]
+        from daft import DataType, col  # pyright: ignore[reportMissingImports]
+
+        from baichuan_jax.data.corpus.effects import Effects
+        from baichuan_jax.data.corpus.parts import stage_key
+        from baichuan_jax.data.corpus.tables import read_stage
+
+        if not self.patterns:
+            return Effects(notes={"evaluation_sets": {}})
+        stats = [(path, os.stat(path)) for path in self._files]
+        files_key = stage_key([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+        grams, _ = corpus.make_parts(
+            "evaluation-grams", [corpus.documents.key, files_key], self._find_grams
+        )
+        sets = _evaluation_sets(tuple(self.patterns))
+
+        def judge() -> Any:
+            rows = read_stage(grams).to_pylist()
+            found = {row["doc"]: np.array(row["grams"], np.int64).view(np.uint64) for row in rows}
+            leaked = sets.judge(found)
+            tasks = [" ".join(held) for held in leaked.values()]
+            table = daft.from_pydict({"doc": list(leaked), "task": tasks})
+            # An empty list has no type of its own.
+            return table.select(
+                col("doc").cast(DataType.int64()), col("task").cast(DataType.string())
+            )
+
+        key, leaked = corpus.make_table("decontaminate", [grams.key], judge)
+        items = {
+            task: {"items": count, "too_short": sets.short[task]}
+            for task, count in sorted(sets.items.items())
+        }
+        removed = leaked.select("doc", col("task").alias("reason"))
+        return Effects(key, removed=removed, notes={"evaluation_sets": items})
+
+    def _find_grams(self, part: "DocumentPart", file: "ParquetFile") -> int:
+        """The 13-grams that documents share with evaluation files. Returns how many share any.
+
+        Whether a gram is a formula is known once all parts are counted, so all are kept here.
+        """
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+        from baichuan_jax.data.corpus.parts import table_of
+
+        sets = _evaluation_sets(tuple(self.patterns))
+        found = []
+        for table in part.read(["doc", "text"]):
+            for doc, text in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                if text is not None and len(grams := sets.find(text)):
+                    found.append((doc, grams.view(np.int64)))
+        schema = pa.schema([("doc", pa.int64()), ("grams", pa.list_(pa.int64()))])
+        file.write(schema.empty_table())
+        file.write(table_of(found, schema))
+        return len(found)
+
+
+@functools.lru_cache(maxsize=1)
+def _evaluation_sets(patterns: tuple[str, ...]) -> "EvaluationSets":
+    """Once for all parts that a worker process makes."""
+    return EvaluationSets(list(patterns))
+
+
+# What is looked for
+
+
+class EvaluationSets:
+    """The 13-grams of evaluation files: CSV with or without a header, JSON, JSONL, or plain text.
+
+    Items of plain text are its paragraphs. A task is a file's last two names without the split:
+    `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a glob matches nothing, a
+    file is of no known kind or unreadable, or all hold nothing to look for.
     """
 
     def __init__(self, patterns: list[str]) -> None:
         self.items: collections.Counter[str] = collections.Counter()
-        self.short: collections.Counter[str] = (
-            collections.Counter()
-        )  # items without any text of 13 units, which cannot be found
+        # Items without any text of 13 units, which cannot be found.
+        self.short: collections.Counter[str] = collections.Counter()
         texts: list[np.ndarray] = []  # unique 13-grams of each text of an item
         tasks: list[str] = []
         for path in _find_files(patterns):
@@ -80,6 +163,7 @@ class EvaluationSets:
             )
         self._task = np.array(tasks)
         self._size = np.array([len(grams) for grams in texts])
+        # All grams of all texts, sorted, each beside its text: found by bisection.
         order = np.argsort(np.concatenate(texts), kind="stable")
         self._grams = np.concatenate(texts)[order]
         self._text = np.repeat(np.arange(len(texts)), self._size)[order]
@@ -90,36 +174,34 @@ class EvaluationSets:
         return grams[self._holds(grams)]
 
     def judge(self, found: dict[Any, np.ndarray]) -> dict[Any, dict[str, int]]:
-        """Of documents that hold an item's text, the tasks, each with a 13-gram that tells; `found`: what `find` gave for each.
+        """Of documents that hold an item's text, the tasks, each with a 13-gram as evidence.
 
-        A document holds it where it has a 13-gram of an item that is no formula (at most FORMULA
-        documents of the corpus have it), or COVERED of those of a longer question, passage or
-        option.
+        `found`: what `find` gave for each document of a whole corpus. A document holds an item's
+        text where it has a 13-gram of it that is no formula (at most FORMULA documents of the
+        corpus have it), or COVERED of those of a longer question, passage or option.
         """
-        distinct, counts = np.unique(
-            np.concatenate([*found.values(), np.zeros(0, np.uint64)]), return_counts=True
-        )
+        everything = np.concatenate([*found.values(), np.zeros(0, np.uint64)])
+        distinct, counts = np.unique(everything, return_counts=True)
         formulas = distinct[counts > FORMULA]
         leaked = {}
         for key, grams in found.items():
             first, last = (np.searchsorted(self._grams, grams, side) for side in ("left", "right"))
-            texts = np.concatenate(
-                [np.zeros(0, int), *(self._text[a:b] for a, b in zip(first, last, strict=True))]
-            )
+            ranges = [self._text[a:b] for a, b in zip(first, last, strict=True)]
+            texts = np.concatenate([np.zeros(0, int), *ranges])
             grams = np.repeat(grams, last - first)
             hits = np.bincount(texts, minlength=len(self._size))
             covered = (hits >= COVERED * self._size) & (self._size >= UNITS)
-            tells = covered[texts] | ~np.isin(grams, formulas)
-            if tells.any():
-                leaked[key] = dict(
-                    sorted(
-                        zip(self._task[texts[tells]].tolist(), grams[tells].tolist(), strict=True)
-                    )
-                )
+            proves = covered[texts] | ~np.isin(grams, formulas)
+            if proves.any():
+                pairs = zip(self._task[texts[proves]].tolist(), grams[proves].tolist(), strict=True)
+                leaked[key] = dict(sorted(pairs))
         return leaked
 
     def shared(self, text: str) -> dict[int, str]:
-        """The sequences of a document that items hold too, as normalised units joined by spaces, by their hashes."""
+        """The sequences of a document that items hold too, by their hashes.
+
+        Each as normalised units joined by spaces.
+        """
         units, grams = _units(text), _grams(text)
         return {
             int(grams[start]): " ".join(units[start : start + UNITS])
@@ -149,13 +231,15 @@ def _units(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _hash(unit: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _grams(text: str) -> np.ndarray:
-    """Hashes of all sequences of 13 units, in order: uint64 [max(0, units - 12)]. Wrap-around is meant."""
+    """Hashes of all sequences of 13 units, in order: uint64 [max(0, units - 12)].
+
+    A sum of the units' hashes, each times a power that depends on its place. Wrap-around is meant.
+    """
     units = _units(text)
     if len(units) < UNITS:
         return np.zeros(0, np.uint64)
@@ -168,9 +252,8 @@ def _grams(text: str) -> np.ndarray:
 
 
 def _task(path: Path) -> str:
-    names = [
-        name for name in path.absolute().with_suffix("").parts if name not in ("dev", "val", "test")
-    ]
+    parts = path.absolute().with_suffix("").parts
+    names = [name for name in parts if name not in ("dev", "val", "test")]
     return "/".join(re.sub(r"_(dev|val|test)$", "", name) for name in names[-2:])
 
 
@@ -191,9 +274,8 @@ def _items(path: Path) -> Iterator[list[str]]:
                 if line.strip():
                     yield from _objects(json.loads(line))
         elif path.suffix == ".txt":
-            yield from (
-                [paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()
-            )
+            paragraphs = re.split(r"\n\s*\n", text)
+            yield from ([paragraph] for paragraph in paragraphs if paragraph.strip())
         else:
             raise ConfigError(
                 f"{path}: expected an evaluation file of kind .csv, .json, .jsonl or .txt"
@@ -205,7 +287,7 @@ def _items(path: Path) -> Iterator[list[str]]:
 
 
 def _objects(value: Any) -> list[list[str]]:
-    """Items inside parsed JSON: the objects that have a question; where there is none, every text."""
+    """Items inside parsed JSON: the objects that have a question; where none has, every text."""
     return list(_questions(value)) or [[text] for text in _strings(value)]
 
 
@@ -225,53 +307,52 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def main(words: list[str]) -> int:
-    """The command. Returns its exit code."""
+# The command
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.data.decontaminate",
-        description="Look for text of evaluation sets in a corpus: 13 characters (Chinese) or words that both hold. Removes nothing; "
-        "the pipeline does, with --decontaminate.files.",
+        description="Look for text of evaluation sets in a corpus: 13 characters (Chinese) or words"
+        " that both hold. Removes nothing; the pipeline does, with --decontaminate.files.",
     )
-    parser.add_argument(
-        "--evaluation",
-        nargs="+",
-        required=True,
-        metavar="GLOB",
-        help="evaluation files: .csv, .json, .jsonl, .txt",
-    )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="GLOB",
-        help="corpus: JSONL, .txt, also .gz, .zst; or Parquet",
-    )
-    parser.add_argument(
-        "--examples", type=int, default=2, help="documents to show of each task (default: 2)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="save the figures")
-    options = parser.parse_args(words)
-    from baichuan_jax.data.corpus.config import (
-        ReadConfig,
-    )  # with pyarrow, which --help does without
-    from baichuan_jax.data.corpus.documents import Record, find_inputs, make_parts, read_records
+    add = parser.add_argument
+    sets = "evaluation files: .csv, .json, .jsonl, .txt"
+    add("--evaluation", nargs="+", required=True, metavar="GLOB", help=sets)
+    corpus = "corpus: JSONL, .txt, also .gz, .zst; or Parquet"
+    add("--input", nargs="+", required=True, metavar="GLOB", help=corpus)
+    shown = "documents to show of each task (default: 2)"
+    add("--examples", type=int, default=2, help=shown)
+    add("--json", metavar="FILE", help="save the results")
+    return parser
 
-    sets = EvaluationSets(options.evaluation)
+
+def _look(sets: EvaluationSets, patterns: list[str]) -> tuple[int, dict, dict]:
+    """How many documents there are; by (file, line) the grams that are shared, and their texts.
+
+    Raises ConfigError at the first problem: a count that leaves documents out would look like a
+    clean corpus.
+    """
+    documents = 0
     found: dict[tuple[str, int], np.ndarray] = {}
     shared: dict[tuple[str, int], dict[int, str]] = {}
-    documents = 0
-    for part in make_parts(find_inputs(options.input)):
-        for piece in part:
-            for record in read_records(piece, ReadConfig()):
-                if record.reason is not None or not isinstance(record, Record):
-                    raise ConfigError(
-                        f"{record.path}, line {record.line}: {record.reason}: {record.detail}"
-                    )
-                documents += 1
-                grams = sets.find(record.text)
-                if len(grams):
-                    found[record.path, record.line] = grams
-                    shared[record.path, record.line] = sets.shared(record.text)
+    for path in find_inputs(patterns):
+        for entry in read_documents(Slice(path), Fields()):
+            if not isinstance(entry, Document):
+                raise ConfigError(str(entry))
+            documents += 1
+            grams = sets.find(entry.text)
+            if len(grams):
+                found[entry.path, entry.line] = grams
+                shared[entry.path, entry.line] = sets.shared(entry.text)
+    return documents, found, shared
+
+
+def main(argv: list[str]) -> int:
+    """The command. Returns its exit code."""
+    options = _parser().parse_args(argv)
+    sets = EvaluationSets(options.evaluation)
+    documents, found, shared = _look(sets, options.input)
     leaked = sets.judge(found)
     places = {task: [key for key, tasks in leaked.items() if task in tasks] for task in sets.items}
     table = Table("task", "items", "too short", "documents with its text")
@@ -279,36 +360,31 @@ def main(words: list[str]) -> int:
         table.add_row(task, f"{sets.items[task]:,}", f"{sets.short[task]:,}", f"{len(keys):,}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    evidence = lambda key, task: shared[key][leaked[key][task]]
     for task, keys in places.items():
-        for key in keys[: options.examples]:
-            console.print(
-                f"{task}: {key[0]}, line {key[1]}: {shared[key][leaked[key][task]]}", markup=False
-            )
+        for file, line in keys[: options.examples]:
+            text = evidence((file, line), task)
+            console.print(f"{task}: {file}, line {line}: {text}", markup=False)
     formulas = len(found) - len(leaked)
     console.print(
-        f"{len(leaked):,} of {documents:,} documents hold text of an evaluation set; {formulas:,} more hold formulas only"
+        f"{len(leaked):,} of {documents:,} documents hold text of an evaluation set; "
+        f"{formulas:,} more hold formulas only"
     )
     if options.json:
-        figures = {
-            "documents": documents,
-            "contaminated": len(leaked),
-            "formulas_only": formulas,
-            "tasks": {
-                task: {
-                    "items": sets.items[task],
-                    "too_short": sets.short[task],
-                    "documents": len(keys),
-                    "places": [
-                        {"file": key[0], "line": key[1], "shared": shared[key][leaked[key][task]]}
-                        for key in keys
-                    ],
-                }
-                for task, keys in places.items()
-            },
+        tasks = {
+            task: {
+                "items": sets.items[task],
+                "too_short": sets.short[task],
+                "documents": len(keys),
+                "places": [
+                    {"file": key[0], "line": key[1], "shared": evidence(key, task)} for key in keys
+                ],
+            }
+            for task, keys in places.items()
         }
-        Path(options.json).write_text(
-            json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        results = {"documents": documents, "contaminated": len(leaked), "formulas_only": formulas}
+        content = json.dumps({**results, "tasks": tasks}, indent=1, ensure_ascii=False)
+        Path(options.json).write_text(content, encoding="utf-8")
     return 0
 
 

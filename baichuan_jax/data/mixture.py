@@ -34,7 +34,8 @@ from tqdm import tqdm
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.documents.reader import find_files, read_documents, split_files
+from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.runs.files import write_atomically
@@ -368,11 +369,7 @@ def _sizes(config: Config) -> np.ndarray:
         return np.array([Rows(path).manifest["tokens"] for path in config.data.train])
     sizes = []
     for path in config.data.train:
-        texts = (
-            text
-            for part in split_files(find_files([path]))
-            for text in read_documents(part, config.data.text_field)
-        )
+        texts = read_texts(map(Slice, find_files([path])), config.data.text_field)
         sizes.append(sum(len(text.encode()) for text in texts))
         require(sizes[-1] > 0, f"{path} holds no text")
     return np.array(sizes)

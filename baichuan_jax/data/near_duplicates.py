@@ -1,11 +1,13 @@
-"""Near-duplicate documents by MinHash-LSH (Broder 1997; Lee et al. 2022, https://arxiv.org/abs/2107.06499): verified, the best kept.
+"""Removes near-duplicate documents: MinHash-LSH, every pair verified, the best of a cluster kept.
 
-Two documents are compared where all hashes of one band are equal; what is compared is the share of
-all their hashes that are equal, an estimate of the Jaccard similarity of their 5-grams of
-characters (Chinese) or words. Pairs at or above the threshold are joined into components by
-alternating large and small stars (Kiveris et al. 2014, https://doi.org/10.1145/2670979.2670997). Of
-a component the best document stays, by quality, then length, then place in the input; the others go
-if they are like one that stays.
+Input: documents with scores. Output: the removed ones, each with the document that stays in its
+place. A document is the set of its 5-grams of characters (Chinese) or words; two documents are as
+alike as their sets' Jaccard similarity, which the share of equal MinHashes estimates (Broder 1997,
+https://doi.org/10.1109/SEQUEN.1997.666900; for language models: Lee et al. 2022,
+https://arxiv.org/abs/2107.06499). Only documents that have all hashes of one band in common are
+compared. Pairs at or above the threshold are joined into components (corpus/components.py). Of a
+component the best stays, by quality, then length, then place in the input, and removes those that
+are like it; then the best of the others, and so on.
 """
 
 import functools
@@ -21,13 +23,19 @@ import pyarrow as pa  # pyright: ignore[reportMissingImports]
 from daft import DataFrame, DataType, col, lit  # pyright: ignore[reportMissingImports]
 from daft.recordbatch import RecordBatch  # pyright: ignore[reportMissingImports]
 
+from baichuan_jax.data.corpus.components import components
 from baichuan_jax.data.corpus.config import DedupConfig
-from baichuan_jax.data.corpus.engine import Engine, ParquetFile, Stage, read_part
+from baichuan_jax.data.corpus.effects import Effects
+from baichuan_jax.data.corpus.filter import Corpus
+from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile
+from baichuan_jax.data.corpus.tables import Tables, read_stage
 
 GRAM = 5  # characters or words
-HASHES = 160  # compared of each document: a standard error of 0.034 at Jaccard 0.75
+# Compared of each document: a standard error of 0.034 at Jaccard 0.75.
+HASHES = 160
 SEED = 1
-SKETCH_ROWS = 4  # of keys that take the memory of two sketches
+# A row of two sketches takes the memory of this many rows of keys.
+SKETCH_ROWS = 4
 _NO_LETTERS = re.compile(r"[\W_]+")
 _ASCII = "".join(chr(point).lower() if chr(point).isalnum() else " " for point in range(128))
 SIGNATURES = pa.schema(
@@ -41,63 +49,87 @@ SIGNATURES = pa.schema(
 )
 
 
-def signatures(
-    part: int,
-    given: dict[str, Any],
-    file: ParquetFile,
-    documents: Stage,
-    quality: Stage | None,
-    config: DedupConfig,
-) -> int:
-    """What tells a part's duplicates. Returns the number of documents."""
-    file.write(SIGNATURES.empty_table())
-    number = 0
-    scored = read_part(quality, part) if quality else None
-    for table in read_part(documents, part, ["doc", "lang", "text"]):
-        scores = np.zeros(len(table)) if scored is None else next(scored)["quality"].to_numpy()
-        fit = np.flatnonzero(np.asarray(table["text"].is_valid()))
-        if not len(fit):
-            continue
-        table = table.take(fit)
-        texts = table["text"].to_pylist()
-        units = units_of(texts, table["lang"].to_pylist())
-        rank = (scores[fit] * (1 << 20)).astype(np.int64) << 32 | np.array(
-            [min(len(text), (1 << 32) - 1) for text in texts]
-        )
-        hashes = minhash(units)
-        exact = [
-            int.from_bytes(
-                hashlib.blake2b(u.encode().translate(None, b" "), digest_size=8).digest(),
-                "little",
-                signed=True,
-            )
-            for u in units
-        ]
-        bands = _bands(
-            hashes[:, : config.bands * config.rows].reshape(len(fit), config.bands, config.rows)
-        )
-        sketch = hashes.astype(np.uint16)
-        file.write(
-            pa.table(
-                [
-                    table["doc"],
-                    pa.array(rank),
-                    pa.array(exact, pa.int64()),
-                    pa.array(list(bands), pa.list_(pa.int64())),
-                    pa.array([row.tobytes() for row in sketch], pa.binary()),
-                ],
-                schema=SIGNATURES,
-            )
-        )
-        number += len(fit)
-    return number
+class NearDuplicates:
+    """The filter, named for what it compares: whole documents."""
+
+    name = "documents"
+
+    def __init__(self, config: DedupConfig) -> None:
+        self.config = config
+
+    def run(self, corpus: Corpus) -> Effects:
+        if not self.config.enabled:
+            return Effects()
+        key = [corpus.documents.key, corpus.scores_key, self.config]
+        signatures, _ = corpus.make_parts("signatures", key, self._sign)
+
+        def find() -> DataFrame:
+            removed = corpus.effects.removed_documents
+            table = read_stage(signatures).join(removed, on="doc", how="anti")
+            pairs = find_duplicates(corpus.tables, table, self.config)
+            ids = corpus.ids().select(col("doc").alias("kept"), col("id").alias("kept_id"))
+            return pairs.join(ids, on="kept").select("doc", "kept", "kept_id")
+
+        key, found = corpus.make_table("documents", [signatures.key, *corpus.effects.keys], find)
+        reason = lit("near_duplicate").alias("reason")
+        removed = found.select("doc", reason, col("kept_id").alias("duplicate_of"))
+        counts = found.groupby("kept").agg(col("doc").count().alias("count"))
+        copies = counts.select(col("kept").alias("doc"), (col("count") + lit(1)).alias("count"))
+        return Effects(key, removed=removed, copies=copies)
+
+    def _sign(self, part: DocumentPart, file: ParquetFile) -> int:
+        """Write SIGNATURES of a part's documents. Returns how many there are."""
+        bands, rows = self.config.bands, self.config.rows
+        file.write(SIGNATURES.empty_table())
+        number = 0
+        for table, scores in part.read_scored(["doc", "lang", "text"]):
+            fit = np.flatnonzero(np.asarray(table["text"].is_valid()))
+            if not len(fit):
+                continue
+            table = table.take(fit)
+            texts = table["text"].to_pylist()
+            units = units_of(texts, table["lang"].to_pylist())
+            hashes = minhash(units)
+            columns = [
+                table["doc"],
+                pa.array(_ranks(scores[fit], texts)),
+                pa.array([_hash(unit) for unit in units], pa.int64()),
+                pa.array(
+                    list(_bands(hashes[:, : bands * rows].reshape(len(fit), bands, rows))),
+                    pa.list_(pa.int64()),
+                ),
+                # 16 bits of each hash: two different documents agree by chance in one of 65,536.
+                pa.array([row.tobytes() for row in hashes.astype(np.uint16)], pa.binary()),
+            ]
+            file.write(pa.table(columns, schema=SIGNATURES))
+            number += len(fit)
+        return number
+
+
+# Signatures of one part
+
+
+def _ranks(quality: np.ndarray, texts: list[str]) -> np.ndarray:
+    """Quality in the upper bits, length in the lower ones: int64 [documents]."""
+    lengths = np.array([min(len(text), (1 << 32) - 1) for text in texts])
+    return (quality * (1 << 20)).astype(np.int64) << 32 | lengths
+
+
+def _hash(units: str) -> int:
+    """Of the letters and digits alone: where a text is cut into words does not count."""
+    letters = units.encode().translate(None, b" ")
+    digest = hashlib.blake2b(letters, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def units_of(texts: list[str], langs: list[str]) -> list[str]:
-    """Each text's letters and digits, of one width and case, in units with a space between: characters (Chinese) or words."""
+    """Each text's letters and digits, of one width and case, in units with a space between.
+
+    Units are characters (Chinese) or words.
+    """
     chinese = iter(_spaced([text for text, lang in zip(texts, langs, strict=True) if lang == "zh"]))
     units = [next(chinese) if lang == "zh" else "" for lang in langs]
-    # What is not yet of one width, as Chinese with Latin letters may be, takes the long way.
+    # What is not of one width yet, as Chinese with Latin letters may be, takes the slow way.
     return [
         unit if lang == "zh" and unicodedata.is_normalized("NFKC", unit) else _units_of(text, lang)
         for text, lang, unit in zip(texts, langs, units, strict=True)
@@ -111,29 +143,28 @@ def _letters() -> np.ndarray:
 
 
 def _spaced(texts: list[str]) -> list[str]:
-    """Letters and digits of each text in lower case with a space between: all texts at once, in a quarter of the time."""
+    """Letters and digits of each text in lower case with a space between.
+
+    All texts at once, as an array of code points: a quarter of the time of one after the other.
+    """
+    if not texts:
+        return []
     line, space = ord("\n"), ord(" ")
-    points = np.frombuffer(
-        "\n".join(text.replace("\n", " ") for text in texts).casefold().encode("utf-32-le"),
-        np.uint32,
-    )
+    joined = "\n".join(text.replace("\n", " ") for text in texts).casefold()
+    points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
     kept = points[_letters()[points] | (points == line)]
     spaced = np.full(2 * len(kept), space, np.uint32)
     spaced[::2] = kept
-    return (
-        [text.strip(" ") for text in spaced.tobytes().decode("utf-32-le").split("\n")]
-        if texts
-        else []
-    )
+    return [text.strip(" ") for text in spaced.tobytes().decode("utf-32-le").split("\n")]
 
 
 def _units_of(text: str, lang: str) -> str:
-    if text.isascii() and lang != "zh":  # most English text; the same in a third of the time
+    # Most English text is ASCII; the same result in a third of the time.
+    if text.isascii() and lang != "zh":
         return " ".join(text.translate(_ASCII).split())
     words = _NO_LETTERS.sub(" ", text)
-    if not unicodedata.is_normalized(
-        "NFKC", words
-    ):  # a quick test, which Chinese punctuation would fail
+    # A quick test. It comes after the punctuation is gone, since Chinese punctuation would fail it.
+    if not unicodedata.is_normalized("NFKC", words):
         words = _NO_LETTERS.sub(" ", unicodedata.normalize("NFKC", words))
     words = words.casefold().strip()
     return " ".join(words.replace(" ", "")) if lang == "zh" else words
@@ -151,7 +182,10 @@ def minhash(units: list[str]) -> np.ndarray:
 
 
 def _bands(hashes_NBR: np.ndarray) -> np.ndarray:
-    """One key for each document and band: int64 [N, B]."""
+    """One key for each document and band, of the band's R hashes: int64 [N, B].
+
+    Each band begins with a number of its own, so equal hashes in different bands do not meet.
+    """
     key = np.arange(1, hashes_NBR.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     key = np.broadcast_to(key, hashes_NBR.shape[:2])
     for row in range(hashes_NBR.shape[2]):
@@ -169,66 +203,66 @@ def similarity(left: list[bytes], right: list[bytes]) -> np.ndarray:
     return (a == b).mean(axis=1)
 
 
-def find_duplicates(engine: Engine, table: DataFrame, config: DedupConfig) -> DataFrame:
-    """(doc, kept) of every document that is to go, and the one it is like. `table` has the columns of SIGNATURES."""
-    exact = engine.keep(_exact_duplicates(table))
+# Duplicates in the whole corpus
+
+
+def find_duplicates(tables: Tables, table: DataFrame, config: DedupConfig) -> DataFrame:
+    """(doc, kept) of every document to remove, and the one that stays in its place.
+
+    `table` has the columns of SIGNATURES.
+    """
+    # Exact copies first: without them clusters stay small, and popular pages have thousands.
+    exact = tables.keep(_exact_duplicates(table))
     unique = table.join(exact.select("doc"), on="doc", how="anti")
-    edges = engine.keep(_similar_pairs(engine, unique, config))
-    labels = components(engine, edges)
-    near = engine.keep(
-        _resolve(labels.join(unique.select("doc", "rank", "sketch"), on="doc"), config)
-    )
-    # What equals a document that goes, goes for the sake of the same one.
-    onward = exact.join(
-        near.select(col("doc").alias("kept"), col("kept").alias("onward")), on="kept", how="left"
-    )
-    return near.concat(onward.select("doc", F.coalesce(col("onward"), col("kept")).alias("kept")))
+    edges = tables.keep(_similar_pairs(tables, unique, config))
+    labels = components(tables, edges)
+    ranked = labels.join(unique.select("doc", "rank", "sketch"), on="doc")
+    near = tables.keep(_resolve(ranked, config))
+    # Exact copies of a removed document point to its survivor, which is in final/.
+    survivors = near.select(col("doc").alias("kept"), col("kept").alias("survivor"))
+    onward = exact.join(survivors, on="kept", how="left")
+    return near.concat(onward.select("doc", F.coalesce(col("survivor"), col("kept")).alias("kept")))
 
 
 def _exact_duplicates(table: DataFrame) -> DataFrame:
     """(doc, kept) of documents whose letters and digits equal those of a better one."""
     keys = table.select("doc", "rank", "exact")
-    several = keys.groupby("exact").agg(
-        col("rank").max().alias("top"), col("doc").count().alias("count")
-    )
-    members = keys.join(several.where(col("count") > lit(1)), on="exact")
-    best = (
-        members.where(col("rank") == col("top"))
-        .groupby("exact")
-        .agg(col("doc").min().alias("kept"))
-    )
-    return members.join(best, on="exact").where(col("doc") != col("kept")).select("doc", "kept")
+    top, count = col("rank").max().alias("top"), col("doc").count().alias("count")
+    several = keys.groupby("exact").agg(top, count).where(col("count") > lit(1))
+    members = keys.join(several, on="exact")
+    best = members.where(col("rank") == col("top"))
+    kept = best.groupby("exact").agg(col("doc").min().alias("kept"))
+    return members.join(kept, on="exact").where(col("doc") != col("kept")).select("doc", "kept")
 
 
-def _similar_pairs(engine: Engine, table: DataFrame, config: DedupConfig) -> DataFrame:
-    """(low, high) of documents that share a band with its first or last document, and whose sketches are alike."""
+def _similar_pairs(tables: Tables, table: DataFrame, config: DedupConfig) -> DataFrame:
+    """(low, high) of documents that share a band and whose sketches are alike."""
     bands = table.select("doc", col("bands").alias("band")).explode("band")
-    pairs = engine.in_buckets(bands.count_rows(), _pairs, (bands, "band"))
+    pairs = tables.in_buckets(bands.count_rows(), _pairs, (bands, "band"))
     sketch = table.select("doc", "sketch")
 
     def of_low(pairs: DataFrame, sketch: DataFrame) -> DataFrame:
-        return pairs.distinct().join(
-            sketch.select(col("doc").alias("low"), col("sketch").alias("a")), on="low"
-        )
+        low = sketch.select(col("doc").alias("low"), col("sketch").alias("a"))
+        return pairs.distinct().join(low, on="low")
 
     def of_high(pairs: DataFrame, sketch: DataFrame) -> DataFrame:
-        pairs = pairs.join(
-            sketch.select(col("doc").alias("high"), col("sketch").alias("b")), on="high"
-        )
-        return pairs.where(_similarity(col("a"), col("b")) >= lit(config.threshold)).select(
-            "low", "high"
-        )
+        high = sketch.select(col("doc").alias("high"), col("sketch").alias("b"))
+        alike = _similarity(col("a"), col("b")) >= lit(config.threshold)
+        return pairs.join(high, on="high").where(alike).select("low", "high")
 
     rows = SKETCH_ROWS * pairs.count_rows()
-    pairs = engine.in_buckets(rows, of_low, (pairs, "low"), (sketch, "doc"))
-    return engine.in_buckets(rows, of_high, (pairs, "high"), (sketch, "doc"))
+    pairs = tables.in_buckets(rows, of_low, (pairs, "low"), (sketch, "doc"))
+    return tables.in_buckets(rows, of_high, (pairs, "high"), (sketch, "doc"))
 
 
 def _pairs(bands: DataFrame) -> DataFrame:
-    """(low, high) of documents with those that have a band first and last."""
-    ends = bands.groupby("band").agg(
-        col("doc").min().alias("first"), col("doc").max().alias("last")
-    )
+    """(low, high) of documents with those that have a band first and last.
+
+    Not of all with all: a band of a thousand documents would give half a million pairs. Two that
+    are like each other, but like neither of those, have the other bands to meet in.
+    """
+    first, last = col("doc").min().alias("first"), col("doc").max().alias("last")
+    ends = bands.groupby("band").agg(first, last)
     members = bands.join(ends.where(col("first") < col("last")), on="band")
     with_first = members.select(col("first").alias("low"), col("doc").alias("high"))
     with_last = members.select(col("doc").alias("low"), col("last").alias("high"))
@@ -240,62 +274,13 @@ def _similarity(left: daft.Series, right: daft.Series) -> Any:
     return similarity(left.to_pylist(), right.to_pylist())
 
 
-def components(engine: Engine, edges: DataFrame) -> DataFrame:
-    """(doc, component) of all documents of edges (low, high), low < high; a component's name is its first document."""
-    pairs = edges.select(col("high").alias("doc"), col("low").alias("to"))
-    before = None
-    while True:
-        # Large star: every neighbour that comes after goes to the first of all neighbours and
-        # oneself.
-        both = pairs.concat(pairs.select(col("to").alias("doc"), col("doc").alias("to")))
-        first = both.groupby("doc").agg(col("to").min().alias("first"))
-        first = first.select(
-            "doc",
-            F.when(col("first") < col("doc"), col("first")).otherwise(col("doc")).alias("first"),
-        )
-        large = (
-            both.join(first, on="doc")
-            .where(col("to") > col("doc"))
-            .select(col("to").alias("doc"), col("first").alias("to"))
-        )
-        large = engine.keep(large.distinct())
-        # Small star: neighbours that come before, and oneself, go to the first of them.
-        first = large.groupby("doc").agg(col("to").min().alias("first"))
-        joined = large.join(first, on="doc")
-        small = joined.where(col("to") != col("first")).select(
-            col("to").alias("doc"), col("first").alias("to")
-        )
-        pairs = engine.keep(small.concat(first.select("doc", col("first").alias("to"))).distinct())
-        mixed = pairs.select(_mixed(col("doc"), col("to")).alias("mixed"))
-        state = mixed.agg(
-            col("mixed").count().alias("count"), col("mixed").sum().alias("sum")
-        ).to_pylist()
-        if state == before:
-            break
-        before = state
-    labels = pairs.select("doc", col("to").alias("component"))
-    return labels.concat(
-        pairs.select(col("to").alias("doc"), col("to").alias("component")).distinct()
-    )
-
-
-@daft.func.batch(return_dtype=DataType.int64())
-def _mixed(doc: daft.Series, to: daft.Series) -> Any:
-    """A number below 2^31 that tells edges apart, to see whether a set of them has changed."""
-    a, b = (np.asarray(side.to_arrow()).astype(np.uint64) for side in (doc, to))
-    return (
-        ((a * np.uint64(0x9E3779B97F4A7C15)) ^ (b * np.uint64(0xBF58476D1CE4E5B9))) >> np.uint64(33)
-    ).astype(np.int64)
-
-
 def _resolve(members: DataFrame, config: DedupConfig) -> DataFrame:
-    """(doc, kept) within components: the best stays; the others go where they are like one that stays, else they stay too."""
+    """(doc, kept) within components (doc, component, rank, sketch)."""
     member = F.to_struct(col("doc"), col("rank"), col("sketch")).alias("members")
-    clusters = (
-        members.select("component", member).groupby("component").agg(col("members").list_agg())
-    )
-    gone: Any = _keep_best(col("members"), lit(config.threshold))
-    pairs = clusters.select(gone.alias("pair")).explode("pair").where(~col("pair").is_null())
+    grouped = members.select("component", member).groupby("component")
+    clusters = grouped.agg(col("members").list_agg())
+    removed: Any = _keep_best(col("members"), lit(config.threshold))
+    pairs = clusters.select(removed.alias("pair")).explode("pair").where(~col("pair").is_null())
     return pairs.select(col("pair").get("doc").alias("doc"), col("pair").get("kept").alias("kept"))
 
 
@@ -303,17 +288,20 @@ def _resolve(members: DataFrame, config: DedupConfig) -> DataFrame:
     return_dtype=DataType.list(DataType.struct({"doc": DataType.int64(), "kept": DataType.int64()}))
 )
 def _keep_best(members: list, threshold: float) -> list[dict[str, int]]:
+    """The best stays and removes what is like it, then the best of the others.
+
+    A component is a chain of likenesses, whose ends may be quite different: so a document is
+    removed only where it is itself like one that stays.
+    """
     members = sorted(members, key=lambda member: (-member["rank"], member["doc"]))
-    sketches = np.frombuffer(b"".join(member["sketch"] for member in members), np.uint16).reshape(
-        len(members), HASHES
-    )
+    joined = b"".join(member["sketch"] for member in members)
+    sketches = np.frombuffer(joined, np.uint16).reshape(len(members), HASHES)
     left = np.arange(len(members))
-    gone = []
+    removed = []
     while len(left):
         best, left = left[0], left[1:]
         alike = (sketches[left] == sketches[best]).mean(axis=1) >= threshold
-        gone += [
-            {"doc": members[index]["doc"], "kept": members[best]["doc"]} for index in left[alike]
-        ]
+        kept = members[best]["doc"]
+        removed += [{"doc": members[index]["doc"], "kept": kept} for index in left[alike]]
         left = left[~alike]
-    return gone
+    return removed

@@ -1,4 +1,10 @@
-"""What a run trains on, found or made: its tokenizer and its packed rows, kept in data.cache_dir for every later run."""
+"""Finds or makes what a run trains on: its tokenizer, and its text as packed rows.
+
+Input: a configuration. Output: the tokenizer, and rows with weights. What has to be trained or
+packed is kept in data.cache_dir under a name that hashes the files as they are now (path, size,
+time) and the settings, so every later run with the same ones finds it, and a changed file never
+meets rows of its old text. One process of a run writes; the others wait for its files.
+"""
 
 import dataclasses
 import hashlib
@@ -10,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, locked, pack, summary
-from baichuan_jax.documents.reader import Part, find_files, read_documents
+from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
+from baichuan_jax.data.runner import locked
+from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.runs.files import require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
-WAIT_SECONDS = 3600.0  # that the other processes of a run wait for the one that prepares its tokens
+# How long the other processes of a run wait for the one that prepares its tokens. Longer packing is
+# better done before the run, where it does not hold a cluster.
+WAIT_SECONDS = 3600.0
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,103 +39,78 @@ class Prepared:
 
 
 def prepare(
-    config: Config,
-    *,
-    writer: bool = True,
-    progress: bool = True,
-    say: Callable[[str], None] = lambda _: None,
+    config: Config, *, writer: bool = True, progress: bool = True, say: Say = lambda _: None
 ) -> Prepared:
-    """Tokenizer and rows of a configuration; what is missing is trained and packed into data.cache_dir, once for all later runs.
+    """Tokenizer and rows of a configuration; what is missing is made once, for all later runs.
 
     Of a run's processes one is the `writer`; the others wait until its files are there,
     WAIT_SECONDS at most. Raises ConfigError.
     """
     if not config.data.train:
         raise ConfigError(
-            "data.train names no corpus; give globs of text files or folders of packed rows, with weights"
+            "data.train names no corpus; give globs of text files or folders of packed rows, with "
+            "weights"
         )
     tokenizer = _find_tokenizer(config, writer, say)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of {tokenizer.path}"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"{tokenizer.vocab_size} pieces of {tokenizer.path}"
         )
-    corpora = {
-        name: [
+
+    def rows_of(corpora: dict[str, float]) -> list[tuple[Rows, float]]:
+        return [
             (_find_rows(config, path, tokenizer, writer, progress, say), weight)
-            for path, weight in chosen.items()
+            for path, weight in corpora.items()
         ]
-        for name, chosen in (("train", config.data.train), ("validation", config.data.validation))
-    }
-    return Prepared(tokenizer, corpora["train"], corpora["validation"])
+
+    return Prepared(tokenizer, rows_of(config.data.train), rows_of(config.data.validation))
 
 
 def _is_packed(path: str) -> bool:
     return (Path(path) / MANIFEST).exists()
 
 
-def _find_tokenizer(config: Config, writer: bool, say: Callable[[str], None]) -> Tokenizer:
+def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
     if config.tokenizer.path is not None:
         return Tokenizer(config.tokenizer.path)
-    texts = [path for path in config.data.train if not _is_packed(path)]
-    if not texts:
+    corpora = [path for path in config.data.train if not _is_packed(path)]
+    if not corpora:
         raise ConfigError(
-            "data.train holds packed rows only, so tokenizer.path must name the tokenizer they were made with"
+            "data.train holds packed rows only, so tokenizer.path must name the tokenizer they "
+            "were made with"
         )
-    files = find_files(texts)
+    files = find_files(corpora)
     size = config.tokenizer.vocab_size
-    path = (
-        Path(config.data.cache_dir)
-        / f"tokenizer-{_fingerprint(files, size, config.data.text_field)}.model"
-    )
+    name = _fingerprint(files, size, config.data.text_field)
+    path = Path(config.data.cache_dir) / f"tokenizer-{name}.model"
     if not writer:
         _wait_for(path, say)
         return Tokenizer(path)
     require_writable(config.data.cache_dir, "data.cache_dir")
     with locked(path.with_suffix(".lock")):
+        # Looked at under the lock: another run on this machine may have just made it.
         if not path.exists():
             began = time.perf_counter()
-            documents = (
-                text
-                for file in files
-                for text in read_documents(Part(file), config.data.text_field)
-            )
-            used = train_tokenizer(documents, path, size)
+            texts = read_texts(map(Slice, files), config.data.text_field)
+            used = train_tokenizer(texts, path, size)
+            seconds = time.perf_counter() - began
             say(
-                f"trained a tokenizer of {size} pieces on {used['bytes']:,} bytes in {time.perf_counter() - began:.1f} s "
-                f"(one line in {used['sampled_one_line_in']}; {used['coverage']:.3%} of the characters' occurrences have a "
-                "piece, the others are spelt in bytes)"
+                f"trained a tokenizer of {size} pieces on {used['bytes']:,} bytes in {seconds:.1f} "
+                f"s (one line in {used['sampled_one_line_in']}; {used['coverage']:.3%} of the "
+                "characters' occurrences have a piece, the others are spelt in bytes)"
             )
     return Tokenizer(path)
 
 
 def _find_rows(
-    config: Config,
-    path: str,
-    tokenizer: Tokenizer,
-    writer: bool,
-    progress: bool,
-    say: Callable[[str], None],
+    config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Say
 ) -> Rows:
-    length = config.train.context_length
     if _is_packed(path):
-        rows = Rows(path)
-        if rows.context_length != length:
-            verb = "exceeds" if length > rows.context_length else "is below"
-            raise ConfigError(
-                f"train.context_length={length} {verb} the shards' {rows.context_length} in {path}; re-pack with "
-                f"python -m baichuan_jax.data.rows pack --context_length {length}, or set train.context_length={rows.context_length}"
-            )
-        if rows.manifest["tokenizer"] != tokenizer.hash:
-            raise ConfigError(
-                f"{path} was packed with tokenizer {rows.manifest['tokenizer'][:12]} and {tokenizer.path} is {tokenizer.hash[:12]}; "
-                "use the same tokenizer.path, or pack again"
-            )
-        return rows
+        return _packed_rows(path, tokenizer, config.train.context_length)
     files = find_files([path])
-    folder = (
-        Path(config.data.cache_dir)
-        / f"rows-{_fingerprint(files, tokenizer.hash, length, config.data.text_field)}"
-    )
+    settings = (tokenizer.hash, config.train.context_length, config.data.text_field)
+    folder = Path(config.data.cache_dir) / f"rows-{_fingerprint(files, *settings)}"
     if not writer:
         _wait_for(folder / MANIFEST, say)
         return Rows(folder)
@@ -135,12 +121,30 @@ def _find_rows(
         [path],
         folder,
         tokenizer,
-        length,
+        config.train.context_length,
         text_field=config.data.text_field,
         num_workers=config.data.num_workers,
         progress=progress,
     )
     say(f"packed {path}: {summary(rows)}")
+    return rows
+
+
+def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:
+    """Rows that were packed before the run. Raises ConfigError where they do not fit it."""
+    rows = Rows(path)
+    if rows.context_length != length:
+        verb = "exceeds" if length > rows.context_length else "is below"
+        raise ConfigError(
+            f"train.context_length={length} {verb} the shards' {rows.context_length} in {path}; "
+            f"re-pack with python -m baichuan_jax.data.rows pack --context_length {length}, or set "
+            f"train.context_length={rows.context_length}"
+        )
+    if rows.manifest["tokenizer"] != tokenizer.hash:
+        raise ConfigError(
+            f"{path} was packed with tokenizer {rows.manifest['tokenizer'][:12]} and "
+            f"{tokenizer.path} is {tokenizer.hash[:12]}; use the same tokenizer.path, or pack again"
+        )
     return rows
 
 
@@ -152,13 +156,14 @@ def _fingerprint(files: list[str], *settings: Any) -> str:
     return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
 
 
-def _wait_for(path: Path, say: Callable[[str], None]) -> None:
+def _wait_for(path: Path, say: Say) -> None:
     waited = 0.0
     while not path.exists():
         if waited >= WAIT_SECONDS:
             raise ConfigError(
-                f"process 0 has not written {path} in {waited:.0f} s: data.cache_dir must lie on a file system that all hosts "
-                "share, and text that takes longer to pack is packed before the run: python -m baichuan_jax.data.rows pack --help"
+                f"process 0 has not written {path} in {waited:.0f} s: data.cache_dir must lie on a "
+                "file system that all hosts share, and text that takes longer to pack is packed "
+                "before the run: python -m baichuan_jax.data.rows pack --help"
             )
         if waited and waited % 30 == 0:
             say(f"waiting for process 0 to write {path}")

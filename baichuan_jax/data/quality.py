@@ -1,10 +1,12 @@
-"""Quality of text as a probability, by a fastText classifier for Chinese and one for English.
+"""Quality of text as a probability, by one fastText classifier for Chinese and one for English.
 
-A text is seen as its Han characters, its lower-case words, and the marks of its sentences, singly
-and in neighbouring pairs; so the classifier knows in what order words come, and nothing of layout,
-digits and symbols, which are the rules' work. Trained on good text against bad: of your choice, or
-damaged copies of the good. The package brings a small model (quality_model/, its text in
-card.json).
+Input: texts. Output: the probability that each is good. A classifier sees a text as its Han
+characters or lower-case words and the marks of its sentences, singly and in neighbouring pairs. So
+it knows in what order words come, and nothing of layout, digits and symbols, which are the rules'
+work (rules.py). It is trained on good text against bad: text of your choice, or damaged copies of
+the good. The classifier is a linear model of word and pair vectors (Joulin et al. 2016,
+https://arxiv.org/abs/1607.01759), its output calibrated to a probability on held-out documents.
+The package brings a small model (quality_model/; card.json names the text it was trained on).
 
 `python -m baichuan_jax.data.quality train|score`
 """
@@ -20,37 +22,118 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from baichuan_jax.config.schema import ConfigError, require
-from baichuan_jax.documents.reader import find_files, language, read_documents, split_files
+from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.language import language
+from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import publish, write_atomically
 
+if TYPE_CHECKING:
+    # At run time these need pyarrow and daft, which the command does without.
+    from baichuan_jax.data.corpus.config import QualityConfig
+    from baichuan_jax.data.corpus.effects import Effects
+    from baichuan_jax.data.corpus.filter import Corpus
+    from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile
+
 MODEL = Path(__file__).parent / "quality_model"
 LANGUAGES = ("zh", "en")
-HELD_OUT = (
-    10  # one document in so many is kept from training: half of them to calibrate, half to report
-)
-SHORTEST, LONGEST = 20, 1500  # characters of a training piece: a sentence up to a page
-MAX_CHARACTERS = (
-    30_000_000  # held in memory for one language and label; more is sampled evenly, and said
-)
-
-DAMAGED = "damaged copies of the good text"  # what the card says where no bad text was given
-RUNNING = (
-    0.08  # of the words of running English text are function words, at least; of prose a third
-)
+# One document in so many is kept from training: half of them to calibrate, half to report.
+HELD_OUT = 10
+# Characters of a training piece: a sentence up to a page.
+SHORTEST, LONGEST = 20, 1500
+# Characters held in memory for one language and label; more is sampled evenly, and the card says.
+MAX_CHARACTERS = 30_000_000
+# What the card says where no bad text was given.
+DAMAGED = "damaged copies of the good text"
+# Least share of function words in running English text; prose has a third. Measured: tables, lists
+# and code lie below.
+RUNNING = 0.08
+# The setting that serves all categories and languages without one of their own.
+OTHERS = "*"
 
 _FUNCTION_WORD = re.compile(
-    r"\b(?:the|of|and|to|a|in|is|that|for|it|with|as|be|on|by|this|are|or|not|from|at|an|if|you|can|was|he|his|her|i|have|had|but"
-    r"|they|which|will|when)\b"
+    r"\b(?:the|of|and|to|a|in|is|that|for|it|with|as|be|on|by|this|are|or|not|from|at|an|if|you|can"
+    r"|was|he|his|her|i|have|had|but|they|which|will|when)\b"
 )
 _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[，。、；：！？,.;:!?]")
+
+
+# The filter
+
+
+class Quality:
+    """Scores every document, and removes those below the least score of their kind."""
+
+    name = "quality"
+
+    def __init__(self, config: "QualityConfig") -> None:
+        """Raises ConfigError where the model cannot be used."""
+        self.config = config
+        self.model = Path(config.model or MODEL)
+        if config.enabled:
+            score([], self.model)
+
+    def run(self, corpus: "Corpus") -> "Effects":
+        from daft import lit  # pyright: ignore[reportMissingImports]
+
+        from baichuan_jax.data.corpus.effects import Effects
+        from baichuan_jax.data.corpus.tables import read_stage
+
+        if not self.config.enabled:
+            return Effects()
+        # The card holds the checksums of the classifiers, so it stands for them.
+        card = (self.model / "card.json").read_text(encoding="utf-8")
+        scores, _ = corpus.make_parts("quality", [corpus.documents.key, card], self._score_part)
+
+        def find() -> Any:
+            scored = corpus.remaining("source", "lang").join(read_stage(scores), on="doc")
+            return _low_quality(scored, self.config.least)
+
+        key, low = corpus.make_table("low-quality", [scores.key, self.config.least], find)
+        low = low.with_column("reason", lit("low_quality"))
+        return Effects(key, removed=low, scores=scores)
+
+    def _score_part(self, part: "DocumentPart", file: "ParquetFile") -> int:
+        """Quality of every document, 0 where it is removed already. Returns how many it scored."""
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+        from baichuan_jax.data.corpus.parts import SCORES
+
+        scored = 0
+        file.write(SCORES.empty_table())
+        for table in part.read(["doc", "text"]):
+            texts = table["text"].to_pylist()
+            fit = [index for index, text in enumerate(texts) if text is not None]
+            quality = np.zeros(len(texts), np.float32)
+            if fit:
+                quality[fit] = score([texts[index] for index in fit], self.model)
+            file.write(pa.table([table["doc"], pa.array(quality)], schema=SCORES))
+            scored += len(fit)
+        return scored
+
+
+def _low_quality(documents: Any, least: dict[str, float]) -> Any:
+    """(doc) of documents (doc, source, lang, quality) below their category's or language's least."""
+    import daft  # pyright: ignore[reportMissingImports]
+
+    @daft.func.batch(return_dtype=daft.DataType.float64())
+    def limit(source: daft.Series, lang: daft.Series) -> Any:
+        pairs = zip(source.to_pylist(), lang.to_pylist(), strict=True)
+        general = least.get(OTHERS, 0.0)
+        return [least.get(name, least.get(language, general)) for name, language in pairs]
+
+    below: Any = limit(daft.col("source"), daft.col("lang"))
+    return documents.where(daft.col("quality") < below).select("doc")
+
+
+# Scores
 
 
 def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
@@ -59,7 +142,7 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
     Documents and sentences alike; a text of mostly Han letters is judged by the Chinese classifier,
     any other by the English one. A table or a list in English has no order of words to be damaged:
     a model that learned from damaged text gives it 0.5 or more. `model` is a folder that `train`
-    wrote. Raises ConfigError where it holds no classifier of a text's language.
+    wrote. Raises ConfigError where it has no classifier of a text's language.
     """
     classifiers = _load(str(model))
     logits = np.full(len(texts), -np.inf)
@@ -69,12 +152,14 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
     for lang, indices in by_language.items():
         if lang not in classifiers:
             raise ConfigError(
-                f"{model} holds no classifier of {lang!r}; train one: python -m baichuan_jax.data.quality train --help"
+                f"{model} holds no classifier of {lang!r}; train one: "
+                "python -m baichuan_jax.data.quality train --help"
             )
         classifier, entry = classifiers[lang]
         lines = [_tokens(texts[index]) for index in indices]
         found = entry["slope"] * _logits(classifier, entry["direction"], lines) + entry["intercept"]
         if entry["damaged"] and lang == "en":
+            # A model that knows the order of words alone cannot call bad what has none.
             found = np.array(
                 [
                     0 if z < 0 and line and not _is_running(line) else z
@@ -101,7 +186,8 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     card = Path(folder) / "card.json"
     if not card.is_file():
         raise ConfigError(
-            f"{folder} holds no quality model (no card.json); train one: python -m baichuan_jax.data.quality train --help"
+            f"{folder} holds no quality model (no card.json); train one: "
+            "python -m baichuan_jax.data.quality train --help"
         )
     described = json.loads(card.read_text(encoding="utf-8"))
     loaded = {}
@@ -112,10 +198,8 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             raise ConfigError(
                 f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again"
             )
-        loaded[lang] = (
-            fasttext.load_model(str(path)),
-            {**entry, "damaged": described["bad"] == DAMAGED},
-        )
+        entry = {**entry, "damaged": described["bad"] == DAMAGED}
+        loaded[lang] = (fasttext.load_model(str(path)), entry)
     return loaded
 
 
@@ -124,23 +208,25 @@ def _fasttext() -> Any:
         import fasttext  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "quality scores need the fasttext-numpy2-wheel package: pip install -r requirements-data.txt"
+            "quality scores need the fasttext-numpy2-wheel package: "
+            "pip install -r requirements-data.txt"
         ) from None
-    setattr(fasttext.FastText, "eprint", lambda *_: None)  # noqa: B010  its loader warns of a change that came years ago
+    # Its loader warns on stderr, at every load, of a change of its interface in 2020.
+    setattr(fasttext.FastText, "eprint", lambda *_: None)  # noqa: B010
     return fasttext
 
 
 def _logits(classifier: Any, direction: list[float], lines: list[str]) -> np.ndarray:
     """log(good/bad) of each line of tokens, before calibration; -inf of an empty one.
 
-    From the hidden vector, since fastText's own probabilities end at 1e-5 and tell the best texts
-    not apart.
+    From the hidden vector: fastText's own probabilities end at 1e-5 and do not tell the best texts
+    apart.
     """
     vectors = np.stack([classifier.get_sentence_vector(line) for line in lines]).astype(np.float64)
     return np.where([not line for line in lines], -np.inf, vectors @ np.asarray(direction))
 
 
-# training
+# Training
 
 
 def train(
@@ -151,14 +237,13 @@ def train(
     text_field: str = "text",
     size: int = 30_000,
 ) -> dict[str, Any]:
-    """Train a classifier for each language that the good files hold, and write them to a folder. Returns card.json's content.
+    """Train a classifier for each language of the good files. Returns the content of card.json.
 
     `bad` are files too; none: damaged copies of the good text. `size` is how many words and pairs
-    of words a classifier keeps (fastText.zip, arXiv:1612.03651). The same files give the same
-    bytes: one thread, a fixed order. Raises ConfigError.
+    of words a classifier keeps (fastText.zip, https://arxiv.org/abs/1612.03651). The same files
+    give the same bytes: one thread, a fixed order. Raises ConfigError.
     """
     folder = Path(folder)
-    fasttext = _fasttext()
     rng = random.Random(0)
     good_pieces = _read(good, text_field, rng)
     bad_pieces = _read(bad, text_field, rng) if bad else {}
@@ -172,49 +257,71 @@ def train(
         if kept is None:
             continue
         require(others is not None or not bad, f"{bad} hold no {lang} text, and {good} do")
-        lines: dict[str, list[str]] = {"train": [], "fit": [], "report": []}
-        for piece, part in kept.pieces:
-            lines[part].append(f"__label__good {_tokens(piece)}")
-            if others is None:
-                lines[part].append(f"__label__bad {_tokens(damage(piece, lang, rng))}")
-        for piece, part in others.pieces if others is not None else ():
-            lines[part].append(f"__label__bad {_tokens(piece)}")
-        for part, found in lines.items():
-            labels = {line.split(" ")[0] for line in found}
-            require(
-                len(labels) == 2,
-                f"too little {lang} text: {len(found)} pieces to {part}, all of {labels or 'no label'}",
-            )
-        rng.shuffle(lines["train"])
-        path = folder / f"{lang}.ftz"
-        direction = _fit(fasttext, lines["train"], path, size)
-        classifier = fasttext.load_model(str(path))
-        slope, intercept = _calibrate(*_judged(classifier, direction, lines["fit"]))
-        logits, labels = _judged(classifier, direction, lines["report"])
-        card["languages"][lang] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "bytes": path.stat().st_size,
-            "direction": direction,
-            "slope": slope,
-            "intercept": intercept,
-            "pieces": len(lines["train"]),
-            "one_piece_in": kept.every,
-            "held_out": _report(slope * logits + intercept, labels),
-        }
+        lines = _labelled(kept, others, lang, rng)
+        card["languages"][lang] = _train_language(lines, folder / f"{lang}.ftz", size, kept.every)
     require(bool(card["languages"]), f"{good} hold no text")
     write_atomically(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False).encode())
     return card
 
 
+def _labelled(
+    good: "_Pieces", bad: "_Pieces | None", lang: str, rng: random.Random
+) -> dict[str, list[str]]:
+    """Lines of tokens with their labels, by part: train, fit (to calibrate), report."""
+    lines: dict[str, list[str]] = {"train": [], "fit": [], "report": []}
+    for piece, part in good.pieces:
+        lines[part].append(f"__label__good {_tokens(piece)}")
+        if bad is None:
+            lines[part].append(f"__label__bad {_tokens(damage(piece, lang, rng))}")
+    for piece, part in bad.pieces if bad is not None else ():
+        lines[part].append(f"__label__bad {_tokens(piece)}")
+    for part, found in lines.items():
+        labels = {line.split(" ")[0] for line in found}
+        require(
+            len(labels) == 2,
+            f"too little {lang} text: {len(found)} pieces to {part}, "
+            f"all of {labels or 'no label'}; give more documents",
+        )
+    # fastText learns in the order of the lines, and later ones count for more.
+    rng.shuffle(lines["train"])
+    return lines
+
+
+def _train_language(
+    lines: dict[str, list[str]], path: Path, size: int, every: int
+) -> dict[str, Any]:
+    """Train, calibrate and judge one classifier. Returns its entry in card.json."""
+    fasttext = _fasttext()
+    direction = _fit(fasttext, lines["train"], path, size)
+    # The file, not the classifier in memory: quantization has changed it.
+    classifier = fasttext.load_model(str(path))
+    slope, intercept = _calibrate(*_judged(classifier, direction, lines["fit"]))
+    logits, labels = _judged(classifier, direction, lines["report"])
+    return {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "bytes": path.stat().st_size,
+        "direction": direction,
+        "slope": slope,
+        "intercept": intercept,
+        "pieces": len(lines["train"]),
+        "one_piece_in": every,
+        "held_out": _report(slope * logits + intercept, labels),
+    }
+
+
 def _described(patterns: list[str]) -> list[dict[str, Any]]:
+    files = find_files(patterns) if patterns else []
     return [
         {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for path in (find_files(patterns) if patterns else [])
+        for path in files
     ]
 
 
 class _Pieces:
-    """Pieces of one language, each with its part: train, fit or report. Where they grow too large, every second one goes."""
+    """Pieces of one language, each with its part: train, fit or report.
+
+    Where they grow too large, every second one is dropped, and from then on every second new one.
+    """
 
     def __init__(self) -> None:
         self.pieces: list[tuple[str, str]] = []
@@ -232,20 +339,24 @@ class _Pieces:
 
 
 def _read(patterns: list[str], text_field: str, rng: random.Random) -> dict[str, _Pieces]:
-    """Pieces of all documents by language. All of a document's pieces are in one part, by its hash."""
+    """Pieces of all documents by language. All of a document's pieces are in one part."""
     found: dict[str, _Pieces] = {}
-    for file_part in split_files(find_files(patterns)):
-        for text in read_documents(file_part, text_field):
-            digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-            part = "train" if digest % HELD_OUT else ("fit", "report")[digest // HELD_OUT % 2]
-            pieces = found.setdefault(language(text), _Pieces())
-            for piece in _cut(text, rng):
-                pieces.add(piece, part)
+    for text in read_texts(map(Slice, find_files(patterns)), text_field):
+        # By the document's hash: pieces of one document in two parts would leak, and a copy of a
+        # document lands where the document is.
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        part = "train" if digest % HELD_OUT else ("fit", "report")[digest // HELD_OUT % 2]
+        pieces = found.setdefault(language(text), _Pieces())
+        for piece in _cut(text, rng):
+            pieces.add(piece, part)
     return found
 
 
 def _cut(text: str, rng: random.Random) -> Iterator[str]:
-    """Consecutive pieces, their lengths log-uniform in SHORTEST to LONGEST characters; the last may be shorter but not empty."""
+    """Consecutive pieces of log-uniform lengths from SHORTEST to LONGEST characters.
+
+    The last may be shorter; what has fewer than three tokens is left out.
+    """
     start = 0
     while start < len(text):
         size = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))))
@@ -256,50 +367,43 @@ def _cut(text: str, rng: random.Random) -> Iterator[str]:
 
 
 def damage(text: str, lang: str, rng: random.Random) -> str:
-    """A bad copy of a good text: words in another order, or fragments of it joined, or letters exchanged."""
+    """A bad copy of a good text: words in another order, fragments joined, or letters exchanged."""
     pattern, space = (r"[\u3400-\u9fff]", "") if lang == "zh" else (r"[^\W\d_]+", " ")
     words = re.findall(pattern, text)
     kind = rng.randrange(5) if words else 4
     if kind <= 2:
+        # Within windows: order that is wrong nearby is harder to see than order wrong all over.
         window = rng.choice([4, 8, 20, len(words) + 1])
         parts = [words[start : start + window] for start in range(0, len(words), window)]
         rest = iter([word for part in parts for word in rng.sample(part, len(part))])
         return re.sub(pattern, lambda _: next(rest), text)
     if kind == 3:
-        cuts = [
-            words[start : start + rng.randint(1, 4)]
-            for start in rng.choices(range(len(words)), k=max(1, len(words) // 3))
-        ]
-        return rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "]).join(
-            space.join(cut) for cut in cuts
-        )
+        starts = rng.choices(range(len(words)), k=max(1, len(words) // 3))
+        cuts = [words[start : start + rng.randint(1, 4)] for start in starts]
+        border = rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "])
+        return border.join(space.join(cut) for cut in cuts)
     share = rng.uniform(0.08, 0.3)
     return "".join(rng.choice(text) if rng.random() < share else character for character in text)
 
 
 def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
-    """Train, prune to `size` words and pairs, quantise, and write at once. Returns the weights of good less those of bad."""
+    """Train, prune to `size` words and pairs, quantize, and write.
+
+    Returns the weights of good less those of bad.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # One thread and a fixed seed: the same bytes every time.
+    settings = {"lr": 0.3, "dim": 8, "epoch": 5, "wordNgrams": 2, "minCount": 1, "minn": 0}
+    settings |= {"maxn": 0, "thread": 1, "seed": 1, "verbose": 0}
+    # With one thread fastText 0.9.2 initialises a tenth of its matrix and trains on whatever
+    # memory holds in the rest. Two million rows of eight are above 32 MB, the most that malloc
+    # serves from used memory: what it gives is then new, and zero.
+    settings["bucket"] = 2_000_000
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.txt"
         text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        # With one thread fastText 0.9.2 initialises a tenth of its matrix and trains on whatever
-        # memory holds in the rest. Two million rows of eight are above 32 MB, the most that malloc
-        # serves from used memory: what it gives is then new, and zero.
-        classifier = fasttext.train_supervised(
-            str(text),
-            lr=0.3,
-            dim=8,
-            epoch=5,
-            wordNgrams=2,
-            bucket=2_000_000,
-            minCount=1,
-            minn=0,
-            maxn=0,
-            thread=1,
-            seed=1,
-            verbose=0,
-        )
+        classifier = fasttext.train_supervised(str(text), **settings)
+        # Before quantization, which cannot be asked for it.
         output = dict(zip(classifier.get_labels(), classifier.get_output_matrix(), strict=True))
         classifier.quantize(str(text), qnorm=True, cutoff=size)
         temporary = path.with_suffix(".tmp")
@@ -312,15 +416,18 @@ def _judged(
     classifier: Any, direction: list[float], lines: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raw logits and labels (1 good, 0 bad) of labelled lines."""
-    pairs = [
-        (label, tokens) for label, _, tokens in (line.partition(" ") for line in lines) if tokens
-    ]
+    split = (line.partition(" ") for line in lines)
+    pairs = [(label, tokens) for label, _, tokens in split if tokens]
     logits = _logits(classifier, direction, [tokens for _, tokens in pairs])
     return logits, np.array([label == "__label__good" for label, _ in pairs], float)
 
 
 def _calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept of the logistic regression of labels on logits, by Newton's method (Platt scaling)."""
+    """Slope and intercept of the logistic regression of labels on logits (Platt scaling).
+
+    By Newton's method, with a step of at most 1 and a slight penalty, so that labels which the
+    logits separate completely give finite values.
+    """
     inputs = np.stack([logits, np.ones_like(logits)], axis=1)
     weights = np.array([1.0, 0.0])
     for _ in range(50):
@@ -334,8 +441,9 @@ def _calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy, area under the ROC curve, and calibration: by tenths of the prediction, its mean and the share that is good."""
+    """Accuracy, area under the ROC curve, and calibration by tenths of the prediction."""
     p = 1 / (1 + np.exp(-logits))
+    # The area is the share of pairs, one good and one bad, that are in the right order.
     ranks = np.argsort(np.argsort(logits, kind="stable"), kind="stable")
     good, bad = int(labels.sum()), int((1 - labels).sum())
     area = (ranks[labels == 1].sum() - good * (good - 1) / 2) / (good * bad)
@@ -359,7 +467,7 @@ def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-# the command
+# The command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,99 +477,51 @@ def _parser() -> argparse.ArgumentParser:
         "Example: train --good 'books/*.jsonl' --bad 'crawl/*.jsonl.gz' --output DIR",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser(
-        "train",
-        help="train a classifier a language; shows accuracy and calibration on held-out documents",
-    )
-    training.add_argument(
-        "--good",
-        nargs="+",
-        required=True,
-        metavar="GLOB",
-        help="text to be like: JSONL or .txt, also .gz, .zst",
-    )
-    training.add_argument(
-        "--bad",
-        nargs="+",
-        default=[],
-        metavar="GLOB",
-        help="text to be unlike (default: damaged copies of the good)",
-    )
-    training.add_argument(
-        "--output", required=True, metavar="DIR", help="name it as the pipeline's quality model"
-    )
-    training.add_argument(
-        "--size",
-        type=int,
-        default=30_000,
-        help="words and pairs that a classifier keeps (default: 30000, 0.5 MB)",
-    )
+    about = "train a classifier a language; shows accuracy and calibration on held-out documents"
+    training = commands.add_parser("train", help=about)
+    kinds = "JSONL or .txt, also .gz, .zst"
+    add = training.add_argument
+    add("--good", nargs="+", required=True, metavar="GLOB", help=f"text to be like: {kinds}")
+    unlike = "text to be unlike (default: damaged copies of the good)"
+    add("--bad", nargs="+", default=[], metavar="GLOB", help=unlike)
+    add("--output", required=True, metavar="DIR", help="name it as the pipeline's quality model")
+    kept = "words and pairs that a classifier keeps (default: 30000, 0.5 MB)"
+    add("--size", type=int, default=30_000, help=kept)
     scoring = commands.add_parser("score", help="scores of files: how they spread, and the worst")
-    scoring.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="JSONL or .txt, also .gz, .zst"
-    )
-    scoring.add_argument(
-        "--model",
-        default=str(MODEL),
-        metavar="DIR",
-        help="what train wrote (default: the package's)",
-    )
-    scoring.add_argument(
-        "--lines", action="store_true", help="score every line by itself, not whole documents"
-    )
-    scoring.add_argument(
-        "--worst",
-        type=int,
-        default=3,
-        help="texts of lowest score to print of each file (default: 3)",
-    )
+    add = scoring.add_argument
+    add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
+    given = "what train wrote (default: the package's)"
+    add("--model", default=str(MODEL), metavar="DIR", help=given)
+    add("--lines", action="store_true", help="score every line by itself, not whole documents")
+    worst = "texts of lowest score to print of each file (default: 3)"
+    add("--worst", type=int, default=3, help=worst)
     for command in (training, scoring):
-        command.add_argument(
-            "--text_field", default="text", help="JSONL field that holds the text (default: text)"
-        )
-        command.add_argument("--json", metavar="FILE", help="save the figures")
+        field = "JSONL field that holds the text (default: text)"
+        command.add_argument("--text_field", default="text", help=field)
+        command.add_argument("--json", metavar="FILE", help="save the results")
     return parser
 
 
 def _show_card(card: dict[str, Any], console: Console) -> None:
-    table = Table(
-        "held out", "texts", "accuracy", "AUC", "calibration error", "file", title_justify="left"
-    )
+    measures = ("texts", "accuracy", "AUC", "calibration error", "file")
+    table = Table("held out", *measures, title_justify="left")
     for lang, entry in card["languages"].items():
         h = entry["held_out"]
-        table.add_row(
-            lang,
-            f"{h['texts']:,}",
-            f"{h['accuracy']:.4f}",
-            f"{h['auc']:.4f}",
-            f"{h['calibration_error']:.4f}",
-            f"{entry['bytes']:,} bytes",
-        )
+        values = [f"{h[name]:.4f}" for name in ("accuracy", "auc", "calibration_error")]
+        table.add_row(lang, f"{h['texts']:,}", *values, f"{entry['bytes']:,} bytes")
     console.print(table)
-    table = Table(
-        "score",
-        *(
-            f"{lang} {name}"
-            for lang in card["languages"]
-            for name in ("texts", "predicted", "good")
-        ),
-    )
+    names = ("texts", "predicted", "good")
+    table = Table("score", *(f"{lang} {name}" for lang in card["languages"] for name in names))
     for b in range(10):
-        cells = []
+        cells: list[str] = []
         for entry in card["languages"].values():
-            found = next(
-                (
-                    c
-                    for c in entry["held_out"]["calibration"]
-                    if min(int(10 * c["predicted"]), 9) == b
-                ),
-                None,
-            )
-            cells += (
-                [f"{found['texts']:,}", f"{found['predicted']:.3f}", f"{found['good']:.3f}"]
-                if found
-                else ["-"] * 3
-            )
+            bins = entry["held_out"]["calibration"]
+            found = next((c for c in bins if min(int(10 * c["predicted"]), 9) == b), None)
+            if found is None:
+                cells += ["-"] * 3
+            else:
+                shares = [f"{found[name]:.3f}" for name in ("predicted", "good")]
+                cells += [f"{found['texts']:,}", *shares]
         table.add_row(f"{b / 10:.1f} - {(b + 1) / 10:.1f}", *cells)
     console.print(table)
 
@@ -469,42 +529,36 @@ def _show_card(card: dict[str, Any], console: Console) -> None:
 def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
     table = Table("file", "texts", "mean", *(f"{q:.0%}" for q in quantiles))
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     worst: dict[str, list[tuple[float, str]]] = {}
-    files = find_files(options.input)
-    for path in files:
+    for path in find_files(options.input):
         scores, lowest = [], []
-        for batch in _batches(_texts([path], options.text_field, options.lines)):
+        for batch in _batches(_texts(path, options.text_field, options.lines)):
             found = score(batch, options.model)
             scores.append(found)
             lowest = sorted([*lowest, *zip(found.tolist(), batch, strict=True)])[: options.worst]
-        values = np.concatenate(scores) if scores else np.zeros(0)
-        if not len(values):
+        if not scores:
             continue
-        spread = np.quantile(values, quantiles)
-        table.add_row(
-            path, f"{len(values):,}", f"{values.mean():.3f}", *(f"{value:.3f}" for value in spread)
-        )
-        figures[path] = {
-            "texts": len(values),
-            "mean": float(values.mean()),
-            "quantiles": dict(zip(map(str, quantiles), spread.tolist(), strict=True)),
-        }
+        values = np.concatenate(scores)
+        mean = float(values.mean())
+        spread = np.quantile(values, quantiles).tolist()
+        table.add_row(path, f"{len(values):,}", *(f"{value:.3f}" for value in (mean, *spread)))
+        named = dict(zip(map(str, quantiles), spread, strict=True))
+        results[path] = {"texts": len(values), "mean": mean, "quantiles": named}
         worst[path] = lowest
     console.print(table)
     for path, lowest in worst.items():
         for value, text in lowest:
             console.print(f"{path} {value:.3f} {' '.join(text.split())[:160]!r}", markup=False)
-    return figures
+    return results
 
 
-def _texts(files: list[str], text_field: str, lines: bool) -> Iterator[str]:
-    for part in split_files(files):
-        for document in read_documents(part, text_field):
-            if not lines:
-                yield document
-            else:
-                yield from (line for line in document.split("\n") if line.strip())
+def _texts(file: str, text_field: str, lines: bool) -> Iterator[str]:
+    for document in read_texts([Slice(file)], text_field):
+        if not lines:
+            yield document
+        else:
+            yield from (line for line in document.split("\n") if line.strip())
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -520,25 +574,19 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
-    options = _parser().parse_args(words)
+    options = _parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     if options.command == "train":
-        figures = train(
-            options.good,
-            options.bad,
-            options.output,
-            text_field=options.text_field,
-            size=options.size,
-        )
-        _show_card(figures, console)
+        settings = {"text_field": options.text_field, "size": options.size}
+        results = train(options.good, options.bad, options.output, **settings)
+        _show_card(results, console)
     else:
-        figures = _score_files(options, console)
+        results = _score_files(options, console)
     if options.json:
-        Path(options.json).write_text(
-            json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        content = json.dumps(results, indent=1, ensure_ascii=False)
+        Path(options.json).write_text(content, encoding="utf-8")
     return 0
 
 

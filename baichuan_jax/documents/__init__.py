@@ -1,1 +1,1 @@
-"""Text files of every form, read as documents: for the tokenizer, for training and for the corpus pipeline."""
+"""Text files of every form, read as documents: for the tokenizer, training and the pipeline."""

@@ -1,238 +1,246 @@
-"""Files of documents, read strictly: a document that cannot be read is an error that names file and line, never left out."""
+"""The one reader of text files: every document once and in order, and what is wrong, by line.
 
-import glob
-import gzip
-import importlib.util
-import io
-import itertools
+Input: a slice of a file. Output: documents, and in place of what cannot be read a problem that
+names file, line and reason, so that nothing is lost in silence. Two users, one reader: the corpus
+pipeline counts problems as removed documents (`read_documents`); training raises an error at the
+first (`read_texts`), since rows that lack a document would look like rows that have them all.
+
+A file's kind decides which function reads it (`READERS`). A new kind is a function there that
+yields documents and problems in order, and its suffix in files.KINDS.
+"""
+
+import hashlib
 import json
-import os
-import re
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.files import Slice, count_lines, kind_of
+from baichuan_jax.documents.storage import DAMAGE, open_binary, pyarrow_for
 
-_HAN = re.compile("[\u4e00-\u9fff]+")
-INSTALLED = Path(__file__).parents[2]  # the folder that the package lies in
-PART_BYTES = (
-    64 << 20
-)  # an uncompressed JSONL file is read in parts of this size, by as many processes as there are
+# Problems of a whole file. All other problems stand for one document each.
+EMPTY = "empty_file"
+UNREADABLE = "unreadable"
+# Rows of a Parquet file that are converted at once: few, since a row may hold a book.
+BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file; or the lines of an uncompressed JSONL file that begin in [start, stop); or those row groups of a Parquet file."""
+class Fields:
+    """Fields of a JSON object, or columns of a Parquet file, that make a document."""
+
+    text: str = "text"
+    # None: not read, and then a document has no id, or its file's name as its source.
+    id: str | None = None
+    source: str | None = None
+    # A longer line, or .txt file, is a problem and is not held in memory. None: no limit.
+    max_line_bytes: int | None = None
+
+
+class Document(NamedTuple):
+    """A text and where it comes from; `line` is a Parquet file's row."""
 
     path: str
-    start: int = 0
-    stop: int | None = None
+    line: int
+    id: str | None
+    source: str
+    text: str
 
 
-def find_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted, each once. Raises ConfigError where a glob matches none or a file is of no known kind.
+class Problem(NamedTuple):
+    """What is wrong at a line, and what is known of the document that it stands for."""
 
-    baichuan_jax/... means the files that come with the program, wherever it is installed and
-    whatever the working directory is.
+    path: str
+    line: int
+    reason: str
+    detail: str
+    id: str | None = None
+    source: str = ""
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it stands for a document, not for a file."""
+        return self.reason not in (EMPTY, UNREADABLE)
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.line}: {self.reason}: {self.detail}"
+
+
+def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
+    """Everything in a slice, in order.
+
+    Reasons: no_json, no_text, broken_utf8, line_too_long (one document each), unreadable (the rest
+    of a damaged file), empty_file. Raises ConfigError where a package is missing, nothing else.
     """
-    files = set()
-    for pattern in patterns:
-        own = (
-            os.path.join(glob.escape(str(INSTALLED)), pattern)
-            if pattern.startswith("baichuan_jax/")
-            else pattern
-        )
-        found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
-        if not found:
-            raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
-        files.update(found)
-    for path in files:
-        if kind_of(path) not in (".jsonl", ".json", ".txt", ".parquet"):
-            raise ConfigError(
-                f"{path}: expected .jsonl, .json (a document a line) or .txt (a document a file), also with .gz or .zst; or .parquet"
-            )
-    return sorted(files)
+    read = READERS[kind_of(piece.path)]
+    line = piece.first_line - 1
+    try:
+        for entry in read(piece, fields):
+            line = entry.line
+            yield entry
+    except DAMAGE as error:
+        yield Problem(piece.path, line + 1, UNREADABLE, f"reading stopped: {error}")
+    else:
+        # Only the first slice can say so: a later one has no line of its own where a single long
+        # line spans it.
+        if line < piece.first_line and piece.start == 0:
+            yield Problem(piece.path, 1, EMPTY, "holds no document")
 
 
-def kind_of(path: str) -> str:
-    """The suffix below .gz or .zst."""
-    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+def read_texts(pieces: Iterable[Slice], text_field: str) -> Iterator[str]:
+    """Texts of slices, in order, empty ones included.
+
+    Raises ConfigError at the first problem, with file and line. An empty file is no problem here:
+    nothing of it is lost.
+    """
+    fields = Fields(text=text_field)
+    for piece in pieces:
+        for entry in read_documents(piece, fields):
+            if isinstance(entry, Document):
+                yield entry.text
+            elif entry.reason != EMPTY:
+                raise ConfigError(_strict_message(entry, piece))
 
 
-def split_files(files: list[str]) -> list[Part]:
-    """Parts to read in parallel: a function of the files alone."""
-    parts = []
-    for path in files:
-        size = os.path.getsize(path)
-        if kind_of(path) == ".parquet":
-            parts += [Part(path, start, stop) for start, stop in _row_groups(path)]
-        elif path.endswith((".jsonl", ".json")) and size > PART_BYTES:
-            borders = [*range(0, size, PART_BYTES), size]
-            parts += [Part(path, start, stop) for start, stop in itertools.pairwise(borders)]
-        else:
-            parts.append(Part(path))
-    return parts
+def document_id(path: str, line: int) -> str:
+    """The id of a document that names none: 24 hexadecimal digits of a hash of file and line."""
+    return hashlib.blake2b(f"{path}:{line}".encode(), digest_size=12).hexdigest()
 
 
-def read_documents(part: Part, text_field: str) -> Iterator[str]:
-    """Texts of a part, in order, empty ones included. Raises ConfigError naming file and line."""
-    if kind_of(part.path) == ".txt":
-        content = b"".join(_lines(part))
-        yield _decode(content, part.path)
+def _strict_message(problem: Problem, piece: Slice) -> str:
+    if piece.by_bytes and piece.start and piece.first_line == 1:
+        # Nobody counted the lines before this slice. A second look at the file costs seconds, once,
+        # and gives the line that an editor shows.
+        before = count_lines(Slice(piece.path, 0, piece.start))
+        problem = problem._replace(line=problem.line + before)
+    if problem.reason == "no_text":
+        return f"{problem}; name the field that holds the text: data.text_field, or --text_field"
+    return (
+        f"{problem}; mend the file, or clean the corpus first with python -m "
+        "baichuan_jax.data.pipeline, which leaves out what cannot be read"
+    )
+
+
+def _read_lines(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
+    limit = fields.max_line_bytes
+    stem = _stem(piece.path)
+    with open_binary(piece.path) as file:
+        number = piece.first_line - 1
+        if piece.start:
+            # A line that begins before this slice belongs to the slice before. One byte back: where
+            # that byte is a newline, this slice begins with a line of its own.
+            file.seek(piece.start - 1)
+            if _skip_line(file) > 1:
+                number += 1
+        while piece.stop is None or file.tell() < piece.stop:
+            line = file.readline() if limit is None else file.readline(limit + 1)
+            if not line:
+                return
+            number += 1
+            if limit is not None and len(line) > limit and not line.endswith(b"\n"):
+                size = len(line) + _skip_line(file)
+                detail = f"{size} bytes, and read.max_line_bytes={limit}"
+                yield Problem(piece.path, number, "line_too_long", detail, source=stem)
+            elif line.strip():
+                # A byte-order mark is no part of a file's first line.
+                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                yield _parse(content, piece.path, number, fields, stem)
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of a line without keeping it. Returns its bytes."""
+    size = 0
+    while chunk := file.readline(1 << 20):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return size
+
+
+def _read_text(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
+    limit = fields.max_line_bytes
+    stem = _stem(piece.path)
+    with open_binary(piece.path) as file:
+        content = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(content) > limit:
+        detail = f"more than read.max_line_bytes={limit} bytes"
+        yield Problem(piece.path, 1, "line_too_long", detail, source=stem)
         return
-    if kind_of(part.path) == ".parquet":
-        yield from _read_parquet(part, text_field)
+    if not content.strip():
         return
-    for number, line in enumerate(_lines(part), start=1):
-        where = f"{part.path}, line {number}" + (f" after byte {part.start}" if part.start else "")
-        if not line.strip():
-            continue
-        decoded = _decode(line, where)
-        try:
-            record = json.loads(decoded)
-        except ValueError as error:
-            raise ConfigError(f"{where} is no JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            names = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ConfigError(
-                f"{where} has no text in field {text_field!r} (it has: {names}); set data.text_field"
-            )
-        try:
-            record[text_field].encode()
-        except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
-            raise ConfigError(f"{where} has no text in field {text_field!r}: {error}") from None
-        yield record[text_field]
-
-
-def _row_groups(path: str) -> list[tuple[int, int]]:
-    """[start, stop) of row groups that hold about PART_BYTES together."""
-    with _parquet(path) as file:
-        sizes = [
-            file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
-        ]
-    borders = [0]
-    for group in range(len(sizes)):
-        if sum(sizes[borders[-1] : group + 1]) >= PART_BYTES or group + 1 == len(sizes):
-            borders.append(group + 1)
-    return list(itertools.pairwise(borders))
-
-
-def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
-    with _parquet(part.path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise ConfigError(
-                f"{part.path} has no column {text_field!r} (it has: {file.schema_arrow.names}); set data.text_field"
-            )
-        groups = list(
-            range(part.start, part.stop if part.stop is not None else file.num_row_groups)
-        )
-        row = 0
-        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if not isinstance(text, str):
-                    raise ConfigError(
-                        f"{part.path}, row {row} after row group {part.start} has no text in column {text_field!r}"
-                    )
-                yield text
-
-
-@contextmanager
-def _parquet(path: str) -> Iterator[Any]:
     try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            f"{path}: Parquet needs pyarrow: pip install -r requirements-data.txt"
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{path} cannot be read to its end: {error}") from None
-
-
-def language(text: str) -> str:
-    """ "zh" where more than half of the letters are Han, else "en"."""
-    han = sum(map(len, _HAN.findall(text)))
-    if 2 * han > len(text) or not han:  # no need to count letters
-        return "zh" if han else "en"
-    return "zh" if 2 * han > sum(map(str.isalpha, text)) else "en"
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
+        yield Document(piece.path, 1, None, stem, content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is no UTF-8: {error}") from None
+        line = content[: error.start].count(b"\n") + 1
+        yield Problem(piece.path, line, "broken_utf8", str(error), source=stem)
 
 
-def _lines(part: Part) -> Iterator[bytes]:
+def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
+    pyarrow = pyarrow_for(piece.path)
+    stem = _stem(piece.path)
+    number = piece.first_line - 1
     try:
-        with open_file(part.path) as file:
-            if part.start:
-                file.seek(part.start - 1)
-                file.readline()  # the line that begins before this part belongs to the part before
-            while (part.stop is None or file.tell() < part.stop) and (line := file.readline()):
-                yield line
-    except (EOFError, OSError, zlib.error) as error:
-        raise ConfigError(f"{part.path} cannot be read to its end: {error}") from None
+        with open_binary(piece.path) as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = table.schema_arrow.names
+            wanted = [name for name in (fields.text, fields.id, fields.source) if name in columns]
+            stop = table.num_row_groups if piece.stop is None else piece.stop
+            groups = list(range(piece.start, stop))
+            # Columns that are not asked for are not read, which is most of the time saved.
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _document(row, columns, piece.path, number, fields, stem)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
 
 
-def open_file(path: str, raw: BinaryIO | None = None) -> BinaryIO:
-    """A file's bytes, decompressed as its name says; `raw`: its bytes as they are, where they do not lie on a local disk.
-
-    What is damaged raises EOFError, OSError or zlib.error while it is read. ConfigError: .zst
-    without the package zstandard.
-    """
-    if path.endswith(".gz"):
-        return gzip.open(raw or path, "rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        if importlib.util.find_spec("zstandard") is None:
-            raise ConfigError(
-                f"{path} cannot be read: zstandard is not installed; pip install zstandard, or decompress the file"
-            )
-        return io.BufferedReader(_Zstd(raw or open(path, "rb")))  # type: ignore[return-value]
-    return raw or open(path, "rb")
+READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_lines,
+    ".txt": _read_text,
+    ".parquet": _read_parquet,
+}
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd file that complains where it is cut short, which zstandard's own reader does not. Damage raises OSError."""
+def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Document | Problem:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(path, number, "broken_utf8", str(error), source=stem)
+    except (ValueError, RecursionError) as error:
+        detail = str(error) or "nested too deeply"
+        return Problem(path, number, "no_json", detail, source=stem)
+    if not isinstance(record, dict):
+        detail = f"{type(record).__name__} instead of an object"
+        return Problem(path, number, "no_json", detail, source=stem)
+    return _document(record, record, path, number, fields, stem)
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard  # here, since only .zst files need it
 
-        self._file = file
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._decompressor = self._new()
-        self._damage = zstandard.ZstdError
-        self._pending = b""
-        self._ended = False  # a reader may ask again after the end
+def _document(
+    record: dict[str, Any], names: Iterable[str], path: str, line: int, fields: Fields, stem: str
+) -> Document | Problem:
+    """A record with what its fields hold; `names`: all fields that there are, for the message."""
+    name = record.get(fields.id) if fields.id else None
+    # True and False are ints in Python, and no ids.
+    is_id = isinstance(name, str | int) and not isinstance(name, bool) and str(name)
+    identity = str(name) if is_id else None
+    source = record.get(fields.source) if fields.source else None
+    source = source if isinstance(source, str) and source else stem
+    text = record.get(fields.text)
+    if not isinstance(text, str):
+        detail = f"no text in field {fields.text!r} (it has: {sorted(names)})"
+        return Problem(path, line, "no_text", detail, identity, source)
+    try:
+        text.encode()
+        (identity or "").encode()
+        source.encode()
+    except UnicodeEncodeError as error:  # half of an escaped surrogate pair, "\ud83d"
+        return Problem(path, line, "broken_utf8", str(error), source=stem)
+    return Document(path, line, identity, source, text)
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[override]
-        while not self._pending and not self._ended:
-            if self._decompressor.eof:
-                chunk = self._decompressor.unused_data or self._file.read(1 << 20)
-                self._ended = not chunk
-                self._decompressor = self._new()
-            elif not (chunk := self._file.read(1 << 20)):
-                raise EOFError("the last zstd frame is not complete")
-            try:
-                self._pending = self._decompressor.decompress(chunk)
-            except self._damage as error:
-                raise OSError(str(error)) from error
-        size = min(len(buffer), len(self._pending))
-        buffer[:size], self._pending = self._pending[:size], self._pending[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _stem(path: str) -> str:
+    return Path(path).name.split(".")[0]

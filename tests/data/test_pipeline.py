@@ -39,8 +39,8 @@ def command(
     """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
     program = (
         "import sys; from baichuan_jax.data import pipeline; "
-        "from baichuan_jax.data.corpus import documents, engine; "
-        f"documents.PART_BYTES, engine.ROWS_AT_ONCE = {part_bytes}, {rows_at_once}; "
+        "from baichuan_jax.data.corpus import reading, tables; "
+        f"reading.PART_BYTES, tables.ROWS_AT_ONCE = {part_bytes}, {rows_at_once}; "
         "pipeline.run_command(lambda: pipeline.main(sys.argv[1:]))"
     )
     return [

@@ -22,7 +22,6 @@ from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
 from baichuan_jax.data.prepare import prepare
 from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
-from baichuan_jax.documents import reader as text
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "sample"
@@ -161,7 +160,7 @@ def test_a_large_file_becomes_several_shards_that_hold_every_document(
     packed, corpus, documents, tokenizer, tmp_path, monkeypatch
 ):
     size = os.path.getsize(corpus.replace("*", "a"))
-    monkeypatch.setattr(text, "PART_BYTES", size // 3)
+    monkeypatch.setattr(module, "SHARD_BYTES", size // 3)
     rows = pack([corpus.replace("*", "a")], tmp_path / "rows", tokenizer, 8, num_workers=2)
     assert len(rows.manifest["shards"]) in (3, 4)
     assert rows.manifest["documents"] == len(documents["a.jsonl"])
@@ -322,7 +321,7 @@ def test_packing_other_text_or_settings_into_a_finished_folder_is_refused(
 def test_an_error_of_a_worker_is_raised_and_the_next_pack_goes_on(tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", ["enough words to fill a row of eight tokens"])
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(ConfigError, match=r"b\.jsonl, line 2 is no JSON"):
+    with pytest.raises(ConfigError, match=r"b\.jsonl, line 2: no_json"):
         pack([f"{tmp_path}/*.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=2)
     write(tmp_path / "b.jsonl", ["mended"])
     assert (
@@ -350,7 +349,7 @@ def test_a_truncated_or_missing_shard_is_named_at_open(copy):
     ):
         Rows(copy)
     shard.unlink()
-    with pytest.raises(ConfigError, match=r"shard-00001\.array_record has gone"):
+    with pytest.raises(ConfigError, match=r"shard-00001\.array_record is missing"):
         Rows(copy)
 
 

@@ -11,8 +11,11 @@ from launches import SAMPLE
 
 pytest.importorskip("daft")
 from baichuan_jax.data.corpus.config import RulesConfig
-from baichuan_jax.data.corpus.measures import measure
-from baichuan_jax.data.rules import RULES, apply, is_identity_number
+from baichuan_jax.data.rules import RULES, Rules, is_identity_number, measure
+
+
+def apply(texts: list[str], config: RulesConfig):
+    return Rules(config).clean(texts)
 
 
 def sample(name: str) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("daft")
 import numpy as np
 
-from baichuan_jax.data.sentences import _anchors, alike, cut, letters_of, spans
+from baichuan_jax.data.corpus.writing import cut
+from baichuan_jax.data.sentences import _anchors, alike, letters_of, spans
 
 
 @pytest.mark.parametrize(

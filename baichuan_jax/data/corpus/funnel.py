@@ -11,9 +11,8 @@ from baichuan_jax.runs.console import Display
 COLOURS = {"left": "#9dbfe0", "removed": "#d0d7de"}
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], display: Display) -> None:
     """Print every stage with what it removed, and what was wrong with the input."""
-    display = Display()
     rows = []
     for stage in report["stages"]:
         removed = stage["documents_in"] - stage["documents_out"]

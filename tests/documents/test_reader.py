@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("pyarrow")
 import zstandard
 
-from baichuan_jax.data.corpus.config import ReadConfig
-from baichuan_jax.data.corpus.documents import Problem, Record, Slice, count_lines, read_records
+from baichuan_jax.documents.files import Slice, count_lines
+from baichuan_jax.documents.reader import Document, Fields, Problem, read_documents
 
-FIELDS = ReadConfig()
+FIELDS = Fields(id="id", source="source", max_line_bytes=16 << 20)
 
 
 def lines_of(rng: random.Random) -> bytes:
@@ -37,14 +37,14 @@ def test_any_cut_of_a_file_gives_the_same_records(tmp_path, seed):
     rng = random.Random(seed)
     path = tmp_path / "some.jsonl"
     path.write_bytes(lines_of(rng))
-    whole = list(read_records(Slice(str(path)), FIELDS))
-    assert {record.reason for record in whole} == {None, "no_json", "broken_utf8"}
+    whole = list(read_documents(Slice(str(path)), FIELDS))
+    assert {getattr(entry, "reason", None) for entry in whole} == {None, "no_json", "broken_utf8"}
     size = path.stat().st_size
     borders = sorted({0, size, *rng.sample(range(1, size), 25)})
     parts, line = [], 1
     for start, stop in itertools.pairwise(borders):
         piece = Slice(str(path), start, stop, line)
-        parts += read_records(piece, FIELDS)
+        parts += read_documents(piece, FIELDS)
         line += count_lines(piece)
     assert parts == whole
 
@@ -57,12 +57,15 @@ def test_a_line_of_200_megabytes_is_not_held(tmp_path):
         file.write(b'\n{"text": "after it"}\n')
     tracemalloc.start()
     try:
-        found = list(read_records(Slice(str(path)), FIELDS))
+        found = list(read_documents(Slice(str(path)), FIELDS))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [(record.line, record.reason) for record in found] == [(1, "line_too_long"), (2, None)]
-    assert "200000001 bytes" in found[0].detail
+    problem, document = found
+    assert isinstance(problem, Problem)
+    assert (problem.line, problem.reason) == (1, "line_too_long")
+    assert "200000001 bytes" in problem.detail
+    assert document == Document(str(path), 2, None, "long", "after it")
     assert peak < 4 * FIELDS.max_line_bytes
 
 
@@ -73,11 +76,12 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     whole = zstandard.ZstdCompressor().compress(text)
     path = tmp_path / "cut.jsonl.zst"
     path.write_bytes(zstandard.ZstdCompressor().compress(text[:250_000]) + whole[: len(whole) // 2])
-    found = list(read_records(Slice(str(path)), FIELDS))
-    records, problem = found[:-1], found[-1]
+    found = list(read_documents(Slice(str(path)), FIELDS))
+    problem = found[-1]
     assert isinstance(problem, Problem)
-    assert (problem.reason, problem.line) == ("unreadable", len(records) + 1)
-    assert all(isinstance(record, Record) for record in records)
-    assert [record.id for record in records if record.reason is None][:400] == [
+    assert (problem.reason, problem.line) == ("unreadable", len(found))
+    # The frame that is cut short may end inside a line, which is then no JSON.
+    assert all(isinstance(e, Document) or e.reason == "no_json" for e in found[:-1])
+    assert [entry.id for entry in found[:-1] if isinstance(entry, Document)][:400] == [
         str(number) for number in range(400)
     ]

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents import reader as text
-from baichuan_jax.documents.reader import Part, find_files, read_documents, split_files
+from baichuan_jax.documents.files import Slice, find_files, split_files
+from baichuan_jax.documents.reader import read_texts
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -28,7 +28,11 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().
 
 
 def read(path, text_field="text"):
-    return list(read_documents(Part(str(path)), text_field))
+    return list(read_texts([Slice(str(path))], text_field))
+
+
+def split(path, slice_bytes):
+    return split_files({str(path): os.path.getsize(path)}, slice_bytes)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -71,14 +75,14 @@ def test_the_text_field_is_chosen(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b'{"text": "cut sho', "is no JSON: Invalid control character"),
-        (b"plain words", "is no JSON"),
-        (b'{"txt": "a", "id": 1}', r"has no text in field 'text' \(it has: \['id', 'txt'\]\)"),
-        (b'{"text": 7}', "has no text in field 'text'"),
-        (b'{"text": null}', "has no text in field 'text'"),
-        (b'["text"]', r"has no text in field 'text' \(it has: list\)"),
-        (b'{"text": "\xff"}', "is no UTF-8"),
-        (b'{"text": "half a pair \\ud83d"}', "has no text in field 'text'.*surrogates not allowed"),
+        (b'{"text": "cut sho', "no_json: Invalid control character"),
+        (b"plain words", "no_json: Expecting value"),
+        (b'{"txt": "a", "id": 1}', r"no_text: no text in field 'text' \(it has: \['id', 'txt'\]\)"),
+        (b'{"text": 7}', "no_text: no text in field 'text'.*name the field.*data.text_field"),
+        (b'{"text": null}', "no_text: no text in field 'text'"),
+        (b'["text"]', r"no_json: list instead of an object; mend the file, or clean the corpus"),
+        (b'{"text": "\xff"}', "broken_utf8: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"text": "half a pair \\ud83d"}', "broken_utf8: .*surrogates not allowed"),
     ],
 )
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -87,15 +91,15 @@ def test_a_bad_line_is_named_after_those_before_it_are_read(tmp_path, line, mess
     path.write_bytes(
         COMPRESS[suffix](b'{"text": "fine"}\n\n' + line + b'\n{"text": "not reached"}\n')
     )
-    documents = read_documents(Part(str(path)), "text")
+    documents = read_texts([Slice(str(path))], "text")
     assert next(documents) == "fine"
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 3 {message}"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 3: {message}"):
         next(documents)
 
 
 def test_bad_utf8_in_a_txt_file_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("中文".encode("gb18030"))
-    with pytest.raises(ConfigError, match=r"a\.txt is no UTF-8"):
+    with pytest.raises(ConfigError, match=r"a\.txt, line 1: broken_utf8"):
         read(tmp_path / "a.txt")
 
 
@@ -117,7 +121,7 @@ def test_a_file_cut_short_is_named(tmp_path, kind, suffix, share):
     lines = "".join(json.dumps({"text": os.urandom(50).hex()}) + "\n" for _ in range(3000))
     path.write_bytes(COMPRESS[suffix](lines.encode()))
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(ConfigError, match=rf"a{kind}{suffix} cannot be read to its end"):
+    with pytest.raises(ConfigError, match=rf"a{kind}{suffix}, line \d+: unreadable"):
         read(path)
 
 
@@ -125,12 +129,12 @@ def test_a_file_cut_short_is_named(tmp_path, kind, suffix, share):
 def test_a_file_that_is_not_compressed_as_it_says_is_named(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_text(JSONL)
-    with pytest.raises(ConfigError, match=rf"a\.jsonl{suffix} cannot be read"):
+    with pytest.raises(ConfigError, match=rf"a\.jsonl{suffix}, line 1: unreadable"):
         read(path)
 
 
 @pytest.mark.parametrize("last_newline", [True, False])
-def test_parts_of_any_size_hold_every_document_once(tmp_path, monkeypatch, last_newline):
+def test_slices_of_any_size_hold_every_document_once(tmp_path, last_newline):
     path = tmp_path / "a.jsonl"
     content = (JSONL + "\n" + JSONL).encode()
     path.write_bytes(content if last_newline else content[:-1])
@@ -141,33 +145,28 @@ def test_parts_of_any_size_hold_every_document_once(tmp_path, monkeypatch, last_
         *(end - 1 for end in line_ends),
         *(end + 1 for end in line_ends),
     }:
-        monkeypatch.setattr(text, "PART_BYTES", size)
-        parts = split_files([str(path)])
-        assert len(parts) == -(-path.stat().st_size // size)
-        assert [
-            document for part in parts for document in read_documents(part, "text")
-        ] == DOCUMENTS * 2, size
+        slices = split(path, size)
+        assert len(slices) == -(-path.stat().st_size // size)
+        assert list(read_texts(slices, "text")) == DOCUMENTS * 2, size
 
 
-def test_a_bad_line_of_a_later_part_is_named_with_the_byte_it_is_counted_from(
-    tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("slice_bytes", [40, 42, 84])
+def test_a_bad_line_of_a_later_slice_is_named_by_its_number_in_the_file(tmp_path, slice_bytes):
     path = tmp_path / "a.jsonl"
+    # Lines begin at bytes 0, 14, ..., 84: a later slice has the last, with and without the end of a
+    # line of the slice before.
     path.write_text('{"text": "a"}\n' * 6 + "broken\n")
-    monkeypatch.setattr(
-        text, "PART_BYTES", 40
-    )  # lines begin at bytes 0, 14, ..., 84: the third part has the last
-    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1 after byte 80 is no JSON"):
-        [list(read_documents(part, "text")) for part in split_files([str(path)])]
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 7: no_json"):
+        list(read_texts(split(path, slice_bytes), "text"))
 
 
-def test_only_uncompressed_jsonl_is_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PART_BYTES", 10)
+def test_only_uncompressed_jsonl_is_split(tmp_path):
     for name in ("a.jsonl.gz", "b.txt", "c.jsonl.zst"):
         (tmp_path / name).write_bytes(os.urandom(50))
     (tmp_path / "d.jsonl").write_bytes(b"1234567890")
-    assert split_files(find_files([str(tmp_path / "*")])) == [
-        Part(path) for path in find_files([str(tmp_path / "*")])
+    files = find_files([str(tmp_path / "*")])
+    assert split_files({file: os.path.getsize(file) for file in files}, 10) == [
+        Slice(file) for file in files
     ]
 
 
@@ -191,8 +190,8 @@ def test_a_glob_that_matches_no_file_and_an_unknown_suffix_are_refused(tmp_path)
             find_files([f"{tmp_path}/a*", str(tmp_path / name)])
 
 
-def test_parquet_reads_whole_whatever_its_row_groups(tmp_path, monkeypatch):
-    """Parts are runs of row groups; one after the other they are the file."""
+def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
+    """Slices are runs of row groups; one after the other they are the file."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"document {i} " + "字" * (i * 37 % 500) for i in range(1000)]
@@ -203,14 +202,15 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path, monkeypatch):
         row_group_size=77,
         compression="none",
     )
-    monkeypatch.setattr("baichuan_jax.documents.reader.PART_BYTES", 100_000)
-    parts = split_files([path])
-    assert len(parts) > 3
-    assert [text for part in parts for text in read_documents(part, "text")] == texts
-    with pytest.raises(
-        ConfigError, match=r"a\.parquet has no column 'body' \(it has: \['id', 'text'\]\)"
-    ):
-        list(read_documents(parts[0], "body"))
-    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read"):
-        split_files([str(tmp_path / "cut.parquet")])
+    slices = split(path, 100_000)
+    assert len(slices) > 3
+    assert list(read_texts(slices, "text")) == texts
+    missing = r"no text in field 'body' \(it has: \['id', 'text'\]\)"
+    with pytest.raises(ConfigError, match=rf"a\.parquet, line 1: no_text: {missing}"):
+        list(read_texts(slices, "body"))
+    with pytest.raises(ConfigError, match=rf"a\.parquet, line {slices[2].first_line}: no_text"):
+        list(read_texts(slices[2:], "body"))
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"cut\.parquet, line 1: unreadable"):
+        list(read_texts(split(cut, 100_000), "text"))

@@ -8,12 +8,12 @@ pytest.importorskip("daft")
 import daft
 import numpy as np
 
+from baichuan_jax.data.corpus.components import components
 from baichuan_jax.data.corpus.config import DedupConfig
-from baichuan_jax.data.corpus.engine import Engine
+from baichuan_jax.data.corpus.tables import Tables
 from baichuan_jax.data.near_duplicates import (
     HASHES,
     SIGNATURES,
-    components,
     find_duplicates,
     minhash,
     similarity,
@@ -22,8 +22,8 @@ from baichuan_jax.data.near_duplicates import (
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Engine:
-    return Engine(2, progress=False, scratch=tmp_path_factory.mktemp("scratch"))
+def tables(tmp_path_factory) -> Tables:
+    return Tables(tmp_path_factory.mktemp("scratch"))
 
 
 def test_hashes_estimate_the_jaccard_similarity():
@@ -66,7 +66,7 @@ def test_width_case_and_punctuation_do_not_count():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_components_are_those_of_union_find(engine, seed):
+def test_components_are_those_of_union_find(tables, seed):
     rng = random.Random(seed)
     edges = {tuple(sorted(rng.sample(range(400), 2))) for _ in range(250)}
     edges |= {(i, i + 1) for i in range(1000, 1100)} | {
@@ -84,7 +84,7 @@ def test_components_are_those_of_union_find(engine, seed):
         parent[max(a, b)] = min(a, b)
     low, high = zip(*rng.sample(sorted(edges), len(edges)), strict=True)
     table = daft.from_pydict({"low": list(low), "high": list(high)})
-    found = components(engine, table).to_pydict()
+    found = components(tables, table).to_pydict()
     assert len(found["doc"]) == len(set(found["doc"]))
     assert dict(zip(found["doc"], found["component"], strict=True)) == {
         node: find(node) for node in parent
@@ -92,13 +92,12 @@ def test_components_are_those_of_union_find(engine, seed):
 
 
 @pytest.mark.parametrize("rows_at_once", [2 << 20, 3])
-def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(
-    engine, monkeypatch, rows_at_once
+def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_is_removed(
+    tables, monkeypatch, rows_at_once
 ):
-    """A chain of four documents, each like the next but not like the one after; an exact copy; and one that is alone."""
-    monkeypatch.setattr(
-        "baichuan_jax.data.corpus.engine.ROWS_AT_ONCE", rows_at_once
-    )  # the same, a few rows at a time
+    """A chain of four documents, each like the next only; an exact copy; and one that is alone."""
+    # The same in memory and a few rows at a time.
+    monkeypatch.setattr("baichuan_jax.data.corpus.tables.ROWS_AT_ONCE", rows_at_once)
     rng = np.random.default_rng(0)
     sketches = [rng.integers(0, 65536, HASHES, dtype=np.uint16)]
     for _ in range(3):
@@ -119,5 +118,5 @@ def test_the_best_of_a_cluster_stays_and_only_what_is_like_it_goes(
     ]
     for order in (rows, rows[::-1]):
         table = daft.from_pydict({name: [row[name] for row in order] for name in SIGNATURES.names})
-        pairs = find_duplicates(engine, table, DedupConfig(threshold=0.75)).to_pydict()
+        pairs = find_duplicates(tables, table, DedupConfig(threshold=0.75)).to_pydict()
         assert dict(zip(pairs["doc"], pairs["kept"], strict=True)) == {12: 13, 10: 11, 14: 11}

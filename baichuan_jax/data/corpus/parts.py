@@ -1,0 +1,221 @@
+"""Parts of a corpus on disk: stages, their files, and what makes a finished part still valid.
+
+A stage is a folder with one Parquet file for each part of the input, and beside it a JSON record of
+what the work counted. Everything is found again by a key: a hash of the settings and of the keys of
+the stages that it was made from, so a changed setting repeats exactly the stages that depend on it.
+The name of a document in all tables is a number, `doc`: its part in the upper bits, its row in the
+lower ones, so documents sort in the order of the input.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+
+from baichuan_jax import __version__
+from baichuan_jax.runs.files import publish, write_atomically
+
+# Of the files of all stages. To raise it makes all finished stages of all users anew.
+VERSION = 3
+ROW_BITS = 32
+# Light compression: most of a part's files are written once and read two or three times. Statistics
+# and the Arrow schema are left out, since nothing reads them.
+PARQUET = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "write_statistics": False,
+    "store_schema": False,
+}
+# What the first stage writes of every document, the removed ones included.
+DOCUMENTS = pa.schema(
+    [
+        ("doc", pa.int64()),
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("source", pa.string()),
+        ("lang", pa.string()),
+        ("stage", pa.string()),  # what removed it
+        ("reason", pa.string()),  # why; null: it is not removed
+        ("bytes", pa.int64()),  # of the text as it came
+        ("clean_bytes", pa.int64()),  # of the text here
+        ("text", pa.large_string()),  # null where the document is removed
+    ]
+)
+# What a filter that scores documents writes, a row for each document in their order.
+SCORES = pa.schema([("doc", pa.int64()), ("quality", pa.float32())])
+
+
+def stage_key(*made_from: Any) -> str:
+    """A hash of settings (dataclasses, numbers, strings) and of other stages' keys."""
+    plain = [
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+        for value in made_from
+    ]
+    content = [__version__, VERSION, _daft_version(), plain]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _daft_version() -> str:
+    # A release of daft may hash, sort or group otherwise.
+    return importlib.metadata.version("daft")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder of finished work, and the key of all it was made from."""
+
+    folder: Path
+    key: str
+    # Folders for its Parquet files, where these are a result of the whole pipeline.
+    outputs: tuple[Path, ...] = ()
+
+    def file(self, part: int, output: int = 0) -> Path:
+        folder = self.outputs[output] if self.outputs else self.folder
+        return folder / f"part-{part:05d}.parquet"
+
+    def record_file(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.json"
+
+    def record(self, part: int) -> Any:
+        """What the finished work on a part returned; None where it is still to be done."""
+        try:
+            record = json.loads(self.record_file(part).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record["result"] if record["key"] == self.key and self.file(part).exists() else None
+
+    def prepare(self) -> int:
+        """Make the folders, and remove what a killed run or other settings left in them.
+
+        Returns how many finished parts of other settings were removed.
+        """
+        note = self.folder / "key"
+        is_same = note.exists() and note.read_text(encoding="utf-8") == self.key
+        outdated = 0 if is_same else len(list(self.folder.glob("part-*.json")))
+        for folder in (*self.outputs, self.folder):
+            if not is_same:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+        write_atomically(note, self.key.encode())
+        return outdated
+
+    def read(self, part: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A part's file, a row group at a time."""
+        with pq.ParquetFile(self.file(part)) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+
+
+class ParquetFile:
+    """A Parquet file that appears whole when the block ends without an error.
+
+    The same tables give the same bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Two hosts may make the same part: Ray repeats the task of a host that it takes for lost.
+        self._temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        self._writer: Any = None  # a ParquetWriter from the first table on
+
+    def __enter__(self) -> "ParquetFile":
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """One row group; an empty table gives the file its columns and no row group."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._temporary, table.schema, **PARQUET)
+        if len(table):
+            self._writer.write_table(table)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError:  # the disk is full
+                self._temporary.unlink(missing_ok=True)
+                raise
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+        elif self._writer is not None:
+            publish(self._temporary, self._path)
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """What work on one part of the documents may read."""
+
+    number: int
+    documents: Stage
+    scores: Stage | None = None
+    # A folder of effect tables (effects.py), cut by part; None: the work does not ask for them.
+    effects: Path | None = None
+
+    def read(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Its documents, a batch at a time; those that are removed have no text."""
+        return self.documents.read(self.number, columns)
+
+    def read_scored(
+        self, columns: list[str] | None = None
+    ) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Its documents with their quality: float32 [documents], 0 where nothing scored them."""
+        scored = self.scores.read(self.number) if self.scores is not None else None
+        for table in self.read(columns):
+            scores = np.zeros(len(table), np.float32)
+            if scored is not None:
+                # Both files have the same row groups: a score stands where its document stands.
+                scores = next(scored)["quality"].to_numpy()
+            yield table, scores
+
+    def effect(self, name: str) -> list[dict[str, Any]]:
+        """The effects of one kind on its documents, as rows of that kind's table."""
+        assert self.effects is not None
+        files = sorted((self.effects / name / f"part={self.number}").glob("*.parquet"))
+        return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """Work on one part of a stage, for the runner: work(argument, file) -> result as JSON."""
+
+    stage: Stage
+    number: int
+    work: Callable[[Any, ParquetFile], Any]
+    argument: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.folder.name}, part {self.number}"
+
+    def is_done(self) -> bool:
+        return self.stage.record(self.number) is not None
+
+    def make(self) -> None:
+        with ParquetFile(self.stage.file(self.number)) as file:
+            result = self.work(self.argument, file)
+        record = json.dumps({"key": self.stage.key, "result": result}, ensure_ascii=False)
+        write_atomically(self.stage.record_file(self.number), record.encode())
+
+
+def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:
+    """Rows as a table with these columns."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    pairs = zip(columns, schema, strict=True)
+    return pa.table([pa.array(column, field.type) for column, field in pairs], schema=schema)

@@ -1,0 +1,133 @@
+"""Tables of keys (never of text) of a whole corpus: joined and grouped by Daft, written to be kept.
+
+Filters compare documents of all parts by numbers and hashes. Daft runs these joins on this machine,
+or on the Ray cluster that RAY_ADDRESS names. On one machine a table that is too large for the
+memory is cut into buckets by key on the disk, so that memory does not grow with the corpus; Ray's
+own shuffles do that on a cluster.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+# daft sends usage data otherwise; it reads this when it is imported.
+os.environ["DO_NOT_TRACK"] = "1"
+
+import daft  # pyright: ignore[reportMissingImports]
+import daft.functions as F  # pyright: ignore[reportMissingImports]
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
+from daft import DataFrame, Expression, col, lit  # pyright: ignore[reportMissingImports]
+from daft.exceptions import DaftCoreException  # pyright: ignore[reportMissingImports]
+
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
+from baichuan_jax.data.runner import disk_hint
+from baichuan_jax.runs.files import write_atomically
+
+# Rows that are grouped in memory on one machine: about 0.2 GB of keys.
+ROWS_AT_ONCE = 2 << 20
+DONE = "done.json"
+
+
+class Tables:
+    """Makes tables with Daft; `scratch` is a folder for what does not fit the memory."""
+
+    def __init__(self, scratch: Path, num_workers: int = 1, on_ray: bool = False) -> None:
+        """`on_ray`: the caller has joined the cluster already, and it has `num_workers` CPUs."""
+        self.scratch = scratch
+        self._num_workers, self._on_ray = num_workers, on_ray
+        self._shuffles = 0
+        if on_ray:
+            daft.set_runner_ray()
+        else:
+            daft.set_runner_native()
+
+    def keep(self, frame: DataFrame) -> DataFrame:
+        """A table computed once: a lazy plan is computed again for everything made from it."""
+        # On Ray unions and joins multiply partitions; this gathers them.
+        return (frame.into_partitions(self._num_workers) if self._on_ray else frame).collect()
+
+    def in_buckets(
+        self, rows: int, make: Callable[..., DataFrame], *keyed: tuple[DataFrame, str]
+    ) -> DataFrame:
+        """What `make` makes of tables, each with its key; rows with equal keys meet.
+
+        `rows`: how many meet altogether. In as many turns as keep a turn's rows below ROWS_AT_ONCE,
+        each with the buckets of the tables that have the same remainder of the key.
+        """
+        turns = 1 if self._on_ray else max(1, -(-rows // ROWS_AT_ONCE))
+        if turns == 1:
+            return self.keep(make(*(frame for frame, _ in keyed)))
+        self._shuffles += 1
+        folder = self.scratch / str(self._shuffles)
+        shutil.rmtree(folder, ignore_errors=True)
+        for number, (frame, key) in enumerate(keyed):
+            bucket = F.pmod(col(key), lit(turns)).alias("bucket")
+            bucketed = frame.with_column("bucket", bucket)
+            bucketed.write_parquet(str(folder / f"in-{number}"), partition_cols=["bucket"])
+        for turn in range(turns):
+            files = [folder / f"in-{number}" / f"bucket={turn}" for number in range(len(keyed))]
+            pairs = zip(files, keyed, strict=True)
+            made = make(*(_read_folder(file, frame) for file, (frame, _) in pairs))
+            made.write_parquet(str(folder / "out" / str(turn)))
+            # At once, not at the end: the disk holds each table once, not twice.
+            for file in files:
+                shutil.rmtree(file, ignore_errors=True)
+        return daft.read_parquet(str(folder / "out" / "*" / "*.parquet"))
+
+    def by_part(self, frame: DataFrame, folder: Path) -> None:
+        """Write a table with the column `doc` as folder/part=N/*.parquet: each part's rows."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        frame = frame.with_column("part", part_of_document())
+        if self._on_ray:
+            # Otherwise every partition writes a file of its own for every part.
+            frame = frame.repartition(self._num_workers, col("part"))
+        frame.write_parquet(str(folder), partition_cols=["part"], compression="zstd")
+
+    def table(self, stage: Stage, make: Callable[[], DataFrame]) -> DataFrame:
+        """A stage's one table: read where it is finished, else made and written."""
+        if not is_finished(stage):
+            shutil.rmtree(stage.folder, ignore_errors=True)
+            try:
+                make().write_parquet(str(stage.folder), compression="zstd")
+            except (OSError, DaftCoreException) as error:
+                if hint := disk_hint(str(error)):
+                    raise ConfigError(f"{stage.folder}: {error}{hint}") from None
+                raise
+            # Last: a table without this file is of a killed run.
+            write_atomically(stage.folder / DONE, json.dumps({"key": stage.key}).encode())
+        return read_stage(stage)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether a stage's one table was made, of what it would be made of now."""
+    try:
+        note = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return note["key"] == stage.key
+
+
+def read_stage(stage: Stage) -> DataFrame:
+    """What a stage wrote, all parts."""
+    return daft.read_parquet(str(stage.folder / "*.parquet"))
+
+
+def empty_table(schema: pa.Schema) -> DataFrame:
+    """A table of these columns without a row."""
+    return daft.from_arrow(schema.empty_table())
+
+
+def part_of_document() -> Expression:
+    """The part that the document in column `doc` lies in."""
+    return F.shift_right(col("doc"), lit(ROW_BITS)).alias("part")
+
+
+def _read_folder(folder: Path, like: DataFrame) -> DataFrame:
+    """The Parquet files of a folder; where there is none, no row of another table's columns."""
+    if folder.exists():
+        return daft.read_parquet(str(folder / "*.parquet"))
+    return empty_table(like.schema().to_pyarrow_schema())

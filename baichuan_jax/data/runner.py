@@ -1,0 +1,246 @@
+"""The one runner of resumable parts: the corpus pipeline's stages and packed rows' shards.
+
+Input: parts, each of which knows whether it is finished and how to make itself. Output: their
+files, each made once, in worker processes of this machine or on the Ray cluster that RAY_ADDRESS
+names, whose hosts share the folders. A part writes its file under another name and renames it, then
+in the same way a record of everything that the file was made from. The record comes last, so a part
+is finished if and only if it has a record with the right content: a killed run leaves no half-done
+part, and the next run makes what is missing. The first failure stops the run.
+"""
+
+import concurrent.futures
+import fcntl
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from baichuan_jax.config.schema import ConfigError
+
+DISK_FULL = "; free some space and start again: finished parts are kept"
+# How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
+LOG_SECONDS = 30
+
+
+class Part(Protocol):
+    """A piece of work whose result is kept in files. It is pickled to the process that makes it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    def is_done(self) -> bool:
+        """Whether its files are there and were made from what they would be made from now."""
+        ...
+
+    def make(self) -> None:
+        """Write its files, whole or not at all. May run more than once, and on any host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a part could not be made; a traceback does not survive the way between processes."""
+
+    part: str
+    text: str
+    # Whether a user can mend it, so that the message is enough and no traceback is shown.
+    is_known: bool
+
+    def error(self) -> Exception:
+        """What the run raises."""
+        kind = ConfigError if self.is_known else RuntimeError
+        return kind(self.text if self.is_known else f"{self.part}: {self.text}")
+
+
+class Workers:
+    """Processes that make parts. They live until `close`, so that what they import is kept."""
+
+    def __init__(self, num_workers: int = 0, progress: bool = True) -> None:
+        """`num_workers`: 0 means one for each core of this machine, or CPU of the Ray cluster."""
+        self.on_ray = bool(os.environ.get("RAY_ADDRESS"))
+        cores = _connect_to_ray() if self.on_ray else len(os.sched_getaffinity(0))
+        self.number = num_workers or cores
+        self._progress = progress
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def finish(self, parts: Sequence[Part], description: str, unit: str = "part") -> int:
+        """Make every part that is not done; returns how many that were.
+
+        Raises ConfigError where a user can mend what failed (a setting, a file, a full disk), else
+        RuntimeError with the worker's traceback: of several failures the one of the first part.
+        """
+        todo = [part for part in parts if not part.is_done()]
+        if not todo:
+            return 0
+        failures = []
+        done = len(parts) - len(todo)
+        with _bar(len(parts), done, description, unit, self._progress) as bar:
+            for failure in self._outcomes(todo):
+                if failure is None:
+                    bar.update()
+                else:
+                    failures.append(failure)
+        if failures:
+            order = {part.name: number for number, part in enumerate(todo)}
+            raise min(failures, key=lambda failure: order[failure.part]).error()
+        return len(todo)
+
+    def _outcomes(self, todo: Sequence[Part]) -> Iterator[Failure | None]:
+        if self.on_ray:
+            yield from _on_ray(todo, self.number)
+        elif min(self.number, len(todo)) == 1:
+            # Nothing to gain from a process: it takes a second or two to start.
+            for part in todo:
+                yield (failure := _attempt(part))
+                if failure is not None:
+                    return
+        else:
+            yield from self._in_processes(todo)
+
+    def _in_processes(self, todo: Sequence[Part]) -> Iterator[Failure | None]:
+        if self._pool is None:
+            # spawn: a fork of a process whose jax or daft has threads may hang.
+            context = multiprocessing.get_context("spawn")
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.number, context, _end_with_parent
+            )
+        futures = [self._pool.submit(_attempt, part) for part in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                if future.cancelled():
+                    continue
+                failure = future.result()
+                if failure is not None:
+                    # What runs already is waited for: it writes its files, and may fail in an
+                    # earlier part, whose message is the one to show.
+                    for other in futures:
+                        other.cancel()
+                yield failure
+        except concurrent.futures.BrokenExecutor:
+            raise RuntimeError(
+                "a worker process was killed, most likely because memory ran out; start again "
+                "with fewer workers (num_workers): finished parts are kept"
+            ) from None
+        except BaseException:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _attempt(part: Part) -> Failure | None:
+    """In a worker: make a part, and report what went wrong as a value."""
+    try:
+        part.make()
+    except Exception as error:
+        # Files that are missing, unreadable or do not fit the disk are the user's to mend.
+        known = isinstance(error, ConfigError | OSError)
+        text = f"{error}{disk_hint(str(error))}" if known else traceback.format_exc()
+        return Failure(part.name, text, known)
+    return None
+
+
+def disk_hint(error: str) -> str:
+    """What to do about an error of a full disk; nothing about another."""
+    return DISK_FULL if "No space left" in error else ""
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it is killed.
+
+    The pool's own processes would wait for their next part for ever, and one that is at work would
+    write beside the next run.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _connect_to_ray() -> int:
+    """Join the cluster that RAY_ADDRESS names, or start one where it is "local"; its CPUs."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    address = os.environ["RAY_ADDRESS"]
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address, ignore_reinit_error=True, **quiet)
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _on_ray(todo: Sequence[Part], number: int) -> Iterator[Failure | None]:
+    """Parts as Ray tasks. Ray itself repeats a task whose host was lost."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    attempt: Any = ray.remote(num_cpus=1)(_attempt)
+    waiting = iter(todo)
+    running: set[Any] = set()
+    failed = False
+    while True:
+        # Only so many tasks at once as there are workers: this is what limits num_workers, and a
+        # hundred thousand waiting tasks would burden the cluster's scheduler.
+        while not failed and len(running) < number and (part := next(waiting, None)) is not None:
+            running.add(attempt.remote(part))
+        if not running:
+            return
+        (ready, *_), _ = ray.wait(list(running), num_returns=1)
+        running.remove(ready)
+        failure = ray.get(ready)
+        failed = failed or failure is not None
+        yield failure
+
+
+def _bar(total: int, done: int, description: str, unit: str, progress: bool) -> tqdm:
+    """A progress bar in a terminal; in a log a line now and then, and none of a short run."""
+    seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        desc=description,
+        disable=not progress,
+        mininterval=seconds,
+        delay=0 if sys.stderr.isatty() else LOG_SECONDS,
+    )
+
+
+@contextmanager
+def locked(path: Path, waiting: str = "") -> Iterator[TextIO]:
+    """One process of a machine at a time; yields the open file, which a child may inherit.
+
+    The kernel gives the lock up with the last process that has the file open, so a killed one
+    leaves none behind. `waiting` is printed where another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

@@ -1,0 +1,179 @@
+"""Which files hold the text, and the slices of them that are read in parallel.
+
+Input: globs. Output: files, then slices: a whole file, the lines that begin in a range of bytes of
+a plain JSONL file, or consecutive row groups of a Parquet file. Slices depend on the files and the
+size asked for, never on the number of workers, so what is made of a slice can be kept and found
+again. A compressed or .txt file cannot be entered in the middle and is one slice.
+"""
+
+import fnmatch
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.storage import open_binary, pyarrow_for
+
+KINDS = (".jsonl", ".json", ".txt", ".parquet")
+EXPECTED = (
+    "expected .jsonl or .json (a document a line) or .txt (a document a file), also with .gz or "
+    ".zst; or .parquet"
+)
+# The folder that the package lies in: a checkout, or site-packages.
+INSTALLED = Path(__file__).parents[2]
+# How much larger text is than its .gz or .zst, about. An estimate: it only balances parts.
+INFLATION = 4
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A file, or lines that begin in its bytes [start, stop), or its row groups [start, stop)."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    # One more than the newlines before `start`, or than the rows before the first row group.
+    # 1 where nobody has counted them.
+    first_line: int = 1
+    # Bytes of text, estimated.
+    size: int = field(default=0, compare=False)
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether it is a range of a plain file, whose first line's number has to be counted."""
+        return self.stop is not None and kind_of(self.path) != ".parquet"
+
+
+def kind_of(path: str) -> str:
+    """The suffix below .gz or .zst."""
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def find_files(patterns: list[str]) -> list[str]:
+    """Local files that globs name, sorted, each once.
+
+    baichuan_jax/... means the files that come with the program, wherever it is installed and
+    whatever the working directory is. Raises ConfigError where a glob matches no file or a file is
+    of an unknown kind.
+    """
+    files = {path for pattern in patterns for path in _matches(pattern)}
+    for path in files:
+        _require_known(path)
+    return sorted(files)
+
+
+def find_inputs(patterns: list[str]) -> dict[str, int]:
+    """Size in bytes of every file that globs name, here or as s3://, gs://, hdfs:// addresses.
+
+    Local paths are absolute, and all are sorted. Raises ConfigError as find_files does.
+    """
+    found: dict[str, int] = {}
+    for pattern in patterns:
+        if "://" in pattern:
+            remote = dict(_find_remote(pattern))
+            if not remote:
+                raise ConfigError(f"{pattern!r} matches no file")
+            found.update(remote)
+        else:
+            for path in map(os.path.abspath, _matches(pattern)):
+                found[path] = os.path.getsize(path)
+    for path in found:
+        _require_known(path)
+    return dict(sorted(found.items()))
+
+
+def _matches(pattern: str) -> list[str]:
+    own = pattern
+    if pattern.startswith("baichuan_jax/"):
+        own = os.path.join(glob.escape(str(INSTALLED)), pattern)
+    found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
+    if not found:
+        raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
+    return found
+
+
+def _require_known(path: str) -> None:
+    if kind_of(path) not in KINDS:
+        raise ConfigError(f"{path}: {EXPECTED}")
+
+
+def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:
+    """(address, size) of what matches a glob in object storage: one listing of its fixed folder."""
+    fs = pyarrow_for(pattern).fs
+    fixed = pattern.split("*")[0].split("?")[0].split("[")[0].rsplit("/", 1)[0]
+    filesystem, root = fs.FileSystem.from_uri(fixed)
+    # pyarrow lists paths without the scheme and host that the address had.
+    prefix = fixed.removesuffix(root)
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+        scheme = pattern.split("://")[0]
+        address = f"{prefix}{info.path}" if prefix else f"{scheme}://{info.path}"
+        if info.type == fs.FileType.File and fnmatch.fnmatchcase(address, pattern):
+            yield address, info.size
+
+
+def split_files(sizes: Mapping[str, int], slice_bytes: int) -> list[Slice]:
+    """Slices of about slice_bytes each, in the order of the files; small files stay whole.
+
+    Raises ConfigError where a Parquet file is named and pyarrow is not installed.
+    """
+    slices = []
+    for path, size in sizes.items():
+        if kind_of(path) == ".parquet":
+            slices += _row_groups(path, slice_bytes)
+        elif path.endswith((".jsonl", ".json")) and size > slice_bytes:
+            borders = [*range(0, size, slice_bytes), size]
+            slices += [Slice(path, a, b, size=b - a) for a, b in itertools.pairwise(borders)]
+        else:
+            inflated = size * (INFLATION if path.endswith((".gz", ".zst")) else 1)
+            slices.append(Slice(path, size=inflated))
+    return slices
+
+
+def make_parts(sizes: Mapping[str, int], part_bytes: int) -> list[list[Slice]]:
+    """Slices in parts of about part_bytes: large files are cut, small ones share a part."""
+    parts: list[list[Slice]] = [[]]
+    weight = 0
+    for piece in split_files(sizes, part_bytes):
+        if parts[-1] and weight + piece.size > part_bytes:
+            parts.append([])
+            weight = 0
+        parts[-1].append(piece)
+        weight += piece.size
+    return parts
+
+
+def _row_groups(path: str, slice_bytes: int) -> list[Slice]:
+    """Consecutive row groups of a Parquet file, about slice_bytes together.
+
+    A file that cannot be opened is left whole: its reader reports it, with all other problems.
+    """
+    pyarrow = pyarrow_for(path)
+    try:
+        with open_binary(path) as file:
+            metadata = pyarrow.parquet.read_metadata(file)
+    except (OSError, pyarrow.ArrowException):
+        return [Slice(path, size=slice_bytes)]
+    slices = []
+    start = row = weight = rows = 0
+    for group in range(metadata.num_row_groups):
+        weight += metadata.row_group(group).total_byte_size
+        rows += metadata.row_group(group).num_rows
+        if weight >= slice_bytes or group + 1 == metadata.num_row_groups:
+            slices.append(Slice(path, start, group + 1, row + 1, size=weight))
+            start, row, weight, rows = group + 1, row + rows, 0, 0
+    return slices or [Slice(path)]
+
+
+def count_lines(piece: Slice) -> int:
+    """Newlines of a plain file in its bytes [start, stop)."""
+    assert piece.stop is not None
+    left, total = piece.stop - piece.start, 0
+    with open_binary(piece.path) as file:
+        file.seek(piece.start)
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            total += chunk.count(b"\n")
+            left -= len(chunk)
+    return total
