@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import garbage
 
-from baichuan_jax.documents.reader import Part, find_files, read_documents
+from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.reader import read_texts
 
 SAMPLE = Path(__file__).parents[1] / "baichuan_jax" / "data" / "sample"
 LANGUAGES = ("zh", "en")
@@ -122,7 +123,7 @@ def clean_documents(patterns: list[str], seed: int) -> Iterator[Document]:
     """
     rng = random.Random(f"{seed} pieces")
     base: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
-    texts = (text for file in find_files(patterns) for text in read_documents(Part(file), "text"))
+    texts = read_texts(map(Slice, find_files(patterns)), "text")
     for piece in pieces(texts, rng):
         base[language(piece)].append(piece)
     for lang, texts in base.items():

@@ -38,7 +38,8 @@ from exam import SAMPLE, make_ceval, make_mmlu
 from results import Results
 
 from baichuan_jax.config.schema import ModelConfig
-from baichuan_jax.documents.reader import read_documents, split_files
+from baichuan_jax.documents.files import Slice
+from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import Record, score_prompts
@@ -170,11 +171,7 @@ def random_checkpoint(folder: Path) -> Path:
     """A seeded random model in Hugging Face's form, with a tokenizer trained on the sample text."""
     tokenizer = folder / "tokenizer.model"
     files = [str(path) for path in sorted(SAMPLE.glob("train-*.jsonl.gz"))]
-    train_tokenizer(
-        (text for part in split_files(files) for text in read_documents(part, "text")),
-        tokenizer,
-        MODEL.vocab_size,
-    )
+    train_tokenizer(read_texts(map(Slice, files), "text"), tokenizer, MODEL.vocab_size)
     export(init_params(MODEL, 0), MODEL, folder / "model", dtype="float32", tokenizer=tokenizer)
     return folder / "model"
 
