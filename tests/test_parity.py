@@ -13,8 +13,9 @@ from flax import nnx
 
 from baichuan_jax.config.schema import Config, OptimizerConfig, TokenizerConfig, TrainConfig
 from baichuan_jax.generate import Generator
-from baichuan_jax.hf.files import _Safetensors
-from baichuan_jax.hf.weights import import_params, load_pretrained, read_config
+from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.files import Safetensors
+from baichuan_jax.hf.weights import import_params, load_pretrained
 from baichuan_jax.loss import cross_entropy
 from baichuan_jax.model import init_cache
 from baichuan_jax.tokenizer import Tokenizer
@@ -141,7 +142,7 @@ def test_huggingface_llama_with_the_same_weights(model, golden):
 
 def safetensors(path):
     """All tensors of one file, named as the original names them."""
-    tensors = _Safetensors([path])
+    tensors = Safetensors([path])
     return {name: tensors.read(name) for name in tensors.shapes}
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: import and export."""
+"""Checkpoints of Hugging Face: import and export."""

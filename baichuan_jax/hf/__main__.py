@@ -1,4 +1,4 @@
-"""`python -m baichuan_jax.hf import|export`: Hugging Face checkpoints in and out."""
+"""`python -m baichuan_jax.hf import|export`: checkpoints from and to Hugging Face folders."""
 
 import argparse
 import shutil
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from baichuan_jax.checkpoint.weights import load_params, save_params
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.hf.weights import export, import_params, read_config, tokenizer_file
+from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.weights import export, import_params, tokenizer_file
 from baichuan_jax.resilience.exits import run_command
 
 
-def main(words: list[str]) -> int:
-    """The command. Returns its exit code."""
+def main(argv: list[str]) -> int:
+    """Import or export; see --help. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0]
     )
@@ -39,7 +40,7 @@ def main(words: list[str]) -> int:
         choices=["llama", "baichuan"],
         help="llama (default): transformers' own class",
     )
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     if options.command == "import":
         if Path(options.output).exists():
             raise ConfigError(f"{options.output} exists; import writes a new folder")

@@ -1,4 +1,9 @@
-"""The files of Hugging Face folders: safetensors (read and written here, without torch) and torch's .bin, whole or in shards."""
+"""The weight files of Hugging Face folders: safetensors and torch's .bin, whole or in shards.
+
+Tensors are read one at a time and written one at a time, so that the host's memory never holds a
+whole file. safetensors' own library reads, and checks every file when it opens it. Writing is done
+here: the library's writer needs all tensors of a file in memory at once (docs/decisions.md).
+"""
 
 import json
 import struct
@@ -8,16 +13,11 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from baichuan_jax.config.schema import ConfigError
 
-# https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then the
-# tensors' bytes
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+# safetensors' codes of the types that weights are published in, and their names in NumPy.
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -26,126 +26,119 @@ class Tensors(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """A copy of a tensor."""
+        ...
 
 
 def open_tensors(folder: Path) -> Tensors:
-    """The tensors of a folder in whatever form they are published. Raises ConfigError naming the file."""
-    for kind, whole, index in (
-        (_Safetensors, "model.safetensors", "model.safetensors.index.json"),
-        (_Torch, "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / index).is_file():
-            try:
-                files = sorted(
-                    set(
-                        json.loads((folder / index).read_text(encoding="utf-8"))[
-                            "weight_map"
-                        ].values()
-                    )
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{folder / index} is no index of shards: {error!r}") from None
-            missing = [name for name in files if not (folder / name).is_file()]
-            if missing:
-                raise ConfigError(
-                    f"{folder / index} names files that are not there: {', '.join(missing)}"
-                )
-            return kind([folder / name for name in files])
+    """The tensors of a folder in whatever form they are published.
+
+    Raises ConfigError that names the file and what is wrong with it.
+    """
+    for kind, whole in ((Safetensors, "model.safetensors"), (TorchFiles, "pytorch_model.bin")):
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            return kind(_shards(index))
         if (folder / whole).is_file():
             return kind([folder / whole])
     raise ConfigError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or with an index of shards"
+        f"{folder} has neither model.safetensors nor pytorch_model.bin, "
+        "whole or with an index of shards"
     )
 
 
-class _Safetensors:
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises ConfigError where it is damaged or one is missing."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [index.with_name(name) for name in sorted(set(names))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is no index of shards: {error!r}") from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(f"{index} names files that are not there: {', '.join(missing)}")
+    return files
+
+
+class Safetensors:
+    """Tensors of safetensors files in float32, float16 or bfloat16.
+
+    Raises ConfigError for a file that is damaged or cut short, for another type, and for a tensor
+    that two files hold.
+    """
+
     def __init__(self, files: list[Path]) -> None:
-        self._where: dict[str, tuple[Path, np.dtype, int]] = {}
-        self.shapes = {}
-        for file in files:
-            size = file.stat().st_size
-            with open(file, "rb") as stream:
-                length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
-                if length > size - 8:
-                    raise ConfigError(
-                        f"{file} is cut short or no safetensors file: {size} bytes, header of {length}"
-                    )
-                content = stream.read(length)
-            try:
-                header: dict[str, Any] = json.loads(content)
-                header.pop("__metadata__", None)
-                tensors = {
-                    name: (x["dtype"], tuple(x["shape"]), *x["data_offsets"])
-                    for name, x in header.items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"{file} is damaged or no safetensors file: its header is unreadable ({error!r})"
-                ) from None
-            for name, (dtype, shape, start, stop) in tensors.items():
-                if dtype not in DTYPES:
-                    raise ConfigError(
-                        f"{file}: {name} is {dtype}; expected one of {', '.join(DTYPES)}"
-                    )
-                if 8 + length + stop > size:
-                    raise ConfigError(
-                        f"{file} is cut short: {name} ends at byte {8 + length + stop} of {size}"
-                    )
-                if stop - start != int(np.prod(shape)) * DTYPES[dtype].itemsize:
-                    raise ConfigError(
-                        f"{file} is damaged: {name} {shape} {dtype} has {stop - start} bytes"
-                    )
-                if name in self.shapes:
-                    raise ConfigError(
-                        f"{name} stands in {self._where[name][0].name} and again in {file}"
-                    )
-                self.shapes[name] = shape
-                self._where[name] = (file, DTYPES[dtype], 8 + length + start)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._open = {file: _open_safetensors(file) for file in files}
+        for file, tensors in self._open.items():
+            for name in tensors.keys():  # noqa: SIM118, a handle has no iterator
+                header = tensors.get_slice(name)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                if dtype not in CODES.values():
+                    expected = ", ".join(CODES.values())
+                    raise ConfigError(f"{file}: {name} is {dtype}; expected one of {expected}")
+                _refuse_second(name, self._files, file)
+                self.shapes[name], self._files[name] = shape, file
 
     def read(self, name: str) -> np.ndarray:
-        """Copied from the file: pages of a memory map would count as this process's memory for as long as it lives."""
-        file, dtype, offset = self._where[name]
-        count = int(np.prod(self.shapes[name]))
-        with open(file, "rb") as stream:
-            stream.seek(offset)
-            return np.fromfile(stream, dtype, count).reshape(self.shapes[name])
+        """A copy of a tensor."""
+        return self._open[self._files[name]].get_tensor(name)
 
 
-class _Torch:
+def _open_safetensors(file: Path) -> Any:
+    """The library compares header and size of the whole file here, before any tensor is read."""
+    try:
+        # pread copies a tensor out of the file. Pages of a memory map, the default, would count as
+        # this process's memory for as long as the file is open: the whole file in the end.
+        return safe_open(file, framework="numpy", backend="pread")
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{file} is damaged, cut short or no safetensors file: {error}; download it again"
+        ) from None
+
+
+class TorchFiles:
+    """Tensors of torch's .bin files. Raises ConfigError as Safetensors does, or without torch."""
+
     def __init__(self, files: list[Path]) -> None:
         try:
             import torch  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ConfigError(
-                f"{files[0]} is a torch file and torch is not installed: pip install torch, or convert it to safetensors"
+                f"{files[0]} is a torch file and torch is not installed: "
+                "pip install torch, or convert it to safetensors"
             ) from None
         self._torch = torch
-        self._where: dict[str, Path] = {}
-        self.shapes = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
         for file in files:
             for name, tensor in self._load(file).items():
-                if name in self.shapes:
-                    raise ConfigError(
-                        f"{name} stands in {self._where[name].name} and again in {file}"
-                    )
-                self.shapes[name] = tuple(tensor.shape)
-                self._where[name] = file
+                _refuse_second(name, self._files, file)
+                self.shapes[name], self._files[name] = tuple(tensor.shape), file
 
     def _load(self, file: Path) -> dict[str, Any]:
         try:
             return self._torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises what it will for a damaged file
+        except Exception as error:  # torch raises many types for a damaged file
             raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
     def read(self, name: str) -> np.ndarray:
-        """Copied out of a memory map of its own: one kept for all tensors would grow to the size of the file."""
-        tensor = self._load(self._where[name])[name]
-        if tensor.dtype == self._torch.bfloat16:
-            return (
-                tensor.contiguous().view(self._torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-            )
+        """A copy of a tensor.
+
+        Each time out of a new memory map: one kept for all tensors would grow to the file's size.
+        """
+        tensor = self._load(self._files[name])[name]
+        if tensor.dtype == self._torch.bfloat16:  # which torch does not convert to NumPy
+            bits = tensor.contiguous().view(self._torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16).copy()
         return tensor.numpy().copy()
+
+
+def _refuse_second(name: str, files: dict[str, Path], file: Path) -> None:
+    if name in files:
+        raise ConfigError(f"{name} is in {files[name].name} and again in {file}")
 
 
 def write_safetensors(
@@ -155,44 +148,44 @@ def write_safetensors(
     dtype: str,
     max_shard_bytes: int,
 ) -> None:
-    """Write arrays, in the order of `shapes`, one at a time into one file or into shards with an index."""
-    item = DTYPES[CODES[dtype]].itemsize
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        this = int(np.prod(shape)) * item
-        if shards[-1] and size + this > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += this
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    """Write arrays, in the order of `shapes`, one at a time into one file or shards with an index.
+
+    The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON
+    header, then the tensors' bytes.
+    """
+    shards = _split(shapes, dtype, max_shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = ["model.safetensors"]
-    total = 0
-    for file, members in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        files = ["model.safetensors"]
+    for file, sizes in zip(files, shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         offset = 0
-        for name in members:
-            stop = offset + int(np.prod(shapes[name])) * item
-            header[name] = {
-                "dtype": CODES[dtype],
-                "shape": list(shapes[name]),
-                "data_offsets": [offset, stop],
-            }
-            offset = stop
-        total += offset
+        for name, size in sizes.items():
+            place = {"shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
+            header[name] = {"dtype": CODES[dtype], **place}
+            offset += size
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes
         with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
-            for _ in members:
-                next(arrays).astype(DTYPES[CODES[dtype]], order="C").tofile(stream)
+            for _ in sizes:
+                next(arrays).astype(np.dtype(dtype), order="C").tofile(stream)
     if len(shards) > 1:
-        weights = {
-            name: file for file, members in zip(names, shards, strict=True) for name in members
-        }
+        weights = {name: file for file, sizes in zip(files, shards, strict=True) for name in sizes}
+        total = sum(sum(sizes.values()) for sizes in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weights}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2), encoding="utf-8"
-        )
+        content = json.dumps(index, indent=2)
+        (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+
+
+def _split(
+    shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
+) -> list[dict[str, int]]:
+    """The bytes of each tensor, by shard; a tensor larger than a shard gets one of its own."""
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    return shards

@@ -16,7 +16,8 @@ from baichuan_jax.checkpoint.state import RunState, StateTarget
 from baichuan_jax.checkpoint.store import CheckpointStore
 from baichuan_jax.checkpoint.weights import load_params
 from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
-from baichuan_jax.hf.weights import import_params, read_config
+from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.weights import import_params
 from baichuan_jax.model import Params
 from baichuan_jax.resilience.checkpoint_interval import fault_history, seconds_per_fault
 from baichuan_jax.resilience.clock import Clock

@@ -30,7 +30,8 @@ from exam import make_ceval, make_mmlu
 
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.hf.weights import export, import_params, load_pretrained, read_config
+from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.weights import export, import_params, load_pretrained
 from baichuan_jax.tokenizer import Tokenizer
 
 GOLDEN = TESTS / "golden"

@@ -1,0 +1,110 @@
+"""config.json of a Hugging Face folder: read into a ModelConfig, and written from one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from baichuan_jax.config.schema import ConfigError, ModelConfig
+from baichuan_jax.tokenizer import BOS, EOS
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "rms_norm_eps": "rms_norm_eps",
+}
+"""What every config.json must have, and the setting of ModelConfig that it is."""
+
+# Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary
+# embedding, Baichuan2 a normalised head.
+ARCHITECTURES = ("BaiChuanForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder.
+
+    Raises ConfigError that names the file and the key, also for what this model cannot be.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} has no config.json: it is no Hugging Face folder")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in KEYS if key not in found]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
+    if missing:
+        raise ConfigError(f"{file} lacks {', '.join(missing)}")
+    for key in KEYS:
+        kind = float if key == "rms_norm_eps" else int
+        if not isinstance(found[key], kind):
+            raise ConfigError(f"{file} has {key}={found[key]!r}, which must be {kind.__name__}")
+    _refuse_other_models(file, found)
+    # transformers 5 moved rope_theta into rope_parameters.
+    theta = found.get("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    padding = found.get("pad_token_id")
+    return ModelConfig(
+        **{ours: found[theirs] for theirs, ours in KEYS.items()},
+        rope_theta=float(theta),
+        initializer_range=found.get("initializer_range", 0.02),
+        pad_token_id=None if padding is not None and padding < 0 else padding,  # LLaMA's -1: none
+    )
+
+
+def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
+    heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
+    if kv_heads not in (None, heads):
+        raise ConfigError(
+            f"{file} has num_key_value_heads={kv_heads} for {heads} heads: "
+            "this model has no grouped-query attention"
+        )
+    for key, only in (
+        ("model_type", ("baichuan", "llama")),
+        ("hidden_act", ("silu",)),
+        ("tie_word_embeddings", (False,)),
+        ("attention_bias", (False,)),
+        ("mlp_bias", (False,)),
+        ("head_dim", (None, found["hidden_size"] // heads)),
+    ):
+        if found.get(key, only[0]) not in only:
+            allowed = " or ".join(map(repr, only))
+            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {allowed}")
+    for name in found.get("architectures") or ():
+        if name not in ARCHITECTURES:
+            allowed = " or ".join(ARCHITECTURES)
+            raise ConfigError(f"{file} has architecture {name} and this model is {allowed}")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = found.get(key) or {}
+        plain = rope.keys() <= {"rope_theta", "rope_type"}
+        if not plain or rope.get("rope_type", "default") != "default":
+            raise ConfigError(
+                f"{file} has {key}={rope!r} and this model's rotary embedding is not scaled"
+            )
+
+
+def make_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
+    """The content of config.json for transformers' Llama ("llama") or the original ("baichuan")."""
+    heads = {"num_key_value_heads": config.num_heads, "head_dim": config.head_dim}
+    return {
+        "architectures": ["LlamaForCausalLM" if form == "llama" else "BaiChuanForCausalLM"],
+        "model_type": form,
+        "hidden_act": "silu",
+        "initializer_range": config.initializer_range,
+        "max_position_embeddings": 4096,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **{theirs: getattr(config, ours) for theirs, ours in KEYS.items()},
+        **(heads if form == "llama" else {}),
+    }
+
+
+def make_generation_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of generation_config.json."""
+    return {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": config.pad_token_id}
