@@ -1,1 +1,1 @@
-"""Multiple-choice tests (MMLU, C-Eval, AGIEval, Gaokao) and perplexity by context length: `python -m baichuan_jax.evaluate`."""
+"""Multiple-choice tests (MMLU, C-Eval, AGIEval, Gaokao) and perplexity by context length."""

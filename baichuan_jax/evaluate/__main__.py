@@ -1,8 +1,12 @@
-"""`python -m baichuan_jax.evaluate mmlu|ceval|agieval|gaokao|perplexity`: the original's tables and curve for any checkpoint."""
+"""`python -m baichuan_jax.evaluate mmlu|ceval|agieval|gaokao|perplexity`
+
+The original's tables of multiple-choice tests, and its curve of perplexity by context length, for
+any checkpoint: a run's folder, one of its checkpoints, or a Hugging Face folder. Every result has a
+manifest of what decides it. Several processes and meshes work as in training.
+"""
 
 import argparse
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,20 +16,24 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import baichuan_jax
-from baichuan_jax.config.schema import DistributedConfig, MeshConfig
-from baichuan_jax.documents.reader import find_files, read_documents, split_files
+from baichuan_jax.config.files import mesh_config
+from baichuan_jax.config.schema import TASKS, DistributedConfig, MeshConfig
+from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
+from baichuan_jax.evaluate.results import dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
-from baichuan_jax.evaluate.tasks import SPLITS, TASKS
-from baichuan_jax.generate import find_tokenizer
+from baichuan_jax.evaluate.tasks import SPLITS
+from baichuan_jax.generate import add_model_options, find_tokenizer
+from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.hf.weights import load_pretrained, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
-from baichuan_jax.sharding import add_mesh_options, initialize_processes, make_mesh, mesh_config
+from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 
 LAYOUTS = {
@@ -36,92 +44,9 @@ LAYOUTS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m baichuan_jax.evaluate",
-        description="Multiple-choice tests by the original's protocols. Interrupted, the same command goes on. "
-        "Example: mmlu --checkpoint Baichuan-7B --data mmlu/data --output evaluations/mmlu --dtype bfloat16",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    for task in TASKS:
-        command = commands.add_parser(task, help=f"{LAYOUTS[task]}", formatter_class=shown)
-        _add_common(command)
-        add = command.add_argument
-        add("--data", required=True, metavar="DIR", help=LAYOUTS[task])
-        add("--subjects", metavar="A,B", help="only these")
-        add("--shots", type=int, default=5, help="examples in a prompt")
-        add("--limit", type=int, metavar="N", help="only the first N questions of each subject")
-        add("--seed", type=int, default=0, help="of drawn and shuffled examples")
-        if task in ("mmlu", "ceval"):
-            add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")
-            add(
-                "--protocol",
-                default="original",
-                choices=["original", "lm-eval"],
-                help="whose prompts and scores",
-            )
-        order = "shuffled for every question in ceval's original protocol, else file"
-        add(
-            "--shot_order", choices=["file", "shuffled"], help=f"of the examples (default: {order})"
-        )
-        if task == "ceval":
-            add("--answers", metavar="FILE", help='the test split\'s, as {"SUBJECT": {"ID": "A"}}')
-    command = commands.add_parser(
-        "perplexity", help="perplexity of any text by context length", formatter_class=shown
-    )
-    _add_common(command)
-    add = command.add_argument
-    add(
-        "--text",
-        required=True,
-        nargs="+",
-        metavar="GLOB",
-        help="long documents: .txt, or JSONL (a document a line); also .gz, .zst",
-    )
-    add("--text_field", default="text", help="JSONL field that holds the text")
-    add(
-        "--context",
-        default="4096,4352,...,5376",
-        help="window lengths; the dots stand for the steps between",
-    )
-    add("--max_tokens", type=int, default=1 << 20, help="of the text, from its beginning")
-    return parser
-
-
-def _add_common(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder, one of its checkpoints, or a Hugging Face folder",
-    )
-    add(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="where results go; finished subjects in it are kept",
-    )
-    add(
-        "--tokenizer",
-        metavar="FILE",
-        help="a SentencePiece model, where none lies with the checkpoint",
-    )
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    add(
-        "--batch_tokens",
-        type=int,
-        metavar="N",
-        help="tokens of one batch on a device (default: 1024 on a CPU, else 8192)",
-    )
-    add("--json", metavar="FILE", help="save the figures, and the speed, here too")
-    add_mesh_options(command, MeshConfig())
-
-
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
-    options = _parser().parse_args(words)
+    options = _parser().parse_args(argv)
     initialize_processes(DistributedConfig())
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
     if options.command == "perplexity":
@@ -130,9 +55,11 @@ def main(words: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """Score a test and write its output folder."""
     plan = Plan(
         options.command,
         options.data,
+        # Some tasks lack these options: agieval and gaokao have one protocol and one split.
         protocol=getattr(options, "protocol", "original"),
         split=getattr(options, "split", None),
         subjects=options.subjects.split(",") if options.subjects else None,
@@ -151,23 +78,27 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     work = Work()
 
     def make_scorer() -> Scorer:
+        # Loaded only where a subject is left to score.
         nonlocal work
         model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
         scorer = Scorer(model, mesh, options.batch_tokens)
         work = scorer.work
         return scorer
 
-    result = evaluate(
-        evaluation, make_scorer, options.output, _settings(options, mesh), progress=True
-    )
+    settings = _settings(options, mesh)
+    result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
     if result:
-        _show(display, result, Path(options.output), work, options.json)
+        _show(display, result, Path(options.output), work)
+        if options.json:
+            content = dump_json(result | {"speed": vars(work)})
+            write_atomically(Path(options.json), content)
     return 0
 
 
 def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """What decides the figures beside text and prompts."""
+    """What decides the results beside text and prompts."""
     device = mesh.devices.flat[0]
+    # The kernel that a prompt of 1,024 tokens gets: it stands for all lengths.
     attention, _ = choose_attention(
         "auto",
         device=device,
@@ -188,13 +119,36 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def _show(display: Display, result: dict[str, Any], output: Path, work: Work) -> None:
+    """Write table and chart, and print them in short."""
+    write_atomically(output / "table.md", tables.markdown(result).encode())
+    if result["scored"]:
+        tables.chart(result, output / "chart.png")
+        average = {"accuracy": result["average"], "stderr": result["stderr"]}
+        average["questions"] = result["questions"]
+        cells = {"average": average} | result["categories"] | result["subjects"]
+        display.table(
+            f"{result['task']}, {result['manifest']['shots']}-shot, protocol {result['protocol']}",
+            ["", "questions", "accuracy, % ± s.e."],
+            [[name, str(cell["questions"]), tables.percent(cell)] for name, cell in cells.items()],
+        )
+        for caution in tables.cautions(result):
+            display.say(caution, style="yellow")
+    else:
+        display.say(f"no public answers: hand in {output / 'submission.json'}")
+    if work.seconds:
+        display.say(
+            f"{work.prompt_tokens:,} prompt tokens in {work.seconds:.1f} s: "
+            f"{work.prompt_tokens / work.seconds:,.0f} tokens/s; {work.run_tokens:,} went through "
+            f"the model; compilation took {work.compile_seconds:.1f} s more"
+        )
+    display.say(f"results in {output}: table.md, records.jsonl, result.json")
+
+
 def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """Measure the curve and write its output folder."""
     contexts = parse_contexts(options.context)
-    documents = (
-        text
-        for part in split_files(find_files(options.text))
-        for text in read_documents(part, options.text_field)
-    )
+    documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     tokens = read_stream(documents, tokenizer, options.max_tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
@@ -202,9 +156,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     display.say(f"{len(tokens):,} tokens of text")
     settings = _settings(options, mesh)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
-    with tqdm(
-        total=len(contexts) * len(tokens), unit="token", unit_scale=True, disable=not first
-    ) as bar:
+    total = len(contexts) * len(tokens)
+    with tqdm(total=total, unit="token", unit_scale=True, disable=not first) as bar:
         rows = perplexity_curve(
             model,
             tokens,
@@ -215,82 +168,85 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         )
     if not first:
         return 0
-    output = Path(options.output)
-    hashes = {
+    manifest = settings | {
         "tokenizer_sha256": tokenizer.hash,
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "text_tokens": len(tokens),
+        "version": baichuan_jax.__version__,
+        "jax": jax.__version__,
     }
-    manifest = (
-        settings
-        | hashes
-        | {"text_tokens": len(tokens), "version": baichuan_jax.__version__, "jax": jax.__version__}
-    )
-    content = (
-        json.dumps({"curve": rows, "manifest": manifest}, indent=1, ensure_ascii=False) + "\n"
-    ).encode()
+    output = Path(options.output)
+    content = dump_json({"curve": rows, "manifest": manifest})
     for file in (output / "result.json", *([Path(options.json)] if options.json else [])):
         write_atomically(file, content)
     write_atomically(output / "table.md", perplexity.table(rows).encode())
     perplexity.chart(rows, output / "perplexity.png")
-    display.table(
-        "perplexity by context length",
-        ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"],
-        [
-            [
-                f"{r['context']:,}",
-                str(r["windows"]),
-                f"{r['perplexity']:.3f}",
-                f"{r['tail_perplexity']:.3f}",
-            ]
-            for r in rows
-        ],
-    )
+    columns = ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"]
+    display.table("perplexity by context length", columns, [_cells(row) for row in rows])
     display.say(f"results in {output}: table.md, perplexity.png, result.json")
     return 0
 
 
-def _show(
-    display: Display, result: dict[str, Any], output: Path, work: Work, file: str | None
-) -> None:
-    write_atomically(output / "table.md", tables.markdown(result).encode())
-    if result["scored"]:
-        tables.chart(result, output / "chart.png")
-        average = {
-            "average": {
-                "accuracy": result["average"],
-                "stderr": result["stderr"],
-                "questions": result["questions"],
-            }
-        }
-        rows = (average | result["categories"] | result["subjects"]).items()
-        display.table(
-            f"{result['task']}, {result['manifest']['shots']}-shot, protocol {result['protocol']}",
-            ["", "questions", "accuracy", "± s.e."],
-            [
-                [name, str(cell["questions"]), f"{100 * cell['accuracy']:.1f}", _error(cell)]
-                for name, cell in rows
-            ],
-        )
-        for caution in tables.cautions(result):
-            display.say(caution, style="yellow")
-    else:
-        display.say(f"no answers: hand in {output / 'submission.json'}")
-    speed = dict(vars(work))
-    if work.seconds:
-        display.say(
-            f"{work.prompt_tokens:,} prompt tokens in {work.seconds:.1f} s: {work.prompt_tokens / work.seconds:,.0f} tokens/s; "
-            f"{work.run_tokens:,} went through the model; {work.compile_seconds:.1f} s of compilation come on top"
-        )
-    display.say(f"results in {output}: table.md, records.jsonl, result.json")
-    if file is not None:
-        write_atomically(
-            Path(file),
-            (json.dumps(result | {"speed": speed}, indent=1, ensure_ascii=False) + "\n").encode(),
-        )
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row of the curve as text."""
+    values = (row["perplexity"], row["tail_perplexity"])
+    return [f"{row['context']:,}", str(row["windows"]), *(f"{value:.3f}" for value in values)]
 
 
-def _error(cell: dict[str, Any]) -> str:
-    return "" if cell["stderr"] is None else f"{100 * cell['stderr']:.1f}"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m baichuan_jax.evaluate",
+        description="Multiple-choice tests by the original's protocols. Interrupted, the same "
+        "command goes on. Example: mmlu --checkpoint Baichuan-7B --data mmlu/data --output "
+        "evaluations/mmlu --dtype bfloat16",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    for task in TASKS:
+        command = commands.add_parser(task, help=LAYOUTS[task], formatter_class=shown)
+        _add_common(command)
+        _add_test(command, task)
+    what = "perplexity of any text by context length"
+    command = commands.add_parser("perplexity", help=what, formatter_class=shown)
+    _add_common(command)
+    add = command.add_argument
+    text = "long documents: .txt, or JSONL (a document a line); also .gz, .zst"
+    add("--text", required=True, nargs="+", metavar="GLOB", help=text)
+    add("--text_field", default="text", help="JSONL field that holds the text")
+    lengths = "window lengths; the dots stand for the steps between"
+    add("--context", default="4096,4352,...,5376", help=lengths)
+    add("--max_tokens", type=int, default=1 << 20, help="of the text, from its beginning")
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    """Options of all subcommands."""
+    add = command.add_argument
+    add_model_options(command, MeshConfig())
+    output = "where results go; finished subjects in it are kept"
+    add("--output", required=True, metavar="DIR", help=output)
+    batch = "tokens of one batch on a device (default: 1024 on a CPU, else 8192)"
+    add("--batch_tokens", type=int, metavar="N", help=batch)
+    add("--json", metavar="FILE", help="save the results, and the speed, here too")
+
+
+def _add_test(command: argparse.ArgumentParser, task: str) -> None:
+    """Options of a multiple-choice test."""
+    add = command.add_argument
+    add("--data", required=True, metavar="DIR", help=LAYOUTS[task])
+    add("--subjects", metavar="A,B", help="only these")
+    add("--shots", type=int, default=5, help="examples in a prompt")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each subject")
+    add("--seed", type=int, default=0, help="of drawn and shuffled examples")
+    if task in ("mmlu", "ceval"):
+        add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")
+        protocols = ["original", "lm-eval"]
+        add("--protocol", default="original", choices=protocols, help="whose prompts and scores")
+    order = "shuffled for every question in ceval's original protocol, else file"
+    orders = ["file", "shuffled"]
+    add("--shot_order", choices=orders, help=f"of the examples (default: {order})")
+    if task == "ceval":
+        add("--answers", metavar="FILE", help='the test split\'s, as {"SUBJECT": {"ID": "A"}}')
 
 
 if __name__ == "__main__":

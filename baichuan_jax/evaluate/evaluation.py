@@ -1,4 +1,10 @@
-"""One evaluation from files to scores: `evaluate` writes an output folder; a training run asks the questions of an `Evaluation`."""
+"""One evaluation from files to scores.
+
+`evaluate` scores all subjects of an `Evaluation` and writes an output folder; the command calls it.
+A training run asks the same questions at every evaluation (training/evaluator.py) and writes only
+the averages. The manifest in result.json names everything that decides the scores: files, prompts
+and weights by hash, protocol, dtype, device.
+"""
 
 import dataclasses
 import hashlib
@@ -23,9 +29,10 @@ from baichuan_jax.evaluate.prompts import (
 )
 from baichuan_jax.evaluate.results import Record, Results, score_prompts, summarise
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.evaluate.tasks import SPLITS, count_subjects, load_subjects
+from baichuan_jax.evaluate.tasks import SPLITS, Subject, known_subjects, load_subjects
 from baichuan_jax.tokenizer import Tokenizer
 
+# Which rows of a file can be asked; part of the manifest.
 FILTERS = {
     "mmlu": "none",
     "ceval": "none",
@@ -58,7 +65,8 @@ class Evaluation:
         self.shot_order: ShotOrder = plan.shot_order or default_shot_order(plan.task, plan.protocol)
         if plan.protocol == "lm-eval" and self.shot_order != "file":
             raise ConfigError(
-                "protocol lm-eval keeps the examples in the file's order; shot_order=shuffled is the original's"
+                "protocol lm-eval keeps the examples in the file's order; "
+                "shot_order=shuffled is for the original's"
             )
         self.subjects, data_hash = load_subjects(
             plan.task,
@@ -70,10 +78,8 @@ class Evaluation:
             limit=plan.limit,
             answers=plan.answers,
         )
-        template(
-            plan.task, self.subjects[0], plan.protocol
-        )  # refuses a protocol that the task lacks
-        drawn = plan.task in ("agieval", "gaokao")
+        template(plan.task, self.subjects[0], plan.protocol)  # refuses what lm-eval lacks
+        by_name = {subject.name: subject for subject in self.subjects}
         self.settings: dict[str, Any] = {
             "task": plan.task,
             "protocol": plan.protocol,
@@ -83,17 +89,11 @@ class Evaluation:
             "seed": plan.seed,
             "limit": plan.limit,
             "filter": FILTERS[plan.task],
-            "subjects": [subject.name for subject in self.subjects],
-            "subjects_of_task": count_subjects(plan.task),
-            "questions": {subject.name: len(subject.questions) for subject in self.subjects},
-            "left_out": {
-                subject.name: subject.left_out for subject in self.subjects if subject.left_out
-            },
-            "drawn_examples": {
-                s.name: [example.row for example in s.examples] for s in self.subjects
-            }
-            if drawn
-            else None,
+            "subjects": list(by_name),
+            "subjects_of_task": len(known_subjects(plan.task)),
+            "questions": {name: len(subject.questions) for name, subject in by_name.items()},
+            "left_out": {name: s.left_out for name, s in by_name.items() if s.left_out},
+            "drawn_examples": _drawn_examples(plan.task, self.subjects),
             "data_sha256": data_hash,
             "tokenizer_sha256": tokenizer.hash,
         }
@@ -132,25 +132,23 @@ def evaluate(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score all subjects, or those that an interrupted evaluation left; write the output folder and return what result.json holds.
+    """Score all subjects that the output folder lacks; return what result.json holds.
 
     settings: what decides the results beside the prompts (checkpoint, dtype, devices). make_scorer
-    is called where a subject is left.
+    is called where a subject is left to score. Processes other than the first write nothing and
+    return {}.
     """
     first = jax.process_index() == 0
     settings = evaluation.settings | settings
     results = Results(output, settings, writes=first)
     finished = np.array([results.has(subject.name) for subject in evaluation.subjects])
-    if jax.process_count() > 1:  # the first process decides for all
+    if jax.process_count() > 1:
+        # Process 0 decides for all: only it sees the folder, and all must run the same batches.
         finished = multihost_utils.broadcast_one_to_all(finished)
     scorer = None if finished.all() else make_scorer()
     records: list[Record] = []
-    with tqdm(
-        total=evaluation.num_questions,
-        unit="question",
-        disable=not (progress and first),
-        smoothing=0.05,
-    ) as bar:
+    total, hidden = evaluation.num_questions, not (progress and first)
+    with tqdm(total=total, unit="question", disable=hidden, smoothing=0.05) as bar:
         for number, subject in enumerate(evaluation.subjects):
             bar.set_description(subject.name[:32])
             end = bar.n + len(subject.questions)
@@ -159,31 +157,37 @@ def evaluate(
             else:
                 # An answer of several tokens makes several requests of one question.
                 on_done = lambda count, end=end: bar.update(min(count, end - bar.n))
-                found = score_prompts(
-                    scorer, evaluation.prompts(number), evaluation.plan.protocol, on_done
-                )
+                prompts = evaluation.prompts(number)
+                found = score_prompts(scorer, prompts, evaluation.plan.protocol, on_done)
                 results.save(subject.name, found)
                 records += found
             bar.update(end - bar.n)
     if not first:
         return {}
-    fewer = sum(record["shots"] < evaluation.plan.shots for record in records)
-    prompts_hash = hashlib.sha256(
-        "".join(record["prompt_sha256"] for record in records).encode()
-    ).hexdigest()
-    manifest = settings | {
-        "prompts_sha256": prompts_hash,
-        "prompts_with_fewer_shots": fewer,
+    result = {
+        "task": evaluation.plan.task,
+        "protocol": evaluation.plan.protocol,
+        **evaluation.summarise(records),
+        "manifest": settings | _prompt_facts(records, evaluation.plan.shots),
+    }
+    results.finish(result, records)
+    return result
+
+
+def _prompt_facts(records: list[Record], shots: int) -> dict[str, Any]:
+    """What the manifest says of the prompts and the program beside the settings."""
+    hashes = "".join(record["prompt_sha256"] for record in records)
+    return {
+        "prompts_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "prompts_with_fewer_shots": sum(record["shots"] < shots for record in records),
         "longest_prompt_tokens": max(record["num_tokens"] for record in records),
         "version": baichuan_jax.__version__,
         "jax": jax.__version__,
     }
-    plan = evaluation.plan
-    result = {
-        "task": plan.task,
-        "protocol": plan.protocol,
-        **evaluation.summarise(records),
-        "manifest": manifest,
-    }
-    results.finish(result, records)
-    return result
+
+
+def _drawn_examples(task: str, subjects: list[Subject]) -> dict[str, list[int]] | None:
+    """Rows that a seed drew as examples; None where the examples are files of their own."""
+    if task not in ("agieval", "gaokao"):
+        return None
+    return {subject.name: [example.row for example in subject.examples] for subject in subjects}

@@ -1,7 +1,11 @@
-"""Perplexity by context length: how far past the training length a model still gains from what it reads.
+"""Perplexity by context length: how far past the training length a model still gains from context.
 
-Text becomes one stream of tokens, documents joined with EOS as in training (no BOS), cut into
-windows of each length that do not overlap. B windows of a batch, T tokens of a window, D hidden.
+Text becomes one stream of tokens, documents joined with EOS as in training (no BOS). For each
+context length the stream is cut into windows that do not overlap, and every window predicts all of
+its tokens but the first. The last tokens of a window have almost the whole context before them;
+their perplexity is given apart. The original's README shows such a curve.
+
+B windows of a batch, T tokens of a window, D hidden.
 """
 
 import math
@@ -23,7 +27,7 @@ from baichuan_jax.model import Params, Transformer, matmul_precision
 from baichuan_jax.sharding import Layout, activate
 from baichuan_jax.tokenizer import Tokenizer
 
-TAIL = 256  # tokens at a window's end that are also counted apart: they have almost the whole context before them
+TAIL = 256  # tokens at a window's end whose perplexity is also given apart
 CHUNK = 1024  # tokens whose logits exist at once
 
 
@@ -46,48 +50,28 @@ def perplexity_curve(
     batch_tokens: int | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each context length: `context`, `windows`, `tokens` (predicted), `loss` (nats), `perplexity`, `tail_perplexity`.
+    """A row for each context length.
 
-    Every window predicts all of its tokens but the first; the tail is its last 256. on_done is
-    called with numbers of tokens that are done. Raises ConfigError where the text is shorter than a
-    window.
+    Keys: context, windows, tokens (predicted), loss (nats), perplexity, tail_perplexity. on_done is
+    called with the number of newly predicted tokens. Raises ConfigError where the text is shorter
+    than a window.
     """
     layout = None if mesh is None else Layout(mesh)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    graphdef, state = nnx.split(model)
-    params: Params = nnx.to_pure_dict(state)
-
-    def losses(
-        params: Params, inputs_BT: jax.Array, labels_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        with activate(layout), matmul_precision(model.config):
-            merged = nnx.merge(graphdef, params)
-            hidden_BTD = merged.hidden(inputs_BT)
-            tail_BT = jnp.where(
-                jnp.arange(labels_BT.shape[1]) < labels_BT.shape[1] - 1 - TAIL, IGNORE, labels_BT
-            )
-            head = merged.lm_head[...]
-            whole = cross_entropy(hidden_BTD, head, labels_BT, chunk_size=CHUNK)
-            return whole, cross_entropy(hidden_BTD, head, tail_BT, chunk_size=CHUNK)
-
-    def put(array: np.ndarray) -> Any:
-        if layout is None:
-            return array
-        sharding = layout.sharding("batch", "length")
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    compiled = jax.jit(losses, out_shardings=None if layout is None else layout.sharding())
+    loss_sums, params = _make_loss_sums(model, layout)
     rows = []
     for context in contexts:
         if not 2 <= context <= len(tokens):
             raise ConfigError(
-                f"a window of {context} tokens does not fit a text of {len(tokens)}: give more text, or fewer tokens"
+                f"a window of {context} tokens does not fit a text of {len(tokens)}: "
+                "give more text, or shorter contexts"
             )
         windows = tokens[: len(tokens) // context * context].reshape(-1, context)
         B = max(1, (batch_tokens or default_batch_tokens()) // context) * shards
         total = tail = 0.0
         for inputs, labels in _batches(windows, B):
-            sums = jax.device_get(compiled(params, put(inputs), put(labels)))
+            sums = jax.device_get(loss_sums(params, _put(inputs, layout), _put(labels, layout)))
+            # Summed over batches in Python's float64.
             total, tail = total + float(sums[0]), tail + float(sums[1])
             if on_done is not None:
                 on_done(int((labels != IGNORE).sum()))
@@ -105,8 +89,37 @@ def perplexity_curve(
     return rows
 
 
+def _make_loss_sums(model: Transformer, layout: Layout | None) -> tuple[Callable, Params]:
+    """(the jitted sums of a batch's losses, all and the tail's; the parameters that it takes)."""
+    graphdef, state = nnx.split(model)
+
+    def losses(
+        params: Params, inputs_BT: jax.Array, labels_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        with activate(layout), matmul_precision(model.config):
+            merged = nnx.merge(graphdef, params)
+            hidden_BTD = merged.hidden(inputs_BT)
+            # The last position of a window predicts nothing, so the tail begins one before.
+            T = labels_BT.shape[1]
+            tail_BT = jnp.where(jnp.arange(T) < T - 1 - TAIL, IGNORE, labels_BT)
+            head = merged.lm_head[...]
+            whole = cross_entropy(hidden_BTD, head, labels_BT, chunk_size=CHUNK)
+            return whole, cross_entropy(hidden_BTD, head, tail_BT, chunk_size=CHUNK)
+
+    shardings = None if layout is None else layout.sharding()
+    return jax.jit(losses, out_shardings=shardings), nnx.to_pure_dict(state)
+
+
+def _put(array: np.ndarray, layout: Layout | None) -> Any:
+    """A batch on the mesh; every process holds the whole of it."""
+    if layout is None:
+        return array
+    sharding = layout.sharding("batch", "length")
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def _batches(windows: np.ndarray, B: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and labels [B, T] of B windows at a time; what a last batch lacks has no labels."""
+    """Inputs and labels [B, T] of B windows at a time; a last batch is filled with IGNORE."""
     for start in range(0, len(windows), B):
         inputs = np.zeros((B, windows.shape[1]), np.int32)
         labels = np.full(inputs.shape, IGNORE, np.int32)
@@ -117,15 +130,18 @@ def _batches(windows: np.ndarray, B: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 
 def parse_contexts(text: str) -> list[int]:
-    """Context lengths of "4096,4352,...,5376": the dots stand for the steps between. Raises ConfigError."""
-    words = [word.strip() for word in text.split(",")]
+    """Context lengths of "4096,4352,...,5376": the dots stand for the steps between.
+
+    Raises ConfigError.
+    """
+    parts = [part.strip() for part in text.split(",")]
     lengths: list[int] = []
     try:
-        for place, word in enumerate(words):
-            if word != "...":
-                lengths.append(int(word))
+        for place, part in enumerate(parts):
+            if part != "...":
+                lengths.append(int(part))
                 continue
-            step, last = lengths[-1] - lengths[-2], int(words[place + 1])
+            step, last = lengths[-1] - lengths[-2], int(parts[place + 1])
             if step <= 0 or (last - lengths[-1]) % step:
                 raise ValueError(text)
             lengths += range(lengths[-1] + step, last, step)
@@ -151,13 +167,9 @@ def chart(rows: list[dict[str, Any]], path: Path | str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     contexts = [row["context"] for row in rows]
+    tails = [row["tail_perplexity"] for row in rows]
     axes.plot(contexts, [row["perplexity"] for row in rows], "^-", label="whole windows")
-    axes.plot(
-        contexts,
-        [row["tail_perplexity"] for row in rows],
-        "o--",
-        label=f"last {TAIL} tokens of each",
-    )
+    axes.plot(contexts, tails, "o--", label=f"last {TAIL} tokens of each")
     axes.set(xlabel="context length (tokens)", ylabel="perplexity", xticks=contexts)
     axes.grid(alpha=0.3)
     axes.legend()

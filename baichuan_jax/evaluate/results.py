@@ -1,7 +1,9 @@
-"""From prompts to records, from records to scores, and the folder that holds them: one file a subject, whole or not there.
+"""From prompts to records, from records to scores, and the folder that holds them.
 
-records.jsonl has a line a question; result.json the scores and the manifest: all that decides them,
-and hashes of what was read.
+The folder has settings.json (everything that decides the results), subjects/NAME.jsonl for each
+finished subject, written whole, and at the end records.jsonl (a line for each question),
+result.json (scores and manifest) and, without public answers, submission.json. An interrupted
+evaluation goes on from the finished subjects; another one is refused.
 """
 
 import json
@@ -14,8 +16,9 @@ import numpy as np
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import Prompt, Protocol
-from baichuan_jax.evaluate.scoring import Request, Scorer
-from baichuan_jax.evaluate.tasks import LETTERS, Subject
+from baichuan_jax.evaluate.questions import LETTERS
+from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
+from baichuan_jax.evaluate.tasks import Subject
 from baichuan_jax.resilience.causes import NumericsError
 from baichuan_jax.runs.files import write_atomically
 
@@ -33,28 +36,27 @@ def score_prompts(
     `logits` of A to D: the original's logits of one token each, or lm-eval's log-likelihoods of the
     answers, summed over their tokens.
     """
-    requests: list[Request] = []
-    terms: list[
-        list[list[tuple[int, int]]]
-    ] = []  # of every prompt and answer: (request, place among its wanted tokens)
+    requests: list[ScoreRequest] = []
+    # For each prompt and answer: (request, place among its wanted tokens) of each token.
+    terms: list[list[list[tuple[int, int]]]] = []
     for prompt in prompts:
-        starts: dict[
-            tuple[int, ...], list[int]
-        ] = {}  # what precedes a token of some answer -> such tokens
+        # A request for each distinct beginning of the answers: where they share their first token,
+        # it is scored once.
+        wanted: dict[tuple[int, ...], list[int]] = {}
         for answer in prompt.continuations:
             for length, token in enumerate(answer):
-                wanted = starts.setdefault(answer[:length], [])
-                if token not in wanted:
-                    wanted.append(token)
-        number = {start: len(requests) + place for place, start in enumerate(starts)}
+                following = wanted.setdefault(answer[:length], [])
+                if token not in following:
+                    following.append(token)
+        number = {start: len(requests) + place for place, start in enumerate(wanted)}
         requests += [
-            Request([*prompt.tokens, *start], tuple(wanted), (prompt.subject, prompt.shots))
-            for start, wanted in starts.items()
+            ScoreRequest([*prompt.tokens, *start], tuple(tokens), (prompt.subject, prompt.shots))
+            for start, tokens in wanted.items()
         ]
         terms.append(
             [
                 [
-                    (number[answer[:length]], starts[answer[:length]].index(token))
+                    (number[answer[:length]], wanted[answer[:length]].index(token))
                     for length, token in enumerate(answer)
                 ]
                 for answer in prompt.continuations
@@ -72,6 +74,7 @@ def score_prompts(
 
 
 def _record(prompt: Prompt, logits: list[float]) -> Record:
+    """A line of records.jsonl. A hash stands for the prompt, so that two can be compared."""
     if not np.isfinite(logits).all():
         raise NumericsError(
             f"{prompt.subject}, question {prompt.index}: the logits {logits} are not finite"
@@ -93,10 +96,11 @@ def _record(prompt: Prompt, logits: list[float]) -> Record:
 def summarise(
     task: str, protocol: Protocol, subjects: Sequence[Subject], records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Scores as fractions with standard errors: `average`, `micro`, `macro`, `categories`, `subjects`.
+    """Scores as fractions with standard errors, overall, by category and by subject.
 
-    The average, and that of a category, counts every question alike (micro); the original's C-Eval
-    counts every subject alike (macro). Without answers, only counts.
+    Keys: average, stderr, micro, macro, categories, subjects. The average, and that of a category,
+    counts every question alike (micro); the original's C-Eval counts every subject alike (macro).
+    Without answers, only counts.
     """
     by_subject: dict[str, list[bool]] = {subject.name: [] for subject in subjects}
     unanswered = any(record["answer"] is None for record in records)
@@ -105,15 +109,13 @@ def summarise(
     summary: dict[str, Any] = {"questions": len(records), "scored": not unanswered}
     if unanswered:
         return summary
-    aggregation = "macro" if task == "ceval" and protocol == "original" else "micro"
     members: dict[str, list[list[bool]]] = {}
     for subject in subjects:
         for category in subject.categories:
             members.setdefault(category, []).append(by_subject[subject.name])
-    averages = {
-        "micro": _micro(list(by_subject.values())),
-        "macro": _macro(list(by_subject.values())),
-    }
+    groups = list(by_subject.values())
+    averages = {"micro": _micro(groups), "macro": _macro(groups)}
+    aggregation = "macro" if task == "ceval" and protocol == "original" else "micro"
     combine = _macro if aggregation == "macro" else _micro
     return summary | {
         "aggregation": aggregation,
@@ -126,9 +128,10 @@ def summarise(
 
 
 def _micro(groups: list[list[bool]]) -> dict[str, Any]:
-    """Share of right answers over all questions; its standard error is lm-eval's: sample deviation / sqrt(n)."""
+    """Share of right answers over all questions, with lm-eval's standard error."""
     right = [answer for group in groups for answer in group]
     n, accuracy = len(right), sum(right) / len(right)
+    # Sample standard deviation / sqrt(n).
     stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
     return {"accuracy": accuracy, "stderr": stderr, "questions": n, "subjects": len(groups)}
 
@@ -138,9 +141,8 @@ def _macro(groups: list[list[bool]]) -> dict[str, Any]:
     parts = [_micro([group]) for group in groups]
     errors = [part["stderr"] for part in parts]
     stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(parts)
-    accuracy = sum(part["accuracy"] for part in parts) / len(parts)
     return {
-        "accuracy": accuracy,
+        "accuracy": sum(part["accuracy"] for part in parts) / len(parts),
         "stderr": stderr,
         "questions": sum(map(len, groups)),
         "subjects": len(groups),
@@ -148,7 +150,11 @@ def _macro(groups: list[list[bool]]) -> dict[str, Any]:
 
 
 class Results:
-    """The output folder: opened with all that decides the results, so that a restart goes on and nothing else is mixed in."""
+    """The output folder, opened with all that decides the results.
+
+    A restart with the same settings goes on; other settings raise ConfigError. Where not `writes`
+    (processes other than 0) nothing is read or written.
+    """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], writes: bool = True) -> None:
         self.folder, self._writes = Path(folder), writes
@@ -157,23 +163,25 @@ class Results:
             return
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
-            differing = sorted(
-                key
-                for key in before.keys() | settings.keys()
-                if before.get(key) != settings.get(key)
-            )
-            if differing:
-                changes = "; ".join(
-                    f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
-                    for key in differing[:4]
-                )
-                raise ConfigError(
-                    f"{folder} holds results of another evaluation ({changes}); choose another --output"
-                )
+            self._refuse_others(before, settings)
         elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
         else:
-            write_atomically(file, _dump(settings))
+            write_atomically(file, dump_json(settings))
+
+    def _refuse_others(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
+        differing = sorted(
+            key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)
+        )
+        if differing:
+            changes = "; ".join(
+                f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+                for key in differing[:4]
+            )
+            raise ConfigError(
+                f"{self.folder} holds results of another evaluation ({changes}); "
+                "choose another --output"
+            )
 
     def _path(self, subject: str) -> Path:
         return self.folder / "subjects" / f"{subject}.jsonl"
@@ -188,27 +196,27 @@ class Results:
             write_atomically(self._path(subject), _lines(records))
 
     def load(self, subject: str) -> list[Record]:
-        return [
-            json.loads(line)
-            for line in self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]
-        ]
+        """The records of a finished subject."""
+        lines = self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
 
     def finish(self, result: dict[str, Any], records: Sequence[Record]) -> None:
-        """Write records.jsonl and result.json, and C-Eval's submission where there are no answers."""
+        """Write records.jsonl and result.json, and a submission for C-Eval's test split."""
         if not self._writes:
             return
         write_atomically(self.folder / "records.jsonl", _lines(records))
         if result["task"] == "ceval" and result["manifest"]["split"] == "test":
             submission: dict[str, dict[str, str]] = {}
             for record in records:
-                submission.setdefault(record["subject"], {})[
-                    record.get("id", str(record["index"]))
-                ] = record["prediction"]
-            write_atomically(self.folder / "submission.json", _dump(submission))
-        write_atomically(self.folder / "result.json", _dump(result))
+                name = record.get("id", str(record["index"]))
+                submission.setdefault(record["subject"], {})[name] = record["prediction"]
+            write_atomically(self.folder / "submission.json", dump_json(submission))
+        # Last: where result.json is, the records are complete.
+        write_atomically(self.folder / "result.json", dump_json(result))
 
 
-def _dump(content: Any) -> bytes:
+def dump_json(content: Any) -> bytes:
+    """A JSON file as this package writes it: indented, Chinese unescaped."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 

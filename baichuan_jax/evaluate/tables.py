@@ -1,18 +1,23 @@
-"""Scores as tables and charts, beside the rows that Baichuan-7B's README published (baichuan-inc/Baichuan-7B, README.md)."""
+"""Scores as Markdown tables and charts, beside the rows that Baichuan-7B's README published.
+
+In: the content of result.json (results.py). The published numbers are those of README.md in
+baichuan-inc/Baichuan-7B; report/ draws them too.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-# task -> (columns, {model: percentages}). Its C-Eval row is the test split; its MMLU the test
-# split, micro averages.
+# task -> columns of the original's table.
 COLUMNS = {
     "mmlu": ["Humanities", "Social Sciences", "STEM", "Other", "Average"],
     "ceval": ["Average", "Avg(Hard)", "STEM", "Social Sciences", "Humanities", "Others"],
     "agieval": ["Average"],
     "gaokao": ["Average"],
 }
+# task -> model -> percentages in these columns. C-Eval: the test split. MMLU: the test split, micro
+# averages.
 PUBLISHED: dict[str, dict[str, list[float | None]]] = {
     "mmlu": {
         "ChatGLM-6B": [35.4, 41.0, 31.3, 40.5, 36.9],
@@ -67,7 +72,7 @@ PUBLISHED: dict[str, dict[str, list[float | None]]] = {
         "Baichuan-7B": [36.24],
     },
 }
-# The columns that our categories are called otherwise in.
+# Columns whose name is not that of the category: what the category may be called.
 _CATEGORIES = {
     "Humanities": ("humanities", "Humanities"),
     "Social Sciences": ("social sciences", "Social Sciences"),
@@ -77,7 +82,7 @@ _CATEGORIES = {
 
 
 def columns(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """{column of the original's table: {accuracy, stderr, ...}}; None where no subject of it was asked."""
+    """{column of the original's table: {accuracy, stderr, ...}}, None where no subject is of it."""
     whole = {"Average": {"accuracy": result["average"], "stderr": result["stderr"]}}
     found = whole | result["categories"]
     return {
@@ -89,44 +94,53 @@ def columns(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table as the original laid it out, this model first; then every category and subject with its standard error."""
+    """The table as the original laid it out, this model first, then all categories and subjects."""
     task, manifest = result["task"], result["manifest"]
     title = {"mmlu": "MMLU", "ceval": "C-Eval", "agieval": "AGIEval", "gaokao": "Gaokao"}[task]
     lines = [
-        f"# {title}, {manifest['shots']}-shot, protocol {result['protocol']}, split {manifest['split']}",
+        f"# {title}, {manifest['shots']}-shot, protocol {result['protocol']}, "
+        f"split {manifest['split']}",
         "",
     ]
     if not result["scored"]:
-        return "\n".join(
-            [
-                *lines,
-                f"{result['questions']} questions without public answers: hand in submission.json.",
-                "",
-            ]
-        )
+        count = result["questions"]
+        lines += [f"{count} questions without public answers: hand in submission.json.", ""]
+        return "\n".join(lines)
     for caution in cautions(result):
         lines += [f"{caution}.", ""]
-    lines += _row(["Model", *COLUMNS[task]]) + _row([":-", *["-:"] * len(COLUMNS[task])])
-    lines += _row(["**this model**", *(_percent(cell) for cell in columns(result).values())])
-    published = PUBLISHED[task]
-    for model in sorted(published, key=lambda model: model != "Baichuan-7B"):
-        lines += _row(
-            [
-                f"{model} (published)",
-                *("-" if value is None else f"{value}" for value in published[model]),
-            ]
-        )
-    lines += ["", f"Per cent, ± standard error. An average counts every {_unit(result)} alike."]
+    lines += [_row(["Model", *COLUMNS[task]]), _row([":-", *["-:"] * len(COLUMNS[task])])]
+    lines.append(_row(["**this model**", *(percent(cell) for cell in columns(result).values())]))
+    for model, values in published_rows(task):
+        lines.append(_row([model, *values]))
+    unit = "subject" if result["aggregation"] == "macro" else "question"
+    lines += ["", f"Per cent, ± standard error. An average counts every {unit} alike."]
     for what in ("categories", "subjects"):
         if result[what]:
-            lines += ["", *_row([what, "questions", "accuracy"]), *_row([":-", "-:", "-:"])]
+            lines += ["", _row([what, "questions", "accuracy"]), _row([":-", "-:", "-:"])]
             for name, cell in result[what].items():
-                lines += _row([name, str(cell["questions"]), _percent(cell)])
+                lines.append(_row([name, str(cell["questions"]), percent(cell)]))
     return "\n".join([*lines, ""])
 
 
+def published_rows(task: str) -> list[tuple[str, list[str]]]:
+    """(model, percentages as text) of the original's table, Baichuan-7B first."""
+    rows = sorted(PUBLISHED[task].items(), key=lambda item: item[0] != "Baichuan-7B")
+    return [
+        (f"{model} (published)", ["-" if value is None else f"{value}" for value in values])
+        for model, values in rows
+    ]
+
+
+def percent(cell: dict[str, Any] | None) -> str:
+    """A score as text: per cent, ± standard error where there is one."""
+    if cell is None:
+        return "-"
+    error = "" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}"
+    return f"{100 * cell['accuracy']:.1f}{error}"
+
+
 def cautions(result: dict[str, Any]) -> list[str]:
-    """What keeps these scores from being compared with the published ones."""
+    """Why these scores cannot be compared with the published ones."""
     task, manifest = result["task"], result["manifest"]
     asked, known = len(result["subjects"]), manifest["subjects_of_task"]
     found = []
@@ -149,64 +163,36 @@ def cautions(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def _unit(result: dict[str, Any]) -> str:
-    return "subject" if result["aggregation"] == "macro" else "question"
-
-
-def _row(cells: list[str]) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def _percent(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{100 * cell['accuracy']:.1f}" + (
-        "" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}"
-    )
-
-
 def chart(result: dict[str, Any], path: Path | str) -> None:
-    """Bars as PNG: the original's columns beside those of Baichuan-7B, and below them every category and subject."""
+    """Bars as PNG: the original's columns beside Baichuan-7B's, then categories and subjects."""
     cells = columns(result)
     parts = result["categories"] | result["subjects"]
     figure = Figure(figsize=(max(8.0, 0.22 * len(parts) + 2), 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 1.2])
+    published = [value or 0 for value in PUBLISHED[result["task"]]["Baichuan-7B"]]
     places = range(len(cells))
-    top.bar(
-        [place - 0.2 for place in places],
-        [_height(cell) for cell in cells.values()],
-        0.4,
-        label="this model",
-    )
-    published = PUBLISHED[result["task"]]["Baichuan-7B"]
-    top.bar(
-        [place + 0.2 for place in places],
-        [value or 0 for value in published],
-        0.4,
-        label="Baichuan-7B (published)",
-    )
+    ours = [_height(cell) for cell in cells.values()]
+    top.bar([place - 0.2 for place in places], ours, 0.4, label="this model")
+    top.bar([place + 0.2 for place in places], published, 0.4, label="Baichuan-7B (published)")
     top.set_xticks(list(places), list(cells))
-    top.set_title(
-        f"{result['task']}, {result['manifest']['shots']}-shot, {result['questions']} questions"
-    )
+    shots, questions = result["manifest"]["shots"], result["questions"]
+    top.set_title(f"{result['task']}, {shots}-shot, {questions} questions")
+    heights = [_height(cell) for cell in parts.values()]
     errors = [100 * (cell["stderr"] or 0) for cell in parts.values()]
-    bottom.bar(
-        list(parts),
-        [_height(cell) for cell in parts.values()],
-        yerr=errors,
-        color="tab:blue",
-        ecolor="gray",
-    )
+    bottom.bar(list(parts), heights, yerr=errors, color="tab:blue", ecolor="gray")
     bottom.set_xticks(range(len(parts)), list(parts), rotation=90, fontsize=7)
     for axes in (top, bottom):
-        axes.axhline(
-            25, color="gray", linestyle="--", linewidth=1, label="chance" if axes is top else None
-        )
+        label = "chance" if axes is top else None
+        axes.axhline(25, color="gray", linestyle="--", linewidth=1, label=label)
         axes.set_ylabel("accuracy, %")
         axes.grid(axis="y", alpha=0.3)
     top.margins(y=0.25)  # room for the legend
     top.legend(loc="upper center", ncols=3)
     figure.savefig(path, dpi=120)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _height(cell: dict[str, Any] | None) -> float:

@@ -1,4 +1,7 @@
-"""The command as a whole: killed and started again, its scores, its refusals; and the same scores inside a training run."""
+"""The command as a whole: killed and started again, its scores, its refusals.
+
+And the same scores inside a training run.
+"""
 
 import json
 import shutil
@@ -16,9 +19,10 @@ from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.__main__ import main
+from baichuan_jax.evaluate.questions import LETTERS
 from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tables import PUBLISHED, markdown
-from baichuan_jax.evaluate.tasks import LETTERS, Subject, _known, load_subjects
+from baichuan_jax.evaluate.tasks import Subject, known_subjects, load_subjects
 from baichuan_jax.tokenizer import train_tokenizer
 from baichuan_jax.train import train
 
@@ -128,7 +132,7 @@ def test_standard_errors_and_categories():
     """Against numpy, on answers made by hand."""
     draw = np.random.default_rng(3)
     sizes = {"virology": 7, "marketing": 30, "prehistory": 12}
-    subjects = [Subject(name, *_known("mmlu")[name], [], [], 0) for name in sizes]
+    subjects = [Subject(name, *known_subjects("mmlu")[name], [], [], 0) for name in sizes]
     records = [
         {"subject": name, "prediction": "A", "answer": str(draw.choice(list("AB")))}
         for name, size in sizes.items()
@@ -252,11 +256,11 @@ def test_subjects_of_the_tasks_are_those_of_their_authors():
         pytest.skip("the real test files are not in this checkout")
     theirs = json.loads((shared / "mmlu" / "subject_category.json").read_text(encoding="utf-8"))
     assert {name: [part["category"], part["subcategory"]] for name, part in theirs.items()} == {
-        name: list(categories) for name, (_, _, categories) in _known("mmlu").items()
+        name: list(categories) for name, (_, _, categories) in known_subjects("mmlu").items()
     }
     theirs = json.loads((shared / "ceval" / "subject_mapping.json").read_text(encoding="utf-8"))
     plural = {"Social Science": "Social Sciences", "Other": "Others"}
-    ours = _known("ceval")
+    ours = known_subjects("ceval")
     assert {name: plural.get(group, group) for name, (_, _, group) in theirs.items()} == {
         name: categories[0] for name, (_, _, categories) in ours.items()
     }

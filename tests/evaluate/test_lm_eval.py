@@ -1,4 +1,6 @@
-"""EleutherAI's lm-eval as the oracle, question by question: with its recorded scores, and with lm-eval itself where it is installed.
+"""EleutherAI's lm-eval as the oracle, question by question.
+
+With its recorded scores, and with lm-eval itself where it is installed.
 
 `python tests/evaluate/test_lm_eval.py` records anew, in an environment of
 requirements-eval-bench.txt.
@@ -54,7 +56,7 @@ def plans(folder: Path, count: int | None = None) -> dict[str, Plan]:
 def lm_eval_scores(
     plan: Plan, tokenizer: Tokenizer, model, folder: Path
 ) -> list[tuple[str, list[float]]]:
-    """lm-eval's own task files for its protocol, and a task made of the prompts for the original's."""
+    """lm-eval's scores: its own task files for its protocol, our prompts for the original's."""
     evaluation = Evaluation(plan, tokenizer)
     if plan.protocol == "lm-eval":
         return run_lm_eval(model, own_tasks(plan, evaluation, folder))
@@ -66,7 +68,7 @@ def lm_eval_scores(
 
 
 def own_tasks(plan: Plan, evaluation: Evaluation, folder: Path) -> dict:
-    """The YAML files that lm-eval has of these subjects, with local copies of the data in the form of its data set."""
+    """lm-eval's YAML files of these subjects, on local copies of the data in its form."""
     from lm_eval import tasks
     from lm_eval.api.task import ConfigurableTask
     from yaml import safe_load
@@ -125,7 +127,7 @@ def sha256(text: str) -> str:
 
 
 def test_scores_are_those_that_lm_eval_gave(tmp_path):
-    """Two MMLU and two C-Eval subjects, made up; both protocols; the golden model; lm-eval's scores as recorded."""
+    """Made-up MMLU and C-Eval subjects, both protocols, the golden model: lm-eval's own scores."""
     make_mmlu(tmp_path / "mmlu", SUBJECTS["mmlu"], 4)
     make_ceval(tmp_path / "ceval", SUBJECTS["ceval"], 4)
     tokenizer = Tokenizer(GOLDEN / "exam" / "tokenizer.model")
@@ -161,7 +163,8 @@ def test_lm_eval_agrees_on_real_questions(tmp_path):
         assert [prompt.text for prompt in prompts] == [context for context, _ in theirs], name
         same, difference = compare(records, [scores for _, scores in theirs])
         print(
-            f"{name}: {len(records)} questions, choices {'equal' if same else 'differ'}, differences within {difference:.1e}"
+            f"{name}: {len(records)} questions, choices {'equal' if same else 'differ'}, "
+            f"differences within {difference:.1e}"
         )
         assert same, name
         assert difference < 1e-4, name

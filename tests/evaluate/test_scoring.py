@@ -1,4 +1,4 @@
-"""Scores of shared, batched and padded prompts against the plain way: each prompt through the model alone."""
+"""Scores of shared, batched and padded prompts against each prompt run by itself."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from baichuan_jax.config.schema import MeshConfig, ModelConfig
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
-from baichuan_jax.evaluate.scoring import Request, Scorer
+from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
 from baichuan_jax.hf.weights import export, load_pretrained
 from baichuan_jax.kernels.attention.reference import prefix_attention
 from baichuan_jax.model import Transformer
@@ -33,7 +33,7 @@ def model():
 
 
 def plain(model, rows):
-    """Logits after every prompt, each in a row of its own, and their log-normalisers, in float64."""
+    """Logits after every prompt, run by itself, and their log-normalisers, in float64."""
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = (
@@ -48,15 +48,18 @@ def plain(model, rows):
 
 
 def make_requests():
-    """Two groups that begin alike (the second in a few tokens only) and one prompt of its own, lengths all different."""
+    """A group with a long common beginning, one with a short one, and a prompt of no group."""
     draw = np.random.default_rng(0)
     tokens = lambda count: draw.integers(0, CONFIG.vocab_size, count).tolist()
     common = tokens(70)
     requests = [
-        Request(common + tokens(count), (1, 2, 3, 4), "long") for count in (5, 9, 40, 3, 17, 1, 22)
+        ScoreRequest(common + tokens(count), (1, 2, 3, 4), "long")
+        for count in (5, 9, 40, 3, 17, 1, 22)
     ]
-    requests += [Request(common[:8] + tokens(count), (5, 6), "short") for count in (12, 33, 20)]
-    return [*requests, Request(tokens(51), (7, 8, 9, 10), "alone")]
+    requests += [
+        ScoreRequest(common[:8] + tokens(count), (5, 6), "short") for count in (12, 33, 20)
+    ]
+    return [*requests, ScoreRequest(tokens(51), (7, 8, 9, 10), "alone")]
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 1, 2), (1, 2, 2, 2)])

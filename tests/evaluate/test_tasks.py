@@ -1,4 +1,4 @@
-"""Files and prompts: the harnesses' own wording written out, and every kind of file that must be refused."""
+"""Files and prompts: the harnesses' wording written out, and every file that must be refused."""
 
 import csv
 import json

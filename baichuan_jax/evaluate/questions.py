@@ -1,0 +1,212 @@
+"""Readers of the test sets' files, one for each layout: a file becomes rows and questions.
+
+mmlu     CSV without a header: question, A, B, C, D, letter
+ceval    CSV with the header id,question,A,B,C,D[,answer[,explanation]]
+agieval  JSONL: passage, question, options, label
+gaokao   JSON {"example": [{question, answer, ...}]}, the options inside the question's text
+
+A reader checks every row and raises ConfigError with file and line at the first that cannot be
+right. Rows that are right but cannot be asked (AGIEval and Gaokao: not four options, or not exactly
+one right answer) are left out; `load_subjects` counts them. A new layout is a reader here and an
+entry in READERS.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from baichuan_jax.config.schema import ConfigError
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a file."""
+
+    row: int
+    """Its number in the file, from 0."""
+    question: str
+    choices: tuple[str, ...]
+    """Empty where the options stand inside the question."""
+    answer: str | None
+    """A letter; None where it is not public."""
+    id: str = ""
+
+
+class File(NamedTuple):
+    """What a reader found: the number of rows, and the questions that can be asked."""
+
+    rows: int
+    questions: list[Question]
+
+
+def read_mmlu(path: Path) -> File:
+    """A CSV file of six columns."""
+    rows = list(_csv_rows(path))
+    found = []
+    for number, (line, row) in enumerate(rows):
+        if len(row) != 6:
+            raise ConfigError(
+                f"{path}:{line}: {len(row)} fields instead of 6 (question, A, B, C, D, answer): "
+                f"{_short(row)}"
+            )
+        found.append(Question(number, row[0], tuple(row[1:5]), _letter(row[5], path, line)))
+    return File(len(rows), found)
+
+
+def read_ceval(path: Path) -> File:
+    """A CSV file whose header names its columns; `answer` may be missing or empty."""
+    (line, header), *rows = list(_csv_rows(path)) or [(1, [])]
+    needed = ["id", "question", *LETTERS]
+    if [column for column in needed if column not in header]:
+        raise ConfigError(
+            f"{path}:{line}: the header is {_short(header)} and must have "
+            f"{','.join(needed)}[,answer]"
+        )
+    found = []
+    for number, (line, row) in enumerate(rows):
+        if len(row) != len(header):
+            raise ConfigError(
+                f"{path}:{line}: {len(row)} fields and the header has {len(header)}: {_short(row)}"
+            )
+        cells = dict(zip(header, row, strict=True))
+        letter = cells.get("answer", "").strip().upper()
+        answer = _letter(letter, path, line) if letter else None
+        choices = tuple(cells[letter] for letter in LETTERS)
+        found.append(Question(number, cells["question"], choices, answer, cells["id"]))
+    return File(len(rows), found)
+
+
+def read_agieval(path: Path) -> File:
+    """Rows with four options and one right answer.
+
+    `label` is a letter, or a list where several may be right.
+    """
+    lines = [
+        (number, line) for number, line in enumerate(_text(path).split("\n"), 1) if line.strip()
+    ]
+    found = []
+    for index, (line, text) in enumerate(lines):
+        row = _json(text, f"{path}:{line}")
+        named = isinstance(row, dict) and {"options", "label"} <= row.keys()
+        if not named or not isinstance(row.get("question"), str):
+            raise ConfigError(
+                f"{path}:{line}: a row must have question, options and label: {text[:80]!r}"
+            )
+        options, label = row["options"], row["label"]
+        labels = list(label) if isinstance(label, list) else [label]
+        four = isinstance(options, list) and len(options) == len(LETTERS)
+        if not four or len(labels) != 1 or len(labels[0] or "") != 1:
+            continue
+        passage = row.get("passage") or ""
+        question = f"{passage}\n{row['question']}" if passage else row["question"]
+        answer = _letter(labels[0], path, line)
+        found.append(Question(index, question, _without_letters(options), answer))
+    return File(len(lines), found)
+
+
+def read_gaokao(path: Path) -> File:
+    """Questions whose answer is one letter."""
+    rows = _json(_text(path), str(path))
+    rows = rows.get("example") if isinstance(rows, dict) else None
+    if not isinstance(rows, list):
+        raise ConfigError(f'{path} must be {{"example": [...]}} with a list of questions')
+    found = []
+    for index, row in enumerate(rows):
+        named = isinstance(row, dict) and isinstance(row.get("question"), str)
+        if not named or not isinstance(row.get("answer"), list):
+            raise ConfigError(
+                f"{path}, example {index}: a question must have the text question and the list "
+                "answer"
+            )
+        answer = row["answer"]
+        if len(answer) == 1 and len(str(answer[0])) == 1:
+            letter = _letter(str(answer[0]), path, f"example {index}")
+            found.append(Question(index, row["question"].strip(), (), letter))
+    return File(len(rows), found)
+
+
+READERS: dict[str, Callable[[Path], File]] = {
+    "mmlu": read_mmlu,
+    "ceval": read_ceval,
+    "agieval": read_agieval,
+    "gaokao": read_gaokao,
+}
+
+
+def read_answers(path: Path) -> dict[str, dict[str, str]]:
+    """{subject: {id: letter}} of a file of answers."""
+    found = _json(_text(path), str(path))
+    if not isinstance(found, dict) or not all(isinstance(group, dict) for group in found.values()):
+        raise ConfigError(
+            f'{path} must be {{"subject": {{"0": "A", ...}}, ...}}, as C-Eval\'s submissions are'
+        )
+    return found
+
+
+def _without_letters(options: list[str]) -> tuple[str, ...]:
+    """Options without the letters that most of AGIEval's begin with.
+
+    "(A)text" and "A. text" are always cut; "A text" only where all four options have that form,
+    since "A man" may be an option's own text.
+    """
+    pairs = list(zip(LETTERS, options, strict=True))
+    bare = all(re.match(rf"\s*{letter}\s", option) for letter, option in pairs)
+    texts = []
+    for letter, option in pairs:
+        # In brackets any of the four letters counts: the files have options with a wrong one.
+        mark = rf"[(（][A-D][)）]|{letter}\s*[.．、)）]" + (rf"|{letter}(?=\s)" if bare else "")
+        texts.append(re.sub(rf"^\s*({mark})\s*", "", option, count=1))
+    return tuple(texts)
+
+
+def _letter(text: str, path: Path, line: int | str) -> str:
+    # A tuple: `"AB" in "ABCD"` holds.
+    if text not in tuple(LETTERS):
+        raise ConfigError(f"{path}:{line}: the answer is {text!r} and must be one of A, B, C, D")
+    return text
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, fields) of every row; a quoted field may span lines."""
+    # Not pandas, which turns the options "None" and "1.0" into other things than their text.
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{line}: {error}") from None
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: no JSON: {error}") from None
+
+
+def _short(row: list[str]) -> str:
+    text = ",".join(row)
+    return repr(text if len(text) < 100 else text[:97] + "...")
