@@ -1,30 +1,38 @@
-"""The accelerators that this project knows: one table of what their makers state, and the cluster that a topology's name means."""
+"""The accelerators that this project knows, and the clusters made of them.
+
+One table holds what their makers state. A topology's name, such as a800:128x8, means a cluster; the
+cluster of this process is found without starting jax.
+"""
 
 import glob
+import math
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from baichuan_jax.config.schema import require
+from baichuan_jax.config.schema import ConfigError, require
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator and its links, from data sheets; bandwidths are per device and one direction."""
+    """One accelerator and its links, from data sheets.
+
+    Bandwidths are per device and one direction.
+    """
 
     name: str
     platform: str
     """gpu or tpu, as jax names it."""
     peak_tflops: float
-    """Dense bfloat16."""
+    """Dense products of bfloat16."""
     memory_gib: float
     memory_bandwidth: float
     """GB/s (10^9 bytes)."""
     intra_node_bandwidth: float
-    """GB/s to the other devices of the node (NVLink); on a TPU along one axis of the torus, both ways together."""
+    """GB/s to the other devices of the node (NVLink); on a TPU along one axis of the torus, both
+    ways together."""
     inter_node_gbps: float
     """Gbit/s to other nodes: a GPU's share of the network cards."""
     devices_per_node: int
@@ -42,77 +50,66 @@ class Hardware:
 # A100) or 400 Gb/s (DGX H100). An A800 is an A100 with NVLink cut from 600 to 400 GB/s (both ways),
 # an H800 an H100 with 900 cut to 400. TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); link
 # rates as in "How to scale your model", chapter 2.
-_A100: dict[str, Any] = {
-    "platform": "gpu",
-    "peak_tflops": 312.0,
-    "memory_gib": 79.25,
-    "memory_bandwidth": 2039.0,
-    "inter_node_gbps": 200.0,
-    "devices_per_node": 8,
-    "compute_capability": 80,
-    "multiprocessors": 108,
-    "clock_ghz": 1.41,
-    "shared_bytes": 167_936,
-    "l2_bytes": 41_943_040,
-}
-_H100: dict[str, Any] = {
-    "platform": "gpu",
-    "peak_tflops": 989.0,
-    "memory_gib": 79.1,
-    "memory_bandwidth": 3352.0,
-    "inter_node_gbps": 400.0,
-    "devices_per_node": 8,
-    "compute_capability": 90,
-    "multiprocessors": 132,
-    "clock_ghz": 1.98,
-    "shared_bytes": 233_472,
-    "l2_bytes": 52_428_800,
-}
-_TPU: dict[str, Any] = {"platform": "tpu", "inter_node_gbps": 0.0, "devices_per_node": 4}
+_A100 = Hardware(
+    "a100",
+    platform="gpu",
+    peak_tflops=312.0,
+    memory_gib=79.25,
+    memory_bandwidth=2039.0,
+    intra_node_bandwidth=300.0,
+    inter_node_gbps=200.0,
+    devices_per_node=8,
+    compute_capability=80,
+    multiprocessors=108,
+    clock_ghz=1.41,
+    shared_bytes=167_936,
+    l2_bytes=41_943_040,
+)
+_H100 = Hardware(
+    "h100",
+    platform="gpu",
+    peak_tflops=989.0,
+    memory_gib=79.1,
+    memory_bandwidth=3352.0,
+    intra_node_bandwidth=450.0,
+    inter_node_gbps=400.0,
+    devices_per_node=8,
+    compute_capability=90,
+    multiprocessors=132,
+    clock_ghz=1.98,
+    shared_bytes=233_472,
+    l2_bytes=52_428_800,
+)
+
+
+def _tpu(
+    name: str, peak_tflops: float, memory_gib: float, memory_bandwidth: float, link: float
+) -> Hardware:
+    """A TPU; link: GB/s along one axis of the torus. Its chips need no network."""
+    return Hardware(
+        name,
+        platform="tpu",
+        peak_tflops=peak_tflops,
+        memory_gib=memory_gib,
+        memory_bandwidth=memory_bandwidth,
+        intra_node_bandwidth=link,
+        inter_node_gbps=0.0,
+        devices_per_node=4,
+    )
+
+
 HARDWARE: dict[str, Hardware] = {
     item.name: item
     for item in (
-        Hardware("a100", intra_node_bandwidth=300.0, **_A100),
-        Hardware("a800", intra_node_bandwidth=200.0, **_A100),
-        Hardware("h100", intra_node_bandwidth=450.0, **_H100),
-        Hardware("h800", intra_node_bandwidth=200.0, **_H100),
-        Hardware(
-            "h200",
-            intra_node_bandwidth=450.0,
-            **{**_H100, "memory_gib": 140.4, "memory_bandwidth": 4800.0},
-        ),
-        Hardware(
-            "v4",
-            peak_tflops=275.0,
-            memory_gib=32.0,
-            memory_bandwidth=1228.0,
-            intra_node_bandwidth=90.0,
-            **_TPU,
-        ),
-        Hardware(
-            "v5e",
-            peak_tflops=197.0,
-            memory_gib=16.0,
-            memory_bandwidth=819.0,
-            intra_node_bandwidth=90.0,
-            **_TPU,
-        ),
-        Hardware(
-            "v5p",
-            peak_tflops=459.0,
-            memory_gib=95.0,
-            memory_bandwidth=2765.0,
-            intra_node_bandwidth=180.0,
-            **_TPU,
-        ),
-        Hardware(
-            "v6e",
-            peak_tflops=918.0,
-            memory_gib=32.0,
-            memory_bandwidth=1640.0,
-            intra_node_bandwidth=180.0,
-            **_TPU,
-        ),
+        _A100,
+        replace(_A100, name="a800", intra_node_bandwidth=200.0),
+        _H100,
+        replace(_H100, name="h800", intra_node_bandwidth=200.0),
+        replace(_H100, name="h200", memory_gib=140.4, memory_bandwidth=4800.0),
+        _tpu("v4", 275.0, 32.0, 1228.0, 90.0),
+        _tpu("v5e", 197.0, 16.0, 819.0, 90.0),
+        _tpu("v5p", 459.0, 95.0, 2765.0, 180.0),
+        _tpu("v6e", 918.0, 32.0, 1640.0, 180.0),
     )
 }
 # What jax calls a device where that does not contain the table's name.
@@ -120,8 +117,12 @@ _KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """The row of a device by what jax or its driver calls it, such as "NVIDIA A800-SXM4-80GB" or "TPU v5 lite"; None: unknown."""
+    """The table's row of a device; None: unknown.
+
+    device_kind: what jax or the driver calls it, such as "NVIDIA A800-SXM4-80GB" or "TPU v5 lite".
+    """
     kind = device_kind.lower()
+    # The longest name first: "v5" is part of "v5 lite".
     for name in sorted((*HARDWARE, *_KINDS), key=len, reverse=True):
         if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", kind):
             return HARDWARE[_KINDS.get(name, name)]
@@ -130,21 +131,20 @@ def hardware_of(device_kind: str) -> Hardware | None:
 
 @dataclass(frozen=True)
 class Topology:
-    """A cluster: `shape` is (nodes, devices a node) of GPUs, or the torus of TPU chips."""
+    """A cluster."""
 
     hardware: Hardware
     shape: tuple[int, ...]
+    """(nodes, devices a node) of GPUs, or the torus of TPU chips."""
 
     @property
     def num_devices(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        """Devices of the whole cluster."""
+        return math.prod(self.shape)
 
     @property
     def devices_per_node(self) -> int:
-        """Devices that reach each other without the network: a node's GPUs, or all chips of a TPU slice."""
+        """Devices that reach each other without the network: a node's GPUs, or a TPU slice."""
         return self.shape[1] if self.hardware.platform == "gpu" else self.num_devices
 
     def __str__(self) -> str:
@@ -152,26 +152,33 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """The cluster that a name such as "a800:128x8" (nodes x devices) or "v5p:4x4x8" (torus) means. Raises ConfigError."""
+    """The cluster that a name means: "a800:128x8" (nodes x devices) or "v5p:4x4x8" (a torus).
+
+    Raises ConfigError.
+    """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     known = ", ".join(HARDWARE)
-    require(
-        match is not None,
-        f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); known: {known}",
-    )
-    assert match is not None
+    if match is None:
+        raise ConfigError(
+            f"topology={name!r} must read like a800:128x8 (nodes x GPUs) or v5p:4x4x8 (a torus); "
+            f"known: {known}"
+        )
     require(match[1] in HARDWARE, f"topology={name!r} names no known accelerator; known: {known}")
     hardware, shape = HARDWARE[match[1]], tuple(int(size) for size in match[2].split("x"))
     dimensions = {"gpu": (2,), "tpu": (2, 3)}[hardware.platform]
+    counts = " or ".join(map(str, dimensions))
     require(
         len(shape) in dimensions and 0 not in shape,
-        f"topology={name!r}: {hardware.name} takes {' or '.join(map(str, dimensions))} numbers greater than 0",
+        f"topology={name!r}: {hardware.name} takes {counts} numbers greater than 0",
     )
     return Topology(hardware, shape)
 
 
 def _driver_models() -> list[str]:
-    """What the driver calls this host's GPUs: from /proc, or from nvidia-smi where a container does not show /proc/driver."""
+    """What the driver calls this host's GPUs.
+
+    From /proc, or from nvidia-smi where a container does not show /proc/driver.
+    """
     models = []
     for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
         with open(path, encoding="utf-8") as file:
@@ -187,10 +194,11 @@ def _driver_models() -> list[str]:
 
 
 def detect_topology() -> Topology | None:
-    """The GPUs that this process's driver lists, times the run's nodes, without starting jax. None: no NVIDIA GPU, or an unknown one.
+    """The cluster of this run, without starting jax; None: no NVIDIA GPU, or an unknown one.
 
-    Nodes: JAX_NUM_PROCESSES or SLURM_NTASKS over the processes a node that CUDA_VISIBLE_DEVICES
-    implies; one process a node is assumed where nothing is set.
+    It is the GPUs that this host's driver lists, times the nodes: JAX_NUM_PROCESSES or SLURM_NTASKS
+    over the processes a node that CUDA_VISIBLE_DEVICES implies. Where nothing is set, one process a
+    node is assumed.
     """
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("cpu", "tpu"):
         return None
