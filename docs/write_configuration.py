@@ -1,10 +1,13 @@
-"""Writes docs/configuration.md from the dataclasses that hold the settings.
+"""Write docs/configuration.md from the dataclasses of the settings.
 
-`python docs/write_configuration.py`, after a change of a setting or of its text. It reads the
-source, so it needs no package. tests/test_docs.py compares the page with what this would write.
+    python docs/write_configuration.py [FILE]
+
+Reads the source, not the classes: a field's explanation is the string below it, which Python drops.
+A test compares the page with the result.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ one wins. A misspelt setting is refused with the nearest right name; settings th
 other are refused with both values. In a notebook `load_config("configs/tiny.yaml",
 ["train.num_steps=60"])` gives the same object.
 """
+# (heading, commands that use it, file, class)
 PARTS = (
     (
         "A run",
@@ -42,52 +46,44 @@ PARTS = (
         "CorpusConfig",
     ),
 )
+YAML = {"None": "null", "True": "true", "False": "false"}
 
 
 def classes(file: Path) -> dict[str, ast.ClassDef]:
-    """The dataclasses of a module."""
-    return {
-        node.name: node
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    }
+    """The classes of a module, by name."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
 
 
 def settings(node: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
-    """(name, type, default, text) of every field, from the source; a section has no text."""
+    """(name, type, default, explanation) of every field; a section has no explanation."""
     for item, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and item.value is not None
-        ):
-            text = ""
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                text = " ".join(str(after.value.value).split())
-            yield item.target.id, ast.unparse(item.annotation), ast.unparse(item.value), text
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        if item.value is None:
+            continue
+        text = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            text = " ".join(str(after.value.value).split())
+        yield item.target.id, ast.unparse(item.annotation), ast.unparse(item.value), text
 
 
-def plain(kind: str, default: str) -> tuple[str, str]:
+def as_yaml(kind: str, default: str) -> tuple[str, str]:
     """A type and a default as YAML has them."""
     if kind.startswith("Literal["):
-        choices = kind.removeprefix("Literal[").removesuffix("]").split(",")
-        kind = " or ".join(choice.strip().strip("'") for choice in choices)
-    yaml = {
-        "field(default_factory=dict)": "{}",
-        "field(default_factory=list)": "[]",
-        "None": "null",
-        "True": "true",
-        "False": "false",
-    }
-    return kind.replace(" | None", " or null"), yaml.get(default, default.strip("'") or '""')
+        values = kind.removeprefix("Literal[").removesuffix("]").split(",")
+        kind = " or ".join(value.strip().strip("'") for value in values)
+    default = re.sub(r"^field\(default_factory=(?:lambda: )?(.+)\)$", r"\1", default)
+    default = {"dict": "{}", "list": "[]"}.get(default, default)
+    return kind.replace(" | None", " or null"), YAML.get(default, default.strip("'") or '""')
 
 
 def table(node: ast.ClassDef, prefix: str) -> list[str]:
-    """A section's settings as Markdown."""
+    """The settings of a section as a Markdown table."""
     rows = ["| setting | type | default | |", "|---|---|---|---|"]
     for name, kind, default, text in settings(node):
         if text:
-            kind, default = plain(kind, default)
+            kind, default = as_yaml(kind, default)
             rows.append(f"| `{prefix}{name}` | {kind} | `{default}` | {text.replace('|', '/')} |")
     return [*rows, ""] if len(rows) > 2 else []
 
@@ -100,8 +96,9 @@ def page() -> str:
         lines += [f"## {title}", "", f"{used_by}: `{file}`", "", *table(found[top], "")]
         for name, kind, _, text in settings(found[top]):
             if not text:
-                about = " ".join((ast.get_docstring(found[kind]) or "").split())
-                lines += [f"### {name}", "", about, "", *table(found[kind], f"{name}.")]
+                section = found[kind]
+                lines += [f"### {name}", "", f"{ast.get_docstring(section)}", ""]
+                lines += table(section, f"{name}.")
     return "\n".join(lines)
 
 
