@@ -2,11 +2,9 @@
 
 import ast
 import re
-import subprocess
-import sys
 
 import pytest
-from launches import REPOSITORY, environment
+from launches import REPOSITORY, run_module
 
 PACKAGE = REPOSITORY / "baichuan_jax"
 FILES = {
@@ -135,14 +133,7 @@ def test_everything_public_has_a_docstring(name):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_without_starting_jax(command):
-    done = subprocess.run(
-        [sys.executable, "-m", f"baichuan_jax.{command}", "--help"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=REPOSITORY,
-    )
+    done = run_module(f"baichuan_jax.{command}", "--help", seconds=60)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout.lower()
     assert f"python -m baichuan_jax.{command}" in done.stdout

@@ -1,12 +1,9 @@
 """Checks before a run: on right hardware they pass; each kind of fault is found, and the right process named."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
-from launches import environment, write_config
+from launches import run_module, write_config
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.preflight import (
@@ -102,20 +99,7 @@ def test_what_differs_between_hosts_is_refused_or_told():
 
 def test_the_command_says_that_all_is_well(tmp_path):
     config = write_config(tmp_path)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "baichuan_jax.preflight",
-            "--config",
-            str(config),
-            "--run_dir",
-            str(tmp_path / "run"),
-        ],
-        env=environment(2),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    argv = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
+    done = run_module("baichuan_jax.preflight", *argv, devices=2)
     assert done.returncode == 0, done.stderr
     assert "1 process(es), 2 device(s): all well" in done.stdout

@@ -154,7 +154,7 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
     assert set(computations_with("all-reduce", text)) == {entry_of(text)}
 
 
-def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, capfd):
+def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, compiled_anew, capfd):
     """Blocks exchange nothing, since a tensor axis cuts heads; the embedding does, both ways; XLA gathers nothing it cannot place."""
     config, steps = build(tiny_config, (2, 2, 1, 2))
     batch = batch_of(config, steps, tokens[0])

@@ -3,6 +3,7 @@
 import random
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,20 @@ from baichuan_jax.runs.folder import Run
 from baichuan_jax.train import main, train
 
 
+def run_python_m(
+    config: Path, run_dir: Path, *argv: str, **variables: str
+) -> subprocess.CompletedProcess:
+    """Train in a process that the fork server has no part in."""
+    return subprocess.run(
+        command(config, run_dir, *argv),
+        env=environment(**variables),
+        cwd=run_dir.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"))
@@ -34,12 +49,12 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-    """A run of 60 steps from start to end on one process with one device."""
+    """A run of 60 steps from start to end on one process with one device, started by `python -m`."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    output = run(
-        config, folder, "--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8"
-    )
-    return folder, output
+    argv = ["--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8"]
+    done = run_python_m(config, folder, *argv)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout + done.stderr
 
 
 def test_a_run_ends_with_everything_a_user_wants_to_see(undisturbed):
@@ -243,16 +258,9 @@ def test_packages_that_only_draw_or_unpack_may_be_missing(config, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules |= dict.fromkeys({hidden})\n"
     )
-    variables = environment() | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-    words = ["--train.num_steps", "6", "--metrics.tensorboard", "true"]
-    done = subprocess.run(
-        command(config, tmp_path / "run", *words),
-        env=variables,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    argv = ["--train.num_steps", "6", "--metrics.tensorboard", "true"]
+    path = f"{tmp_path}:{REPOSITORY}"
+    done = run_python_m(config, tmp_path / "run", *argv, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     for words in (
         "tensorboardX is not installed; pip install tensorboardX, or turn them off with --metrics.tensorboard false",

@@ -15,10 +15,13 @@ from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed (requirements-tpu.txt names its version)",
-)
+pytestmark = [
+    pytest.mark.usefixtures("compiled_anew"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed (requirements-tpu.txt names its version)",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

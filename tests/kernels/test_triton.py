@@ -26,6 +26,7 @@ from baichuan_jax.model import Transformer, apply_rope, rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def needs(*modules):
