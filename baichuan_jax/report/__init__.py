@@ -1,1 +1,1 @@
-"""One HTML page of a run or of several: `python -m baichuan_jax.report RUN [RUN ...] -o report.html`."""
+"""One HTML page of a run or of several: `python -m baichuan_jax.report RUN [RUN ...]`."""

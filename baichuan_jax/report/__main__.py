@@ -11,29 +11,24 @@ from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import require_writable, write_atomically
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.report",
-        description="One HTML page of a run, or of several side by side: loss, speed, faults, memory, tests, samples, settings. "
-        "It needs no network and no server. It also shows what lies in RUN/evaluations/NAME (evaluate --output) and RUN/plans "
-        "(plan --output).",
+        description="One HTML page of a run, or of several side by side: loss, speed, faults, "
+        "memory, tests, samples, settings. It needs no network and no server. It also shows what "
+        "is in RUN/evaluations/NAME (evaluate --output) and RUN/plans (plan --output).",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("report.html"),
-        metavar="FILE",
-        help="default: report.html",
-    )
-    options = parser.parse_args(words)
+    default = Path("report.html")
+    output = f"default: {default}"
+    parser.add_argument("-o", "--output", type=Path, default=default, metavar="FILE", help=output)
+    options = parser.parse_args(argv)
     if options.output.is_dir():
         raise ConfigError(
             f"{options.output} is a folder; name a file: -o {options.output / 'report.html'}"
         )
-    # Not at the top: plotly takes half a second, and --help has no use for it.
+    # Imported late: plotly takes half a second, which --help need not wait for.
     from baichuan_jax.report.page import make_page
     from baichuan_jax.report.recorded import read_runs
 

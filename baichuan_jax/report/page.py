@@ -1,4 +1,10 @@
-"""The page: its sections in words, tables and places for figures, put into page.html."""
+"""The page: its sections with their text, tables and places for figures, put into page.html.
+
+In: recorded runs. Out: one HTML file that needs no network: plotly's script, the figures as JSON
+and all text are in it. A section is a function of the page and the runs, called in the order of
+SECTIONS; a new section is one more. Text from runs is escaped where it enters (`Page.say`,
+`table`), labels by `Recorded.label`.
+"""
 
 import dataclasses
 import datetime
@@ -6,7 +12,7 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +20,18 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
-from baichuan_jax.config.schema import Config
-from baichuan_jax.evaluate.tables import COLUMNS, PUBLISHED, cautions, columns
+from baichuan_jax.config.schema import TASKS, Config
+from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
 from baichuan_jax.report.recorded import Recorded, flatten
+from baichuan_jax.runs.events import Completed, Started, UpdateSkipped, latest, of_kind
 
-TASKS = tuple(COLUMNS)
-# Differ between any two runs and say nothing of them.
+# Settings that differ between any two runs and say nothing about them.
 PLACES = ("run_dir",)
 
 
 class Page:
-    """Collects sections, and the figures that their places name."""
+    """Collects sections, and the figures that belong into their places."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -33,6 +39,7 @@ class Page:
         self.figures: dict[str, Any] = {}
 
     def section(self, name: str, title: str) -> None:
+        """Begin a section, with a link in the page's bar."""
         self.links.append(f'<a href="#{name}">{title}</a>')
         self.parts.append(f'<h2 id="{name}">{title}</h2>')
 
@@ -49,7 +56,11 @@ class Page:
             return f'<div>{heading}<p class="none">{html.escape(missing)}</p></div>'
         self.figures[f"figure-{name}"] = json.loads(str(figure.to_json()))
         over = "tokens" if figure.layout.xaxis.title.text == "tokens" else ""
-        place = f'<div class="figure" id="figure-{name}" data-over="{over}" style="height:{figure.layout.height}px"></div>'
+        # The height is reserved before the script draws, so that the page does not jump.
+        place = (
+            f'<div class="figure" id="figure-{name}" data-over="{over}" '
+            f'style="height:{figure.layout.height}px"></div>'
+        )
         return f'<div>{heading}<div class="legend"></div>{place}</div>'
 
     def add(self, *parts: str) -> None:
@@ -59,47 +70,34 @@ class Page:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
-    """A table of words, which are escaped; all columns but the first hold numbers, or words."""
+    """A table of texts, which are escaped; all columns but the first hold numbers, or text."""
 
-    def cell(tag: str, place: int, word: str) -> str:
-        kind = "number" if numbers and place else "long" if len(word) > 40 else ""
-        return f'<{tag} class="{kind}">{html.escape(word)}</{tag}>'
+    def cell(tag: str, place: int, text: str) -> str:
+        kind = "number" if numbers and place else "long" if len(text) > 40 else ""
+        return f'<{tag} class="{kind}">{html.escape(text)}</{tag}>'
 
-    def row(tag: str, words: Iterable[str]) -> str:
-        return "".join(cell(tag, place, word) for place, word in enumerate(words))
+    def row(tag: str, texts: Iterable[str]) -> str:
+        return "".join(cell(tag, place, text) for place, text in enumerate(texts))
 
-    lines = "".join(f"<tr>{row('td', words)}</tr>" for words in rows)
+    lines = "".join(f"<tr>{row('td', texts)}</tr>" for texts in rows)
     return f'<div class="table"><table><tr>{row("th", head)}</tr>{lines}</table></div>'
 
 
 def make_page(records: list[Recorded], now: datetime.datetime) -> str:
     """The whole HTML file."""
     page = Page()
-    for section in (
-        _summary,
-        _loss,
-        _speed,
-        _goodput,
-        _optimisation,
-        _memory,
-        _tests,
-        _samples,
-        _settings,
-    ):
+    for section in SECTIONS:
         section(page, records)
     names = ", ".join(record.name for record in records)
-    dots = "".join(
-        f'<span class="run"><span class="dot" style="background:{record.colour}"></span>{record.label}</span> '
-        for record in records
-    )
-    head = f"<h1>{dots}</h1>"
-    foot = f"baichuan_jax {__version__}, made {now:%Y-%m-%d %H:%M} from {html.escape(', '.join(str(r.run.path) for r in records))}"
+    dots = "".join(f'<span class="run">{_dot(record)}{record.label}</span> ' for record in records)
+    folders = html.escape(", ".join(str(record.run.path) for record in records))
     fields = {
         "title": html.escape(f"{names}: training report"),
-        "head": head,
+        "head": f"<h1>{dots}</h1>",
         "links": "".join(page.links),
         "body": "\n".join(page.parts),
-        "foot": foot,
+        "foot": f"baichuan_jax {__version__}, made {now:%Y-%m-%d %H:%M} from {folders}",
+        # Inside a script element only "</" could end it.
         "figures": json.dumps(page.figures, ensure_ascii=False).replace("<", "\\u003c"),
         "plotly": get_plotlyjs(),
     }
@@ -107,86 +105,85 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
     return re.sub(r"@(\w+)@", lambda found: fields[found[1]], template)
 
 
-def _word(path: Path) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
-
-
-def _summary(page: Page, records: list[Recorded]) -> None:
-    page.section("summary", "Summary")
-    facts: dict[str, list[str]] = {}
-    for number, record in enumerate(records):
-        for name, value in _facts(record).items():
-            facts.setdefault(name, ["-"] * len(records))[number] = value
-    rows = [[name, *values] for name, values in facts.items()]
-    page.parts.append(table(["", *(record.name for record in records)], rows, numbers=False))
-
-
-def _facts(record: Recorded) -> dict[str, str]:
-    """What a run came to and what it ran on."""
-    started, last = record.last_event("started"), record.steps[-1]
-    wanted = record.settings.get("train.num_steps")
-    losses = [line["loss"] for line in record.steps[-20:] if line["loss"] is not None]
-    _, validation = record.validation("eval_loss")
-    rates = sorted(line["tokens_per_second"] for line in record.steps)
-    shares = sorted(line["mfu"] for line in record.steps if line.get("mfu") is not None)
-    status = {"running": "not ended: running, or killed"}.get(record.run.status, record.run.status)
-    ledger = record.ledger
-    facts = {
-        "status": status,
-        "steps": f"{last['step']:,}" + (f" of {wanted:,}" if wanted is not None else ""),
-        "tokens": f"{record.tokens[last['step']]:,}",
-        "training loss, mean of the last 20 steps": f"{sum(losses) / len(losses):.4f}"
-        if losses
-        else "not finite",
-        "validation loss": f"{validation[-1]:.4f}" if validation else "none",
-        "tokens a second, median": f"{rates[len(rates) // 2]:,.0f}",
-        "MFU, median": f"{shares[len(shares) // 2]:.1%}" if shares else "unknown peak",
-        "MFU is a share of": started.get("mfu_of", "-"),
-        "goodput": f"{ledger.goodput:.1%} of {_duration(ledger.total)}"
-        if ledger.launches
-        else "not recorded",
-        "launches, faults": f"{ledger.launches}, {len(ledger.faults)}"
-        if ledger.launches
-        else "not recorded",
-        "parameters": f"{started['parameters']:,}" if "parameters" in started else "-",
-        "devices": f"{started['devices']} x {started['device']} in {started['processes']} process(es)"
-        if started
-        else "-",
-        "mesh": ", ".join(f"{name} {size}" for name, size in started.get("mesh", {}).items())
-        or "-",
-        "text": f"{len(started['rows'])} corpora, {sum(started['rows'].values()):,} rows"
-        if "rows" in started
-        else "-",
-        "jax": started.get("jax", "-"),
-    }
-    for operator in ("attention", "rms_norm"):
-        if operator in started:
-            facts[operator] = f"{started[operator]} ({started.get(f'{operator}_reason', '')})"
-    if started.get("xla_flags"):
-        facts["XLA flags"] = ", ".join(started["xla_flags"])
-    return facts
-
-
-def _duration(seconds: float) -> str:
-    unit, size = time_unit(seconds)
-    return f"{seconds / size:.1f} {unit}"
-
-
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit that such a time is told in, and its seconds."""
+    """The unit in which such a time is given, and its seconds."""
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return unit, size
     return "seconds", 1.0
 
 
+def _summary(page: Page, records: list[Recorded]) -> None:
+    page.section("summary", "Summary")
+    facts: dict[str, list[str]] = {}
+    for number, record in enumerate(records):
+        for name, value in (_results(record) | _setup(record)).items():
+            facts.setdefault(name, ["-"] * len(records))[number] = value
+    rows = [[name, *values] for name, values in facts.items()]
+    page.parts.append(table(["", *(record.name for record in records)], rows, numbers=False))
+
+
+def _results(record: Recorded) -> dict[str, str]:
+    """How far a run came, how well and how fast."""
+    last, accounting = record.steps[-1], record.accounting
+    wanted = record.settings.get("train.num_steps")
+    losses = [line["loss"] for line in record.steps[-20:] if line["loss"] is not None]
+    _, validation = record.validation("eval_loss")
+    rates = sorted(line["tokens_per_second"] for line in record.steps)
+    mfus = sorted(line["mfu"] for line in record.steps if line.get("mfu") is not None)
+    status = {"running": "not ended: running, or killed"}.get(record.run.status, record.run.status)
+    goodput = faults = "not recorded"
+    if accounting.launches:
+        unit, size = time_unit(accounting.total)
+        goodput = f"{accounting.goodput:.1%} of {accounting.total / size:.1f} {unit}"
+        faults = f"{accounting.launches}, {len(accounting.faults)}"
+    return {
+        "status": status,
+        "steps": f"{last['step']:,}" + (f" of {wanted:,}" if wanted is not None else ""),
+        "tokens": f"{record.tokens[last['step']]:,}",
+        "training loss, mean of the last 20 steps": (
+            f"{sum(losses) / len(losses):.4f}" if losses else "not finite"
+        ),
+        "validation loss": f"{validation[-1]:.4f}" if validation else "none",
+        "tokens a second, median": f"{rates[len(rates) // 2]:,.0f}",
+        "MFU, median": f"{mfus[len(mfus) // 2]:.1%}" if mfus else "unknown peak",
+        "goodput": goodput,
+        "launches, faults": faults,
+    }
+
+
+def _setup(record: Recorded) -> dict[str, str]:
+    """What the newest launch ran on and what it chose; "-" where an older program wrote nothing."""
+    started = latest(record.events, Started)
+    if started is None:
+        names = ("MFU is a share of", "parameters", "devices", "mesh", "text", "jax")
+        return dict.fromkeys(names, "-")
+    rows = started.rows.values()
+    devices = f"{started.devices} x {started.device} in {started.processes} process(es)"
+    facts = {
+        "MFU is a share of": started.mfu_of,
+        "parameters": f"{started.parameters:,}" if started.parameters else "-",
+        "devices": devices if started.device else "-",
+        "mesh": ", ".join(f"{name} {size}" for name, size in started.mesh.items()) or "-",
+        "text": f"{len(rows)} corpora, {sum(rows):,} rows" if rows else "-",
+        "jax": started.jax or "-",
+    }
+    if started.attention is not None:
+        facts["attention"] = f"{started.attention} ({started.attention_reason})"
+    if started.rms_norm is not None:
+        facts["rms_norm"] = f"{started.rms_norm} ({started.rms_norm_reason})"
+    if started.xla_flags:
+        facts["XLA flags"] = ", ".join(started.xla_flags)
+    return facts
+
+
 def _loss(page: Page, records: list[Recorded]) -> None:
     page.section("loss", "Loss")
     page.add(page.figure("loss", figures.loss(records)))
     page.say(
-        "Losses of different tokenizers are not comparable token by token; that holds for the published curve too, whose vocabulary "
-        "has 64,000 pieces. Drag to zoom, double-click to go back; names in the legend switch curves on and off."
+        "Losses of different tokenizers are not comparable token by token; that holds for the "
+        "published curve too, whose vocabulary has 64,000 pieces. Drag to zoom, double-click to go "
+        "back; names in the legend switch curves on and off."
     )
     without = [record.name for record in records if not record.validation("eval_loss")[0]]
     if without:
@@ -195,137 +192,95 @@ def _loss(page: Page, records: list[Recorded]) -> None:
         _, _, size = figures.thin(*record.curve("loss"))
         if size > 1:
             page.say(
-                f"{record.name}: {len(record.steps):,} steps, of which every {size} are drawn as their smallest and largest value."
+                f"{record.name}: {len(record.steps):,} steps, of which every {size} are drawn as "
+                "their smallest and largest value."
             )
 
 
 def _speed(page: Page, records: list[Recorded]) -> None:
     page.section("speed", "Speed")
+    rates = figures.curve(records, "tokens_per_second", "tokens a second")
+    mfus = figures.curve(records, "mfu", "MFU, %", unit=" %", scale=100)
+    missing = "MFU is not known: the devices' peak is not; set metrics.peak_tflops."
     page.add(
-        page.figure(
-            "throughput",
-            figures.curve(records, "tokens_per_second", "tokens a second"),
-            "Throughput",
-        ),
-        page.figure(
-            "mfu",
-            figures.curve(records, "mfu", "MFU, %", unit=" %", scale=100),
-            "Model FLOP/s utilisation",
-            "MFU is not known: the devices' peak is not; set metrics.peak_tflops.",
-        ),
+        page.figure("throughput", rates, "Throughput"),
+        page.figure("mfu", mfus, "Model FLOP/s utilisation", missing),
     )
     page.say("MFU counts all pairs of positions in attention, as the original's 58.3 % does.")
 
 
 def _goodput(page: Page, records: list[Recorded]) -> None:
     page.section("goodput", "Goodput and faults")
-    page.add(
-        page.figure(
-            "causes",
-            figures.where_time_went(records),
-            "Where the time went",
-            "No launch left a record of its time.",
-        )
-    )
+    missing = "No launch left a record of its time."
+    where = figures.where_time_went(records)
+    page.add(page.figure("causes", where, "Where the time went", missing))
     for number, record in enumerate(records):
-        unit, seconds = time_unit(record.ledger.total)
+        unit, seconds = time_unit(record.accounting.total)
         missing = f"{record.name}: no timeline, since its attempts/ folder is not there."
-        page.add(
-            page.figure(
-                f"goodput-{number}", figures.goodput(record, unit, seconds), record.name, missing
-            )
-        )
-        if record.ledger.faults:
+        figure = figures.goodput(record, unit, seconds)
+        page.add(page.figure(f"goodput-{number}", figure, record.name, missing))
+        launches = record.accounting.launches
+        if record.accounting.faults:
             page.parts.append(_faults(record))
-        elif record.ledger.launches:
-            page.say(
-                f"{record.name}: {record.ledger.launches} launch(es), no verdict on a fault.",
-                "none",
-            )
+        elif launches:
+            page.say(f"{record.name}: {launches} launch(es), no verdict on a fault.", "none")
 
 
 def _faults(record: Recorded) -> str:
+    """A row for each fault."""
+
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
-    rows = [
-        [
-            f"{datetime.datetime.fromtimestamp(fault.time):%m-%d %H:%M:%S}",
-            str(fault.attempt),
-            fault.cause,
-            "nobody"
-            if fault.host is None
-            else f"{fault.host}: {', '.join(map(str, fault.processes))}",
-            fault.rule,
-            fault.evidence,
-            seconds(fault.detect),
-            seconds(fault.localise),
-            seconds(fault.recover),
-        ]
-        for fault in record.ledger.faults
-    ]
-    head = [
-        "time",
-        "launch",
-        "what",
-        "host: process",
-        "rule",
-        "evidence",
-        "detect s",
-        "localise s",
-        "recover s",
-    ]
+    head = ["time", "launch", "what", "host: process", "rule", "evidence"]
+    head += ["detect s", "localise s", "recover s"]
+    rows = []
+    for fault in record.accounting.faults:
+        who = "nobody"
+        if fault.host is not None:
+            who = f"{fault.host}: {', '.join(map(str, fault.processes))}"
+        time = f"{datetime.datetime.fromtimestamp(fault.time):%m-%d %H:%M:%S}"
+        times = [seconds(value) for value in (fault.detect, fault.localise, fault.recover)]
+        rows.append(
+            [time, str(fault.attempt), fault.cause, who, fault.rule, fault.evidence, *times]
+        )
     return table(head, rows, numbers=False)
 
 
 def _optimisation(page: Page, records: list[Recorded]) -> None:
     page.section("optimisation", "Optimisation")
+    norms = figures.curve(records, "grad_norm", "global norm", log=True)
+    rates = figures.curve(records, "learning_rate", "learning rate")
     page.add(
-        page.figure(
-            "grad_norm",
-            figures.curve(records, "grad_norm", "global norm", log=True),
-            "Gradient norm before clipping",
-        ),
-        page.figure(
-            "learning_rate",
-            figures.curve(records, "learning_rate", "learning rate"),
-            "Learning rate",
-        ),
+        page.figure("grad_norm", norms, "Gradient norm before clipping"),
+        page.figure("learning_rate", rates, "Learning rate"),
     )
     for record in records:
-        skipped = sum(event["kind"] == "update_skipped" for event in record.events)
+        skipped = len(of_kind(record.events, UpdateSkipped))
         if skipped:
             page.say(f"{record.name}: {skipped} update(s) were not finite and were skipped.")
 
 
 def _memory(page: Page, records: list[Recorded]) -> None:
     page.section("memory", "Memory")
-    page.add(
-        page.figure(
-            "memory",
-            figures.curve(records, "memory_gib", "GiB", unit=" GiB"),
-            "Most memory used so far, first device",
-        )
-    )
+    used = figures.curve(records, "memory_gib", "GiB", unit=" GiB")
+    page.add(page.figure("memory", used, "Most memory used so far, first device"))
     for number, record in enumerate(records):
         for index, (name, plan) in enumerate(record.plans.items()):
-            page.add(
-                page.figure(
-                    f"plan-{number}-{index}",
-                    figures.memory_plan(plan),
-                    f"{record.name}: plan for {name}",
-                )
-            )
+            figure = figures.memory_plan(plan)
+            title = f"{record.name}: plan for {name}"
+            page.add(page.figure(f"plan-{number}-{index}", figure, title))
             fits = "fits" if plan["fits"] else "does not fit"
             page.say(
-                f"Compiled for {plan['num_devices']} devices, not run there: peak {plan['peak_gib']:.1f} of "
-                f"{plan['capacity_gib']:.1f} GiB, {fits}; predicted "
-                f"{plan['predicted_step_seconds'] * 1e3:,.0f} ms a step, MFU {plan['predicted_mfu']:.1%}."
+                f"Compiled for {plan['num_devices']} devices, not run there: peak "
+                f"{plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} GiB, {fits}; predicted "
+                f"{plan['predicted_step_seconds'] * 1e3:,.0f} ms a step, MFU "
+                f"{plan['predicted_mfu']:.1%}."
             )
     if not any(record.plans for record in records):
         page.say(
-            "No memory plan lies in the folder: python -m baichuan_jax.plan --config CONFIG --topology a800:128x8 --output "
-            f"{_word(records[0].run.path / 'plans')}",
+            "No memory plan lies in the folder: python -m baichuan_jax.plan --config CONFIG "
+            f"--topology a800:128x8 --output {_quoted(records[0].run.path / 'plans')}",
             "none",
         )
 
@@ -333,76 +288,60 @@ def _memory(page: Page, records: list[Recorded]) -> None:
 def _tests(page: Page, records: list[Recorded]) -> None:
     page.section("tests", "Tests")
     during = [task for task in TASKS if any(record.validation(task)[0] for record in records)]
-    if during:
-        page.add(
-            *(
-                page.figure(
-                    f"during-{task}",
-                    figures.scores_over_tokens(records, task),
-                    f"{task} during training",
-                )
-                for task in during
-            )
-        )
+    places = []
+    for task in during:
+        figure = figures.scores_over_tokens(records, task)
+        places.append(page.figure(f"during-{task}", figure, f"{task} during training"))
+    if places:
+        page.add(*places)
     names = list(dict.fromkeys(name for record in records for name in record.tests))
     for number, name in enumerate(names):
-        results = {record.name: record.tests[name] for record in records if name in record.tests}
-        if "curve" in next(iter(results.values())):
-            page.add(
-                page.figure(
-                    f"perplexity-{number}",
-                    figures.perplexity(records, name),
-                    f"{name}: perplexity by context length",
-                )
-            )
-            continue
-        scored = {run: result for run, result in results.items() if result["scored"]}
-        if not scored:
-            page.say(f"{name}: no public answers; hand in submission.json.", "none")
-            continue
-        page.add(page.figure(f"scores-{number}", figures.scores(records, name), name))
-        page.parts.append(_score_table(scored))
-        for run, result in scored.items():
-            for caution in cautions(result):
-                page.say(f"{run}: {caution}.")
+        _test(page, records, number, name)
     if not names and not during:
+        run = records[0].run.path
         page.say(
-            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {_word(records[0].run.path)} --data DIR --output "
-            f"{_word(records[0].run.path / 'evaluations' / 'mmlu')}, or evaluate.tasks during a run.",
+            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {_quoted(run)} "
+            f"--data DIR --output {_quoted(run / 'evaluations' / 'mmlu')}, or evaluate.tasks "
+            "during a run.",
             "none",
         )
 
 
+def _test(page: Page, records: list[Recorded], number: int, name: str) -> None:
+    """One folder of results: a test of multiple choice, or a curve of perplexity."""
+    results = {record.name: record.tests[name] for record in records if name in record.tests}
+    if "curve" in next(iter(results.values())):
+        figure = figures.perplexity(records, name)
+        title = f"{name}: perplexity by context length"
+        page.add(page.figure(f"perplexity-{number}", figure, title))
+        return
+    scored = {run: result for run, result in results.items() if result["scored"]}
+    if not scored:
+        page.say(f"{name}: no public answers; hand in submission.json.", "none")
+        return
+    page.add(page.figure(f"scores-{number}", figures.scores(records, name), name))
+    page.parts.append(_score_table(scored))
+    for run, result in scored.items():
+        for caution in cautions(result):
+            page.say(f"{run}: {caution}.")
+
+
 def _score_table(results: dict[str, dict[str, Any]]) -> str:
     """The original's table with these runs first; below it all subjects."""
-
-    def percent(cell: dict[str, Any] | None) -> str:
-        if cell is None:
-            return "-"
-        return f"{100 * cell['accuracy']:.1f}" + (
-            "" if cell["stderr"] is None else f" ± {100 * cell['stderr']:.1f}"
-        )
-
     task = next(iter(results.values()))["task"]
     rows = [
         [run, *(percent(cell) for cell in columns(result).values())]
         for run, result in results.items()
     ]
-    published = sorted(PUBLISHED[task].items(), key=lambda item: item[0] != "Baichuan-7B")
-    rows += [
-        [f"{model} (published)", *("-" if value is None else f"{value}" for value in values)]
-        for model, values in published
-    ]
+    rows += [[model, *values] for model, values in published_rows(task)]
     subjects = list(
         dict.fromkeys(name for result in results.values() for name in result["subjects"])
     )
-    inner = table(
-        ["subject", *results],
-        [
-            [subject, *(percent(result["subjects"].get(subject)) for result in results.values())]
-            for subject in subjects
-        ],
-    )
+    by_subject = [
+        [subject, *(percent(result["subjects"].get(subject)) for result in results.values())]
+        for subject in subjects
+    ]
+    inner = table(["subject", *results], by_subject)
     return (
         table(["%", *COLUMNS[task]], rows)
         + f"<details><summary>{len(subjects)} subjects</summary>{inner}</details>"
@@ -412,27 +351,23 @@ def _score_table(results: dict[str, dict[str, Any]]) -> str:
 def _samples(page: Page, records: list[Recorded]) -> None:
     page.section("samples", "Samples")
     for record in records:
-        samples = record.last_event("completed").get("samples", {})
+        completed = latest(record.events, Completed)
+        samples = {} if completed is None else completed.samples
         if not samples:
             page.say(
-                f"{record.name}: none; a run writes them at its end for sample.prompts, and python -m baichuan_jax.generate "
-                f"--checkpoint {_word(record.run.path)} --prompt '春' at any time.",
+                f"{record.name}: none. A run writes them at its end for sample.prompts; at any "
+                "time: python -m baichuan_jax.generate --checkpoint "
+                f"{_quoted(record.run.path)} --prompt '春'",
                 "none",
             )
+        dot = _dot(record) if len(records) > 1 else ""
         for prompt, text in samples.items():
-            dot = (
-                f'<span class="dot" style="background:{record.colour}"></span>'
-                if len(records) > 1
-                else ""
-            )
-            page.parts.append(
-                f"<blockquote>{dot}<b>{html.escape(prompt)}</b>{html.escape(text)}</blockquote>"
-            )
+            content = f"<b>{html.escape(prompt)}</b>{html.escape(text)}"
+            page.parts.append(f"<blockquote>{dot}{content}</blockquote>")
 
 
 def _settings(page: Page, records: list[Recorded]) -> None:
     page.section("settings", "Settings")
-    defaults = flatten(dataclasses.asdict(Config()))
     for record in records:
         if not record.settings:
             page.say(f"{record.name}: its config.yaml is not there.", "none")
@@ -442,31 +377,47 @@ def _settings(page: Page, records: list[Recorded]) -> None:
         name: [json.dumps(record.settings.get(name), ensure_ascii=False) for record in known]
         for name in names
     }
-    differing = [name for name in names if len(set(values[name])) > 1 and name not in PLACES]
+    head = ["", *(record.name for record in known)]
     if len(known) > 1:
-        page.say(
-            f"{len(differing)} settings differ between these runs."
-            if differing
-            else "All settings of these runs are equal."
-        )
+        differing = [name for name in names if len(set(values[name])) > 1 and name not in PLACES]
         if differing:
-            page.parts.append(
-                table(
-                    ["", *(record.name for record in known)],
-                    [[name, *values[name]] for name in differing],
-                    numbers=False,
-                )
-            )
+            page.say(f"{len(differing)} settings differ between these runs.")
+            rows = [[name, *values[name]] for name in differing]
+            page.parts.append(table(head, rows, numbers=False))
+        else:
+            page.say("All settings of these runs are equal.")
     if known:
+        defaults = flatten(dataclasses.asdict(Config()))
         default = {name: json.dumps(defaults.get(name), ensure_ascii=False) for name in names}
         changed = [name for name in names if any(value != default[name] for value in values[name])]
         rows = [[name, *values[name], default[name]] for name in changed]
-        inner = table(["", *(record.name for record in known), "default"], rows, numbers=False)
-        page.parts.append(
-            f"<h3>{len(changed)} of {len(names)} settings are not at their defaults</h3>{inner}"
-        )
+        title = f"{len(changed)} of {len(names)} settings are not at their defaults"
+        inner = table([*head, "default"], rows, numbers=False)
+        page.parts.append(f"<h3>{title}</h3>{inner}")
     for record in known:
         text = html.escape((record.run.path / "config.yaml").read_text(encoding="utf-8"))
-        page.parts.append(
-            f"<details><summary>{record.label}: all settings</summary><pre>{text}</pre></details>"
-        )
+        summary = f"<summary>{record.label}: all settings</summary>"
+        page.parts.append(f"<details>{summary}<pre>{text}</pre></details>")
+
+
+SECTIONS: tuple[Callable[[Page, list[Recorded]], None], ...] = (
+    _summary,
+    _loss,
+    _speed,
+    _goodput,
+    _optimisation,
+    _memory,
+    _tests,
+    _samples,
+    _settings,
+)
+
+
+def _quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def _dot(record: Recorded) -> str:
+    """A dot in the run's colour."""
+    return f'<span class="dot" style="background:{record.colour}"></span>'

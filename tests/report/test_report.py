@@ -1,4 +1,4 @@
-"""A run's page: what it shows of a run's files, what it says where they are not as they should be, and that a browser draws it."""
+"""A run's page: what it shows, what it says of wrong files, and that a browser draws it."""
 
 import dataclasses
 import json
@@ -12,10 +12,11 @@ from launches import run, write_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.evaluation import FILTERS
 from baichuan_jax.evaluate.results import summarise
-from baichuan_jax.evaluate.tasks import Subject, count_subjects
+from baichuan_jax.evaluate.tasks import Subject, known_subjects
 from baichuan_jax.report.__main__ import main
-from baichuan_jax.report.figures import thin
+from baichuan_jax.report.figures import CATEGORY_COLOURS, thin
 from baichuan_jax.report.recorded import read_runs
+from baichuan_jax.resilience.goodput import CATEGORIES
 from baichuan_jax.resilience.launch_files import Report
 
 BROWSER = next(
@@ -52,8 +53,11 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 
 def write_faulty_run(path: Path) -> Path:
-    """Two launches: the first starts at 1000, does steps 1 to 6 from 1010 to 1016 and is killed; the second starts at 1020, restores
-    step 4 and ends at 1040 with step 8."""
+    """A run of two launches, by the second.
+
+    The first starts at 1000, does steps 1 to 6 from 1010 to 1016 and is killed. The second starts
+    at 1020, restores step 4 and ends at 1040 with step 8.
+    """
     first = [step_line(step, 1010.0 + step) for step in range(1, 7)]
     second = [step_line(step, 1030.0 + step - 4) for step in range(5, 9)]
     write_lines(
@@ -110,7 +114,9 @@ def write_faulty_run(path: Path) -> Path:
     ):
         folder = path / "attempts" / str(number)
         folder.mkdir(parents=True)
-        (folder / "process-0.json").write_text(Report(0, "node-7", time=end, seconds=seconds).to_json())
+        (folder / "process-0.json").write_text(
+            Report(0, "node-7", time=end, seconds=seconds).to_json()
+        )
     (path / "config.yaml").write_text(
         "run_dir: x\ntrain: {num_steps: 8, seed: 1}\noptimizer: {learning_rate: 0.001}\n"
     )
@@ -139,7 +145,7 @@ def add_results(path: Path) -> None:
         "protocol": "original",
         **summarise("mmlu", "original", subjects, records),
     }
-    result["manifest"] = manifest | {"subjects_of_task": count_subjects("mmlu")}
+    result["manifest"] = manifest | {"subjects_of_task": len(known_subjects("mmlu"))}
     rows = [{"context": n, "perplexity": 9.0, "tail_perplexity": 8.0} for n in (4096, 5120)]
     plan = {
         "topology": "a800:1x8",
@@ -227,7 +233,7 @@ def test_a_real_run_is_shown_whole(trained, tmp_path):
 
 def test_time_of_a_faulty_run_is_accounted_for(tmp_path):
     (record,) = read_runs([write_faulty_run(tmp_path / "run")])
-    spans = [(span.launch, span.state, span.begin, span.end) for span in record.spans]
+    spans = [(span.launch, span.state, span.begin, span.end) for span in record.timeline.spans]
     assert spans == [
         (1, "starting", 0, 10),
         (1, "steps", 10, 14),
@@ -342,6 +348,10 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_every_category_of_time_has_a_colour():
+    assert list(CATEGORY_COLOURS) == list(CATEGORIES)
+
+
 def test_long_curves_keep_their_extremes():
     values = [float(step % 7) for step in range(100_000)]
     values[54_321], values[77_777], values[500] = 1e6, -1e6, None
@@ -409,7 +419,7 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
     for width, scheme in ((1200, "light"), (1200, "dark"), (360, "light")):
         shown = opened(browser, tmp_path / "report.html", width, scheme)
         places, drawn = shown.js(
-            "[document.querySelectorAll('.figure').length, document.querySelectorAll('.figure .main-svg').length]"
+            "['.figure', '.figure .main-svg'].map(s => document.querySelectorAll(s).length)"
         )
         assert places == 13
         assert drawn >= places
@@ -427,7 +437,8 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
         assert shown.js(
             "['loss', 'memory'].map(n => document.querySelector('#figure-' + n).layout.xaxis.type)"
         ) == ["log", "log"]
-        visible = "document.querySelector('#figure-loss').data.find(t => t.name.endsWith('smoothed')).visible"
+        traces = "document.querySelector('#figure-loss').data"
+        visible = f"{traces}.find(t => t.name.endsWith('smoothed')).visible"
         assert shown.js(visible) is not False
         shown.page.click(".legend button:has-text('smoothed') >> nth=0")
         assert shown.js(visible) is False
