@@ -72,6 +72,8 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
     """
     if _is_complete(config, run):
         return True
+    # Before jax starts and anything is packed: a folder that cannot be written is found in a
+    # second.
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
@@ -97,6 +99,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 batches = _open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
+                # Steps after the restored one are done again and written again.
                 losses = run.losses(until=start.step)
                 eval_loss = run.curve("eval_loss").get(start.step)
                 recorder = Recorder(output, clock, throughput, losses, eval_loss)
@@ -125,6 +128,7 @@ def _start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices
     choices = Choices(_choose_kernels(config), flags)
     display = Display(active=jax.process_index() == 0)
     steps = make_steps(config, mesh)
+    # From here on the other processes are watched: the checks below are the first collectives.
     watch.join()
     for warning in preflight(config).warnings:
         display.say(warning, style="yellow")
@@ -234,6 +238,8 @@ def _open_run(config: Config, run: Run, prepared: Prepared, display: Display) ->
                 f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow"
             )
         write_atomically(file, text.encode())
+        # The run's own copy: generate and export need no other folder, whatever becomes of the
+        # cache.
         tokenizer = Path(prepared.tokenizer.path).read_bytes()
         write_atomically(run.path / "tokenizer.model", tokenizer)
     writer = Writer(run.path, config, display.active)

@@ -60,7 +60,7 @@ class Checkpoints:
 
         Raises what the save before failed with.
         """
-        self.finish()
+        self.finish()  # Orbax would wait too, but would not say which save failed
         items = as_items(state)
         run = {
             "step": step,
@@ -87,6 +87,8 @@ class Checkpoints:
             if jax.process_count() == 1:
                 forget_failed_save(self._manager)
             raise
+        # After Orbax has renamed the folder: a kill before this leaves a checkpoint without sizes,
+        # which is good all the same.
         if jax.process_index() == 0:
             _write_sizes(self.directory / str(step))
         return step
@@ -110,6 +112,7 @@ class Checkpoints:
         self._delete_from(before, back)
         for step in reversed(self.steps()):
             path = self.directory / str(step)
+            # Process 0 looks for all: with a thousand hosts each would list every file.
             damage = agree(f"checkpoint {step}", lambda path=path: _find_damage(path))
             try:
                 if damage is not None:
@@ -126,17 +129,19 @@ class Checkpoints:
                     f"{path} is damaged ({found}) where this process reads it; the next start uses "
                     "the checkpoint before it"
                 )
+            # Renamed, not deleted: somebody may want to know what happened to it.
             if jax.process_index() == 0:
                 path.rename(corrupt)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
-            self._manager.reload()
+            self._manager.reload()  # its list of steps still has the one that was renamed
         return None
 
     def _delete_from(self, before: int | None, back: int) -> None:
         """Delete the checkpoints that may hold what must not be trained on."""
         steps = self.steps()
         good = [step for step in steps if before is None or step < before]
+        # The oldest stays, however often numbers broke: better than to begin again.
         good = good[: max(len(good) - back, 1)]
         for step in set(steps) - set(good):
             self._manager.delete(step)

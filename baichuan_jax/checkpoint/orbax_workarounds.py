@@ -27,6 +27,7 @@ def barrier() -> Callable[..., None]:
     wait = ocp.multihost.get_barrier_sync_fn()
 
     def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
+        # Inside an `except` or `finally` this is the exception on its way out; else None.
         failure = sys.exc_info()[1]
         if failure is not None and threading.current_thread() is not threading.main_thread():
             raise failure
@@ -55,6 +56,7 @@ def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
     "coroutine was never awaited") from a destructor, pages of them. No report of it is known. The
     failure itself arrives here as `damaged` and is raised again.
     """
+    # Destructors report through the hook, asyncio through a logger, TensorStore on stderr.
     hook, level, printed = sys.unraisablehook, logging.getLogger("absl").level, io.StringIO()
     sys.unraisablehook = lambda _: None
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -66,6 +68,7 @@ def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
                 time.sleep(READS_END_SECONDS)
                 gc.collect()  # coroutines that never started print when they are collected
                 raise
+        # Reached only where nothing was damaged: then these words are worth reading.
         sys.stderr.write(printed.getvalue())
     finally:
         sys.unraisablehook = hook

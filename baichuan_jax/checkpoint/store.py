@@ -65,6 +65,7 @@ class CheckpointStore:
     ) -> None:
         self._storage, self._local, self._schedule = storage, local, schedule
         self._target, self._clock, self._output = target, clock, output
+        # At most one save a tier: the next one waits for it, so that memory holds one copy.
         self._saving: dict[Checkpoints | LocalCopies, _Save] = {}
 
     def due(self, step: int, request: Request) -> Due:
@@ -82,6 +83,7 @@ class CheckpointStore:
 
     def save(self, state: RunState, due: Due) -> None:
         """Start what is due; wait for it where it must succeed. Raises SaveFailed."""
+        # Storage first: where it fails the launch may end, and a copy would be of no use.
         if due.storage:
             self._finish(self._storage)
             since_last = self._schedule.begin(state.step)
@@ -154,6 +156,7 @@ class CheckpointStore:
             with self._failing(save.step, must_succeed):
                 with self._blocking(save):
                     tier.finish()
+                # Inside: an event that cannot be written is a full disk too.
                 self._record_checkpoint(save)
             return
         try:

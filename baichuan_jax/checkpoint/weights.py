@@ -29,9 +29,11 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises ConfigError where there is none.
     """
+    # A run's folder, then its checkpoints/ folder, then one checkpoint in it.
     for folder in (path / "checkpoints", path):
         if (folder / "params").is_dir():
             return folder
+        # Only digits: a damaged checkpoint is STEP.corrupt, an unfinished one has Orbax's suffix.
         entries = folder.iterdir() if folder.is_dir() else []
         steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
         if steps:
@@ -61,6 +63,8 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
         run = read_run(folder)
         config = ModelConfig(**run["config"]["model"])
         _, shapes, axes = abstract_model(config)
+        # Shapes and axes come from the model's settings, not from the files: what does not fit is
+        # refused with both shapes before anything is read.
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:

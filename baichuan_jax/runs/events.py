@@ -37,6 +37,7 @@ class Event:
         return (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode()
 
 
+# Filled by the decorator below, so that a new event is one class and nothing else.
 KINDS: dict[str, type[Event]] = {}
 
 
@@ -299,6 +300,8 @@ def parse_event(content: dict[str, Any]) -> Event:
     cls = KINDS.get(content["kind"])
     if cls is None:
         return Unknown(time=content["time"], content=content)
+    # Fields that are gone are dropped here; a required field that is missing raises TypeError, as a
+    # damaged line should.
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in content.items() if name in names})
 
@@ -320,6 +323,7 @@ def latest(events: Iterable[Event], kind: type[Kind]) -> Kind | None:
 def append_event(run: Path, event: Event) -> None:
     """Add a line where no process trains; what a killed writer left of its last line is dropped."""
     run.mkdir(parents=True, exist_ok=True)
+    # One write of a whole line in append mode: two supervisors' lines cannot mix.
     with open(run / "events.jsonl", "a+b") as file:
         drop_unfinished_line(file)
         file.write(event.to_line())

@@ -113,6 +113,7 @@ def _make_figure(**settings: Any) -> Any:
 
 def smooth(values: list[float], share: float = 0.015) -> list[float]:
     """Exponential mean over about this share of the curve, corrected for its start."""
+    # Without the correction the curve would begin at zero and rise (Kingma and Ba 2015, section 3).
     keep = math.exp(-1 / max(1.0, share * len(values)))
     mean, weight, out = 0.0, 0.0, []
     for value in values:
@@ -125,6 +126,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file; a last line that a killed writer left unfinished is not one."""
     if not path.exists():
         return []
+    # split, not splitlines: text in a line may hold other line separators, such as U+2028.
     lines = path.read_text(encoding="utf-8").split("\n")
     found = []
     for number, line in enumerate(lines[:-1], 1):

@@ -74,6 +74,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         if self._scorer is None:
             self._scorer = Scorer(self._model(params), self._steps.layout.mesh)
+        # The same compiled programs for the parameters of this step.
         self._scorer.params = params
         result = test.summarise(score_prompts(self._scorer, prompts, test.plan.protocol))
         task, average, stderr = test.plan.task, result["average"], result["stderr"]
@@ -85,6 +86,8 @@ class Evaluator:
         sample = self._config.sample
         if not sample.prompts:
             return {}
+        # Generation decides after each token on the host, where several processes would have to
+        # agree.
         if jax.process_count() > 1:
             self._output.say(
                 "no samples: the model lies on several processes; use python -m "

@@ -57,6 +57,7 @@ class NumericsGuard:
         """Check the metrics of a step whose batch lies at `position`. Raises NumericsError."""
         if not values["finite"]:
             self._count_skipped(step, position, values)
+        # Heard by all processes with the same step, also by process 0, whose request it was.
         if values["request"] == Request.ROLL_BACK:
             seen = _Fault("process 0 saw a spike", step, position, position + 1)
             self._end_launch(self._spike or seen)
@@ -78,6 +79,7 @@ class NumericsGuard:
 
     def compare_replicas(self, steps: Steps, run_state: RunState, batch: dict) -> None:
         """Raise BadHost, on all processes, where replicas compute different bits of one batch."""
+        # One number a replica, on all processes: so all raise, or none.
         digests = jax.device_get(steps.check(run_state.state.params, batch))
         owners = {
             replica: [device.process_index for device in devices.flat]
@@ -86,6 +88,7 @@ class NumericsGuard:
         try:
             compare_digests([int(digest) for digest in digests], owners)
         except BadHost as error:
+            # Any step since the last good comparison may be wrong: the rollback goes to before all.
             self._output.event(Corruption(step=self._compared + 1, reason=str(error)))
             raise
         self._compared = run_state.step

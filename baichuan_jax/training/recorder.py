@@ -43,6 +43,8 @@ class Recorder:
 
     def step(self, step: int, values: dict[str, Any], progress: Progress) -> None:
         """Write and show the metrics of a step; `values` are those of step.Steps.train."""
+        # From metrics to metrics: their arrival is the one moment at which a step is known to be
+        # done, since dispatching returns at once.
         now = time.perf_counter()
         speed = self.throughput.add(now - self._last)
         self._last = now
@@ -80,6 +82,8 @@ class Recorder:
         return statistics.median(self._own) if len(self._own) == OWN_STEPS else None
 
     def _note_own_seconds(self) -> None:
+        # "other" is the loop's Python between the phases. Dispatching and waiting are left out:
+        # both may block on what all processes do together.
         totals = self._clock.totals()
         total = sum(totals.get(phase, 0.0) for phase in (DATA, "other"))
         self._own.append(total - self._own_total)

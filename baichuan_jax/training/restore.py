@@ -82,6 +82,7 @@ def open_store(
 ) -> CheckpointStore:
     """Both tiers of the run's checkpoints. Raises ConfigError where local_dir cannot serve."""
     target = StateTarget(steps.abstract_state)
+    # Both tiers check the tokenizer: rows of another one have the same shapes and other meanings.
     storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
     local = None
     if (folder := config.checkpoint.local_path) is not None:

@@ -187,6 +187,7 @@ def explain_failure(
 
     Then a profile of the devices' memory is written too. None for all other errors.
     """
+    # A second Ctrl-C: the user knows why the launch ended.
     if isinstance(error, KeyboardInterrupt):
         return None
     output.event(Failed(step=step, error=f"{type(error).__name__}: {error}"[:2000]))
@@ -205,6 +206,8 @@ def explain_failure(
 
 def _what_would_fit(config: Config) -> str:
     """Settings that need less memory than these, most useful first."""
+    # In the order of their price: a smaller micro-batch costs a little speed, more recomputation a
+    # third of the forward pass, a larger fsdp other collectives.
     ideas = []
     train, mesh = config.train, config.mesh
     micro = train.micro_batch_size or train.global_batch_size // (mesh.data * mesh.fsdp)
