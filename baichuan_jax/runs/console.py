@@ -1,4 +1,8 @@
-"""What a person sees of a run: a progress bar in a terminal, a table in a notebook, plain lines in a file; tables and sections."""
+"""What a person sees of a command: messages, tables, and the progress of training.
+
+Progress has three forms: a bar in a terminal, a table in a notebook that changes in place, and a
+line every ten seconds in a file. Only process 0 of a run shows anything.
+"""
 
 import sys
 import time
@@ -8,23 +12,27 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+FILE_COLUMNS = 140  # of a table that goes to a file or a pipe, which have no width of their own
+
 
 class Display:
     """Messages and progress of one process; silent where not `active` (processes other than 0)."""
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
-        self._console = Console(
-            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140
-        )  # a file has room
+        width = None if sys.stdout.isatty() else FILE_COLUMNS
+        # No highlighting: rich would colour every number and path.
+        self._console = Console(highlight=False, soft_wrap=True, width=width)
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One message, above the progress bar where one is shown."""
         if self.active:
             with tqdm.external_write_mode():
+                # No markup: a text with [brackets] is shown as it is.
                 self._console.print(text, style=style, markup=False)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table whose first column is text and whose others are numbers."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -36,6 +44,7 @@ class Display:
             self._console.print(table)
 
     def progress(self, start: int, total: int) -> "Progress":
+        """Progress from step `start` to `total`, as a context."""
         return Progress(self, start, total)
 
 
@@ -60,35 +69,33 @@ class Progress:
     def update(
         self, step: int, loss: float, tokens_per_second: float, eval_loss: float | None
     ) -> None:
-        """`step` steps are done."""
+        """Show that `step` steps are done."""
         if self._bar is not None:
             validation = "" if eval_loss is None else f" val {eval_loss:.3f}"
-            self._bar.set_postfix_str(
-                f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s", refresh=False
-            )
+            text = f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s"
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        # A notebook's table replaces the one before; a file's lines stay, so they are few.
         every = 0.5 if self._handle is not None else 10.0
         if not self._display.active or (now - self._last < every and step != self._total):
             return
         self._last = now
-        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-        figures = {
+        left = int((now - self._began) / max(step - self._start, 1) * (self._total - step))
+        values = {
             "step": f"{step}/{self._total}",
             "loss": f"{loss:.3f}",
             "validation": "-" if eval_loss is None else f"{eval_loss:.3f}",
             "tokens/s": f"{tokens_per_second:,.0f}",
-            "left": f"{int(left) // 60}:{int(left) % 60:02d}",
+            "left": f"{left // 60}:{left % 60:02d}",
         }
         if self._handle is not None:
-            cells = (
-                "".join(f"<th>{name}</th>" for name in figures),
-                "".join(f"<td>{v}</td>" for v in figures.values()),
-            )
-            self._handle.update(_Html(f"<table><tr>{cells[0]}</tr><tr>{cells[1]}</tr></table>"))
+            heads = "".join(f"<th>{name}</th>" for name in values)
+            cells = "".join(f"<td>{value}</td>" for value in values.values())
+            self._handle.update(_Html(f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"))
         else:
-            self._display.say("  ".join(f"{name} {value}" for name, value in figures.items()))
+            self._display.say("  ".join(f"{name} {value}" for name, value in values.items()))
 
     def __enter__(self) -> "Progress":
         return self
@@ -104,5 +111,6 @@ class _Html(str):
 
 
 def _in_notebook() -> bool:
+    # Asked of IPython only where something imported it already: the import takes a second.
     shell: Any = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"
