@@ -8,53 +8,39 @@ any moment loses nothing that counts: the next one goes on from the newest check
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
-from baichuan_jax.evaluate.evaluation import Evaluation, Plan
-from baichuan_jax.hardware.devices import peak_flops
-from baichuan_jax.hardware.processes import initialize_processes
-from baichuan_jax.kernels.attention.api import choose_attention
-from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
-from baichuan_jax.preflight import preflight
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import run_command, signals
-from baichuan_jax.resilience.placement import FULL_VARIABLE
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Completed, latest
 from baichuan_jax.runs.files import require_writable, write_atomically
 from baichuan_jax.runs.folder import Run
-from baichuan_jax.runs.metrics import Throughput, Writer, seconds_since_process_start
+from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
-from baichuan_jax.sharding import make_mesh
-from baichuan_jax.step import Steps, make_steps
 from baichuan_jax.training.evaluator import Evaluator
 from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
 from baichuan_jax.training.profiler import Profiler
 from baichuan_jax.training.recorder import Recorder
 from baichuan_jax.training.restore import open_store, plan_restore, restore
+from baichuan_jax.training.setup import open_loader, open_throughput, read_tests, start_devices
 from baichuan_jax.training.summary import (
-    Choices,
-    Kernels,
     conclude,
     explain_failure,
     record_start,
     show_complete,
 )
-from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 
 def train(config: Config) -> Run:
@@ -77,19 +63,18 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
-            config, steps, choices, display = _start_devices(config, watch)
+            config, steps, choices, display = start_devices(config, watch)
         with clock("pack"):
             first = display.active
             prepared = prepare(config, writer=first, progress=first, say=display.say)
-            tests = _read_tests(config, prepared)
+            tests = read_tests(config, prepared)
         with clock("start"):
             output = _open_run(config, run, prepared, display)
         with _closing(config, run, clock, watch, output) as resources:
             with clock("start"):
-                mesh = steps.layout.mesh
-                throughput = Throughput(config, mesh.size, *peak_flops(config, jax.devices()[0]))
+                throughput = open_throughput(config, steps)
                 choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
-                record_start(config, mesh, prepared, watch.launch, choices, output)
+                record_start(config, steps.layout.mesh, prepared, watch.launch, choices, output)
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash
@@ -97,7 +82,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 resources.callback(store.close)
                 start = restore(config, steps, store, plan.rollback, output)
             with clock("start"):
-                batches = _open_loader(config, prepared, steps, start)
+                batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
                 # Steps after the restored one are done again and written again.
                 losses = run.losses(until=start.step)
@@ -116,23 +101,6 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 with clock("finish"):
                     conclude(launch, run, end, unigram_entropy(prepared.train))
     return completed
-
-
-def _start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
-    """Connect the processes, make the mesh and the steps on it, and check the hosts."""
-    flags = apply_flags(config)  # before jax starts, which reads them once
-    initialize_processes(config.distributed, config.resilience)
-    mesh = make_mesh(config.mesh)
-    keep_compiled(config, mesh.devices.flat[0].platform)
-    config = _resolve(config, mesh.size)
-    choices = Choices(_choose_kernels(config), flags)
-    display = Display(active=jax.process_index() == 0)
-    steps = make_steps(config, mesh)
-    # From here on the other processes are watched: the checks below are the first collectives.
-    watch.join()
-    for warning in preflight(config).warnings:
-        display.say(warning, style="yellow")
-    return config, steps, choices, display
 
 
 @contextlib.contextmanager
@@ -162,52 +130,6 @@ def _closing(
         output.writer.close()
 
 
-def _open_loader(config: Config, prepared: Prepared, steps: Steps, start: RunState) -> Loader:
-    return Loader(
-        prepared.train,
-        seed=config.train.seed,
-        accumulation_steps=config.accumulation_steps(config.mesh),
-        batch_size=config.train.global_batch_size,
-        eos_id=prepared.tokenizer.eos_id,
-        document_mask=config.data.document_mask,
-        sharding=steps.batch_sharding,
-        position=start.position,
-        skip=start.skipped,
-    )
-
-
-def _resolve(config: Config, num_devices: int) -> Config:
-    """The configuration on these devices. Raises ConfigError where they do not divide it.
-
-    `full` is the mesh that the run would have on all its hosts: on fewer, each device takes more
-    micro-batches instead of more rows in one.
-    """
-    processes = int(os.environ.get(FULL_VARIABLE, jax.process_count()))
-    full = config.mesh.resolve(num_devices * processes // jax.process_count())
-    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(full)
-    resolved.check_mesh(resolved.mesh)
-    return resolved
-
-
-def _choose_kernels(config: Config) -> Kernels:
-    """The implementation of each operator. Raises ConfigError where a forced one cannot serve."""
-    model, device = config.model, jax.devices()[0]
-    return {
-        "attention": choose_attention(
-            config.kernels.attention,
-            device=device,
-            dtype=model.dtype,
-            head_dim=model.head_dim,
-            masked=config.data.document_mask,
-            length=config.train.context_length,
-            context=config.mesh.context,
-        ),
-        "rms_norm": choose_rms_norm(
-            config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size
-        ),
-    }
-
-
 def _is_complete(config: Config, run: Run) -> bool:
     """Whether the run has all its steps; then say so, without starting jax."""
     completed = latest(run.events, Completed)
@@ -215,15 +137,6 @@ def _is_complete(config: Config, run: Run) -> bool:
         return False
     show_complete(Display(), run, completed)
     return True
-
-
-def _read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
-    """The tests that are scored during the run. Raises ConfigError for files that are not right."""
-    only, limit = config.evaluate.subjects, config.evaluate.limit
-    return [
-        Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
-        for task, folder in config.evaluate.tasks.items()
-    ]
 
 
 def _open_run(config: Config, run: Run, prepared: Prepared, display: Display) -> Output:

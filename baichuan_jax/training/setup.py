@@ -1,0 +1,104 @@
+"""What a launch needs before its first step: devices, mesh, compiled choices, tests and batches."""
+
+import dataclasses
+import os
+
+import jax
+
+from baichuan_jax.checkpoint.state import RunState
+from baichuan_jax.config.schema import Config
+from baichuan_jax.data.loader import Loader
+from baichuan_jax.data.prepare import Prepared
+from baichuan_jax.evaluate.evaluation import Evaluation, Plan
+from baichuan_jax.hardware.devices import peak_flops
+from baichuan_jax.hardware.processes import initialize_processes
+from baichuan_jax.kernels.attention.api import choose_attention
+from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
+from baichuan_jax.preflight import preflight
+from baichuan_jax.resilience.placement import FULL_VARIABLE
+from baichuan_jax.resilience.watch import Watch
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.metrics import Throughput
+from baichuan_jax.sharding import make_mesh
+from baichuan_jax.step import Steps, make_steps
+from baichuan_jax.training.summary import Choices, Kernels
+from baichuan_jax.xla_flags import apply_flags, keep_compiled
+
+
+def start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
+    """Connect the processes, make the mesh and the steps on it, and check the hosts."""
+    flags = apply_flags(config)  # before jax starts, which reads them once
+    initialize_processes(config.distributed, config.resilience)
+    mesh = make_mesh(config.mesh)
+    keep_compiled(config, mesh.devices.flat[0].platform)
+    config = _resolve(config, mesh.size)
+    choices = Choices(_choose_kernels(config), flags)
+    display = Display(active=jax.process_index() == 0)
+    steps = make_steps(config, mesh)
+    # From here on the other processes are watched: the checks below are the first collectives.
+    watch.join()
+    for warning in preflight(config).warnings:
+        display.say(warning, style="yellow")
+    return config, steps, choices, display
+
+
+def _resolve(config: Config, num_devices: int) -> Config:
+    """The configuration on these devices. Raises ConfigError where they do not divide it.
+
+    `full` is the mesh that the run would have on all its hosts: on fewer, each device takes more
+    micro-batches instead of more rows in one.
+    """
+    processes = int(os.environ.get(FULL_VARIABLE, jax.process_count()))
+    full = config.mesh.resolve(num_devices * processes // jax.process_count())
+    resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(full)
+    resolved.check_mesh(resolved.mesh)
+    return resolved
+
+
+def _choose_kernels(config: Config) -> Kernels:
+    """The implementation of each operator. Raises ConfigError where a forced one cannot serve."""
+    model, device = config.model, jax.devices()[0]
+    return {
+        "attention": choose_attention(
+            config.kernels.attention,
+            device=device,
+            dtype=model.dtype,
+            head_dim=model.head_dim,
+            masked=config.data.document_mask,
+            length=config.train.context_length,
+            context=config.mesh.context,
+        ),
+        "rms_norm": choose_rms_norm(
+            config.kernels.rms_norm, device=device, dtype=model.dtype, width=model.hidden_size
+        ),
+    }
+
+
+def read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
+    """The tests that are scored during the run. Raises ConfigError for files that are not right."""
+    only, limit = config.evaluate.subjects, config.evaluate.limit
+    return [
+        Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
+        for task, folder in config.evaluate.tasks.items()
+    ]
+
+
+def open_throughput(config: Config, steps: Steps) -> Throughput:
+    """Speed and MFU on these devices; on a CPU their peak is measured, which takes 0.3 s."""
+    peak, mfu_of = peak_flops(config, jax.devices()[0])
+    return Throughput(config, steps.layout.mesh.size, peak, mfu_of)
+
+
+def open_loader(config: Config, prepared: Prepared, steps: Steps, start: RunState) -> Loader:
+    """The batches from the state's data position on."""
+    return Loader(
+        prepared.train,
+        seed=config.train.seed,
+        accumulation_steps=config.accumulation_steps(config.mesh),
+        batch_size=config.train.global_batch_size,
+        eos_id=prepared.tokenizer.eos_id,
+        document_mask=config.data.document_mask,
+        sharding=steps.batch_sharding,
+        position=start.position,
+        skip=start.skipped,
+    )
