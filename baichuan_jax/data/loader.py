@@ -1,5 +1,11 @@
 """Global batches of packed rows: a pure function of (seed, position), for any number of processes.
 
+Input: corpora of rows with weights. Output: an endless sequence of batches, as arrays that lie on
+the devices of all processes. The corpora are one endless sequence of rows, mixed by weight and
+shuffled anew every epoch; batch p is rows p G to p G + G - 1 of it. A process reads only the rows
+that its own devices hold, so any number of processes gives the same batches, and a run that
+restarts at a position gets what it would have had.
+
 G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tokens.
 """
 
@@ -16,20 +22,20 @@ from jax.sharding import NamedSharding
 from baichuan_jax.data.rows import Rows
 from baichuan_jax.loss import IGNORE
 
-PREFETCHED = 8  # batches held ready
-THREADS = 4  # that read rows
+# Batches held ready, so that a slow read does not hold up a step.
+PREFETCHED = 8
+# Threads that read rows.
+THREADS = 4
+# How long a close may take before it is given up.
 CLOSE_SECONDS = 5.0
 
 
 class Loader:
     """Endless iterator over training batches, beginning at `position`.
 
-    Position p holds elements p*G to p*G + G - 1 of one endless sequence: corpora mixed by weight,
-    each shuffled anew every epoch. Windows [begin, end) of positions in `skip` are left out. Yields
-    dicts of int32 [A, B, T] lying as `sharding` says: `inputs`, `labels` (the next tokens) and,
-    with document_mask, `segment_ids` and `positions`. Every process reads only the rows that its
-    own devices need. Raises ConfigError naming a row that cannot be read; the loader is closed
-    then, since to go on would leave out a batch.
+    Windows [begin, end) of positions in `skip` are left out. Yields dicts of int32 [A, B, T],
+    sharded as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
+    `segment_ids` and `positions`. Raises ConfigError naming a row that cannot be read.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Loader:
         try:
             rows = next(self._iterator)
         except Exception:
+            # The next call would give the batch after the one that failed, and leave that one out.
             self.close()
             raise
         self._index += 1
@@ -78,7 +85,9 @@ class Loader:
         return _position_of(self._index, self._skip)
 
     def close(self) -> None:
-        """Stop reading. grain's own close can wait for ever on a thread that is blocked (grain#1372), so it gets a deadline."""
+        """Stop reading, within CLOSE_SECONDS."""
+        # grain's own close waits for ever on a thread that is blocked:
+        # https://github.com/google/grain/issues/1372
         closer = threading.Thread(target=self._iterator.close, daemon=True)
         closer.start()
         closer.join(CLOSE_SECONDS)
@@ -92,21 +101,20 @@ def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
     within a row of the ratios.
     """
     datasets = [
+        # A seed of its own for each corpus, else two of the same length would be in the same order.
         grain.MapDataset.source(rows)
         .seed(seed + 1000003 * index)
         .shuffle()
         .repeat(None, reseed_each_epoch=True)
         for index, (rows, _) in enumerate(sources)
     ]
-    return (
-        datasets[0]
-        if len(datasets) == 1
-        else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
-    )
+    if len(datasets) == 1:
+        return datasets[0]
+    return grain.MapDataset.mix(datasets, [weight for _, weight in sources])
 
 
 def _merged(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Windows [begin, end) in order, those that touch made one."""
+    """Windows [begin, end) in order; those that touch become one."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(windows):
         if merged and begin <= merged[-1][1]:
@@ -177,7 +185,7 @@ def _to_devices(
     shape: tuple[int, int, int],
     sharding: NamedSharding,
 ) -> dict[str, jax.Array]:
-    """Arrays [n, T] of rows with their numbers in the batch -> global arrays [A, B, T]; each device takes its own."""
+    """Arrays [n, T] of rows, with their numbers in the batch, as global arrays [A, B, T]."""
     place = np.full(shape[0] * shape[1], -1)
     place[numbers] = np.arange(len(numbers))
     place = place.reshape(shape[:2])
@@ -192,7 +200,10 @@ def _to_devices(
 
 
 def document_arrays(inputs: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
-    """`segment_ids` (from 1, a new one after every EOS) and `positions` (from 0 in every document) of rows [n, T]."""
+    """`segment_ids` and `positions` of rows [n, T], for a mask that keeps documents apart.
+
+    Segments count from 1, with a new one after every EOS; positions from 0 in every segment.
+    """
     starts = np.zeros(inputs.shape, bool)
     starts[:, 1:] = inputs[:, :-1] == eos_id
     columns = np.arange(inputs.shape[1])
@@ -213,7 +224,11 @@ def validation_batches(
     sharding: NamedSharding,
     num_batches: int,
 ) -> Iterator[dict[str, jax.Array]]:
-    """The first rows of all corpora in turn, always the same; what a last batch lacks is rows whose labels are all ignored."""
+    """The first rows of all corpora in turn, always the same ones, in batches like the Loader's.
+
+    A last batch that is not full has rows whose labels are all ignored: every batch has the same
+    shape, so that the step is compiled once.
+    """
     T = sources[0][0].context_length
     shape = (accumulation_steps, batch_size // accumulation_steps, T)
     numbers = _needed_rows(sharding, shape)
@@ -231,7 +246,7 @@ def validation_batches(
 
 
 def _in_turn(lengths: list[int], limit: int) -> list[tuple[int, int]]:
-    """(source, row) pairs, one of each source in turn until all are used or the limit is reached."""
+    """(source, row) pairs, one of each source in turn, until all are used or there are `limit`."""
     order = (
         (source, row)
         for row in range(max(lengths))

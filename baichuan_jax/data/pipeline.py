@@ -1,4 +1,4 @@
-"""From raw text to a clean corpus: read, rules, quality, decontaminate, documents, sentences, select.
+"""From raw text to a clean corpus: read, then filter after filter, then write.
 
     python -m baichuan_jax.data.pipeline --config configs/corpus.yaml --input 'corpus/*.jsonl.gz'
     --output DIR

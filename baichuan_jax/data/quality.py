@@ -120,7 +120,10 @@ class Quality:
 
 
 def _low_quality(documents: Any, least: dict[str, float]) -> Any:
-    """(doc) of documents (doc, source, lang, quality) below their category's or language's least."""
+    """(doc) of documents (doc, source, lang, quality) whose quality is too low.
+
+    The limit is their category's, else their language's, else the one for all others.
+    """
     import daft  # pyright: ignore[reportMissingImports]
 
     @daft.func.batch(return_dtype=daft.DataType.float64())

@@ -1,4 +1,4 @@
-"""Heuristic rules: each text is cleaned of boilerplate lines and personal data, measured, and judged.
+"""Heuristic rules: cleans a text of boilerplate lines and personal data, measures and judges it.
 
 Input: texts. Output: for each the text that stays, its language, and the name of the first rule
 that it breaks. A rule compares one measure (a count, or a share) with a limit. All rules are
@@ -250,7 +250,8 @@ _BOILERPLATE_LINES = [
     r".{0,40}(?:版权所有|未经.{0,8}(?:许可|授权).{0,8}(?:不得|禁止).{0,6}转载|转载请注明"
     r"|all rights reserved).{0,60}",
     # Cookies.
-    r".{0,60}(?:使用 ?cookies?|uses? (?:of )?cookies|cookie policy|accept (?:all )?cookies).{0,120}",
+    r".{0,60}(?:使用 ?cookies?|uses? (?:of )?cookies|cookie policy|accept (?:all )?cookies)"
+    r".{0,120}",
     # Breadcrumbs.
     r".{0,20}(?:您(?:所在|现在|当前)的?位置|当前位置|you are here) ?[:：].{0,100}",
     # Counts of readers.
@@ -261,7 +262,8 @@ _BOILERPLATE_LINES = [
     r"[ \t]*(?:责任编辑|本文来源|文章来源|稿源|编辑|来源) ?[:：].{0,60}",
     # A teaser that ends with [read more].
     r".{0,120}(?:…|\.\.\.|。) ?"
-    r"[\[(【［](?:详细|全文|更多|查看全文|阅读全文|read more|more|continue reading)[\])】］].{0,10}",
+    r"[\[(【［](?:详细|全文|更多|查看全文|阅读全文|read more|more|continue reading)[\])】］]"
+    r".{0,10}",
     rf".{{0,20}}{_SEE}.{{0,120}}",
     r"[ \t]*(?:read more (?:about|»|\.\.\.)|continue reading).{0,120}",
     r".{0,20}(?:subscribe to our (?:newsletter|mailing list)|sign up for our).{0,120}",
@@ -343,8 +345,8 @@ def mask(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return _evaluate(table, {"text": F.regexp_replace(without_email, _PHONE, "<phone>")})["text"]
 
 
-# Measures: a batch of texts in a few passes of numpy over its code points. C code points of the
-# whole batch, D documents, U units: a unit is a Han character, or a run of other letters and digits.
+# Measures: a batch of texts in a few passes of numpy over its code points. A unit is a Han
+# character, or a run of other letters and digits.
 
 HAN, LATIN, LETTER, DIGIT, SPACE, PUNCTUATION, SYMBOL, BROKEN = range(8)
 CLASSES = {

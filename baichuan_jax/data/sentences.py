@@ -6,7 +6,8 @@ equal ones have nearly the same letters in the same order, and the same digits: 
 "Article 13". To find them without comparing each with each, a sentence is known by anchors: hashes
 of short runs of its letters, and of these the lowest, so that two sentences that are alike keep the
 same ones (winnowing, Schleimer et al. 2003, https://doi.org/10.1145/872757.872770). Sentences that
-share anchors are compared letter by letter, by the distance of insertions and deletions (rapidfuzz).
+share anchors are compared letter by letter, by their distance in insertions and deletions
+(rapidfuzz).
 """
 
 import hashlib
@@ -258,7 +259,7 @@ def _equal(table: DataFrame) -> DataFrame:
 
 
 def _merged(groups: DataFrame, near: DataFrame) -> DataFrame:
-    """Groups (sentence, kept) of equal sentences, joined where their first ones are nearly equal."""
+    """Groups (sentence, kept) of equal sentences, joined where their first ones are alike."""
     onward = near.select(col("sentence").alias("kept"), col("kept").alias("onward"))
     kept = F.coalesce(col("onward"), col("kept")).alias("kept")
     merged = groups.join(onward, on="kept", how="left").select("sentence", kept)

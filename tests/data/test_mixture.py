@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,27 +100,14 @@ def test_the_best_mixture_is_that_of_a_fine_grid(law):
 
 def test_temperature_of_a_configuration_counts_text(tmp_path, capsys):
     config = write_config(tmp_path)
-    assert (
-        main(
-            [
-                "temperature",
-                "--config",
-                str(config),
-                "--temperature",
-                "2",
-                "--json",
-                str(tmp_path / "out.json"),
-            ]
-        )
-        == 0
-    )
-    figures = json.loads((tmp_path / "out.json").read_text())
+    out = tmp_path / "out.json"
+    argv = ["temperature", "--config", str(config), "--temperature", "2", "--json", str(out)]
+    assert main(argv) == 0
+    figures = json.loads(out.read_text())
+    assert [Path(path).name for path in figures["corpora"]] == ["train-en.jsonl", "train-zh.jsonl"]
     sizes = [
-        sum(
-            len(json.loads(line)["text"].encode())
-            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        )
-        for name in ("train-en", "train-zh")
+        sum(len(json.loads(line)["text"].encode()) for line in Path(path).read_text().splitlines())
+        for path in figures["corpora"]
     ]
     assert figures["sizes"] == sizes
     assert figures["weights"] == pytest.approx((np.sqrt(sizes) / np.sqrt(sizes).sum()).tolist())
@@ -130,7 +118,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
     config = str(write_config(tmp_path))
     learn = ["learn", "--config", config, "--output", str(tmp_path / "out")]
     for words, message in (
-        (["--runs", "5"], "--runs 5 is too few to tell 2 corpora apart; give 6"),
+        (["--runs", "5"], "--runs 5 is too few for 2 corpora; give 6"),
         (["--train.num_steps", "7"], r"--train\.num_steps is set by the search itself"),
         (["--train.context_length"], "expected pairs of --SETTING VALUE"),
         (["--train.contextlength", "7"], "there is no setting 'train.contextlength'"),

@@ -1,4 +1,9 @@
-"""The settings of the data pipeline: frozen dataclasses, read as those of a run are (config_file.py)."""
+"""The settings of the data pipeline: frozen dataclasses, read as those of a run are.
+
+One dataclass for each filter, in the order in which documents pass them. They stand here and not in
+the filters' files, which need daft: --help does without. A finished part is found by a hash of
+these fields, so a field that is renamed or added makes the parts of its filter anew.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,16 +22,18 @@ class ReadConfig:
     text_field: str = "text"
     """Field of a JSON object or column of a Parquet file that holds the text."""
     id_field: str = "id"
-    """Field that names the document; a document without one gets a hash of its file's path and its line number."""
+    """Field that names the document; without one: a hash of its file's path and its line number."""
     source_field: str = "source"
-    """Field that names the document's category; a document without one gets its file's name up to the first dot."""
+    """Field that names the document's category; without one: its file's name up to the first
+    dot."""
     max_line_bytes: int = 16 << 20
     """A longer line, or .txt file, is not held in memory: it is removed as line_too_long."""
 
     def __post_init__(self) -> None:
+        least = 1024
         require(
-            self.max_line_bytes >= 1024,
-            f"read.max_line_bytes={self.max_line_bytes} must be at least 1024",
+            self.max_line_bytes >= least,
+            f"read.max_line_bytes={self.max_line_bytes} must be at least {least}",
         )
 
 
@@ -41,15 +48,8 @@ class RulesConfig:
     blocked_phrases: str | None = None
     """A file of phrases, one a line; a document that holds one of them is removed."""
     personal_data: Literal["mask", "drop", "keep"] = "mask"
-    """E-mail addresses, phone and Chinese identity numbers: replaced by <email> and so on, or the document is removed, or kept."""
-
-
-@dataclass(frozen=True)
-class DecontaminateConfig:
-    """Documents that hold text of evaluation sets."""
-
-    files: list[str] = field(default_factory=list)
-    """Globs of evaluation files (JSONL, CSV or text), e.g. of MMLU or C-Eval; none: the stage is left out."""
+    """What becomes of e-mail addresses, phone and Chinese identity numbers: they are replaced by
+    <email> and so on, or the document is removed, or they are kept."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,41 @@ class QualityConfig:
     enabled: bool = True
     """Without scores every document's quality is 0."""
     least: dict[str, float] = field(default_factory=lambda: {"en": 0.05})
-    """Least quality of documents by category (source), else by language ("zh", "en"), else "*"; those below it are removed."""
+    """Least quality of a document, by its category (source), else by its language ("zh", "en"),
+    else "*"; documents below it are removed."""
     model: str | None = None
-    """Folder of models written by data.quality train; null: the models that come with the package."""
+    """Folder of models written by data.quality train; null: those that come with the package."""
+
+
+@dataclass(frozen=True)
+class DecontaminateConfig:
+    """Documents that hold text of evaluation sets."""
+
+    files: list[str] = field(default_factory=list)
+    """Globs of evaluation files (JSONL, CSV or text), e.g. of MMLU or C-Eval; none: the stage is
+    left out."""
 
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """Near-duplicate documents: MinHash-LSH over 5-grams of characters (Chinese) or words, then verified."""
+    """Near-duplicate documents: MinHash-LSH over 5-grams of characters (Chinese) or words."""
 
     enabled: bool = True
     bands: int = 20
     """LSH bands; two documents are compared where all hashes of one band are equal."""
     rows: int = 8
-    """Hashes of a band. 20 x 8 finds Jaccard 0.85 with probability 0.998, 0.8 with 0.975, 0.5 with 0.075."""
+    """Hashes of a band. 20 x 8 finds Jaccard 0.85 with probability 0.998, 0.8 with 0.975, 0.5 with
+    0.075."""
     threshold: float = 0.77
-    """Least Jaccard similarity, estimated from all hashes, of a duplicate to the document that is kept."""
+    """Least Jaccard similarity, estimated from all hashes, of a duplicate to the document that is
+    kept."""
 
     def __post_init__(self) -> None:
         size = self.bands * self.rows
         require(
             0 < size <= 160,
-            f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 hashes",
+            f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 "
+            "hashes, so choose smaller ones",
         )
         _between("dedup.threshold", self.threshold, 0, 1)
 
@@ -95,9 +108,11 @@ class SentencesConfig:
     min_letters_en: int = 40
     """Shorter sentences of other scripts, in letters and digits, may recur."""
     near: bool = True
-    """Remove near-duplicates too, not only sentences that are equal but for case, width and punctuation."""
+    """Remove near-duplicates too, not only sentences that are equal but for case, width and
+    punctuation."""
     threshold: float = 0.88
-    """Least share of letters that a near-duplicate has in common, in order, with the sentence that is kept."""
+    """Least share of letters that a near-duplicate has in common, in order, with the sentence that
+    is kept."""
     min_left: float = 0.5
     """A document of which less than this share is left is removed altogether."""
 
@@ -105,10 +120,8 @@ class SentencesConfig:
         _between("sentences.threshold", self.threshold, 0.5, 1)
         _between("sentences.min_left", self.min_left, 0, 1)
         for name in ("min_letters_zh", "min_letters_en"):
-            require(
-                getattr(self, name) >= 8,
-                f"sentences.{name}={getattr(self, name)} must be at least 8",
-            )
+            value = getattr(self, name)
+            require(value >= 8, f"sentences.{name}={value} must be at least 8")
 
 
 @dataclass(frozen=True)
@@ -116,18 +129,18 @@ class SelectConfig:
     """Which of the clean documents a corpus takes."""
 
     pareto_alpha: float | None = None
-    """Keep a document where 1 - quality is below a draw from a Pareto distribution of this shape (GPT-3: 9); null: no sampling."""
+    """Keep a document where 1 - quality is below a draw from a Pareto distribution of this shape
+    (GPT-3: 9); null: no sampling."""
     max_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes of text that a category may hold, best quality first, then highest frequency; "*" for each of all others."""
+    """Bytes of text that a category may hold, best quality first, then highest frequency; "*" for
+    each of all others."""
     seed: int = 0
     """Of the draws, each a function of seed and id."""
 
     def __post_init__(self) -> None:
-        if self.pareto_alpha is not None:
-            require(
-                self.pareto_alpha > 0,
-                f"select.pareto_alpha={self.pareto_alpha} must be greater than 0",
-            )
+        alpha = self.pareto_alpha
+        if alpha is not None:
+            require(alpha > 0, f"select.pareto_alpha={alpha} must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,14 @@ class CorpusConfig:
     """All settings of the pipeline."""
 
     input: list[str] = field(default_factory=list)
-    """Globs of .jsonl, .json (a document a line), .txt (a document a file), also .gz, .zst; or .parquet; local or s3://, gs://, hdfs://."""
+    """Globs of .jsonl, .json (a document a line), .txt (a document a file), also .gz, .zst; or
+    .parquet; local or s3://, gs://, hdfs://."""
     output: str = ""
-    """Folder for final/, removed/, report.json and the funnel; on a cluster, one that all hosts share."""
+    """Folder for final/, removed/, report.json and the funnel; on a cluster, one that all hosts
+    share."""
     on_error: Literal["report", "fail"] = "report"
-    """What becomes of input that cannot be read: counted and reported by file and line, or the end of the run."""
+    """What becomes of input that cannot be read: it is counted and reported by file and line, or
+    it ends the run."""
     num_workers: int = 0
     """Processes; 0: one a core (on a Ray cluster: one for each of its CPUs)."""
     read: ReadConfig = field(default_factory=ReadConfig)
