@@ -62,95 +62,27 @@ class Measured:
         self.memory = memory("VmHWM") - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state (default: 2)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the figures")
-    options = parser.parse_args()
-    config = dataclasses.replace(of_size(options.gigabytes), mesh=MeshConfig(1, 1, 1, 1))
-    steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
-    rng = np.random.default_rng(0)
-    state = jax.tree.map(
-        lambda shape, sharding: jax.device_put(
-            rng.integers(0, 99, shape.shape).astype(shape.dtype), sharding
-        ),
-        steps.state_shapes,
-        steps.state_shardings,
-    )
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    results, rows, figures = Results(), [], {}
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        target = StateTarget(steps.abstract_state)
-        digest = lambda state: target.digest(as_items(state))
-        checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
-        copies = LocalCopies(folder / "local", 0, "here", "", target)
-        digest(state)  # compiled before anything is timed
-        plain = {
-            "write": Measured(lambda: write(folder / "plain", state)),
-            "read": Measured(lambda: (folder / "plain").read_bytes()),
-        }
+class Table:
+    """The rows of the table, and the numbers behind them. `size`: bytes of the state."""
 
-        def note(
-            what: str, done: Measured, limit: str, blocked: float | None = None, held: int = 0
-        ) -> None:
-            share = plain[limit].seconds / done.seconds
-            figures[what] = {
-                "seconds": done.seconds,
-                "blocked": blocked,
-                "of_plain": share,
-                "memory": done.memory - held,
-            }
-            stands = "-" if blocked is None else f"{blocked:.2f}"
-            rows.append(
-                [
-                    what,
-                    f"{done.seconds:.2f}",
-                    stands,
-                    f"{share:.0%}",
-                    f"{(done.memory - held) / size:.2f}",
-                ]
-            )
+    def __init__(self, size: int, plain: dict[str, Measured]) -> None:
+        self.size, self.plain = size, plain
+        self.rows: list[list[str]] = []
+        self.numbers: dict[str, dict[str, float | None]] = {}
 
-        for what, tier in (("checkpoint", checkpoints), ("local copy", copies)):
-            blocked = 0.0
-
-            def save(tier: Any = tier) -> None:
-                nonlocal blocked
-                began = time.perf_counter()
-                tier.save(state, 1, 1)
-                blocked = time.perf_counter() - began
-                tier.finish()
-
-            note(f"save a {what}", Measured(save), "write", blocked)
-        for what, tier in (("checkpoint", checkpoints), ("local copy", copies)):
-            first = (
-                checkpoints.restore
-                if tier is checkpoints
-                else lambda report: copies.restore(0, report)
-            )
-            done = Measured(lambda first=first: jax.block_until_ready(first(fail).state))
-            assert digest(done.value) == digest(state)
-            note(f"restore a {what}", done, "read", held=size)
-            del done
-        checkpoints.close()
-    title = (
-        f"A state of {size / 1e9:.2f} GB (plain: written and synced at {size / plain['write'].seconds / 1e9:.2f} GB/s, read at "
-        f"{size / plain['read'].seconds / 1e9:.2f} GB/s)"
-    )
-    results.table(
-        title,
-        ["", "s", "training stands still, s", "of the plain speed", "memory, in states"],
-        rows,
-    )
-    results.save(options.json, bytes=size, **figures)
+    def add(
+        self, what: str, done: Measured, beside: str, blocked: float | None = None, held: int = 0
+    ) -> None:
+        """`beside`: "write" or "read"; `held`: bytes of the result that are no extra memory."""
+        share, memory = self.plain[beside].seconds / done.seconds, done.memory - held
+        numbers = {"seconds": done.seconds, "blocked": blocked, "of_plain": share}
+        self.numbers[what] = {**numbers, "memory": memory}
+        cells = [f"{done.seconds:.2f}", "-" if blocked is None else f"{blocked:.2f}"]
+        self.rows.append([what, *cells, f"{share:.0%}", f"{memory / self.size:.2f}"])
 
 
 def write(path: Path, state: Any) -> None:
-    """The plain way: every array's bytes, one after the other, synced."""
+    """Write the bytes of every array, one after the other, and sync: the plain way."""
     with open(path, "wb") as file:
         for leaf in jax.tree.leaves(state):
             np.asarray(leaf).tofile(file)
@@ -158,8 +90,71 @@ def write(path: Path, state: Any) -> None:
         os.fsync(file.fileno())
 
 
-def fail(kind: str, **fields: Any) -> None:
-    raise AssertionError(f"{kind}: {fields}")
+def fail(event: Any) -> None:
+    """A tier reports damage; there is none here."""
+    raise AssertionError(event)
+
+
+def measure(config: Config, folder: Path) -> Table:
+    """Save and restore a state of this configuration in both tiers."""
+    steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    values = lambda like: rng.integers(0, 99, like.shape).astype(like.dtype)
+    put = lambda like, sharding: jax.device_put(values(like), sharding)
+    state = jax.tree.map(put, steps.state_shapes, steps.state_shardings)
+    target = StateTarget(steps.abstract_state)
+    digest = lambda state: target.digest(as_items(state))
+    checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
+    copies = LocalCopies(folder / "local", 0, "here", "", target)
+    digest(state)  # compiles it, before anything is timed
+    plain = {
+        "write": Measured(lambda: write(folder / "plain", state)),
+        "read": Measured(lambda: (folder / "plain").read_bytes()),
+    }
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    table = Table(size, plain)
+    for what, tier in (("checkpoint", checkpoints), ("local copy", copies)):
+        blocked = 0.0
+
+        def save(tier: Any = tier) -> None:
+            nonlocal blocked
+            began = time.perf_counter()
+            tier.save(state, 1, 1)
+            blocked = time.perf_counter() - began
+            tier.finish()
+
+        table.add(f"save a {what}", Measured(save), "write", blocked)
+    for what, restore in (
+        ("checkpoint", lambda: checkpoints.restore(fail)),
+        ("local copy", lambda: copies.restore(0, fail)),
+    ):
+        done = Measured(lambda restore=restore: jax.block_until_ready(restore().state))
+        assert digest(done.value) == digest(state)
+        table.add(f"restore a {what}", done, "read", held=size)
+        del done
+    checkpoints.close()
+    return table
+
+
+def main() -> None:
+    """Measure, and show the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state (default: 2)")
+    parser.add_argument("--folder", type=Path, help="to write into (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    config = dataclasses.replace(of_size(options.gigabytes), mesh=MeshConfig(1, 1, 1, 1))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        table = measure(config, Path(folder))
+    speed = {name: table.size / done.seconds / 1e9 for name, done in table.plain.items()}
+    plain = f"written and synced at {speed['write']:.2f} GB/s, read at {speed['read']:.2f} GB/s"
+    title = f"A state of {table.size / 1e9:.2f} GB (plain: {plain})"
+    columns = ["", "s", "training is blocked, s", "of the plain speed", "memory, in states"]
+    results = Results()
+    results.table(title, columns, table.rows)
+    results.save(options.json, bytes=table.size, **table.numbers)
 
 
 if __name__ == "__main__":
