@@ -166,9 +166,9 @@ class Supervisor:
             if hosts:
                 launch.claim(LaunchPlan(tuple(hosts), options.processes))
                 continue
-            here = ", ".join(sorted(alive))
+            here = ", ".join(sorted(alive)) or "none"
             if waited > options.join_seconds:
-                say(f"too few hosts within {waited:.0f} s: {here or 'none'}; need {minimum}")
+                say(f"too few hosts within {waited:.0f} s: {here}; --min_hosts is {minimum}")
                 return None
             if shown != alive:
                 shown = alive
