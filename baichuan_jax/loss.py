@@ -44,6 +44,8 @@ def cross_entropy(
     return _cross_entropy(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss)
 
 
+# Called without differentiation (evaluation), the plain function runs and takes no gradient. Under
+# value_and_grad jax calls _forward and _backward in its place.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(hidden_BTD, kernel_DV, labels_BT, chunk_size, z_loss):
     return _on_mesh(
@@ -82,6 +84,7 @@ def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
         return local(hidden_BTD, kernel_DV, labels_BT, axes=_Axes())
+    # Each device gets its tokens whole in D, and its part of the kernel as the parameters lie.
     tokens = layout.spec(("batch", "length"))
     kernel = layout.spec(("embed", "vocab"))
     hidden = P(*tokens, None)
@@ -164,6 +167,7 @@ def _chunk(kernel_DV, first, vocab_axes, carry, xs, *, z_loss: float, with_gradi
         return reduce(x, vocab_axes) if vocab_axes else x
 
     logits_CV = jnp.matmul(hidden_CD, kernel_DV, preferred_element_type=jnp.float32)
+    # The largest logit is taken off first, or exp would overflow.
     top_C = over_vocab(lax.pmax, logits_CV.max(axis=-1))
     exp_CV = jnp.exp(logits_CV - top_C[:, None])
     total_C = over_vocab(lax.psum, exp_CV.sum(axis=-1))
@@ -174,12 +178,14 @@ def _chunk(kernel_DV, first, vocab_axes, carry, xs, *, z_loss: float, with_gradi
     column_C = jnp.where(here_C, own_C, 0)
     picked_C = jnp.take_along_axis(logits_CV, column_C[:, None], axis=-1)[:, 0]
     picked_C = over_vocab(lax.psum, jnp.where(here_C, picked_C, 0.0))
+    # Tokens without a label run through all of it and are masked here: the shapes stay fixed.
     valid_C = labels_C != IGNORE
     loss += jnp.sum(jnp.where(valid_C, lse_C - picked_C + z_loss * lse_C**2, 0.0))
     if not with_gradient:
         return (loss, dkernel_DV), None
     # d (lse + z_loss * lse^2) / d logits = softmax * (1 + 2 * z_loss * lse).
     weight_C = jnp.where(valid_C, (1.0 + 2.0 * z_loss * lse_C) / total_C, 0.0)
+    # Never stored: XLA fuses the comparison into the subtraction.
     one_hot_CV = jnp.arange(V) == own_C[:, None]
     dlogits_CV = exp_CV * weight_C[:, None] - (one_hot_CV & valid_C[:, None])
     # Cast for the two products, as autodiff would: they run at the full speed of hidden's dtype.

@@ -27,8 +27,11 @@ from baichuan_jax.kernels.attention.reference import masked_attention, prefix_at
 from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import constrain, is_split
 
+# A nested dict of arrays. jax transforms, the optimiser and checkpoints take it as it is; a module
+# is merged from it inside a traced function.
 Params = dict[str, Any]
 
+# Kernels are chosen by device and sizes, where a caller names none.
 _AUTO = KernelsConfig()
 
 
@@ -52,6 +55,7 @@ class Block(nnx.Module):
         L, D, F = config.num_layers, config.hidden_size, config.intermediate_size
         N, H = config.num_heads, config.head_dim
         matrix = functools.partial(_matrix, rngs, config)
+        # Weights of norms are split by nothing: they are small, and every device needs all of them.
         self.attention_norm = _scale((L, D), ("layers", "norm"))
         # Q, K and V have an axis of their own. Packed into one axis [D, 3 * N * H], as the original
         # stores them, a split of that axis would put parts of Q where K belongs.
@@ -136,6 +140,7 @@ class Transformer(nnx.Module):
         self.embedding = _matrix(rngs, config, (V, D), ("vocab", "embed"))
         self.layers = Block(config, rngs, kernels)
         self.final_norm = _scale((D,), ("norm",))
+        # Not tied to the embedding, as in the original.
         self.lm_head = _matrix(rngs, config, (D, V), ("embed", "vocab"))
 
     def hidden(
@@ -152,6 +157,8 @@ class Transformer(nnx.Module):
         """
         config = self.config
         rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
+        # scan takes arrays: the parameters are split off, and each iteration merges one layer's
+        # with the graph definition, which is the same for all.
         graphdef, layers = nnx.split(self.layers)
 
         def body(x_BTD, layer):
@@ -235,7 +242,9 @@ class Transformer(nnx.Module):
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
         if self.config.pad_token_id is not None:
             padding = (tokens_BT == self.config.pad_token_id)[..., None]
+            # torch's padding_idx: the row is used, and learns nothing.
             x_BTD = jnp.where(padding, jax.lax.stop_gradient(x_BTD), x_BTD)
+        # The two constraints are the two sides of the all-to-all.
         x_BTD = constrain(x_BTD.astype(self.config.dtype), "group", "length", "embed")
         return constrain(x_BTD, "batch", "length", "hidden")
 
@@ -253,6 +262,7 @@ def abstract_model(
     config: ModelConfig, kernels: KernelsConfig = _AUTO
 ) -> tuple[nnx.GraphDef, Params, dict]:
     """The model without numbers: (graph definition, shapes, logical axes) as nested dicts."""
+    # eval_shape: nothing is allocated, so a 7B model costs no memory here.
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), kernels))
     graphdef, state = nnx.split(model)
     axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
@@ -275,6 +285,7 @@ def init_cache(config: ModelConfig, mask_BS: jax.Array) -> Cache:
         jnp.zeros(shape, config.dtype),
         jnp.zeros(shape, config.dtype),
         mask_BS.astype(bool),
+        # An array and not an int: the program is the same for every length.
         jnp.int32(0),
     )
 

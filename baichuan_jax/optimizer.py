@@ -41,6 +41,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     finite=...)` leaves the state as it is where `finite` is false; its direction is then undefined.
     """
 
+    # The mask goes by name: attention_norm, mlp_norm and final_norm are the only vectors.
     def decayed(params: Params) -> Params:
         return jax.tree.map_with_path(
             lambda path, _: config.decay_norms or "norm" not in path[-1].key, params
@@ -58,6 +59,7 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
     new moments a second time beside the parameters, from the old ones, and so copies both before it
     overwrites them: two thirds of the optimiser's time on a CPU.
     """
+    # Its state's layout is kept, so that optax's tools and older checkpoints read it.
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
 
     def update(
@@ -69,9 +71,11 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
         **unused: Any,
     ) -> tuple:
         _, new = adam.update(updates, state, params)
+        # count is selected too: a skipped step must not change the bias correction.
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         mean = optax.tree.bias_correction(state.mu, config.beta1, state.count)
         square = optax.tree.bias_correction(state.nu, config.beta2, state.count)
+        # torch adds eps after the square root; some papers add it inside.
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
@@ -82,6 +86,7 @@ def clip_by_global_norm(gradients: Params, clip_norm: float) -> tuple[Params, ja
 
     As torch's clip_grad_norm_; optax's own clipping lacks the 1e-6.
     """
+    # Over all parameters together, in float32, before any is changed.
     norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
     return jax.tree.map(lambda gradient: gradient * scale, gradients), norm

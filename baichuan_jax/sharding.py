@@ -60,6 +60,8 @@ class Layout:
 
         Raises ValueError where two logical axes map to one mesh axis.
         """
+        # Two dimensions of one array cannot be split by the same mesh axis; jax's own error for it
+        # does not name the logical axes.
         entries = [None if axis is None else self._mesh_axes(axis) for axis in axes]
         groups = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
         used = [name for group in groups for name in group]

@@ -89,6 +89,7 @@ class Steps:
 
     def request(self, request: Request = Request.NONE) -> jax.Array:
         """This process's control request as an argument of `train`: [devices] int32."""
+        # Made from the host's value on each local device: no process needs to know the others'.
         value = np.full(1, request, np.int32)
         return jax.make_array_from_callback(
             (self.layout.mesh.size,), self.request_sharding, lambda _: value
@@ -133,6 +134,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(params, optimizer.init(params), zero, zero, zero)
 
+    # Shapes alone: a checkpoint is restored into them without a first state in memory.
     state_shapes = jax.eval_shape(start, param_shapes)
     # AdamW's moments lie where their parameters lie; its counter is on every device.
     opt_shardings = optax.tree.map_params(
@@ -144,6 +146,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     )
     state_shardings = TrainState(param_shardings, opt_shardings, scalar, scalar, scalar)
     loss_sum = _make_loss_sum(config, mesh, graphdef)
+    # loss_sum is traced three times: in training, in evaluation and in the check of replicas.
     train = _make_train(config, layout, loss_sum, optimizer, param_shardings)
     init = lambda: start(init_params(config.model, config.train.seed))
     batch_sharding = layout.sharding("micro_batch", "batch", "length")
@@ -179,6 +182,8 @@ def _make_loss_sum(config: Config, mesh: Mesh, graphdef: nnx.GraphDef) -> LossSu
 
     def loss_sum(params: Params, batch: Batch, batch_axes: tuple[str, ...]) -> jax.Array:
         with activate(Layout(mesh, batch_axes)), matmul_precision(config.model):
+            # The mesh and the precision are contexts of the trace, so the model itself names
+            # neither.
             model = nnx.merge(graphdef, params)
             hidden = model.hidden(
                 batch["inputs"],
@@ -249,6 +254,7 @@ def _make_evaluate(layout: Layout, loss_sum: LossSum) -> Callable:
     """Steps.evaluate, not yet compiled."""
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        # One pass over all rows: without gradients there is little memory to save.
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
         return loss_sum(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
 
@@ -263,6 +269,7 @@ def _make_check(
 
     def spread(batch: Batch) -> Batch:
         """First rows of a batch, one a shard, the same for every replica: [replicas, shards, T]."""
+        # One row for each shard is the smallest batch that keeps all devices of a replica at work.
         shards = mesh.shape["fsdp"]
         return {
             name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1]))
@@ -308,6 +315,7 @@ def _sum_gradients(
     """
     micro_batches = batch["labels"].shape[0]
     replicas = layout.mesh.shape["data"]
+    # One micro-batch needs no axis of replicas: GSPMD reduces its gradients once anyway.
     if micro_batches == 1:
         return jax.value_and_grad(loss_sum)(
             params, {name: array[0] for name, array in batch.items()}, layout.batch_axes
@@ -333,6 +341,7 @@ def _sum_gradients(
         gradients = jax.tree.map(lambda g, n, s: on_replicas(g + n, s), gradients, new, shardings)
         return (total + loss, gradients), None
 
+    # Summed in float32, the parameters' dtype, over micro-batches.
     zeros = jax.tree.map(
         lambda p, s: on_replicas(jnp.zeros((replicas, *p.shape), p.dtype), s), params, shardings
     )

@@ -33,6 +33,7 @@ def initialize_processes(
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
     number = _integer(config.process_id, "JAX_PROCESS_ID")
+    # The devices of this node that are this process's; None: all of them.
     ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     local_ids = [int(i) for i in ids.split(",")] if ids else None
     if address is not None and count is not None and number is not None:
