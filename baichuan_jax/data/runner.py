@@ -128,6 +128,7 @@ class Workers:
                         other.cancel()
                 yield failure
         except concurrent.futures.BrokenExecutor:
+            self._pool = None
             raise RuntimeError(
                 "a worker process was killed, most likely because memory ran out; start again "
                 "with fewer workers (num_workers): finished parts are kept"

@@ -1,4 +1,4 @@
-"""The planted corpus is what its truth says, and its judge counts what a pipeline got right and wrong."""
+"""The planted corpus is what its truth says, and its judge counts right and wrong."""
 
 import collections
 import difflib

@@ -1,4 +1,4 @@
-"""Text of evaluation files is found in a corpus whatever the files' layout, and formulas are not taken for it."""
+"""Text of evaluation files of every layout is found in a corpus; formulas are not taken for it."""
 
 import csv
 import json
@@ -9,10 +9,9 @@ import pytest
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.decontaminate import FORMULA, EvaluationSets, main
 
-ENGLISH = (
-    "Which of the following rivers did the second expedition cross before winter set in"  # 14 words
-)
-CHINESE = "下列关于唐代科举制度的说法中哪一项是不正确的"  # 22 characters
+# 14 words, 22 characters: one and nine more than a sequence has.
+ENGLISH = "Which of the following rivers did the second expedition cross before winter set in"
+CHINESE = "下列关于唐代科举制度的说法中哪一项是不正确的"
 
 
 @pytest.fixture
@@ -82,7 +81,8 @@ def tasks(sets, text):
     [
         (f"They ask: {ENGLISH}, and more.", ["mmlu/rivers"]),
         (
-            "which OF the following,\nrivers -- did the “second” expedition cross before Winter SET",
+            "which OF the following,\nrivers -- did the “second” expedition cross before "
+            "Winter SET",
             ["mmlu/rivers"],
         ),
         ("Which of the following rivers did the second expedition ford before winter set in", []),

@@ -1,4 +1,4 @@
-"""Batches are a function of seed and position alone, and every device holds its own part of them."""
+"""Batches are a function of seed and position alone; every device holds its own part of them."""
 
 import collections
 import contextlib

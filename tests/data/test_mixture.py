@@ -1,4 +1,4 @@
-"""Mixtures: temperature by its formula, the law found back from what it made, and a real search that survives a kill."""
+"""Mixtures: temperature by its formula, the law from its own losses, a search that is killed."""
 
 import itertools
 import json
@@ -131,7 +131,10 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_goes_on_where_it_was_killed(tmp_path):
-    """Six trainings and the best, by the real trainer; the search is killed in the second, its training lives on and is used."""
+    """Six trainings and the best, by the real trainer.
+
+    The search is killed in the second training, which survives and is used.
+    """
     config = write_config(tmp_path)
     words = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""MinHash against true similarities, components against union-find, and which of a cluster stays."""
+"""MinHash against true similarities, components against union-find, what of a cluster stays."""
 
 import random
 
@@ -27,7 +27,7 @@ def tables(tmp_path_factory) -> Tables:
 
 
 def test_hashes_estimate_the_jaccard_similarity():
-    """Within four standard errors of the true similarity of sets of 5-grams, in Chinese and English."""
+    """Within four standard errors of the true similarity of sets of 5-grams, in both languages."""
     rng = random.Random(0)
     for lang, space in (("zh", ""), ("en", " ")):
         words = (

@@ -1,4 +1,4 @@
-"""The data pipeline as a real program: what it keeps and removes, bad input, any number of workers, kills."""
+"""The data pipeline as a real program: what it removes, bad input, any number of workers, kills."""
 
 import collections
 import gzip
@@ -36,7 +36,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 def command(
     folder: Path, output: Path, *words: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20
 ) -> list[str]:
-    """The pipeline with parts of a few documents each, so that there are some to divide among workers."""
+    """The pipeline with parts of a few documents each, enough to divide among workers."""
     program = (
         "import sys; from baichuan_jax.data import pipeline; "
         "from baichuan_jax.data.corpus import reading, tables; "
@@ -92,7 +92,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Chinese and English documents in two files, with copies, a repeated sentence, garbage and personal data."""
+    """Documents in two files, with copies, a repeated sentence, garbage and personal data."""
     folder = tmp_path_factory.mktemp("corpus")
     zh, en = sample("train-zh", 6), sample("train-en", 6)
     sentence = "It is not every day that a sentence like this one comes twice in a corpus."
@@ -186,7 +186,7 @@ def test_the_report_adds_up(result):
 
 
 def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tmp_path):
-    """Killed at a random moment, every process of it; started again, it ends with the same bytes."""
+    """All its processes are killed at a random moment; started again, it gives the same bytes."""
     process = subprocess.Popen(
         command(corpus, tmp_path / "o", "--num_workers", "2"),
         env=environment(),
@@ -203,7 +203,7 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(corpus, result, tm
 
 
 def test_one_part_and_many_turns_give_the_same_documents(corpus, result, tmp_path):
-    """All documents in one part, and tables of keys that are grouped 4,000 rows at a time, on the disk."""
+    """All documents in one part, and tables of keys grouped 4,000 rows at a time on the disk."""
     pipeline(corpus, tmp_path / "o", part_bytes=16 << 20, rows_at_once=4000)
     assert len(content(tmp_path / "o")) == 2 < len(content(result))
     for folder in ("final", "removed"):

@@ -1,4 +1,4 @@
-"""Quality scores: repeatable training, calibrated probabilities, and a shipped model that knows text from scrambled text."""
+"""Quality: repeatable training, calibrated scores, a shipped model that knows scrambled text."""
 
 import gzip
 import json
@@ -81,8 +81,11 @@ def test_a_score_depends_on_its_text_alone():
 
 
 def test_a_list_is_not_judged_by_the_order_of_its_words():
-    """Names and numbers in any order, of which the classifier alone thinks little; with function words it is text again."""
-    names = "Pinnacle PCTV; Hauppauge WinTV-HVR; Leadtek TV; Terratec Cinergy; Flyvideo; MSI; Zoran; Philips tuner cards"
+    """Names and numbers, which the classifier alone scores low; with function words it is text."""
+    names = (
+        "Pinnacle PCTV; Hauppauge WinTV-HVR; Leadtek TV; Terratec Cinergy; Flyvideo; MSI; Zoran; "
+        "Philips tuner cards"
+    )
     text = quality._tokens(names)
     classifier, entry = quality._load(str(quality.MODEL))["en"]
     raw = (
@@ -148,7 +151,7 @@ def test_the_report_counts_pairs_and_errors():
 
 
 def test_held_out_figures_are_what_score_gives(trained):
-    """The report's lowest tenth, counted again through the public function on pieces of this test's own."""
+    """The same classifier through the public function, on pieces that this test cuts itself."""
     model, _, card = trained
     figures = card["languages"]["en"]["held_out"]
     assert 0.6 < figures["accuracy"] <= 1

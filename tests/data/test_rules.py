@@ -93,8 +93,9 @@ def test_every_rule_has_a_text_that_only_it_removes_and_can_be_switched_off():
 
 
 def test_personal_data_and_nothing_else_is_masked():
-    text = "写信给a.b@example.com或致电13812345678、010-12345678，身份证11010519491231002X；编号110105194912310021，共138123456789元。"
-    masked = "写信给<email>或致电<phone>、<phone>，身份证<identity>；编号110105194912310021，共138123456789元。"
+    rest = "；编号110105194912310021，共138123456789元。"
+    text = f"写信给a.b@example.com或致电13812345678、010-12345678，身份证11010519491231002X{rest}"
+    masked = f"写信给<email>或致电<phone>、<phone>，身份证<identity>{rest}"
     assert apply([text], RulesConfig())["text"].to_pylist() == [masked]
     assert apply([text], RulesConfig(personal_data="keep"))["text"].to_pylist() == [text]
     long = sample("validation-en")[0][:2000]

@@ -114,7 +114,10 @@ def test_alike_is_a_share_of_letters_in_order_and_the_same_digits():
 
 
 def test_texts_that_are_alike_keep_the_same_runs():
-    """With one letter of ten replaced, nearly every pair keeps two runs in common; of a text's runs about 20 are kept."""
+    """With one letter of ten replaced, nearly every pair keeps two runs in common.
+
+    Of a text's runs about 20 are kept.
+    """
     rng = random.Random(2)
     shared = []
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Documents of input files: whatever the cuts, each once and in order; what cannot be read is a record of its own."""
+"""The lenient reader: any cut gives the same documents and problems, in order, each once."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ FIELDS = Fields(id="id", source="source", max_line_bytes=16 << 20)
 
 
 def lines_of(rng: random.Random) -> bytes:
-    """Lines of all kinds: documents, blank lines, no JSON, with and without a carriage return; the last one may have no end."""
+    """Documents, blank lines and no JSON, with and without carriage return or an end of file."""
     kinds = [
         lambda: (
             json.dumps({"text": "字" * rng.randint(0, 40)}, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""Every document is read exactly once from every kind of file, and what cannot be read is named."""
+"""The strict reader: every document once from every kind of file; the first problem is named."""
 
 import gzip
 import json

@@ -26,13 +26,7 @@ from baichuan_jax.data.corpus.report import ProblemCounts, Tally
 from baichuan_jax.data.corpus.stages import Stages
 from baichuan_jax.data.corpus.tables import read_stage
 from baichuan_jax.documents.files import Slice, count_lines, find_inputs, make_parts
-from baichuan_jax.documents.reader import (
-    Document,
-    Fields,
-    Problem,
-    document_id,
-    read_documents,
-)
+from baichuan_jax.documents.reader import Document, Fields, Problem, document_id, read_documents
 
 STAGE = "read"
 # Of text, about, that a part holds: some ten seconds of work, so that little is lost by a kill and

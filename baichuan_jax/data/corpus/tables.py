@@ -20,6 +20,7 @@ import daft.functions as F  # pyright: ignore[reportMissingImports]
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 from daft import DataFrame, Expression, col, lit  # pyright: ignore[reportMissingImports]
 from daft.exceptions import DaftCoreException  # pyright: ignore[reportMissingImports]
+from daft.runners import get_or_infer_runner_type  # pyright: ignore[reportMissingImports]
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
@@ -39,10 +40,12 @@ class Tables:
         self.scratch = scratch
         self._num_workers, self._on_ray = num_workers, on_ray
         self._shuffles = 0
-        if on_ray:
-            daft.set_runner_ray()
-        else:
-            daft.set_runner_native()
+        try:
+            (daft.set_runner_ray if on_ray else daft.set_runner_native)()
+        except DaftCoreException:
+            # A process may choose once. A second pipeline in it has to be of the same kind.
+            if get_or_infer_runner_type() != ("ray" if on_ray else "native"):
+                raise
 
     def keep(self, frame: DataFrame) -> DataFrame:
         """A table computed once: a lazy plan is computed again for everything made from it."""

@@ -1,0 +1,154 @@
+"""Parts are made once, the first failure ends a run, and what is finished is never made again."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launches import environment
+
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.runner import Workers, locked
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """A part whose file holds the id of the process that made it."""
+
+    folder: Path
+    number: int
+    # What it does before it is made, in words of the cases below.
+    does: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"part {self.number}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / str(self.number)
+
+    def is_done(self) -> bool:
+        return self.file.exists()
+
+    def make(self) -> None:
+        for word in self.does.split():
+            match word:
+                case "wait":
+                    time.sleep(0.3)
+                case "setting":
+                    raise ConfigError(f"line {self.number} of the input is wrong")
+                case "disk":
+                    raise OSError(28, "No space left on device")
+                case "bug":
+                    raise ZeroDivisionError("a bug")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        self.file.write_text(str(os.getpid()))
+
+
+def parts(folder: Path, count: int, *does: str) -> list[Noted]:
+    """Parts, of which the first ones do something."""
+    return [Noted(folder, n, does[n] if n < len(does) else "") for n in range(count)]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_only_what_is_missing_is_made(tmp_path, number):
+    with Workers(number, progress=False) as workers:
+        assert workers.finish(parts(tmp_path, 5), "some") == 5
+        made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        (tmp_path / "3").unlink()
+        assert workers.finish(parts(tmp_path, 6), "some") == 2
+        assert workers.finish(parts(tmp_path, 6), "some") == 0
+    later = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {name for name in made if made[name] == later[name]} == {"0", "1", "2", "4"}
+
+
+def test_processes_live_from_one_call_to_the_next_and_one_worker_needs_none(tmp_path):
+    with Workers(1, progress=False) as workers:
+        workers.finish(parts(tmp_path, 2), "some")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
+    made = []
+    with Workers(2, progress=False) as workers:
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            workers.finish(parts(tmp_path / name, 4, "wait", "wait"), name)
+            made.append({path.read_text() for path in (tmp_path / name).iterdir()})
+    assert made[0] >= made[1]
+    assert str(os.getpid()) not in made[0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "fails, error, message",
+    [
+        ("setting", ConfigError, "^line 2 of the input is wrong$"),
+        ("disk", ConfigError, "No space left on device; free some space and start again"),
+        ("bug", RuntimeError, r"^part 2: Traceback(.|\n)*in make(.|\n)*ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_failure_ends_the_run_and_says_what_a_user_can_mend(
+    tmp_path, number, fails, error, message
+):
+    failing = parts(tmp_path, 40, "", "", fails, *["wait"] * 37)
+    with Workers(number, progress=False) as workers:
+        with pytest.raises(error, match=message):
+            workers.finish(failing, "some")
+        # A part or two were handed to the processes already; the others were not begun.
+        made = {int(path.name) for path in tmp_path.iterdir()}
+        assert {0, 1} <= made <= set(range(7)) - {2}
+        assert workers.finish(parts(tmp_path, 40), "some") == 40 - len(made)
+
+
+def test_of_two_failures_that_of_the_first_part_is_shown(tmp_path):
+    """Part 0 fails later than part 1, and what runs is waited for."""
+    with Workers(2, progress=False) as workers:
+        workers.finish(parts(tmp_path, 2, "wait", "wait"), "both processes have started")
+        for path in tmp_path.iterdir():
+            path.unlink()
+        with pytest.raises(ConfigError, match="line 0 of"):
+            workers.finish(parts(tmp_path, 4, "wait setting", "setting"), "some")
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path):
+    with Workers(2, progress=False) as workers:
+        with pytest.raises(RuntimeError, match="a worker process was killed, most likely because"):
+            workers.finish(parts(tmp_path, 4, "", "killed"), "some")
+        # The pool is broken; the next call gets a new one.
+        workers.finish(parts(tmp_path, 4), "some")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from baichuan_jax.data.runner import locked
+with locked(Path(sys.argv[1]), "somebody is here"):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_gives_it_up(tmp_path):
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", LOCKED, str(tmp_path / "sub" / "lock")]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+    first = start()
+    assert first.stdout is not None
+    assert first.stdout.readline() == "in\n"
+    second = start()
+    assert second.stderr is not None
+    assert second.stderr.readline() == "somebody is here\n"
+    first.kill()
+    assert second.communicate(timeout=60)[0] == "in\n"
+    first.communicate()
+    with locked(tmp_path / "sub" / "lock"):
+        pass
