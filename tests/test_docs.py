@@ -1,16 +1,18 @@
 """The documentation names what exists: settings, modules, commands, files and pages."""
 
+import ast
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from launches import REPOSITORY
 
-DOCS = REPOSITORY / "docs"
+DOCS, PACKAGE = REPOSITORY / "docs", REPOSITORY / "baichuan_jax"
 PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *(REPOSITORY / "baichuan_jax").rglob("*.md")]
 )
@@ -22,7 +24,7 @@ def names(pages):
 
 
 def anchors(text: str) -> set[str]:
-    """What the headings of a page are called in links."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -47,15 +49,42 @@ def test_every_setting_is_on_its_page():
     assert not missing
 
 
-def test_every_module_is_on_the_page_of_the_house():
+def test_the_map_has_every_module_and_no_other():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    package = REPOSITORY / "baichuan_jax"
-    modules = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
-        if path.name not in ("__init__.py", "__main__.py")
-    }
-    assert {name for name in modules if f"`{name}`" not in text} == set()
+    tree = text.split("## The order of imports")[0]
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", tree))
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    modules = {name for name in modules if not name.endswith(("__init__.py", "__main__.py"))}
+    assert (modules - named, named - modules) == (set(), set())
+
+
+def test_the_map_has_the_order_of_imports():
+    from test_house import ORDER
+
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert " → ".join(f"`{name}`" for name in ORDER) in text
+
+
+def test_the_walks_name_functions_that_exist():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    walks = text.split("## Four walks")[1].split("\n## ")[0]
+    assert walks.count("\n### ") == 4
+    steps = re.findall(r"`((?:\w+/)*\w+\.py)` `([\w.]+)`", walks)
+    assert len(steps) >= 40
+    for file, name in steps:
+        assert name in defined(PACKAGE / file), f"{file} defines no {name}"
+
+
+def defined(file: Path) -> set[str]:
+    """Functions and classes of a module, methods as Class.method."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = (item for item in node.body if isinstance(item, ast.FunctionDef))
+            names |= {f"{node.name}.{method.name}" for method in methods}
+    return names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -92,28 +121,14 @@ def test_every_page_is_in_the_sites_contents():
 def test_the_site_is_built_without_a_warning(tmp_path):
     if importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed (make docs)")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--site-dir",
-        str(tmp_path / "site"),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-    )
+    options = ["build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", *options]
+    variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).strip() == ""
     pages = [path.parent.name for path in (tmp_path / "site").glob("*/index.html")]
     assert {"architecture", "configuration", "operations"} <= set(pages)
     text = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
-    assert not re.search(
-        r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", text
-    )  # it needs no other server
+    # The site needs no other server.
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", text)
