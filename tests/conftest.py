@@ -9,16 +9,14 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import shutil
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
+import compile_cache
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from launches import REPOSITORY, SHARED
+from launches import SHARED
 
 from baichuan_jax.config.schema import (
     Config,
@@ -33,30 +31,15 @@ from baichuan_jax.step import Steps, make_steps
 
 # Files whose tests take longest come first: a worker that took one of them last would end alone.
 LONGEST = ("test_train.py", "test_step.py", "test_pallas.py", "test_attention.py")
-COMPILED_GIB = 2  # of kept programs; then they are all compiled again
 
 
-def pytest_configure() -> None:
-    """Keep what is compiled, for all tests, their processes, and later calls of pytest.
-
-    jax's key of a program holds all that it was compiled from but the CPU's features, so these
-    name the folder.
-    """
-    try:
-        described = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        described = []
-    features = sorted({line for line in described if line.startswith(("flags", "Features"))})
-    name = hashlib.sha256("".join(features).encode()).hexdigest()[:8]
-    folder = REPOSITORY / "cache" / "tests" / f"compiled-{name}"
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        size = sum(path.stat().st_size for path in folder.glob("*"))
-        if size > COMPILED_GIB << 30:
-            shutil.rmtree(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what this process compiles."""
+    if not hasattr(config, "workerinput"):  # not in each worker of pytest-xdist
+        compile_cache.limit()
+    compile_cache.make_writes_atomic()
+    jax.config.update("jax_compilation_cache_dir", str(compile_cache.folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture
@@ -92,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Leave the machine to a test of real time: no other worker runs a test meanwhile."""
     with contextlib.ExitStack() as held:
-        if "PYTEST_XDIST_WORKER" in os.environ:
+        if hasattr(item.config, "workerinput"):  # a worker of pytest-xdist
             timed = item.get_closest_marker("timing") is not None
             machine = held.enter_context(open(SHARED / "machine", "w"))
             # Whoever waits for the machine holds the gate, so that who comes later waits behind.

@@ -104,6 +104,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in PRELOADED:
         importlib.import_module(name)
+    import compile_cache
+
+    compile_cache.make_writes_atomic()
+    compile_cache.let_every_process_write()
     from jax._src import xla_bridge
 
     assert not xla_bridge._backends, "a backend was started before the environment was known"

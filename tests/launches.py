@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+import compile_cache
 from fork_server import NUMBER
 
 from baichuan_jax.resilience.placement import HOST_VARIABLE
@@ -99,6 +100,8 @@ def environment(devices: int = 1, **variables: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": str(SHARED / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA warns of every program that it takes from jax's cache
         **variables,
     }
@@ -155,7 +158,9 @@ class ForkServer:
     )
 
     def __init__(self) -> None:
-        self._environment = environment()
+        # Its launches may be killed in whatever they do and still share what every test keeps.
+        self._own = {"JAX_COMPILATION_CACHE_DIR": str(compile_cache.folder())}
+        self._environment = environment() | self._own
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # Not a terminal, so that its children buffer their output as they would in a pipe.
@@ -188,6 +193,7 @@ class ForkServer:
         stderr: IO,
     ) -> Launch:
         """What `python -m MODULE ARGV` starts."""
+        variables = variables | self._own
         for name in variables.keys() | self._environment.keys():
             if name.startswith(("JAX_", "PYTHON", "TF_")) and name not in self.FREE:
                 assert variables.get(name) == self._environment.get(name), f"{name} needs python -m"
