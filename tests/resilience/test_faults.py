@@ -21,14 +21,18 @@ from baichuan_jax.resilience.waiting import EXIT_SECONDS
 from baichuan_jax.resilience.watch import GRACE, LISTEN, PUBLISH
 from baichuan_jax.runs.events import (
     CheckpointCorrupt,
+    CheckpointSaved,
     Corruption,
     PortTaken,
+    Started,
     WindowSkipped,
+    latest,
     of_kind,
 )
 
 HANG = SILENCE = 8.0
-SLACK = 12.0  # of a busy machine
+# A busy machine may pause for this long.
+SLACK = 12.0
 NO_COPIES = ("--checkpoint.local_dir", "null", "--checkpoint.local_every", "null")
 
 
@@ -150,6 +154,13 @@ def test_the_table_of_a_run(disturbed, tmp_path):
     assert json.loads((tmp_path / "accounting.json").read_text())["launches"] == 4
 
 
+def has_saved(cluster: chaos.Cluster) -> bool:
+    """Whether the newest launch has saved a checkpoint."""
+    events = cluster.run.events
+    begun, saved = latest(events, Started), latest(events, CheckpointSaved)
+    return begun is not None and saved is not None and saved.time > begun.time
+
+
 @pytest.mark.chaos
 def test_every_kind_of_fault_once(argv, folder):
     """SIGSTOP twice: of process 0, whose coordination service stops too, and of another.
@@ -162,6 +173,8 @@ def test_every_kind_of_fault_once(argv, folder):
     with chaos.Cluster(folder / "every", argv, small_disk=root) as cluster:
         for number, kind in enumerate([*chaos.KINDS, "stop", *([chaos.FULL_DISK] if root else [])]):
             cluster.steps(12, after=cluster.attempt - 1)
+            # Or the supervisors give up: on a busy machine a save may outlast these steps.
+            cluster.wait(lambda: has_saved(cluster), "no checkpoint in this launch")
             outcome = chaos.suffer(cluster, kind, (number + 1) % 3)
             print(outcome)
             assert outcome.right, outcome
