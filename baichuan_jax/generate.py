@@ -78,6 +78,8 @@ class Generator:
     def __init__(self, model: Transformer) -> None:
         self.config = model.config
         self._graphdef, state = nnx.split(model)
+        # Kept apart from the graph definition: arguments of the compiled functions, or XLA would
+        # hold every weight as a constant.
         self._params = nnx.to_pure_dict(state)
         # transformers fills with EOS where a model has no padding token.
         self._pad_id = EOS if model.config.pad_token_id is None else model.config.pad_token_id
@@ -107,21 +109,19 @@ class Generator:
         n is smaller where all rows have reached EOS; after it a row holds the model's pad_token_id.
         Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there.
         temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty
-        follows transformers: logits of tokens seen in prompt or continuation are divided by it
-        where positive, else multiplied. on_tokens is called with [B, n] new tokens, several times,
-        as they come. Raises ConfigError for an argument out of its range.
+        divides positive logits of tokens seen so far and multiplies negative ones. on_tokens is
+        called with [B, n] new tokens as they come. Raises ConfigError for a wrong argument.
         """
-        tokens_BT = np.asarray(tokens_BT, np.int32)
-        real = np.ones(tokens_BT.shape) if attention_mask is None else np.asarray(attention_mask)
-        mask_BT = real.astype(bool)
-        _check_prompts(tokens_BT, mask_BT, self.config.vocab_size)
+        tokens_BT, mask_BT = _checked(tokens_BT, attention_mask, self.config.vocab_size)
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         sampling = Sampling(
             jnp.float32(temperature),
+            # Arrays, not constants: other values find the same compiled code.
             jnp.int32(top_k or self.config.vocab_size),
             jnp.float32(top_p),
             jnp.float32(repetition_penalty),
         )
+        # No token has the id -1, so nothing stops the loop.
         stop = jnp.int32(eos_id if stop_at_eos else -1)
         start = _round_up(tokens_BT.shape[1])
 
@@ -131,16 +131,10 @@ class Generator:
             return self._decode(self._params, loop, goal, stop, sampling, greedy=temperature == 0)
 
         loop, prefill_seconds = self._start(tokens_BT, mask_BT, max_new_tokens, seed)
-        loop = jax.block_until_ready(decode(loop, 0))  # compiles, and makes no token
+        # No token: this call compiles, so that the time below is of decoding alone.
+        loop = jax.block_until_ready(decode(loop, 0))
         ready = time.perf_counter()
-        chunk = STREAMED_TOKENS if on_tokens is not None else max_new_tokens
-        made = 0
-        while made < max_new_tokens and not (made and bool(loop.done_B.all())):
-            loop = decode(loop, min(made + chunk, max_new_tokens))
-            reached = int(loop.cache.length) - start
-            if on_tokens is not None:
-                on_tokens(np.asarray(loop.tokens_BS[:, start + made : start + reached]))
-            made = reached
+        loop, made = _finish(loop, decode, start, max_new_tokens, on_tokens)
         seconds = time.perf_counter() - ready
         self.speed = Speed(int(mask_BT.sum()), prefill_seconds, len(tokens_BT) * made, seconds)
         new_BN = np.asarray(loop.tokens_BS)[:, start : start + made]
@@ -162,6 +156,7 @@ class Generator:
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
         if not encoded or not all(encoded):
             raise ConfigError("a prompt is empty, or there is none; give some text to continue")
+        # Padded on the left: all rows continue at the same position.
         T = max(len(ids) for ids in encoded)
         tokens = np.array([[self._pad_id] * (T - len(ids)) + ids for ids in encoded])
         mask = np.array([[0] * (T - len(ids)) + [1] * len(ids) for ids in encoded])
@@ -228,11 +223,13 @@ class Generator:
             key, draw = jax.random.split(loop.key)
             logits_BV = _penalise(loop.logits_BV, loop.seen_BV, sampling.repetition_penalty)
             token_B = jnp.argmax(logits_BV, axis=-1) if greedy else _draw(draw, logits_BV, sampling)
+            # Rows that are done go on, and write padding, until all are.
             token_B = jnp.where(loop.done_B, self._pad_id, token_B).astype(jnp.int32)
             place = loop.cache.length
             tokens_BS = jax.lax.dynamic_update_slice_in_dim(
                 loop.tokens_BS, token_B[:, None], place, 1
             )
+            # Positions count real tokens, places in the cache count padding too.
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
             hidden_B1D, cache = model.extend(token_B[:, None], loop.cache, position_B1)
             seen_BV = loop.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
@@ -241,6 +238,26 @@ class Generator:
 
         with matmul_precision(self.config):
             return jax.lax.while_loop(going, step, loop)
+
+
+def _finish(
+    loop: _Loop,
+    decode: Callable[[_Loop, int], _Loop],
+    start: int,
+    max_new_tokens: int,
+    on_tokens: Callable[[np.ndarray], None] | None,
+) -> tuple[_Loop, int]:
+    """Decode until the last token or until all rows are done; the loop, and how many it made."""
+    # Without a reader the device runs to the end by itself; with one it returns every few tokens.
+    chunk = STREAMED_TOKENS if on_tokens is not None else max_new_tokens
+    made = 0
+    while made < max_new_tokens and not (made and bool(loop.done_B.all())):
+        loop = decode(loop, min(made + chunk, max_new_tokens))
+        reached = int(loop.cache.length) - start
+        if on_tokens is not None:
+            on_tokens(np.asarray(loop.tokens_BS[:, start + made : start + reached]))
+        made = reached
+    return loop, made
 
 
 def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> Tokenizer:
@@ -254,6 +271,7 @@ def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> T
             f"there is no tokenizer.model in {checkpoint} or the two folders above it; "
             "give --tokenizer FILE"
         )
+    # Another tokenizer would give fluent nonsense, and nobody would see why.
     tokenizer = Tokenizer(path)
     config, known = trained_with(checkpoint)
     if known not in (None, tokenizer.hash):
@@ -296,8 +314,10 @@ def main(argv: list[str]) -> int:
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
+    # One device needs no mesh, and compiles faster without.
     mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
     generator = Generator(load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh))
+    # A shell passes \n as two characters.
     prompt = options.prompt.replace("\\n", "\n")
     print(prompt, end="", flush=True)
     generator.generate(
@@ -346,9 +366,14 @@ def _round_up(length: int) -> int:
     return length + -length % LENGTH_STEP
 
 
-def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
-    """Refuse tokens of another vocabulary, and masks that are not padded on the left."""
+def _checked(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask [B, T] as arrays.
+
+    Raises ConfigError for tokens of another vocabulary and masks that are not padded on the left.
+    """
+    tokens_BT = np.asarray(tokens, np.int32)
     shape = tokens_BT.shape
+    mask_BT = (np.ones(shape) if mask is None else np.asarray(mask)).astype(bool)
     if tokens_BT.ndim != 2 or 0 in shape:
         raise ConfigError(f"tokens {shape} must be [prompts, length], neither of them 0")
     if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
@@ -362,6 +387,7 @@ def _check_prompts(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) 
             f"attention_mask {mask_BT.shape} must be {shape} and padded on the left: "
             "the last token of every prompt is real"
         )
+    return tokens_BT, mask_BT
 
 
 def _check_sampling(
@@ -396,6 +422,7 @@ def _draw(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array
     # What comes before a token: so the first one is always kept, however small top_p is.
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
+    # -inf is never drawn.
     choice_B = jax.random.categorical(key, sorted_BV, axis=-1)
     return jnp.take_along_axis(order_BV, choice_B[:, None], axis=-1)[:, 0]
 

@@ -54,6 +54,7 @@ class Tokenizer:
                 f"there is no tokenizer {str(path)!r}; "
                 "train one: python -m baichuan_jax.tokenizer train --help"
             )
+        # Read once: the hash is of the bytes that are loaded, whatever happens to the file.
         content = self.path.read_bytes()
         self.hash = hashlib.sha256(content).hexdigest()
         self._model = sentencepiece.SentencePieceProcessor()
@@ -82,6 +83,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control pieces add nothing."""
+        # SentencePiece takes Python ints only, and callers have numpy's.
         return self._model.DecodeIds([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
@@ -108,6 +110,7 @@ def train_tokenizer(
     """
     lines, used = _sample_lines(documents, sample_bytes, chinese_share)
     characters = collections.Counter(character for line in lines for character in line)
+    # The other half is for BPE's merges, without which there is no compression.
     room = (vocab_size - FIRST_PIECES) // 2
     if room < 1:
         raise ConfigError(
@@ -128,6 +131,7 @@ def train_tokenizer(
         raise ConfigError(
             f"no tokenizer of {vocab_size} pieces from {used['bytes']:,} bytes of text: {error}"
         ) from None
+    # Whole or not at all: several processes of a run may look for it.
     write_atomically(Path(path), model)
     return {**used, "characters": len(characters), "coverage": coverage}
 
@@ -189,6 +193,7 @@ class _Sample:
         chosen, passed, taken = [], 0, 0
         for line in self.lines:
             passed += len(line.encode())
+            # Bytes and not lines are spread evenly, since lines differ in length.
             if taken < passed * size / self.size:
                 chosen.append(line)
                 taken += len(line.encode())
@@ -255,6 +260,7 @@ def stats(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, dict[str,
             "characters": len(document),
             "tokens": len(tokenizer.encode(document)),
         }
+        # Counted by document: a language is the document's, not a word's.
         for name in (language(document), "all"):
             sums.setdefault(name, collections.Counter()).update(counts)
     return {
@@ -295,10 +301,12 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    # All are loaded before the first is measured: a wrong file is named at once.
     tokenizers = {path: Tokenizer(path) for path in options.model}
     results = {
         path: stats(tokenizer, _documents(options)) for path, tokenizer in tokenizers.items()
     }
+    # No line is broken: a table that goes to a file stays readable by programs.
     console = Console(soft_wrap=True)
     console.print(_language_table(results))
     layout = Table(

@@ -32,6 +32,7 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
+# Computed once: every command checks its arguments against them.
 KEYS = _keys(Config)
 
 
@@ -97,6 +98,7 @@ def parse_command(
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if isinstance(config, Config) and config.run_dir is None:
+        # Without run_dir a run is named by its last file.
         name = Path(paths[-1]).stem if paths else "default"
         config = dataclasses.replace(config, run_dir=f"runs/{name}")
     return config, values
@@ -104,6 +106,7 @@ def parse_command(
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, then overrides such as "train.num_steps=60". Raises ConfigError."""
+    # A file and overrides are read by the same code as a command line, and refused alike.
     argv = ["--config", os.fspath(path)]
     for override in overrides or []:
         require(
@@ -136,6 +139,7 @@ def shipped() -> dict[str, Path]:
 
 def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
     """Add --mesh.data, .fsdp, .context and .tensor to a command that has no other settings."""
+    # The same names as in train's settings, so that a user learns them once.
     group = parser.add_argument_group(
         "mesh", "devices along each axis; one of them may be -1: all that are left"
     )
@@ -153,6 +157,7 @@ def mesh_config(options: argparse.Namespace) -> MeshConfig:
 
 def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
     """The files that --config names in argv, in order, and the other arguments."""
+    # argparse finds both forms, `--config FILE` and `--config=FILE`, and leaves the rest alone.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", action="append", default=[])
     try:
@@ -164,6 +169,7 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _find(path: str) -> str:
     """A file of settings: the path itself, or that of a configuration given by name (tiny)."""
+    # A bare word is a name, unless a file or folder of that name exists.
     if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
         return path
     known = shipped()
@@ -184,6 +190,8 @@ def _check_file(path: str, known: list[str]) -> None:
             f"that come with the program are given by name: --config {' | '.join(shipped())}"
         )
     try:
+        # Read here before jsonargparse reads it, whose own message names neither line nor
+        # neighbour.
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None

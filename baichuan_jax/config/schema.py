@@ -39,6 +39,7 @@ def _positive(section: str, config: Any, *names: str) -> None:
 class ModelConfig:
     """The model: Baichuan-7B's sizes by default."""
 
+    # Sizes: config.json of baichuan-inc/Baichuan-7B.
     vocab_size: int = 64000
     """Rows of the embedding and columns of the head; at least the tokenizer's pieces."""
     hidden_size: int = 4096
@@ -51,15 +52,18 @@ class ModelConfig:
     """Attention heads; head_dim = hidden_size / num_heads."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square inside RMSNorm."""
+    # A constant in the original's modeling_baichuan.py; LLaMA's too.
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
     initializer_range: float = 0.02
     """Standard deviation of every initial matrix."""
+    # <unk> in the original's tokenizer, which byte fallback keeps out of all text.
     pad_token_id: int | None = 0
     """Its embedding row gets no gradient (the original's padding_idx); null: every row learns."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and of weights in matrix products; parameters, norms, softmax and loss
     are float32 in either case."""
+    # The default needs the least memory; `plan --search` finds the fastest that fits.
     remat: Literal["none", "matmuls", "full"] = "full"
     """What the backward pass recomputes: nothing, all but the matrix products, or whole blocks."""
     scan_layers: bool = True
@@ -82,6 +86,7 @@ class ModelConfig:
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
     def __post_init__(self) -> None:
+        # Checked here and not where they are used: a wrong size fails before any device starts.
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         _positive("model", self, *sizes, "rope_theta")
         require(
@@ -105,18 +110,22 @@ class ModelConfig:
 class TrainConfig:
     """Steps, batch and loss."""
 
+    # 1.2e12 tokens / (1024 rows x 4096 tokens).
     num_steps: int = 286_000
     """Optimiser steps of the whole run, where the learning rate's schedule ends. The default makes
     1.2T tokens."""
     context_length: int = 4096
     """Tokens in a row."""
+    # 4M tokens, LLaMA's batch.
     global_batch_size: int = 1024
     """Rows in a step, over all devices."""
     micro_batch_size: int | None = None
     """Rows a device holds in one forward and backward pass; fewer than its share accumulates
     gradients. null: its whole share."""
+    # Float32 logits of a chunk take 256 MiB at a vocabulary of 64,000.
     loss_chunk_size: int = 1024
     """Tokens whose logits exist at once on a device."""
+    # Off: the original's loss has no such term.
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss (PaLM used 1e-4)."""
     seed: int = 42
@@ -140,6 +149,7 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW, its schedule and clipping."""
 
+    # This and what follows: LLaMA-7B's values (Touvron et al. 2023, section 2.2).
     learning_rate: float = 3e-4
     """Peak, reached after the warm-up."""
     final_learning_rate_ratio: float = 0.1
@@ -150,6 +160,7 @@ class OptimizerConfig:
     """Decay of AdamW's mean of gradients."""
     beta2: float = 0.95
     """Decay of AdamW's mean of squared gradients."""
+    # torch's default.
     eps: float = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
@@ -165,6 +176,7 @@ class OptimizerConfig:
             self.warmup_steps >= 0,
             f"optimizer.warmup_steps={self.warmup_steps} must not be negative",
         )
+        # A decay of 1 would divide by zero in the bias correction.
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
@@ -178,6 +190,7 @@ class TokenizerConfig:
 
     path: str | None = None
     """A SentencePiece model. null: one is trained on the training text at first use."""
+    # Enough for the bundled text; a small vocabulary keeps a small model's head small.
     vocab_size: int = 8192
     """Pieces of the tokenizer that is trained where no path is given."""
 
@@ -196,6 +209,7 @@ class DataConfig:
     """The JSONL field that holds a document's text."""
     cache_dir: str = "cache"
     """Folder of trained tokenizers and packed rows, which later runs on the same text use again."""
+    # Off as in the original, whose rows join documents with EOS and nothing else.
     document_mask: bool = False
     """Attend within documents only, positions counted from each document's start. The original
     attends across."""
@@ -223,6 +237,7 @@ class DataConfig:
 class MeshConfig:
     """Devices along each axis; one of them may be -1: all that are left."""
 
+    # The order is the order of sharding.AXES; make_mesh varies the last one fastest.
     data: int = -1
     """Replicas, across nodes: gradients are averaged over them."""
     fsdp: int = 1
@@ -245,6 +260,7 @@ class MeshConfig:
 
     def resolve(self, num_devices: int) -> "MeshConfig":
         """This mesh with its -1 filled in. Raises ConfigError where num_devices does not fit."""
+        # The product of the sizes that are given.
         known = 1
         for size in self.shape:
             known *= size if size > 0 else 1
@@ -274,9 +290,11 @@ class KernelsConfig:
 class CheckpointConfig:
     """When to save and what to keep."""
 
+    # By default the interval follows the clock: it is right for any step time and any cluster.
     every: int | None = None
     """Steps between checkpoints; the last step is always saved. null: from what saves cost and how
     often faults come (Young/Daly)."""
+    # Several, since a rollback after a loss spike may need one from before the newest.
     keep_last: int = 3
     """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
@@ -320,6 +338,7 @@ class EvaluateConfig:
 
     every: int = 500
     """Steps between evaluations; the last step is always evaluated."""
+    # The same rows each time, so that the losses of a run can be compared.
     num_batches: int = 16
     """Batches of validation rows each time; fewer where the text ends."""
     tasks: dict[str, str] = field(default_factory=dict)
@@ -352,6 +371,7 @@ class SampleConfig:
 
     prompts: list[str] = field(default_factory=list)
     """Texts that the finished model continues."""
+    # A line or two: enough to see whether the model writes its languages.
     max_new_tokens: int = 48
     """Tokens of each continuation."""
 
@@ -360,6 +380,7 @@ class SampleConfig:
 class MetricsConfig:
     """Where metrics are written, beside the run's metrics.jsonl."""
 
+    # On: it costs little, and a run without it cannot be drawn there later.
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb_project: str | None = None
@@ -387,6 +408,7 @@ class ProfileConfig:
 class ResilienceConfig:
     """Faults: which time limits and which numbers count as one."""
 
+    # Waiting costs the whole cluster; a false alarm costs one restart.
     hang_seconds: float = 20.0
     """A phase of a step (data, dispatch, wait) may last this long, or five times its longest so
     far; then the process exits with 76. A checkpoint and an evaluation may last ten times as
@@ -397,6 +419,7 @@ class ResilienceConfig:
     silence_seconds: float = 10.0
     """A process whose heartbeat, one a second, times out after this long counts as dead; the others
     exit with 76."""
+    # Deviations by the median absolute deviation (resilience/guard.py), which a spike cannot move.
     spike_deviations: float = 20.0
     """A loss, or three gradient norms in a row, this many deviations above the median of the last
     128 steps is a spike: the run goes back to a checkpoint. 0: never."""
@@ -486,6 +509,8 @@ class Config:
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise ConfigError, with both numbers, for a mesh that does not divide model or batch."""
+        # What each axis splits, as in sharding.RULES. XLA would pad an uneven split, and waste the
+        # padding's work on every device.
         for what, size, axis, count in (
             ("model.num_heads", self.model.num_heads, "tensor", mesh.tensor),
             ("model.intermediate_size", self.model.intermediate_size, "tensor", mesh.tensor),
@@ -521,6 +546,7 @@ class Config:
         )
         if self.train.micro_batch_size is None:
             return 1
+        # Rows of one micro-batch over all devices.
         micro = self.train.micro_batch_size * rows
         require(
             batch % micro == 0,
