@@ -106,14 +106,14 @@ class Supervised:
         }
 
     @property
-    def attempt(self) -> int:
+    def launch(self) -> int:
         """The number of the newest launch; 0 before the first."""
         launches = (self.run_dir / "attempts").glob("[0-9]*")
         return max((int(path.name) for path in launches), default=0)
 
-    def file(self, name: str, attempt: int | None = None) -> Any:
+    def file(self, name: str, launch: int | None = None) -> Any:
         """The content of a launch's file, or None."""
-        path = self.run_dir / "attempts" / str(attempt or self.attempt) / f"{name}.json"
+        path = self.run_dir / "attempts" / str(launch or self.launch) / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def pid(self, process: int) -> int:
@@ -144,7 +144,7 @@ class Supervised:
 
         def written() -> tuple[int, float] | None:
             started = of_kind(self.run.events, Started)
-            begun = [event.time for event in started if event.attempt == self.attempt > after]
+            begun = [event.time for event in started if event.attempt == self.launch > after]
             if not begun:
                 return None
             lines = [line for line in self.run.metrics if line["time"] >= begun[-1]]
@@ -183,7 +183,7 @@ class Cluster(Supervised):
         self._argv, self._options = [*argv, "--run_dir", str(run_dir)], options
         self._hosts, self._held = hosts, []
         self._disk = run_dir / "checkpoints" if small_disk else None
-        self._kept, self.earlier = run_dir.parent / f"{run_dir.name}-checkpoints", self.attempt
+        self._kept, self.earlier = run_dir.parent / f"{run_dir.name}-checkpoints", self.launch
         if self._disk is not None:
             self._kept.mkdir(parents=True, exist_ok=True)
             self._disk.mkdir(parents=True, exist_ok=True)
@@ -321,21 +321,21 @@ def suffer(cluster: Cluster, kind: str, process: int) -> Outcome:
     cluster.steps()
     if kind == "kill in a start":
         # In the launch that follows another kill, before its first step.
-        before = cluster.attempt
+        before = cluster.launch
         os.kill(cluster.pid(process), signal.SIGKILL)
         cluster.wait(
-            lambda: cluster.attempt > before and cluster.file("plan"), "no launch after a kill"
+            lambda: cluster.launch > before and cluster.file("plan"), "no launch after a kill"
         )
-    attempt = cluster.attempt
+    launch = cluster.launch
     culprit = cluster.file("plan")["hosts"][process]
     began = inflict(cluster, kind, process)
     if kind == "slow":
         return _suffer_slowness(cluster, process, culprit, began)
-    found = cluster.wait(lambda: cluster.file("verdict", attempt), f"no verdict on {kind}")
+    found = cluster.wait(lambda: cluster.file("verdict", launch), f"no verdict on {kind}")
     if kind == FULL_DISK:
         (cluster.run_dir / "checkpoints" / FILLER).unlink()
     reached = max(line["step"] for line in cluster.run.metrics)
-    _, again = cluster.steps(after=attempt)
+    _, again = cluster.steps(after=launch)
     restored = [e.step for e in of_kind(cluster.run.events, Restored) if e.time > began]
     verdict = found["verdict"]
     named = verdict["host"]
@@ -408,7 +408,7 @@ def _harm(
         # From the number of the fault: a call that continues draws what one long call would draw.
         rng = random.Random(f"{options.seed} {len(outcomes)}")
         # 12 steps, with saves 10 apart: each launch reaches a new checkpoint.
-        cluster.steps(12, after=max(cluster.earlier, cluster.attempt - 1))
+        cluster.steps(12, after=max(cluster.earlier, cluster.launch - 1))
         time.sleep(rng.uniform(0, 2))
         kind = rng.choice(options.kinds)
         outcomes.append(suffer(cluster, kind, rng.randrange(options.hosts)))
@@ -465,7 +465,7 @@ def main() -> int:
     argv = argv_of(folder)
     with Cluster(folder / "run", argv, hosts=options.hosts, small_disk=small_disk) as cluster:
         outcomes = _harm(cluster, options, display, folder / "faults.json")
-        last, _ = cluster.steps(3, after=cluster.attempt - 1)
+        last, _ = cluster.steps(3, after=cluster.launch - 1)
         cluster.stop()
         disturbed = cluster.run.curve("loss")
     if len(outcomes) < options.faults:

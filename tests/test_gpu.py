@@ -312,9 +312,9 @@ def test_a_bare_image_lacks_nothing_that_training_needs():
 
 
 def test_the_bundles_script_explains_itself(tmp_path):
-    for words in ([], [str(tmp_path)]):
+    for argv in ([], [str(tmp_path)]):
         done = subprocess.run(
-            ["bash", str(REPOSITORY / "benchmarks" / "gpu_bundle.sh"), *words],
+            ["bash", str(REPOSITORY / "benchmarks" / "gpu_bundle.sh"), *argv],
             capture_output=True,
             text=True,
         )

@@ -28,7 +28,8 @@ from stage import SMALL, Stage
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hardware.accelerators import HARDWARE
-from baichuan_jax.plan.roofline import BOUNDS, read_rates
+from baichuan_jax.plan.rates import read_rates
+from baichuan_jax.plan.roofline import BOUNDS
 from baichuan_jax.runs.events import Event, Restored, Started
 from baichuan_jax.runs.folder import Run
 
@@ -55,7 +56,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "problem"),
     [
         ({}, None),
         ({"largest_error": 0.5}, "largest error 5.0e-01"),
@@ -69,17 +70,17 @@ RIGHT = {
         ({"error": "CUDA_ERROR_ILLEGAL_ADDRESS"}, "ILLEGAL_ADDRESS"),
     ],
 )
-def test_wrong_numbers_are_wrong(stage, change, words):
+def test_wrong_numbers_are_wrong(stage, change, problem):
     case = checks.Case("attention", "bfloat16", 4096, 128, "causal")
     result = {**RIGHT, **change}
     numerics.judge(stage, case, result)
     numerics.show(stage, {case: result})
     found = report(stage)
-    if words is None:
+    if problem is None:
         assert found["wrong"] == []
         assert found["tables"][0]["rows"][0][-1] == "right"
     else:
-        assert words in found["wrong"][0]
+        assert problem in found["wrong"][0]
         assert str(case) in found["wrong"][0]
         assert found["tables"][0]["rows"][0][-1] == "1 wrong"
 

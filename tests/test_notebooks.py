@@ -32,9 +32,8 @@ def test_notebooks_are_kept_without_outputs(path):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize(
-    "steps", [24, pytest.param(120, marks=pytest.mark.slow)]
-)  # 120: as it stands
+# 120 is the notebook's own number.
+@pytest.mark.parametrize("steps", [24, pytest.param(120, marks=pytest.mark.slow)])
 def test_quickstart_trains_plots_and_samples(tmp_path, monkeypatch, steps):
     notebook = nbformat.read(REPOSITORY / "notebooks" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:  # few steps, and nothing left behind in the repository
@@ -62,11 +61,11 @@ def test_look_inside_shows_attention_positions_and_shards(tmp_path, monkeypatch)
     assert (before > 4, after < 1.5) == (True, True)  # it has learned to look back
     assert float(re.search(r"start\s+4,096: .*: ([\d.e+-]+) of", text)[1]) < 2e-3
     assert float(re.search(r"20 losses from those of one device: ([\d.e+-]+)", text)[1]) < 1e-5
-    for words in (
+    for shown in (
         "layers.w_pack",
         "CPU 0,4",
         "all-gather           along fsdp",
         "all-reduce           along tensor",
     ):
-        assert words in str(outputs) or words in text
+        assert shown in str(outputs) or shown in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3

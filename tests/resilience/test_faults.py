@@ -61,9 +61,9 @@ def disturbed(argv, folder):
     outcomes = []
     with chaos.Cluster(folder / "run", argv) as cluster:
         for kind, process in (("kill in a save", 0), ("hang", 1), ("nan", 2)):
-            cluster.steps(12, after=cluster.attempt - 1)
+            cluster.steps(12, after=cluster.launch - 1)
             outcomes.append(chaos.suffer(cluster, kind, process))
-        last, _ = cluster.steps(3, after=cluster.attempt - 1)
+        last, _ = cluster.steps(3, after=cluster.launch - 1)
         codes = cluster.stop()
     return cluster, outcomes, codes, last
 
@@ -172,7 +172,7 @@ def test_every_kind_of_fault_once(argv, folder):
     root = os.geteuid() == 0
     with chaos.Cluster(folder / "every", argv, small_disk=root) as cluster:
         for number, kind in enumerate([*chaos.KINDS, "stop", *([chaos.FULL_DISK] if root else [])]):
-            cluster.steps(12, after=cluster.attempt - 1)
+            cluster.steps(12, after=cluster.launch - 1)
             # Or the supervisors give up: on a busy machine a save may outlast these steps.
             cluster.wait(lambda: has_saved(cluster), "no checkpoint in this launch")
             outcome = chaos.suffer(cluster, kind, (number + 1) % 3)
@@ -183,7 +183,7 @@ def test_every_kind_of_fault_once(argv, folder):
         assert of_kind(events, CheckpointCorrupt)
         assert of_kind(events, Corruption)
         assert {event.host for event in of_kind(events, PortTaken)} == {"a"}
-        last, _ = cluster.steps(3, after=cluster.attempt - 1)
+        last, _ = cluster.steps(3, after=cluster.launch - 1)
         cluster.stop()
     straight = chaos.undisturbed(folder / "every-straight", argv, last, 3)
     curve = cluster.run.curve("loss")
@@ -198,7 +198,7 @@ def test_data_that_give_no_number_are_left_out_as_if_from_the_start(argv, folder
     with chaos.Cluster(folder / "poisoned", argv) as cluster:
         last, _ = cluster.steps(30, after=2)
         cluster.stop()
-    assert [cluster.file("verdict", attempt)["verdict"]["cause"] for attempt in (1, 2)] == [
+    assert [cluster.file("verdict", launch)["verdict"]["cause"] for launch in (1, 2)] == [
         "numerics",
         "numerics",
     ]
@@ -228,13 +228,13 @@ def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the
     ) as cluster:
 
         def lose(*hosts: str) -> None:
-            attempt = cluster.attempt
+            launch = cluster.launch
             for host in hosts:
                 child = cluster.pid(cluster.file("plan")["hosts"].index(host))
                 cluster.supervisors[host].kill()
                 cluster.supervisors[host].wait()
                 os.kill(child, signal.SIGKILL)
-            cluster.steps(12, after=attempt)
+            cluster.steps(12, after=launch)
 
         cluster.steps(12)
         lose("b")
@@ -244,12 +244,12 @@ def test_a_spare_takes_the_place_of_a_host_that_is_gone_and_fewer_hosts_keep_the
         assert len(two) == 2
         lose(*two)  # of three: one had stood ready
         assert len(cluster.file("plan")["hosts"]) == 1
-        attempt = cluster.attempt
+        launch = cluster.launch
         for host in ("b", "d", *two):
             cluster.supervisors[host] = cluster.start(host)
-        cluster.steps(12, after=attempt)
+        cluster.steps(12, after=launch)
         cluster.wait(lambda: len(cluster.file("plan")["hosts"]) == 4, "it did not grow")
-        last, _ = cluster.steps(12, after=cluster.attempt - 1)
+        last, _ = cluster.steps(12, after=cluster.launch - 1)
         cluster.stop()
     straight = chaos.undisturbed(folder / "elastic-straight", [*argv, *batch], last, 4)
     curve = cluster.run.curve("loss")

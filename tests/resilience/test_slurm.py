@@ -205,15 +205,15 @@ def test_a_job_goes_on_after_a_hang_and_lost_nodes_its_first_one_too_and_is_requ
 ):
     job = Job(slurm, tmp_path / "run", chaos.argv_of(tmp_path), hosts=2, nodes=4)
 
-    def goes_on(began: float, attempt: int, what: str) -> list[str]:
+    def goes_on(began: float, launch: int, what: str) -> list[str]:
         """The hosts of the next launch, which steps within a minute, in the same allocation."""
-        _, again = job.steps(12, after=attempt)
+        _, again = job.steps(12, after=launch)
         print(
             f"{what}: running on {job.file('plan')['hosts']} after {again - began:.1f} s",
             flush=True,
         )
         assert again - began < 60
-        assert (job.state, job.show("Restarts"), job.attempt) == ("RUNNING", "0", attempt + 1)
+        assert (job.state, job.show("Restarts"), job.launch) == ("RUNNING", "0", launch + 1)
         return job.file("plan")["hosts"]
 
     job.steps(12)
@@ -223,37 +223,37 @@ def test_a_job_goes_on_after_a_hang_and_lost_nodes_its_first_one_too_and_is_requ
     )  # with the first node go the batch script and srun
 
     process = next(number for number, host in enumerate(hosts) if host != first)
-    began, attempt = job.inject("hang", process), job.attempt
-    after = goes_on(began, attempt, f"hang of {hosts[process]}")
-    verdict = job.file("verdict", attempt)["verdict"]
+    began, launch = job.inject("hang", process), job.launch
+    after = goes_on(began, launch, f"hang of {hosts[process]}")
+    verdict = job.file("verdict", launch)["verdict"]
     assert (verdict["host"], verdict["rule"]) == (hosts[process], "not in the collective")
     assert hosts[process] not in after
     assert first in after  # it was, or it is the first of the spares
 
     lost = next(host for host in after if host != first)
-    began, attempt = time.time(), job.attempt
+    began, launch = time.time(), job.launch
     slurm.kill(lost)
-    after = goes_on(began, attempt, f"loss of {lost}")
-    assert job.file("verdict", attempt)["verdict"]["host"] == lost
+    after = goes_on(began, launch, f"loss of {lost}")
+    assert job.file("verdict", launch)["verdict"]["host"] == lost
     assert first in after
     assert lost not in after
 
-    began, attempt = time.time(), job.attempt
+    began, launch = time.time(), job.launch
     slurm.kill(first)
-    after = goes_on(began, attempt, f"loss of {first}, the batch host")
-    assert job.file("verdict", attempt)["verdict"]["host"] == first
+    after = goes_on(began, launch, f"loss of {first}, the batch host")
+    assert job.file("verdict", launch)["verdict"]["host"] == first
     assert not {first, lost} & set(after)
     slurm.wait(lambda: slurm.state_of(first).startswith("down"), f"{first} is not down", 120)
 
     # The time limit's signal: saved, and back in the queue, by those that are left.
-    attempt = job.attempt
+    launch = job.launch
     command("scancel", "--signal=TERM", job.id)
     slurm.wait(lambda: job.show("Restarts") == "1", "the job was not requeued", 60)
-    assert job.file("verdict", attempt)["verdict"]["cause"] == "preempted"
+    assert job.file("verdict", launch)["verdict"]["cause"] == "preempted"
     slurm.wait(lambda: job.state == "PENDING", "the job does not wait", 60)
     for node in (lost, first):  # it waits for as many nodes as it began with
         slurm.start(node)
     command("scontrol", "update", f"job={job.id}", "StartTime=now")
-    job.steps(12, after=attempt)
+    job.steps(12, after=launch)
     command("scancel", job.id)
     assert len(losses(job.run_dir)) > 60  # whatever was repeated came out the same to the last bit
