@@ -59,12 +59,12 @@ class _Loop(NamedTuple):
 
     cache: Cache
     tokens_BS: jax.Array
+    # Of the next token.
     logits_BV: jax.Array
-    """Of the next token."""
+    # Which tokens stand in the prompt or the continuation; for the repetition penalty.
     seen_BV: jax.Array
-    """Which tokens stand in the prompt or the continuation; for the repetition penalty."""
+    # Which rows have reached EOS.
     done_B: jax.Array
-    """Which rows have reached EOS."""
     key: jax.Array
 
 

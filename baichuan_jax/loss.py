@@ -75,8 +75,8 @@ class _Axes(NamedTuple):
 
     tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
+    # Axes along which the kernel's rows D are split.
     shards: tuple[str, ...] = ()
-    """Axes along which the kernel's rows D are split."""
 
 
 def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):

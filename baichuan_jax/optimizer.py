@@ -75,7 +75,7 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         mean = optax.tree.bias_correction(state.mu, config.beta1, state.count)
         square = optax.tree.bias_correction(state.nu, config.beta2, state.count)
-        # torch adds eps after the square root; some papers add it inside.
+        # torch adds eps outside the square root.
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)

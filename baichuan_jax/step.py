@@ -39,12 +39,12 @@ class Request(enum.IntEnum):
     """What a process may ask of all processes; with each step they agree on the largest."""
 
     NONE = 0
+    # Write a checkpoint.
     SAVE = 1
-    """Write a checkpoint."""
+    # Write a checkpoint, then end the launch.
     STOP = 2
-    """Write a checkpoint, then end the launch."""
+    # End the launch; the next one starts from before a loss spike.
     ROLL_BACK = 3
-    """End the launch; the next one starts from before a loss spike."""
 
 
 class TrainState(NamedTuple):
@@ -52,12 +52,12 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
+    # Steps done, skipped updates included.
     step: Any
-    """Steps done, skipped updates included."""
+    # Updates skipped so far because a number was not finite.
     nonfinite: Any
-    """Updates skipped so far because a number was not finite."""
+    # How many of these were the last ones in a row.
     nonfinite_run: Any
-    """How many of these were the last ones in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +67,24 @@ class Steps:
     layout: Layout
     state_shapes: TrainState
     state_shardings: TrainState
+    # Of every array [A, B, T] of a batch.
     batch_sharding: NamedSharding
-    """Of every array [A, B, T] of a batch."""
+    # The arrays of a batch, without numbers.
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
-    """The arrays of a batch, without numbers."""
+    # A fresh state. Every device makes its own part; none ever holds the whole.
     init: Callable[[], TrainState]
-    """A fresh state. Every device makes its own part; none ever holds the whole."""
+    # A fresh state around given parameters, which are donated.
     start: Callable[[Params], TrainState]
-    """A fresh state around given parameters, which are donated."""
+    # One step; the state is donated. The last argument is `request(...)`. Metrics: loss, grad_norm,
+    # learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), request (the
+    # largest of all processes').
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    """One step; the state is donated. The last argument is `request(...)`.
-
-    Metrics: loss, grad_norm, learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a
-    row), request (the largest of all processes')."""
+    # Sum of the loss over a batch, and its count of valid labels.
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
-    """Sum of the loss over a batch, and its count of valid labels."""
+    # A digest [replicas] uint32 of what each replica holds and computes: its own copy of the
+    # parameters, and the loss and gradients of the same rows before anything is summed over
+    # replicas. Where hardware is right and deterministic, all are equal.
     check: Callable[[Params, Batch], jax.Array]
-    """A digest [replicas] uint32 of what each replica holds and computes: its own copy of the
-    parameters, and the loss and gradients of the same rows before anything is summed over replicas.
-    Where hardware is right and deterministic, all are equal."""
 
     def request(self, request: Request = Request.NONE) -> jax.Array:
         """This process's control request as an argument of `train`: [devices] int32."""

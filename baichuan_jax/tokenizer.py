@@ -57,6 +57,7 @@ class Tokenizer:
         # Read once: the hash is of the bytes that are loaded, whatever happens to the file.
         content = self.path.read_bytes()
         self.hash = hashlib.sha256(content).hexdigest()
+        # From bytes: a path that SentencePiece cannot open ends in an error without its name.
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(content)
@@ -108,6 +109,7 @@ def train_tokenizer(
     occurrences that have a piece. Raises ConfigError where the text is too small for the
     vocabulary, or holds no document of a language that the share asks for.
     """
+    # Memory is bound here; everything below works on the sample alone.
     lines, used = _sample_lines(documents, sample_bytes, chinese_share)
     characters = collections.Counter(character for line in lines for character in line)
     # The other half is for BPE's merges, without which there is no compression.
@@ -186,6 +188,7 @@ class _Sample:
                 self.every *= 2
                 self.lines = self.lines[::2]
                 self.size = sum(len(line.encode()) for line in self.lines)
+        # Counted also where the line is dropped: it decides which lines come next.
         self._seen += 1
 
     def spread(self, size: int) -> list[str]:
@@ -214,6 +217,7 @@ def _sample_lines(
             f"chinese_share={chinese_share} must lie between 0 and 1; "
             "leave it out to take the text as it is"
         )
+    # Each language has its own sample, or the larger would leave the other few lines.
     shares = {"zh": chinese_share, "en": 1 - chinese_share}
     samples = {name: _Sample(round(share * sample_bytes)) for name, share in shares.items()}
     for document in documents:
@@ -240,6 +244,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
     """Lines of at most MAX_LINE_CHARACTERS; longer ones are cut."""
     for document in documents:
         for line in document.split("\n"):
+            # An empty line yields nothing.
             for start in range(0, len(line), MAX_LINE_CHARACTERS):
                 yield line[start : start + MAX_LINE_CHARACTERS]
 
@@ -309,6 +314,7 @@ def _stats(options: argparse.Namespace) -> int:
     # No line is broken: a table that goes to a file stays readable by programs.
     console = Console(soft_wrap=True)
     console.print(_language_table(results))
+    # A column for each tokenizer, rows for rate and size.
     layout = Table(
         "Model",
         *(Column(path, justify="right", overflow="fold") for path in options.model),
@@ -369,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", metavar="FILE", help="save the numbers here too")
     models = "SentencePiece models to compare"
     measure.add_argument("--model", required=True, nargs="+", metavar="FILE", help=models)
+    # Both read text in the same way.
     for command in (train, measure):
         files = "JSONL (a document a line) or .txt, also .gz, .zst"
         command.add_argument("--input", required=True, nargs="+", metavar="GLOB", help=files)

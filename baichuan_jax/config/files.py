@@ -190,8 +190,7 @@ def _check_file(path: str, known: list[str]) -> None:
             f"that come with the program are given by name: --config {' | '.join(shipped())}"
         )
     try:
-        # Read here before jsonargparse reads it, whose own message names neither line nor
-        # neighbour.
+        # Read here before jsonargparse reads it, whose message names no nearest setting.
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None

@@ -82,6 +82,7 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, by formula."""
+        # The embedding and the head are two matrices: they are not tied.
         block = self.block_weights + 2 * self.hidden_size  # two norms
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
@@ -128,8 +129,10 @@ class TrainConfig:
     # Off: the original's loss has no such term.
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss (PaLM used 1e-4)."""
+    # One seed for both: jax's keys and the loader's order draw from different streams.
     seed: int = 42
     """Seed of the initial weights and of the order of the data."""
+    # Off: atomic additions in GPU kernels are faster, and their order varies.
     deterministic: bool = False
     """On GPUs: use only kernels that give the same bits every time (slower). A CPU always does."""
     schedule_profile: str | None = None
@@ -154,6 +157,7 @@ class OptimizerConfig:
     """Peak, reached after the warm-up."""
     final_learning_rate_ratio: float = 0.1
     """The cosine ends at this share of the peak."""
+    # A rate too high for fresh weights makes the first steps diverge.
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
     beta1: float = 0.9
@@ -199,6 +203,7 @@ class TokenizerConfig:
 class DataConfig:
     """Corpora, and how they become rows of tokens."""
 
+    # A weight is a share of rows, not of text: a small corpus of weight 1 is repeated more often.
     train: dict[str, float] = field(default_factory=dict)
     """Corpora and their sampling weights: globs of text or JSONL files (also .gz, .zst), or folders
     of packed rows."""
@@ -240,6 +245,7 @@ class MeshConfig:
     # The order is the order of sharding.AXES; make_mesh varies the last one fastest.
     data: int = -1
     """Replicas, across nodes: gradients are averaged over them."""
+    # Shards exchange parameters in every step, so they belong on the fastest links.
     fsdp: int = 1
     """Shards of parameters and optimiser state, inside a node; the batch is split along it too."""
     context: int = 1
@@ -299,6 +305,7 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    # Storage is slow and shared; a host's own disk is fast, and lost with the host.
     local_dir: str | None = None
     """Folder on each host's own disk, or /dev/shm, for copies of the newest state beside the
     checkpoints; $VARIABLES are replaced by the host's environment."""
@@ -341,6 +348,7 @@ class EvaluateConfig:
     # The same rows each time, so that the losses of a run can be compared.
     num_batches: int = 16
     """Batches of validation rows each time; fewer where the text ends."""
+    # A test costs a pass over all its prompts; few subjects or a limit keep an evaluation short.
     tasks: dict[str, str] = field(default_factory=dict)
     """Tests to score each time and the folders of their data: mmlu, ceval, agieval, gaokao (see
     docs/evaluation.md)."""
@@ -385,6 +393,7 @@ class MetricsConfig:
     """Write TensorBoard events into the run's folder."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; needs the wandb package."""
+    # None: from the table of accelerators, or measured on a CPU.
     peak_tflops: float | None = None
     """Dense bfloat16 TFLOP/s of one device, for an accelerator that hardware/accelerators.py
     lacks. MFU is a share of it."""
@@ -413,6 +422,7 @@ class ResilienceConfig:
     """A phase of a step (data, dispatch, wait) may last this long, or five times its longest so
     far; then the process exits with 76. A checkpoint and an evaluation may last ten times as
     long."""
+    # Long: a first start may pack a corpus or compile for half an hour.
     start_seconds: float = 1800.0
     """The same limit for everything before the first step, and for the first phase of each kind:
     packing, restoring, compiling."""
@@ -423,8 +433,10 @@ class ResilienceConfig:
     spike_deviations: float = 20.0
     """A loss, or three gradient norms in a row, this many deviations above the median of the last
     128 steps is a spike: the run goes back to a checkpoint. 0: never."""
+    # More windows than that are no accident of the data.
     max_skips: int = 5
     """Windows of data that a run leaves out by itself before it gives up."""
+    # Off: a check costs a forward and backward pass of a row for each shard.
     check_every: int = 0
     """Steps between checks that all replicas compute the same bits; 0: none. On GPUs it needs
     train.deterministic."""
@@ -463,6 +475,7 @@ class DistributedConfig:
 class Config:
     """A run: its folder, and a section for each part."""
 
+    # Named by the file and not by the time, so that the same command continues the same run.
     run_dir: str | None = None
     """Folder of the run: configuration, metrics, checkpoints. null: runs/ and the configuration
     file's name."""

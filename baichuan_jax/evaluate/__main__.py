@@ -47,7 +47,9 @@ LAYOUTS = {
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
+    # Before anything asks for devices: from here on jax knows all of them.
     initialize_processes(DistributedConfig())
+    # Wrong files and names are refused before the weights are loaded, which may take minutes.
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
     if options.command == "perplexity":
         return _perplexity(options, tokenizer)
@@ -86,10 +88,12 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         return scorer
 
     settings = _settings(options, mesh)
+    # result is empty in processes other than the first, which write nothing.
     result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
     if result:
         _show(display, result, Path(options.output), work)
         if options.json:
+            # Not in result.json, which must not depend on whether an evaluation was interrupted.
             content = dump_json(result | {"speed": vars(work)})
             write_atomically(Path(options.json), content)
     return 0
@@ -97,6 +101,7 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
 
 def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """What decides the results beside text and prompts."""
+    # All devices of a mesh are of one kind.
     device = mesh.devices.flat[0]
     # The kernel that a prompt of 1,024 tokens gets: it stands for all lengths.
     attention, _ = choose_attention(
@@ -110,6 +115,7 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     )
     return {
         "checkpoint": str(options.checkpoint),
+        # A folder of the same name may hold other weights tomorrow.
         "weights_sha256": weights_sha256(options.checkpoint),
         "dtype": options.dtype,
         "attention": attention,
@@ -123,6 +129,7 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
     """Write table and chart, and print them in short."""
     write_atomically(output / "table.md", tables.markdown(result).encode())
     if result["scored"]:
+        # Without answers there is nothing to draw.
         tables.chart(result, output / "chart.png")
         average = {"accuracy": result["average"], "stderr": result["stderr"]}
         average["questions"] = result["questions"]
@@ -149,6 +156,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     """Measure the curve and write its output folder."""
     contexts = parse_contexts(options.context)
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
+    # Every process reads the whole text; the mesh splits the batches.
     tokens = read_stream(documents, tokenizer, options.max_tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
@@ -156,6 +164,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     display.say(f"{len(tokens):,} tokens of text")
     settings = _settings(options, mesh)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
+    # Each context length reads the whole text once.
     total = len(contexts) * len(tokens)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not first) as bar:
         rows = perplexity_curve(
@@ -168,6 +177,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         )
     if not first:
         return 0
+    # Hashes of what was read: a path says nothing about its content.
     manifest = settings | {
         "tokenizer_sha256": tokenizer.hash,
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
@@ -202,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shown = argparse.ArgumentDefaultsHelpFormatter
+    # A subcommand for each test, since they differ in splits, protocols and layouts.
     for task in TASKS:
         command = commands.add_parser(task, help=LAYOUTS[task], formatter_class=shown)
         _add_common(command)
@@ -221,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     """Options of all subcommands."""
+    # The same names as in `generate`.
     add = command.add_argument
     add_model_options(command, MeshConfig())
     output = "where results go; finished subjects in it are kept"
@@ -238,6 +250,7 @@ def _add_test(command: argparse.ArgumentParser, task: str) -> None:
     add("--shots", type=int, default=5, help="examples in a prompt")
     add("--limit", type=int, metavar="N", help="only the first N questions of each subject")
     add("--seed", type=int, default=0, help="of drawn and shuffled examples")
+    # The two others have neither splits nor a second protocol.
     if task in ("mmlu", "ceval"):
         add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")
         protocols = ["original", "lm-eval"]

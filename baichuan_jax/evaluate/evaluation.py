@@ -79,6 +79,8 @@ class Evaluation:
             answers=plan.answers,
         )
         template(plan.task, self.subjects[0], plan.protocol)  # refuses what lm-eval lacks
+        # Compared with settings.json before an evaluation goes on, so everything that decides a
+        # prompt is in it.
         by_name = {subject.name: subject for subject in self.subjects}
         self.settings: dict[str, Any] = {
             "task": plan.task,
@@ -104,6 +106,7 @@ class Evaluation:
 
     def all_prompts(self) -> list[Prompt]:
         """The prompts of all subjects."""
+        # For a training run, which keeps them; the command makes them subject by subject.
         return [prompt for number in range(len(self.subjects)) for prompt in self.prompts(number)]
 
     def prompts(self, number: int) -> list[Prompt]:
@@ -176,10 +179,12 @@ def evaluate(
 
 def _prompt_facts(records: list[Record], shots: int) -> dict[str, Any]:
     """What the manifest says of the prompts and the program beside the settings."""
+    # One hash for all prompts: two evaluations asked the same where it is the same.
     hashes = "".join(record["prompt_sha256"] for record in records)
     return {
         "prompts_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         "prompts_with_fewer_shots": sum(record["shots"] < shots for record in records),
+        # Shows at once whether prompts exceed the training length.
         "longest_prompt_tokens": max(record["num_tokens"] for record in records),
         "version": baichuan_jax.__version__,
         "jax": jax.__version__,

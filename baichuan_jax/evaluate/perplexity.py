@@ -35,6 +35,7 @@ def read_stream(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int)
     """The first max_tokens tokens of the documents, joined with EOS: int32."""
     parts: list[int] = []
     for document in documents:
+        # As packing does: the model has seen this token between all documents.
         parts += [*tokenizer.encode(document), tokenizer.eos_id]
         if len(parts) >= max_tokens:
             break
@@ -66,8 +67,11 @@ def perplexity_curve(
                 f"a window of {context} tokens does not fit a text of {len(tokens)}: "
                 "give more text, or shorter contexts"
             )
+        # What is left at the end is shorter than a window, and is not used.
         windows = tokens[: len(tokens) // context * context].reshape(-1, context)
+        # At least one window a device, however long it is.
         B = max(1, (batch_tokens or default_batch_tokens()) // context) * shards
+        # Losses are sums and not means, so windows of a last, smaller batch count as much.
         total = tail = 0.0
         for inputs, labels in _batches(windows, B):
             sums = jax.device_get(loss_sums(params, _put(inputs, layout), _put(labels, layout)))
@@ -103,6 +107,7 @@ def _make_loss_sums(model: Transformer, layout: Layout | None) -> tuple[Callable
             T = labels_BT.shape[1]
             tail_BT = jnp.where(jnp.arange(T) < T - 1 - TAIL, IGNORE, labels_BT)
             head = merged.lm_head[...]
+            # The head runs twice over a window: little beside the blocks of a large model.
             whole = cross_entropy(hidden_BTD, head, labels_BT, chunk_size=CHUNK)
             return whole, cross_entropy(hidden_BTD, head, tail_BT, chunk_size=CHUNK)
 
@@ -120,6 +125,7 @@ def _put(array: np.ndarray, layout: Layout | None) -> Any:
 
 def _batches(windows: np.ndarray, B: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Inputs and labels [B, T] of B windows at a time; a last batch is filled with IGNORE."""
+    # All batches have one shape, so each context length compiles once.
     for start in range(0, len(windows), B):
         inputs = np.zeros((B, windows.shape[1]), np.int32)
         labels = np.full(inputs.shape, IGNORE, np.int32)
@@ -134,6 +140,7 @@ def parse_contexts(text: str) -> list[int]:
 
     Raises ConfigError.
     """
+    # The steps are those between the two lengths before the dots.
     parts = [part.strip() for part in text.split(",")]
     lengths: list[int] = []
     try:

@@ -41,8 +41,8 @@ class Template:
     cue: str
     delimiter: str
     after: str
+    # Strip white space around the question's text.
     strip: bool = False
-    """Strip white space around the question's text."""
 
     def prompt(self, examples: list[Question], question: Question) -> str:
         """The whole prompt."""
@@ -66,15 +66,15 @@ class Prompt:
     """A question as the model gets it."""
 
     subject: str
+    # The question's row in its file, from 0.
     index: int
-    """The question's row in its file, from 0."""
     id: str
     text: str
     tokens: list[int]
+    # Rows of the examples in it, in their order.
     shots: tuple[int, ...]
-    """Rows of the examples in it, in their order."""
+    # Tokens of the four answers that may follow.
     continuations: tuple[tuple[int, ...], ...]
-    """Tokens of the four answers that may follow."""
     answer: str | None
 
     @property
@@ -106,6 +106,7 @@ def template(task: str, subject: Subject, protocol: Protocol) -> Template:
     if subject.language == "en":
         # Two spaces: format_subject begins every word with one, and the sentence ends with one.
         return Template(f"{english}  {subject.title}.\n\n", "", "\nAnswer:", " ", "\n\n")
+    # The line break comes before a question, as in evaluate_zh.py, not after it.
     head = f"以下是中国关于{subject.title}考试的单项选择题，请选出其中的正确答案。\n"
     return Template(head, "\n", "\n答案：", "", "")
 
@@ -135,6 +136,7 @@ def make_prompts(
     prompts = []
     for (question, order), text, tokens in zip(asked, texts, encoded, strict=True):
         while limit is not None and len(tokens) > limit and order:
+            # From the end, as the original's script does.
             order.pop()
             text = wording.prompt(order, question)
             tokens = tokenizer.encode(text)
@@ -159,6 +161,7 @@ def _shots(
     subject: Subject, question: Question, shots: int, shot_order: ShotOrder, seed: int
 ) -> list[Question]:
     """The examples of one question's prompt, in their order."""
+    # Shuffled by the question's row, so that it does not depend on which questions are asked.
     order = list(range(len(subject.examples)))
     if shot_order == "shuffled":
         key = f"{seed}/{subject.name}/{question.row}"
@@ -189,4 +192,5 @@ def _continuations(
     Prompt and answer are encoded together, and what is longer than the prompt alone is the answer.
     """
     answers = [f"{text}{delimiter}{letter}" for letter in LETTERS]
+    # Encoded apart, the answer could become other tokens: a piece may span the border.
     return tuple(tuple(whole[len(tokens) :]) for whole in tokenizer.encode_batch(answers))

@@ -29,13 +29,13 @@ LETTERS = "ABCD"
 class Question:
     """One row of a file."""
 
+    # Its number in the file, from 0.
     row: int
-    """Its number in the file, from 0."""
     question: str
+    # Empty where the options stand inside the question.
     choices: tuple[str, ...]
-    """Empty where the options stand inside the question."""
+    # A letter; None where it is not public.
     answer: str | None
-    """A letter; None where it is not public."""
     id: str = ""
 
 
@@ -62,6 +62,7 @@ def read_mmlu(path: Path) -> File:
 
 def read_ceval(path: Path) -> File:
     """A CSV file whose header names its columns; `answer` may be missing or empty."""
+    # An empty file has an empty header, and is refused with it.
     (line, header), *rows = list(_csv_rows(path)) or [(1, [])]
     needed = ["id", "question", *LETTERS]
     if [column for column in needed if column not in header]:
@@ -78,6 +79,7 @@ def read_ceval(path: Path) -> File:
         cells = dict(zip(header, row, strict=True))
         letter = cells.get("answer", "").strip().upper()
         answer = _letter(letter, path, line) if letter else None
+        # By name: the files of dev/ have a column more, the explanation.
         choices = tuple(cells[letter] for letter in LETTERS)
         found.append(Question(number, cells["question"], choices, answer, cells["id"]))
     return File(len(rows), found)
@@ -104,6 +106,7 @@ def read_agieval(path: Path) -> File:
         four = isinstance(options, list) and len(options) == len(LETTERS)
         if not four or len(labels) != 1 or len(labels[0] or "") != 1:
             continue
+        # null in many rows.
         passage = row.get("passage") or ""
         question = f"{passage}\n{row['question']}" if passage else row["question"]
         answer = _letter(labels[0], path, line)
@@ -125,6 +128,7 @@ def read_gaokao(path: Path) -> File:
                 f"{path}, example {index}: a question must have the text question and the list "
                 "answer"
             )
+        # Questions with several right letters, or several parts, are not asked.
         answer = row["answer"]
         if len(answer) == 1 and len(str(answer[0])) == 1:
             letter = _letter(str(answer[0]), path, f"example {index}")
@@ -176,6 +180,7 @@ def _letter(text: str, path: Path, line: int | str) -> str:
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line where it begins, fields) of every row; a quoted field may span lines."""
     # Not pandas, which turns the options "None" and "1.0" into other things than their text.
+    # newline="": the reader must see line breaks inside quoted fields.
     reader = csv.reader(io.StringIO(_text(path), newline=""))
     line = 1
     try:
@@ -192,6 +197,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"there is no file {path}")
     content = path.read_bytes()
     try:
+        # -sig: a byte-order mark at the start would become part of the first name.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1

@@ -48,6 +48,7 @@ def score_prompts(
                 following = wanted.setdefault(answer[:length], [])
                 if token not in following:
                     following.append(token)
+        # Where this prompt's requests are in the list of all.
         number = {start: len(requests) + place for place, start in enumerate(wanted)}
         requests += [
             ScoreRequest([*prompt.tokens, *start], tuple(tokens), (prompt.subject, prompt.shots))
@@ -64,6 +65,7 @@ def score_prompts(
         )
     logits, norms = scorer.score(requests, on_done)
     if protocol == "lm-eval":
+        # log p = logit - log-normaliser, which the answers of the original have in common.
         logits = [row - norm for row, norm in zip(logits, norms, strict=True)]
     return [
         _record(
@@ -103,6 +105,7 @@ def summarise(
     Without answers, only counts.
     """
     by_subject: dict[str, list[bool]] = {subject.name: [] for subject in subjects}
+    # All have answers or none has: load_subjects checks it.
     unanswered = any(record["answer"] is None for record in records)
     for record in records:
         by_subject[record["subject"]].append(record["prediction"] == record["answer"])
@@ -162,8 +165,10 @@ class Results:
         if not writes:
             return
         if file.exists():
+            # Half of one checkpoint's answers and half of another's would look like one result.
             before = json.loads(file.read_text(encoding="utf-8"))
             self._refuse_others(before, settings)
+        # A killed writer may have left a temporary file in a new folder.
         elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
         else:
@@ -197,6 +202,7 @@ class Results:
 
     def load(self, subject: str) -> list[Record]:
         """The records of a finished subject."""
+        # split("\n") and not splitlines(): a text may contain other line separators.
         lines = self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
@@ -206,6 +212,7 @@ class Results:
             return
         write_atomically(self.folder / "records.jsonl", _lines(records))
         if result["task"] == "ceval" and result["manifest"]["split"] == "test":
+            # As C-Eval's site takes it: {subject: {id: letter}}.
             submission: dict[str, dict[str, str]] = {}
             for record in records:
                 name = record.get("id", str(record["index"]))

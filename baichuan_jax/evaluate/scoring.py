@@ -49,21 +49,21 @@ class ScoreRequest:
 
     tokens: list[int]
     wanted: tuple[int, ...]
+    # Requests of equal group are looked at for a common beginning.
     group: Any = None
-    """Requests of equal group are looked at for a common beginning."""
 
 
 @dataclasses.dataclass
 class Work:
     """What a scorer has done so far."""
 
+    # Of running, compilation left out.
     seconds: float = 0.0
-    """Of running, compilation left out."""
     compile_seconds: float = 0.0
+    # Of all requests.
     prompt_tokens: int = 0
-    """Of all requests."""
+    # Tokens that went through the model: less for shared beginnings, more for padding.
     run_tokens: int = 0
-    """Tokens that went through the model: less for shared beginnings, more for padding."""
 
 
 class Scorer:

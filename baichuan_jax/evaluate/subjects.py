@@ -80,6 +80,7 @@ CEVAL = {
         tax_accountant 税务师 physician 医师资格
     """,
 }
+# C-Eval Hard: the eight subjects that its authors score apart.
 CEVAL_HARD = (
     "advanced_mathematics",
     "discrete_mathematics",
@@ -93,6 +94,7 @@ CEVAL_HARD = (
 # The one name that lm-eval (and C-Eval's own list) writes differently from evaluate_zh.py.
 CEVAL_LM_EVAL = {"mao_zedong_thought": "毛泽东思想和中国特色社会主义理论体系概论"}
 
+# AGIEval's file names are its subjects.
 # language -> "subject name" pairs; "_": an English subject, which is called by its file's name
 AGIEVAL = {
     "en": "gaokao-english _ logiqa-en _ sat-en _ sat-en-without-passage _ sat-math _",
@@ -115,5 +117,6 @@ GAOKAO = """
 
 def pairs(text: str) -> dict[str, str]:
     """{subject: name} of a list of pairs above."""
+    # Any white space separates, so that the lists above may be wrapped.
     words = text.split()
     return dict(zip(words[::2], words[1::2], strict=True))

@@ -86,6 +86,7 @@ def columns(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     whole = {"Average": {"accuracy": result["average"], "stderr": result["stderr"]}}
     found = whole | result["categories"]
     return {
+        # MMLU and C-Eval write the same category differently.
         column: next(
             (found[name] for name in _CATEGORIES.get(column, (column,)) if name in found), None
         )
@@ -114,6 +115,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(_row([model, *values]))
     unit = "subject" if result["aggregation"] == "macro" else "question"
     lines += ["", f"Per cent, ± standard error. An average counts every {unit} alike."]
+    # AGIEval and Gaokao have no categories.
     for what in ("categories", "subjects"):
         if result[what]:
             lines += ["", _row([what, "questions", "accuracy"]), _row([":-", "-:", "-:"])]
@@ -124,6 +126,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def published_rows(task: str) -> list[tuple[str, list[str]]]:
     """(model, percentages as text) of the original's table, Baichuan-7B first."""
+    # Sorting is stable: the others keep the original's order.
     rows = sorted(PUBLISHED[task].items(), key=lambda item: item[0] != "Baichuan-7B")
     return [
         (f"{model} (published)", ["-" if value is None else f"{value}" for value in values])
@@ -142,6 +145,7 @@ def percent(cell: dict[str, Any] | None) -> str:
 def cautions(result: dict[str, Any]) -> list[str]:
     """Why these scores cannot be compared with the published ones."""
     task, manifest = result["task"], result["manifest"]
+    # Each is a sentence without its full stop: the console, the table and the page end it.
     asked, known = len(result["subjects"]), manifest["subjects_of_task"]
     found = []
     if asked < known:
@@ -166,9 +170,11 @@ def cautions(result: dict[str, Any]) -> list[str]:
 def chart(result: dict[str, Any], path: Path | str) -> None:
     """Bars as PNG: the original's columns beside Baichuan-7B's, then categories and subjects."""
     cells = columns(result)
+    # Wide enough for MMLU's 57 names side by side.
     parts = result["categories"] | result["subjects"]
     figure = Figure(figsize=(max(8.0, 0.22 * len(parts) + 2), 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 1.2])
+    # A bar of no height where nothing was published.
     published = [value or 0 for value in PUBLISHED[result["task"]]["Baichuan-7B"]]
     places = range(len(cells))
     ours = [_height(cell) for cell in cells.values()]

@@ -28,15 +28,15 @@ class Subject:
     """One subject of a test."""
 
     name: str
+    # What a prompt calls it.
     title: str
-    """What a prompt calls it."""
     language: str
     categories: tuple[str, ...]
+    # What few-shot examples are taken from.
     examples: list[Question]
-    """What few-shot examples are taken from."""
     questions: list[Question]
+    # Rows that cannot be asked.
     left_out: int
-    """Rows that cannot be asked."""
 
 
 def load_subjects(
@@ -56,6 +56,7 @@ def load_subjects(
     JSON file {subject: {id: letter}} for a split whose files hold none. Raises ConfigError for a
     folder of another test or with files missing, and for every row that cannot be right.
     """
+    # Settings are checked before any file is read.
     folder, split = Path(folder), split or SPLITS[task]
     allowed = ("val", "test", "dev") if task in ("mmlu", "ceval") else ("all",)
     if split not in allowed:
@@ -65,17 +66,20 @@ def load_subjects(
     known = known_subjects(task)
     wanted = list(known) if only is None else _choose(task, known, only)
     files = _find_files(task, folder, split, wanted)
+    # Only C-Eval's test split needs them: its authors keep the answers.
     given = read_answers(Path(answers)) if answers is not None else {}
     digest = hashlib.sha256()
     found = []
     for name in wanted:
         for path in files[name]:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
+            # Of names and contents: the same files give the same hash in any folder.
             digest.update(f"{path.relative_to(folder)} {content}\n".encode())
         examples, questions, left_out = _read(task, name, files[name], shots, seed)
         questions = [
             _answered(question, given.get(name, {}), name, answers) for question in questions
         ]
+        # Cut last: the examples that a seed draws must not depend on the limit.
         found.append(Subject(name, *known[name], examples, questions[:limit], left_out))
     _check_answers(task, split, found, files)
     return found, digest.hexdigest()
@@ -84,6 +88,7 @@ def load_subjects(
 def known_subjects(task: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """{subject: (title, language, categories)} of a whole task."""
     if task == "mmlu":
+        # The title as hendrycks/test format_subject makes it.
         return {
             subject: (subject.replace("_", " "), "en", (category, subcategory))
             for category, subcategories in names.MMLU.items()
@@ -92,6 +97,7 @@ def known_subjects(task: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
         }
     if task == "ceval":
         return {
+            # Hard is a category across the others.
             subject: (title, "zh", (category, *(("Hard",) if subject in names.CEVAL_HARD else ())))
             for category, group in names.CEVAL.items()
             for subject, title in names.pairs(group).items()
@@ -157,6 +163,7 @@ def _find_files(task: str, folder: Path, split: str, wanted: list[str]) -> dict[
         ending = "jsonl" if task == "agieval" else "json"
         paths = {name: [folder / f"{name}.{ending}"] for name in wanted}
         layout = f"{wanted[0]}.{ending}"
+    # All that is missing is named at once, not one file a try.
     missing = {path for group in paths.values() for path in group if not path.is_file()}
     if not missing:
         return paths
@@ -177,6 +184,7 @@ def _where_instead(folder: Path, missing: set[Path]) -> str:
     """What a folder holds that lacks all files: often they are one folder further down."""
     if not folder.is_dir():
         return "there is no such folder"
+    # An archive often unpacks into a folder of its own.
     ends = {path.relative_to(folder).parts for path in missing}
     depth = len(next(iter(ends)))
     alike = folder.rglob(f"*{next(iter(missing)).suffix}")

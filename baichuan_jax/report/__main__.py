@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     from baichuan_jax.report.page import make_page
     from baichuan_jax.report.recorded import read_runs
 
+    # Before the runs are read, which may take a while.
     require_writable(options.output.parent, "output")
     text = make_page(read_runs(options.runs), datetime.datetime.now())
     write_atomically(options.output, text.encode())

@@ -85,10 +85,12 @@ def thin(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[Any], list[Any], int]
     is lost; a mean or every n-th point would hide one.
     """
     size = math.ceil(2 * len(x) / MOST_POINTS) if len(x) > MOST_POINTS else 1
+    # Short curves are drawn as they are.
     if size == 1:
         return list(x), list(y), 1
     kept: list[int] = []
     for start in range(0, len(x), size):
+        # None breaks a line where a loss was not finite; an extreme of it does not exist.
         part = [index for index in range(start, min(start + size, len(x))) if y[index] is not None]
         if part:
             value = lambda index: y[index]
@@ -109,11 +111,13 @@ def curve(
     figure = _figure(title)
     several = len(records) > 1
     for record in records:
+        # Thinned for each curve by itself: extremes of one metric are not those of another.
         x, y, _ = thin(*record.curve(key))
         if any(value is not None for value in y):
             values = [None if value is None else scale * value for value in y]
             line = {"width": 1.3}
             _line(figure, record, x, values, record.label, line=line, unit=unit, showlegend=several)
+    # Labels at 1, 2 and 5 of each decade.
     if log:
         figure.update_yaxes(type="log", dtick="D2", minorloglabels="complete")
     return figure if figure.data else None
@@ -149,6 +153,7 @@ def _add_losses(figure: go.Figure, record: Recorded, start: str, several: bool) 
     # At most about 100 steps of smoothing: the curve of a long run lags behind by no more.
     share = min(0.015, 100 / max(1, len(finite)))
     smoothed = smooth([value for _, value in finite], share)
+    # A smooth curve has no extremes to lose: every n-th point will do.
     every = max(1, len(finite) // MOST_POINTS)
     tokens = [tokens for tokens, _ in finite]
     line = {"width": 2.2}
@@ -182,6 +187,7 @@ def goodput(record: Recorded, unit: str, seconds: float) -> go.Figure | None:
         line={"color": record.colour, "width": 2},
         hovertemplate=f"%{{x:.4g}} {unit}<br>goodput %{{y:.1%}}<extra></extra>",
     )
+    # Marks sit on the curve of goodput, so that its fall is seen beside its cause.
     for name, symbol, colour, points in marks(record):
         if points:
             figure.add_scatter(
@@ -199,6 +205,7 @@ def goodput(record: Recorded, unit: str, seconds: float) -> go.Figure | None:
                 },
             )
     _add_launches(figure, record, seconds)
+    # Two axes of one figure: zooming in time moves both.
     figure.update_layout(
         barmode="overlay",
         yaxis={"domain": [0.3, 1.0], "range": [0, min(1.05, 1.3 * max(y))], "tickformat": ".0%"},
@@ -210,6 +217,7 @@ def goodput(record: Recorded, unit: str, seconds: float) -> go.Figure | None:
 
 def _add_launches(figure: go.Figure, record: Recorded, seconds: float) -> None:
     """What each launch did when, as bars on the figure's second axis."""
+    # One trace a state, so that the legend has each once.
     for state, (name, colour) in STATES.items():
         spans = [span for span in record.timeline.spans if span.state == state]
         if spans:
@@ -246,6 +254,7 @@ def marks(record: Recorded) -> list[tuple[str, str, str, list[tuple[float, str]]
         who = "no host is blamed"
         if fault.host is not None:
             who = f"{fault.host}: process {', '.join(map(str, fault.processes))}"
+        # Times on the axis count from the run's beginning.
         at = fault.time - began
         detect = "" if fault.detect is None else f", noticed after {fault.detect:.1f} s"
         faults.append((at, f"fault in launch {fault.attempt}: {fault.cause}{detect}"))
@@ -277,7 +286,9 @@ def _describe(event: Event) -> str:
 
 def _wrap(text: str, width: int = 70, lines: int = 6) -> str:
     """Text for a hover label: escaped, broken into lines, cut with a mark where it is too long."""
+    # plotly reads a few HTML tags in its texts.
     escaped = text.replace("&", "&amp;").replace("<", "&lt;")
+    # Cut at any character: evidence is often one long path or number.
     parts = [escaped[start : start + width] for start in range(0, len(escaped), width)]
     return "<br>".join(parts[:lines]) + (" …" if len(parts) > lines else "")
 
@@ -288,7 +299,9 @@ def where_time_went(records: list[Recorded]) -> go.Figure | None:
     if not shown:
         return None
     figure = _figure("", "share of the run's time", height=80 + 44 * len(shown), barmode="stack")
+    # Shares and not seconds: runs of different length are compared.
     totals = [record.accounting.total for record in shown]
+    # In the accounting's order, the same for all runs.
     for category in CATEGORIES:
         seconds = [max(0.0, record.accounting.seconds[category]) for record in shown]
         if max(seconds) >= 0.05:  # less is an entry in the legend for nothing
@@ -311,6 +324,7 @@ def memory_plan(plan: dict[str, Any]) -> go.Figure:
     """A device's memory by what it holds, beside its capacity."""
     figure = _figure("", "GiB of one device", height=140, barmode="stack")
     parts = plan["memory_gib"]
+    # Any distinct colours: parts of memory have none of their own.
     for (part, size), colour in zip(parts.items(), CATEGORY_COLOURS.values(), strict=False):
         figure.add_bar(
             x=[size],
@@ -360,6 +374,7 @@ def scores_over_tokens(records: list[Recorded], task: str) -> go.Figure:
     for record in records:
         x, y = record.validation(task)
         if x:
+            # A single question has no standard error; then none is drawn.
             errors = [100 * value for value in record.validation(f"{task}_stderr")[1]]
             style: dict[str, Any] = {"mode": "lines+markers", "showlegend": len(records) > 1}
             if len(errors) == len(y):
@@ -393,6 +408,7 @@ def perplexity(records: list[Recorded], name: str) -> go.Figure:
 
 def _figure(y_title: str, x_title: str = "tokens", height: int = 340, **layout: Any) -> go.Figure:
     figure = go.Figure()
+    # No template: plotly's default one sets a ground of its own.
     figure.update_layout(
         template="none",
         height=height,
@@ -410,6 +426,7 @@ def _line(
     figure: go.Figure, record: Recorded, x: Sequence[Any], y: Sequence[Any], name: str, **style: Any
 ) -> None:
     """A curve over tokens in the run's colour."""
+    # What remains of style goes to plotly as it is.
     unit = style.pop("unit", "")
     figure.add_scatter(
         x=x,

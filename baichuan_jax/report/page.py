@@ -54,7 +54,9 @@ class Page:
         heading = f"<h3>{html.escape(title)}</h3>" if title else ""
         if figure is None:
             return f'<div>{heading}<p class="none">{html.escape(missing)}</p></div>'
+        # plotly's own encoder first: it knows numpy's and infinite numbers.
         self.figures[f"figure-{name}"] = json.loads(str(figure.to_json()))
+        # The page's button switches these axes to a logarithm.
         over = "tokens" if figure.layout.xaxis.title.text == "tokens" else ""
         # The height is reserved before the script draws, so that the page does not jump.
         place = (
@@ -73,6 +75,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool =
     """A table of texts, which are escaped; all columns but the first hold numbers, or text."""
 
     def cell(tag: str, place: int, text: str) -> str:
+        # Long text gets a minimum width, or a table squeezes it to a word a line.
         kind = "number" if numbers and place else "long" if len(text) > 40 else ""
         return f'<{tag} class="{kind}">{html.escape(text)}</{tag}>'
 
@@ -86,6 +89,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool =
 def make_page(records: list[Recorded], now: datetime.datetime) -> str:
     """The whole HTML file."""
     page = Page()
+    # Sections first: they fill the page's links and figures.
     for section in SECTIONS:
         section(page, records)
     names = ", ".join(record.name for record in records)
@@ -102,11 +106,13 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
         "plotly": get_plotlyjs(),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # One pass: text of a run that looks like a place (@body@) is not replaced again.
     return re.sub(r"@(\w+)@", lambda found: fields[found[1]], template)
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
     """The unit in which such a time is given, and its seconds."""
+    # From two of a unit on: 90 minutes are not 1.5 hours.
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return unit, size
@@ -115,6 +121,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def _summary(page: Page, records: list[Recorded]) -> None:
     page.section("summary", "Summary")
+    # A row for each fact that any run has; "-" where one lacks it.
     facts: dict[str, list[str]] = {}
     for number, record in enumerate(records):
         for name, value in (_results(record) | _setup(record)).items():
@@ -126,11 +133,15 @@ def _summary(page: Page, records: list[Recorded]) -> None:
 def _results(record: Recorded) -> dict[str, str]:
     """How far a run came, how well and how fast."""
     last, accounting = record.steps[-1], record.accounting
+    # What the newest launch was asked for.
     wanted = record.settings.get("train.num_steps")
+    # One step's loss is noise; 20 are what the run's own summary takes.
     losses = [line["loss"] for line in record.steps[-20:] if line["loss"] is not None]
     _, validation = record.validation("eval_loss")
+    # Medians: the first step after a start is slow and says nothing.
     rates = sorted(line["tokens_per_second"] for line in record.steps)
     mfus = sorted(line["mfu"] for line in record.steps if line.get("mfu") is not None)
+    # The folder cannot tell a killed run from a running one.
     status = {"running": "not ended: running, or killed"}.get(record.run.status, record.run.status)
     goodput = faults = "not recorded"
     if accounting.launches:
@@ -185,6 +196,7 @@ def _loss(page: Page, records: list[Recorded]) -> None:
         "published curve too, whose vocabulary has 64,000 pieces. Drag to zoom, double-click to go "
         "back; names in the legend switch curves on and off."
     )
+    # What is missing is said, so that nobody looks for it.
     without = [record.name for record in records if not record.validation("eval_loss")[0]]
     if without:
         page.say(f"{', '.join(without)}: no validation loss was recorded.", "none")
@@ -215,6 +227,7 @@ def _goodput(page: Page, records: list[Recorded]) -> None:
     where = figures.where_time_went(records)
     page.add(page.figure("causes", where, "Where the time went", missing))
     for number, record in enumerate(records):
+        # One unit for a run, so that its axis and its numbers agree.
         unit, seconds = time_unit(record.accounting.total)
         missing = f"{record.name}: no timeline, since its attempts/ folder is not there."
         figure = figures.goodput(record, unit, seconds)
@@ -249,6 +262,7 @@ def _faults(record: Recorded) -> str:
 
 def _optimisation(page: Page, records: list[Recorded]) -> None:
     page.section("optimisation", "Optimisation")
+    # Norms of a run span decades.
     norms = figures.curve(records, "grad_norm", "global norm", log=True)
     rates = figures.curve(records, "learning_rate", "learning rate")
     page.add(
@@ -271,6 +285,7 @@ def _memory(page: Page, records: list[Recorded]) -> None:
             title = f"{record.name}: plan for {name}"
             page.add(page.figure(f"plan-{number}-{index}", figure, title))
             fits = "fits" if plan["fits"] else "does not fit"
+            # A plan is compiled for devices that may not be here; it says so.
             page.say(
                 f"Compiled for {plan['num_devices']} devices, not run there: peak "
                 f"{plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} GiB, {fits}; predicted "
@@ -294,6 +309,7 @@ def _tests(page: Page, records: list[Recorded]) -> None:
         places.append(page.figure(f"during-{task}", figure, f"{task} during training"))
     if places:
         page.add(*places)
+    # dict.fromkeys keeps the first order and drops repetitions.
     names = list(dict.fromkeys(name for record in records for name in record.tests))
     for number, name in enumerate(names):
         _test(page, records, number, name)
@@ -315,6 +331,7 @@ def _test(page: Page, records: list[Recorded], number: int, name: str) -> None:
         title = f"{name}: perplexity by context length"
         page.add(page.figure(f"perplexity-{number}", figure, title))
         return
+    # C-Eval's test split has no public answers.
     scored = {run: result for run, result in results.items() if result["scored"]}
     if not scored:
         page.say(f"{name}: no public answers; hand in submission.json.", "none")
@@ -333,6 +350,7 @@ def _score_table(results: dict[str, dict[str, Any]]) -> str:
         [run, *(percent(cell) for cell in columns(result).values())]
         for run, result in results.items()
     ]
+    # The original's rows below, as its README has them.
     rows += [[model, *values] for model, values in published_rows(task)]
     subjects = list(
         dict.fromkeys(name for result in results.values() for name in result["subjects"])
@@ -351,6 +369,7 @@ def _score_table(results: dict[str, dict[str, Any]]) -> str:
 def _samples(page: Page, records: list[Recorded]) -> None:
     page.section("samples", "Samples")
     for record in records:
+        # Samples are written once, when the last step is done.
         completed = latest(record.events, Completed)
         samples = {} if completed is None else completed.samples
         if not samples:
@@ -360,6 +379,7 @@ def _samples(page: Page, records: list[Recorded]) -> None:
                 f"{_quoted(record.run.path)} --prompt '春'",
                 "none",
             )
+        # A page of one run needs no colours for its samples.
         dot = _dot(record) if len(records) > 1 else ""
         for prompt, text in samples.items():
             content = f"<b>{html.escape(prompt)}</b>{html.escape(text)}"
@@ -373,12 +393,14 @@ def _settings(page: Page, records: list[Recorded]) -> None:
             page.say(f"{record.name}: its config.yaml is not there.", "none")
     known = [record for record in records if record.settings]
     names = list(dict.fromkeys(name for record in known for name in record.settings))
+    # As JSON, so that lists and dicts compare and print like numbers.
     values = {
         name: [json.dumps(record.settings.get(name), ensure_ascii=False) for record in known]
         for name in names
     }
     head = ["", *(record.name for record in known)]
     if len(known) > 1:
+        # A setting that an older run lacks counts as null.
         differing = [name for name in names if len(set(values[name])) > 1 and name not in PLACES]
         if differing:
             page.say(f"{len(differing)} settings differ between these runs.")
@@ -395,6 +417,7 @@ def _settings(page: Page, records: list[Recorded]) -> None:
         inner = table([*head, "default"], rows, numbers=False)
         page.parts.append(f"<h3>{title}</h3>{inner}")
     for record in known:
+        # The file itself, with all settings, as the run can be started again from it.
         text = html.escape((record.run.path / "config.yaml").read_text(encoding="utf-8"))
         summary = f"<summary>{record.label}: all settings</summary>"
         page.parts.append(f"<details>{summary}<pre>{text}</pre></details>")

@@ -48,21 +48,21 @@ class Recorded:
     name: str
     colour: str
     run: Run
+    # By dotted name; empty where the run has no config.yaml.
     settings: dict[str, Any]
-    """By dotted name; empty where the run has no config.yaml."""
+    # Lines of metrics.jsonl, the newest of each step, in order.
     steps: list[dict[str, Any]]
-    """Lines of metrics.jsonl, the newest of each step, in order."""
+    # Lines of evaluations.
     validations: list[dict[str, Any]]
-    """Lines of evaluations."""
     events: list[Event]
+    # Step -> tokens trained on when it was done.
     tokens: dict[int, int]
-    """Step -> tokens trained on when it was done."""
     accounting: Accounting
     timeline: Timeline
+    # Results of `evaluate` in RUN/evaluations, by folder.
     tests: dict[str, dict[str, Any]]
-    """Results of `evaluate` in RUN/evaluations, by folder."""
+    # Results of `plan` in RUN/plans, by topology.
     plans: dict[str, dict[str, Any]]
-    """Results of `plan` in RUN/plans, by topology."""
 
     @property
     def label(self) -> str:
@@ -88,6 +88,7 @@ class Recorded:
         """
         seconds, shares, good = [], [], 0.0
         for line in sorted(self.steps, key=lambda line: line["time"]):
+            # Lines of steps done again later are not in self.steps: their time counts as lost.
             good += line["step_seconds"]
             elapsed = line["time"] - self.timeline.began
             if elapsed > 0:
@@ -108,6 +109,7 @@ def read_runs(paths: list[Path]) -> list[Recorded]:
             f"{len(paths)} runs were given and a page shows at most {MAX_RUNS}, one for each "
             "colour; choose fewer"
         )
+    # Resolved: `runs/a` and `runs/../runs/a` are one run, and `.` has a name.
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise ConfigError(f"a run is given twice: {', '.join(map(str, paths))}")
@@ -129,6 +131,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     run = Run(path)
     lines, events = run.metrics, run.events
     every_step = [line for line in lines if "step_seconds" in line]
+    # After a restart repeated steps stand again in metrics.jsonl; later lines replace earlier ones.
     newest = {line["step"]: line for line in every_step}
     if not newest:
         raise ConfigError(
@@ -138,6 +141,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     steps = [newest[step] for step in sorted(newest)]
     tokens, total = {}, 0
     for line in steps:
+        # Counted anew from the lines: the tokens of a step may differ (ignored labels).
         total += line["tokens"]
         tokens[line["step"]] = total
     return Recorded(
@@ -160,6 +164,7 @@ def _refuse_no_run(path: Path) -> None:
     if not path.is_dir():
         raise ConfigError(f"there is no folder {str(path)!r} (working directory: {Path.cwd()})")
     if not (path / "metrics.jsonl").exists():
+        # `runs/` in place of `runs/tiny` is the usual slip.
         inside = sorted(file.parent.name for file in path.glob("*/metrics.jsonl"))
         hint = f"; runs in it: {', '.join(inside)}" if inside else ""
         raise ConfigError(f"{path} is no run's folder: it has no metrics.jsonl{hint}")
@@ -172,6 +177,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for key, value in tree.items():
+        # data.train and others are dicts too, and are settings.
         if key in sections and isinstance(value, dict):
             found |= {f"{key}.{name}": setting for name, setting in value.items()}
         else:
@@ -210,6 +216,7 @@ def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
 def _timeline(launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]]) -> Timeline:
     """What every launch did when, from the times of launches and the lines of all steps."""
     first = lines[0]["time"] - lines[0]["step_seconds"]
+    # A run without attempts/ (an old one) begins with its first step.
     began = min([begin for begin, _ in launches.values()], default=first)
     newest = {line["step"]: index for index, line in enumerate(lines)}
     spans: list[Span] = []
@@ -229,6 +236,7 @@ def _timeline(launches: dict[int, tuple[float, float]], lines: list[dict[str, An
         for index, line in mine:
             # A step with a newer line was done again: its time was lost.
             state = "steps" if newest[line["step"]] == index else "lost"
+            # Before its first step a launch was starting.
             if here == begin:
                 here = max(begin, line["time"] - line["step_seconds"])
                 add(number, "starting", begin, here)
@@ -237,6 +245,7 @@ def _timeline(launches: dict[int, tuple[float, float]], lines: list[dict[str, An
             else:
                 add(number, state, here, line["time"])
             here = line["time"]
+        # A launch without a step never got past its start.
         if end > here:
             add(number, "ending" if mine else "starting", here, end)
         before = max(end, here)

@@ -37,6 +37,7 @@ class Display:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
+            # Numbers align at the right.
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
             table.add_row(*row)
@@ -60,6 +61,8 @@ class Progress:
         if _in_notebook():
             from IPython.display import display as show  # pyright: ignore[reportMissingImports]
 
+            # A handle to one output, which `update` replaces: a notebook's file keeps the last
+            # state only.
             self._handle = show(_Html(""), display_id=True)
         elif sys.stderr.isatty():
             self._bar = tqdm(
@@ -74,6 +77,7 @@ class Progress:
             validation = "" if eval_loss is None else f" val {eval_loss:.3f}"
             text = f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s"
             self._bar.set_postfix_str(text, refresh=False)
+            # tqdm counts increments.
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
@@ -82,6 +86,7 @@ class Progress:
         if not self._display.active or (now - self._last < every and step != self._total):
             return
         self._last = now
+        # At the mean speed of this launch, evaluations and saves included.
         left = int((now - self._began) / max(step - self._start, 1) * (self._total - step))
         values = {
             "step": f"{step}/{self._total}",
