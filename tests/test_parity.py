@@ -1,4 +1,4 @@
-"""The original's numbers: what modeling_baichuan.py computed in float32 on a CPU, kept in tests/golden."""
+"""The original's numbers: what modeling_baichuan.py computed on a CPU, kept in tests/golden."""
 
 import dataclasses
 import json
@@ -128,7 +128,7 @@ def test_beyond_the_training_length(model, golden):
 
 
 def test_bfloat16(golden):
-    """Two bfloat16 computations differ by their roundings: no more than the original's own differs from float32."""
+    """Two bfloat16 computations differ by their roundings: no more than bfloat16 from float32."""
     got = np.asarray(load_pretrained(TINY / "bf16", dtype="bfloat16")(golden["A_ids"]))
     exact, theirs = golden["A_logits"], golden["H_logits_bf16"].astype(np.float32)
     own = np.sqrt(np.mean((theirs - exact) ** 2))
@@ -162,7 +162,7 @@ def safetensors(path):
     ],
 )
 def test_ten_training_steps(name, accumulation, optimizer):
-    """Losses, gradient norms, learning rates, first gradients and final weights of the original in train mode."""
+    """The original in train mode: losses, norms, learning rates, first gradients, last weights."""
     wanted = json.loads((GOLDEN / "train" / "train.json").read_text())[name]["orig"]
     data = np.load(GOLDEN / "train" / "data.npz")["data_no0"][:, :accumulation].astype(np.int32)
     model = dataclasses.replace(read_config(TINY), dtype="float32", remat="none")

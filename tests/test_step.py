@@ -1,4 +1,4 @@
-"""The training step on every kind of mesh, what it compiles to, and what it does when numbers go wrong."""
+"""The training step on every kind of mesh, what it compiles to, and what skips an update."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def with_settings(config, **sections):
 
 @functools.cache
 def initial_state(model):
-    """Fresh parameters and optimiser state on the host; put onto a mesh, they need no compilation there."""
+    """A fresh state on the host; put onto a mesh, it needs no compilation there."""
     _, steps = build(
         Config(model=model, tokenizer=TokenizerConfig(vocab_size=model.vocab_size)), (1, 1, 1, 1)
     )
@@ -47,15 +47,15 @@ def initial_state(model):
 
 
 def run(config, shape, tokens, num_steps=2):
-    """Losses, gradient norms and final parameters of a few steps. A large eps keeps AdamW from magnifying roundings."""
+    """(losses, norms), last parameters; a large eps keeps AdamW from magnifying roundings."""
     initial = initial_state(config.model)
     config, steps = build(with_settings(config, optimizer={"eps": 1e-2}), shape)
     state = jax.device_put(initial, steps.state_shardings)
-    figures = []
+    curve = []
     for rows in tokens[:num_steps]:
         state, metrics = steps.train(state, batch_of(config, steps, rows), steps.request())
-        figures.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return np.array(figures), jax.device_get(state.params)
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(curve), jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def single():
 
 @pytest.fixture(scope="module")
 def mesh_steps():
-    """tiny_config compiled on a mesh of three axes, for the tests that only call it: (config, steps, step function)."""
+    """(config, steps) of tiny_config on a mesh of three axes, for tests that only call them."""
     found = []
 
     def get(config):
@@ -85,8 +85,8 @@ def mesh_steps():
 
 
 def assert_same(got, wanted):
-    (figures, params), (wanted_figures, wanted_params) = got, wanted
-    np.testing.assert_allclose(figures, wanted_figures, rtol=2e-6)  # float32 sums in another order
+    (curve, params), (wanted_curve, wanted_params) = got, wanted
+    np.testing.assert_allclose(curve, wanted_curve, rtol=2e-6)  # float32 sums in another order
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted_params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -146,7 +146,7 @@ def entry_of(text: str) -> str:
 
 
 def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
-    """With micro-batches on a mesh of replicas alone, no loop body holds an all-reduce: only the entry computation does."""
+    """With micro-batches on replicas, the entry computation has the all-reduce, no loop body."""
     config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
@@ -155,7 +155,10 @@ def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
 
 
 def test_the_partitioner_moves_nothing_it_need_not(tiny_config, tokens, compiled_anew, capfd):
-    """Blocks exchange nothing, since a tensor axis cuts heads; the embedding does, both ways; XLA gathers nothing it cannot place."""
+    """Blocks exchange nothing, since a tensor axis splits heads; the embedding does, both ways.
+
+    And XLA gathers nothing that it cannot place.
+    """
     config, steps = build(tiny_config, (2, 2, 1, 2))
     batch = batch_of(config, steps, tokens[0])
     text = steps.train.lower(abstract_state(steps), batch, steps.request()).compile().as_text()
@@ -249,7 +252,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_allocated(tin
 
 
 def test_a_flipped_bit_in_one_copy_is_seen_and_its_process_named(tiny_config, tokens):
-    """Four replicas of two shards each; a copy differs in one bit of one number, used by the checked rows or not."""
+    """Four replicas of two shards; a copy differs in a bit of a number that the rows use or not."""
     config, steps = build(tiny_config, (4, 2, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     params = steps.init().params
