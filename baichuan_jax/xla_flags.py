@@ -1,7 +1,8 @@
-"""What XLA, NCCL and JAX are told for a cluster, model and mesh: every flag and variable with its reason, in one place.
+"""Flags of XLA and libtpu, and variables of NCCL and JAX, for a configuration on a cluster.
 
-`train` applies them before jax starts its backends, `plan` compiles with them, `launch/env.sh`
-prints them (`python -m baichuan_jax.xla_flags --config FILE --topology a800:128x8`).
+Every flag and variable has its reason beside it. `train` applies them before jax starts its
+backends, `plan` compiles with them, and `python -m baichuan_jax.xla_flags --config FILE --topology
+a800:128x8` prints them as shell lines.
 """
 
 import importlib.metadata
@@ -18,38 +19,37 @@ from baichuan_jax.config.schema import Config, require
 from baichuan_jax.hardware.accelerators import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
-GPU_MEMORY_FRACTION = (
-    0.92  # of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers
-)
+# Of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers.
+GPU_MEMORY_FRACTION = 0.92
 PROFILE_FLAG = "--xla_gpu_pgle_profile_file_or_directory_path"
-FUSES_GATHERS = (
-    0,
-    0,
-    41,
-)  # the newest libtpu tried that runs a gather's steps inside the products beside it on v5p
+# The newest libtpu tried that runs a gather's steps inside the products beside it on v5p.
+FUSES_GATHERS = (0, 0, 41)
 RING_HOP_US = 5.0  # between two nodes over InfiniBand
 
 
 class Settings(NamedTuple):
-    """Words for XLA_FLAGS and LIBTPU_INIT_ARGS, and variables of the environment; each with its reason."""
+    """What is set for a cluster, each with its reason."""
 
     xla: dict[str, str]
+    """Flags of XLA_FLAGS."""
     libtpu: dict[str, str]
+    """Flags of LIBTPU_INIT_ARGS."""
     environment: dict[str, tuple[str, str]]
+    """Variables: (value, reason)."""
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Every word as it stands on a command line, and why."""
+        """Every flag and NAME=value, and why."""
         variables = {f"{name}={value}": why for name, (value, why) in self.environment.items()}
         return {**self.xla, **self.libtpu, **variables}
 
 
 def choose_flags(config: Config, topology: Topology | None) -> Settings:
-    """The settings for this configuration on a cluster; None: no known accelerator, so a CPU's."""
+    """The settings for this configuration on a cluster; topology None: a CPU."""
     platform = "cpu" if topology is None else topology.hardware.platform
     xla: dict[str, str] = {}
     if config.train.deterministic:
-        # Known to every jaxlib; nothing but a GPU heeds it.
+        # Every jaxlib knows this flag; only a GPU obeys it.
         xla["--xla_gpu_deterministic_ops=true"] = (
             "train.deterministic: no atomics, the same bits in every run"
         )
@@ -61,41 +61,38 @@ def choose_flags(config: Config, topology: Topology | None) -> Settings:
 
 
 def _gpu(config: Config, topology: Topology) -> dict[str, str]:
-    mesh = config.mesh.resolve(topology.num_devices)
-    model = config.model
-    # Gathered in the compute type.
-    weights = model.block_weights // mesh.tensor * (2 if model.dtype == "bfloat16" else 4)
-    shard = weights // mesh.fsdp  # of a layer's gradients, reduced in the compute type
-    nodes = max(topology.num_devices // topology.devices_per_node, 1)
-    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five
-    # times as long as that.
-    least = int(
-        5 * 2 * (nodes - 1) * RING_HOP_US * 1e-6 * topology.hardware.inter_node_gbps / 8 * 1e9 / 2
-    )
-    # A block waits for the sums of the third block after it (model.py), so a message never holds
-    # more than a layer.
+    """XLA's flags on a GPU: overlap of collectives, sizes of messages, choices of kernels."""
     flags = {
-        "--xla_gpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
-        "--xla_gpu_enable_pipelined_all_gather=true": "a layer's weights are gathered while the layer before it computes",
-        "--xla_gpu_enable_pipelined_reduce_scatter=true": "a layer's gradients are scattered while the next one's are computed",
+        "--xla_gpu_enable_latency_hiding_scheduler=true": (
+            "collectives start early and are awaited late, with compute between"
+        ),
+        "--xla_gpu_enable_pipelined_all_gather=true": (
+            "a layer's weights are gathered while the layer before it computes"
+        ),
+        "--xla_gpu_enable_pipelined_reduce_scatter=true": (
+            "a layer's gradients are scattered while the next one's are computed"
+        ),
         "--xla_gpu_enable_pipelined_all_reduce=true": "the same for sums across nodes",
         "--xla_gpu_experimental_parallel_collective_overlap_limit=2": (
-            "a sum across nodes leaves NVLink free: a gather or scatter inside the node goes on beside it"
+            "a sum across nodes leaves NVLink free: "
+            "a gather or scatter inside the node runs beside it"
         ),
-        "--xla_gpu_enable_while_loop_double_buffering=true": "two layers a turn of the loop, so that pipelining needs no copies",
-        f"--xla_gpu_all_gather_combine_threshold_bytes={weights}": f"one message a layer: its weights are {_mib(weights)}",
-        f"--xla_gpu_reduce_scatter_combine_threshold_bytes={shard}": (
-            f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); the head's go apart, while blocks compute"
+        "--xla_gpu_enable_while_loop_double_buffering=true": (
+            "two layers a turn of the loop, so that pipelining needs no copies"
         ),
-        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard}": (
-            f"one message a layer and device: {_mib(shard)}; a ring of {nodes} nodes wants {_mib(least)} to hide its latency"
+        **_message_sizes(config, topology),
+        "--xla_gpu_enable_triton_gemm=false": (
+            "cuBLAS is faster at these sizes and starts without tuning"
         ),
-        "--xla_gpu_enable_all_gather_combine_by_dim=false": "all of a layer's weights in one message, whichever axis is cut",
-        "--xla_gpu_enable_reduce_scatter_combine_by_dim=false": "all of a layer's gradients in one message",
-        "--xla_gpu_enable_triton_gemm=false": "cuBLAS is faster at these sizes and starts without tuning",
-        "--xla_gpu_enable_command_buffer=": "CUDA graphs do not hold asynchronous collectives inside loops",
-        "--xla_disable_hlo_passes=rematerialization": "model.remat says what is recomputed; XLA must not add to it",
-        "--xla_gpu_nccl_termination_timeout_seconds=120": "a collective that a dead peer left open ends, instead of after 600 s",
+        "--xla_gpu_enable_command_buffer=": (
+            "CUDA graphs do not hold asynchronous collectives inside loops"
+        ),
+        "--xla_disable_hlo_passes=rematerialization": (
+            "model.remat says what is recomputed; XLA must not add to it"
+        ),
+        "--xla_gpu_nccl_termination_timeout_seconds=120": (
+            "a collective whose peer died ends after this time, instead of after 600 s"
+        ),
     }
     if profile := config.train.schedule_profile:
         require(
@@ -111,26 +108,72 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     return flags
 
 
+def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:
+    """Thresholds up to which XLA joins collectives into one message: one message a layer.
+
+    Smaller messages would pay the latency of a ring many times. Larger ones would wait for several
+    layers: a block waits for the sums of the third block after it (model.py), so a message never
+    holds more than a layer.
+    """
+    mesh = config.mesh.resolve(topology.num_devices)
+    # Weights are gathered, and gradients reduced, in the type in which the model computes.
+    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    weights = config.model.block_weights // mesh.tensor * itemsize
+    shard = weights // mesh.fsdp
+    # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five
+    # times as long as that.
+    nodes = max(topology.num_devices // topology.devices_per_node, 1)
+    latency = 2 * (nodes - 1) * RING_HOP_US * 1e-6
+    least = int(5 * latency * topology.hardware.inter_node_gbps / 8 * 1e9 / 2)
+    return {
+        f"--xla_gpu_all_gather_combine_threshold_bytes={weights}": (
+            f"one message a layer: its weights are {_mib(weights)}"
+        ),
+        f"--xla_gpu_reduce_scatter_combine_threshold_bytes={shard}": (
+            f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); "
+            "the head's have their own, while blocks compute"
+        ),
+        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard}": (
+            f"one message a layer and device: {_mib(shard)}; "
+            f"a ring of {nodes} nodes needs {_mib(least)} to hide its latency"
+        ),
+        "--xla_gpu_enable_all_gather_combine_by_dim=false": (
+            "all of a layer's weights in one message, whichever axis is split"
+        ),
+        "--xla_gpu_enable_reduce_scatter_combine_by_dim=false": (
+            "all of a layer's gradients in one message"
+        ),
+    }
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
 def _libtpu(version: tuple[int, ...] | None) -> dict[str, str]:
-    """Of a TPU, for this version of libtpu; None where it is not installed here: the newest's, which the older one takes too."""
+    """libtpu's flags for its version; None: not installed here.
+
+    Then they are the newest's, which the older one accepts too.
+    """
     flags = {
-        "--xla_tpu_enable_latency_hiding_scheduler=true": "collectives start early and are awaited late, with compute between",
-        "--xla_enable_async_all_gather=true": "weights are gathered while the layer before computes",
+        "--xla_tpu_enable_latency_hiding_scheduler=true": (
+            "collectives start early and are awaited late, with compute between"
+        ),
+        "--xla_enable_async_all_gather=true": (
+            "weights are gathered while the layer before computes"
+        ),
         "--xla_enable_async_collective_permute=true": "rings of single steps overlap too",
     }
     if version is not None and version <= FUSES_GATHERS:
         why = "a gather's steps run inside the products beside it"
         return {**flags, "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": why}
     # libtpu 0.0.48 refuses to fuse gathers on all but v5e ("might lead to ... incorrect results,
-    # hang"); on v5e it does so unasked.
+    # hang"). On v5e it fuses them by default.
     return {
         **flags,
         "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true": (
-            "gathers run on the SparseCores while the TensorCores compute; without, this libtpu lets compute wait for each of them"
+            "gathers run on the SparseCores while the TensorCores compute; "
+            "without it compute waits for each of them in this libtpu"
         ),
         "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true": (
             "also where fsdp covers two axes of the torus, as 16 chips of 4x4x8 do"
@@ -146,6 +189,7 @@ def _libtpu_version() -> tuple[int, ...] | None:
 
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
+    """Variables of a GPU's process: of JAX and CUDA, and of NCCL where there is a network."""
     variables = {
         "XLA_CLIENT_MEM_FRACTION": (
             f"{GPU_MEMORY_FRACTION}",
@@ -153,36 +197,40 @@ def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
         ),
         "CUDA_DEVICE_MAX_CONNECTIONS": (
             "1",
-            "kernels start in the order of the schedule, so that a collective is not overtaken",
+            "kernels start in the order of the schedule, so that none overtakes a collective",
         ),
     }
     if topology.num_devices > topology.devices_per_node:
         variables |= {
             "NCCL_CROSS_NIC": (
                 "0",
-                "a ring between nodes keeps to one rail: data groups join GPUs of equal local number",
+                "a ring between nodes keeps to one rail: data groups join GPUs of equal local "
+                "number",
             ),
             "NCCL_IB_TIMEOUT": (
                 "22",
-                "a link that flaps for some seconds is retried, not reported as a dead peer",
+                "a link that is down for some seconds is retried, not reported as a dead peer",
             ),
             "NCCL_IB_RETRY_CNT": (
                 "13",
                 "with the timeout: about a minute before a link counts as dead",
             ),
-            "NCCL_DEBUG": ("WARN", "the reason of a failure stands in the log"),
+            "NCCL_DEBUG": ("WARN", "the log holds the reason of a failure"),
         }
     return variables
 
 
 def apply_flags(config: Config) -> dict[str, str]:
-    """Put the settings for this machine into the environment; what is already set there wins. Returns what was added, and why."""
+    """Put the settings for this machine into the environment. Returns what was added, and why.
+
+    What is already set there is kept.
+    """
     settings = choose_flags(config, detect_topology())
     added = {}
-    for variable, words in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
+    for variable, flags in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
         present = os.environ.get(variable, "")
-        names = {word.split("=")[0] for word in present.split()}
-        new = {word: why for word, why in words.items() if word.split("=")[0] not in names}
+        names = {flag.split("=")[0] for flag in present.split()}
+        new = {flag: why for flag, why in flags.items() if flag.split("=")[0] not in names}
         if new:
             os.environ[variable] = " ".join([*new, present]).strip()
         added |= new
@@ -194,41 +242,43 @@ def apply_flags(config: Config) -> dict[str, str]:
 
 
 def keep_compiled(config: Config, platform: str) -> None:
-    """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again; process 0 writes them, all read.
+    """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again.
 
-    Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it: there jax's keys differ by process,
-    so that process 0 alone would profit and wait for the others, and every program that is read
-    prints pages about features of the machine.
+    Process 0 writes them, all read. Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it:
+    there jax's keys differ by process, so that only process 0 would profit while the others wait,
+    and every program that is read prints pages about features of the machine.
     """
     if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(config.data.cache_dir).absolute() / "compiled")
-        )
+        folder = Path(config.data.cache_dir).absolute() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def main(words: list[str]) -> int:
-    """`python -m baichuan_jax.xla_flags`: print the settings as shell lines, each under its reason."""
-    description = "Print what XLA, NCCL and JAX should be told for a configuration, as shell lines with their reasons."
-    parser = make_parser("python -m baichuan_jax.xla_flags", description)
+def main(argv: list[str]) -> int:
+    """Print the settings as shell lines, each under its reason; see --help."""
+    parser = make_parser(
+        "python -m baichuan_jax.xla_flags",
+        "Print the flags and variables for a configuration on a cluster, as shell lines with "
+        "their reasons.",
+    )
     parser.add_argument(
         "--topology",
         default=None,
         help="Cluster, such as a800:128x8 or v5p:4x4x8; default: this machine.",
     )
-    config, options = parse_command(parser, words, own=("topology",))
+    config, options = parse_command(parser, argv, own=("topology",))
     name = options["topology"]
     settings = choose_flags(config, parse_topology(name) if name else detect_topology())
     for variable, flags in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
-        for word, why in flags.items():
-            print(f"# {word.split('=')[0]}: {why}")
+        for flag, why in flags.items():
+            print(f"# {flag.split('=')[0]}: {why}")
         if flags:
-            print(
-                f'export {variable}={shlex.quote(" ".join(flags))}"${{{variable}:+ ${variable}}}"'
-            )
+            # In front of what is set already: the last one counts where a flag comes twice.
+            value = f'{shlex.quote(" ".join(flags))}"${{{variable}:+ ${variable}}}"'
+            print(f"export {variable}={value}")
     for variable, (value, why) in settings.environment.items():
         print(f"# {why}\nexport {variable}=${{{variable}:-{value}}}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    run_command(lambda: main(sys.argv[1:]))

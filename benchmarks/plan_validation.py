@@ -25,7 +25,9 @@ from results import Results
 from tqdm import tqdm
 
 from baichuan_jax.hardware.accelerators import Topology, parse_topology
-from baichuan_jax.plan import hlo, roofline
+from baichuan_jax.plan import hlo
+from baichuan_jax.plan.prediction import predict
+from baichuan_jax.plan.rates import RATES, Rates
 from baichuan_jax.sharding import AXES
 
 
@@ -113,12 +115,12 @@ def compiled(row: Row, cache: Path) -> hlo.Program:
     return hlo.parse(path.read_text(encoding="utf-8"))
 
 
-def predicted(row: Row, program: hlo.Program, rates: roofline.Rates) -> float:
+def predicted(row: Row, program: hlo.Program, rates: Rates) -> float:
     """Seconds of the row's step."""
     topology = parse_topology(row.topology)
     topology = Topology(dataclasses.replace(topology.hardware, **row.hardware), topology.shape)
     mesh = AbstractMesh((topology.num_devices // 8, 8, 1, 1), AXES)
-    return roofline.predict(program, mesh, topology, rates).seconds
+    return predict(program, mesh, topology, rates).seconds
 
 
 # The grid of shares that `fit` searches.
@@ -146,7 +148,7 @@ def predict_all(
                 # A single node has no network: all shares give the same time.
                 alone = row.topology.endswith(":1x8")
                 known = seconds.get((row.name, matmul, NETWORK[0])) if alone else None
-                rates = roofline.RATES[kind]
+                rates = RATES[kind]
                 rates = dataclasses.replace(rates, matmul=matmul, inter_node=network)
                 found = known or predicted(row, programs[row.name], rates)
                 seconds[row.name, matmul, network] = found

@@ -12,7 +12,9 @@ from jax.sharding import AbstractMesh
 from launches import REPOSITORY, environment
 
 from baichuan_jax.hardware.accelerators import parse_topology
-from baichuan_jax.plan import hlo, roofline
+from baichuan_jax.plan import hlo
+from baichuan_jax.plan.prediction import Prediction, predict
+from baichuan_jax.plan.rates import rates_for
 from baichuan_jax.sharding import AXES
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -49,10 +51,10 @@ jax.profiler.stop_trace()
 """
 
 
-def prediction_of(program: hlo.Program) -> roofline.Prediction:
+def prediction_of(program: hlo.Program) -> Prediction:
     topology = parse_topology("h100:1x1")
-    return roofline.predict(
-        program, AbstractMesh((1, 1, 1, 1), AXES), topology, roofline.rates_for(topology)
+    return predict(
+        program, AbstractMesh((1, 1, 1, 1), AXES), topology, rates_for(topology)
     )
 
 

@@ -1,116 +1,163 @@
-"""`python -m baichuan_jax.plan`: what a training step costs on a topology, without its devices."""
+"""`python -m baichuan_jax.plan`: memory, operations and speed of a training step on a topology.
+
+The step is compiled ahead of time, without the topology's devices. The story of one plan: parse the
+options, compile in a child process (child.py), trace and compile the step (ahead_of_time.py),
+predict its time (prediction.py), compile again with that prediction, report (report.py).
+"""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import jsonargparse
 
 from baichuan_jax.config.files import make_parser, parse_command
-from baichuan_jax.config.schema import Config, ConfigError, require
+from baichuan_jax.config.schema import Config, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
-from baichuan_jax.plan.ahead_of_time import (
-    CHILD,
-    candidates,
-    child_environment,
-    described_devices,
-    missing,
-    trace_step,
-)
-from baichuan_jax.plan.report import Compiled, capacity_gib, plot, report, show, show_rates
-from baichuan_jax.plan.roofline import (
-    RATE_NAMES,
-    Rates,
-    check_rate,
-    predict,
-    rates_for,
-    read_rates,
-    schedule_profile,
-)
+from baichuan_jax.plan.ahead_of_time import Compiled, described_devices, missing, trace_step
+from baichuan_jax.plan.child import CHILD, run_child
+from baichuan_jax.plan.prediction import predict, schedule_profile
+from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, read_rates
+from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
+from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.console import Display
 
-OWN = ("topology", "search", "sweep", "output", "json", "hlo", "rates_file")
-
-
+# Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
+OWN = (
+    *("topology", "search", "sweep", "output", "json", "hlo", "rates_file"),
+    *(f"hardware.{name}" for name in OVERRIDES),
+    *(f"rates.{name}" for name in RATE_NAMES),
+)
 
 
-def _plan(config: Config, topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
-    """Compile and report; with --search the fastest predicted candidate that fits."""
-    rates = dataclasses.replace(rates_for(topology), **options["rates"])
-    devices = described_devices(topology)
-    if not options["search"]:
-        return _compile_twice(trace_step(config, devices), topology, rates, options)
-    tried, found = [], []
-    bar = tqdm(
-        list(candidates(config, topology.num_devices)),
-        desc="compiling candidates",
-        unit="program",
-        disable=None,
+def main(argv: list[str]) -> int:
+    """Plan one topology, or with --sweep several; see --help. Returns the exit code."""
+    config, options = parse_command(_make_parser(), argv, own=OWN)
+    topology = _topology(options)
+    rates, sources = _rates(topology, options)
+    absent = missing(topology)
+    require(
+        not absent,
+        f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
+        "pip install -r requirements-plan.txt",
     )
-    for candidate in bar:
-        try:
-            result = report(trace_step(candidate, devices)(), topology, rates)
-            result["config"] = candidate
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            result = {
-                "remat": candidate.model.remat,
-                "micro_batch_size": candidate.train.micro_batch_size,
-                "fits": False,
-            }
-        tried.append(
-            {
-                name: result.get(name)
-                for name in (
-                    "remat",
-                    "micro_batch_size",
-                    "fits",
-                    "peak_gib",
-                    "predicted_step_seconds",
-                    "predicted_mfu",
-                )
-            }
+    config.check_mesh(config.mesh.resolve(topology.num_devices))
+    if options["sweep"]:
+        return _sweep(config, topology, argv, options)
+    if CHILD not in os.environ:
+        return run_child(argv, config, topology)
+    result = _plan(config, topology, rates, options) | sources
+    show(result)
+    _save(result, topology, options)
+    return 0
+
+
+def _make_parser() -> jsonargparse.ArgumentParser:
+    parser = make_parser(
+        "python -m baichuan_jax.plan",
+        "Ahead-of-time compilation of the training step for a topology: memory, operations, "
+        "collectives, predicted speed.",
+    )
+    add = parser.add_argument
+    add("--topology", default="a800:128x8", help="a800:128x8 (nodes x GPUs), v5p:4x4x8 (a torus).")
+    add(
+        "--search",
+        action="store_true",
+        help="Compile every remat policy and rows a pass; keep the fastest that fits.",
+    )
+    add(
+        "--sweep",
+        choices=("data",),
+        default=None,
+        help="Weak scaling: the same rows a device on 8 to 4,096 devices.",
+    )
+    add("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
+    add("--json", default=None, metavar="FILE", help="Write the report here as well.")
+    add("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
+    for name in OVERRIDES:
+        add(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's.")
+    add(
+        "--rates_file",
+        default=None,
+        metavar="FILE",
+        help="Rates measured on one GPU (make gpu), instead of the defaults.",
+    )
+    for name in RATE_NAMES:
+        add(
+            f"--rates.{name}",
+            type=float,
+            default=None,
+            help="Instead of the default or the rates file's (a share, or us).",
         )
-        if result["fits"]:
-            found.append(result)
-    if not found:
-        listed = ", ".join(
-            f"{item['remat']} x {item['micro_batch_size']}: {item['peak_gib']} GiB"
-            for item in tried
-        )
-        raise ConfigError(
-            f"nothing fits into {capacity_gib(topology.hardware):.1f} GiB of {topology.hardware.name} ({listed}); "
-            "raise mesh.fsdp or mesh.tensor, or use more devices"
-        )
-    best = min(found, key=lambda item: item["predicted_step_seconds"])
-    return {
-        **_compile_twice(trace_step(best["config"], devices), topology, rates, options),
-        "search": tried,
+    return parser
+
+
+def _topology(options: dict[str, Any]) -> Topology:
+    """The topology of the options, with the numbers that they replace."""
+    topology = parse_topology(options["topology"])
+    given = {name: options.get(f"hardware.{name}") for name in OVERRIDES}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
+
+
+def _rates(topology: Topology, options: dict[str, Any]) -> tuple[Rates, dict[str, Any]]:
+    """The rates of the options, and for the report where each comes from.
+
+    A rate is given on the command line, or else measured (--rates_file), or else the default.
+    Raises ConfigError.
+    """
+    given = {name: options[f"rates.{name}"] for name in RATE_NAMES}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        check_rate(f"--rates.{name}", name, value)
+    path = options["rates_file"]
+    measured = read_rates(path, topology.hardware) if path else None
+    replaced = {**(measured.rates if measured else {}), **given}
+    sources = dict.fromkeys(RATE_NAMES, "default")
+    sources |= dict.fromkeys(replaced, "measured") | dict.fromkeys(given, "given")
+    return dataclasses.replace(rates_for(topology), **replaced), {
+        "rates_from": sources,
+        "rates_file": dataclasses.asdict(measured) if measured else None,
     }
 
 
-def _compile_twice(
-    compile_it: Callable[..., Compiled], topology: Topology, rates: Rates, options: dict[str, Any]
+def _plan(
+    config: Config, topology: Topology, rates: Rates, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compile, predict each instruction's time, and on GPUs let XLA schedule again with these (kept as a file for training)."""
-    compiled = compile_it()
-    first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
+    """Compile and report; with --search the fastest predicted candidate that fits."""
+    devices = described_devices(topology)
+    tried = {}
+    if options["search"]:
+        config, found = search(config, topology, devices, rates)
+        tried = {"search": found}
+    return _compile_twice(trace_step(config, devices), topology, rates, options) | tried
+
+
+def _compile_twice(
+    compile_step: Callable[..., Compiled],
+    topology: Topology,
+    rates: Rates,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Compile, and on GPUs compile again with the predicted time of each instruction.
+
+    XLA's scheduler then knows how long each collective takes. The predicted times are kept as a
+    file, for training.
+    """
+    compiled = compile_step()
     added = {}
     if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
+        first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
         path = _output(options, topology, ".pbtxt")
         path.write_text(schedule_profile(first), encoding="utf-8")
-        compiled = compile_it(path)
+        compiled = compile_step(path)
         added = {
             "schedule_profile": str(path),
             "predicted_step_seconds_without_profile": first.seconds,
@@ -126,159 +173,22 @@ def _output(options: dict[str, Any], topology: Topology, suffix: str) -> Path:
     return folder / f"{str(topology).replace(':', '-')}{suffix}"
 
 
-def _hardware(topology: Topology, overrides: dict[str, Any]) -> Topology:
-    given = {
-        name: overrides[f"hardware.{name}"]
-        for name in OVERRIDES
-        if overrides.get(f"hardware.{name}") is not None
-    }
-    return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
-
-
-def _rates(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Rates that take the place of the accelerator's own, and for the report where each rate comes from: given on the command line,
-    else measured (--rates_file), else the default of roofline.py. Raises ConfigError.
-    """
-    given = {
-        name: options[f"rates.{name}"]
-        for name in RATE_NAMES
-        if options[f"rates.{name}"] is not None
-    }
-    for name, value in given.items():
-        check_rate(f"--rates.{name}", name, value)
-    measured = (
-        read_rates(options["rates_file"], topology.hardware) if options["rates_file"] else None
-    )
-    rates = {**(measured.rates if measured else {}), **given}
-    sources = {
-        name: "given" if name in given else "measured" if name in rates else "default"
-        for name in RATE_NAMES
-    }
-    return rates, {
-        "rates_from": sources,
-        "rates_file": dataclasses.asdict(measured) if measured else None,
-    }
-
-
-def main(words: list[str]) -> int:
-    """`python -m baichuan_jax.plan`."""
-    description = "Compile the training step for a cluster that is not there: memory, operations, collectives, predicted speed."
-    parser = make_parser("python -m baichuan_jax.plan", description)
-    parser.add_argument(
-        "--topology",
-        default="a800:128x8",
-        help="Cluster: a800:128x8 (nodes x GPUs), v5p:4x4x8 (torus), ...",
-    )
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="Compile every remat policy and rows a pass; keep the fastest that fits.",
-    )
-    parser.add_argument(
-        "--sweep",
-        choices=("data",),
-        default=None,
-        help="Weak scaling: the same rows a device on 8 to 4,096 devices.",
-    )
-    parser.add_argument(
-        "--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG."
-    )
-    parser.add_argument(
-        "--json", default=None, metavar="FILE", help="Write the report here as well."
-    )
-    parser.add_argument(
-        "--hlo", default=None, metavar="FILE", help="Write the compiled program's text here."
-    )
-    for name in OVERRIDES:
-        parser.add_argument(
-            f"--hardware.{name}",
-            type=float,
-            default=None,
-            help="Instead of the data sheet's (hardware.py).",
-        )
-    parser.add_argument(
-        "--rates_file",
-        default=None,
-        metavar="FILE",
-        help="Rates measured on one GPU (make gpu), instead of roofline.py's.",
-    )
-    for name in RATE_NAMES:
-        parser.add_argument(
-            f"--rates.{name}",
-            type=float,
-            default=None,
-            help="Instead of roofline.py's or the rates file's (a share, or us).",
-        )
-    own = (
-        *OWN,
-        *(f"hardware.{name}" for name in OVERRIDES),
-        *(f"rates.{name}" for name in RATE_NAMES),
-    )
-    config, options = parse_command(parser, words, own=own)
-    topology = _hardware(parse_topology(options["topology"]), options)
-    options["rates"], sources = _rates(topology, options)
-    absent = missing(topology)
-    require(
-        not absent,
-        f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
-        "pip install -r requirements-plan.txt",
-    )
-    config.check_mesh(config.mesh.resolve(topology.num_devices))
-    if options["sweep"]:
-        return _sweep(config, topology, words, options)
-    if CHILD not in os.environ:
-        return _run_child(words, config, topology)
-    result = _plan(config, topology, options) | sources
-    show(result)
+def _save(result: dict[str, Any], topology: Topology, options: dict[str, Any]) -> None:
+    """Write the report as JSON and, with matplotlib, as a figure."""
     target = _output(options, topology, ".json")
     for path in [target, *([Path(options["json"])] if options["json"] else [])]:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print(
-            f"saved: {target}; its picture is not drawn: matplotlib is not installed (pip install matplotlib)"
-        )
+        why = "matplotlib is not installed (pip install matplotlib)"
+        print(f"saved: {target}; its figure is not drawn: {why}")
     else:
         plot(result, target.with_suffix(".png"))
         print(f"saved: {target} and .png")
     if "schedule_profile" in result:
         print(f"train with this schedule: --train.schedule_profile {result['schedule_profile']}")
-    return 0
 
 
-# What the compilers say, before they read any setting, of a machine without an accelerator.
-_NOISE = (
-    "All log messages before absl::InitializeLog()",
-    "cudart_stub.cc",
-    "cuda_executor.cc",
-    "Could not find cuda drivers",
-    "TPU_ACCELERATOR_TYPE",
-    "Logging before InitGoogle()",
-    "TPU_WORKER_HOSTNAMES",
-    "Source Location Trace",
-    "libtpu_init_utils",
-    "Very slow compile?",
-    "********************************",
-)
-
-
-def _run_child(words: list[str], config: Config, topology: Topology) -> int:
-    """Compile in a process of its own, whose environment is set before jax is imported; its words on missing drivers are dropped."""
-    command = [sys.executable, "-m", "baichuan_jax.plan", *words]
-    with subprocess.Popen(
-        command, env=child_environment(config, topology), stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stderr is not None
-        try:
-            for line in child.stderr:
-                if not any(noise in line for noise in _NOISE):
-                    sys.stderr.write(line)
-            return child.wait()
-        except KeyboardInterrupt:
-            child.wait()
-            raise
-
-
-def _sweep(config: Config, topology: Topology, words: list[str], options: dict[str, Any]) -> int:
+def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[str, Any]) -> int:
     """One plan for each number of nodes; the rows a device stay as they are."""
     require(
         topology.hardware.platform == "gpu",
@@ -286,54 +196,36 @@ def _sweep(config: Config, topology: Topology, words: list[str], options: dict[s
     )
     per_node = topology.shape[1]
     share = config.train.global_batch_size // topology.num_devices
+    replaced = ("--topology", "--sweep", "--json", "--train.global_batch_size")
+    kept = list(_without(argv, replaced))
     results = []
     for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
         target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
-        changed = list(
-            _without(words, ("--topology", "--sweep", "--json", "--train.global_batch_size"))
-        )
-        changed += [
-            "--topology",
-            name,
-            "--json",
-            str(target),
-            f"--train.global_batch_size={share * nodes * per_node}",
-        ]
         target.parent.mkdir(parents=True, exist_ok=True)
-        code = _run_child(changed, config, parse_topology(name))
+        rows = f"--train.global_batch_size={share * nodes * per_node}"
+        changed = [*kept, "--topology", name, "--json", str(target), rows]
+        code = run_child(changed, config, parse_topology(name))
         if code:
             return code
         results.append(json.loads(target.read_text(encoding="utf-8")))
-    rows = [
-        [
-            str(r["num_devices"]),
-            f"{r['predicted_step_seconds'] * 1e3:.0f}",
-            f"{r['predicted_mfu']:.1%}",
-            f"{r['seconds']['waiting for collectives'] * 1e3:.1f}",
-            f"{r['peak_gib']:.1f}",
-        ]
-        for r in results
-    ]
-    Display().table(
-        "Weak scaling, predicted", ["devices", "step ms", "MFU", "waited ms", "peak GiB"], rows
-    )
+    show_sweep(results)
     show_rates(results[0])
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _without(words: list[str], names: tuple[str, ...]) -> Iterator[str]:
-    """Words less some options and their values."""
+def _without(argv: list[str], names: tuple[str, ...]) -> Iterator[str]:
+    """argv without some options and their values."""
     skip = False
-    for word in words:
+    for argument in argv:
         if skip:
             skip = False
-        elif word.split("=")[0] in names:
-            skip = "=" not in word
+        elif argument.split("=")[0] in names:
+            skip = "=" not in argument
         else:
-            yield word
+            yield argument
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Reads a compiled program's text: its instructions in the order they run, their operations and memory traffic, and its collectives.
+"""Reads a compiled program: its instructions in order, their operations, traffic and groups.
 
-The format is XLA's HLO text (openxla.org/xla/operation_semantics). Operations are counted as XLA's
-HloCostAnalysis counts them, but with the trip counts of loops, and of a stack only the slices that
-a fused instruction touches.
+In: HLO text, XLA's format of a compiled program (openxla.org/xla/operation_semantics). Out: a
+Program of computations and instructions, in the order in which they run, and for each instruction
+the floating-point operations of its matrix products, the bytes that it moves in device memory, and
+the devices that exchange data. Operations are counted as XLA's HloCostAnalysis counts them, with
+two differences: loops count as often as they turn, and of a stack of layers only the slices count
+that a fused instruction touches.
 """
 
 import math
@@ -13,36 +16,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
+    **dict.fromkeys(("s4", "u4"), 0.5),
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
 # Instructions that move no data of their own.
 _FREE = {
-    "parameter",
-    "constant",
-    "bitcast",
-    "tuple",
-    "get-tuple-element",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier"),
+    *("while", "call", "conditional"),  # what they call is counted by itself
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -63,24 +48,28 @@ def shape_bytes(shape: str) -> float:
 
 @dataclass
 class Instruction:
-    """One instruction: its name, result shape, operation, operands' names, and everything after them."""
+    """One instruction."""
 
     name: str
     shape: str
+    """Of its result."""
     opcode: str
     operands: list[str]
+    """Their names; of a parameter its number, of a constant its value."""
     attributes: str
+    """The text after the operands."""
     root: bool
+    """Whether its result is the computation's."""
 
     @property
     def called(self) -> list[str]:
-        """Computations it names, in order: a fusion's, a loop's body, or what another thread runs (`calls`, `body`, `to_apply`)."""
+        """The computations that it runs: a fusion's, a loop's body, or another thread's."""
         names = "to_apply" if self.opcode == "call-start" else "calls|body"
         return re.findall(rf"\b(?:{names})=%?([\w.\-]+)", self.attributes)
 
     @property
     def op_name(self) -> str:
-        """The path of the jax operation it comes from."""
+        """The path of the jax operation that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -101,9 +90,11 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
         return next(item for item in self.instructions if item.root)
 
     def shape_of(self, operand: str) -> str:
+        """The shape of an operand by its name."""
         return self.by_name[operand].shape
 
 
@@ -115,65 +106,66 @@ class Program:
     entry: Computation
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """Turns of a loop: as the compiler states them, or from its condition `counter < constant`; None: not known."""
+        """Turns of a loop; None: not known.
+
+        The compiler states them, or they follow from a condition `counter < constant`.
+        """
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if found:
             return int(found[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-        inner = self.computations[condition[1]] if condition else None
-        if (
-            inner is None
-            or inner.root.opcode != "compare"
-            or "direction=LT" not in inner.root.attributes
-        ):
+        if condition is None:
             return None
-        counter, limit = (inner.by_name[name] for name in inner.root.operands)
+        test = self.computations[condition[1]]
+        if test.root.opcode != "compare" or "direction=LT" not in test.root.attributes:
+            return None
+        counter, limit = (test.by_name[name] for name in test.root.operands)
         index = re.search(r"index=(\d+)", counter.attributes)
         if limit.opcode != "constant" or index is None:
             return None
-        state = computation.by_name[loop.operands[0]]
-        start = (
-            computation.by_name[state.operands[int(index[1])]] if state.opcode == "tuple" else None
-        )
-        first = int(start.operands[0]) if start is not None and start.opcode == "constant" else 0
+        first = _first_count(computation, loop, int(index[1]))
         step = self._step(self.computations[loop.called[0]], int(index[1]))
         return -(-(int(limit.operands[0]) - first) // step) if step else None
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """What a turn of a loop adds to its counter, element `index` of its state; a loop of unrolled turns adds as many."""
-        inner = body
-        update = (
-            body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
-        )
+        """What a turn of a loop adds to its counter, element `index` of its state; None: not known.
+
+        A loop that XLA unrolled adds the number of turns that it does at once.
+        """
+        if body.root.opcode != "tuple":
+            return None
+        inner, update = body, body.by_name.get(body.root.operands[index])
         if update is not None and update.opcode == "fusion":
             inner = self.computations[update.called[0]]
             update = inner.root
         if update is None or update.opcode != "add":
             return None
-        constants = [
-            inner.by_name[name]
-            for name in update.operands
-            if inner.by_name[name].opcode == "constant"
-        ]
+        operands = [inner.by_name[name] for name in update.operands]
+        constants = [item for item in operands if item.opcode == "constant"]
         return int(constants[0].operands[0]) if len(constants) == 1 else None
 
     def walk(
         self, computation: Computation | None = None, times: int = 1, depth: int = 0
-    ) -> Iterator:
-        """(computation, instruction, times it runs, loops around it), loops entered, fusions not."""
+    ) -> Iterator[tuple[Computation, Instruction, int, int]]:
+        """(computation, instruction, times it runs, loops around it) of every instruction.
+
+        Loops and calls are entered, fusions are not.
+        """
         computation = computation or self.entry
         for instruction in computation.instructions:
             yield computation, instruction, times, depth
-            inner = instruction.opcode
-            if inner == "while":
+            if instruction.opcode == "while":
                 turns = times * (self.trip_count(computation, instruction) or 1)
                 yield from self.walk(self.computations[instruction.called[0]], turns, depth + 1)
-            elif inner in ("call", "async-start"):
+            elif instruction.opcode in ("call", "async-start"):
                 for name in instruction.called:
                     yield from self.walk(self.computations[name], times, depth)
 
     def flops(self, computation: Computation, instruction: Instruction) -> float:
-        """Floating-point operations of the matrix products in one run of an instruction (Triton and Pallas calls: 0)."""
+        """Floating-point operations of the matrix products in one run of an instruction.
+
+        Calls of Triton and Pallas kernels count 0: the text does not say what they compute.
+        """
         if instruction.opcode in ("fusion", "call"):
             inner = [self.computations[name] for name in instruction.called]
             return sum(self.flops(each, item) for each in inner for item in each.instructions)
@@ -188,47 +180,43 @@ class Program:
         return 0.0
 
     def traffic(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes that one run of an instruction reads and writes in device memory; of a stack, only the slices it touches."""
+        """Bytes that one run of an instruction reads and writes in device memory.
+
+        Of a stack only the slices count that it touches. Collectives count 0: their links bound
+        them.
+        """
         opcode = instruction.opcode
-        if (
-            opcode in _FREE
-            or opcode in ("while", "call", "conditional")
-            or opcode.split("-start")[0].split("-done")[0] in COLLECTIVES
-        ):
+        if opcode in _FREE or opcode.split("-start")[0].split("-done")[0] in COLLECTIVES:
             return 0.0
         if opcode == "fusion":
             return self._fused_traffic(computation, instruction)
-        if opcode == "dynamic-slice" or opcode == "gather":
+        if opcode in ("dynamic-slice", "gather"):
             return 2 * shape_bytes(instruction.shape)
         if opcode == "dynamic-update-slice":
             return 2 * shape_bytes(computation.shape_of(instruction.operands[1]))
         result = shape_bytes(instruction.shape)
         if instruction.target.startswith("__cublas"):
             result = shape_bytes(_first_array(instruction.shape))  # the rest is a workspace
-        return result + sum(
-            shape_bytes(computation.shape_of(name)) for name in instruction.operands
-        )
+        operands = [computation.shape_of(name) for name in instruction.operands]
+        return result + sum(shape_bytes(shape) for shape in operands)
 
     def _fused_traffic(self, computation: Computation, instruction: Instruction) -> float:
+        """Inside a fusion values stay in registers: its operands are read, its roots written."""
         inner = self.computations[instruction.called[0]]
         users: dict[str, list[Instruction]] = {}
         for item in inner.instructions:
             for name in item.operands:
                 users.setdefault(name, []).append(item)
-        parameters = sorted(
-            (i for i in inner.instructions if i.opcode == "parameter"), key=_parameter_index
-        )
+        parameters = [item for item in inner.instructions if item.opcode == "parameter"]
+        parameters.sort(key=lambda item: int(item.operands[0]))
         total = 0.0
         for operand, parameter in zip(instruction.operands, parameters, strict=True):
             touched = _touched(parameter, users)
             if touched is None:
                 total += shape_bytes(computation.shape_of(operand))
             else:  # an update in place is only written, which the root counts
-                total += sum(
-                    shape_bytes(item.shape)
-                    for item in touched
-                    if item.opcode != "dynamic-update-slice"
-                )
+                read = [item for item in touched if item.opcode != "dynamic-update-slice"]
+                total += sum(shape_bytes(item.shape) for item in read)
         roots = [inner.root]
         if inner.root.opcode == "tuple":
             roots = [inner.by_name[name] for name in inner.root.operands]
@@ -240,12 +228,20 @@ def _first_array(shape: str) -> str:
     return found[0] if found else shape
 
 
-def _parameter_index(parameter: Instruction) -> int:
-    return int(parameter.operands[0])
+def _first_count(computation: Computation, loop: Instruction, index: int) -> int:
+    """Where a loop's counter, element `index` of its state, starts; 0 where that is not a constant.
+
+    The loops of jax.lax.scan start at 0.
+    """
+    state = computation.by_name[loop.operands[0]]
+    if state.opcode != "tuple":
+        return 0
+    start = computation.by_name[state.operands[index]]
+    return int(start.operands[0]) if start.opcode == "constant" else 0
 
 
 def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction] | None:
-    """The slices through which alone a fused value is read or updated in place; None: it is read whole."""
+    """The slices of a fused value that are read or updated in place; None: it is read whole."""
     found: list[Instruction] = []
     for user in users.get(value.name, []):
         first = user.operands[0] == value.name
@@ -264,6 +260,7 @@ def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[In
 
 
 def _written(inner: Computation, root: Instruction) -> float:
+    """Bytes that a fusion writes for one of its roots: of an update in place, the update."""
     while root.opcode in ("bitcast", "reshape", "convert") and root.operands[0] in inner.by_name:
         before = inner.by_name[root.operands[0]]
         if before.opcode not in ("bitcast", "reshape", "convert", "dynamic-update-slice"):
@@ -283,37 +280,33 @@ def _product_flops(computation: Computation, instruction: Instruction, contracti
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """A TPU's products are convolutions: the kernel's input features `i` are summed, and of its window what lies inside the input."""
+    """Operations of a convolution, which a TPU's matrix products are.
+
+    The kernel's input features (label i) are summed, and of its window what lies inside the input.
+    """
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if found is None:
         return 0.0
     data, kernel = (shape_arrays(computation.shape_of(name))[0][1] for name in instruction.operands)
     result = shape_arrays(instruction.shape)[0][1]
     summed = math.prod(size for label, size in zip(found[2], kernel, strict=True) if label == "i")
-    products = float(
-        math.prod(size for label, size in zip(found[3], result, strict=True) if not label.isdigit())
-        * summed
-    )
-    window = dict(
-        re.findall(
-            r"(\w+)=([\dx_\-]+)",
-            (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0],
-        )
-    )
+    rows = [size for label, size in zip(found[3], result, strict=True) if not label.isdigit()]
+    products = float(math.prod(rows) * summed)
+    text = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", text[0])) if text else {}
     pads, strides = window.get("pad", "").split("x"), window.get("stride", "").split("x")
     for label in (label for label in found[3] if label.isdigit()):
         inside, taps = data[found[1].index(label)], kernel[found[2].index(label)]
         low = int(pads[int(label)].split("_")[0]) if pads[0] else 0
         stride = int(strides[int(label)]) if strides[0] else 1
-        positions = (
-            np.arange(result[found[3].index(label)])[:, None] * stride + np.arange(taps)[None] - low
-        )
+        outputs = np.arange(result[found[3].index(label)])
+        positions = outputs[:, None] * stride + np.arange(taps)[None] - low
         products *= int(((positions >= 0) & (positions < inside)).sum())
     return 2.0 * products
 
 
 def parse(text: str) -> Program:
-    """A Program from compiled HLO text. Raises ValueError where the text holds no entry computation."""
+    """A Program from compiled HLO text. Raises ValueError where it has no entry computation."""
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = None
@@ -334,9 +327,10 @@ def parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """The instruction of a line such as `ROOT %name = f32[2,3]{1,0} add(%x, %y), attributes`."""
     head, rest = line.split(" = ", 1)
-    words = head.split()
-    root = words[0] == "ROOT"
+    root = head.split()[0] == "ROOT"
+    name = head.split()[-1].lstrip("%")
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     match = re.match(r"([\w\-]+)\(", rest)
@@ -344,14 +338,14 @@ def _instruction(line: str) -> Instruction | None:
         return None
     close = _closing(rest, match.end() - 1)
     inside = re.sub(r"/\*.*?\*/", "", rest[match.end() : close])
-    operands = (
-        [inside] if match[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
-    )
-    return Instruction(words[-1].lstrip("%"), shape, match[1], operands, rest[close + 1 :], root)
+    operands = re.findall(r"%([\w.\-]+)", inside)
+    if match[1] in ("parameter", "constant"):
+        operands = [inside]
+    return Instruction(name, shape, match[1], operands, rest[close + 1 :], root)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The position where the bracket that opens at `start` closes."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -361,40 +355,36 @@ def _closing(text: str, start: int) -> int:
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """Devices that exchange data with each other: [groups, devices of a group]. Understands XLA's three notations."""
+    """Devices that exchange data with each other: [groups, devices of a group].
+
+    XLA writes them as lists {{0,1},{2,3}}, as a transposed range [2,2]<=[2,2]T(1,0), as axes of a
+    mesh, or as source and target pairs. Without any of them all devices are one group.
+    """
     if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})?\}", attributes):
         lists = re.findall(r"\{([\d,]+)\}", found[1] or "")
-        return np.array(
-            [[int(n) for n in group.split(",")] for group in lists] or [list(range(num_devices))]
-        )
+        return np.array([_numbers(group) for group in lists] or [list(range(num_devices))])
     if found := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
-        shape, order = ([int(n) for n in part.split(",")] for part in found.group(1, 2))
+        shape, order = _numbers(found[1]), _numbers(found[2])
         devices = np.arange(math.prod(order)).reshape(order)
         if found[3]:
-            devices = devices.transpose([int(n) for n in found[3].split(",")])
+            devices = devices.transpose(_numbers(found[3]))
         return devices.reshape(shape)
-    found = re.search(
+    if found := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes
-    )
-    if found is None:
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
-        if pairs is None:
-            return np.arange(num_devices)[None]
-        return np.array(
-            [
-                [int(n) for n in pair.split(",")]
-                for pair in re.findall(r"\{([\d,]+)", pairs[1] + "}")
-            ]
-        )
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-    devices = np.array(
-        [int(n) for n in found[2].split(",")] if found[2] else range(math.prod(sizes.values()))
-    )
-    devices = devices.reshape(list(sizes.values()))
-    along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
-    others = [axis for axis in range(len(sizes)) if axis not in along]
-    return devices.transpose(others + along).reshape(
-        -1, math.prod(devices.shape[axis] for axis in along)
-    )
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        ids = _numbers(found[2]) if found[2] else range(math.prod(sizes.values()))
+        devices = np.array(ids).reshape(list(sizes.values()))
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
+        others = [axis for axis in range(len(sizes)) if axis not in along]
+        length = math.prod(devices.shape[axis] for axis in along)
+        return devices.transpose(others + along).reshape(-1, length)
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)", found[1] + "}")])
+    return np.arange(num_devices)[None]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

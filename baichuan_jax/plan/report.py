@@ -1,33 +1,20 @@
-"""What a compiled training step costs, as plain values (the JSON of `plan`), as tables and as a picture."""
+"""What a compiled training step costs: plain values (the JSON of `plan`), tables and a figure."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.schema import Config
 from baichuan_jax.hardware.accelerators import Hardware, Topology
 from baichuan_jax.hardware.flops import flops_per_token
-from baichuan_jax.plan import hlo, roofline
+from baichuan_jax.plan import hlo
+from baichuan_jax.plan.ahead_of_time import Compiled
+from baichuan_jax.plan.prediction import Prediction, predict
+from baichuan_jax.plan.rates import Rates
 from baichuan_jax.runs.console import Display
 from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION
 
-RESERVED_GIB = (
-    3.5  # of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A training step compiled for a mesh of described devices."""
-
-    config: Config
-    mesh: Any
-    text: str
-    memory: dict[str, int]
-    """Bytes on one device: arguments, outputs, aliased (outputs in place of arguments), temporaries."""
-    state_bytes: dict[str, int]
-    """Of the arguments on one device: parameters, optimiser."""
-    seconds: float
+# Of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators.
+RESERVED_GIB = 3.5
 
 
 def capacity_gib(hardware: Hardware) -> float:
@@ -37,57 +24,23 @@ def capacity_gib(hardware: Hardware) -> float:
     return min(GPU_MEMORY_FRACTION * hardware.memory_gib, hardware.memory_gib - RESERVED_GIB)
 
 
-def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]:
+def report(compiled: Compiled, topology: Topology, rates: Rates) -> dict[str, Any]:
     """Everything that the command prints, as plain values."""
     config, hardware = compiled.config, topology.hardware
-    program = hlo.parse(compiled.text)
-    prediction = roofline.predict(program, compiled.mesh, topology, rates)
+    prediction = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
     tokens = config.train.global_batch_size * config.train.context_length / topology.num_devices
-    full, causal = flops_per_token(config.model, config.train.context_length)
-    counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
-    peak = hardware.peak_tflops * 1e12
-    memory = compiled.memory
-    peak_gib = (
-        memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
-    ) / 2**30
-    state = sum(compiled.state_bytes.values())
-    per_host = min(topology.devices_per_node, topology.num_devices) * state / 2**30
-    seconds = {
-        "matrix products": prediction.matmul_seconds,
-        "attention and other kernels": prediction.kernel_seconds,
-        "memory-bound": prediction.memory_seconds,
-        "slowed by collectives beside": prediction.contention_seconds,
-        "waiting for collectives": prediction.exposed_seconds,
-    }
+    passes = config.accumulation_steps(config.mesh)
     return {
         "topology": str(topology),
         "num_devices": topology.num_devices,
         "mesh": dict(compiled.mesh.shape),
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
-        "micro_batch_size": tokens
-        / config.train.context_length
-        / config.accumulation_steps(config.mesh),
+        "micro_batch_size": tokens / config.train.context_length / passes,
         "global_batch_size": config.train.global_batch_size,
         "compile_seconds": compiled.seconds,
-        "memory_gib": {
-            **{name: size / 2**30 for name, size in compiled.state_bytes.items()},
-            "activations and temporaries": memory["temporaries"] / 2**30,
-        },
-        "peak_gib": peak_gib,
-        "capacity_gib": capacity_gib(hardware),
-        "fits": peak_gib <= capacity_gib(hardware),
-        "host_restore_gib": per_host,
-        "host_save_gib": per_host,
-        "flops_per_token": counted,
-        "flops_per_token_formula": {"full_attention": full, "causal": causal},
-        "recomputation": counted / causal,
-        "predicted_step_seconds": prediction.seconds,
-        "predicted_tokens_per_second": tokens * topology.num_devices / prediction.seconds,
-        "predicted_mfu": full * tokens / prediction.seconds / peak,
-        "predicted_mfu_causal": causal * tokens / prediction.seconds / peak,
-        "predicted_tflops": full * tokens / prediction.seconds / 1e12,
-        "seconds": seconds,
+        **_memory(compiled, topology),
+        **_speed(compiled, topology, prediction, tokens),
         "rates": dataclasses.asdict(rates),
         "hardware": dataclasses.asdict(hardware),
         "unknown": prediction.unknown,
@@ -96,28 +49,87 @@ def report(compiled: Compiled, topology: Topology, rates: Any) -> dict[str, Any]
     }
 
 
-def _collective(item: Any) -> dict[str, Any]:
+def _memory(compiled: Compiled, topology: Topology) -> dict[str, Any]:
+    memory, capacity = compiled.memory, capacity_gib(topology.hardware)
+    peak = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
+    # A node's process holds the state of its own devices once, to save it or to restore it.
+    state = sum(compiled.state_bytes.values())
+    per_host = min(topology.devices_per_node, topology.num_devices) * state / 2**30
     return {
-        name: value for name, value in dataclasses.asdict(item).items() if name != "op_name"
-    } | {"of": item.op_name[-60:]}
+        "memory_gib": {
+            **{name: size / 2**30 for name, size in compiled.state_bytes.items()},
+            "activations and temporaries": memory["temporaries"] / 2**30,
+        },
+        "peak_gib": peak / 2**30,
+        "capacity_gib": capacity,
+        "fits": peak / 2**30 <= capacity,
+        "host_restore_gib": per_host,
+        "host_save_gib": per_host,
+    }
+
+
+def _speed(
+    compiled: Compiled, topology: Topology, prediction: Prediction, tokens: float
+) -> dict[str, Any]:
+    """tokens: of a step, on one device."""
+    config = compiled.config
+    full, causal = flops_per_token(config.model, config.train.context_length)
+    counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
+    peak = topology.hardware.peak_tflops * 1e12
+    return {
+        "flops_per_token": counted,
+        "flops_per_token_formula": {"full_attention": full, "causal": causal},
+        "recomputation": counted / causal,
+        "predicted_step_seconds": prediction.seconds,
+        "predicted_tokens_per_second": tokens * topology.num_devices / prediction.seconds,
+        "predicted_mfu": full * tokens / prediction.seconds / peak,
+        "predicted_mfu_causal": causal * tokens / prediction.seconds / peak,
+        "predicted_tflops": full * tokens / prediction.seconds / 1e12,
+        "seconds": {
+            "matrix products": prediction.matmul_seconds,
+            "attention and other kernels": prediction.kernel_seconds,
+            "memory-bound": prediction.memory_seconds,
+            "slowed by collectives beside": prediction.contention_seconds,
+            "waiting for collectives": prediction.exposed_seconds,
+        },
+    }
+
+
+def _collective(item: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(item)
+    name = values.pop("op_name")
+    return {**values, "of": name[-60:]}  # the end of a long path tells the most
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a report as tables."""
     display = Display()
+    _show_program(result, display)
+    _show_memory(result, display)
+    _show_speed(result, display)
+    columns = ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"]
+    display.table("Collectives", columns, _grouped(result))
+    show_rates(result)
+
+
+def _show_program(result: dict[str, Any], display: Display) -> None:
     mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items())
     display.say(
-        f"{result['topology']}: {result['num_devices']} devices ({mesh}); {result['global_batch_size']} rows a step, "
-        f"{result['micro_batch_size']:g} a pass and device; remat {result['remat']}, "
-        f"{'looped' if result['scan_layers'] else 'unrolled'} blocks; compiled in {result['compile_seconds']:.0f} s"
+        f"{result['topology']}: {result['num_devices']} devices ({mesh}); "
+        f"{result['global_batch_size']} rows a step, {result['micro_batch_size']:g} a pass and "
+        f"device; remat {result['remat']}, "
+        f"{'looped' if result['scan_layers'] else 'unrolled'} blocks; "
+        f"compiled in {result['compile_seconds']:.0f} s"
     )
     for item in result.get("search", []):
         peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
         speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
         fits = "" if item["fits"] else ", does not fit"
-        display.say(
-            f"  tried remat {item['remat']}, {item['micro_batch_size']:g} row(s): {peak}{speed}{fits}"
-        )
+        rows = f"{item['micro_batch_size']:g} row(s)"
+        display.say(f"  tried remat {item['remat']}, {rows}: {peak}{speed}{fits}")
+
+
+def _show_memory(result: dict[str, Any], display: Display) -> None:
     memory = [[name, f"{size:.1f}"] for name, size in result["memory_gib"].items()]
     memory += [["peak", f"{result['peak_gib']:.1f}"], ["capacity", f"{result['capacity_gib']:.1f}"]]
     display.table("Memory of one device", ["", "GiB"], memory)
@@ -127,41 +139,56 @@ def show(result: dict[str, Any]) -> None:
             style="red",
         )
     display.say(
-        f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, {result['host_restore_gib']:.0f} to restore"
+        f"host memory of a node: {result['host_save_gib']:.0f} GiB at most to save, "
+        f"{result['host_restore_gib']:.0f} to restore"
     )
-    formula = result["flops_per_token_formula"]
+
+
+def _show_speed(result: dict[str, Any], display: Display) -> None:
+    formula = result["flops_per_token_formula"]["causal"]
     display.say(
-        f"operations a token: {result['flops_per_token'] / 1e9:.2f} G counted, {formula['causal'] / 1e9:.2f} G by the formula "
-        f"(causal): {result['recomputation']:.3f} times"
+        f"operations a token: {result['flops_per_token'] / 1e9:.2f} G counted, "
+        f"{formula / 1e9:.2f} G by the formula (causal): {result['recomputation']:.3f} times"
     )
     total = result["predicted_step_seconds"]
     if "schedule_profile" in result:
         display.say(
-            f"scheduled with a profile of predicted times ({result['schedule_profile']}); without it "
-            f"{result['predicted_step_seconds_without_profile'] * 1e3:.0f} ms a step"
+            f"scheduled with a profile of predicted times ({result['schedule_profile']}); without "
+            f"it {result['predicted_step_seconds_without_profile'] * 1e3:.0f} ms a step"
         )
-    display.table(
-        "Predicted step (one device)",
-        ["", "ms", "share"],
-        [
-            [name, f"{value * 1e3:.1f}", f"{value / total:.1%}"]
-            for name, value in result["seconds"].items()
-        ]
-        + [["in all", f"{total * 1e3:.1f}", ""]],
-    )
+    rows = [
+        [name, f"{value * 1e3:.1f}", f"{value / total:.1%}"]
+        for name, value in result["seconds"].items()
+    ]
+    rows.append(["in all", f"{total * 1e3:.1f}", ""])
+    display.table("Predicted step (one device)", ["", "ms", "share"], rows)
     display.say(
-        f"predicted: {result['predicted_tokens_per_second']:,.0f} tokens/s, {result['predicted_tflops']:.0f} TFLOP/s a device, MFU "
-        f"{result['predicted_mfu']:.1%} (full-attention counting; {result['predicted_mfu_causal']:.1%} causal)",
+        f"predicted: {result['predicted_tokens_per_second']:,.0f} tokens/s, "
+        f"{result['predicted_tflops']:.0f} TFLOP/s a device, MFU {result['predicted_mfu']:.1%} "
+        f"(full-attention counting; {result['predicted_mfu_causal']:.1%} causal)",
         style="bold",
     )
     for what, count in result["unknown"].items():
         display.say(f"not counted: {count} x {what}", style="yellow")
-    display.table(
-        "Collectives",
-        ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"],
-        _grouped(result),
-    )
-    show_rates(result)
+
+
+def _grouped(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of collectives: those of one kind, axis and size together."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    keys = ("kind", "axis", "link", "bytes", "asynchronous", "in_loop")
+    for item in result["collectives"]:
+        megabytes = f"{item['bytes'] / 1e6:,.1f}"
+        key = tuple({**item, "bytes": megabytes}[name] for name in keys)
+        groups.setdefault(key, []).append(item)
+    rows = []
+    for (kind, axis, link, size, asynchronous, in_loop), items in groups.items():
+        count, seconds, waited = (
+            sum(item[name] for item in items) for name in ("count", "seconds", "exposed_seconds")
+        )
+        flags = ["yes" if flag else "no" for flag in (asynchronous, in_loop)]
+        times = [f"{seconds * 1e3:.1f}", f"{waited * 1e3:.1f}"]
+        rows.append([kind, axis, link, size, str(count), *flags, *times])
+    return sorted(rows, key=lambda row: -float(row[7]))
 
 
 def show_rates(result: dict[str, Any]) -> None:
@@ -170,7 +197,8 @@ def show_rates(result: dict[str, Any]) -> None:
     file = result["rates_file"]
     if file is not None:
         display.say(
-            f"rates measured on {file['device']} ({file['hardware']}), {file['date']}: {file['path']}"
+            f"rates measured on {file['device']} ({file['hardware']}), {file['date']}: "
+            f"{file['path']}"
         )
         unused = [name for name in file["rates"] if result["rates_from"][name] != "measured"]
         if unused:
@@ -182,43 +210,24 @@ def show_rates(result: dict[str, Any]) -> None:
     display.table("Rates (shares of the data sheet)", ["", "value", "from"], rows)
 
 
-def _grouped(result: dict[str, Any]) -> list[list[str]]:
-    """Collectives of one kind, axis and size together."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for item in result["collectives"]:
-        key = (
-            item["kind"],
-            item["axis"],
-            item["link"],
-            f"{item['bytes'] / 1e6:,.1f}",
-            item["asynchronous"],
-            item["in_loop"],
-        )
-        groups.setdefault(key, []).append(item)
-    rows = []
-    for (kind, axis, link, size, asynchronous, in_loop), items in groups.items():
-        total = {
-            name: sum(item[name] for item in items)
-            for name in ("count", "seconds", "exposed_seconds")
-        }
-        rows.append(
-            [
-                kind,
-                axis,
-                link,
-                size,
-                str(total["count"]),
-                "yes" if asynchronous else "no",
-                "yes" if in_loop else "no",
-                f"{total['seconds'] * 1e3:.1f}",
-                f"{total['exposed_seconds'] * 1e3:.1f}",
-            ]
-        )
-    return sorted(rows, key=lambda row: -float(row[7]))
+def show_sweep(results: list[dict[str, Any]]) -> None:
+    """Print the reports of growing clusters, one a row."""
+    rows = [
+        [
+            str(result["num_devices"]),
+            f"{result['predicted_step_seconds'] * 1e3:.0f}",
+            f"{result['predicted_mfu']:.1%}",
+            f"{result['seconds']['waiting for collectives'] * 1e3:.1f}",
+            f"{result['peak_gib']:.1f}",
+        ]
+        for result in results
+    ]
+    columns = ["devices", "step ms", "MFU", "waited ms", "peak GiB"]
+    Display().table("Weak scaling, predicted", columns, rows)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A picture of the report: where the step's time and the device's memory go."""
+    """A figure of the report: where the step's time and the device's memory go."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -239,8 +248,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False
         )
     below.axvline(result["capacity_gib"], color="black", linestyle="--")
-    figure.suptitle(
-        f"{result['topology']}: predicted MFU {result['predicted_mfu']:.1%}, peak {result['peak_gib']:.1f} GiB"
-    )
+    mfu, peak = f"MFU {result['predicted_mfu']:.1%}", f"peak {result['peak_gib']:.1f} GiB"
+    figure.suptitle(f"{result['topology']}: predicted {mfu}, {peak}")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -40,7 +40,8 @@ from typing import Any, NamedTuple
 from jax.profiler import ProfileData
 
 from baichuan_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program
-from baichuan_jax.plan.roofline import Prediction, kernel_of
+from baichuan_jax.plan.prediction import Prediction
+from baichuan_jax.plan.roofline import kernel_of
 
 STREAM = re.compile(r"Stream #\d+")
 # Copies between host and device run on engines of their own, and leave the multiprocessors free.

@@ -89,7 +89,8 @@ def run(stage: Stage) -> None:
 
     from baichuan_jax.hardware.accelerators import hardware_of, parse_topology
     from baichuan_jax.hardware.devices import peak_flops
-    from baichuan_jax.plan import hlo, roofline
+    from baichuan_jax.plan import hlo, rates
+    from baichuan_jax.plan.prediction import predict
     from baichuan_jax.runs.metrics import Throughput
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
@@ -139,11 +140,12 @@ def run(stage: Stage) -> None:
     try:
         traced = trace(stage, compiled, state, batch, request)
         topology = parse_topology(name)
-        rates = roofline.rates_for(topology)
+        shares = rates.rates_for(topology)
         if (path := stage.output / "rates.json").exists():
-            rates = dataclasses.replace(rates, **roofline.read_rates(path, topology.hardware).rates)
+            measured = rates.read_rates(path, topology.hardware).rates
+            shares = dataclasses.replace(shares, **measured)
         program = hlo.parse(compiled.as_text())
-        show_trace(stage, traced, program, roofline.predict(program, mesh, topology, rates), step)
+        show_trace(stage, traced, program, predict(program, mesh, topology, shares), step)
     except Exception as error:  # the main result, seconds beside the plan, does not depend on it
         traceback.print_exc()
         stage.wrong(f"no trace beside the prediction: {type(error).__name__}: {reason(error)}")

@@ -1,4 +1,4 @@
-"""Reading compiled programs: operations, traffic and loops counted by hand, every notation of device groups."""
+"""Compiled programs as read: operations, traffic, loops and groups, each counted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,8 @@ def test_products_are_counted_with_the_turns_of_loops_around_them():
 
         return jax.lax.scan(turn, x, None, length=5)[0]
 
-    assert (
-        total(compiled(function, (16, 64), (64, 64)), compiled(function, (16, 64), (64, 64)).flops)
-        == 15 * 2 * 16 * 64 * 64
-    )
+    program = compiled(function, (16, 64), (64, 64))
+    assert total(program, program.flops) == 15 * 2 * 16 * 64 * 64
 
 
 LOOP = """HloModule m
@@ -99,10 +97,8 @@ def test_a_fused_update_of_one_slice_moves_that_slice_only():
 
 
 def test_shapes_of_tuples_are_summed():
-    assert (
-        hlo.shape_bytes("((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])")
-        == 64 + 12 + 5 + 1
-    )
+    shape = "((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])"
+    assert hlo.shape_bytes(shape) == 64 + 12 + 5 + 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The plan for clusters that are not there: it compiles the real step with the real kernels, and what it says of it is true."""
+"""Ahead-of-time compilation for a topology: the real step with the real kernels.
+
+What is reported of the compiled program is compared with formulas and with schedules by hand.
+"""
 
 import dataclasses
 import importlib.util
@@ -16,16 +19,17 @@ from launches import REPOSITORY, environment
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hardware.accelerators import Topology, parse_topology
 from baichuan_jax.hardware.flops import flops_per_token
-from baichuan_jax.plan import ahead_of_time as plan_command
+from baichuan_jax.plan import __main__ as plan_command
 from baichuan_jax.plan import hlo
-from baichuan_jax.plan.ahead_of_time import candidates
+from baichuan_jax.plan.prediction import predict
+from baichuan_jax.plan.rates import RATE_NAMES, Rates, rates_for, read_rates
 from baichuan_jax.plan.report import capacity_gib
-from baichuan_jax.plan.roofline import RATE_NAMES, Rates, axes_of, predict, rates_for, read_rates
+from baichuan_jax.plan.roofline import axes_of
+from baichuan_jax.plan.search import candidates
 from baichuan_jax.sharding import AXES
 
-CUDA = any(
-    map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))
-) and importlib.util.find_spec("jax_triton")
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+CUDA = any(map(importlib.util.find_spec, PLUGINS)) and importlib.util.find_spec("jax_triton")
 needs_cuda = pytest.mark.skipif(
     not CUDA, reason="CUDA's compiler is not installed (make plan-deps)"
 )
@@ -43,46 +47,30 @@ RATES = Rates(
     intra_latency_us=0,
     inter_latency_us=0,
 )
-# One block of the 7B model's width compiles in seconds.
+SEVEN_B = ("--config", "configs/baichuan_7b_a800.yaml")
+# Three narrow blocks compile in seconds.
 NARROW = [
-    "--model.num_layers",
-    "3",
-    "--model.hidden_size",
-    "512",
-    "--model.intermediate_size",
-    "1376",
-    "--model.num_heads",
-    "4",
-    "--model.vocab_size",
-    "2048",
-    "--train.context_length",
-    "1024",
-    "--train.loss_chunk_size",
-    "512",
+    "--model.num_layers=3",
+    "--model.hidden_size=512",
+    "--model.intermediate_size=1376",
+    "--model.num_heads=4",
+    "--model.vocab_size=2048",
+    "--train.context_length=1024",
+    "--train.loss_chunk_size=512",
 ]
 
 
 def plan(
-    tmp_path, *words: str, config: str = "baichuan_7b_a800"
+    tmp_path, *argv: str, config: str = "baichuan_7b_a800"
 ) -> tuple[subprocess.CompletedProcess, dict]:
-    variables = {
-        name: value
-        for name, value in environment().items()
-        if name not in ("JAX_PLATFORMS", "XLA_FLAGS")
-    }
+    """The command in a process of its own, and its report."""
+    left_out = ("JAX_PLATFORMS", "XLA_FLAGS")
+    variables = {name: value for name, value in environment().items() if name not in left_out}
     variables["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     path = tmp_path / "plan.json"
-    command = [
-        sys.executable,
-        "-m",
-        "baichuan_jax.plan",
-        "--config",
-        f"configs/{config}.yaml",
-        "--json",
-        str(path),
-    ]
+    options = [f"--config=configs/{config}.yaml", f"--json={path}", f"--output={tmp_path}"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path), *words],
+        [sys.executable, "-m", "baichuan_jax.plan", *options, *argv],
         env=variables,
         capture_output=True,
         text=True,
@@ -116,20 +104,13 @@ def test_sixteen_a800s(tmp_path, loops):
     )
     done, result = plan(
         tmp_path,
-        "--topology",
-        "a800:2x8",
-        "--rates_file",
-        str(rates),
-        "--rates.kernel",
-        "0.75",
-        "--rates.intra_latency_us",
-        "30",
-        "--train.global_batch_size",
-        "16",
-        "--hlo",
-        str(text),
-        "--model.scan_layers",
-        loops,
+        "--topology=a800:2x8",
+        f"--rates_file={rates}",
+        "--rates.kernel=0.75",
+        "--rates.intra_latency_us=30",
+        "--train.global_batch_size=16",
+        f"--hlo={text}",
+        f"--model.scan_layers={loops}",
         *NARROW,
     )
     assert done.returncode == 0, done.stderr
@@ -139,15 +120,11 @@ def test_sixteen_a800s(tmp_path, loops):
     assert result["num_devices"] == 16
     assert result["fits"]
     assert result["unknown"] == {}
-    assert set(result["kernels"]) == {
-        "attention_forward",
-        "attention_dkv",
-        "attention_dq",
-        "rms_norm",
-    }
+    kernels = {"attention_forward", "attention_dkv", "attention_dq", "rms_norm"}
+    assert set(result["kernels"]) == kernels
     assert "triton_kernel_call" in text.read_text()
 
-    # Counted: the formula and what FlashAttention's backward pass computes again (9 products of
+    # Counted: the formula, and what FlashAttention's backward pass computes again (9 products of
     # attention where the formula has 6).
     model = ModelConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=1376, num_layers=3, num_heads=4
@@ -156,19 +133,14 @@ def test_sixteen_a800s(tmp_path, loops):
     attention = formula[0] - formula[1]
     assert result["flops_per_token"] == pytest.approx(formula[1] + attention / 2, rel=0.02)
 
-    # A measured rate takes the place of the default, a given one that of both, and the report says
-    # which.
+    # A measured rate replaces the default, a given one replaces both, and the report says which.
     defaults = rates_for(parse_topology("a800:2x8"))
     expected = dataclasses.replace(
         defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0
     )
     assert result["rates"] == dataclasses.asdict(expected)
-    sources = {
-        "matmul": "measured",
-        "launch_us": "measured",
-        "kernel": "given",
-        "intra_latency_us": "given",
-    }
+    sources = dict.fromkeys(("matmul", "launch_us"), "measured")
+    sources |= dict.fromkeys(("kernel", "intra_latency_us"), "given")
     assert result["rates_from"] == dict.fromkeys(RATE_NAMES, "default") | sources
     assert result["rates_file"]["path"] == str(rates)
     assert f"rates measured on NVIDIA H100 80GB HBM3 (a100), 2026-11-27: {rates}" in done.stdout
@@ -185,10 +157,9 @@ def test_sixteen_a800s(tmp_path, loops):
     scattered = sum(
         item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter"
     )
-    block = 4 * 512**2 + 3 * 512 * 1376
-    assert scattered == pytest.approx(
-        2 * 3 * block + 4 * 512 * 2048, rel=0.02
-    )  # blocks in bfloat16, the head in float32
+    # Three blocks in bfloat16, the head in float32.
+    wanted = 2 * 3 * (4 * 512**2 + 3 * 512 * 1376) + 4 * 512 * 2048
+    assert scattered == pytest.approx(wanted, rel=0.02)
     assert not [
         item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]
     ]
@@ -207,7 +178,7 @@ def test_sixteen_a800s(tmp_path, loops):
 @needs_cuda
 @pytest.mark.slow
 def test_a_thousand_a800s_beat_the_original(tmp_path):
-    """The whole 7B step: fits, counted operations near the formula, collectives of size beside compute, above 58.3 %."""
+    """The whole 7B step fits, computes little again, and hides its collectives: above 58.3 %."""
     done, result = plan(tmp_path, "--topology", "a800:128x8")
     assert done.returncode == 0, done.stderr
     assert result["num_devices"] == 1024
@@ -226,47 +197,36 @@ def test_a_thousand_a800s_beat_the_original(tmp_path):
 def test_eight_v5p_chips_run_splash_attention(tmp_path):
     done, result = plan(
         tmp_path,
-        "--topology",
-        "v5p:2x2x2",
-        "--mesh.fsdp",
-        "4",
-        "--train.global_batch_size",
-        "8",
-        "--train.micro_batch_size",
-        "1",
-        "--model.remat",
-        "full",
+        "--topology=v5p:2x2x2",
+        "--mesh.fsdp=4",
+        "--train.global_batch_size=8",
+        "--train.micro_batch_size=1",
+        "--model.remat=full",
         *NARROW,
         config="baichuan_7b_v5p",
     )
     assert done.returncode == 0, done.stderr
     assert result["kernels"]["splash_mha_fwd"] > 0
-    assert result["recomputation"] == pytest.approx(
-        4 / 3, abs=0.15
-    )  # remat full, and what splash computes again
+    # remat full, and what splash attention computes again.
+    assert result["recomputation"] == pytest.approx(4 / 3, abs=0.15)
     gathers = [
         item for item in result["collectives"] if item["kind"] == "all-gather" and item["in_loop"]
     ]
     assert {item["axis"] for item in gathers} == {"fsdp"}
-    assert (
-        sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2
-    )  # libtpu 0.0.41 leaves some, 0.0.48 none
+    # libtpu 0.0.41 leaves some synchronous, 0.0.48 none.
+    assert sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2
 
 
 def test_a_missing_compiler_is_named(tmp_path):
     variables = {**environment(), "PYTHONPATH": str(tmp_path)}
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as m\nversion = m.version\n"
-        "def hide(name):\n    if 'jax-cuda1' in name: raise m.PackageNotFoundError(name)\n    return version(name)\n"
+        "def hide(name):\n"
+        "    if 'jax-cuda1' in name: raise m.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
         "m.version = hide\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "baichuan_jax.plan",
-        "--config",
-        "configs/baichuan_7b_a800.yaml",
-    ]
+    command = [sys.executable, "-m", "baichuan_jax.plan", *SEVEN_B]
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=120, cwd=REPOSITORY
     )
@@ -326,15 +286,7 @@ def test_a_file_nested_too_deep_and_a_pipe_are_refused(tmp_path):
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "1e300"])
 def test_a_rate_on_the_command_line_is_checked_too(rate):
     with pytest.raises(ConfigError, match=r"rates\.matmul"):
-        plan_command.main(
-            [
-                "--config",
-                "configs/baichuan_7b_a800.yaml",
-                "--topology",
-                "h100:1x8",
-                f"--rates.matmul={rate}",
-            ]
-        )
+        plan_command.main([*SEVEN_B, "--topology", "h100:1x8", f"--rates.matmul={rate}"])
 
 
 def test_one_tpus_rates_are_not_anothers(tmp_path):
@@ -379,25 +331,16 @@ def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
     }
     given = []
 
-    def child(words, config, topology):
-        given.append(words[words.index("--rates_file") + 1])
-        Path(words[words.index("--json") + 1]).write_text(json.dumps(report))
+    def child(argv, config, topology):
+        given.append(argv[argv.index("--rates_file") + 1])
+        Path(argv[argv.index("--json") + 1]).write_text(json.dumps(report))
         return 0
 
     monkeypatch.setattr(plan_command, "missing", lambda topology: [])
-    monkeypatch.setattr(plan_command, "_run_child", child)
+    monkeypatch.setattr(plan_command, "run_child", child)
     path = str(write_rates(tmp_path))
-    words = [
-        "--config",
-        "baichuan_7b_a800",
-        "--topology",
-        "h100:128x8",
-        "--sweep",
-        "data",
-        "--output",
-        str(tmp_path),
-    ]
-    assert plan_command.main([*words, "--rates_file", path]) == 0
+    argv = [*SEVEN_B, "--topology=h100:128x8", "--sweep=data", f"--output={tmp_path}"]
+    assert plan_command.main([*argv, "--rates_file", path]) == 0
     assert given == [path] * 10
     assert "rates measured on card (h100), today: rates.json" in capsys.readouterr().out
 
@@ -426,6 +369,13 @@ def test_groups_of_devices_are_named_by_their_axes():
     assert axes_of(np.array([[0, 3], [1, 2]]), mesh) == "?"
 
 
+def with_bandwidth(name: str, gigabytes: float) -> Topology:
+    """A topology with other links inside its nodes."""
+    topology = parse_topology(name)
+    hardware = dataclasses.replace(topology.hardware, intra_node_bandwidth=gigabytes)
+    return dataclasses.replace(topology, hardware=hardware)
+
+
 STEP = """HloModule step, is_scheduled=true
 
 %sum (x: f32[], y: f32[]) -> f32[] {
@@ -446,31 +396,23 @@ ENTRY %main (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
 
 @pytest.mark.parametrize("bandwidth", [0.1, 1000.0])
 def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
-    """By hand: the product takes 2e9 / (312e12/2) s, the sum of 4 MB between two devices 4e6 / (bandwidth/2) s."""
-    topology = parse_topology("a800:1x4")
-    hardware = topology.hardware
-    topology = type(topology)(
-        type(hardware)(**{**hardware.__dict__, "intra_node_bandwidth": bandwidth}), topology.shape
-    )
+    """By hand: the product takes 2e9 / (312e12/2) s, the sum of 4 MB 4e6 / (bandwidth/2) s."""
+    topology = with_bandwidth("a800:1x4", bandwidth)
     prediction = predict(hlo.parse(STEP), mesh_of(2, 2), topology, RATES)
     product = max(2e9 / (312e12 / 2), 12e6 / (2039e9 / 2))
     collective = 4e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(max(product, collective))
     assert prediction.exposed_seconds == pytest.approx(max(collective - product, 0))
     (found,) = prediction.collectives
-    assert (found.axis, found.link, found.count, found.asynchronous) == (
-        "fsdp",
-        "intra_node",
-        1,
-        True,
-    )
+    assert (found.axis, found.link, found.count) == ("fsdp", "intra_node", 1)
+    assert found.asynchronous
 
 
 SPARSE_CORES = """HloModule step, is_scheduled=true
 
 %gather (shard: f32[500,1000]) -> f32[1000,1000] {
   %shard = f32[500,1000]{1,0} parameter(0)
-  ROOT %gathered = f32[1000,1000]{1,0} all-gather(%shard), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %gathered = f32[1000,1000]{1,0} all-gather(%shard), replica_groups={{0,1},{2,3}}
 }, execution_thread="sparsecore"
 
 ENTRY %main (a: f32[500,1000], b: f32[1000,1000]) -> f32[1000,1000] {
@@ -481,11 +423,13 @@ CALL
   ROOT %done = f32[1000,1000]{1,0} call-done(%AWAITED)
 }
 """
-CALL_WITH_OPERAND = """\
-  %start = ((f32[500,1000]), f32[1000,1000]) call-start(%a), async_execution_thread="sparsecore", to_apply=%gather"""
-CALL_THEN_OPERAND = """\
-  %start = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", to_apply=%gather
-  %before = f32[1000,1000]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+THREAD = 'async_execution_thread="sparsecore", to_apply=%gather'
+CALL_WITH_OPERAND = f"""\
+  %start = ((f32[500,1000]), f32[1000,1000]) call-start(%a), {THREAD}"""
+PRODUCT = "dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+CALL_THEN_OPERAND = f"""\
+  %start = ((), (), s32[]) call-start(), {THREAD}
+  %before = f32[1000,1000]{{1,0}} {PRODUCT}
   %update = ((f32[500,1000]), f32[1000,1000]) call-update(%start, %a)"""
 
 
@@ -498,21 +442,14 @@ CALL_THEN_OPERAND = """\
 def test_a_gather_on_sparse_cores_runs_beside_what_follows_its_operand(
     call, awaited, products_before, bandwidth
 ):
-    """By hand: the gather passes half of 4 MB; one product is beside it, and the one before its operand is not."""
-    topology = parse_topology("v5p:2x2x1")
-    topology = dataclasses.replace(
-        topology, hardware=dataclasses.replace(topology.hardware, intra_node_bandwidth=bandwidth)
-    )
+    """By hand: the gather passes half of 4 MB, beside the product that follows its operand."""
+    topology = with_bandwidth("v5p:2x2x1", bandwidth)
     text = SPARSE_CORES.replace("CALL", call).replace("AWAITED", awaited)
     prediction = predict(hlo.parse(text), mesh_of(2, 2), topology, RATES)
     product = max(2e9 / (459e12 / 2), 12e6 / (2765e9 / 2))
     gather = 2e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(products_before * product + max(product, gather))
     (found,) = prediction.collectives
-    assert (found.kind, found.axis, found.count, found.asynchronous) == (
-        "all-gather",
-        "fsdp",
-        1,
-        True,
-    )
+    assert (found.kind, found.axis, found.count) == ("all-gather", "fsdp", 1)
+    assert found.asynchronous
     assert found.exposed_seconds == pytest.approx(max(gather - product, 0))

@@ -1,4 +1,7 @@
-"""Every published form of a checkpoint imports alike, what is wrong with one is named, and what is exported comes back."""
+"""Import and export of Hugging Face folders.
+
+Every published form imports alike, what is wrong with one is named, and an export comes back.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ from baichuan_jax.hf.files import open_tensors
 from baichuan_jax.hf.weights import export, import_params, load_pretrained
 from baichuan_jax.sharding import Layout
 
-TINY = Path(__file__).parent / "golden" / "tiny"
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
 
 def assert_equal(a, b):
@@ -95,11 +98,8 @@ def test_bfloat16_is_the_rounded_float32(params):
 def test_matrices_held_in_bfloat16_give_the_logits_of_float32_ones(params):
     ids = np.load(TINY / "parity.npz")["A_ids"]
     model = load_pretrained(TINY, dtype="bfloat16")
-    assert (model.embedding.dtype, model.layers.w_up.dtype, model.final_norm.dtype) == (
-        "bfloat16",
-        "bfloat16",
-        "float32",
-    )
+    assert model.embedding.dtype == model.layers.w_up.dtype == "bfloat16"
+    assert model.final_norm.dtype == "float32"
     logits = np.asarray(model(ids))
     nnx.update(model, params)
     np.testing.assert_array_equal(logits, model(ids))
@@ -107,12 +107,8 @@ def test_matrices_held_in_bfloat16_give_the_logits_of_float32_ones(params):
 
 def test_tensors_arrive_sharded(params, tiny_config):
     config = read_config(TINY)
-    assert (config.num_layers, config.hidden_size, config.vocab_size, config.pad_token_id) == (
-        2,
-        64,
-        512,
-        0,
-    )
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (2, 64, 512)
+    assert config.pad_token_id == 0
     _, steps = build(tiny_config, (2, 2, 1, 2))
     sharded = import_params(TINY, Layout(steps.layout.mesh))
     assert_equal(sharded, params)
@@ -123,17 +119,10 @@ def test_tensors_arrive_sharded(params, tiny_config):
 @pytest.mark.parametrize("max_shard_bytes", [100_000, 1 << 30])
 def test_export_comes_back_bit_for_bit(params, tmp_path, form, max_shard_bytes):
     config = read_config(TINY)
-    export(
-        params,
-        config,
-        tmp_path / "out",
-        dtype="float32",
-        form=form,
-        max_shard_bytes=max_shard_bytes,
-    )
-    assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (
-        max_shard_bytes == 100_000
-    )
+    options = {"dtype": "float32", "form": form, "max_shard_bytes": max_shard_bytes}
+    export(params, config, tmp_path / "out", **options)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == (max_shard_bytes == 100_000)
     assert read_config(tmp_path / "out") == config
     assert_equal(import_params(tmp_path / "out"), params)
     with pytest.raises(ConfigError, match="exists"):
@@ -150,9 +139,8 @@ def test_transformers_computes_the_same_logits_from_an_export(params, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(load_pretrained(tmp_path / "out")(ids), wanted, atol=2e-5)
-    theirs.save_pretrained(
-        tmp_path / "saved"
-    )  # with rope_parameters and head_dim in its config.json
+    # With rope_parameters and head_dim in its config.json.
+    theirs.save_pretrained(tmp_path / "saved")
     assert read_config(tmp_path / "saved") == read_config(TINY)
     assert_equal(import_params(tmp_path / "saved"), params)
 
@@ -180,15 +168,9 @@ def test_the_commands_import_and_export(params, tmp_path, capsys):
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+    command = [sys.executable, "-m", "baichuan_jax.hf", "import", tmp_path, tmp_path / "weights"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "baichuan_jax.hf",
-            "import",
-            str(tmp_path),
-            str(tmp_path / "weights"),
-        ],
+        command,
         env=environment(),
         cwd=REPOSITORY,
         capture_output=True,
@@ -250,16 +232,14 @@ def test_a_damaged_header_is_named(copy):
         import_params(copy)
     header["model.norm.weight"]["data_offsets"][0] -= 4
     write_header(file, header, data)
-    with pytest.raises(
-        ConfigError, match=r"model\.safetensors is damaged.*offset for tensor `model\.norm\.weight`"
-    ):
+    offset = r"model\.safetensors is damaged.*offset for tensor `model\.norm\.weight`"
+    with pytest.raises(ConfigError, match=offset):
         import_params(copy)
     header["model.norm.weight"]["data_offsets"][0] += 4
     header["model.norm.weight"]["dtype"] = "I32"
     write_header(file, header, data)
-    with pytest.raises(
-        ConfigError, match=r"model\.safetensors: model\.norm\.weight is I32; expected"
-    ):
+    wrong_type = r"model\.safetensors: model\.norm\.weight is I32; expected one of F32, F16, BF16"
+    with pytest.raises(ConfigError, match=wrong_type):
         import_params(copy)
 
 
@@ -303,10 +283,8 @@ def test_a_missing_shard_is_named(tmp_path):
         ),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 32}, "head_dim=32"),
-        (
-            {"architectures": ["BaichuanForCausalLM"]},
-            "architecture BaichuanForCausalLM",
-        ),  # Baichuan-13B, Baichuan2
+        # Baichuan-13B, Baichuan2.
+        ({"architectures": ["BaichuanForCausalLM"]}, "architecture BaichuanForCausalLM"),
         ({"num_attention_heads": "4"}, "num_attention_heads='4', which must be int"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
@@ -342,10 +320,10 @@ def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_near_the_largest_tensor(tmp_path):
-    """2.1 GB of float32, in a process of its own: the peak above the parameters, which on a CPU are host memory too.
+    """2.1 GB of float32, in a process of its own: the peak above the parameters.
 
-    One largest tensor is read while the parameters grow, and a second one while it is turned; half
-    a one for everything else.
+    On a CPU these are host memory too. One largest tensor is read while the parameters grow, and a
+    second one while it is transposed; half a one for everything else.
     """
     script = """
         import json, resource, sys
@@ -361,13 +339,17 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
         folder = Path(sys.argv[2])
-        config = ModelConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_layers=8, num_heads=16)
+        sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5504}
+        config = ModelConfig(**sizes, num_layers=8, num_heads=16)
         if sys.argv[1] == "make":
-            shapes = {name: shape for entry in entries(config, True) for name, shape in entry.tensors.items()}
-            arrays = (np.full(shape, index, np.float32) for index, shape in enumerate(shapes.values()))
+            shapes = {}
+            for entry in entries(config, True):
+                shapes |= entry.tensors
+            arrays = (np.full(shape, i, np.float32) for i, shape in enumerate(shapes.values()))
             folder.mkdir()
             write_safetensors(folder, shapes, arrays, "float32", 5 << 30)
-            (folder / "config.json").write_text(json.dumps(make_config(config, "float32", "baichuan")))
+            described = make_config(config, "float32", "baichuan")
+            (folder / "config.json").write_text(json.dumps(described))
         else:
             jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
             before = peak()
@@ -394,9 +376,8 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     try:
         run("make")  # apart: its memory is not the import's
         importing, exporting = map(float, run("read").split())
-        print(
-            f"above the parameters, in largest tensors: import {importing:.2f}, export {exporting:.2f}"
-        )
+        print("above the parameters, in largest tensors:", end=" ")
+        print(f"import {importing:.2f}, export {exporting:.2f}")
         assert importing < 2.5
         assert exporting < 2.5
     finally:

@@ -1,0 +1,236 @@
+"""Predicts how long a compiled step takes, by simulating its schedule on one device.
+
+In: a compiled program (hlo.py), the mesh, the topology and its rates. Out: seconds of a step, and
+where they go. The compiler's order of instructions is kept. An instruction takes the time that
+roofline.py gives it. A collective starts at its start instruction and runs on a link beside the
+compute that follows; its end instruction waits for it. Two links work at the same time: inside a
+node and between nodes. Nothing is measured on the machine that predicts.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from baichuan_jax.hardware.accelerators import Topology
+from baichuan_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program, replica_groups
+from baichuan_jax.plan.rates import Rates
+from baichuan_jax.plan.roofline import (
+    Collective,
+    Cost,
+    collective_seconds,
+    describe_collective,
+    instruction_cost,
+)
+
+
+@dataclass
+class Prediction:
+    """What a step is predicted to take, and where it goes."""
+
+    seconds: float
+    matmul_seconds: float
+    memory_seconds: float
+    kernel_seconds: float
+    contention_seconds: float
+    collectives: list[Collective]
+    matmul_flops: float
+    kernel_flops: float
+    kernels: dict[str, int]
+    """Calls of our kernels in the program's text, by name."""
+    unknown: dict[str, int]
+    """Custom calls and loops that could not be counted, and how often."""
+    costs: dict[str, float]
+    """Seconds of one run of every instruction, by name; of a collective, alone on its link."""
+    bounds: dict[str, str]
+    """What bounds each of them: matmul, memory or kernel; of a collective, its link."""
+
+    @property
+    def exposed_seconds(self) -> float:
+        """How long compute waits for collectives."""
+        return sum(item.exposed_seconds for item in self.collectives)
+
+
+def predict(
+    program: Program, mesh: Mesh | AbstractMesh, topology: Topology, rates: Rates
+) -> Prediction:
+    """Simulate the schedule of a compiled step. mesh: the one it was compiled for."""
+    return _Simulation(program, mesh, topology, rates).run()
+
+
+def schedule_profile(prediction: Prediction) -> str:
+    """What XLA's profile-guided scheduler reads: microseconds by instruction.
+
+    The format is a ProfiledInstructionsProto as text. Without it the scheduler assumes that every
+    product takes as long as every other, and a collective as long as five of them.
+    """
+    lines = []
+    for name, seconds in prediction.costs.items():
+        microseconds = f"{seconds * 1e6:.3f}"
+        lines.append(f'costs {{ name: "{name}" cost_us: {microseconds} }}')
+        if "-start" in name:
+            ends = f'source: "{name}" target: "{name.replace("-start", "-done")}"'
+            lines.append(f"latencies {{ {ends} latency_us: {microseconds} }}")
+    return "\n".join(lines) + "\n"
+
+
+class _Simulation:
+    """One device's clock, its links, and what they did so far."""
+
+    def __init__(
+        self, program: Program, mesh: Mesh | AbstractMesh, topology: Topology, rates: Rates
+    ) -> None:
+        self.program, self.mesh, self.topology, self.rates = program, mesh, topology, rates
+        self.now = 0.0
+        # When each link has ended all that it was given: the two serve different collectives at the
+        # same time, and each serves its own one after the other.
+        self.link_free = {"intra_node": 0.0, "inter_node": 0.0}
+        # Collectives that compute has not waited for yet, by the name of their start.
+        self.in_flight: dict[str, tuple[Collective, float]] = {}
+        # By what bounds: seconds so far, and operations.
+        self.spent: dict[str, float] = {"matmul": 0.0, "memory": 0.0, "kernel": 0.0}
+        self.flops: dict[str, float] = {"matmul": 0.0, "kernel": 0.0}
+        self.contention = 0.0
+        # By computation and name: a loop runs the same instruction many times.
+        self.costs: dict[tuple[str, str], Cost] = {}
+        self.collectives: dict[tuple[str, str], Collective] = {}
+        self.unknown: Counter[str] = Counter()
+
+    def run(self) -> Prediction:
+        self._computation(self.program.entry, 0)
+        runs = {name: item for (_, name), item in self.collectives.items()}
+        costs = {name: cost.seconds for (_, name), cost in self.costs.items()}
+        bounds = {name: cost.bound for (_, name), cost in self.costs.items()}
+        return Prediction(
+            seconds=self.now,
+            matmul_seconds=self.spent["matmul"],
+            memory_seconds=self.spent["memory"],
+            kernel_seconds=self.spent["kernel"],
+            contention_seconds=self.contention,
+            collectives=list(self.collectives.values()),
+            matmul_flops=self.flops["matmul"],
+            kernel_flops=self.flops["kernel"],
+            kernels=dict(Counter(cost.kernel for cost in self.costs.values() if cost.kernel)),
+            unknown=dict(self.unknown),
+            costs=costs | {name: item.seconds / item.count for name, item in runs.items()},
+            bounds=bounds | {name: item.link for name, item in runs.items()},
+        )
+
+    def _computation(self, computation: Computation, depth: int) -> None:
+        """Run the instructions of a computation. depth: loops around it."""
+        for instruction in computation.instructions:
+            opcode, name = instruction.opcode, instruction.name
+            kind = opcode.removesuffix("-start").removesuffix("-done")
+            if opcode == "while":
+                self._loop(computation, instruction, depth)
+            elif opcode in ("call", "async-start"):
+                for called in instruction.called:
+                    self._computation(self.program.computations[called], depth)
+            elif opcode == "fusion" and name.startswith("async-collective-start"):
+                self._start_inside(instruction, depth)
+            elif opcode in ("call-start", "call-update"):
+                self._start_offloaded(computation, instruction, depth)
+            elif opcode.endswith("-done") or name.startswith("async-collective-done"):
+                self._await(computation, instruction)
+            elif kind in COLLECTIVES:
+                self._start(computation, instruction, kind, depth)
+            else:
+                self._compute(computation, instruction)
+
+    def _loop(self, computation: Computation, loop: Instruction, depth: int) -> None:
+        turns = self.program.trip_count(computation, loop)
+        if turns is None:
+            self.unknown[f"loop of unknown length ({loop.op_name or loop.name})"] += 1
+        for _ in range(turns or 1):
+            self._computation(self.program.computations[loop.called[0]], depth + 1)
+
+    def _compute(self, computation: Computation, instruction: Instruction) -> None:
+        key = (computation.name, instruction.name)
+        if key not in self.costs:
+            hardware = self.topology.hardware
+            cost = instruction_cost(self.program, computation, instruction, hardware, self.rates)
+            self.costs[key] = cost
+            if cost.unknown:
+                self.unknown[cost.unknown] += 1
+        cost = self.costs[key]
+        if not cost.seconds:
+            return
+        self.spent[cost.bound] += cost.seconds
+        if cost.flops:
+            self.flops[cost.bound] += cost.flops
+        # While a collective is in flight compute is slower, until the last one ends.
+        slow = 1 + self.rates.contention
+        left = max(max(self.link_free.values()) - self.now, 0.0)
+        overlapped = min(cost.seconds * slow, left)
+        extra = overlapped - overlapped / slow
+        self.contention += extra
+        self.now += cost.seconds + extra
+
+    def _start(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        kind: str,
+        depth: int,
+        under: str | None = None,
+    ) -> None:
+        """Give a collective to its link, and wait for it where it is synchronous.
+
+        under: the name of the instruction that its end refers to, where that is not the collective.
+        """
+        key = (computation.name, instruction.name)
+        if key not in self.collectives:
+            self.collectives[key] = describe_collective(
+                computation, instruction, kind, self.mesh, self.topology, in_loop=depth > 0
+            )
+        collective = self.collectives[key]
+        groups: np.ndarray = replica_groups(instruction.attributes, self.mesh.size)
+        seconds = collective_seconds(collective, groups, self.topology, self.rates)
+        end = max(self.now, self.link_free[collective.link]) + seconds
+        self.link_free[collective.link] = end
+        collective.count += 1
+        collective.seconds += seconds
+        if under is not None or collective.asynchronous:
+            collective.asynchronous = True
+            self.in_flight[under or instruction.name] = (collective, end)
+        else:
+            self._wait(collective, end)
+
+    def _start_offloaded(
+        self, computation: Computation, instruction: Instruction, depth: int
+    ) -> None:
+        """A collective on a TPU's SparseCores: it starts when it gets its operand.
+
+        libtpu 0.0.41 passes the operand with the call, 0.0.48 with an update of it.
+        """
+        call = instruction
+        if instruction.opcode == "call-update":
+            call = computation.by_name[instruction.operands[0]]
+        if bool(call.operands) == (instruction is call):
+            self._start_inside(call, depth)
+
+    def _start_inside(self, instruction: Instruction, depth: int) -> None:
+        """A TPU's asynchronous collective: a fusion or a call that holds its start."""
+        inner = self.program.computations[instruction.called[0]]
+        for item in inner.instructions:
+            kind = item.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._start(inner, item, kind, depth, under=instruction.name)
+
+    def _await(self, computation: Computation, instruction: Instruction) -> None:
+        """The end of an asynchronous collective."""
+        found = None
+        # The operand is the start itself, or on a TPU parts of its result.
+        inside = ("get-tuple-element", "call-update")
+        for name in instruction.operands:
+            while name in computation.by_name and computation.by_name[name].opcode in inside:
+                name = computation.by_name[name].operands[0]
+            found = self.in_flight.pop(name, found)
+        if found is not None:
+            self._wait(*found)
+
+    def _wait(self, collective: Collective, end: float) -> None:
+        if end > self.now:
+            collective.exposed_seconds += end - self.now
+            self.now = end
