@@ -79,6 +79,7 @@ class Decontaminate:
 
         if not self.patterns:
             return Effects(notes={"evaluation_sets": {}})
+        # A file that changes in place is another evaluation set.
         stats = [(path, os.stat(path)) for path in self._files]
         files_key = stage_key([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
         grams, _ = corpus.make_parts(
@@ -161,6 +162,7 @@ class EvaluationSets:
             raise ConfigError(
                 f"{patterns} hold no sequence of {UNITS} characters or words to look for"
             )
+        # By the number of the text.
         self._task = np.array(tasks)
         self._size = np.array([len(grams) for grams in texts])
         # All grams of all texts, sorted, each beside its text: found by bisection.
@@ -185,11 +187,13 @@ class EvaluationSets:
         formulas = distinct[counts > FORMULA]
         leaked = {}
         for key, grams in found.items():
+            # A sequence may be in several texts, of several tasks: its places in the sorted table.
             first, last = (np.searchsorted(self._grams, grams, side) for side in ("left", "right"))
             ranges = [self._text[a:b] for a, b in zip(first, last, strict=True)]
             texts = np.concatenate([np.zeros(0, int), *ranges])
             grams = np.repeat(grams, last - first)
             hits = np.bincount(texts, minlength=len(self._size))
+            # A question made of formulas alone is still a question.
             covered = (hits >= COVERED * self._size) & (self._size >= UNITS)
             proves = covered[texts] | ~np.isin(grams, formulas)
             if proves.any():
@@ -231,6 +235,7 @@ def _units(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _hash(unit: str) -> int:
+    # Evaluation files may hold half of a surrogate pair.
     digest = hashlib.blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -253,6 +258,7 @@ def _grams(text: str) -> np.ndarray:
 
 def _task(path: Path) -> str:
     parts = path.absolute().with_suffix("").parts
+    # The split says nothing about the task.
     names = [name for name in parts if name not in ("dev", "val", "test")]
     return "/".join(re.sub(r"_(dev|val|test)$", "", name) for name in names[-2:])
 
@@ -292,6 +298,7 @@ def _objects(value: Any) -> list[list[str]]:
 
 
 def _questions(value: Any) -> Iterator[list[str]]:
+    # Not searched further: what lies inside an item is part of it.
     if isinstance(value, dict) and "question" in value:
         yield [text for name in FIELDS if name in value for text in _strings(value[name])]
     elif isinstance(value, dict | list):
@@ -353,6 +360,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     sets = EvaluationSets(options.evaluation)
     documents, found, shared = _look(sets, options.input)
+    # After all documents are read: only then is it known what is a formula.
     leaked = sets.judge(found)
     places = {task: [key for key, tasks in leaked.items() if task in tasks] for task in sets.items}
     table = Table("task", "items", "too short", "documents with its text")

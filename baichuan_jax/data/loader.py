@@ -62,6 +62,7 @@ class Loader:
         )
         self._rows = _needed_rows(sharding, self._shape)
         batches = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
+        # A dataset of batches with random access: to begin at a position skips nothing.
         dataset: Any = grain.MapDataset.source(batches)[self._index :]  # pyright: ignore[reportArgumentType]
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(dataset.to_iter_dataset(options))
@@ -88,6 +89,7 @@ class Loader:
         """Stop reading, within CLOSE_SECONDS."""
         # grain's own close waits for ever on a thread that is blocked:
         # https://github.com/google/grain/issues/1372
+        # A daemon: it does not hold the exit of the process.
         closer = threading.Thread(target=self._iterator.close, daemon=True)
         closer.start()
         closer.join(CLOSE_SECONDS)
@@ -128,6 +130,7 @@ def _position_of(index: int, skip: list[tuple[int, int]]) -> int:
     """The position of the index-th batch that is not left out."""
     position = index
     for begin, end in skip:
+        # In order: each window that begins before moves the position on.
         position += end - begin if position >= begin else 0
     return position
 
@@ -165,6 +168,7 @@ class _Batches:
 def _needed_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> np.ndarray:
     """Numbers, within a global batch, of the rows that this process's devices hold."""
     numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])
+    # Devices that share rows (the axes context and tensor) read them once.
     needed = [
         numbers[index[:2]].ravel()
         for index in sharding.addressable_devices_indices_map(shape).values()
@@ -204,6 +208,8 @@ def document_arrays(inputs: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
 
     Segments count from 1, with a new one after every EOS; positions from 0 in every segment.
     """
+    # The token after an EOS begins a document. A row may begin in the middle of one, which is then
+    # segment 1 from position 0.
     starts = np.zeros(inputs.shape, bool)
     starts[:, 1:] = inputs[:, :-1] == eos_id
     columns = np.arange(inputs.shape[1])
@@ -234,6 +240,7 @@ def validation_batches(
     numbers = _needed_rows(sharding, shape)
     order = _in_turn([len(rows) for rows, _ in sources], num_batches * batch_size)
     for start in range(0, len(order), batch_size):
+        # Token 0 where there is no row; its label is ignored.
         rows = np.zeros((len(numbers), T + 1), np.int32)
         real = np.zeros(len(numbers), bool)
         for slot, number in enumerate(numbers):
@@ -247,6 +254,7 @@ def validation_batches(
 
 def _in_turn(lengths: list[int], limit: int) -> list[tuple[int, int]]:
     """(source, row) pairs, one of each source in turn, until all are used or there are `limit`."""
+    # In turn, so that a few batches say something about every corpus.
     order = (
         (source, row)
         for row in range(max(lengths))

@@ -110,6 +110,7 @@ def fit_law(weights: np.ndarray, losses: np.ndarray) -> tuple[Law, np.ndarray]:
     Least squares with a penalty on standardised coefficients; the penalty is the one of least
     leave-one-out error.
     """
+    # The law is linear in its coefficients, so least squares fit it.
     features = np.hstack([weights, -np.log(weights)])
     # Gains must not be negative: that keeps the law convex.
     low = np.repeat([-np.inf, 0.0], weights.shape[1])
@@ -166,6 +167,7 @@ class Trainings:
         Raises ConfigError or RuntimeError with the training's last message where it failed.
         """
         run = Run(self.folder / name)
+        # A training that was killed continues from its own checkpoints.
         if self.steps not in run.curve("eval_loss") or run.status != "completed":
             if self._stopped or not self._train(name, weights):
                 return None
@@ -196,6 +198,7 @@ class Trainings:
             return True
         if self._stopped and code == Cause.PREEMPTED.exit_code:
             return False
+        # The trainer's last line says what was wrong.
         reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
         error = ConfigError if code == Cause.CONFIGURATION.exit_code else RuntimeError
         raise error(f"training {name} ended with code {code}: {reason} (see {log})")
@@ -230,6 +233,7 @@ def learn(
     # The law has 2 K + 1 coefficients.
     least = 2 * len(corpora) + 2
     require(runs >= least, f"--runs {runs} is too few for {len(corpora)} corpora; give {least}")
+    # The given weights need not sum to 1.
     prior = np.array(list(config.data.train.values()))
     mixtures = draw_mixtures(prior / prior.sum(), runs, concentration, seed)
     plan = {
@@ -242,6 +246,7 @@ def learn(
     waiting = f"another search, or a training of a killed one, holds {folder}; waiting for its end"
     with locked(folder / "lock", waiting) as lock:
         path = folder / "plan.json"
+        # Runs of other mixtures under the same names would be taken for this search's.
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
             raise ConfigError(
                 f"{folder} holds a search with other settings; choose another --output, or delete "
@@ -263,6 +268,7 @@ def _training_options(steps: int, overrides: list[str]) -> list[str]:
             f"--{name}" not in overrides[::2],
             f"--{name} is set by the search itself (--steps, --output, the drawn mixtures)",
         )
+    # As little as possible beside the training itself: one evaluation, one checkpoint, no samples.
     settings = {
         "train.num_steps": steps,
         "evaluate.every": steps,
@@ -292,6 +298,7 @@ def _search(
             return None
         losses.append(loss)
     law, left_out = fit_law(mixtures, np.array(losses))
+    # No share below the least that was drawn.
     best = np.round(law.best(mixtures.min(axis=0)), 4)
     chosen = dict(zip(corpora, best.tolist(), strict=True))
     # A name of its weights, so that no other law's best mixture is taken for it.
@@ -337,6 +344,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def _sizes(config: Config) -> np.ndarray:
     """Tokens of packed rows, bytes of text otherwise. Raises ConfigError where both are named."""
     packed = [(Path(path) / MANIFEST).exists() for path in config.data.train]
+    # Tokens and bytes differ by a factor that depends on the language.
     require(
         all(packed) or not any(packed),
         "data.train mixes packed rows and text, whose sizes do not compare; pack the text first",

@@ -60,6 +60,7 @@ class NearDuplicates:
     def run(self, corpus: Corpus) -> Effects:
         if not self.config.enabled:
             return Effects()
+        # The scores: the best of a cluster depends on them.
         key = [corpus.documents.key, corpus.scores_key, self.config]
         signatures, _ = corpus.make_parts("signatures", key, self._sign)
 
@@ -67,6 +68,7 @@ class NearDuplicates:
             removed = corpus.effects.removed_documents
             table = read_stage(signatures).join(removed, on="doc", how="anti")
             pairs = find_duplicates(corpus.tables, table, self.config)
+            # Ids at the end: until here a document is a number, which takes less memory.
             ids = corpus.ids().select(col("doc").alias("kept"), col("id").alias("kept_id"))
             return pairs.join(ids, on="kept").select("doc", "kept", "kept_id")
 
@@ -83,6 +85,7 @@ class NearDuplicates:
         file.write(SIGNATURES.empty_table())
         number = 0
         for table, scores in part.read_scored(["doc", "lang", "text"]):
+            # Removed documents have no text, and must not be the one that stays.
             fit = np.flatnonzero(np.asarray(table["text"].is_valid()))
             if not len(fit):
                 continue
@@ -111,6 +114,7 @@ class NearDuplicates:
 
 def _ranks(quality: np.ndarray, texts: list[str]) -> np.ndarray:
     """Quality in the upper bits, length in the lower ones: int64 [documents]."""
+    # Among equally good copies the longest: it may hold what the others lack.
     lengths = np.array([min(len(text), (1 << 32) - 1) for text in texts])
     return (quality * (1 << 20)).astype(np.int64) << 32 | lengths
 
@@ -150,6 +154,7 @@ def _spaced(texts: list[str]) -> list[str]:
     if not texts:
         return []
     line, space = ord("\n"), ord(" ")
+    # casefold may change a text's length, so texts are found again by the line ends between them.
     joined = "\n".join(text.replace("\n", " ") for text in texts).casefold()
     points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
     kept = points[_letters()[points] | (points == line)]
@@ -250,6 +255,7 @@ def _similar_pairs(tables: Tables, table: DataFrame, config: DedupConfig) -> Dat
         alike = _similarity(col("a"), col("b")) >= lit(config.threshold)
         return pairs.join(high, on="high").where(alike).select("low", "high")
 
+    # One side after the other: a pair with both sketches takes 640 bytes.
     rows = SKETCH_ROWS * pairs.count_rows()
     pairs = tables.in_buckets(rows, of_low, (pairs, "low"), (sketch, "doc"))
     return tables.in_buckets(rows, of_high, (pairs, "high"), (sketch, "doc"))
@@ -263,6 +269,7 @@ def _pairs(bands: DataFrame) -> DataFrame:
     """
     first, last = col("doc").min().alias("first"), col("doc").max().alias("last")
     ends = bands.groupby("band").agg(first, last)
+    # Most bands have one document only: their first is their last.
     members = bands.join(ends.where(col("first") < col("last")), on="band")
     with_first = members.select(col("first").alias("low"), col("doc").alias("high"))
     with_last = members.select(col("doc").alias("low"), col("last").alias("high"))
@@ -277,6 +284,7 @@ def _similarity(left: daft.Series, right: daft.Series) -> Any:
 def _resolve(members: DataFrame, config: DedupConfig) -> DataFrame:
     """(doc, kept) within components (doc, component, rank, sketch)."""
     member = F.to_struct(col("doc"), col("rank"), col("sketch")).alias("members")
+    # All of a component at once: it is small, since exact copies are gone.
     grouped = members.select("component", member).groupby("component")
     clusters = grouped.agg(col("members").list_agg())
     removed: Any = _keep_best(col("members"), lit(config.threshold))
@@ -296,6 +304,7 @@ def _keep_best(members: list, threshold: float) -> list[dict[str, int]]:
     members = sorted(members, key=lambda member: (-member["rank"], member["doc"]))
     joined = b"".join(member["sketch"] for member in members)
     sketches = np.frombuffer(joined, np.uint16).reshape(len(members), HASHES)
+    # Numbers of members that nothing has removed or kept yet.
     left = np.arange(len(members))
     removed = []
     while len(left):

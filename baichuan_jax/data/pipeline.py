@@ -60,6 +60,7 @@ def run(
 
     Raises ConfigError.
     """
+    # Here, so that a missing package becomes a message that says how to install it.
     try:
         from baichuan_jax.data.corpus.plan import clean_corpus
         from baichuan_jax.data.corpus.stages import Stages
@@ -71,16 +72,19 @@ def run(
         ) from None
     output = Path(config.output)
     try:
+        # Two pipelines in one folder would remove each other's unfinished files.
         with locked(output / "lock"), Workers(config.num_workers, progress) as workers:
             cleaner, filters = filters_of(config)
             scratch = output / "stages" / "scratch"
             tables = Tables(scratch, workers.number, workers.on_ray)
             stages = Stages(output, workers, tables, say)
             report = clean_corpus(config, cleaner, filters, stages)
+            # Kept where the run fails: it may show why.
             shutil.rmtree(scratch, ignore_errors=True)
             if not stages.made:
                 say(f"{output} was complete: every part was there already, none was made again")
             report["settings"] = dataclasses.asdict(config)
+            # report.json last: it is what others wait for.
             write_atomically(output / "funnel.png", funnel.picture(report))
             write_atomically(output / "funnel.html", funnel.page(report).encode())
             content = json.dumps(report, indent=1, ensure_ascii=False)

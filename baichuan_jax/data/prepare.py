@@ -52,6 +52,7 @@ def prepare(
             "weights"
         )
     tokenizer = _find_tokenizer(config, writer, say)
+    # Fewer pieces than rows of the embedding are fine: the others are never looked up.
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
@@ -74,6 +75,7 @@ def _is_packed(path: str) -> bool:
 def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
     if config.tokenizer.path is not None:
         return Tokenizer(config.tokenizer.path)
+    # Not of the validation text: pieces that were learned on it would lower its loss.
     corpora = [path for path in config.data.train if not _is_packed(path)]
     if not corpora:
         raise ConfigError(
@@ -84,6 +86,7 @@ def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
     size = config.tokenizer.vocab_size
     name = _fingerprint(files, size, config.data.text_field)
     path = Path(config.data.cache_dir) / f"tokenizer-{name}.model"
+    # On a cluster every host sees the same folder, and one of them writes.
     if not writer:
         _wait_for(path, say)
         return Tokenizer(path)
@@ -114,6 +117,7 @@ def _find_rows(
     if not writer:
         _wait_for(folder / MANIFEST, say)
         return Rows(folder)
+    # The name is a hash of everything, so rows under it are the right ones.
     if (folder / MANIFEST).exists():
         return Rows(folder)
     require_writable(config.data.cache_dir, "data.cache_dir")
@@ -150,6 +154,7 @@ def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:
 
 def _fingerprint(files: list[str], *settings: Any) -> str:
     """A name for what is made from these files as they are now with these settings."""
+    # Size and time in place of content: to hash a corpus takes as long as to pack it.
     described = [
         (os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files
     ]
@@ -167,5 +172,6 @@ def _wait_for(path: Path, say: Say) -> None:
             )
         if waited and waited % 30 == 0:
             say(f"waiting for process 0 to write {path}")
+        # Often enough that nobody notices, seldom enough for a shared file system.
         time.sleep(0.5)
         waited += 0.5

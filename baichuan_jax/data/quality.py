@@ -77,6 +77,7 @@ class Quality:
         """Raises ConfigError where the model cannot be used."""
         self.config = config
         self.model = Path(config.model or MODEL)
+        # Loads the model, and refuses it here: before hours of reading, not after them.
         if config.enabled:
             score([], self.model)
 
@@ -92,6 +93,7 @@ class Quality:
         card = (self.model / "card.json").read_text(encoding="utf-8")
         scores, _ = corpus.make_parts("quality", [corpus.documents.key, card], self._score_part)
 
+        # Joined with what is left: removed documents have a score of 0 in the part files.
         def find() -> Any:
             scored = corpus.remaining("source", "lang").join(read_stage(scores), on="doc")
             return _low_quality(scored, self.config.least)
@@ -170,6 +172,7 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
                 ]
             )
         logits[indices] = found
+    # The logit of a text without letters is -inf, and its probability 0.
     with np.errstate(over="ignore"):
         return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
@@ -196,6 +199,7 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     loaded = {}
     for lang, entry in described["languages"].items():
         path = Path(folder) / f"{lang}.ftz"
+        # A model that was half copied, or is of another card, scores without an error.
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         if found != entry["sha256"]:
             raise ConfigError(
@@ -255,6 +259,7 @@ def train(
         "bad": _described(bad) or DAMAGED,
         "languages": {},
     }
+    # In a fixed order: all draw from one random generator.
     for lang in LANGUAGES:
         kept, others = good_pieces.get(lang), bad_pieces.get(lang)
         if kept is None:
@@ -380,11 +385,13 @@ def damage(text: str, lang: str, rng: random.Random) -> str:
         parts = [words[start : start + window] for start in range(0, len(words), window)]
         rest = iter([word for part in parts for word in rng.sample(part, len(part))])
         return re.sub(pattern, lambda _: next(rest), text)
+    # Fragments of one to four words, as keyword lists and menus are.
     if kind == 3:
         starts = rng.choices(range(len(words)), k=max(1, len(words) // 3))
         cuts = [words[start : start + rng.randint(1, 4)] for start in starts]
         border = rng.choice(["\n", " | ", " ", ", " if lang == "en" else "、", " > "])
         return border.join(space.join(cut) for cut in cuts)
+    # Letters exchanged: what a bad scan or a wrong encoding leaves.
     share = rng.uniform(0.08, 0.3)
     return "".join(rng.choice(text) if rng.random() < share else character for character in text)
 
@@ -450,6 +457,7 @@ def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     ranks = np.argsort(np.argsort(logits, kind="stable"), kind="stable")
     good, bad = int(labels.sum()), int((1 - labels).sum())
     area = (ranks[labels == 1].sum() - good * (good - 1) / 2) / (good * bad)
+    # A prediction of exactly 1 belongs to the last tenth.
     tenth = np.minimum((10 * p).astype(int), 9)
     bins = [
         {
@@ -460,6 +468,7 @@ def _report(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         for b in range(10)
         if (tenth == b).any()
     ]
+    # Expected calibration error: the gap of each tenth, weighted by its texts.
     error = sum(b["texts"] * abs(b["predicted"] - b["good"]) for b in bins) / len(p)
     return {
         "texts": len(p),
@@ -570,6 +579,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(text)
         size += len(text)
+        # A batch is scored at once; a million characters are enough to keep the cost of a call low.
         if size > 1 << 20:
             yield batch
             batch, size = [], 0

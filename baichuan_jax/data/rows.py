@@ -55,7 +55,9 @@ class Rows:
         self.manifest = _read_manifest(self.path)
         self.context_length: int = self.manifest["context_length"]
         self._dtype = np.dtype(self.manifest["dtype"])
+        # A part with fewer tokens than a row has a shard without rows.
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
+        # By size, which costs a stat each; `verify` compares checksums, which reads everything.
         for shard in self._shards:
             path = self.path / shard["file"]
             size = path.stat().st_size if path.is_file() else None
@@ -96,6 +98,7 @@ class Rows:
                 f"is damaged with python -m baichuan_jax.data.rows verify {self.path}, then delete "
                 "the folder and pack again"
             ) from error
+        # int32, which the embedding takes, whatever the type on the disk.
         return np.frombuffer(content, self._dtype).astype(np.int32)
 
     @property
@@ -166,6 +169,7 @@ def pack(
         for number, piece in enumerate(split_files(sizes, SHARD_BYTES))
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    # The lock lies beside the folder, which may be deleted and made again.
     with locked(folder.with_name(folder.name + ".lock")):
         if not (folder / MANIFEST).exists():
             for leftover in folder.glob("*.tmp"):  # of a killed run
@@ -174,6 +178,7 @@ def pack(
                 workers.finish(shards, f"packing {folder.name}", unit="shard")
             _write_manifest(folder, shards, tokenizer, context_length, patterns)
     rows = Rows(folder)
+    # A finished folder is not packed again, and may be of other text or settings.
     if len(shards) != len(rows.manifest["shards"]) or not all(s.is_done() for s in shards):
         raise ConfigError(
             f"{folder} holds rows of other text or settings; delete it, or choose another folder"
@@ -219,6 +224,7 @@ class Shard:
         }
 
     def is_done(self) -> bool:
+        # The size too: a shard that was cut short after it was finished is made again.
         if not (self.record_file.exists() and self.file.exists()):
             return False
         record = json.loads(self.record_file.read_text(encoding="utf-8"))
@@ -250,11 +256,13 @@ class Shard:
         writer = ArrayRecordWriter(str(file), "group_size:1")
         left = np.zeros(0, dtype)
         for batch in _batches(read_texts([self.piece], self.text_field), totals):
+            # A document is its tokens and EOS, without BOS, as the original's were.
             pieces = [
                 token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)
             ]
             stream = np.asarray(pieces, dtype)
             counts += np.bincount(stream, minlength=len(counts))
+            # Rows continue over the borders of documents and of batches.
             stream = np.concatenate([left, stream])
             whole = len(stream) // length
             for row in stream[: whole * length].reshape(whole, length):

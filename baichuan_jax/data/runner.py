@@ -72,6 +72,7 @@ class Workers:
         cores = _connect_to_ray() if self.on_ray else len(os.sched_getaffinity(0))
         self.number = num_workers or cores
         self._progress = progress
+        # Made when there is something to do for more than one process.
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def finish(self, parts: Sequence[Part], description: str, unit: str = "part") -> int:
@@ -92,6 +93,7 @@ class Workers:
                 else:
                     failures.append(failure)
         if failures:
+            # Of the first part: what a user mends first, and the same one in every run.
             order = {part.name: number for number, part in enumerate(todo)}
             raise min(failures, key=lambda failure: order[failure.part]).error()
         return len(todo)
@@ -115,6 +117,7 @@ class Workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.number, context, _end_with_parent
             )
+        # All at once: the pool hands them to processes as these become free, in order.
         futures = [self._pool.submit(_attempt, part) for part in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -133,6 +136,7 @@ class Workers:
                 "a worker process was killed, most likely because memory ran out; start again "
                 "with fewer workers (num_workers): finished parts are kept"
             ) from None
+        # Ctrl-C. Not waited for: a part may take minutes, and an unfinished one is made again.
         except BaseException:
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -173,6 +177,7 @@ def _end_with_parent() -> None:
     The pool's own processes would wait for their next part for ever, and one that is at work would
     write beside the next run.
     """
+    # A pipe to the parent closes when it dies, whatever killed it.
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -187,6 +192,7 @@ def _connect_to_ray() -> int:
     """Join the cluster that RAY_ADDRESS names, or start one where it is "local"; its CPUs."""
     import ray  # pyright: ignore[reportMissingImports]
 
+    # Ray's own output would hide the progress bar and the error that matters.
     address = os.environ["RAY_ADDRESS"]
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     ray.init(address, ignore_reinit_error=True, **quiet)
@@ -217,6 +223,7 @@ def _on_ray(todo: Sequence[Part], number: int) -> Iterator[Failure | None]:
 
 def _bar(total: int, done: int, description: str, unit: str, progress: bool) -> tqdm:
     """A progress bar in a terminal; in a log a line now and then, and none of a short run."""
+    # In a file every update would be a line.
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return tqdm(
         total=total,

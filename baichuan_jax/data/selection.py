@@ -51,6 +51,7 @@ def _candidates(corpus: Corpus) -> DataFrame:
     cut = tables["cut"].groupby("doc").agg(col("bytes").sum().alias("cut"))
     copies = tables["copies"].select("doc", col("count").alias("frequency"))
     left = corpus.remaining("id", "source", "clean_bytes")
+    # Most documents have neither cuts nor copies.
     left = left.join(cut, on="doc", how="left").join(copies, on="doc", how="left")
     left = left.select(
         "doc",
@@ -66,6 +67,7 @@ def _candidates(corpus: Corpus) -> DataFrame:
 
 def select(tables: Tables, documents: DataFrame, config: SelectConfig) -> DataFrame:
     """(doc, reason) of what is left out; `documents` as _candidates gives them."""
+    # Kept (`Tables.keep`), since both tables below are made from it.
     is_drawn: Any = _drawn(col("id"), col("quality"), config)
     judged = tables.keep(documents.with_column("drawn", is_drawn))
     refused = judged.where(~col("drawn")).select("doc", lit("not_drawn").alias("reason"))
@@ -86,6 +88,7 @@ def drawn(names: list[str], quality: np.ndarray, config: SelectConfig) -> np.nda
     """
     if config.pareto_alpha is None:
         return np.ones(len(names), bool)
+    # A hash in place of a random generator: it needs no order of documents.
     hashes = [
         hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=6).digest() for name in names
     ]
@@ -113,6 +116,8 @@ def _over_budget(documents: DataFrame, config: SelectConfig) -> DataFrame:
     order = cut.where(col("bin") == col("last")).sort(
         ["source", "quality", "frequency", "doc"], desc=[False, True, True, False]
     )
+    # In this order until the budget is spent. A document that does not fit is left out, and so are
+    # all after it, though a smaller one might fit.
     beyond = []
     for row in order.select("source", "doc", "bytes").to_pylist():
         left[row["source"]] -= row["bytes"]
@@ -131,6 +136,7 @@ def _last_bins(binned: DataFrame) -> tuple[dict[str, int], dict[str, int]]:
     sums = binned.groupby("source", "budget", "bin").agg(col("bytes").sum().alias("bytes"))
     left: dict[str, int] = {}
     last: dict[str, int] = {}
+    # From the best bin downwards.
     for row in sorted(sums.to_pylist(), key=lambda row: (row["source"], -row["bin"])):
         source = row["source"]
         if source not in last:

@@ -63,6 +63,7 @@ _END = re.compile(
     rf"|[.!?]+[{_CLOSING}]*(?=[ \t\u3000]+[^\s a-z])"
     r"|\s*\n\s*"
 )
+# A full stop after one of these, or after an initial, ends no sentence.
 _ABBREVIATION = re.compile(
     r"(?<![^\s(\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rev|Hon|Gen|Col|Capt|Lt|Sgt|Messrs|Mme"
     r"|Mlle|vs|cf|viz|No|Nos|Vol|Fig|Figs|Eq|Sec|Ch|pp|Inc|Ltd|Co|Corp|e\.g|i\.e|etc|al|approx|Jan"
@@ -86,6 +87,7 @@ class Sentences:
         sentences, counts = corpus.make_parts(
             "sentence-keys", key, self._find_sentences, with_effects=True
         )
+        # How many rows will meet decides into how many buckets the tables are cut.
         compared, anchors = (
             sum(count[name] for count in counts) for name in ("compared", "anchors")
         )
@@ -106,6 +108,7 @@ class Sentences:
     def _find_sentences(self, part: DocumentPart, file: ParquetFile) -> dict[str, int]:
         """Write SENTENCES: those of documents still here that are long enough to be duplicates."""
         file.write(SENTENCES.empty_table())
+        # Their sentences do not count: what only removed documents said is said for the first time.
         removed = {row["doc"] for row in part.effect("removed")}
         counts = {"sentences": 0, "compared": 0, "anchors": 0}
         least = {"zh": self.config.min_letters_zh, "en": self.config.min_letters_en}
@@ -149,6 +152,7 @@ def spans(text: str) -> list[tuple[int, int]]:
     for match in _END.finditer(text):
         line = "\n" in match[0]
         stop = match.start() if line else match.end()
+        # Looked for in the last 12 characters: no abbreviation is longer.
         if match[0][0] == "." and _ABBREVIATION.search(
             text, max(start, match.start() - 12), match.start() + 1
         ):
@@ -185,6 +189,7 @@ def _anchors(letters: list[str], runs: list[int]) -> list[np.ndarray]:
     place = np.arange(len(points))
     hashes = np.zeros(len(points), np.uint64)
     runs_there = np.repeat(run, lengths)
+    # A run's hash: its letters mixed in, one after the other, for all runs of all texts together.
     for offset in range(max(runs)):
         inside = (offset < runs_there) & (place + offset < len(points))
         shifted = np.roll(points, -offset)
@@ -235,6 +240,7 @@ def find_repeated(
     `table` has the columns of SENTENCES, `compared` rows with `anchors` anchors. A removed document
     is one of which too little would be left.
     """
+    # Equal sentences first, by one hash each: most repetitions are exact and need no comparison.
     groups = tables.in_buckets(compared, _equal, (table.select("sentence", "exact"), "exact"))
     if config.near:
         # Of equal sentences only the first is compared with others.
@@ -288,6 +294,7 @@ def _nearly_equal(
     tables: Tables, table: DataFrame, anchors: int, config: SentencesConfig
 ) -> DataFrame:
     """(sentence, kept) of sentences nearly equal to others, and of those that they are like."""
+    # A sentence becomes a row for each anchor; sentences with an anchor in common then meet.
     exploded = table.select("sentence", col("anchors").alias("anchor")).explode("anchor")
     found = tables.in_buckets(anchors, _pairs, (exploded, "anchor"))
     rows = found.count_rows()

@@ -59,6 +59,7 @@ def find_files(patterns: list[str]) -> list[str]:
     whatever the working directory is. Raises ConfigError where a glob matches no file or a file is
     of an unknown kind.
     """
+    # Sorted, so that the same globs give the same order on every host.
     files = {path for pattern in patterns for path in _matches(pattern)}
     for path in files:
         _require_known(path)
@@ -78,6 +79,7 @@ def find_inputs(patterns: list[str]) -> dict[str, int]:
                 raise ConfigError(f"{pattern!r} matches no file")
             found.update(remote)
         else:
+            # Absolute: ids are made from paths, whatever the working directory is.
             for path in map(os.path.abspath, _matches(pattern)):
                 found[path] = os.path.getsize(path)
     for path in found:
@@ -124,6 +126,7 @@ def split_files(sizes: Mapping[str, int], slice_bytes: int) -> list[Slice]:
         if kind_of(path) == ".parquet":
             slices += _row_groups(path, slice_bytes)
         elif path.endswith((".jsonl", ".json")) and size > slice_bytes:
+            # Borders anywhere: the reader gives a line to the slice that it begins in.
             borders = [*range(0, size, slice_bytes), size]
             slices += [Slice(path, a, b, size=b - a) for a, b in itertools.pairwise(borders)]
         else:
@@ -137,6 +140,7 @@ def make_parts(sizes: Mapping[str, int], part_bytes: int) -> list[list[Slice]]:
     parts: list[list[Slice]] = [[]]
     weight = 0
     for piece in split_files(sizes, part_bytes):
+        # A slice that is larger than a part is a part by itself.
         if parts[-1] and weight + piece.size > part_bytes:
             parts.append([])
             weight = 0
@@ -173,6 +177,7 @@ def count_lines(piece: Slice) -> int:
     left, total = piece.stop - piece.start, 0
     with open_binary(piece.path) as file:
         file.seek(piece.start)
+        # In pieces: a slice may be larger than the memory.
         while left and (chunk := file.read(min(left, 1 << 20))):
             total += chunk.count(b"\n")
             left -= len(chunk)

@@ -100,6 +100,7 @@ def read_texts(pieces: Iterable[Slice], text_field: str) -> Iterator[str]:
         for entry in read_documents(piece, fields):
             if isinstance(entry, Document):
                 yield entry.text
+            # The first, not all: a corpus in another encoding has a problem in every line.
             elif entry.reason != EMPTY:
                 raise ConfigError(_strict_message(entry, piece))
 
@@ -168,6 +169,7 @@ def _read_text(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
         detail = f"more than read.max_line_bytes={limit} bytes"
         yield Problem(piece.path, 1, "line_too_long", detail, source=stem)
         return
+    # A file of white space is empty, which `read_documents` says.
     if not content.strip():
         return
     try:
@@ -210,6 +212,7 @@ def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Do
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Problem(path, number, "broken_utf8", str(error), source=stem)
+    # A line of a hundred thousand brackets exhausts Python's stack.
     except (ValueError, RecursionError) as error:
         detail = str(error) or "nested too deeply"
         return Problem(path, number, "no_json", detail, source=stem)
@@ -233,6 +236,7 @@ def _document(
     if not isinstance(text, str):
         detail = f"no text in field {fields.text!r} (it has: {sorted(names)})"
         return Problem(path, line, "no_text", detail, identity, source)
+    # JSON can hold what UTF-8 cannot; it would fail where the text is written, far from its line.
     try:
         text.encode()
         (identity or "").encode()

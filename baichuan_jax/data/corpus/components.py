@@ -23,6 +23,8 @@ def components(tables: Tables, edges: DataFrame) -> DataFrame:
     pairs = edges.select(col("high").alias("doc"), col("low").alias("to"))
     before = None
     while True:
+        # Both stars are kept (`Tables.keep`): a lazy plan would hold all rounds before this one and
+        # compute them again for every use.
         pairs = _small_star(tables, _large_star(tables, pairs))
         # Two sets of edges with the same count and sum of hashes are the same set.
         mixed = pairs.select(_mixed(col("doc"), col("to")).alias("mixed"))
@@ -32,6 +34,7 @@ def components(tables: Tables, edges: DataFrame) -> DataFrame:
             break
         before = state
     labels = pairs.select("doc", col("to").alias("component"))
+    # A star has no edge from its own centre.
     firsts = pairs.select(col("to").alias("doc"), col("to").alias("component")).distinct()
     return labels.concat(firsts)
 
@@ -40,6 +43,7 @@ def _large_star(tables: Tables, pairs: DataFrame) -> DataFrame:
     """Every neighbour that comes after `doc` is joined to the first of all neighbours and doc."""
     both = pairs.concat(pairs.select(col("to").alias("doc"), col("doc").alias("to")))
     first = both.groupby("doc").agg(col("to").min().alias("first"))
+    # The first of the neighbours may come after the document itself.
     least = F.when(col("first") < col("doc"), col("first")).otherwise(col("doc"))
     joined = both.join(first.select("doc", least.alias("first")), on="doc")
     large = joined.where(col("to") > col("doc"))
@@ -59,4 +63,5 @@ def _mixed(doc: daft.Series, to: daft.Series) -> Any:
     """A number below 2^31 for each edge, whose sum changes when an edge does."""
     a, b = (np.asarray(side.to_arrow()).astype(np.uint64) for side in (doc, to))
     mixed = (a * np.uint64(0x9E3779B97F4A7C15)) ^ (b * np.uint64(0xBF58476D1CE4E5B9))
+    # 31 bits: sums of billions of edges stay within an int64.
     return (mixed >> np.uint64(33)).astype(np.int64)

@@ -1,8 +1,8 @@
 """What a cleaning filter is, and what it sees of a corpus.
 
 A filter is one file in data/ and one line in the list of data/pipeline.py. Nothing in this folder
-knows a filter by name: its name is what it calls itself, its settings are its own, and what it
-found reaches documents and later filters as effects (effects.py).
+knows a filter by name. A filter brings its name and its settings, and what it finds reaches the
+documents and the filters that follow as effects (effects.py).
 """
 
 from collections.abc import Callable
@@ -56,6 +56,7 @@ class Corpus:
 
     def __init__(self, stages: Stages, documents: Stage, parts: int) -> None:
         self.stages, self.tables = stages, stages.tables
+        # The files of the first stage, which every filter reads and none writes.
         self.documents, self._numbers = documents, range(parts)
         self.effects = AllEffects()
         # Part files of SCORES, once a filter has scored the documents.
@@ -69,6 +70,7 @@ class Corpus:
     def apply(self, name: str, effects: Effects) -> None:
         """Add the effects of the filter `name` to those so far."""
         self.effects.add(name, effects)
+        # A later filter that scores documents replaces the scores of an earlier one.
         self.scores = effects.scores or self.scores
 
     def make_parts(
@@ -85,6 +87,7 @@ class Corpus:
     def finish(self, stage: Stage, work: PartWork, *, with_effects: bool = False) -> list[Any]:
         """The results of a stage's work on all parts of the documents."""
         folder = self.tables.scratch / f"effects-{stage.folder.name}" if with_effects else None
+        # Nothing is written where all parts are finished.
         if folder is not None and any(stage.record(number) is None for number in self._numbers):
             for kind, table in self.effects.tables.items():
                 self.tables.by_part(table, folder / kind)
@@ -101,11 +104,13 @@ class Corpus:
 
     def remaining(self, *columns: str) -> DataFrame:
         """These columns, and doc, of all documents that are left after the filters so far."""
+        # The first stage keeps the documents that it removed, without their text.
         fit = read_stage(self.documents).where(col("reason").is_null()).select("doc", *columns)
         return fit.join(self.effects.removed_documents, on="doc", how="anti")
 
     def ids(self) -> DataFrame:
         """(doc, id) of all documents, by their new ids where they were renamed."""
+        # Almost no document is renamed, so this is a join with a small table.
         renamed = self.effects.tables["renamed"].select("doc", col("id").alias("new"))
         named = read_stage(self.documents).select("doc", "id").join(renamed, on="doc", how="left")
         return named.select("doc", F.coalesce(col("new"), col("id")).alias("id"))

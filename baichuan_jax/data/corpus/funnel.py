@@ -34,6 +34,7 @@ def show(report: dict[str, Any], display: Display) -> None:
             counts = (f"{found['documents']:,}", f"{found['bytes'] / 1e6:,.2f}")
             reasons.append([f"{stage['stage']}: {reason}", *counts, _example(found)])
     display.table("why", ["stage: reason", "documents", "MB", "for example"], reasons)
+    # Last, where a terminal shows it: what was wrong with the input is what a user can mend.
     for problem in report["problems"]:
         more = ", ..." if problem["count"] > 5 else ""
         lines = f"{', '.join(map(str, problem['lines'][:5]))}{more}"
@@ -45,6 +46,7 @@ def show(report: dict[str, Any], display: Display) -> None:
 
 
 def _by_size(removed: dict[str, Any]) -> list[tuple[str, Any]]:
+    # By name where counts are equal, so that the same report gives the same page.
     return sorted(removed.items(), key=lambda item: (-item[1]["documents"], item[0]))
 
 
@@ -130,4 +132,5 @@ def _table(columns: tuple[str, ...], rows: str) -> str:
 
 
 def _escape(value: Any) -> str:
+    # Examples are raw text, with markup of its own.
     return html.escape(str(value))

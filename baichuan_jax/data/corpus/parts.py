@@ -65,6 +65,7 @@ def stage_key(*made_from: Any) -> str:
         else value
         for value in made_from
     ]
+    # A release of this package may cut, clean or hash otherwise; so may one of daft.
     content = [__version__, VERSION, _daft_version(), plain]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -97,6 +98,7 @@ class Stage:
             record = json.loads(self.record_file(part).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        # The file too: somebody may have deleted final/ and kept stages/.
         return record["result"] if record["key"] == self.key and self.file(part).exists() else None
 
     def prepare(self) -> int:
@@ -106,6 +108,7 @@ class Stage:
         """
         note = self.folder / "key"
         is_same = note.exists() and note.read_text(encoding="utf-8") == self.key
+        # Counted, since they are hours of work that a user may not know to have lost.
         outdated = 0 if is_same else len(list(self.folder.glob("part-*.json")))
         for folder in (*self.outputs, self.folder):
             if not is_same:
@@ -140,6 +143,7 @@ class ParquetFile:
 
     def write(self, table: pa.Table) -> None:
         """One row group; an empty table gives the file its columns and no row group."""
+        # The first table gives the file its columns.
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._temporary, table.schema, **PARQUET)
         if len(table):
@@ -154,6 +158,7 @@ class ParquetFile:
                 raise
         if kind is not None:
             self._temporary.unlink(missing_ok=True)
+        # Renamed once its content is on the disk: no reader sees half of it.
         elif self._writer is not None:
             publish(self._temporary, self._path)
 
@@ -187,6 +192,7 @@ class DocumentPart:
     def effect(self, name: str) -> list[dict[str, Any]]:
         """The effects of one kind on its documents, as rows of that kind's table."""
         assert self.effects is not None
+        # A part without effects has no folder.
         files = sorted((self.effects / name / f"part={self.number}").glob("*.parquet"))
         return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
 
@@ -216,6 +222,7 @@ class StagePart:
 
 def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:
     """Rows as a table with these columns."""
+    # zip of no row gives no column.
     columns = zip(*rows, strict=True) if rows else [()] * len(schema)
     pairs = zip(columns, schema, strict=True)
     return pa.table([pa.array(column, field.type) for column, field in pairs], schema=schema)

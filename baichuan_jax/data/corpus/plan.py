@@ -32,6 +32,7 @@ def clean_corpus(
     names = [each.name for each in filters]
     with _timed("write", seconds):
         written = write_corpus(corpus, names)
+    # In the report all filters have a line, those that are switched off too.
     order = [STAGE, cleaner.name, *names]
     funnel = make_funnel(order, read.results, written, cleaner.name, corpus.effects.cutter)
     counted = {"files": read.files, "parts": read.parts, **funnel.pop("input")}

@@ -58,6 +58,8 @@ def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple
         for path, size in sizes.items()
     ]
     input_key = stage_key(described)
+    # A problem is reported by its line in the file, which a slice that begins in the middle of a
+    # file cannot know. To count newlines first is fast beside cleaning.
     if any(piece.by_bytes for part in parts for piece in part):
         lines = stages.stage("lines", [input_key])
         parts = _numbered(parts, stages.run_parts(lines, _count_newlines, parts))
@@ -78,6 +80,7 @@ def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple
 def _count_newlines(slices: list[Slice], file: ParquetFile) -> list[int]:
     """Newlines of each of a part's slices that are ranges of bytes; elsewhere 0."""
     counts = [count_lines(piece) if piece.by_bytes else 0 for piece in slices]
+    # The counts are the result; the file only says that the part is done.
     file.write(pa.table({"newlines": counts}))
     return counts
 
@@ -107,6 +110,7 @@ def _read_part(
     number, slices = part
     tally, problems = Tally(), ProblemCounts()
     totals = collections.Counter(documents=0, bytes=0, without_id=0, bytes_cut=0)
+    # A part without a document has a file too, with its columns.
     file.write(DOCUMENTS.empty_table())
     for batch in _batches(slices, fields):
         for entry in batch:
@@ -125,6 +129,8 @@ def _read_part(
 
 def _judged(entries: list[Document | Problem], first: int, cleaner: Cleaner) -> pa.Table:
     """A batch as rows of DOCUMENTS, numbered from `first`."""
+    # A problem is judged as an empty text, whose verdict is then not used: so all columns have the
+    # same length.
     texts = [entry.text if isinstance(entry, Document) else "" for entry in entries]
     judged = cleaner.clean(texts)
     stages: list[str | None] = []
@@ -132,6 +138,7 @@ def _judged(entries: list[Document | Problem], first: int, cleaner: Cleaner) -> 
     for entry, verdict in zip(entries, judged["reason"].to_pylist(), strict=True):
         unread = isinstance(entry, Problem)
         reasons.append(entry.reason if unread else verdict)
+        # What cannot be read is no matter for the rules.
         stages.append(STAGE if unread else None if verdict is None else cleaner.name)
     cleaned = [
         text if reason is None else None
@@ -187,6 +194,7 @@ def _batches(slices: list[Slice], fields: Fields) -> Iterator[list[Document | Pr
 def _repeated_ids(documents: Stage) -> DataFrame:
     """(doc, id, file, line) of documents whose id an earlier one has."""
     named = read_stage(documents).select("doc", "id", "file", "line")
+    # Grouped first: the join then only concerns ids that occur twice.
     several = named.groupby("id").agg(
         col("doc").count().alias("count"), col("doc").min().alias("first")
     )

@@ -47,6 +47,7 @@ class Tally:
         )
         entry["documents"] += found["documents"]
         entry["bytes"] += found["bytes"]
+        # The first ones: parts are merged in order, so any number of workers shows the same ones.
         entry["examples"] += found["examples"][: EXAMPLES - len(entry["examples"])]
 
 
@@ -65,6 +66,7 @@ class ProblemCounts:
             {"file": file, "reason": reason, "count": 0, "lines": [], "detail": detail},
         )
         entry["count"] += len(lines) if count is None else count
+        # The first lines, in the order of the file.
         entry["lines"] += lines[: PROBLEM_LINES - len(entry["lines"])]
 
     @property
@@ -82,6 +84,7 @@ def count_problems(results: list[dict[str, Any]], repeated_ids: DataFrame) -> li
     shown = repeated_ids.sort("doc").limit(SHOWN_DUPLICATE_IDS).to_pylist()
     for row in shown:
         problems.add(row["file"], "duplicate_id", [row["line"]], f"id {row['id']!r}", count=0)
+    # All are counted, by file, without a row for each in memory.
     counts = repeated_ids.groupby("file").agg(col("doc").count().alias("count"))
     for row in counts.sort("file").to_pylist():
         problems.add(row["file"], "duplicate_id", [], "", row["count"])
@@ -109,6 +112,7 @@ def make_funnel(
             for reason, found in reasons.items():
                 tally.merge(stage, reason, found)
     cut = {cutter: final["bytes_cut"], cleaner: totals["bytes_cut"]}
+    # What one stage leaves is what the next is given.
     documents, size = totals["documents"], totals["bytes"]
     entries = []
     for stage in stages:

@@ -39,6 +39,7 @@ class Stages:
             StagePart(stage, number, work, argument) for number, argument in enumerate(arguments)
         ]
         self.made += self.workers.finish(parts, stage.folder.name)
+        # From the disk: most may be of an earlier run.
         return [stage.record(part.number) for part in parts]
 
     def make_table(

@@ -9,7 +9,8 @@ own shuffles do that on a cluster.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # daft sends usage data otherwise; it reads this when it is imported.
@@ -60,6 +61,7 @@ class Tables:
         `rows`: how many meet altogether. In as many turns as keep a turn's rows below ROWS_AT_ONCE,
         each with the buckets of the tables that have the same remainder of the key.
         """
+        # At least one turn, also for tables without a row.
         turns = 1 if self._on_ray else max(1, -(-rows // ROWS_AT_ONCE))
         if turns == 1:
             return self.keep(make(*(frame for frame, _ in keyed)))
@@ -67,17 +69,20 @@ class Tables:
         folder = self.scratch / str(self._shuffles)
         shutil.rmtree(folder, ignore_errors=True)
         for number, (frame, key) in enumerate(keyed):
+            # pmod and not %: keys are hashes and may be negative.
             bucket = F.pmod(col(key), lit(turns)).alias("bucket")
             bucketed = frame.with_column("bucket", bucket)
             bucketed.write_parquet(str(folder / f"in-{number}"), partition_cols=["bucket"])
         for turn in range(turns):
             files = [folder / f"in-{number}" / f"bucket={turn}" for number in range(len(keyed))]
             pairs = zip(files, keyed, strict=True)
+            # `make` sees a turn's buckets as if they were the whole tables.
             made = make(*(_read_folder(file, frame) for file, (frame, _) in pairs))
             made.write_parquet(str(folder / "out" / str(turn)))
             # At once, not at the end: the disk holds each table once, not twice.
             for file in files:
                 shutil.rmtree(file, ignore_errors=True)
+        # Lazy: the result is as large as the tables were.
         return daft.read_parquet(str(folder / "out" / "*" / "*.parquet"))
 
     def by_part(self, frame: DataFrame, folder: Path) -> None:
@@ -88,21 +93,30 @@ class Tables:
         if self._on_ray:
             # Otherwise every partition writes a file of its own for every part.
             frame = frame.repartition(self._num_workers, col("part"))
-        frame.write_parquet(str(folder), partition_cols=["part"], compression="zstd")
+        with _disk_errors(folder):
+            frame.write_parquet(str(folder), partition_cols=["part"], compression="zstd")
 
     def table(self, stage: Stage, make: Callable[[], DataFrame]) -> DataFrame:
         """A stage's one table: read where it is finished, else made and written."""
         if not is_finished(stage):
+            # Daft names files at random: those of a killed run would be read as well.
             shutil.rmtree(stage.folder, ignore_errors=True)
-            try:
+            with _disk_errors(stage.folder):
                 make().write_parquet(str(stage.folder), compression="zstd")
-            except (OSError, DaftCoreException) as error:
-                if hint := disk_hint(str(error)):
-                    raise ConfigError(f"{stage.folder}: {error}{hint}") from None
-                raise
             # Last: a table without this file is of a killed run.
             write_atomically(stage.folder / DONE, json.dumps({"key": stage.key}).encode())
         return read_stage(stage)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Raises ConfigError where the disk is full, which is no fault of the program."""
+    try:
+        yield
+    except (OSError, DaftCoreException) as error:
+        if hint := disk_hint(str(error)):
+            raise ConfigError(f"{folder}: {error}{hint}") from None
+        raise
 
 
 def is_finished(stage: Stage) -> bool:
@@ -131,6 +145,7 @@ def part_of_document() -> Expression:
 
 def _read_folder(folder: Path, like: DataFrame) -> DataFrame:
     """The Parquet files of a folder; where there is none, no row of another table's columns."""
+    # A bucket without a row is never written.
     if folder.exists():
         return daft.read_parquet(str(folder / "*.parquet"))
     return empty_table(like.schema().to_pyarrow_schema())

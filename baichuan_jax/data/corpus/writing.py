@@ -42,6 +42,7 @@ def write_corpus(corpus: Corpus, filters: list[str]) -> list[dict[str, Any]]:
     output = corpus.stages.output
     outputs = (output / "final", output / "removed")
     key = [corpus.documents.key, corpus.scores_key, *corpus.effects.keys]
+    # The effects' keys stand for all filters and their settings.
     stage = corpus.stages.stage("final", key, outputs)
     work = functools.partial(_write_part, stage=stage, filters=filters)
     return corpus.finish(stage, work, with_effects=True)
@@ -61,6 +62,7 @@ def _read_fates(part: DocumentPart, filters: list[str]) -> _Fates:
     # Two filters that look at the same documents may both remove one. The first in their order is
     # the one that the report counts, whatever the order of the rows in the table.
     removals = sorted(part.effect("removed"), key=lambda row: -filters.index(row["stage"]))
+    # A document may have many cuts, and one of everything else.
     cuts: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
     for row in part.effect("cut"):
         cuts[row["doc"]].append((row["start"], row["stop"]))
@@ -86,10 +88,13 @@ def _write_part(
             final, removed = [], []
             for row, quality in zip(table.to_pylist(), scores.tolist(), strict=True):
                 doc = row["doc"]
+                # By its new id everywhere, in removed/ too: ids name documents.
                 name = fates.renamed.get(doc) or row["id"]
                 if row["reason"] is not None:  # the first stage has counted it
                     removed.append((name, row["stage"], row["reason"], None))
                     continue
+                # Removed documents are cut too: the filter that removed one may have seen it so,
+                # and the report counts what each stage was given.
                 text = cut(row["text"], fates.cut.get(doc, []))
                 size = len(text.encode())
                 totals["bytes_cut"] += row["clean_bytes"] - size
@@ -102,6 +107,7 @@ def _write_part(
                     why = (fate["stage"], fate["reason"])
                     removed.append((name, *why, fate["duplicate_of"]))
                     tally.add(*why, size, name, row["text"], fate["duplicate_of"])
+            # A row group for each that was read: memory holds one.
             file.write(table_of(final, FINAL))
             removed_file.write(table_of(removed, REMOVED))
     return {"totals": totals, "stages": tally.stages}
@@ -117,6 +123,7 @@ def cut(text: str, spans: list[tuple[int, int]]) -> str:
         # The space after a sentence leaves with it, else two spaces would meet.
         while stop < len(text) and text[stop] in _SPACE:
             stop += 1
+        # Two sentences in a row become one cut, so that a line of them is seen to be empty.
         if merged and start <= merged[-1][1]:
             merged[-1][1] = max(stop, merged[-1][1])
         else:
@@ -124,6 +131,7 @@ def cut(text: str, spans: list[tuple[int, int]]) -> str:
     kept = []
     place = 0
     for start, stop in merged:
+        # The cut ends a line: no space is left at its end, and no empty line in its place.
         if stop == len(text) or text[stop] == "\n":
             while start > place and text[start - 1] in _SPACE:
                 start -= 1
