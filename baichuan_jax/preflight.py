@@ -1,10 +1,10 @@
-"""Checks before a run, in seconds: can every device count and remember, every pair of hosts talk, every host save?
+"""Checks before a run, in seconds: devices, storage, and collectives between hosts.
 
-`train` makes them at every start; `python -m baichuan_jax.preflight --config FILE` makes them
-alone, started on every host like it.
-
-What a check finds is a BadHost error that names the processes (exit code 79), a ConfigError (78)
-where no host is to blame, or SaveFailed (74) where none can save.
+`train` runs them at every start; `python -m baichuan_jax.preflight --config FILE` runs them alone,
+started on every host like `train`. All processes run every check together and exchange the results
+through the coordinator, which needs no collective. A fault raises BadHost (exit code 79) with the
+processes that have it, ConfigError (78) where no host is to blame, or SaveFailed (74) where no host
+can save.
 """
 
 import dataclasses
@@ -33,29 +33,29 @@ from baichuan_jax.resilience.coordination import coordinator_address, gather
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
 
-BAD_JAX = {
-    "0.10.2": "it miscompiles on the CPU (jax#39103)",
-    "0.11.0": "it miscompiles on the CPU (jax#39103)",
-}
-MATRIX = 512  # side of the products; small integers, so that float32 holds every sum exactly, in any order
-MEMORY_SHARE, MEMORY_ON_CPU = (
-    0.02,
-    16 << 20,
-)  # of a device's memory, and bytes where it does not tell, that are written and read
+BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
+# Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
+# in any order of summation.
+MATRIX = 512
+MEMORY_SHARE = 0.02  # of a device's memory that is written and read
+MEMORY_ON_CPU = 16 << 20  # bytes of it where the device does not report its memory
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 COLLECTIVE_SECONDS = 60.0  # for one collective with its compilation and first connection
 MAX_SKEW_SECONDS = 5.0  # between hosts' clocks: reports and events would be in the wrong order
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What the checks measured: seconds by check, and warnings that stop nothing."""
+    """What the checks measured."""
 
     seconds: dict[str, float]
+    """By check."""
     warnings: list[str]
+    """What is wrong and stops nothing."""
 
 
 def preflight(config: Config) -> Findings:
-    """Make all checks, on all processes together. Raises BadHost, ConfigError, SaveFailed."""
+    """Run all checks, on all processes together. Raises BadHost, ConfigError, SaveFailed."""
     seconds: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -68,13 +68,14 @@ def preflight(config: Config) -> Findings:
     _refuse(gather("preflight/devices", _device_fault()))
     took("devices")
     faults = gather("preflight/storage", storage_fault(config.run_path / "checkpoints"))
-    if all(faults):
+    if all(faults):  # the storage itself, and not a host
         raise SaveFailed(f"preflight: {faults[0]}")
     _refuse(faults)
     if (local := config.checkpoint.local_path) is not None:
         _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
     if jax.process_count() > 1:
+        # Pairs first: a collective of all would fail too, and not say whose fault it is.
         rounds = [
             gather(f"preflight/pairs {number}", _try_pair(pairs))
             for number, pairs in enumerate(pairs_of(jax.process_count()))
@@ -84,7 +85,8 @@ def preflight(config: Config) -> Findings:
         together = gather("preflight/all", _in_time(lambda: _sum_over(jax.devices())))
         if not all(together):
             raise BadHost(
-                "preflight: every pair of hosts can talk, and all together cannot: look at the switches between them"
+                "preflight: collectives of every pair of hosts work, and those of all hosts fail: "
+                "look at the switches between them"
             )
         took("all")
     return Findings(seconds, warnings)
@@ -92,17 +94,14 @@ def preflight(config: Config) -> Findings:
 
 def _describe() -> dict[str, Any]:
     """What must not differ between hosts, and the time."""
-    packages = {
-        name: version(name)
-        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    }
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.local_devices()[0]
     return {
         "host": platform.node(),
         "time": time.time(),
         "versions": {
             "python": platform.python_version(),
-            **packages,
+            **{name: version(name) for name in names},
             "driver": str(device.client.platform_version).splitlines()[0],
         },
         "devices": [jax.local_device_count(), device.device_kind],
@@ -110,7 +109,11 @@ def _describe() -> dict[str, Any]:
 
 
 def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -> list[str]:
-    """Warnings about processes' descriptions. Raises ConfigError for a bad jax, for other versions or devices, for loopback."""
+    """Warnings from the descriptions of all processes.
+
+    Raises ConfigError for a version of jax that is known to be wrong, for versions or devices that
+    differ, and for a coordinator at a loopback address, which is another one on each host.
+    """
     found = hosts[0]["versions"]["jax"]
     if found in BAD_JAX:
         raise ConfigError(f"jax {found}: {BAD_JAX[found]}; install another (requirements.txt)")
@@ -118,35 +121,29 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
         for process, host in enumerate(hosts):
             if host[what] != hosts[0][what]:
                 raise ConfigError(
-                    f"process {process} on {host['host']} has other {what} than process 0 on {hosts[0]['host']}: {host[what]} and "
-                    f"{hosts[0][what]}; install the same everywhere"
+                    f"process {process} on {host['host']} has other {what} than process 0 on "
+                    f"{hosts[0]['host']}: {host[what]} and {hosts[0][what]}; "
+                    "install the same everywhere"
                 )
-    names = {host["host"] for host in hosts}
-    if (
-        coordinator is not None
-        and len(names) > 1
-        and coordinator.rsplit(":", 1)[0] in ("localhost", "127.0.0.1", "[::1]", "::1")
-    ):
+    several = len({host["host"] for host in hosts}) > 1
+    if several and coordinator is not None and coordinator.rsplit(":", 1)[0] in LOOPBACK:
         raise ConfigError(
-            f"the coordinator's address {coordinator} is each host's own; give the one by which all reach process 0"
+            f"the coordinator's address {coordinator} is each host's own; "
+            "give the one by which all reach process 0"
         )
     times = [host["time"] for host in hosts]
     skew = max(times) - min(times)
-    return (
-        [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
-        if skew > MAX_SKEW_SECONDS
-        else []
-    )
+    if skew <= MAX_SKEW_SECONDS:
+        return []
+    return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
 
 
 def _refuse(faults: Sequence[str | None]) -> None:
     """Raise BadHost with the processes that have a fault."""
-    bad = {process: words for process, words in enumerate(faults) if words}
+    bad = {process: fault for process, fault in enumerate(faults) if fault}
     if bad:
-        told = "; ".join(
-            f"process {process}: {words}" for process, words in sorted(bad.items())[:4]
-        )
-        raise BadHost(f"preflight: {told}", tuple(sorted(bad)))
+        listed = [f"process {process}: {fault}" for process, fault in list(bad.items())[:4]]
+        raise BadHost(f"preflight: {'; '.join(listed)}", tuple(bad))
 
 
 def _device_fault() -> str | None:
@@ -155,7 +152,7 @@ def _device_fault() -> str | None:
         if not products_are_right(device):
             return f"{device} multiplies matrices wrongly"
         if not memory_is_right(device):
-            return f"{device} does not remember what was written"
+            return f"{device} returns other values than were written to its memory"
     return None
 
 
@@ -168,7 +165,10 @@ def products_are_right(device: Any, multiply: Callable = jnp.matmul) -> bool:
 
 
 def memory_is_right(device: Any) -> bool:
-    """Whether a share of a device's memory gives back two patterns, one the other's complement."""
+    """Whether a share of a device's memory returns two patterns, one the other's complement.
+
+    With both, every bit is 0 once and 1 once.
+    """
     limit = (device.memory_stats() or {}).get("bytes_limit")
     count = (int(limit * MEMORY_SHARE) if limit else MEMORY_ON_CPU) // 4
     write = jax.jit(lambda mask: jnp.arange(count, dtype=jnp.uint32) ^ mask)
@@ -191,11 +191,15 @@ def storage_fault(folder: Path) -> str | None:
         file.unlink()
     except OSError as error:
         return f"cannot save in {folder}: {error}"
-    return None if same else f"{folder} gives back other bytes than were written"
+    return None if same else f"{folder} returns other bytes than were written"
 
 
 def pairs_of(count: int) -> list[list[tuple[int, int]]]:
-    """Two rounds of disjoint pairs of processes; each has another partner in the second, so that a bad one fails in both."""
+    """Two rounds of disjoint pairs of processes.
+
+    Each process has another partner in the second round, so that a bad one fails in both, and a
+    good one with a bad partner only once.
+    """
     first = [(a, a + 1) for a in range(0, count - 1, 2)]
     if count == 2:
         return [first]
@@ -204,10 +208,11 @@ def pairs_of(count: int) -> list[list[tuple[int, int]]]:
 
 
 def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -> list[str]:
-    """From every process's (pair, whether it worked) in each round. Raises BadHost with those that failed with every partner.
+    """Warnings from every process's (pair, whether it worked) in each round.
 
-    A pair that failed while both worked with others is a warning: the way between them is bad, not
-    one of them.
+    A pair that failed while both worked with others is a warning: the link between them is bad, not
+    one of them. Raises BadHost with the processes that failed with every partner; with none where
+    it cannot tell which of several.
     """
     tried: dict[int, list[bool]] = {}
     failed = set()
@@ -218,15 +223,14 @@ def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -
                 if not result[1]:
                     failed.add(tuple(result[0]))
     suspects = {process for process, worked in tried.items() if not any(worked)}
-    # A partner of a suspect that had no other partner is not a suspect for that.
+    # A process whose only partner is bad fails with every partner too. It counts as a suspect only
+    # where nobody with two partners is one.
     named = {p for p in suspects if len(tried[p]) > 1} or suspects
     if named:
-        raise BadHost(
-            f"preflight: collectives of {sorted(failed)} failed",
-            tuple(sorted(named)) if len(named) == 1 else (),
-        )
+        blamed = tuple(named) if len(named) == 1 else ()
+        raise BadHost(f"preflight: collectives of {sorted(failed)} failed", blamed)
     return [
-        f"processes {a} and {b} cannot talk, each of them can with others"
+        f"collectives of processes {a} and {b} fail, and those of each of them with others work"
         for a, b in sorted(failed)
     ]
 
@@ -243,7 +247,7 @@ def _try_pair(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], bool] 
 
 
 def _sum_over(devices: Sequence[Any]) -> bool:
-    """Whether a sum over these devices, which several processes own, is right."""
+    """Whether a sum over these devices, which belong to several processes, is right."""
     mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("all"))
     values = np.arange(len(devices), dtype=np.float32) + 1
@@ -253,7 +257,11 @@ def _sum_over(devices: Sequence[Any]) -> bool:
 
 
 def _in_time(check: Callable[[], bool]) -> bool:
-    """A check's result; False where it raised or did not come back in time (its thread stays, and the process is about to leave)."""
+    """A check's result; False where it raised or did not return in time.
+
+    A thread that waits in a collective cannot be stopped. It stays, and the process is about to
+    exit.
+    """
     results: list[bool] = []
 
     def run() -> None:
@@ -269,24 +277,21 @@ def _in_time(check: Callable[[], bool]) -> bool:
     return bool(results and results[0])
 
 
-def main(words: list[str]) -> int:
-    """The command. Returns its exit code."""
+def main(argv: list[str]) -> int:
+    """Run the checks and print their times; see --help. Returns the exit code."""
     parser = make_parser(
         "python -m baichuan_jax.preflight",
-        "Check devices, storage and the ways between hosts, in seconds.",
+        "Check devices, storage and the links between hosts, in seconds.",
     )
-    config = parse_config(parser, words)
+    config = parse_config(parser, argv)
     initialize_processes(config.distributed, config.resilience)
     findings = preflight(config)
     display = Display(active=jax.process_index() == 0)
     for warning in findings.warnings:
         display.say(warning, style="yellow")
     rows = [[check, f"{seconds:.2f}"] for check, seconds in findings.seconds.items()]
-    display.table(
-        f"Checks of {jax.process_count()} process(es), {jax.device_count()} device(s): all well",
-        ["", "seconds"],
-        rows,
-    )
+    counts = f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
+    display.table(f"Checks of {counts}: all passed", ["", "seconds"], rows)
     return 0
 
 

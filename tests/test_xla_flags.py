@@ -1,4 +1,7 @@
-"""The flags for a cluster: known to the installed jaxlib, computed from model and mesh, and what is already set wins."""
+"""The flags for a cluster.
+
+The installed jaxlib knows them, model and mesh decide their values, and what is set already wins.
+"""
 
 import importlib.metadata
 import os
@@ -41,16 +44,18 @@ def test_the_installed_jaxlib_knows_every_flag(tmp_path):
     assert f"--xla_gpu_pgle_profile_file_or_directory_path={profile}" in flags
     done = start_jax(" ".join(flags))
     assert done.returncode == 0, done.stderr
-    assert (
-        start_jax("--xla_gpu_no_such_flag=true").returncode != 0
-    )  # an unknown one would have been noticed
+    # jax refuses an unknown flag, so that the test above would have failed.
+    assert start_jax("--xla_gpu_no_such_flag=true").returncode != 0
 
 
 @pytest.mark.parametrize(
     ("version", "fused"), [("0.0.41", True), ("0.0.48.1", False), (None, False)]
 )
 def test_a_tpus_gathers_are_fused_only_where_libtpu_takes_it(monkeypatch, version, fused):
-    """Each installed libtpu compiles with its own in test_plan.py; without one here the newest is assumed."""
+    """Each installed libtpu compiles with its own flags in test_plan.py.
+
+    Where none is installed, the newest is assumed.
+    """
 
     def installed(name):
         if version is None:
@@ -59,30 +64,27 @@ def test_a_tpus_gathers_are_fused_only_where_libtpu_takes_it(monkeypatch, versio
 
     monkeypatch.setattr("baichuan_jax.xla_flags.importlib.metadata.version", installed)
     flags = choose_flags(load_config(A800), parse_topology("v5p:4x4x8")).libtpu
-    assert any("fuse_all_gather" in word for word in flags) == fused
-    assert any("sparse_core" in word for word in flags) != fused
+    assert any("fuse_all_gather" in flag for flag in flags) == fused
+    assert any("sparse_core" in flag for flag in flags) != fused
 
 
 def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
     def threshold(kind: str, *overrides: str) -> int:
         flags = choose_flags(load_config(A800, list(overrides)), parse_topology("a800:128x8")).xla
-        return next(
-            int(word.split("=")[1]) for word in flags if f"{kind}_combine_threshold" in word
-        )
+        (flag,) = [flag for flag in flags if f"{kind}_combine_threshold" in flag]
+        return int(flag.split("=")[1])
 
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert threshold("all_gather") == 2 * layer  # bfloat16, whole
-    assert (
-        threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8
-    )  # the shard of one of 8 devices
+    # The shard of one of 8 devices.
+    assert threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8
     assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
 
 
 def test_a_profile_that_is_not_there_is_refused():
+    config = load_config(A800, ["train.schedule_profile=nowhere.pbtxt"])
     with pytest.raises(ConfigError, match="plan writes it"):
-        choose_flags(
-            load_config(A800, ["train.schedule_profile=nowhere.pbtxt"]), parse_topology("a800:1x8")
-        )
+        choose_flags(config, parse_topology("a800:1x8"))
 
 
 def test_a_cpu_gets_no_flag_that_was_not_asked_for():
@@ -119,33 +121,25 @@ def test_what_is_already_set_wins(monkeypatch):
     added = apply_flags(load_config(A800))
     assert "NCCL_DEBUG=WARN" not in added
     assert os.environ["NCCL_DEBUG"] == "INFO"
-    assert (
-        os.environ["XLA_FLAGS"].split().count("--xla_gpu_enable_latency_hiding_scheduler=false")
-        == 1
-    )
-    assert "--xla_gpu_enable_latency_hiding_scheduler=true" not in os.environ["XLA_FLAGS"].split()
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags.count("--xla_gpu_enable_latency_hiding_scheduler=false") == 1
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" not in flags
     assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
 
 
 def test_the_command_prints_lines_that_a_shell_takes():
-    command = [
-        sys.executable,
-        "-m",
-        "baichuan_jax.xla_flags",
-        "--config",
-        A800,
-        "--topology",
-        "a800:128x8",
-    ]
-    lines = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY
-    ).stdout
-    script = f'unset XLA_FLAGS NCCL_DEBUG\n{lines}\necho "$XLA_FLAGS|$NCCL_DEBUG"'
-    flags, debug = (
-        subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-        .stdout.strip()
-        .split("|")
+    argv = ["--config", A800, "--topology", "a800:128x8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "baichuan_jax.xla_flags", *argv],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
     )
+    script = f'unset XLA_FLAGS NCCL_DEBUG\n{done.stdout}\necho "$XLA_FLAGS|$NCCL_DEBUG"'
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    flags, debug = shell.stdout.strip().split("|")
     assert flags.split() == list(choose_flags(load_config(A800), parse_topology("a800:128x8")).xla)
     assert debug == "WARN"
 
@@ -172,14 +166,9 @@ def test_a_topology_that_means_nothing_is_refused(name):
 
 
 def test_a_topology_counts_its_devices():
-    assert (
-        parse_topology("a800:128x8").num_devices,
-        parse_topology("a800:128x8").devices_per_node,
-    ) == (1024, 8)
-    assert (
-        parse_topology("v5p:4x4x8").num_devices,
-        parse_topology("v5p:4x4x8").devices_per_node,
-    ) == (128, 128)
+    gpus, tpus = parse_topology("a800:128x8"), parse_topology("v5p:4x4x8")
+    assert (gpus.num_devices, gpus.devices_per_node) == (1024, 8)
+    assert (tpus.num_devices, tpus.devices_per_node) == (128, 128)
 
 
 def test_gpus_are_found_without_jax(tmp_path, monkeypatch):

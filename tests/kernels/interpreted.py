@@ -1,9 +1,8 @@
-"""The Triton kernels in Triton's interpreter on the CPU, against the plain operators and finite differences; all that surrounds them
-(derivatives, vmap, shard_map) is as on a GPU.
+"""The Triton kernels in Triton's interpreter, against the plain operators and finite differences.
 
-Run by test_triton.py in a process of its own: triton decides at its import whether it compiles or
-interprets. The interpreter computes bfloat16 on its raw bits, so float32 and float16 stand for it
-here.
+Everything around them (derivatives, vmap, shard_map) is as on a GPU. test_triton.py runs this file
+in a process of its own: triton decides at its import whether it compiles or interprets. The
+interpreter computes bfloat16 on its raw bits, so float32 and float16 are tested here.
 """
 
 import functools
@@ -64,7 +63,7 @@ def test_attention_equals_reference(B, T, N, H, dtype, masked):
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 40), (33, 64), (70, 30)])
 def test_attention_of_a_part_of_the_queries(offset, length):
-    """Gradients too, with segments of queries and keys apart; keys after the last query get none."""
+    """Gradients too, with segments of queries and keys; keys after the last query get none."""
     q, k, v, weight = inputs(1, 100, 2, 64)
     segments = documents(1, 100)
     part = slice(offset, offset + length)
@@ -107,7 +106,10 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
 
 
 def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
-    """As step.py calls it: gradients per replica by vmap, around a shard_map on a mesh that cuts batch, sequence and heads."""
+    """As step.py calls it: gradients per replica by vmap, around a shard_map.
+
+    The mesh splits batch, sequence and heads.
+    """
     q, k, v, weight = (x.reshape(2, 2, 32, 2, 64) for x in inputs(4, 32, 2, 64))
     segments = documents(4, 32).reshape(2, 2, 32)
     layout = Layout(make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()), batch_axes=("fsdp",))
@@ -149,7 +151,7 @@ def norm_arguments(shape, dtype, seed=0):
 
 
 def norm_results(function, x, residual, weight, dy, dtotal):
-    """y, total and the gradients of x, residual and weight; with no residual: y and those of x and weight."""
+    """y, total and the gradients of x, residual and weight; without a residual fewer."""
     if residual is None:
         y, pull = jax.vjp(lambda x, weight: function(weight, x, None), x, weight)
         return y[0], *pull([dy])
@@ -257,7 +259,10 @@ def test_attention_agrees_with_finite_differences():
 @pytest.mark.parametrize("fused", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("replicas", [False, True], ids=["mesh", "replicas"])
 def test_rms_norm_on_a_mesh(fused, replicas):
-    """Rows cut over batch and sequence; the weight's gradient is whole on every device, or each replica's own under vmap."""
+    """Batch and sequence are split; the weight's gradient is whole on every device.
+
+    Under vmap each replica has its own.
+    """
     x, residual, weight, dy, dtotal = norm_arguments((2, 4, 6, 64), "float32")
     layout = Layout(
         make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()),

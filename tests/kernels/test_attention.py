@@ -1,4 +1,7 @@
-"""Every implementation of attention against the plain one, values and gradients, and that against finite differences."""
+"""Attention: every implementation against the plain one, and that against finite differences.
+
+Values and gradients; and which implementation is chosen, with its reason.
+"""
 
 import importlib
 import itertools
@@ -45,7 +48,10 @@ def value_and_gradients(function, q, k, v, weight, segments):
 
 
 def assert_close(got, wanted, tolerance):
-    """Largest difference relative to the largest value of all: sums of different order differ by a few roundings."""
+    """The largest difference, relative to the largest value of all.
+
+    Sums in another order differ by a few roundings of their largest terms.
+    """
     scale = max(float(np.abs(np.asarray(b, np.float64)).max()) for b in wanted)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -82,9 +88,8 @@ def test_blockwise_in_bfloat16_is_as_near_to_float32_as_reference_is():
         lambda q, k, v, s: blockwise.attention(q, k, v), q, k, v, weight, None
     )
     assert got[0].dtype == jnp.bfloat16
-    assert_close(
-        got, exact, 2e-2
-    )  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row.
+    assert_close(got, exact, 2e-2)
 
 
 def test_extreme_scores_stay_finite():

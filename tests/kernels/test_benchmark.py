@@ -7,20 +7,7 @@ import sys
 import pytest
 from launches import REPOSITORY
 
-SIZES = [
-    "--length",
-    "40",
-    "--heads",
-    "2",
-    "--head-size",
-    "8",
-    "--rows",
-    "9",
-    "--width",
-    "24",
-    "--rounds",
-    "1",
-]
+SIZES = ["--length=40", "--heads=2", "--head-size=8", "--rows=9", "--width=24", "--rounds=1"]
 
 
 @pytest.fixture
@@ -35,20 +22,20 @@ def benchmark(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
 
     monkeypatch.setattr(
-        sys, "argv", ["kernels.py", *SIZES, "--json", str(tmp_path / "figures.json")]
+        sys, "argv", ["kernels.py", *SIZES, "--json", str(tmp_path / "results.json")]
     )
     return module
 
 
-def figures(tmp_path):
-    """Implementations and their figures as saved: attention, RMSNorm without and with a residual."""
-    saved = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+def saved_results(tmp_path):
+    """Implementations and their results: of attention, RMSNorm without and with a residual."""
+    saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     return [result["implementations"] for result in saved["results"]]
 
 
 def test_every_implementation_is_timed_or_has_a_reason(benchmark, tmp_path):
     benchmark.main()
-    attention, *norms = figures(tmp_path)
+    attention, *norms = saved_results(tmp_path)
     timed = {"reference", "blockwise", "jax.nn xla"}
     missing = {"triton", "cudnn", "pallas"}
     (timed if importlib.util.find_spec("torch") else missing).add("torch sdpa")
@@ -78,7 +65,7 @@ def test_a_wrong_implementation_is_not_timed(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "attention", wrong)
     with pytest.raises(SystemExit, match="blockwise"):
         benchmark.main()
-    attention = figures(tmp_path)[0]
+    attention = saved_results(tmp_path)[0]
     assert attention["blockwise"]["why_not"].startswith("WRONG")
     assert "forward" not in attention["blockwise"]
     assert "forward" in attention["reference"]

@@ -66,7 +66,7 @@ def test_either_plugin_serves(monkeypatch, tmp_path, fresh, plugin):
 
 
 def test_the_assembler_is_the_one_that_xla_takes(monkeypatch, tmp_path, fresh):
-    """CUDA_ROOT, NVIDIA's wheels, PATH, triton's own; the last where there is no package `nvidia` at all."""
+    """CUDA_ROOT, NVIDIA's wheels, PATH, toolkits, and triton's own where there is none of these."""
     installed = {"triton": tmp_path / "triton"}
     packages(monkeypatch, installed)
     monkeypatch.setattr(bridge, "TOOLKITS", (tmp_path / "local", tmp_path / "opt"))

@@ -1,4 +1,4 @@
-"""The TPU kernels in Pallas's interpreter on the CPU: values and gradients against the plain operators."""
+"""The TPU kernels in Pallas's interpreter: values and gradients against the plain operators."""
 
 import functools
 
@@ -18,10 +18,10 @@ EPS = 1e-6
 
 @pytest.fixture(autouse=True)
 def interpreter():
-    """Kernels traced in a test run in Pallas's interpreter, which reads NaN beyond an array's end as it fills the blocks.
+    """Kernels traced in a test run in Pallas's interpreter, which reads NaN beyond an array's end.
 
-    Its plain one: that of a TPU's memories takes ten times as long, and cannot run what vmap makes
-    of a kernel.
+    It is the plain one. The one that simulates a TPU's memories takes ten times as long, and cannot
+    run what vmap makes of a kernel.
     """
     with pltpu.force_tpu_interpret_mode(True):
         yield
@@ -119,7 +119,10 @@ def test_what_cannot_be_served_is_refused():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of one register, so that short rows have several; beyond two the separate backward kernels run."""
+    """Blocks of one register, so that short rows have several.
+
+    Beyond two blocks the separate backward kernels run.
+    """
     monkeypatch.setattr(attention, "BLOCK", 256)
     monkeypatch.setattr(attention, "BLOCK_COMPUTE", 128)
     monkeypatch.setattr(attention, "MAX_FUSED_BLOCKS", 2)
@@ -156,9 +159,8 @@ def test_attention_in_bfloat16_is_as_near_to_float32_as_reference_is():
     )
     got = value_and_gradients(from_start, q, k, v, weight, None)
     assert got[0].dtype == jnp.bfloat16
-    assert_close(
-        got, exact, 2e-2
-    )  # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, several of them in a row.
+    assert_close(got, exact, 2e-2)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -178,9 +180,8 @@ def test_queries_may_start_anywhere_and_the_start_may_be_traced(fused, monkeypat
     q, k, v, weight = inputs(1, 900, 1, 64)
     segments = documents(1, 900)
 
-    def got_loss(
-        q, k, v, offset
-    ):  # 333 queries that see nothing of the last block of keys, in two blocks
+    # 333 queries that see nothing of the last block of keys, in two blocks.
+    def got_loss(q, k, v, offset):
         out = from_start(q, k, v, segments, 333, offset)
         return jnp.sum(out * weight[:, 333:]), out
 

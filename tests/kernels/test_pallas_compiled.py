@@ -1,4 +1,7 @@
-"""The TPU kernels compiled for v5p by libtpu, which needs no TPU: under scan, remat and shard_map, with gradients."""
+"""The TPU kernels compiled for v5p by libtpu, which needs no TPU.
+
+Under scan, remat and shard_map, with gradients.
+"""
 
 import importlib.util
 import os
@@ -26,7 +29,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tpus():
-    """The four chips of a v5p host. libtpu locks a file against a second process, and asks a metadata server that is not there."""
+    """The four chips of a v5p host.
+
+    By default libtpu locks a file against a second process, and asks a metadata server, which does
+    not exist here.
+    """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     return topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
@@ -35,7 +42,7 @@ def tpus():
 def kernels_of(
     tpus, mesh: MeshConfig, *, T: int, N: int, H: int, dtype: str, masked: bool
 ) -> set[str]:
-    """Kernels in the compiled gradient of two blocks of norm, attention and residual on a mesh of v5p chips."""
+    """Kernels in the compiled gradient of two blocks of norm, attention and residual."""
     devices = tpus[: int(np.prod(mesh.shape))]
     layout = Layout(make_mesh(mesh, devices))
     B, D = 4, N * H
@@ -101,9 +108,8 @@ def test_long_rows_get_separate_backward_kernels(tpus):
 @pytest.mark.parametrize("D", [96, 4096, 16384, 32768])
 def test_rms_norm_fits_into_vmem(tpus, D, dtype):
     device = jax.sharding.SingleDeviceSharding(tpus[0])
-    x = jax.ShapeDtypeStruct(
-        (1024, D), dtype, sharding=device
-    )  # too many rows for XLA to put them into VMEM whole
+    # Too many rows for XLA to put them into VMEM whole.
+    x = jax.ShapeDtypeStruct((1024, D), dtype, sharding=device)
     weight = jax.ShapeDtypeStruct((D,), "float32", sharding=device)
     layout = Layout(make_mesh(MeshConfig(1, 1, 1, 1), tpus[:1]))
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers in Triton's interpreter, and what they compile to for GPUs that are not here."""
+"""The Triton kernels: their numbers in the interpreter, and ahead-of-time compilation for GPUs."""
 
 import importlib.util
 import os
@@ -67,12 +67,16 @@ def test_the_interpreter_says_that_triton_was_imported_to_compile():
 
 
 TARGET = """
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
 gpu_device_info {{
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 clock_rate_ghz: 1.41
-  shared_memory_per_block: 49152 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 memory_bandwidth: 2039000000000 device_memory_size: 85899345920
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: 167936
+  shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 2039000000000 device_memory_size: 85899345920
   cuda_compute_capability {{ major: {} minor: 0 }}
 }}"""
 
@@ -102,7 +106,10 @@ def no_driver(monkeypatch):
     ids=str,
 )
 def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
-    """Two blocks of norm, attention and residual with gradients, under scan, remat and shard_map; `auto` takes the kernels."""
+    """Two blocks of norm, attention and residual with gradients: `auto` takes the kernels.
+
+    Under scan, remat and shard_map.
+    """
     layout = Layout(make_mesh(MeshConfig(*shape), gpus(major, int(np.prod(shape)))))
     B, N = 4, 2
 
@@ -138,7 +145,10 @@ def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
 
 @needs("triton", "jax_triton", CUDA)
 def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch, tmp_path):
-    """In bridge.compile_as(80) an H100 gets the A100's code and blocks; before and after it, each GPU its own."""
+    """In bridge.compile_as(80) an H100 gets the A100's code and blocks.
+
+    Before and after it each GPU gets its own.
+    """
     from jax_triton import triton_lib
 
     from baichuan_jax.kernels.attention.triton import attention as triton_attention
@@ -175,13 +185,8 @@ def test_code_for_an_older_gpu_is_assembled_for_the_one_that_runs_it(monkeypatch
     for number, (_, _, ptx) in enumerate(made):
         (tmp_path / f"{number}.ptx").write_text(ptx)
         for target in ("sm_90", "sm_90a"):
-            command = [
-                bridge.ptxas(),
-                f"--gpu-name={target}",
-                tmp_path / f"{number}.ptx",
-                "-o",
-                tmp_path / "cubin",
-            ]
+            source, binary = tmp_path / f"{number}.ptx", tmp_path / "cubin"
+            command = [bridge.ptxas(), f"--gpu-name={target}", source, "-o", binary]
             assert subprocess.run(command).returncode == 0
     assert lower(9, gradient()) == set()  # jax-triton kept what it made first
     assert lower(8, gradient()) == {(80, "sm_80")}
@@ -204,21 +209,16 @@ BOUNDS = {
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.slow)])
 def test_nothing_spills_and_the_bound_holds(target, head_dim):
-    """From the assembler, with the installed triton: no spills, tensor-core instructions for every product, the bounds of the docs."""
+    """From the assembler: no spills, the tensor cores for every product, the bounds of the docs."""
     import triton
 
     chip = sass.CHIPS[target]
     cycles = ideal = 0.0
     for launch in list_launches("bfloat16", head_dim, chip.capability):
         assembled = sass.assemble(launch, chip)
-        # triton 3.6 spills a few bytes in some of them; never in a loop, which is what would cost
-        # time.
-        assert not [
-            opcode
-            for loop in assembled.loops
-            for opcode in loop
-            if opcode.startswith(("LDL", "STL"))
-        ], launch.name
+        # triton 3.6 spills a few bytes in some of them; never in a loop, where it would cost time.
+        inside = [opcode for loop in assembled.loops for opcode in loop]
+        assert not [code for code in inside if code.startswith(("LDL", "STL"))], launch.name
         assert assembled.spilled_bytes <= (0 if triton.__version__ >= "3.7" else 32), launch.name
         if launch.name.startswith("rms_norm"):
             assert assembled.tensor_core_instructions == 0
@@ -229,16 +229,12 @@ def test_nothing_spills_and_the_bound_holds(target, head_dim):
         for loop in assembled.loops:
             if target == "sm_80":
                 found = sum(opcode.startswith("HMMA.16816.F32.BF16") for opcode in loop)
-                assert found * launch.num_warps * 4096 == products * 2 * Q * K * H, (
-                    launch.name
-                )  # 4,096 operations each
+                executed = found * launch.num_warps * 4096  # operations of each
             else:  # HGMMA.64xNx16: four warps multiply 64 x 16 with 16 x N
-                columns = [
-                    int(opcode.split("x")[1]) for opcode in loop if opcode.startswith("HGMMA.64x")
-                ]
-                assert (
-                    sum(columns) * 2 * 64 * 16 * launch.num_warps // 4 == products * 2 * Q * K * H
-                ), launch.name
+                wide = [opcode for opcode in loop if opcode.startswith("HGMMA.64x")]
+                columns = sum(int(opcode.split("x")[1]) for opcode in wide)
+                executed = columns * 2 * 64 * 16 * launch.num_warps // 4
+            assert executed == products * 2 * Q * K * H, launch.name
         limit = bound.attention_bound(launch, assembled, chip)
         if launch.name == "attention_forward":
             assert limit.share_of_peak > BOUNDS[target, head_dim][0]
@@ -288,10 +284,8 @@ def test_programs_that_are_resident():
         (32, 8_192, 8, 8),
         (64, 81_000, 4, 2),
     ):
-        assert (
-            sass.Assembled(registers, 0, shared, [], []).blocks_per_multiprocessor(warps, chip)
-            == wanted
-        )
+        assembled = sass.Assembled(registers, 0, shared, [], [])
+        assert assembled.blocks_per_multiprocessor(warps, chip) == wanted
 
 
 def test_the_command_says_what_to_install(monkeypatch, capsys):
@@ -304,7 +298,10 @@ def test_the_command_says_what_to_install(monkeypatch, capsys):
 
 @needs(CUDA)
 def test_xla_fuses_swiglu_and_rope():
-    """For CUDA, forward and backward: all elementwise work of each is fused, none of its intermediate arrays is written."""
+    """For CUDA, forward and backward: all elementwise work of each is one fusion.
+
+    None of the intermediate arrays is written.
+    """
     device = gpus(8, 1)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
 
@@ -335,7 +332,7 @@ def test_xla_fuses_swiglu_and_rope():
 
 
 def test_forced_kernels_reach_the_model():
-    """kernels.rms_norm and kernels.attention are what the blocks ask for: on a CPU a forced one is refused."""
+    """The blocks use kernels.rms_norm and kernels.attention: on a CPU a forced one is refused."""
     config = ModelConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1
     )
