@@ -13,7 +13,8 @@ forward, five backward (which computes the scores again).
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import functools
@@ -30,6 +31,11 @@ from tqdm import tqdm
 
 from baichuan_jax.config.schema import Config
 from baichuan_jax.hardware.devices import peak_flops
+from baichuan_jax.hardware.flops import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    causal_attention_flops,
+)
 from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
@@ -161,8 +167,8 @@ def attention_candidates(
         jax.random.normal(key, (B, T, N, H)).astype(dtype)
         for key in jax.random.split(jax.random.key(0), 4)
     )
-    forward = 2 * B * N * H * T * (T + 1.0)
-    work = {"forward": forward, "both": 3.5 * forward}
+    products = {"forward": FORWARD_PRODUCTS, "both": FORWARD_PRODUCTS + BACKWARD_PRODUCTS}
+    work = {name: causal_attention_flops((B, T, N, H), count) for name, count in products.items()}
 
     def ours(name: str) -> Callable:
         return lambda q, k, v: (attention(q, k, v, implementation=name),)
@@ -349,7 +355,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help=rounds)
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    del sys.argv[1:]  # tokamax parses it too, and refuses options that are not its own
+    # tokamax parses it too, and refuses options that are not its own.
+    del sys.argv[1:]
     on_cpu = jax.default_backend() == "cpu"
     for name, (_, large, small) in SIZES.items():
         if getattr(options, name) is None:
