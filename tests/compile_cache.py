@@ -1,10 +1,12 @@
 """Keep what jax compiles in tests, for all their processes and for later calls of pytest.
 
 Half of the tests' time would be compilation, most of it of programs that have been compiled before:
-by another test, another process, or an earlier call. jax's persistent cache keeps them, in
-cache/tests, with two changes that many processes with short lives need. A program is written whole
-or not at all, even where a test kills the process that writes it. Every process of a run writes,
+by another test, another process, or an earlier call. jax's persistent cache keeps them, with two
+changes that many processes with short lives need. A program is written whole, and one that is not
+whole is compiled again, since tests kill processes at any moment. Every process of a run writes,
 not only process 0.
+
+Programs lie in ~/.cache/baichuan_jax (or $XDG_CACHE_HOME). `install` makes jax use them.
 """
 
 import hashlib
@@ -13,10 +15,11 @@ import shutil
 import types
 from pathlib import Path
 
+import jax
 from jax._src import compiler, lru_cache
 
-REPOSITORY = Path(__file__).parents[1]
 LIMIT_BYTES = 2 << 30  # of all programs; then all are removed
+DIGEST_BYTES = 32
 
 
 def folder() -> Path:
@@ -31,30 +34,47 @@ def folder() -> Path:
         lines = []
     features = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     name = hashlib.sha256("".join(features).encode()).hexdigest()[:8]
-    return REPOSITORY / "cache" / "tests" / f"compiled-{name}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "baichuan_jax" / f"tests-{name}"
 
 
 def limit() -> None:
     """Remove all programs where they have become too many."""
-    if sum(path.stat().st_size for path in folder().glob("*")) > LIMIT_BYTES:
+    programs = folder().glob(f"*{lru_cache._CACHE_SUFFIX}")
+    if sum(path.stat().st_size for path in programs) > LIMIT_BYTES:
         shutil.rmtree(folder())
 
 
-def make_writes_atomic() -> None:
-    """jax writes into the file that others read, and never again where there is one."""
-
-    def put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
-        path = Path(self.path) / f"{key}{lru_cache._CACHE_SUFFIX}"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(value)
-        temporary.replace(path)
-
-    lru_cache.LRUCache.put = put
-
-
-def let_every_process_write() -> None:
-    """On the CPU each process of a run has programs of its own; jax keeps those of process 0."""
+def install() -> None:
+    """Read and write kept programs in this process, and in those that are forked from it."""
+    jax.config.update("jax_compilation_cache_dir", str(folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    lru_cache.LRUCache.get, lru_cache.LRUCache.put = _get, _put
+    # On the CPU each process of a run has programs of its own, and jax writes those of process 0.
     first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
     compiler._cache_write = types.FunctionType(
         compiler._cache_write.__code__, {**vars(compiler), "distributed": first}
     )
+
+
+def _get(cache: lru_cache.LRUCache, key: str) -> bytes | None:
+    """A program, or None where there is none or its file is damaged."""
+    try:
+        content = _file(cache, key).read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, program = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    return program if hashlib.sha256(program).digest() == digest else None
+
+
+def _put(cache: lru_cache.LRUCache, key: str, program: bytes) -> None:
+    """Write a program under another name first: jax writes into the file that others read."""
+    path = _file(cache, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(hashlib.sha256(program).digest() + program)
+    temporary.replace(path)
+
+
+def _file(cache: lru_cache.LRUCache, key: str) -> Path:
+    return Path(cache.path) / f"{key}{lru_cache._CACHE_SUFFIX}"

@@ -37,9 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep what this process compiles."""
     if not hasattr(config, "workerinput"):  # not in each worker of pytest-xdist
         compile_cache.limit()
-    compile_cache.make_writes_atomic()
-    jax.config.update("jax_compilation_cache_dir", str(compile_cache.folder()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compile_cache.install()
 
 
 @pytest.fixture

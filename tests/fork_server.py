@@ -106,8 +106,7 @@ def main() -> None:
         importlib.import_module(name)
     import compile_cache
 
-    compile_cache.make_writes_atomic()
-    compile_cache.let_every_process_write()
+    compile_cache.install()
     from jax._src import xla_bridge
 
     assert not xla_bridge._backends, "a backend was started before the environment was known"

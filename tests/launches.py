@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import IO
 
-import compile_cache
 from fork_server import NUMBER
 
 from baichuan_jax.resilience.placement import HOST_VARIABLE
@@ -158,9 +157,7 @@ class ForkServer:
     )
 
     def __init__(self) -> None:
-        # Its launches may be killed in whatever they do and still share what every test keeps.
-        self._own = {"JAX_COMPILATION_CACHE_DIR": str(compile_cache.folder())}
-        self._environment = environment() | self._own
+        self._environment = environment()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # Not a terminal, so that its children buffer their output as they would in a pipe.
@@ -193,7 +190,6 @@ class ForkServer:
         stderr: IO,
     ) -> Launch:
         """What `python -m MODULE ARGV` starts."""
-        variables = variables | self._own
         for name in variables.keys() | self._environment.keys():
             if name.startswith(("JAX_", "PYTHON", "TF_")) and name not in self.FREE:
                 assert variables.get(name) == self._environment.get(name), f"{name} needs python -m"

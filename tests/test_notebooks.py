@@ -10,7 +10,10 @@ from nbclient import NotebookClient
 
 def execute(notebook, tmp_path, monkeypatch) -> list:
     """All outputs of a notebook that is run from the repository, as its users do."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("import compile_cache\ncompile_cache.install()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     NotebookClient(
