@@ -11,7 +11,8 @@ The peers have to be installed: requirements-bench.txt, -eval-bench.txt, -data.t
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import datetime

@@ -298,9 +298,11 @@ def inflict(cluster: Cluster, kind: str, process: int) -> float:
         cluster.fill()
     elif kind in ("kill", "kill in a save", "kill in a start", "truncate", "port"):
         # Only a new launch notices a truncated file or a port that is in use, hence the kill.
-        coordinator = cluster.file("coordinator")  # None where a launch has only begun
+        # None where a launch has only begun.
+        coordinator = cluster.file("coordinator")
         os.kill(cluster.pid(process), signal.SIGKILL)
-        if kind == "port":  # another program takes process 0's port before the next launch does
+        # Another program takes process 0's port before the next launch does.
+        if kind == "port":
             cluster.take(int(coordinator["address"].rsplit(":", 1)[1]))
     else:
         now = cluster.inject(kind, process)

@@ -12,7 +12,8 @@ restored state itself is subtracted.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import dataclasses
@@ -33,7 +34,8 @@ from baichuan_jax.config.schema import Config, MeshConfig, ModelConfig, Optimize
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
 
-LAYER = 4 * 1024 * 1024 + 3 * 1024 * 2816  # parameters of a block of the model below
+# Parameters of a block of the model below.
+LAYER = 4 * 1024 * 1024 + 3 * 1024 * 2816
 
 
 def of_size(gigabytes: float) -> Config:
@@ -55,7 +57,8 @@ class Measured:
     """Seconds of a call, and its peak of memory above what the process held before."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (man 5 proc)
+        # Resets the peak (man 5 proc).
+        Path("/proc/self/clear_refs").write_text("5")
         before, began = memory("VmRSS"), time.perf_counter()
         self.value = call()
         self.seconds = time.perf_counter() - began
@@ -106,7 +109,8 @@ def measure(config: Config, folder: Path) -> Table:
     digest = lambda state: target.digest(as_items(state))
     checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
     copies = LocalCopies(folder / "local", 0, "here", "", target)
-    digest(state)  # compiles it, before anything is timed
+    # Compiles it, before anything is timed.
+    digest(state)
     plain = {
         "write": Measured(lambda: write(folder / "plain", state)),
         "read": Measured(lambda: (folder / "plain").read_bytes()),

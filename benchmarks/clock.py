@@ -35,7 +35,8 @@ def measure(
     """
     counts = {}
     for name, call in calls.items():
-        sample(call, 1)  # the first call loads the program
+        # The first call loads the program.
+        sample(call, 1)
         counts[name] = max(1, min(200, round(seconds / max(sample(call, 1), 1e-7))))
     found: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

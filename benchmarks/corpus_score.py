@@ -31,7 +31,8 @@ from rich.table import Table
 LANGUAGES = ("zh", "en")
 CLEAN = ("clean", "giver", "host")
 JACCARD, ALIKE = 0.7, 0.8
-SHORT = 10  # letters; a shorter sentence is not scored
+# Letters; a shorter sentence is not scored.
+SHORT = 10
 CLOSING = "”’」』\"')"
 SENTENCE_END = re.compile(
     rf"(?<=[。！？!?])(?![。！？!?{CLOSING}])|(?<=[。！？!?.][{CLOSING}])(?![{CLOSING}])"
@@ -136,7 +137,8 @@ class Judge:
         worst of the others; `of_one_not_kept`: those that name a document that is itself removed as
         a duplicate.
         """
-        kept: dict[str, list[str]] = collections.defaultdict(list)  # of a planted group
+        # Of a planted group.
+        kept: dict[str, list[str]] = collections.defaultdict(list)
         for name in self.final:
             kept[self.kinds[name]["of"] or name].append(name)
         removed = {n: row["duplicate_of"] for n, row in self.removed.items() if row["duplicate_of"]}
@@ -238,7 +240,8 @@ class Judge:
                     for s in sentences(self.texts[name])
                     if re.sub(r"\s+", "", s) not in flat and "@" not in s
                 ]
-                if record["kind"] == "boilerplate":  # its head and foot should be removed
+                # Its head and foot should be removed.
+                if record["kind"] == "boilerplate":
                     missing = [s for s in missing if s in self.texts[record["of"]]]
                 gone[record["lang"]] += missing
         left = {letters(s) for text in self.final.values() for s in sentences(text)}

@@ -13,7 +13,8 @@ the statistics stay, and no duplicate arises. Memory does not grow with the size
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import collections
@@ -31,11 +32,15 @@ from baichuan_jax.documents.reader import read_texts
 
 SAMPLE = Path(__file__).parents[1] / "baichuan_jax" / "data" / "sample"
 LANGUAGES = ("zh", "en")
-WINDOW = 1000  # clean documents among which duplicates and sentences are planted at once
+# Clean documents among which duplicates and sentences are planted at once.
+WINDOW = 1000
 SHARD_BYTES = 8 << 20
-DUPLICATES = 0.25  # share of the clean documents that get a duplicate
-SENTENCES = 0.2  # share of the others whose sentences are copied
-GARBAGE = 0.15  # garbage documents for each clean one
+# Share of the clean documents that get a duplicate.
+DUPLICATES = 0.25
+# Share of the others whose sentences are copied.
+SENTENCES = 0.2
+# Garbage documents for each clean one.
+GARBAGE = 0.15
 BOILERPLATE_COPIES = 20
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 WORD = {"zh": re.compile(f"[{HAN}]"), "en": re.compile(r"[A-Za-z]+(?:'[a-z]+)?")}

@@ -19,7 +19,8 @@ little, unlike seconds by the clock.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import json
@@ -51,7 +52,8 @@ class Measured:
 
     def __init__(self, argv: list[str], log: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        self.curve: list[tuple[float, float]] = []  # (time, CPU-seconds until then)
+        # (time, CPU-seconds until then).
+        self.curve: list[tuple[float, float]] = []
         began = time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -273,7 +275,8 @@ def scale(options: argparse.Namespace, folder: Path, results: Results) -> dict[s
         numbers = {name: getattr(measured, name) for name in names}
         rows.append({"bytes": size, "stages": stages, **numbers})
         print(f"{size / 1e6:.0f} MB: {measured.cpu_seconds:.0f} CPU-seconds", flush=True)
-        results.save(options.json, rows=rows)  # in case a later size does not finish
+        # In case a later size does not finish.
+        results.save(options.json, rows=rows)
     names = list(reversed(rows[0]["stages"]))
     lines = []
     for row in rows:

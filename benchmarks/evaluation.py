@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # lm-eval computes on the CPU here, so both do
+# lm-eval computes on the CPU here, so both do.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import argparse
 import contextlib
@@ -133,7 +135,8 @@ def run_lm_eval(model: Any, tasks: dict[str, Any]) -> list[tuple[str, list[float
     """(context, log-likelihoods of A to D) of every question, in order."""
     from lm_eval import evaluator
 
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    # Hides its progress bars.
+    with contextlib.redirect_stderr(io.StringIO()):
         options: dict[str, Any] = {"log_samples": True, "bootstrap_iters": 0}
         result = evaluator.evaluate(lm=model, task_dict=dict(tasks), **options)
     assert result is not None
@@ -182,7 +185,8 @@ def measure(
     """Time both systems on the same questions, in turn."""
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     scorer = Scorer(load_pretrained(checkpoint))
-    prompts, records = run_ours(plan, tokenizer, scorer)  # compiles
+    # The first run compiles.
+    prompts, records = run_ours(plan, tokenizer, scorer)
     tasks = lm_eval_tasks(prompts, folder)
     models = {
         size: lm_eval_model(checkpoint, checkpoint / "tokenizer.model", size)

@@ -15,7 +15,8 @@ Exit status: 0 where every stage found its results right, else 1.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import ast
@@ -55,10 +56,14 @@ LIMITS = {
     "costs": 120,
 }
 MINUTES = 9.0
-RESERVE = 5.0  # seconds kept for writing the last results
-LEAST = 10.0  # seconds below which no stage is started: jax takes longer to start
-LOG_BYTES = 1 << 20  # kept of each stage's output
-STYLES = {"ok": "green", "skipped": "yellow", "incomplete": "yellow"}  # of outcomes
+# Seconds kept for writing the last results.
+RESERVE = 5.0
+# Seconds below which no stage is started: jax takes longer to start.
+LEAST = 10.0
+# Bytes kept of each stage's output.
+LOG_BYTES = 1 << 20
+# Colours of outcomes.
+STYLES = {"ok": "green", "skipped": "yellow", "incomplete": "yellow"}
 MARK = "<!-- {}: written by benchmarks/gpu.py -->"
 
 
@@ -165,14 +170,16 @@ class Program:
         folders = [str(state), str(self.work), str(self.output)]
         command = [sys.executable, str(RUNNER), name, *folders, f"{limit:.1f}", size]
         began = written = time.monotonic()
-        outcome, code = "stopped", None  # unless it ends by itself
+        # Unless it ends by itself.
+        outcome, code = "stopped", None
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a process group, to end the stage with its children
+                # A process group, to end the stage with its children.
+                start_new_session=True,
                 env=environment(self.options.rehearse, self.work),
                 cwd=REPOSITORY,
             )

@@ -23,7 +23,8 @@ REQUIREMENTS = Path(__file__).with_name("gpu_bundle.txt")
 NVCC = "nvidia-cuda-nvcc==13.1.80"
 GLIBC = ("_2_28", "_2_27", "_2_24", "_2_17", "2014")
 PLATFORMS = [f"manylinux{version}_x86_64" for version in GLIBC]
-LIMIT = 45 << 20  # bytes; machines without a network take files by hand, and often not more
+# Bytes; machines without a network take files by hand, and often not more.
+LIMIT = 45 << 20
 
 
 def download(folder: Path, *what: str) -> None:

@@ -9,7 +9,8 @@ what mixed precision costs. The original reports that it costs no accuracy.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, run from anywhere
+# A script finds the package from any folder.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import statistics

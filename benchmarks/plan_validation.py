@@ -54,13 +54,15 @@ MPT_13B = {
     "model.intermediate_size": 13656,
     "model.vocab_size": 50368,
 }
-UNRECOMPUTED = {"model.vocab_size": 32000, "model.remat": "none"}  # Llama2-7B
+# Llama2-7B.
+UNRECOMPUTED = {"model.vocab_size": 32000, "model.remat": "none"}
 TOOLBOX = "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"
 FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md, A100 80GB"
 MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
 # A token, as MaxText counts: all parameters, and attention without its causal mask.
 LLAMA2_FLOPS = 6 * 6.738e9 + 12 * 32 * 4096 * 4096
-A3 = {"inter_node_gbps": 100.0}  # a3-highgpu-8g: 4 x 200 Gb/s a node of 8
+# a3-highgpu-8g has 4 x 200 Gb/s a node of 8.
+A3 = {"inter_node_gbps": 100.0}
 
 
 def _foundry(

@@ -20,7 +20,8 @@ for folder in (Path(__file__).parents[1], Path(__file__).parents[2], Path(__file
 
 from results import reason
 
-TORCH_LENGTH = 4096  # longer scores in float64 take too much memory for all workers at once
+# Longer scores in float64 take too much memory for all workers at once.
+TORCH_LENGTH = 4096
 
 
 class Case(NamedTuple):
@@ -87,7 +88,8 @@ def check(case: Case) -> dict[str, Any]:
         errors = {name: errors[name] for name in ("out", "dv")}
         if not all(np.isfinite(array).all() for array in got):
             errors["dq, dk"] = (float("nan"),) * 3
-    badness = lambda error: np.nan_to_num(error, nan=np.inf)  # NaN counts as the worst
+    # NaN counts as the worst.
+    badness = lambda error: np.nan_to_num(error, nan=np.inf)
     worst = max(errors, key=lambda name: badness(errors[name][1]))
     names = ("largest", "norm", "row")
     result = {
@@ -129,7 +131,8 @@ def difference(got: Any, wanted: Any) -> tuple[float, float, float]:
 
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     largest = np.abs(wanted).max()
-    zero = largest < 1e-4  # for example the gradient of a softmax over one key
+    # For example the gradient of a softmax over one key.
+    zero = largest < 1e-4
     off = got - wanted
     if zero:
         return (float(np.abs(off).max()),) * 3

@@ -99,7 +99,8 @@ def logits(stage: Stage, imported: Path) -> None:
 
 def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
     """Answer the same questions on the device and on this machine's CPU."""
-    from exam import make_ceval  # tests/exam.py
+    # This is tests/exam.py.
+    from exam import make_ceval
 
     data = make_ceval(folder / "ceval", SUBJECTS, QUESTIONS)
     found, seconds = {}, {}

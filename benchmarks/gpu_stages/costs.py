@@ -16,8 +16,10 @@ from stage import Stage
 
 from baichuan_jax.xla_flags import apply_flags
 
-COMPILERS = 4  # programs that are compiled at once
-LEFT_TO_TIME = 15  # seconds before the end from which no further program is awaited
+# Programs that are compiled at once.
+COMPILERS = 4
+# Seconds before the end from which no further program is awaited.
+LEFT_TO_TIME = 15
 BASE = "as configured, nothing recomputed"
 MICRO = "two micro-batches, summed in float32 (time of half the rows)"
 # Name -> settings, options of the compiler. By priority.
@@ -141,9 +143,11 @@ def measure(stage: Stage, variants: dict[str, Variant], init: Any) -> None:
                 why = f"{type(error).__name__}: {reason(error)}"
                 stage.leave_out(name, why, needed=name == BASE)
                 del variants[name]
-                state = init()  # the call may have donated the old one
+                # The call may have donated the old one.
+                state = init()
                 continue
-            if number:  # the first round loads the programs
+            # The first round loads the programs.
+            if number:
                 variant.seconds.append((time.perf_counter() - began) / variant.rows)
         if number and BASE in variants:
             show(stage, variants)

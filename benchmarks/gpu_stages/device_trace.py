@@ -194,7 +194,8 @@ def _gpu_events(plane: Any) -> Iterator[_Event]:
         if not STREAM.match(line.name):
             continue
         for event in line.events:
-            if event.duration_ns <= 0:  # allocations and markers
+            # Allocations and markers.
+            if event.duration_ns <= 0:
                 continue
             stats = dict(event.stats)
             op = str(stats.get("hlo_op", "")).split("::")[-1]

@@ -88,7 +88,8 @@ def _device(stage: Stage) -> None:
 def _links(stage: Stage) -> None:
     for argv in (["topo", "-m"], ["nvlink", "--status"]):
         done = subprocess.run(["nvidia-smi", *argv], capture_output=True, text=True, timeout=20)
-        print(done.stdout, done.stderr)  # whole, in log.txt
+        # Whole, in log.txt.
+        print(done.stdout, done.stderr)
     links = sum("GB/s" in line for line in done.stdout.splitlines())
     stage.record(nvlinks=links)
     none = f"none is seen ({done.stdout.strip()[:100] or 'no answer'})"
@@ -146,7 +147,8 @@ def _query() -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     cells = [cell.strip() for cell in done.stdout.strip().split(",")]
-    if len(cells) != len(QUERY):  # a field that this driver does not know fails the whole query
+    # A field that this driver does not know fails the whole query.
+    if len(cells) != len(QUERY):
         return dict.fromkeys(QUERY, f"unknown: {(done.stdout + done.stderr).strip()[:60]}")
     return dict(zip(QUERY, cells, strict=True))
 

@@ -41,11 +41,13 @@ ROW_CANCELLING = {"bfloat16": 0.5, "float32": 5e-2}
 # Scores of tens of thousands: a log-sum-exp of 3e4 is kept to 0.002 in float32, and sums of
 # products of 1e5 to about 0.01, so weights are right to 1 %.
 EXTREME = {"bfloat16": (3e-2, 2e-2), "float32": (3e-2, 2e-2)}
-UNDER_EVERYTHING = "scan remat vmap shard_map"  # as a training step calls the kernel
+# As a training step calls the kernel.
+UNDER_EVERYTHING = "scan remat vmap shard_map"
 # Two blocks in a row: the result of the first is rounded before the second takes it.
 TWICE = {dtype: (2 * largest, 2 * norm) for dtype, (largest, norm) in TOLERANCE.items()}
 
-LEFT_TO_END = 8  # seconds before the end of the stage, kept to end the workers
+# Seconds before the end of the stage, kept to end the workers.
+LEFT_TO_END = 8
 
 
 def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
@@ -250,7 +252,8 @@ class Worker(threading.Thread):
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None:  # stop() has ended it
+        # stop() has ended it.
+        if process is None:
             return
         process.kill()
         process.wait()

@@ -15,8 +15,10 @@ import triton.language as tl
 
 from baichuan_jax.kernels import triton_bridge as bridge
 
-LARGE = 16  # arrays that share most of the free memory
-SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)  # arrays for the gaps between others
+# Arrays that share most of the free memory.
+LARGE = 16
+# Arrays for the gaps between others.
+SMALL_COUNT, SMALL_BYTES = 64, (1 << 20, 1 << 16, 1 << 12)
 
 
 @functools.cache

@@ -28,13 +28,16 @@ from baichuan_jax.xla_flags import apply_flags
 
 FLOAT32 = "weight, float32"
 KINDS = ("forward", "input", "weight", FLOAT32)
-LEFT_TO_TIME = 12  # seconds before the end from which no further product is compiled
-LAUNCHES = 256  # kernels that follow each other in the program that measures a start
+# Seconds before the end from which no further product is compiled.
+LEFT_TO_TIME = 12
+# Kernels that follow each other in the program that measures a start.
+LAUNCHES = 256
 
 
 def run(stage: Stage) -> None:
     """Time everything, then write the rates."""
-    apply_flags(Config())  # as training does: no command buffers, and cuBLAS for products
+    # As training does: no command buffers, and cuBLAS for products.
+    apply_flags(Config())
     device = jax.devices()[0]
     hardware = hardware_of(device.device_kind)
     dtype = jnp.float32 if stage.sizes.small else jnp.bfloat16
@@ -126,7 +129,8 @@ def shapes(stage: Stage) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], in
     return {
         "QKV": ((rows, D), (D, 3, N, H), 32),
         "out": ((rows, N, H), (N, H, D), 32),
-        "gate": ((rows, D), (D, F), 2 * 32),  # and up, of the same shape
+        # Gate, and up of the same shape.
+        "gate": ((rows, D), (D, F), 2 * 32),
         "gate + up as one": ((rows, D), (D, 2 * F), 0),
         "down": ((rows, F), (F, D), 32),
         "head": ((chunk, D), (D, V), rows // chunk),
@@ -190,7 +194,8 @@ def launch_seconds(stage: Stage) -> float:
 
     def chain(x: jax.Array) -> jax.Array:
         for _ in range(LAUNCHES):
-            x = jax.lax.optimization_barrier(x + 1)  # keeps the additions apart: a kernel for each
+            # Keeps the additions apart: a kernel for each.
+            x = jax.lax.optimization_barrier(x + 1)
         return x
 
     call = functools.partial(jax.jit(chain).lower(x).compile(), x)

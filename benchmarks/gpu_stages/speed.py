@@ -30,8 +30,10 @@ from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS, causal_attention_flo
 from baichuan_jax.xla_flags import apply_flags
 
 KERNELS = ("attention_forward", "attention_dkv", "attention_dq")
-LEFT_TO_TIME = 20  # seconds before the end from which no further shape is compiled
-BETTER = 1.03  # below this ratio a difference is noise
+# Seconds before the end from which no further shape is compiled.
+LEFT_TO_TIME = 20
+# Below this ratio a difference is noise.
+BETTER = 1.03
 
 # The (kernel, blocks) that a thread compiles. Blocks are those of kernels/attention/triton.py,
 # which is imported late: it needs Triton.
@@ -42,9 +44,12 @@ def run(stage: Stage) -> None:
     """Time operators beside other implementations, then kernels alone with several blocks."""
     sizes = stage.sizes
     if sizes.small:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    apply_flags(Config())  # as training does
-    import kernels as bench  # benchmarks/kernels.py
+        # Read when triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    # As training does.
+    apply_flags(Config())
+    # This is benchmarks/kernels.py.
+    import kernels as bench
 
     dtype = "bfloat16" if not sizes.small else "float32"
     shape = {"batch": sizes.batch, "length": sizes.length, "heads": sizes.heads}
@@ -193,7 +198,8 @@ def compile_calls(
         if stage.seconds_left < LEFT_TO_TIME:
             failed[job] = "no time was left"
             return None
-        trying.set(job)  # in this thread's own context
+        # In this thread's own context.
+        trying.set(job)
         function, arguments = parts[job[0]]
         try:
             compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
@@ -288,6 +294,7 @@ def assemble(name: str, blocks: Any, dtype: str, head_dim: int, capability: int)
     chip = sass.CHIPS["sm_80" if capability < 90 else "sm_90"]
     made = sass.assemble(launch, chip)
     found: dict[str, Any] = {"registers": made.registers, "spilled_bytes": made.spilled_bytes}
-    with contextlib.suppress(RuntimeError):  # a number of loops that the bound does not know
+    # A number of loops that the bound does not know.
+    with contextlib.suppress(RuntimeError):
         found["bound"] = attention_bound(launch, made, chip).share_of_peak
     return found

@@ -28,7 +28,8 @@ from baichuan_jax.xla_flags import apply_flags
 STEPS, TRACED = 10, 3
 # A rehearsal plans this too, so that the program of the full size is compiled once.
 FULL_WIDTH = "of the real step, with the width of the 7B"
-TRACE_BYTES = 15 << 20  # a larger trace is not kept
+# A larger trace is not kept.
+TRACE_BYTES = 15 << 20
 
 
 def overrides(sizes: Sizes, **changes: Any) -> list[str]:
@@ -83,7 +84,8 @@ def make_batch(config: Config, steps: Any, documents: bool = False) -> dict[str,
 def run(stage: Stage) -> None:
     """Measure, predict, trace, compare."""
     config = make_config(stage)
-    apply_flags(config)  # before jax starts
+    # Before jax starts.
+    apply_flags(config)
 
     import jax
 

@@ -25,12 +25,15 @@ from baichuan_jax.runs.events import Completed, Restored, Started, latest, of_ki
 from baichuan_jax.runs.folder import Run
 
 RECORDED = Path(__file__).with_name("cpu_losses.json")
-FIRST = 3  # losses that a CPU computed beforehand
+# Losses that a CPU computed beforehand.
+FIRST = 3
 # Relative. Weights and rows are the same; sums are rounded in another order, and in bfloat16 to 8
 # bits.
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}
-LEFT_TO_END = 5  # seconds before the end of the stage, kept to report a run that is late
-ACCURACY = 0.01  # of the last losses in bfloat16 beside float32's
+# Seconds before the end of the stage, kept to report a run that is late.
+LEFT_TO_END = 5
+# Of the last losses in bfloat16 beside float32's.
+ACCURACY = 0.01
 
 
 def settings(sizes: Sizes, folder: Path, dtype: str) -> list[str]:
@@ -110,7 +113,8 @@ def run(stage: Stage) -> None:
     at_end = f"--checkpoint.every={num_steps}"
     plain = Training(sizes, folder, "undisturbed", dtype, at_end)
     plain.wait(stage.seconds_left)
-    stage.record(run=str(plain.run.path))  # for the stage `commands`
+    # For the stage `commands`.
+    stage.record(run=str(plain.run.path))
     show_speed(stage, plain.run)
     first_losses(stage, plain.run, dtype)
     # The second save waits for the first: at the kill at least one checkpoint is whole.
