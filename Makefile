@@ -51,11 +51,15 @@ corpus: data-deps  ## clean bundled text with planted noise, and score the resul
 corpus-scale: data-deps  ## cost of the data pipeline by corpus size, 25 to 400 MB: half an hour
 	exec $(BIN)/python benchmarks/data_pipeline.py scale $(ARGS)
 
-test: dev  ## the tests, about a quarter of an hour on two cores
-	exec $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+# Workers of pytest-xdist. Each takes file after file, in the order that tests/conftest.py gives.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: dev  ## the tests, five minutes on two cores
+	exec $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not chaos" $(ARGS)
 
 test-slow: dev  ## the tests that are left out of `make test`
-	exec $(BIN)/python -m pytest -m slow $(ARGS)
+	exec $(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)

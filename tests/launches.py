@@ -5,9 +5,11 @@ test that needs `python -m` itself takes `command` and `environment`.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gzip
+import io
 import json
 import os
 import re
@@ -19,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from fork_server import NUMBER
 
+from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.placement import HOST_VARIABLE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -218,6 +222,12 @@ def start(config: Path, run_dir: Path, *words: str, devices: int = 1, **variable
         )
 
 
+def start_module(module: str, *argv: str) -> Launch:
+    """What `python -m MODULE ARGV` starts in the repository's folder; its output is dropped."""
+    with open(os.devnull, "w") as nowhere:
+        return fork_server().start(module, list(argv), environment(), REPOSITORY, nowhere, nowhere)
+
+
 @dataclasses.dataclass(frozen=True)
 class Done:
     """What a command printed, and its exit code."""
@@ -240,6 +250,16 @@ def run_module(
         for file in (stdout, stderr):
             file.seek(0)
         return Done(code, stdout.read().decode(), stderr.read().decode())
+
+
+def run_here(command: Callable[[], int]) -> Done:
+    """What a command's main function does in this process, its end as run_command makes it."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            run_command(command)
+        except SystemExit as end:
+            return Done(int(end.code or 0), stdout.getvalue(), stderr.getvalue())
 
 
 def run(

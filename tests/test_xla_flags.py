@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from launches import REPOSITORY, environment
+from launches import REPOSITORY, environment, run_module
 
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
@@ -129,14 +129,8 @@ def test_what_is_already_set_wins(monkeypatch):
 
 def test_the_command_prints_lines_that_a_shell_takes():
     argv = ["--config", A800, "--topology", "a800:128x8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "baichuan_jax.xla_flags", *argv],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
+    done = run_module("baichuan_jax.xla_flags", *argv)
+    assert done.returncode == 0, done.stderr
     script = f'unset XLA_FLAGS NCCL_DEBUG\n{done.stdout}\necho "$XLA_FLAGS|$NCCL_DEBUG"'
     shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     flags, debug = shell.stdout.strip().split("|")

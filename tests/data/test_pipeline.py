@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import SAMPLE, environment
+from launches import SAMPLE, environment, run_here
 
 pytest.importorskip("daft")
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from baichuan_jax.data.pipeline import main
 
 EMAIL, PHONE, IDENTITY = "someone@example.org", "13812345678", "11010519491231002X"
 
@@ -321,7 +323,9 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_refused(corpus, tmp_path, words, message):
-    done = pipeline(corpus, tmp_path, *words, expect=78)
+    argv = ["--input", f"{corpus}/*", "--output", str(tmp_path), *words]
+    done = run_here(lambda: main(argv))
+    assert done.returncode == 78
     assert message in done.stderr
 
 

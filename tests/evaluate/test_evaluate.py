@@ -5,15 +5,13 @@ And the same scores inside a training run.
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from exam import make_ceval, make_mmlu
-from launches import environment, write_config
+from launches import start_module, write_config
 
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
@@ -65,17 +63,7 @@ def files(folder):
 
 def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
     def start(output):
-        command = [
-            sys.executable,
-            "-m",
-            "baichuan_jax.evaluate",
-            *words,
-            "--output",
-            str(tmp_path / output),
-        ]
-        return subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        return start_module("baichuan_jax.evaluate", *words, "--output", str(tmp_path / output))
 
     killed = start("killed")
     deadline = time.monotonic() + 240

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import build
 from flax import nnx
-from launches import REPOSITORY, environment
+from launches import REPOSITORY, environment, run_module
 from safetensors.numpy import load_file, save_file
 
 from baichuan_jax.config.schema import ConfigError
@@ -168,15 +168,7 @@ def test_the_commands_import_and_export(params, tmp_path, capsys):
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "baichuan_jax.hf", "import", tmp_path, tmp_path / "weights"]
-    done = subprocess.run(
-        command,
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_module("baichuan_jax.hf", "import", str(tmp_path), str(tmp_path / "weights"))
     assert (done.returncode, done.stdout) == (78, "")
     assert done.stderr == f"error: {tmp_path} has no config.json: it is no Hugging Face folder\n"
 

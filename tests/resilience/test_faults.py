@@ -5,12 +5,13 @@ machinery is that of benchmarks/chaos.py. Limits have slack, since a busy machin
 seconds.
 """
 
+import json
 import os
 import signal
 import sys
 
 import pytest
-from launches import REPOSITORY, environment, lines
+from launches import REPOSITORY, lines, run_module
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -123,25 +124,10 @@ def test_the_accounting_covers_every_second_and_every_fault(disturbed):
 
 
 def test_the_table_of_a_run(disturbed, tmp_path):
-    import json
-    import subprocess
-
     cluster, *_ = disturbed
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "baichuan_jax.resilience",
-            str(cluster.run_dir),
-            "--json",
-            str(tmp_path / "accounting.json"),
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
+    file = tmp_path / "accounting.json"
+    done = run_module("baichuan_jax.resilience", str(cluster.run_dir), "--json", str(file))
+    assert done.returncode == 0, done.stderr
     for text in (
         "killed",
         "a: 0",
@@ -151,7 +137,7 @@ def test_the_table_of_a_run(disturbed, tmp_path):
         "1 x hang on b",
     ):
         assert text in done.stdout, done.stdout
-    assert json.loads((tmp_path / "accounting.json").read_text())["launches"] == 4
+    assert json.loads(file.read_text())["launches"] == 4
 
 
 def has_saved(cluster: chaos.Cluster) -> bool:
