@@ -61,7 +61,7 @@ class _Loop(NamedTuple):
     tokens_BS: jax.Array
     # Of the next token.
     logits_BV: jax.Array
-    # Which tokens stand in the prompt or the continuation; for the repetition penalty.
+    # Tokens of the prompt and the continuation so far, for the repetition penalty.
     seen_BV: jax.Array
     # Which rows have reached EOS.
     done_B: jax.Array

@@ -84,14 +84,14 @@ def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
         return local(hidden_BTD, kernel_DV, labels_BT, axes=_Axes())
-    # Each device gets its tokens whole in D, and its part of the kernel as the parameters lie.
+    # A device gets its tokens whole in D, and its part of the kernel as the parameters are split.
     tokens = layout.spec(("batch", "length"))
     kernel = layout.spec(("embed", "vocab"))
     hidden = P(*tokens, None)
     gradients = local.keywords["with_gradient"]
 
     def real(*axes: str) -> tuple[str, ...]:
-        # A collective over an axis of size 1 would still stand in the program.
+        # A collective over an axis of size 1 would still be in the program.
         return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
 
     axes = _Axes(real(*layout.batch_axes, "context"), real("tensor"), real("fsdp"))

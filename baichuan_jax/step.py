@@ -135,7 +135,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
 
     # Shapes alone: a checkpoint is restored into them without a first state in memory.
     state_shapes = jax.eval_shape(start, param_shapes)
-    # AdamW's moments lie where their parameters lie; its counter is on every device.
+    # AdamW's moments are split as their parameters are; its counter is on every device.
     opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,

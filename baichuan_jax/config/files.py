@@ -2,7 +2,7 @@
 
 Every command that takes settings builds its parser here (`make_parser`) and reads it here
 (`parse_config`, `parse_command`); a notebook calls `load_config`. Options on the command line
-override the files of --config, wherever --config stands. A misspelt name is refused with the
+override the files of --config, wherever --config is. A misspelt name is refused with the
 nearest right one, in a file and on the command line.
 """
 

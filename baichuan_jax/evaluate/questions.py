@@ -32,7 +32,7 @@ class Question:
     # Its number in the file, from 0.
     row: int
     question: str
-    # Empty where the options stand inside the question.
+    # Empty where the question's text has the options in it.
     choices: tuple[str, ...]
     # A letter; None where it is not public.
     answer: str | None

@@ -158,7 +158,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
         )
     if task == "ceval" and result["protocol"] == "original" and manifest["shot_order"] == "file":
         found.append(
-            "the examples stand in a fixed order, and the original shuffles them for every question"
+            "the examples are in a fixed order, and the original shuffles them for every question"
         )
     if task in ("agieval", "gaokao"):
         found.append(

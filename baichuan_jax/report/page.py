@@ -294,7 +294,7 @@ def _memory(page: Page, records: list[Recorded]) -> None:
             )
     if not any(record.plans for record in records):
         page.say(
-            "No memory plan lies in the folder: python -m baichuan_jax.plan --config CONFIG "
+            "No memory plan is in the folder: python -m baichuan_jax.plan --config CONFIG "
             f"--topology a800:128x8 --output {_quoted(records[0].run.path / 'plans')}",
             "none",
         )

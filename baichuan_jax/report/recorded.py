@@ -131,7 +131,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     run = Run(path)
     lines, events = run.metrics, run.events
     every_step = [line for line in lines if "step_seconds" in line]
-    # After a restart repeated steps stand again in metrics.jsonl; later lines replace earlier ones.
+    # After a restart metrics.jsonl has steps twice; later lines replace earlier ones.
     newest = {line["step"]: line for line in every_step}
     if not newest:
         raise ConfigError(
