@@ -2,7 +2,7 @@
 
 Input: corpora of rows with weights. Output: an endless sequence of batches, as arrays that lie on
 the devices of all processes. The corpora are one endless sequence of rows, mixed by weight and
-shuffled anew every epoch; batch p is rows p G to p G + G - 1 of it. A process reads only the rows
+shuffled again every epoch; batch p is rows p G to p G + G - 1 of it. A process reads only the rows
 that its own devices hold, so any number of processes gives the same batches, and a run that
 restarts at a position gets what it would have had.
 

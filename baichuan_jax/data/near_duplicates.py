@@ -11,7 +11,6 @@ are like it; then the best of the others, and so on.
 """
 
 import functools
-import hashlib
 import re
 import unicodedata
 from typing import Any
@@ -27,7 +26,7 @@ from baichuan_jax.data.corpus.components import components
 from baichuan_jax.data.corpus.config import DedupConfig
 from baichuan_jax.data.corpus.effects import Effects
 from baichuan_jax.data.corpus.filter import Corpus
-from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile
+from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile, hash_of
 from baichuan_jax.data.corpus.tables import Tables, read_stage
 
 GRAM = 5  # characters or words
@@ -121,9 +120,7 @@ def _ranks(quality: np.ndarray, texts: list[str]) -> np.ndarray:
 
 def _hash(units: str) -> int:
     """Of the letters and digits alone: where a text is cut into words does not count."""
-    letters = units.encode().translate(None, b" ")
-    digest = hashlib.blake2b(letters, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return hash_of(units.encode().translate(None, b" "))
 
 
 def units_of(texts: list[str], langs: list[str]) -> list[str]:
@@ -168,7 +165,7 @@ def _units_of(text: str, lang: str) -> str:
     if text.isascii() and lang != "zh":
         return " ".join(text.translate(_ASCII).split())
     words = _NO_LETTERS.sub(" ", text)
-    # A quick test. It comes after the punctuation is gone, since Chinese punctuation would fail it.
+    # A quick test, once the punctuation is removed: Chinese punctuation would fail it.
     if not unicodedata.is_normalized("NFKC", words):
         words = _NO_LETTERS.sub(" ", unicodedata.normalize("NFKC", words))
     words = words.casefold().strip()
@@ -284,7 +281,7 @@ def _similarity(left: daft.Series, right: daft.Series) -> Any:
 def _resolve(members: DataFrame, config: DedupConfig) -> DataFrame:
     """(doc, kept) within components (doc, component, rank, sketch)."""
     member = F.to_struct(col("doc"), col("rank"), col("sketch")).alias("members")
-    # All of a component at once: it is small, since exact copies are gone.
+    # All of a component at once: it is small, since exact copies are removed.
     grouped = members.select("component", member).groupby("component")
     clusters = grouped.agg(col("members").list_agg())
     removed: Any = _keep_best(col("members"), lit(config.threshold))

@@ -89,7 +89,7 @@ class Quality:
 
         if not self.config.enabled:
             return Effects()
-        # The card holds the checksums of the classifiers, so it stands for them.
+        # The card holds the checksums of the classifiers, so it changes when they do.
         card = (self.model / "card.json").read_text(encoding="utf-8")
         scores, _ = corpus.make_parts("quality", [corpus.documents.key, card], self._score_part)
 
@@ -164,7 +164,7 @@ def score(texts: list[str], model: Path | str = MODEL) -> np.ndarray:
         lines = [_tokens(texts[index]) for index in indices]
         found = entry["slope"] * _logits(classifier, entry["direction"], lines) + entry["intercept"]
         if entry["damaged"] and lang == "en":
-            # A model that knows the order of words alone cannot call bad what has none.
+            # A model of the order of words cannot judge what has no such order.
             found = np.array(
                 [
                     0 if z < 0 and line and not _is_running(line) else z

@@ -10,7 +10,6 @@ share anchors are compared letter by letter, by their distance in insertions and
 (rapidfuzz).
 """
 
-import hashlib
 import itertools
 import re
 import unicodedata
@@ -28,7 +27,7 @@ from baichuan_jax.data.corpus.components import components
 from baichuan_jax.data.corpus.config import SentencesConfig
 from baichuan_jax.data.corpus.effects import Effects
 from baichuan_jax.data.corpus.filter import Corpus
-from baichuan_jax.data.corpus.parts import ROW_BITS, DocumentPart, ParquetFile, table_of
+from baichuan_jax.data.corpus.parts import ROW_BITS, DocumentPart, ParquetFile, hash_of, table_of
 from baichuan_jax.data.corpus.tables import Tables, read_stage
 
 # Letters of a run. A sentence with one letter of ten replaced keeps a run of 5 Chinese characters,
@@ -108,7 +107,7 @@ class Sentences:
     def _find_sentences(self, part: DocumentPart, file: ParquetFile) -> dict[str, int]:
         """Write SENTENCES: those of documents still here that are long enough to be duplicates."""
         file.write(SENTENCES.empty_table())
-        # Their sentences do not count: what only removed documents said is said for the first time.
+        # Their sentences do not count: what only they have is no repetition elsewhere.
         removed = {row["doc"] for row in part.effect("removed")}
         counts = {"sentences": 0, "compared": 0, "anchors": 0}
         least = {"zh": self.config.min_letters_zh, "en": self.config.min_letters_en}
@@ -135,7 +134,9 @@ class Sentences:
             anchors = _anchors(letters, runs) if self.config.near else [[]] * len(letters)
             numbered = zip(itertools.count(first), rows, letters, anchors, strict=False)
             file.write(
-                table_of([(n, *row, _hash(x), a, x) for n, row, x, a in numbered], SENTENCES)
+                table_of(
+                    [(n, *row, hash_of(x.encode()), a, x) for n, row, x, a in numbered], SENTENCES
+                )
             )
             counts["compared"] += len(rows)
             counts["anchors"] += sum(map(len, anchors))
@@ -169,11 +170,6 @@ def spans(text: str) -> list[tuple[int, int]]:
 def letters_of(text: str) -> str:
     """Letters and digits alone, of one width and case."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
-
-
-def _hash(letters: str) -> int:
-    digest = hashlib.blake2b(letters.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _anchors(letters: list[str], runs: list[int]) -> list[np.ndarray]:

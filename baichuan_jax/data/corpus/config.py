@@ -1,8 +1,8 @@
 """The settings of the data pipeline: frozen dataclasses, read as those of a run are.
 
-One dataclass for each filter, in the order in which documents pass them. They stand here and not in
+One dataclass for each filter, in the order in which documents pass them. They are here and not in
 the filters' files, which need daft: --help does without. A finished part is found by a hash of
-these fields, so a field that is renamed or added makes the parts of its filter anew.
+these fields, so a field that is renamed or added invalidates the finished parts of its filter.
 """
 
 from dataclasses import dataclass, field

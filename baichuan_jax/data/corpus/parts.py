@@ -26,7 +26,7 @@ import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 from baichuan_jax import __version__
 from baichuan_jax.runs.files import publish, write_atomically
 
-# Of the files of all stages. To raise it makes all finished stages of all users anew.
+# Of the files of all stages. Another number invalidates the finished stages of all users.
 VERSION = 3
 ROW_BITS = 32
 # Light compression: most of a part's files are written once and read two or three times. Statistics
@@ -185,7 +185,7 @@ class DocumentPart:
         for table in self.read(columns):
             scores = np.zeros(len(table), np.float32)
             if scored is not None:
-                # Both files have the same row groups: a score stands where its document stands.
+                # Both files have the same row groups: each score is beside its document.
                 scores = next(scored)["quality"].to_numpy()
             yield table, scores
 
@@ -218,6 +218,11 @@ class StagePart:
             result = self.work(self.argument, file)
         record = json.dumps({"key": self.stage.key, "result": result}, ensure_ascii=False)
         write_atomically(self.stage.record_file(self.number), record.encode())
+
+
+def hash_of(content: bytes) -> int:
+    """A hash as an int64, which tables can hold."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:
