@@ -63,6 +63,7 @@ def preflight(config: Config) -> Findings:
         nonlocal began
         seconds[check], began = time.perf_counter() - began, time.perf_counter()
 
+    # The cheapest first, and what would make the later ones fail for the wrong reason.
     warnings = compare_hosts(gather("preflight/host", _describe()), coordinator_address())
     took("versions and clocks")
     _refuse(gather("preflight/devices", _device_fault()))
@@ -71,6 +72,7 @@ def preflight(config: Config) -> Findings:
     if all(faults):  # the storage itself, and not a host
         raise SaveFailed(f"preflight: {faults[0]}")
     _refuse(faults)
+    # A host whose own disk fails is left out, also where all of them fail: nothing else would help.
     if (local := config.checkpoint.local_path) is not None:
         _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
@@ -94,6 +96,7 @@ def preflight(config: Config) -> Findings:
 
 def _describe() -> dict[str, Any]:
     """What must not differ between hosts, and the time."""
+    # Of what decides about the compiled program or the checkpoint's format.
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.local_devices()[0]
     return {
@@ -114,6 +117,7 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     Raises ConfigError for a version of jax that is known to be wrong, for versions or devices that
     differ, and for a coordinator at a loopback address, which is another one on each host.
     """
+    # Different versions would compile different programs, whose collectives do not match.
     found = hosts[0]["versions"]["jax"]
     if found in BAD_JAX:
         raise ConfigError(f"jax {found}: {BAD_JAX[found]}; install another (requirements.txt)")
@@ -148,6 +152,7 @@ def _refuse(faults: Sequence[str | None]) -> None:
 
 def _device_fault() -> str | None:
     """What is wrong with this process's devices; None: nothing."""
+    # The first fault is enough: the host is left out as a whole.
     for device in jax.local_devices():
         if not products_are_right(device):
             return f"{device} multiplies matrices wrongly"
@@ -158,6 +163,8 @@ def _device_fault() -> str | None:
 
 def products_are_right(device: Any, multiply: Callable = jnp.matmul) -> bool:
     """Whether a device's products of integer matrices equal NumPy's in 64-bit integers."""
+    # Silent data corruption of a device shows as a wrong sum (Hochschild et al. 2021, Cores that
+    # don't count). NumPy's integers on the host are exact.
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-8, 9, (MATRIX, MATRIX)) for _ in range(2))
     product = jax.jit(multiply)(*(jax.device_put(x.astype(np.float32), device) for x in (a, b)))
@@ -169,6 +176,7 @@ def memory_is_right(device: Any) -> bool:
 
     With both, every bit is 0 once and 1 once.
     """
+    # Each element holds its own index, so that a wrong address is seen too.
     limit = (device.memory_stats() or {}).get("bytes_limit")
     count = (int(limit * MEMORY_SHARE) if limit else MEMORY_ON_CPU) // 4
     write = jax.jit(lambda mask: jnp.arange(count, dtype=jnp.uint32) ^ mask)
@@ -179,6 +187,7 @@ def memory_is_right(device: Any) -> bool:
 
 def storage_fault(folder: Path) -> str | None:
     """What is wrong with writing and reading a mebibyte where checkpoints go; None: nothing."""
+    # Random, so that no cache or compression can answer from something older.
     content = os.urandom(1 << 20)
     file = folder / f".preflight-{uuid.uuid4().hex}"
     try:
@@ -186,7 +195,7 @@ def storage_fault(folder: Path) -> str | None:
         with open(file, "wb") as opened:
             opened.write(content)
             opened.flush()
-            os.fsync(opened.fileno())
+            os.fsync(opened.fileno())  # a full or broken disk reports it here at the latest
         same = file.read_bytes() == content
         file.unlink()
     except OSError as error:
@@ -200,6 +209,7 @@ def pairs_of(count: int) -> list[list[tuple[int, int]]]:
     Each process has another partner in the second round, so that a bad one fails in both, and a
     good one with a bad partner only once.
     """
+    # 0-1 2-3 4-5, then 1-2 3-4 5-0. Of an odd number the first and the last have one partner only.
     first = [(a, a + 1) for a in range(0, count - 1, 2)]
     if count == 2:
         return [first]
@@ -222,6 +232,7 @@ def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -
                 tried.setdefault(process, []).append(result[1])
                 if not result[1]:
                     failed.add(tuple(result[0]))
+    # The host that fails with everybody is bad; a link is bad where both ends work with others.
     suspects = {process for process, worked in tried.items() if not any(worked)}
     # A process whose only partner is bad fails with every partner too. It counts as a suspect only
     # where nobody with two partners is one.
@@ -236,6 +247,7 @@ def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -
 
 
 def _try_pair(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], bool] | None:
+    # A process outside of these devices does not run the program at all.
     mine = next((pair for pair in pairs if jax.process_index() in pair), None)
     if mine is None:
         return None
@@ -248,6 +260,7 @@ def _try_pair(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], bool] 
 
 def _sum_over(devices: Sequence[Any]) -> bool:
     """Whether a sum over these devices, which belong to several processes, is right."""
+    # One device of each process is enough: the network is checked, not NVLink.
     mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("all"))
     values = np.arange(len(devices), dtype=np.float32) + 1
@@ -262,6 +275,8 @@ def _in_time(check: Callable[[], bool]) -> bool:
     A thread that waits in a collective cannot be stopped. It stays, and the process is about to
     exit.
     """
+    # NCCL waits for a peer that does not answer, for minutes. So the check runs in a thread, and
+    # this one stops waiting first.
     results: list[bool] = []
 
     def run() -> None:

@@ -46,6 +46,7 @@ class Settings(NamedTuple):
 
 def choose_flags(config: Config, topology: Topology | None) -> Settings:
     """The settings for this configuration on a cluster; topology None: a CPU."""
+    # A jaxlib that does not know a flag refuses to start, so that each platform gets only its own.
     platform = "cpu" if topology is None else topology.hardware.platform
     xla: dict[str, str] = {}
     if config.train.deterministic:
@@ -62,6 +63,7 @@ def choose_flags(config: Config, topology: Topology | None) -> Settings:
 
 def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     """XLA's flags on a GPU: overlap of collectives, sizes of messages, choices of kernels."""
+    # XLA overlaps little by default: these let collectives run beside the compute of other layers.
     flags = {
         "--xla_gpu_enable_latency_hiding_scheduler=true": (
             "collectives start early and are awaited late, with compute between"
@@ -94,6 +96,7 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
             "a collective whose peer died ends after this time, instead of after 600 s"
         ),
     }
+    # A profile of another program is harmless: XLA warns of instructions that it does not find.
     if profile := config.train.schedule_profile:
         require(
             Path(profile).is_file(),
@@ -164,6 +167,7 @@ def _libtpu(version: tuple[int, ...] | None) -> dict[str, str]:
         ),
         "--xla_enable_async_collective_permute=true": "rings of single steps overlap too",
     }
+    # Two ways to hide a gather: inside the products beside it, or on other cores of the chip.
     if version is not None and version <= FUSES_GATHERS:
         why = "a gather's steps run inside the products beside it"
         return {**flags, "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true": why}
@@ -190,6 +194,7 @@ def _libtpu_version() -> tuple[int, ...] | None:
 
 def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
     """Variables of a GPU's process: of JAX and CUDA, and of NCCL where there is a network."""
+    # jax and NCCL read these when they start; both leave what the user has set.
     variables = {
         "XLA_CLIENT_MEM_FRACTION": (
             f"{GPU_MEMORY_FRACTION}",
@@ -200,6 +205,7 @@ def _environment(topology: Topology) -> dict[str, tuple[str, str]]:
             "kernels start in the order of the schedule, so that none overtakes a collective",
         ),
     }
+    # Of the network, which a single node does not use.
     if topology.num_devices > topology.devices_per_node:
         variables |= {
             "NCCL_CROSS_NIC": (
@@ -225,6 +231,7 @@ def apply_flags(config: Config) -> dict[str, str]:
 
     What is already set there is kept.
     """
+    # By name and not by value: a user's own value of a flag must not be followed by ours.
     settings = choose_flags(config, detect_topology())
     added = {}
     for variable, flags in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):

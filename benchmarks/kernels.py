@@ -168,7 +168,10 @@ def attention_candidates(
         for key in jax.random.split(jax.random.key(0), 4)
     )
     products = {"forward": FORWARD_PRODUCTS, "both": FORWARD_PRODUCTS + BACKWARD_PRODUCTS}
-    work = {name: causal_attention_flops((B, T, N, H), count) for name, count in products.items()}
+    work = {
+        name: causal_attention_flops((B, T, N, H), count, exact=True)
+        for name, count in products.items()
+    }
 
     def ours(name: str) -> Callable:
         return lambda q, k, v: (attention(q, k, v, implementation=name),)

@@ -121,6 +121,7 @@ def hardware_of(device_kind: str) -> Hardware | None:
 
     device_kind: what jax or the driver calls it, such as "NVIDIA A800-SXM4-80GB" or "TPU v5 lite".
     """
+    # Whole words only, so that "a100" is not found in another card's name.
     kind = device_kind.lower()
     # The longest name first: "v5" is part of "v5 lite".
     for name in sorted((*HARDWARE, *_KINDS), key=len, reverse=True):
@@ -156,6 +157,7 @@ def parse_topology(name: str) -> Topology:
 
     Raises ConfigError.
     """
+    # The name of an accelerator, a colon, and numbers joined by x.
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     known = ", ".join(HARDWARE)
     if match is None:
@@ -165,6 +167,7 @@ def parse_topology(name: str) -> Topology:
         )
     require(match[1] in HARDWARE, f"topology={name!r} names no known accelerator; known: {known}")
     hardware, shape = HARDWARE[match[1]], tuple(int(size) for size in match[2].split("x"))
+    # v5e and v6e are flat tori; v4 and v5p have three dimensions.
     dimensions = {"gpu": (2,), "tpu": (2, 3)}[hardware.platform]
     counts = " or ".join(map(str, dimensions))
     require(
@@ -179,6 +182,7 @@ def _driver_models() -> list[str]:
 
     From /proc, or from nvidia-smi where a container does not show /proc/driver.
     """
+    # Neither way loads CUDA, whose context would take memory of every GPU.
     models = []
     for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
         with open(path, encoding="utf-8") as file:
@@ -205,8 +209,11 @@ def detect_topology() -> Topology | None:
     models = _driver_models()
     if not models or (hardware := hardware_of(models[0])) is None:
         return None
+    # A process may see fewer GPUs than its host has: those are its share, the driver's list is the
+    # node.
     visible = os.environ.get("JAX_LOCAL_DEVICE_IDS") or os.environ.get("CUDA_VISIBLE_DEVICES")
     local = len(visible.split(",")) if visible else len(models)
+    # jax's own variable first, as in hardware/processes.py.
     processes = int(os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("SLURM_NTASKS") or 1)
     devices = local * processes
     node = min(len(models), devices)

@@ -18,6 +18,7 @@ def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:
 
     The setting metrics.peak_tflops comes first, then the data sheet. A CPU's peak is measured.
     """
+    # For an accelerator that the table lacks, or a share of one.
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12, "metrics.peak_tflops"
     if device.platform == "cpu":
@@ -38,9 +39,10 @@ def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
 
     The best of those that fit into the time: other processes can only slow a product down.
     """
+    # Large enough that the product is bound by arithmetic, small enough to run many times.
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
+    product(x, x).block_until_ready()  # compiles
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         began = time.perf_counter()

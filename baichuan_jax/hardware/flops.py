@@ -41,10 +41,13 @@ def flops_per_token(model: ModelConfig, context_length: int) -> tuple[float, flo
     return products + attention, products + attention / 2
 
 
-def causal_attention_flops(shape: Sequence[int], products: int, heads_first: bool = False) -> float:
+def causal_attention_flops(
+    shape: Sequence[int], products: int, *, heads_first: bool = False, exact: bool = False
+) -> float:
     """FLOPs of `products` matrix products of causal attention over [..., T, N, H].
 
-    Half of the T x T square is counted. heads_first: the shape is [..., N, T, H].
+    Half of the T x T square is counted, as for MFU; exact: the T (T + 1) / 2 pairs that the mask
+    leaves, for the peak of a kernel. heads_first: the shape is [..., N, T, H].
     """
     length = shape[-2] if heads_first else shape[-3]
-    return products * 2.0 * math.prod(shape) * length / 2
+    return products * 2.0 * math.prod(shape) * (length + 1 if exact else length) / 2

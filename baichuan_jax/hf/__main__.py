@@ -44,10 +44,12 @@ def main(argv: list[str]) -> int:
     if options.command == "import":
         if Path(options.output).exists():
             raise ConfigError(f"{options.output} exists; import writes a new folder")
+        # On one device: a checkpoint is restored on any mesh later.
         params = import_params(options.folder, progress=True)
         save_params(options.output, read_config(options.folder), params)
         if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
             shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
+    # The tokenizer goes with the weights, both ways: `generate` needs it.
     else:
         config, params = load_params(options.checkpoint)
         export(

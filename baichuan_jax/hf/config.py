@@ -37,6 +37,7 @@ def read_config(folder: Path | str) -> ModelConfig:
         raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
     if missing:
         raise ConfigError(f"{file} lacks {', '.join(missing)}")
+    # A wrong type would otherwise fail far from here, in the shape of an array.
     for key in KEYS:
         kind = float if key == "rms_norm_eps" else int
         if not isinstance(found[key], kind):
@@ -54,6 +55,7 @@ def read_config(folder: Path | str) -> ModelConfig:
 
 
 def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
+    # Each of these keys would change what the model computes. An absent key means the first value.
     heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
     if kv_heads not in (None, heads):
         raise ConfigError(
@@ -75,6 +77,7 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
         if name not in ARCHITECTURES:
             allowed = " or ".join(ARCHITECTURES)
             raise ConfigError(f"{file} has architecture {name} and this model is {allowed}")
+    # Older files have rope_scaling, newer ones rope_parameters, which also holds the plain base.
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key) or {}
         plain = rope.keys() <= {"rope_theta", "rope_type"}
@@ -86,6 +89,7 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
 
 def make_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
     """The content of config.json for transformers' Llama ("llama") or the original ("baichuan")."""
+    # The original's configuration class does not know these two.
     heads = {"num_key_value_heads": config.num_heads, "head_dim": config.head_dim}
     return {
         "architectures": ["LlamaForCausalLM" if form == "llama" else "BaiChuanForCausalLM"],

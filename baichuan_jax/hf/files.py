@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from baichuan_jax.config.schema import ConfigError
 
-# safetensors' codes of the types that weights are published in, and their names in NumPy.
+# safetensors' codes of the types that weights are published in, by their names in NumPy. The format
+# has more, such as integers and 8-bit floats: quantised weights, which this model does not compute
+# with.
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -36,6 +38,8 @@ def open_tensors(folder: Path) -> Tensors:
 
     Raises ConfigError that names the file and what is wrong with it.
     """
+    # safetensors first: a folder that has both forms has the same weights twice, and only torch's
+    # needs torch.
     for kind, whole in ((Safetensors, "model.safetensors"), (TorchFiles, "pytorch_model.bin")):
         index = folder / f"{whole}.index.json"
         if index.is_file():
@@ -71,6 +75,7 @@ class Safetensors:
     def __init__(self, files: list[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
+        # The handles stay open: opening one reads and checks the header of the whole file.
         self._open = {file: _open_safetensors(file) for file in files}
         for file, tensors in self._open.items():
             for name in tensors.keys():  # noqa: SIM118, a handle has no iterator
@@ -119,6 +124,7 @@ class TorchFiles:
                 self.shapes[name], self._files[name] = tuple(tensor.shape), file
 
     def _load(self, file: Path) -> dict[str, Any]:
+        # weights_only: a pickle could run any code. mmap: only tensors that are read cost memory.
         try:
             return self._torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many types for a damaged file
@@ -153,19 +159,22 @@ def write_safetensors(
     The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON
     header, then the tensors' bytes.
     """
+    # Names and index as transformers writes them.
     shards = _split(shapes, dtype, max_shard_bytes)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, sizes in zip(files, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        # transformers looks for this entry; some versions refuse a file without it.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, size in sizes.items():
             place = {"shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
             header[name] = {"dtype": CODES[dtype], **place}
             offset += size
         encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes
+        # Tensors begin at a multiple of 8 bytes, so that a memory map of them is aligned.
+        encoded += b" " * (-len(encoded) % 8)
         with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
             for _ in sizes:

@@ -42,6 +42,7 @@ def _transpose(tensors: list[np.ndarray]) -> np.ndarray:
 
 def entries(config: ModelConfig, packed: bool) -> Iterator[Entry]:
     """Every array of a model, in the order of the original's files. packed: W_pack, or q, k, v."""
+    # Embedding and norms have the same layout on both sides; every matrix product's is transposed.
     D, V = config.hidden_size, config.vocab_size
     embedding = {"model.embed_tokens.weight": (V, D)}
     yield Entry(("embedding",), None, embedding, _keep, lambda x: [x])
@@ -61,22 +62,26 @@ def _block(
     N, H = config.num_heads, config.head_dim
 
     def join_qkv(tensors: list[np.ndarray]) -> np.ndarray:
+        # Rows of W_pack are Q, then K, then V, each head after head.
         if packed:
             stacked = tensors[0].reshape(3, N, H, D)
         else:
             stacked = np.stack([tensor.reshape(N, H, D) for tensor in tensors])
+        # [3, N, H, D] to [D, 3, N, H]: one product makes Q, K and V of all heads.
         return stacked.transpose(3, 0, 1, 2)
 
     def split_qkv(x: np.ndarray) -> list[np.ndarray]:
         stacked = x.transpose(1, 2, 3, 0).reshape(3, D, D)
         return [stacked.reshape(3 * D, D)] if packed else list(stacked)
 
+    # The output projection takes the heads' results side by side: heads, then channels.
     def join_out(tensors: list[np.ndarray]) -> np.ndarray:
         return tensors[0].T.reshape(N, H, D)
 
     def split_out(x: np.ndarray) -> list[np.ndarray]:
         return [x.reshape(D, D).T]
 
+    # The order of the arrays is that of the original's state_dict.
     if packed:
         qkv = {"self_attn.W_pack.weight": (3 * D, D)}
     else:

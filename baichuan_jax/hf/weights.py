@@ -46,6 +46,7 @@ def import_params(
     """
     config = read_config(folder)
     source = open_tensors(Path(folder))
+    # Llama's form has q_proj, k_proj and v_proj; the original's has W_pack.
     packed = not any(name.endswith("q_proj.weight") for name in source.shapes)
     wanted = list(entries(config, packed))
     _compare(Path(folder), source, {k: v for entry in wanted for k, v in entry.tensors.items()})
@@ -53,6 +54,7 @@ def import_params(
     _, shapes, axes = abstract_model(config)
     arrays: dict[tuple[str, ...], jax.Array] = {}
     for entry in tqdm(wanted, desc="importing", unit="array", disable=not progress):
+        # Contiguous: a transposed view would be copied once for every device's part.
         joined = entry.join([source.read(name) for name in entry.tensors])
         array = np.ascontiguousarray(joined, jnp.float32 if joined.ndim == 1 else jnp.dtype(dtype))
         del joined  # a second copy where it was transposed or cast
@@ -72,6 +74,7 @@ def import_params(
     return nnx.traversals.unflatten_mapping(arrays)
 
 
+# Donated, so that the stack is updated in place and exists once.
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_layer(stack: jax.Array, part: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0)
@@ -111,6 +114,7 @@ def _compare(folder: Path, source: Tensors, wanted: dict[str, tuple[int, ...]]) 
     for name, shape in wanted.items():
         if found.get(name, shape) != shape:
             problems.append(f"{name} is {found[name]} and config.json makes it {shape}")
+    # Four are enough to see what is wrong; a wrong width makes hundreds.
     if problems:
         raise ConfigError(f"{folder}: {'; '.join(problems[:4])} ({len(problems)} in all)")
 
@@ -134,6 +138,7 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
+    # A killed export leaves the temporary name, never half a folder under the right one.
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -141,6 +146,7 @@ def export(
     shapes = {name: shape for entry in wanted for name, shape in entry.tensors.items()}
 
     def arrays() -> Iterator[np.ndarray]:
+        # One layer at a time: a whole stack may not fit into host memory.
         for entry in wanted:
             array = _at(params, entry.path)
             if entry.layer is not None:
@@ -168,11 +174,13 @@ def load_pretrained(
     those of float32 ones, which are cast for every product. Raises ConfigError where the path is
     neither or does not fit.
     """
+    # Only a Hugging Face folder has a config.json; a checkpoint of this project describes itself.
     layout = None if mesh is None else Layout(mesh)
     if _is_hf(path):
         config, params = read_config(path), import_params(path, layout, dtype=dtype)
     else:
         config, params = load_params(path, layout)
+    # remat has no use without a backward pass.
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     graphdef, _, _ = abstract_model(config)
     return nnx.merge(graphdef, params)
@@ -201,6 +209,7 @@ def weights_sha256(path: Path | str) -> str:
         digests = describe(path)["digest"].items()
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
+    # The files that open_tensors reads: safetensors where both forms are there.
     folder, digest = Path(path), hashlib.sha256()
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for file in (folder / "config.json", *weights):

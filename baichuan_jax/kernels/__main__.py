@@ -19,6 +19,7 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
 
+# What compiles for each target: Triton needs no CUDA for that, libtpu no TPU.
 NEEDED = {"sm_80": "triton", "sm_90": "triton", "v5p": "libtpu"}
 INSTALL = {
     "triton": "triton==3.9.0",
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec(package) is None
     }
     chosen = options.targets or [target for target in NEEDED if target not in missing]
+    # A target whose compiler is missing is left out with a message; asked for by name, it is an
+    # error.
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "140")  # the table's width, where no terminal sets one
     display = Display()
@@ -66,6 +69,7 @@ def main(argv: list[str]) -> int:
         )
         require(not options.targets and bool(chosen), message)
         display.say(message, style="yellow")
+    # All rows first: what the compilers print is dropped meanwhile, and the tables follow together.
     with _no_accelerator():
         rows = {
             target: list((tpu_rows if target == "v5p" else gpu_rows)(target)) for target in chosen
@@ -111,10 +115,12 @@ def _no_accelerator() -> Iterator[None]:
     The log goes straight to file descriptor 2, so that is where it has to be caught. It is printed
     where an error leaves this context.
     """
+    # A plugin would otherwise look for a driver, or wait for the TPU's metadata server.
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask for the TPU's type
+    # Python's stderr moves to the kept descriptor, so that the progress bar is still seen.
     kept = os.dup(2)
     sys.stderr = os.fdopen(kept, "w", buffering=1)
     with tempfile.TemporaryFile() as log:

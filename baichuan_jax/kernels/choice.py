@@ -20,6 +20,7 @@ Obstacle = Callable[[], str | None]
 
 def load(operator: str, name: str) -> Any:
     """The module of an implementation, imported late: Pallas alone takes a second to import."""
+    # By name: an operator's implementations are the files of its folder.
     return importlib.import_module(f"baichuan_jax.kernels.{operator}.{name}")
 
 
@@ -37,12 +38,14 @@ def choose(
     fallback: the name and reason of one that has none. Raises ConfigError where a forced one cannot
     serve.
     """
+    # A forced implementation is never replaced in silence: a benchmark would time the wrong one.
     if setting != "auto":
         if setting in obstacles and (reason := obstacles[setting]()) is not None:
             raise ConfigError(
                 f"kernels.{operator}={setting} cannot serve: {reason}; use auto or reference"
             )
         return setting, f"forced by kernels.{operator}"
+    # Only this platform's implementations are asked: the others need not even be importable.
     refusals = []
     for name, why in preferred.items():
         if (reason := obstacles[name]()) is None:
@@ -61,4 +64,5 @@ def tpu_obstacle(device: Any, dtype: str) -> str | None:
 
 def device_of(layout: Layout | None) -> Any:
     """One of the devices that an operator will run on."""
+    # All devices of a mesh are alike.
     return jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]

@@ -32,13 +32,17 @@ import jax.numpy as jnp
 from baichuan_jax.sharding import current_layout
 
 TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))  # where XLA looks last
+# Context variables, and not globals: jax may trace in several threads at once.
+# Inside run_with: the function that gets the kernels, and the capability they are made for.
 _elsewhere: ContextVar[tuple[Callable, int] | None] = ContextVar("elsewhere", default=None)
+# Inside compile_as: what to compile for.
 _substitute: ContextVar["_Substitute | None"] = ContextVar("substitute", default=None)
 
 
 @functools.cache
 def obstacle() -> str | None:
     """Why Triton kernels cannot be compiled here; None: they can."""
+    # find_spec imports nothing; the import follows where all packages are there.
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if not any(
         importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -118,12 +122,14 @@ def call(
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel; see Launch."""
     launch = Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants)
+    # Every kernel is called here, so that listing and interpretation see them all.
     elsewhere = _elsewhere.get()
     return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)
 
 
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     jax_triton, version = _jax_triton()
+    # enable_fp_fusion: a product and a sum become one fused multiply-add.
     outputs = list(launch.outputs)
     if version.startswith("0.3."):
         versioned = {"out_shape": outputs, "enable_fp_fusion": True}
@@ -152,6 +158,7 @@ def run_with(runner: Callable[[Launch], list[jax.Array]], capability: int) -> It
 
     capability: the one for which their block shapes are chosen.
     """
+    # What jax traced before is not traced again: call this around the first trace.
     token = _elsewhere.set((runner, capability))
     try:
         yield
@@ -177,6 +184,7 @@ class _Substitute:
         """
         from triton import jit  # pyright: ignore
 
+        # The device's own capability is known only here, where the mesh is current.
         device = _device_capability()
         # "a" features (sm_90a), which Triton uses from sm_90 on, run on that very GPU alone.
         if device < self.capability or device > self.capability >= 90:
@@ -211,6 +219,8 @@ def compile_as(capability: int) -> Iterator[None]:
     while tracing where the devices are older, or where the code would be bound to another GPU (from
     sm_90 on). Raises RuntimeError where this version of jax_triton calls the assembler differently.
     """
+    # jax-triton has no option for this: it passes the capability that it compiled for to the
+    # assembler too. So its library is replaced by one that changes that argument alone.
     _, version = _jax_triton()
     library: Any = sys.modules["jax_triton.triton_lib"]
     original, substitute = library.triton_kernel_call_lib, _Substitute(capability)
@@ -237,6 +247,7 @@ def compile_as(capability: int) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(original, name)
 
+    # The key of jax's caches has to differ inside, or jax would return what it traced outside.
     token = _substitute.set(substitute)
     library.triton_kernel_call_lib = Library()
     try:
@@ -252,6 +263,8 @@ def cuda_folders() -> list[Path]:
 
     CUDA_ROOT or else NVIDIA's wheels (jax chooses between them), then toolkits.
     """
+    # The package `nvidia` is a namespace that all of NVIDIA's wheels share, perhaps in several
+    # folders.
     nvidia = importlib.util.find_spec("nvidia")
     wheels = [
         Path(folder) / name
@@ -267,6 +280,7 @@ def xla_ptxas() -> Path | None:
 
     The order was observed with strace on jax 0.10.1 and 0.11.2.
     """
+    # PATH comes after jax's choice and before the toolkits.
     places = [folder / "bin" / "ptxas" for folder in cuda_folders()]
     if on_path := shutil.which("ptxas"):
         places.insert(len(places) - len(TOOLKITS), Path(on_path))
@@ -287,6 +301,7 @@ def ptxas() -> Path:
         assert triton is not None
         assert triton.origin is not None
         found = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    # A path that the user has set is kept.
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         os.environ.setdefault(variable, str(found))
     return found
@@ -308,6 +323,8 @@ def ptxas_version() -> str:
 @functools.cache
 def _jax_triton() -> tuple[Any, str]:
     """The module and its version. Raises ImportError."""
+    # ptxas() first: it sets the assembler's path, which triton reads. jax_triton changes
+    # TRITON_CACHE_DIR on import, so that the user's folder would no longer be used.
     ptxas()
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
@@ -325,10 +342,12 @@ def merge_vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
     All arrays of the function begin with a batch dimension. jax-triton has no rule for vmap, which
     step.py uses to take gradients per replica.
     """
+    # Rows of a batch are independent in all of these kernels, so that replicas are more rows.
     wrapped = jax.custom_batching.custom_vmap(function)
 
     @wrapped.def_vmap
     def _(size: int, batched: list[bool], *arrays: jax.Array) -> Any:
+        # An argument that all replicas share is repeated: the kernel needs it for every row.
         whole = [
             x if b else jnp.broadcast_to(x, (size, *x.shape))
             for x, b in zip(arrays, batched, strict=True)

@@ -74,6 +74,7 @@ def _accept_new_numpy() -> None:
 
     triton 3.6 takes int() of an array of one dimension, which NumPy 2.5 refuses.
     """
+    # Wrapped and not replaced: the interpreter patches triton.language anew for every kernel.
     from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
     original = interpreter._patch_lang_tensor
@@ -107,7 +108,9 @@ def interpret(launch: Launch) -> list[jax.Array]:
     _accept_new_numpy()
 
     def run(*arrays: Any) -> list[np.ndarray]:
+        # Copies: a callback's arrays may be read-only views of jax's buffers.
         inputs = [np.array(array, order="C") for array in arrays]
+        # NaN, so that a test finds what a kernel leaves out.
         outputs = [
             np.full(out.shape, np.nan if out.dtype.kind == "f" else 0, out.dtype)
             for out in launch.outputs
@@ -116,4 +119,5 @@ def interpret(launch: Launch) -> list[jax.Array]:
             launch.kernel[launch.grid](*map(_Tensor, (*inputs, *outputs)), **launch.constants)
         return outputs
 
+    # A callback, so that kernels also run under jit, scan, vmap and shard_map.
     return jax.pure_callback(run, list(launch.outputs), *launch.arrays)

@@ -48,9 +48,11 @@ def main(argv: list[str]) -> int:
         f"compiling for {topology.hardware.name} needs {', '.join(absent)}: make plan-deps, or "
         "pip install -r requirements-plan.txt",
     )
+    # Before anything is compiled, which takes minutes.
     config.check_mesh(config.mesh.resolve(topology.num_devices))
     if options["sweep"]:
         return _sweep(config, topology, argv, options)
+    # The flags must be in the environment before jax is imported, which has happened here.
     if CHILD not in os.environ:
         return run_child(argv, config, topology)
     result = _plan(config, topology, rates, options) | sources
@@ -60,6 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def _make_parser() -> jsonargparse.ArgumentParser:
+    # Every setting of a run is an option too, so that a plan is made for what would be trained.
     parser = make_parser(
         "python -m baichuan_jax.plan",
         "Ahead-of-time compilation of the training step for a topology: memory, operations, "
@@ -113,6 +116,7 @@ def _rates(topology: Topology, options: dict[str, Any]) -> tuple[Rates, dict[str
     A rate is given on the command line, or else measured (--rates_file), or else the default.
     Raises ConfigError.
     """
+    # Checked like those of a file: a rate of 0 would divide by zero after minutes of compilation.
     given = {name: options[f"rates.{name}"] for name in RATE_NAMES}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
@@ -133,6 +137,7 @@ def _plan(
 ) -> dict[str, Any]:
     """Compile and report; with --search the fastest predicted candidate that fits."""
     devices = described_devices(topology)
+    # The search compiles each candidate once; the best one is compiled again, with its profile.
     tried = {}
     if options["search"]:
         config, found = search(config, topology, devices, rates)
@@ -153,6 +158,7 @@ def _compile_twice(
     """
     compiled = compile_step()
     added = {}
+    # Only XLA's GPU scheduler reads such a profile; a given one is in the flags already.
     if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
         first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
         path = _output(options, topology, ".pbtxt")
@@ -168,6 +174,7 @@ def _compile_twice(
 
 
 def _output(options: dict[str, Any], topology: Topology, suffix: str) -> Path:
+    # A colon is not allowed in file names everywhere.
     folder = Path(options["output"])
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{str(topology).replace(':', '-')}{suffix}"
@@ -194,11 +201,13 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
         topology.hardware.platform == "gpu",
         "--sweep data takes a GPU topology: its nodes are replicas",
     )
+    # Weak scaling: the batch grows with the devices, and with it the data axis.
     per_node = topology.shape[1]
     share = config.train.global_batch_size // topology.num_devices
     replaced = ("--topology", "--sweep", "--json", "--train.global_batch_size")
     kept = list(_without(argv, replaced))
     results = []
+    # Each size in its own child: the flags depend on the number of nodes.
     for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
         target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
@@ -218,6 +227,7 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
 
 def _without(argv: list[str], names: tuple[str, ...]) -> Iterator[str]:
     """argv without some options and their values."""
+    # An option's value is joined by "=" or is the next argument.
     skip = False
     for argument in argv:
         if skip:

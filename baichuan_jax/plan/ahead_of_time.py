@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of the training step for a topology, without its devices.
 
 In: a configuration and a topology. Out: the compiled program's text and its memory. The step is
-that of step.py with its real kernels and flags. XLA compiles for devices that it is only told of: a
-GPU by a description of its properties (target_config), a TPU by libtpu, which knows its own.
+that of step.py with its real kernels and flags. XLA compiles for a description of the devices: of a
+GPU its properties (target_config), of a TPU what libtpu knows about it.
 """
 
 import dataclasses
@@ -26,18 +26,21 @@ def missing(topology: Topology) -> list[str]:
     """
     if topology.hardware.platform == "tpu":
         return [name for name in ["libtpu"] if not _installed(name)]
+    # CUDA 12 is suggested where neither is installed: requirements-plan.txt takes it.
     cuda = 13 if _installed("jax-cuda13-plugin") and not _installed("jax-cuda12-plugin") else 12
     plugins = [f"jax-cuda{cuda}-{part}" for part in ("plugin", "pjrt")]
     lacking = [name for name in plugins if not _installed(name)]
     libdevice = any(
         (folder / "nvvm/libdevice/libdevice.10.bc").exists() for folder in bridge.cuda_folders()
     )
-    if bridge.xla_ptxas() is None or not libdevice:  # neither NVIDIA's wheels nor a toolkit
+    # Neither NVIDIA's wheels nor a toolkit. XLA needs both to compile its own kernels.
+    if bridge.xla_ptxas() is None or not libdevice:
         lacking += ["nvidia-cuda-nvcc-cu12"] if cuda == 12 else ["nvidia-cuda-nvcc", "nvidia-nvvm"]
     return lacking + [name for name in ("triton", "jax-triton") if not _installed(name)]
 
 
 def _installed(name: str) -> bool:
+    # By its distribution: a plugin's module may be hidden from jax (baichuan_jax/__init__.py).
     try:
         return bool(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -46,6 +49,8 @@ def _installed(name: str) -> bool:
 
 def target_config(hardware: Hardware) -> str:
     """XLA's GpuTargetConfigProto of a GPU, as text (xla/backends/gpu/target_config)."""
+    # What the table of accelerators does not hold is the same for sm_80 and sm_90, except the
+    # number of float32 units. The versions of cuDNN and of the runtime are those of jax's wheels.
     major, minor = divmod(hardware.compute_capability, 10)
     return f"""
         platform_name: "CUDA" device_description_str: "NVIDIA {hardware.name.upper()}"
@@ -67,6 +72,7 @@ def target_config(hardware: Hardware) -> str:
 
 def described_devices(topology: Topology) -> list[Any]:
     """The topology's devices as jax describes them: for meshes and compilation, not to run on."""
+    # Late: the command answers --help without jax, and its parent process never starts it.
     import jax
     from jax.experimental import topologies
 
@@ -112,6 +118,7 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
 
+    # The same functions as in training: no other code path is planned than the one that runs.
     began = time.perf_counter()
     mesh = make_mesh(config.mesh, devices)
     config = dataclasses.replace(config, mesh=config.mesh.resolve(mesh.size))
@@ -125,6 +132,7 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     def compile_step(profile: Path | None = None) -> Compiled:
         options: Any = {PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None
         compiled = lowered.compile(options)
+        # Of one device: every device runs the same program on its own shards.
         memory: Any = compiled.memory_analysis()
         sizes = {
             "arguments": memory.argument_size_in_bytes,

@@ -28,6 +28,7 @@ _NOISE = (
 
 def child_environment(config: Config, topology: Topology) -> dict[str, str]:
     """The environment of the process that compiles: the topology's flags, and no device."""
+    # The user's own flags come last, and win where a flag is there twice.
     settings = choose_flags(config, topology)
     libtpu = [*settings.libtpu, os.environ.get("LIBTPU_INIT_ARGS", "")]
     return {
@@ -55,6 +56,7 @@ def run_child(argv: list[str], config: Config, topology: Topology) -> int:
         command, env=child_environment(config, topology), stderr=subprocess.PIPE, text=True
     ) as child:
         assert child.stderr is not None
+        # Line by line, so that the bar of --search and errors are seen as they come.
         try:
             for line in child.stderr:
                 if not any(noise in line for noise in _NOISE):

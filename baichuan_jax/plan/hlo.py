@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Bytes of an element, by XLA's name of the type. Shapes of other types (tokens, opaque values) hold
+# no data and are ignored.
 _BYTES = {
     **dict.fromkeys(("s4", "u4"), 0.5),
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
@@ -22,6 +24,7 @@ _BYTES = {
     **dict.fromkeys(("s32", "u32", "f32"), 4),
     **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
+# A type and dimensions, such as bf16[2,3]; the layout {1,0} that follows does not matter here.
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
 # Instructions that move no data of their own.
 _FREE = {
@@ -29,6 +32,7 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier"),
     *("while", "call", "conditional"),  # what they call is counted by itself
 }
+# Operations that exchange data between devices; asynchronous ones end with -start and -done.
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -64,6 +68,7 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """The computations that it runs: a fusion's, a loop's body, or another thread's."""
+        # to_apply of a reduction or an all-reduce is only its addition, which is no work to count.
         names = "to_apply" if self.opcode == "call-start" else "calls|body"
         return re.findall(rf"\b(?:{names})=%?([\w.\-]+)", self.attributes)
 
@@ -110,6 +115,7 @@ class Program:
 
         The compiler states them, or they follow from a condition `counter < constant`.
         """
+        # XLA's GPU compiler states it; in libtpu's programs it has to be found.
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if found:
             return int(found[1])
@@ -119,6 +125,7 @@ class Program:
         test = self.computations[condition[1]]
         if test.root.opcode != "compare" or "direction=LT" not in test.root.attributes:
             return None
+        # jax's loops count up from a constant to a constant, in one element of their state.
         counter, limit = (test.by_name[name] for name in test.root.operands)
         index = re.search(r"index=(\d+)", counter.attributes)
         if limit.opcode != "constant" or index is None:
@@ -134,6 +141,7 @@ class Program:
         """
         if body.root.opcode != "tuple":
             return None
+        # The addition is an instruction of the body, or the only one of a fusion.
         inner, update = body, body.by_name.get(body.root.operands[index])
         if update is not None and update.opcode == "fusion":
             inner = self.computations[update.called[0]]
@@ -169,6 +177,7 @@ class Program:
         if instruction.opcode in ("fusion", "call"):
             inner = [self.computations[name] for name in instruction.called]
             return sum(self.flops(each, item) for each in inner for item in each.instructions)
+        # A product is a dot on a CPU, a call of cuBLAS on a GPU, a convolution on a TPU.
         if instruction.opcode == "dot":
             return _product_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
         if instruction.opcode == "custom-call" and instruction.target.startswith("__cublas"):
@@ -190,10 +199,12 @@ class Program:
             return 0.0
         if opcode == "fusion":
             return self._fused_traffic(computation, instruction)
+        # A slice is read from a stack and written; the rest of the stack is not touched.
         if opcode in ("dynamic-slice", "gather"):
             return 2 * shape_bytes(instruction.shape)
         if opcode == "dynamic-update-slice":
             return 2 * shape_bytes(computation.shape_of(instruction.operands[1]))
+        # All others read their operands and write their result once.
         result = shape_bytes(instruction.shape)
         if instruction.target.startswith("__cublas"):
             result = shape_bytes(_first_array(instruction.shape))  # the rest is a workspace
@@ -209,6 +220,8 @@ class Program:
                 users.setdefault(name, []).append(item)
         parameters = [item for item in inner.instructions if item.opcode == "parameter"]
         parameters.sort(key=lambda item: int(item.operands[0]))
+        # A scan over layers passes the whole stack of weights to a fusion, which reads one layer.
+        # Counted whole, 32 layers would read 32 times what they do.
         total = 0.0
         for operand, parameter in zip(instruction.operands, parameters, strict=True):
             touched = _touched(parameter, users)
@@ -217,6 +230,7 @@ class Program:
             else:  # an update in place is only written, which the root counts
                 read = [item for item in touched if item.opcode != "dynamic-update-slice"]
                 total += sum(shape_bytes(item.shape) for item in read)
+        # A fusion with several results has a tuple of them as its root.
         roots = [inner.root]
         if inner.root.opcode == "tuple":
             roots = [inner.by_name[name] for name in inner.root.operands]
@@ -244,6 +258,7 @@ def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[In
     """The slices of a fused value that are read or updated in place; None: it is read whole."""
     found: list[Instruction] = []
     for user in users.get(value.name, []):
+        # Of a slice or an update the first operand is the stack; others are its indices or values.
         first = user.operands[0] == value.name
         if user.opcode in ("bitcast", "reshape"):
             inner = _touched(user, users)
@@ -261,6 +276,7 @@ def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[In
 
 def _written(inner: Computation, root: Instruction) -> float:
     """Bytes that a fusion writes for one of its roots: of an update in place, the update."""
+    # The update may be behind a reshape or a conversion, which move nothing in a fusion.
     while root.opcode in ("bitcast", "reshape", "convert") and root.operands[0] in inner.by_name:
         before = inner.by_name[root.operands[0]]
         if before.opcode not in ("bitcast", "reshape", "convert", "dynamic-update-slice"):
@@ -274,6 +290,7 @@ def _written(inner: Computation, root: Instruction) -> float:
 def _product_flops(computation: Computation, instruction: Instruction, contracting: str) -> float:
     found = re.search(contracting, instruction.attributes)
     dims = [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+    # Every element of the result is a sum of as many products as the contracted dimensions have.
     lhs = shape_arrays(computation.shape_of(instruction.operands[0]))[0][1]
     result = shape_arrays(instruction.shape)[0][1]
     return 2.0 * math.prod(result) * math.prod(lhs[dim] for dim in dims)
@@ -287,6 +304,8 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if found is None:
         return 0.0
+    # dim_labels name the dimensions of data, kernel and result, such as bf_io->bf: b batch, f
+    # feature, i and o the kernel's input and output features, digits the window.
     data, kernel = (shape_arrays(computation.shape_of(name))[0][1] for name in instruction.operands)
     result = shape_arrays(instruction.shape)[0][1]
     summed = math.prod(size for label, size in zip(found[2], kernel, strict=True) if label == "i")
@@ -294,6 +313,7 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     products = float(math.prod(rows) * summed)
     text = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", text[0])) if text else {}
+    # A product of a loop over blocks has a window: its taps outside the input multiply nothing.
     pads, strides = window.get("pad", "").split("x"), window.get("stride", "").split("x")
     for label in (label for label in found[3] if label.isdigit()):
         inside, taps = data[found[1].index(label)], kernel[found[2].index(label)]
@@ -310,6 +330,7 @@ def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = None
+    # A computation is a head `%name (parameters) -> shape {`, one instruction a line, and `}`.
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> ", line)):
             current = Computation(head[2])
@@ -331,12 +352,14 @@ def _instruction(line: str) -> Instruction | None:
     head, rest = line.split(" = ", 1)
     root = head.split()[0] == "ROOT"
     name = head.split()[-1].lstrip("%")
+    # A tuple's shape has spaces and nested brackets; any other ends at the first space.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     match = re.match(r"([\w\-]+)\(", rest)
     if match is None:
         return None
     close = _closing(rest, match.end() - 1)
+    # XLA numbers long lists of operands in comments, /*index=5*/.
     inside = re.sub(r"/\*.*?\*/", "", rest[match.end() : close])
     operands = re.findall(r"%([\w.\-]+)", inside)
     if match[1] in ("parameter", "constant"):

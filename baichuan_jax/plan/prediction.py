@@ -56,6 +56,7 @@ def predict(
     program: Program, mesh: Mesh | AbstractMesh, topology: Topology, rates: Rates
 ) -> Prediction:
     """Simulate the schedule of a compiled step. mesh: the one it was compiled for."""
+    # All devices run the same program at the same time, so that simulating one is enough.
     return _Simulation(program, mesh, topology, rates).run()
 
 
@@ -65,6 +66,7 @@ def schedule_profile(prediction: Prediction) -> str:
     The format is a ProfiledInstructionsProto as text. Without it the scheduler assumes that every
     product takes as long as every other, and a collective as long as five of them.
     """
+    # XLA reads the latency of an asynchronous collective as that between its two instructions.
     lines = []
     for name, seconds in prediction.costs.items():
         microseconds = f"{seconds * 1e6:.3f}"
@@ -98,6 +100,7 @@ class _Simulation:
         self.unknown: Counter[str] = Counter()
 
     def run(self) -> Prediction:
+        """Simulate the whole program."""
         self._computation(self.program.entry, 0)
         runs = {name: item for (_, name), item in self.collectives.items()}
         costs = {name: cost.seconds for (_, name), cost in self.costs.items()}
@@ -122,6 +125,8 @@ class _Simulation:
         for instruction in computation.instructions:
             opcode, name = instruction.opcode, instruction.name
             kind = opcode.removesuffix("-start").removesuffix("-done")
+            # The order matters: a TPU writes the start and the end of a collective as fusions or
+            # as calls, and only their names tell them from compute.
             if opcode == "while":
                 self._loop(computation, instruction, depth)
             elif opcode in ("call", "async-start"):
@@ -142,10 +147,12 @@ class _Simulation:
         turns = self.program.trip_count(computation, loop)
         if turns is None:
             self.unknown[f"loop of unknown length ({loop.op_name or loop.name})"] += 1
+        # Every turn is simulated: a collective that one turn starts may overlap with the next.
         for _ in range(turns or 1):
             self._computation(self.program.computations[loop.called[0]], depth + 1)
 
     def _compute(self, computation: Computation, instruction: Instruction) -> None:
+        # The cost is computed once; the time that a collective hides differs each time.
         key = (computation.name, instruction.name)
         if key not in self.costs:
             hardware = self.topology.hardware
@@ -187,6 +194,7 @@ class _Simulation:
         collective = self.collectives[key]
         groups: np.ndarray = replica_groups(instruction.attributes, self.mesh.size)
         seconds = collective_seconds(collective, groups, self.topology, self.rates)
+        # A link serves one collective after the other, in the order of their starts.
         end = max(self.now, self.link_free[collective.link]) + seconds
         self.link_free[collective.link] = end
         collective.count += 1
@@ -207,6 +215,7 @@ class _Simulation:
         call = instruction
         if instruction.opcode == "call-update":
             call = computation.by_name[instruction.operands[0]]
+        # A call with operands starts the collective; one without leaves that to its update.
         if bool(call.operands) == (instruction is call):
             self._start_inside(call, depth)
 
@@ -231,6 +240,7 @@ class _Simulation:
             self._wait(*found)
 
     def _wait(self, collective: Collective, end: float) -> None:
+        # Nothing is waited for that ended while compute ran.
         if end > self.now:
             collective.exposed_seconds += end - self.now
             self.now = end

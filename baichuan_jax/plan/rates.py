@@ -61,6 +61,7 @@ def rates_for(topology: Topology) -> Rates:
     """The default rates of an accelerator."""
     if topology.hardware.platform == "tpu":
         return RATES["tpu"]
+    # Also for an A800, an H800 and an H200: the shares hold for the chip, not for its links.
     return RATES["a100" if topology.hardware.compute_capability == 80 else "h100"]
 
 
@@ -152,6 +153,7 @@ def check_rate(where: str, name: str, value: Any) -> None:
 
     where: the file or the option, which begins the message.
     """
+    # cutoff 0: even a poor match is a better hint than none, with only nine names.
     if name not in RATE_NAMES:
         near = difflib.get_close_matches(name, RATE_NAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{where} holds an unknown rate {name!r}; did you mean {near!r}?")

@@ -19,6 +19,7 @@ RESERVED_GIB = 3.5
 
 def capacity_gib(hardware: Hardware) -> float:
     """Memory of a device that a step may use."""
+    # On a TPU there is no driver's context and no NCCL to leave room for.
     if hardware.platform == "tpu":
         return hardware.memory_gib
     return min(GPU_MEMORY_FRACTION * hardware.memory_gib, hardware.memory_gib - RESERVED_GIB)
@@ -27,6 +28,7 @@ def capacity_gib(hardware: Hardware) -> float:
 def report(compiled: Compiled, topology: Topology, rates: Rates) -> dict[str, Any]:
     """Everything that the command prints, as plain values."""
     config, hardware = compiled.config, topology.hardware
+    # Notebooks and the page of a run read these fields by name.
     prediction = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
     tokens = config.train.global_batch_size * config.train.context_length / topology.num_devices
     passes = config.accumulation_steps(config.mesh)
@@ -51,8 +53,9 @@ def report(compiled: Compiled, topology: Topology, rates: Rates) -> dict[str, An
 
 def _memory(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     memory, capacity = compiled.memory, capacity_gib(topology.hardware)
+    # Aliased outputs take the place of arguments: the state is updated in its own memory.
     peak = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
-    # A node's process holds the state of its own devices once, to save it or to restore it.
+    # A save copies the state of a node's devices to its host, and a restore reads it there first.
     state = sum(compiled.state_bytes.values())
     per_host = min(topology.devices_per_node, topology.num_devices) * state / 2**30
     return {
@@ -74,6 +77,7 @@ def _speed(
     """tokens: of a step, on one device."""
     config = compiled.config
     full, causal = flops_per_token(config.model, config.train.context_length)
+    # More than the formula: recomputation, and the products of kernels above the minimum.
     counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
     peak = topology.hardware.peak_tflops * 1e12
     return {
@@ -98,11 +102,13 @@ def _speed(
 def _collective(item: Any) -> dict[str, Any]:
     values = dataclasses.asdict(item)
     name = values.pop("op_name")
-    return {**values, "of": name[-60:]}  # the end of a long path tells the most
+    # The end of a long path says which operation it is; its beginning is the same for all.
+    return {**values, "of": name[-60:]}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a report as tables."""
+    # In the order of the questions: does it fit, how fast is it, and what holds it up.
     display = Display()
     _show_program(result, display)
     _show_memory(result, display)
@@ -174,6 +180,7 @@ def _show_speed(result: dict[str, Any], display: Display) -> None:
 
 def _grouped(result: dict[str, Any]) -> list[list[str]]:
     """Rows of the table of collectives: those of one kind, axis and size together."""
+    # An unrolled program has a collective of each kind for every layer: dozens of equal rows.
     groups: dict[tuple, list[dict[str, Any]]] = {}
     keys = ("kind", "axis", "link", "bytes", "asynchronous", "in_loop")
     for item in result["collectives"]:
@@ -188,6 +195,7 @@ def _grouped(result: dict[str, Any]) -> list[list[str]]:
         flags = ["yes" if flag else "no" for flag in (asynchronous, in_loop)]
         times = [f"{seconds * 1e3:.1f}", f"{waited * 1e3:.1f}"]
         rows.append([kind, axis, link, size, str(count), *flags, *times])
+    # The longest first: seconds of all of a row together.
     return sorted(rows, key=lambda row: -float(row[7]))
 
 
@@ -230,6 +238,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """A figure of the report: where the step's time and the device's memory go."""
     import matplotlib
 
+    # Files only: without it matplotlib looks for a window system.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -238,6 +247,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         (above, result["seconds"], "ms", 1e3),
         (below, result["memory_gib"], "GiB", 1.0),
     ):
+        # One bar of parts side by side, each with its number in the legend.
         left = 0.0
         for name, value in parts.items():
             axes.barh(0, value * scale, left=left, label=f"{name} ({value * scale:.1f} {unit})")

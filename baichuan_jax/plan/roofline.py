@@ -52,6 +52,7 @@ def kernel_of(instruction: Instruction) -> str | None:
 
     A name of ATTENTION_PRODUCTS or "rms_norm".
     """
+    # triton_bridge puts the kernel's name into the path of the jax operation, Pallas into its name.
     known = (*ATTENTION_PRODUCTS, "rms_norm")
     return next(
         (name for name in known if name in instruction.op_name or name in instruction.name), None
@@ -68,10 +69,12 @@ def instruction_cost(
     """The cost of one run of an instruction of a computation."""
     traffic = program.traffic(computation, instruction)
     by_memory = traffic / (hardware.memory_bandwidth * 1e9 * rates.memory)
+    # XLA turns products into custom calls of cuBLAS; the other custom calls are kernels.
     if instruction.opcode == "custom-call" and not instruction.target.startswith("__cublas"):
         return _kernel_cost(computation, instruction, by_memory, hardware, rates)
     flops = program.flops(computation, instruction)
     by_matmul = flops / (hardware.peak_tflops * 1e12 * rates.matmul)
+    # Tuples, bitcasts and other bookkeeping: no kernel is launched for them.
     if not by_memory and not by_matmul:
         return Cost("memory", 0.0)
     seconds = max(by_memory, by_matmul) + rates.launch_us * 1e-6
@@ -101,7 +104,7 @@ def _kernel_cost(
     # The largest operand is q, k or v: the others are gradients of the same size, log-sum-exps,
     # segments and offsets.
     flops = causal_attention_flops(
-        max(shapes, key=math.prod), ATTENTION_PRODUCTS[name], name.startswith("splash")
+        max(shapes, key=math.prod), ATTENTION_PRODUCTS[name], heads_first=name.startswith("splash")
     )
     share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
     by_products = flops / (hardware.peak_tflops * 1e12 * share)
@@ -138,11 +141,14 @@ def describe_collective(
 ) -> Collective:
     """A collective that has not run yet. kind: all-gather, all-reduce, ..."""
     groups = replica_groups(instruction.attributes, mesh.size)
+    # Operands of an all-gather are the shards; of the others the whole that a device gives.
     size = sum(shape_bytes(computation.shape_of(name)) for name in instruction.operands)
     if kind == "all-gather":
         size *= groups.shape[1]
+    # jax numbers the devices of a described topology node by node.
     per_node = topology.devices_per_node
     crosses = bool((groups // per_node != groups[:, :1] // per_node).any())
+    # A GPU's scheduler marks a pair of start and end that it does not overlap as synchronous.
     started = instruction.opcode.endswith("-start")
     return Collective(
         kind,

@@ -21,6 +21,7 @@ def candidates(config: Config, num_devices: int) -> Iterator[Config]:
 
     The least recomputation comes first.
     """
+    # The rows of one pass divide a device's share of the batch.
     mesh = config.mesh.resolve(num_devices)
     share = config.train.global_batch_size // (mesh.data * mesh.fsdp)
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= share and share % size == 0]
@@ -38,6 +39,7 @@ def search(
 
     Raises ConfigError where none fits.
     """
+    # One after the other: each compilation uses all cores, and gigabytes of memory.
     tried: list[dict[str, Any]] = []
     fitting: list[tuple[float, Config]] = []
     bar = tqdm(
@@ -68,6 +70,7 @@ def _try(config: Config, topology: Topology, devices: list[Any], rates: Rates) -
     """A candidate's report; where the compiler finds that it does not fit, only that."""
     try:
         return report(trace_step(config, devices)(), topology, rates)
+    # XLA raises several types here; only the text says that memory is exhausted.
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

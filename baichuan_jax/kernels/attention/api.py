@@ -40,11 +40,13 @@ def choose_attention(
     keep packed documents apart. context: devices that split the sequence. Raises ConfigError where
     the named implementation cannot serve.
     """
+    # Functions, so that only those are asked that may be taken.
     obstacles = {
         "triton": lambda: load("attention", "triton").obstacle(device, head_dim),
         "cudnn": lambda: load("attention", "cudnn").obstacle(device, dtype, masked, context),
         "pallas": lambda: load("attention", "pallas").obstacle(device, dtype, head_dim),
     }
+    # Plain JAX serves everywhere, in blocks where the scores would not fit.
     fallback = ("blockwise", "memory linear in the length")
     if length < SHORT:
         fallback = ("reference", f"{length} tokens are less than one block")
@@ -76,6 +78,7 @@ def attention(
         length=q_BTNH.shape[1],
         context=1 if layout is None else layout.mesh.shape["context"],
     )
+    # Queries and keys are the same tokens here, so that both have the same segments.
     function = load("attention", name).attention
     if layout is None or layout.mesh.size == 1:
         return function(q_BTNH, k_BTNH, v_BTNH, segment_ids, segment_ids)
@@ -110,6 +113,8 @@ def _local_attention(function: Callable, sequence_split: bool, q, k, v, segments
     """One device's share: its own queries against the keys of the whole sequence."""
     if not sequence_split:
         return function(q, k, v, segments, segments)
+    # A ring of pieces would hold fewer keys at once, but it would have to merge partial softmaxes,
+    # which not every implementation returns.
     gather = functools.partial(lax.all_gather, axis_name="context", axis=1, tiled=True)
     all_segments = None if segments is None else gather(segments)
     offset = lax.axis_index("context") * q.shape[1]

@@ -23,6 +23,7 @@ def obstacle(device: Any, dtype: str, masked: bool, context: int) -> str | None:
 
 def attention(q_BTNH, k_BSNH, v_BSNH, segments_BT=None, segments_BS=None, query_offset=0):
     """Causal attention. Segments and an offset are not supported: obstacle refuses them before."""
+    # The same arguments as every implementation, which the caller passes by position.
     del segments_BT, segments_BS, query_offset
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"

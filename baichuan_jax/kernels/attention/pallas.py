@@ -106,6 +106,7 @@ def _sees(query: jax.Array, key: jax.Array) -> jax.Array:
 
 def _kernel(T: int, S: int, block_q: int, block_k: int, offset: jax.Array) -> Callable:
     """Splash attention of padded lengths T and S, for one row of the batch."""
+    # Queries and keys have their own block lengths: on a context axis there are fewer queries.
     fused = S // block_k <= MAX_FUSED_BLOCKS
     compute = BLOCK_COMPUTE if block_k % BLOCK_COMPUTE == 0 else block_k
     blocks = BlockSizes(
@@ -137,6 +138,7 @@ def _kernel(T: int, S: int, block_q: int, block_k: int, offset: jax.Array) -> Ca
             q_sequence=positions,
         )
 
+    # Skipped blocks name the next one that is computed, so that no block is fetched for nothing.
     by_query, by_key = info(jnp.where(visible, j, 0)), info(jnp.where(visible, i, first_i))
     return SplashAttentionKernel(
         by_query,

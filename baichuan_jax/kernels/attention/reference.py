@@ -17,6 +17,7 @@ def masked_attention(
     Scores and softmax are float32.
     """
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    # The least float32, not -inf: a row that sees no key gives a mean of values and no NaN.
     scores_BNTS *= q_BTNH.shape[-1] ** -0.5
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
@@ -34,6 +35,7 @@ def attention(
     query_offset: jax.Array | int = 0,
 ) -> jax.Array:
     """Causal attention within equal segments; query t has position query_offset + t of the keys."""
+    # All T x S scores exist at once: memory grows with the square of the length.
     query_T = query_offset + jnp.arange(q_BTNH.shape[1])
     mask_BTS = (query_T[:, None] >= jnp.arange(k_BSNH.shape[1]))[None]
     if segments_BT is not None and segments_BS is not None:
@@ -56,12 +58,14 @@ def prefix_attention(
     time on a CPU and are kept few: the result, and not the weights, is divided by the weights' sum.
     The softmax is float32.
     """
+    # N first: the prefix's products are then batches over the heads alone.
     lowest, dtype = jnp.finfo(jnp.float32).min, v_SNH.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = q_BTNH.shape[-1] ** -0.5
     before_NBTS = product("btnh,snh->nbts", q_BTNH, k_SNH) * scale + jnp.where(mask_S, 0.0, lowest)
     own_NBTU = product("btnh,bunh->nbtu", q_BTNH, k_BTNH) * scale
     own_NBTU = jnp.where(jnp.tri(q_BTNH.shape[1], dtype=bool), own_NBTU, lowest)
+    # One maximum and one sum over both parts: together they are one softmax.
     top_NBT1 = jnp.maximum(before_NBTS.max(-1, keepdims=True), own_NBTU.max(-1, keepdims=True))
     before_NBTS, own_NBTU = jnp.exp(before_NBTS - top_NBT1), jnp.exp(own_NBTU - top_NBT1)
     total_NBT1 = before_NBTS.sum(-1, keepdims=True) + own_NBTU.sum(-1, keepdims=True)

@@ -109,6 +109,7 @@ def attention(
             f"attention: {size} elements of a row are beyond the kernels' 32-bit offsets; "
             "split the sequence (mesh.context)"
         )
+    # One offset for each row of the batch: vmap may give every replica its own.
     offset_B = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
     segments = None if segments_BT is None or segments_BS is None else (segments_BT, segments_BS)
     return _attention(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, current_layout())
@@ -131,6 +132,7 @@ def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
 
 def _backward(layout, saved, dout_BTNH):
     q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT = saved
+    # delta of the softmax's derivative (Dao 2023, section 2.2), which XLA fuses into one pass.
     products_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
     delta_BNT = jnp.swapaxes(products_BTN, 1, 2)
     arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
@@ -159,6 +161,8 @@ def run_backward(segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
     from baichuan_jax.kernels.attention import triton_kernels as kernels
 
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:2])
+    # Two kernels and seven products, where one kernel would need five: it would have to add dq up
+    # atomically, in an order that differs from run to run.
     dk_dv = _call(kernels.dkv_kernel, "attention_dkv", segmented, arrays, [like_k, like_k])
     dq = _call(kernels.dq_kernel, "attention_dq", segmented, arrays, [like_q])
     return [*dq, *dk_dv]

@@ -19,6 +19,9 @@ keys. tl.static_range unrolls while the kernel is compiled, so its index is a co
 import triton
 import triton.language as tl
 
+# Each kernel is one function, longer than others in this package: it is compiled as a whole, and a
+# part of it would take twenty arguments.
+
 
 @triton.jit
 def _rows(
@@ -34,6 +37,8 @@ def _rows(
 
     EVEN: all of them lie before the limit, so that no load needs a mask.
     """
+    # 32-bit offsets inside a row of the batch: 64-bit ones would take registers that then spill.
+    # The caller of the kernels refuses rows of 2^31 elements.
     rows = tl.arange(0, count)
     pointers = pointer + ((first + rows)[:, None] * (N * H) + tl.arange(0, H)[None, :])
     if EVEN:
@@ -52,6 +57,7 @@ def _store_rows(
     H: tl.constexpr,
 ):
     """Store rows first .. first + count of one head [count, H], those before the limit."""
+    # A store comes once, after the loops, where registers are free for 64-bit offsets.
     rows = tl.arange(0, count)
     start = pointer + tl.cast(first, tl.int64) * (N * H)
     pointers = start + rows[:, None] * (N * H) + tl.arange(0, H)[None, :]
@@ -97,6 +103,7 @@ def forward_kernel(
     # The last queries see the most keys. They start first, so that short programs fill the end.
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
+    # The batch's row in 64 bits: a batch may have more than 2^31 elements.
     b, n = tl.cast(row // N, tl.int64), row % N
     q_ptr += b * (T * N * H) + n * H
     out_ptr += b * (T * N * H) + n * H
@@ -108,11 +115,14 @@ def forward_kernel(
     q_segment = queries
     if SEGMENTED:
         q_segment = tl.load(q_segments + b * T + queries, mask=queries < T, other=0)
+    # The block of queries stays in registers or shared memory for the whole program.
     q = _rows(q_ptr, i * Q, Q, T, N, H, T % Q == 0)
+    # Of the online softmax: the result so far, the maximum in base 2, and the sum of exponentials.
     acc = tl.zeros((Q, H), tl.float32)
     top = tl.full((Q,), float("-inf"), tl.float32)
     total = tl.zeros((Q,), tl.float32)
-    whole = (offset + i * Q + 1) // K  # blocks of keys that every query of this block sees whole
+    # Blocks of keys that every query of this block sees whole, and those that any of them sees.
+    whole = (offset + i * Q + 1) // K
     seen = tl.minimum(tl.cdiv(offset + (i + 1) * Q, K), tl.cdiv(S, K))
     whole = tl.minimum(whole, seen)
     for crossing in tl.static_range(2):
@@ -140,7 +150,9 @@ def forward_kernel(
             # query instead of one a score; both then are one fused multiply-add.
             new_top = tl.maximum(top, tl.max(s, 1) * SCALE)
             base = new_top
-            if SEGMENTED:  # a row without a visible key: -inf - -inf would be NaN
+            # With segments a query may not have seen a key yet: -inf - -inf would be NaN. Without
+            # them every query sees the first key.
+            if SEGMENTED:
                 base = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.math.exp2(s * SCALE - base[:, None])
             shrink = tl.math.exp2(top - base)
@@ -148,8 +160,9 @@ def forward_kernel(
             v = _rows(v_ptr, j * K, K, S, N, H, S % K == 0 or not crossing)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
+    # A query that sees no key gives 0, and not 0 / 0.
     if SEGMENTED:
-        total = tl.where(total == 0.0, 1.0, total)  # a query that sees no key gives 0
+        total = tl.where(total == 0.0, 1.0, total)
     _store_rows(out_ptr, acc / total[:, None], i * Q, Q, T, N, H)
     lse_ptr += tl.cast(row, tl.int64) * T
     tl.store(lse_ptr + queries, top + tl.math.log2(total), mask=queries < T)
@@ -184,7 +197,8 @@ def dkv_kernel(
     every product of dout and v. Scores are held transposed, [K, Q], so that the weights are at once
     the left operand of the products that make dv and dk.
     """
-    j = tl.program_id(0)  # most queries see the first keys, so the longest programs start first
+    # Most queries see the first keys, so that the longest programs start first here too.
+    j = tl.program_id(0)
     row = tl.program_id(1)
     b, n = tl.cast(row // N, tl.int64), row % N
     q_ptr += b * (T * N * H) + n * H
@@ -201,6 +215,7 @@ def dkv_kernel(
     k_segment = keys
     if SEGMENTED:
         k_segment = tl.load(k_segments + b * S + keys, mask=keys < S, other=0)
+    # Keys past the end are zeros: their gradients are not stored, and no query sees them.
     k = _rows(k_ptr, j * K, K, S, N, H, S % K == 0)
     v = _rows(v_ptr, j * K, K, S, N, H, S % K == 0)
     dk = tl.zeros((K, H), tl.float32)
@@ -217,9 +232,11 @@ def dkv_kernel(
             if T % Q == 0:
                 lse = tl.load(lse_ptr + queries)
                 delta = tl.load(delta_ptr + queries)
-            else:  # past the last query an infinite log-sum-exp makes every weight 0
+            else:
+                # Past the last query an infinite log-sum-exp makes every weight 0.
                 lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
                 delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
+            # A weight is exp2 of a score less its query's log-sum-exp: no maximum is needed.
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             s = s * SCALE - lse[None, :]
             dout = _rows(dout_ptr, i * Q, Q, T, N, H, T % Q == 0)
@@ -238,6 +255,8 @@ def dkv_kernel(
                     SEGMENTED,
                 )
                 s = tl.where(visible, s, float("-inf"))
+            # Weights and their gradients are rounded to the inputs' type, as tensor cores take
+            # them; sums stay float32.
             p = tl.math.exp2(s)
             ds = p * (dp - delta[None, :])
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -270,7 +289,8 @@ def dq_kernel(
     SEGMENTED: tl.constexpr,
 ):
     """The gradient of one block of queries; delta as in dkv_kernel."""
-    i = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs first, as in the forward
+    # The longest programs first, as in forward_kernel.
+    i = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
     b, n = tl.cast(row // N, tl.int64), row % N
     q_ptr += b * (T * N * H) + n * H

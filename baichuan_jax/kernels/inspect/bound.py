@@ -52,6 +52,8 @@ def attention_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
 
     Useful are the products below the diagonal.
     """
+    # Which instructions run how often is known by loop. Another count means that the compiler has
+    # merged or unrolled loops, and the trips below would be assigned wrongly.
     if len(assembled.loops) != 2:
         raise RuntimeError(
             f"{launch.name} was compiled to {len(assembled.loops)} loops; the bound knows of 2"
@@ -61,15 +63,17 @@ def attention_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
     trips = [heads * count for count in _trips(launch.name, T, Q, K)]
     products = ATTENTION_PRODUCTS[launch.name]
     peak = chip.flops_per_cycle * chip.multiprocessors
+    # Tensor cores take twice as long for TF32 as for 16 bits.
     if launch.arrays[0].dtype.name == "float32":
-        peak /= 2  # TF32
-    useful = causal_attention_flops((heads, T, 1, H), products)
+        peak /= 2
+    useful = causal_attention_flops((heads, T, 1, H), products, exact=True)
     executed = 2 * H * Q * K * sum(trips) * products
     return _bound(launch, assembled, chip, trips, executed, useful / peak)
 
 
 def _trips(kernel: str, T: int, Q: int, K: int) -> list[int]:
     """How often the two loops of a kernel run for one head, as attention/triton_kernels.py says."""
+    # The same integers as the kernels compute for each program, with an offset of 0.
     query_blocks, key_blocks = math.ceil(T / Q), math.ceil(T / K)
     if kernel == "attention_dkv":  # blocks that the diagonal crosses come first
         some = [j * K // Q for j in range(key_blocks)]
@@ -82,6 +86,7 @@ def _trips(kernel: str, T: int, Q: int, K: int) -> list[int]:
 
 def norm_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
     """The bound of an RMSNorm kernel, which memory limits at best."""
+    # The forward kernel has no loop, the backward one a loop over its tiles.
     trips = [launch.constants["TILES"] * launch.programs for _ in assembled.loops]
     return _bound(launch, assembled, chip, trips, 0, None)
 
@@ -105,7 +110,9 @@ def _bound(
         for unit, cycles in busy_cycles(opcodes, launch.num_warps, chip).items():
             busy[unit] += cycles * count / chip.multiprocessors
         moved += cached_bytes(opcodes, launch.num_warps) * count
+    # Multiprocessors share the cache and the memory, so that each has its part of both.
     busy["cache"] = moved / chip.cache_bytes_per_cycle / chip.multiprocessors
+    # From memory every array comes once at best; what is read again comes from the cache.
     bytes_once = sum(
         array.size * array.dtype.itemsize for array in (*launch.arrays, *launch.outputs)
     )

@@ -43,6 +43,7 @@ FIELDS = (
 
 def list_launches(dtype: str, head_dim: int, capability: int) -> list[Launch]:
     """The Triton kernels that attention and RMSNorm with their gradients call at these sizes."""
+    # Nothing is compiled or run: tracing calls the bridge, which hands every kernel to `record`.
     found: list[Launch] = []
 
     def record(launch: Launch) -> list[jax.Array]:
@@ -58,7 +59,9 @@ def gpu_rows(target: str) -> Iterator[dict[str, Any]]:
     """The rows of a GPU, such as sm_80."""
     chip = sass.CHIPS[target]
     for dtype, head_dim in _cases(target):
+        # Its two kernels get a row together, behind their own.
         backward = []
+        # Triton's compiler is not asked through XLA, so that a CPU's jaxlib is enough.
         for launch in list_launches(dtype, head_dim, chip.capability):
             if (label := _label(launch.name, dtype, head_dim)) is None:
                 continue
@@ -90,6 +93,7 @@ def _gpu_fields(
 
 def _whole_backward(bounds: tuple[Bound, ...], rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """Both kernels, one after the other: they compute 4 + 3 products, where 5 are needed."""
+    # The shares of both count what each computes; the share of the whole counts what is needed.
     products = ATTENTION_PRODUCTS["attention_dkv"] + ATTENTION_PRODUCTS["attention_dq"]
     ideal = sum(bound.ideal_cycles for bound in bounds)
     cycles = sum(bound.cycles for bound in bounds)
@@ -109,8 +113,11 @@ def _whole_backward(bounds: tuple[Bound, ...], rows: tuple[dict[str, Any], ...])
 
 def tpu_rows(target: str) -> Iterator[dict[str, Any]]:
     """The rows of a TPU. libtpu reports the VMEM of a kernel, but no registers or instructions."""
-    jax.devices()  # lets jax find libtpu first
+    # A topology of one host is the smallest that libtpu describes. jax.devices() lets jax find
+    # libtpu first.
+    jax.devices()
     device = topologies.get_topology_desc(f"{target}:2x2x1", "tpu").devices[0]
+    # The compiled program lists each kernel as a custom call, and behind it the VMEM it was given.
     call = re.compile(r'%([a-z_]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"')
     vmem = re.compile(
         r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
@@ -127,6 +134,7 @@ def tpu_rows(target: str) -> Iterator[dict[str, Any]]:
 
 def _operators(implementation: str) -> Callable[..., Any]:
     """Attention and RMSNorm with their gradients."""
+    # Their own functions and not the chooser's, which would ask for the device.
     attention = load("attention", implementation).attention
     norm = load("rms_norm", implementation)
 
@@ -148,6 +156,7 @@ def _arguments(dtype: str, head_dim: int, sharding: Any = None) -> list[jax.Shap
 
 
 def _cases(target: str) -> Iterator[tuple[str, int]]:
+    # Both head sizes of the Triton kernels. float32 is for tests and small models.
     cases = list(itertools.product(("bfloat16", "float32"), (128, 64)))
     bar = tqdm(cases, desc=f"compiling for {target}", unit="case", file=sys.stderr, leave=False)
     yield from bar

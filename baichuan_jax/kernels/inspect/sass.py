@@ -32,10 +32,13 @@ from baichuan_jax.hardware.accelerators import HARDWARE, Hardware
 from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels.triton_bridge import Launch
 
+# Of a multiprocessor, the same on sm_80 and sm_90.
 SHARED_BYTES_PER_CYCLE = 128
-THREADS = 2048  # of a multiprocessor
+THREADS = 2048
 REGISTERS = 65536
 MAX_BLOCKS = 32
+# Opcodes by unit, without their modifiers. Others, such as branches and barriers, count as issued
+# only.
 _FMA = {"FFMA", "FMUL", "FADD", "IMAD"}
 _ALU = {
     *("FMNMX", "FSETP", "FSEL", "FCHK"),  # floating comparisons and selections
@@ -127,6 +130,7 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource, compile  # pyright: ignore[reportMissingImports]
 
+    # The assembler that XLA would use: its version decides about registers and spills.
     ptxas = bridge.ptxas()
     names = launch.kernel.arg_names
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
@@ -144,6 +148,7 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     options["enable_fp_fusion"] = True
     compiled: Any = compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
+    # Assembled here and not by triton, which learns the spills when a GPU loads the kernel.
     ptx = compiled.asm["ptx"]
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
@@ -155,6 +160,7 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
         listing = _output(nvdisasm, "-c", str(binary))
     registers = re.search(r"Used (\d+) registers", log)
     assert registers is not None, log
+    # ptxas reports stores and loads of spilled registers apart.
     outside, loops = split_loops(listing)
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", log))
     return Assembled(int(registers[1]), spilled, compiled.metadata.shared, outside, loops)
@@ -172,6 +178,7 @@ def split_loops(listing: str) -> tuple[list[str], list[list[str]]]:
 
     A loop is what lies between a label and a branch back to it.
     """
+    # Labels come before the branches back to them, so that one pass finds every loop.
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -194,6 +201,7 @@ def split_loops(listing: str) -> tuple[list[str], list[list[str]]]:
 
 def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, float]:
     """Cycles that these instructions of one program keep each unit of a multiprocessor busy."""
+    # A program's warps are spread over the four partitions of a multiprocessor.
     cycles: dict[str, float] = defaultdict(float)
     for opcode in opcodes:
         name = opcode.split(".")[0]
@@ -202,6 +210,7 @@ def busy_cycles(opcodes: list[str], num_warps: int, chip: Chip) -> dict[str, flo
         cycles["issue"] += num_warps / 4
         if name == "HMMA":
             cycles["tensor"] += 8 * num_warps / 4
+        # One instruction of four warps: 64xNx16 takes N/2 cycles of all partitions.
         elif name == "HGMMA":
             cycles["tensor"] += int(opcode.split("x")[1]) / 2 * num_warps / 4
         elif name in _FMA:
@@ -236,5 +245,6 @@ def _shared_bytes(opcode: str) -> int:
     """Bytes that a warp's instruction moves through shared memory."""
     name = opcode.split(".")[0]
     if name == "LDSM":
+        # It loads one, two or four matrices of 8 x 8 values of 16 bits.
         return 128 * int(opcode[-1]) if opcode[-1] in "24" else 128
     return 32 * _width(opcode) if name in ("LDS", "STS", "LDGSTS") else 128 if name == "SHFL" else 0

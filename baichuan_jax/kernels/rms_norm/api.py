@@ -28,6 +28,7 @@ def choose_rms_norm(implementation: str, *, device: Any, dtype: str, width: int)
         "triton": lambda: load("rms_norm", "triton").obstacle(device, width),
         "pallas": lambda: load("rms_norm", "pallas").obstacle(device, dtype, width),
     }
+    # Where no kernel serves, XLA's fusion of the plain operator is the best there is.
     fallback = ("reference", f"the {device.platform}'s compiler fuses it")
     preferred = PREFERRED.get(device.platform, {})
     return choose("rms_norm", implementation, preferred, obstacles, fallback)
@@ -50,6 +51,7 @@ def rms_norm(
     name, _ = choose_rms_norm(
         implementation, device=device_of(layout), dtype=x_BTD.dtype.name, width=x_BTD.shape[-1]
     )
+    # jax differentiates the reference; the kernels have a derivative of their own.
     if name == "reference":
         return reference.rms_norm(x_BTD, weight_D, eps, residual)
     outputs: Any = fused_rms_norm(weight_D, x_BTD, residual, eps, name, layout)

@@ -103,12 +103,16 @@ def _call(
             f"Pallas RMSNorm of {dtype} rows of {D}: "
             f"it takes float32 and bfloat16, up to {MAX_WIDTH}"
         )
-    padding = -D % LANES  # with zeros, which add nothing to the sum of squares
+    # Zeros add nothing to the sum of squares; the kernels divide by the true width.
+    padding = -D % LANES
     weight_1D = jnp.pad(weight_D, (0, padding))[None]
     arrays_RD = [jnp.pad(a.reshape(-1, D), ((0, 0), (0, padding))) for a in arrays]
     (R, D), tile = arrays_RD[0].shape, _tile(dtype)
+    # Whole tiles of rows, as many as BLOCK_ELEMENTS allow, and no more than there are.
     block = min(R + -R % tile, max(tile, BLOCK_ELEMENTS // D // tile * tile))
     spec = pl.BlockSpec((block, D), lambda i: (i, 0))
+    # The parts of the weight's gradient keep the 8 sublanes of a register: a sum across sublanes
+    # takes shuffles.
     out_shape, out_specs = [jax.ShapeDtypeStruct((R, D), dtype)] * outputs, [spec] * outputs
     if parts:
         out_shape.append(jax.ShapeDtypeStruct((pl.cdiv(R, block), 8, D), jnp.float32))
@@ -158,6 +162,7 @@ def _forward_kernel(weight_ref, *refs, width: int, eps: float):
 
 
 def _backward_kernel(weight_ref, x_ref, dy_ref, *refs, width: int, eps: float, num_rows: int):
+    # Inputs come before outputs; dtotal is there where the forward pass had a residual.
     *dtotal_ref, dx_ref, dweight_ref = refs
     block, D = x_ref.shape
     dweight_ref[...] = jnp.zeros_like(dweight_ref)

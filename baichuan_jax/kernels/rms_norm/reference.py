@@ -16,6 +16,7 @@ def rms_norm(
 
     With a residual, x + residual is normalised and returned too: (y, x + residual).
     """
+    # The sum is rounded to x's dtype: the next block reads the same values.
     total = x if residual is None else residual + x
     x32 = total.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

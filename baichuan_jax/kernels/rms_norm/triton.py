@@ -62,6 +62,7 @@ def forward(
         )
         return outputs[: 1 + len(residual_GRD)]
 
+    # One group; under vmap the bridge makes the mapped dimension the groups.
     rows = [a.reshape(1, -1, D) for a in (x, residual) if a is not None]
     return [a.reshape(x.shape) for a in bridge.merge_vmapped(run)(weight_D[None], *rows)]
 
@@ -87,6 +88,7 @@ def backward(
     ) -> list[jax.Array]:
         from baichuan_jax.kernels.rms_norm import triton_kernels as kernels
 
+        # One part of the weight's gradient for each program of each group.
         G, R, _ = x_GRD.shape
         constants = _constants(D, R, eps, bool(dtotal_GRD))
         programs = -(-R // (constants["ROWS"] * TILES))
@@ -114,7 +116,9 @@ def _constants(D: int, R: int, eps: float, residual: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
     if D > MAX_WIDTH:
         raise ValueError(f"Triton RMSNorm of rows of {D}: it takes up to {MAX_WIDTH}")
-    width = 1 << (D - 1).bit_length()  # Triton's ranges are powers of two; the rest is masked
+    # Triton's ranges are powers of two; what is beyond D is masked.
+    width = 1 << (D - 1).bit_length()
+    # 8 warps of 32 threads hold ELEMENTS of an array, 16 each.
     return {
         "R": R,
         "D": D,
@@ -123,5 +127,5 @@ def _constants(D: int, R: int, eps: float, residual: bool) -> dict[str, Any]:
         "EPS": eps,
         "RESIDUAL": residual,
         "num_warps": 8,
-        "num_stages": 1,  # no loop with loads worth a pipeline
+        "num_stages": 1,
     }

@@ -30,6 +30,7 @@ def forward_kernel(
     RESIDUAL: tl.constexpr,
 ):
     """y of ROWS rows, and total = x + residual where there is a residual."""
+    # Rows past the last and columns past the width are masked: loads give 0, stores do nothing.
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -44,6 +45,7 @@ def forward_kernel(
         x = total.to(tl.float32)
     weight = tl.load(weight_ptr + group * D + columns, mask=columns < D, other=0.0)
     weight = weight.to(tl.float32)
+    # Divided by the true width: the masked zeros add nothing to the sum.
     scale = tl.math.rsqrt(tl.sum(x * x, 1) / D + EPS)
     y = x * scale[:, None] * weight[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -70,6 +72,7 @@ def backward_kernel(
     columns = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + group * D + columns, mask=columns < D, other=0.0)
     weight = weight.to(tl.float32)
+    # Summed over the rows only after the loop: until then every row of a tile has its own sum.
     dweight = tl.zeros((ROWS, WIDTH), tl.float32)
     for tile in tl.range(TILES):
         rows = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
@@ -81,6 +84,7 @@ def backward_kernel(
         normal = x * scale[:, None]
         scaled = dy * weight[None, :]
         dx = (scaled - normal * (tl.sum(scaled * normal, 1) / D)[:, None]) * scale[:, None]
+        # x + residual was a second result of the forward pass; its gradient is added here.
         if RESIDUAL:
             dx += tl.load(dtotal_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
