@@ -1,7 +1,6 @@
 """What a launch needs before its first step: devices, mesh, compiled choices, tests and batches."""
 
 import dataclasses
-import os
 
 import jax
 
@@ -15,7 +14,7 @@ from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
-from baichuan_jax.resilience.placement import FULL_VARIABLE
+from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.metrics import Throughput
@@ -48,7 +47,7 @@ def _resolve(config: Config, num_devices: int) -> Config:
     `full` is the mesh that the run would have on all its hosts: on fewer, each device takes more
     micro-batches instead of more rows in one.
     """
-    processes = int(os.environ.get(FULL_VARIABLE, jax.process_count()))
+    processes = Placement.from_environment().full_processes or jax.process_count()
     full = config.mesh.resolve(num_devices * processes // jax.process_count())
     resolved = dataclasses.replace(config, mesh=config.mesh.resolve(num_devices)).on_part(full)
     resolved.check_mesh(resolved.mesh)
