@@ -4,7 +4,10 @@ import os
 
 # Before jax starts its backends: eight devices of the CPU, so that meshes are real.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # as in launches.cpu_devices
+)
 
 import contextlib
 import dataclasses

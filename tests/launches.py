@@ -97,11 +97,21 @@ def command(config: Path, run_dir: Path, *words: str) -> list[str]:
     ]
 
 
+def cpu_devices(devices: int) -> str:
+    """XLA's flags for so many devices of the CPU."""
+    # XLA ends the process when the threads of a collective have not all come within 40 s, which
+    # happens on a loaded machine.
+    return (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
+
+
 def environment(devices: int = 1, **variables: str) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_devices(devices),
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(SHARED / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
