@@ -35,7 +35,6 @@ class Hardware:
     ways together."""
     inter_node_gbps: float
     """Gbit/s to other nodes: a GPU's share of the network cards."""
-    devices_per_node: int
     compute_capability: int = 0
     """A GPU's, such as 80."""
     multiprocessors: int = 0
@@ -58,7 +57,6 @@ _A100 = Hardware(
     memory_bandwidth=2039.0,
     intra_node_bandwidth=300.0,
     inter_node_gbps=200.0,
-    devices_per_node=8,
     compute_capability=80,
     multiprocessors=108,
     clock_ghz=1.41,
@@ -73,7 +71,6 @@ _H100 = Hardware(
     memory_bandwidth=3352.0,
     intra_node_bandwidth=450.0,
     inter_node_gbps=400.0,
-    devices_per_node=8,
     compute_capability=90,
     multiprocessors=132,
     clock_ghz=1.98,
@@ -94,7 +91,6 @@ def _tpu(
         memory_bandwidth=memory_bandwidth,
         intra_node_bandwidth=link,
         inter_node_gbps=0.0,
-        devices_per_node=4,
     )
 
 

@@ -90,10 +90,10 @@ class _Simulation:
         self.link_free = {"intra_node": 0.0, "inter_node": 0.0}
         # Collectives that compute has not waited for yet, by the name of their start.
         self.in_flight: dict[str, tuple[Collective, float]] = {}
-        # By what bounds: seconds so far, and operations.
-        self.spent: dict[str, float] = {"matmul": 0.0, "memory": 0.0, "kernel": 0.0}
+        # Seconds of compute by what bounds it, and how much collectives beside it add; operations.
+        self.spent: dict[str, float] = dict.fromkeys(("matmul", "memory", "kernel"), 0.0)
+        self.spent["contention"] = 0.0
         self.flops: dict[str, float] = {"matmul": 0.0, "kernel": 0.0}
-        self.contention = 0.0
         # By computation and name: a loop runs the same instruction many times.
         self.costs: dict[tuple[str, str], Cost] = {}
         self.collectives: dict[tuple[str, str], Collective] = {}
@@ -110,7 +110,7 @@ class _Simulation:
             matmul_seconds=self.spent["matmul"],
             memory_seconds=self.spent["memory"],
             kernel_seconds=self.spent["kernel"],
-            contention_seconds=self.contention,
+            contention_seconds=self.spent["contention"],
             collectives=list(self.collectives.values()),
             matmul_flops=self.flops["matmul"],
             kernel_flops=self.flops["kernel"],
@@ -171,7 +171,7 @@ class _Simulation:
         left = max(max(self.link_free.values()) - self.now, 0.0)
         overlapped = min(cost.seconds * slow, left)
         extra = overlapped - overlapped / slow
-        self.contention += extra
+        self.spent["contention"] += extra
         self.now += cost.seconds + extra
 
     def _start(
