@@ -1,10 +1,11 @@
 """Keep what jax compiles in tests, for all their processes and for later calls of pytest.
 
 Half of the tests' time would be compilation, most of it of programs that have been compiled before:
-by another test, another process, or an earlier call. jax's persistent cache keeps them, with two
-changes that many processes with short lives need. A program is written whole, and one that is not
-whole is compiled again, since tests kill processes at any moment. Every process of a run writes,
-not only process 0.
+by another test, another process, or an earlier call. jax's persistent cache keeps them, with three
+changes. A program is written whole, and one that is not whole is compiled again, since tests kill
+processes at any moment. Every process of a run writes, not only process 0. A program for several
+devices of one process is never kept: read again on a CPU, its collectives wait for each other for
+ever (jax 0.10.1; no report of it is known).
 
 Programs lie in ~/.cache/baichuan_jax (or $XDG_CACHE_HOME). `install` makes jax use them.
 """
@@ -14,12 +15,16 @@ import os
 import shutil
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax._src import compiler, lru_cache
 
 LIMIT_BYTES = 2 << 30  # of all programs; then all are removed
 DIGEST_BYTES = 32
+_compile_or_get_cached = compiler.compile_or_get_cached
+_kept = True  # whether the program that is being compiled may be kept
 
 
 def folder() -> Path:
@@ -50,6 +55,7 @@ def install() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     lru_cache.LRUCache.get, lru_cache.LRUCache.put = _get, _put
+    compiler.compile_or_get_cached = _compile
     # On the CPU each process of a run has programs of its own, and jax writes those of process 0.
     first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
     compiler._cache_write = types.FunctionType(
@@ -57,8 +63,18 @@ def install() -> None:
     )
 
 
+def _compile(backend: Any, computation: Any, devices: np.ndarray, *rest: Any, **more: Any) -> Any:
+    """jax's own function, beside which it is noted whether the program may be kept."""
+    global _kept
+    here = sum(device.process_index == jax.process_index() for device in devices.flat)
+    _kept = here == 1
+    return _compile_or_get_cached(backend, computation, devices, *rest, **more)
+
+
 def _get(cache: lru_cache.LRUCache, key: str) -> bytes | None:
-    """A program, or None where there is none or its file is damaged."""
+    """A program, or None where there is none, its file is damaged, or it is not kept."""
+    if not _kept:
+        return None
     try:
         content = _file(cache, key).read_bytes()
     except FileNotFoundError:
@@ -69,6 +85,8 @@ def _get(cache: lru_cache.LRUCache, key: str) -> bytes | None:
 
 def _put(cache: lru_cache.LRUCache, key: str, program: bytes) -> None:
     """Write a program under another name first: jax writes into the file that others read."""
+    if not _kept:
+        return
     path = _file(cache, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
