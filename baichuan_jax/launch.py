@@ -119,7 +119,7 @@ class Supervisor:
             return
         self.asked += 1
         first = self.asked == 1
-        what = "saving, then stopping; Ctrl-C again quits without saving" if first else "quitting"
+        what = "saving, then stopping; once more quits unsaved" if first else "quitting"
         # Not print: a signal may come in the middle of one.
         os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
         self._send(signal.SIGTERM if first else signal.SIGKILL)

@@ -3,8 +3,8 @@
 `train` runs them at every start; `python -m baichuan_jax.preflight --config FILE` runs them alone,
 started on every host like `train`. All processes run every check together and exchange the results
 through the coordinator, which needs no collective. A fault raises BadHost (exit code 79) with the
-processes that have it, ConfigError (78) where no host is to blame, or SaveFailed (74) where no host
-can save.
+processes that have it, ConfigError (78) where no host can be named, or SaveFailed (74) where no
+host can save.
 """
 
 import dataclasses
@@ -238,8 +238,8 @@ def judge_pairs(rounds: Sequence[Sequence[tuple[Sequence[int], bool] | None]]) -
     # where nobody with two partners is one.
     named = {p for p in suspects if len(tried[p]) > 1} or suspects
     if named:
-        blamed = tuple(named) if len(named) == 1 else ()
-        raise BadHost(f"preflight: collectives of {sorted(failed)} failed", blamed)
+        found = tuple(named) if len(named) == 1 else ()
+        raise BadHost(f"preflight: collectives of {sorted(failed)} failed", found)
     return [
         f"collectives of processes {a} and {b} fail, and those of each of them with others work"
         for a, b in sorted(failed)

@@ -1,9 +1,10 @@
 """Train a model: `python -m baichuan_jax.train --config configs/tiny.yaml`.
 
-In a notebook: `train(load_config("configs/tiny.yaml"))`. The story is told from top to bottom, here
-and in training/loop.py: refuse what cannot work, join the other processes, prepare tokens, build
-the step, restore a state, then step, evaluate and save until the end. A launch that is killed at
-any moment loses nothing that counts: the next one goes on from the newest checkpoint.
+In a notebook: `train(load_config("configs/tiny.yaml"))`. `_train` below is the order of a launch,
+and `train_loop` in training/loop.py its steps: refuse what cannot work, join the other processes,
+prepare tokens, build the step, restore a state, then step, evaluate and save until the end. A
+launch that is killed at any moment loses nothing that counts: the next one goes on from the newest
+checkpoint.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.watch import Watch
@@ -70,6 +72,8 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             tests = read_tests(config, prepared)
         with clock("start"):
             output = _open_run(config, run, prepared, display)
+            # Before `started` is written: this launch is no fault yet.
+            history = fault_history(run.events)
         with _closing(config, run, clock, watch, output) as resources:
             with clock("start"):
                 throughput = open_throughput(config, steps)
@@ -78,7 +82,9 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash
-                store = open_store(config, run, plan, steps, tokenizer, watch.host, clock, output)
+                store = open_store(
+                    config, run, plan, steps, tokenizer, watch.host, history, clock, output
+                )
                 resources.callback(store.close)
                 start = restore(config, steps, store, plan.rollback, output)
             with clock("start"):

@@ -1,4 +1,7 @@
-"""Small test sets in the layouts of MMLU, C-Eval, AGIEval and GAOKAO-Bench, made of the bundled text: which word is missing?"""
+"""Small test sets in the layouts of MMLU, C-Eval, AGIEval and GAOKAO-Bench.
+
+Their questions are sentences of the bundled text: which word is missing?
+"""
 
 import csv
 import gzip
@@ -13,7 +16,7 @@ LETTERS = "ABCD"
 
 
 def questions(language: str, seed: str) -> Iterator[tuple[str, list[str], str]]:
-    """(question, four options, letter), without end: sentences of the bundled validation text with a word left out."""
+    """(question, four options, letter), without end: sentences with a word left out."""
     draw = random.Random(seed)
     with gzip.open(SAMPLE / f"validation-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
         text = " ".join(json.loads(line)["text"].replace("\n", " ") for line in file)

@@ -1,4 +1,4 @@
-"""The structure holds: imports run downward, nothing public is without a word, every command explains itself."""
+"""The structure: the order of imports, docstrings, and commands that explain themselves."""
 
 import ast
 import re
@@ -75,17 +75,17 @@ def imports(path) -> set[str]:
     return {name.removeprefix("baichuan_jax.") for name in found} - {"baichuan_jax"}
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """The package or top-level module that a module belongs to."""
     return module.split(".")[0]
 
 
-def test_every_room_has_its_place_and_the_top_level_is_short():
-    rooms = {room(name.removeprefix("baichuan_jax.")) for name in FILES} - {
+def test_every_package_has_its_place_and_the_top_level_is_short():
+    packages = {package_of(name.removeprefix("baichuan_jax.")) for name in FILES} - {
         "baichuan_jax",
         "__main__",
     }
-    assert rooms == set(ORDER)
+    assert packages == set(ORDER)
     modules = [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
     assert len(modules) <= 14, sorted(modules)
 
@@ -97,8 +97,8 @@ def test_imports_run_downward(name):
         assert imports(FILES[name]) == set()  # names are resolved at first use
         return
     for imported in imports(FILES[name]):
-        if room(module) not in ("__main__", room(imported)):
-            assert ORDER.index(room(imported)) < ORDER.index(room(module)), (
+        if package_of(module) not in ("__main__", package_of(imported)):
+            assert ORDER.index(package_of(imported)) < ORDER.index(package_of(module)), (
                 f"{module} imports {imported}"
             )
 

@@ -1,6 +1,8 @@
-"""The program as its users start it: real processes, real signals, the same losses to the last bit whatever happens to it."""
+"""The program as its users start it: real processes, real signals, and the same losses."""
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -49,7 +51,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-    """A run of 60 steps from start to end on one process with one device, started by `python -m`."""
+    """A run of 60 steps, from start to end in one process with one device, by `python -m`."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     argv = ["--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8"]
     done = run_python_m(config, folder, *argv)
@@ -125,6 +127,17 @@ def test_sigkills_at_random_moments_change_no_bit_of_any_loss(config, undisturbe
     assert Run(folder).status == "completed"
 
 
+def test_a_launch_that_finds_no_step_to_do_compiles_none(config, undisturbed, tmp_path):
+    """As after a kill between the last checkpoint and the end."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    events = [event for event in lines(folder, "events") if event["kind"] != "completed"]
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    run(config, folder)
+    kinds = [event["kind"] for event in lines(folder, "events")[len(events) :]]
+    assert kinds == ["started", "restored", "completed"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_first_signal_saves_and_exits_75_and_the_next_start_goes_on_there(
     config, undisturbed, tmp_path, number
@@ -169,7 +182,7 @@ def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path)
 
 
 def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
-    """Two processes with kills equal two without, bit for bit; going on with one gives the same batches and losses to rounding."""
+    """Two processes with kills equal two without, bit for bit; one alone goes on to rounding."""
     words = ("--mesh.fsdp", "2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert wait_all(start_all(config, straight, *words, processes=2, devices=2)) == [0, 0]
@@ -263,7 +276,8 @@ def test_packages_that_only_draw_or_unpack_may_be_missing(config, tmp_path):
     done = run_python_m(config, tmp_path / "run", *argv, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     for words in (
-        "tensorboardX is not installed; pip install tensorboardX, or turn them off with --metrics.tensorboard false",
+        "tensorboardX is not installed; pip install tensorboardX, or turn them off with "
+        "--metrics.tensorboard false",
         "loss.png is not drawn: matplotlib is not installed; pip install matplotlib",
     ):
         assert words in " ".join(done.stdout.split())

@@ -22,7 +22,8 @@ def barrier() -> Callable[..., None]:
 
     On its way out of an exception the thread waits at the barrier for the other processes, and
     these wait for its files: nobody hears of the failure until the barrier times out, ten minutes
-    later by default. google/orbax#605 made the thread's errors reach the caller of one process.
+    later by default. https://github.com/google/orbax/issues/605 made the thread's errors reach the
+    caller in a run of one process.
     """
     wait = ocp.multihost.get_barrier_sync_fn()
 
@@ -39,10 +40,11 @@ def barrier() -> Callable[..., None]:
 def forget_failed_save(manager: ocp.CheckpointManager) -> None:
     """Take a save that failed out of the manager's list of steps.
 
-    The list records a step when the blocking half of `save` returns, and keeps it when the write
-    in the background fails: `all_steps` would name a checkpoint that is not there
-    (AI-Hypercomputer/maxtext#5260 describes the same). `reload` reads the list from the folder.
-    It is a barrier, so only a run of one process may call this after a failure.
+    The list records a step when the blocking half of `save` returns, and keeps it when the write in
+    the background fails: `all_steps` would name a checkpoint that is not there
+    (https://github.com/AI-Hypercomputer/maxtext/pull/5260 describes the same). `reload` reads the
+    list from the folder. It is a barrier, so only a run of one process may call this after a
+    failure.
     """
     manager.reload()
 

@@ -18,7 +18,7 @@ from baichuan_jax.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """Where a run stands between two steps: what `restore` returns and the loop passes on.
+    """A run between two steps: what `restore` returns and the loop passes on.
 
     `step` counts the steps done. `position` is the data position of the next batch. `skipped` are
     the windows [begin, end) of positions that are left out.

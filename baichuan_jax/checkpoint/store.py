@@ -153,11 +153,14 @@ class CheckpointStore:
         if save is None:
             return
         if tier is self._storage:
+            # What the start of the save took. A save is waited for only where the next one is due
+            # already or the launch ends, which says nothing about how often to save.
+            blocked = save.blocked
             with self._failing(save.step, must_succeed):
                 with self._blocking(save):
                     tier.finish()
                 # Inside: an event that cannot be written is a full disk too.
-                self._record_checkpoint(save)
+                self._record_checkpoint(save, blocked)
             return
         try:
             with self._blocking(save):
@@ -178,15 +181,15 @@ class CheckpointStore:
                 )
             )
 
-    def _record_checkpoint(self, save: _Save) -> None:
+    def _record_checkpoint(self, save: _Save, blocked: float) -> None:
         duration = time.monotonic() - save.began
         self._output.event(
             CheckpointSaved(
                 step=save.step,
                 seconds=round(duration, 3),
-                blocked_seconds=round(save.blocked, 4),
-                blocked_share=save.blocked / max(save.since_last, 1e-9),
-                next_in_seconds=self._schedule.took(save.blocked, duration),
+                blocked_seconds=round(blocked, 4),
+                blocked_share=blocked / max(save.since_last, 1e-9),
+                next_in_seconds=self._schedule.took(blocked, duration),
             )
         )
 

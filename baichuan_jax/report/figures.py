@@ -251,7 +251,7 @@ def marks(record: Recorded) -> list[tuple[str, str, str, list[tuple[float, str]]
     began = record.timeline.began
     faults, verdicts, recoveries = [], [], []
     for fault in record.accounting.faults:
-        who = "no host is blamed"
+        who = "no host can be named"
         if fault.host is not None:
             who = f"{fault.host}: process {', '.join(map(str, fault.processes))}"
         # Times on the axis count from the run's beginning.

@@ -48,6 +48,11 @@ class Cause(enum.StrEnum):
         member.exit_code, member.restart, member.meaning = exit_code, restart, meaning
         return member
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Cause":
+        # A report or an event of another version, whose words may differ.
+        return cls.UNKNOWN
+
 
 def exit_code_table() -> list[tuple[str, str, str, str]]:
     """Rows of exit code, its causes, whether a restart may help (yes, no), meaning."""

@@ -114,7 +114,7 @@ def account(path: Path | str) -> Accounting:
     times = list(launch_spans(run.path).values())
     total = times[-1][1] - times[0][0] if times else 0.0
     seconds["restart"] = max(0.0, total - sum(end - begin for begin, end in times))
-    # A step that stands in the metrics again later was lost with the launch that first did it.
+    # A step that is in the metrics again later was lost with the launch that first did it.
     newest = {line["step"]: index for index, line in enumerate(steps)}
     lost = [line for index, line in enumerate(steps) if newest[line["step"]] != index]
     seconds["lost steps"] = min(sum(line["step_seconds"] for line in lost), seconds["steps"])

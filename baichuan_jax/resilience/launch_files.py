@@ -41,7 +41,9 @@ class _Record:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """An unknown field is dropped, and a missing one has its default: versions may differ."""
+        """An unknown field is dropped, since versions may differ. Raises ValueError for others."""
+        if not isinstance(content, dict):
+            raise ValueError(f"{cls.__name__}: {content!r} is no record")
         # JSON has lists only, and a frozen record has tuples.
         known = {field.name for field in dataclasses.fields(cls)} & set(content)
         values = {name: content[name] for name in known}
@@ -323,6 +325,8 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
         return kind.from_json(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is no {kind.__name__}: {error}") from error
 
 
 def _replace(file: Path, record: _Record) -> None:

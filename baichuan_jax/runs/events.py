@@ -296,13 +296,18 @@ class Unknown(Event):
 
 
 def parse_event(content: dict[str, Any]) -> Event:
-    """The event of a line of events.jsonl."""
+    """The event of a line of events.jsonl. Raises ValueError for a line that is none."""
+    if not isinstance(content, dict) or not {"kind", "time"} <= set(content):
+        raise ValueError("an event has a kind and a time")
     cls = KINDS.get(content["kind"])
     if cls is None:
         return Unknown(time=content["time"], content=content)
-    # Fields that are gone are dropped here; a required field that is missing raises TypeError, as a
-    # damaged line should.
-    names = {field.name for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    required = {field.name for field in fields if field.default is field.default_factory}
+    if missing := sorted(required - set(content)):
+        raise ValueError(f"{content['kind']} lacks {', '.join(missing)}")
+    # Fields that this version does not have are dropped.
+    names = {field.name for field in fields}
     return cls(**{name: value for name, value in content.items() if name in names})
 
 

@@ -26,8 +26,16 @@ class Run:
 
     @property
     def events(self) -> list[Event]:
-        """Lines of events.jsonl in order."""
-        return [parse_event(line) for line in _read_lines(self.path / "events.jsonl")]
+        """Lines of events.jsonl in order. Raises ConfigError with the number of a damaged one."""
+        path, events = self.path / "events.jsonl", []
+        for number, line in enumerate(_read_lines(path), 1):
+            try:
+                events.append(parse_event(line))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path}, line {number} is no event: {error}; repair or delete that line"
+                ) from None
+        return events
 
     @property
     def status(self) -> str:
@@ -40,7 +48,7 @@ class Run:
         return "running"
 
     def curve(self, name: str) -> dict[int, float]:
-        """Step -> value of one figure, the latest where a step was repeated."""
+        """Step -> value of one metric, the latest where a step was repeated."""
         return {line["step"]: line[name] for line in self.metrics if line.get(name) is not None}
 
     def losses(self, until: int) -> list[float]:
@@ -100,7 +108,7 @@ class Run:
 
 def _make_figure(**settings: Any) -> Any:
     """A matplotlib figure that a notebook shows by itself, without pyplot and its global state."""
-    from matplotlib.figure import Figure  # imported late: reading a run's figures needs no plotting
+    from matplotlib.figure import Figure  # imported late: reading a run's metrics needs no plotting
 
     class Shown(Figure):
         def _repr_png_(self) -> bytes:

@@ -52,7 +52,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Launch:
-    """The collaborators of one launch. train.py makes them; none is changed or set afterwards."""
+    """The collaborators of one launch, all made before its loop begins."""
 
     config: Config
     steps: Steps
@@ -95,12 +95,15 @@ def train_loop(
     False: the run was asked to stop, and saved. Raises NumericsError, BadHost, SaveFailed.
     """
     clock, num_steps = launch.clock, launch.config.train.num_steps
+    launch.watch.step = start.step
+    # A launch that was killed after its last checkpoint has no step to compile for.
+    if start.step >= num_steps:
+        return start, True
     train_step = compile_step(launch)
     # Made beforehand: inside the loop a transfer to the devices is an error.
     requests = {request: launch.steps.request(request) for request in Request}
     now, pending = start, None
     progress = launch.output.display.progress(start.step, num_steps)
-    launch.watch.step = start.step
     launch.recorder.restart_timer()
     with progress, _scheduled_gc() as collect:
         while now.step < num_steps:

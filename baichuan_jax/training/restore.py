@@ -19,7 +19,7 @@ from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
 from baichuan_jax.hf.config import read_config
 from baichuan_jax.hf.weights import import_params
 from baichuan_jax.model import Params
-from baichuan_jax.resilience.checkpoint_interval import fault_history, seconds_per_fault
+from baichuan_jax.resilience.checkpoint_interval import FaultHistory, seconds_per_fault
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.guard import Rollback, plan_rollback
@@ -77,17 +77,20 @@ def open_store(
     steps: Steps,
     tokenizer_hash: str,
     host: str,
+    history: FaultHistory,
     clock: Clock,
     output: Output,
 ) -> CheckpointStore:
-    """Both tiers of the run's checkpoints. Raises ConfigError where local_dir cannot serve."""
+    """Both tiers of the run's checkpoints. Raises ConfigError where local_dir cannot serve.
+
+    `history`: the run's faults before this launch, which decide how often to save.
+    """
     target = StateTarget(steps.abstract_state)
     # Both tiers check the tokenizer: rows of another one have the same shapes and other meanings.
     storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
     local = None
     if (folder := config.checkpoint.local_path) is not None:
         local = LocalCopies(folder / plan.run_name, plan.rollbacks, host, tokenizer_hash, target)
-    history = fault_history(run.events)
     per_fault = seconds_per_fault(steps.layout.mesh.size, history.run_seconds, history.faults)
     schedule = Schedule(config, per_fault)
     return CheckpointStore(storage, local, schedule, target, clock, output)

@@ -1,4 +1,9 @@
-"""What a launch needs before its first step: devices, mesh, compiled choices, tests and batches."""
+"""What a launch needs before its first step. train.py calls these functions in this order.
+
+Devices are joined to a mesh and checked, the kernels are chosen, the step functions are made; the
+tests that are scored during the run are read; speed and MFU get their peak; batches begin at the
+data position of the restored state.
+"""
 
 import dataclasses
 

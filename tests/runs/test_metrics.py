@@ -7,6 +7,7 @@ import pytest
 from baichuan_jax.config.schema import Config, ConfigError, MetricsConfig, ModelConfig
 from baichuan_jax.hardware.devices import peak_flops
 from baichuan_jax.hardware.flops import flops_per_token
+from baichuan_jax.runs.events import Failed, of_kind
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Throughput, Writer
 
@@ -24,14 +25,14 @@ def test_7b_flops_follow_the_published_formula():
 
 
 def test_mfu_of_the_original():
-    """182 TFLOP/s of an A800's 312 are 58.3 %: the throughput that the original must have had gives that MFU."""
+    """182 TFLOP/s of an A800's 312 are 58.3 %: the original's throughput gives that MFU."""
     config = Config()
     full, causal = flops_per_token(config.model, 4096)
     throughput = Throughput(config, 1000, 312.0 * 1e12)
     seconds = throughput.tokens * full / (182e12 * 1000)
-    figures = throughput.add(seconds)
-    assert figures["mfu"] == pytest.approx(0.583, abs=5e-4)
-    assert figures["mfu_causal"] == pytest.approx(0.583 * causal / full, abs=5e-4)
+    speed = throughput.add(seconds)
+    assert speed["mfu"] == pytest.approx(0.583, abs=5e-4)
+    assert speed["mfu_causal"] == pytest.approx(0.583 * causal / full, abs=5e-4)
 
 
 class Device:
@@ -69,8 +70,9 @@ def test_lines_are_on_disk_at_once_and_never_hold_what_json_cannot(tmp_path):
     writer.metrics(3, {"loss": 1.5, "grad_norm": math.nan})
     (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert line == {"step": 3, "time": line["time"], "loss": 1.5, "grad_norm": None}
-    writer.event("started", note="登鹳雀楼")
-    assert Run(tmp_path).events[0]["note"] == "登鹳雀楼"
+    writer.event(Failed(step=3, error="登鹳雀楼"))
+    assert of_kind(Run(tmp_path).events, Failed)[0].error == "登鹳雀楼"
+    assert "登鹳雀楼" in (tmp_path / "events.jsonl").read_text(encoding="utf-8")
     writer.close()
 
 
@@ -87,7 +89,7 @@ def test_a_line_after_one_cut_short_stands_alone(tmp_path):
     assert [(line["step"], line["loss"]) for line in Run(tmp_path).metrics] == [(1, 2.0), (2, 1.0)]
 
 
-def test_tensorboard_events_hold_the_figures(tmp_path):
+def test_tensorboard_events_hold_the_metrics(tmp_path):
     writer = Writer(tmp_path, Config())
     writer.metrics(1, {"loss": 2.0})
     writer.close()
