@@ -31,7 +31,8 @@ from baichuan_jax.runs.files import publish
 from baichuan_jax.step import TrainState
 
 SUFFIX = ".state"
-CHUNK = 1 << 26  # elements that are sent at once: 256 MiB
+# Elements that are sent at once: 256 MiB.
+CHUNK = 1 << 26
 
 
 class LocalCopies:
@@ -72,11 +73,13 @@ class LocalCopies:
         """
         self.finish()
         items = as_items(state)
-        digest = self._target.digest(items)  # a collective: all processes, not only the writers
+        # A collective: all processes, not only the writers.
+        digest = self._target.digest(items)
         if not self._writer:
             return
         shards = [_distinct_shards(array) for array in jax.tree.leaves(items)]
-        for parts in shards:  # all transfers start before the first is waited for
+        # All transfers start before the first is waited for.
+        for parts in shards:
             for shard in parts:
                 shard.data.copy_to_host_async()
         parts = [[(shard.index, _on_host(shard.data)) for shard in these] for these in shards]

@@ -30,7 +30,8 @@ from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.step import TrainState
 
 ITEMS = ("params", "optimizer", "run")
-SIZES = "sizes.json"  # in a checkpoint's folder: its files and their sizes
+# In a checkpoint's folder: its files and their sizes.
+SIZES = "sizes.json"
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -60,7 +61,8 @@ class Checkpoints:
 
         Raises what the save before failed with.
         """
-        self.finish()  # Orbax would wait too, but would not say which save failed
+        # Orbax would wait too, but would not say which save failed.
+        self.finish()
         items = as_items(state)
         run = {
             "step": step,
@@ -123,7 +125,8 @@ class Checkpoints:
                 found = error
             corrupt = _unused(self.directory / f"{step}.corrupt")
             if jax.process_count() > 1 and not found.everywhere and damage is None:
-                with contextlib.suppress(FileNotFoundError):  # several processes may rename it
+                # Several processes may rename it.
+                with contextlib.suppress(FileNotFoundError):
                     path.rename(corrupt)
                 raise PeerFailed(
                     f"{path} is damaged ({found}) where this process reads it; the next start uses "
@@ -134,7 +137,8 @@ class Checkpoints:
                 path.rename(corrupt)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
-            self._manager.reload()  # its list of steps still has the one that was renamed
+            # Its list of steps still has the one that was renamed.
+            self._manager.reload()
         return None
 
     def _delete_from(self, before: int | None, back: int) -> None:
@@ -246,7 +250,8 @@ def restore_items(
             f"the bits of {', '.join(changed[:3])} are not those that were saved "
             f"({len(changed)} arrays)"
         )
-        error.everywhere = True  # a digest is a sum over all devices: all processes see the same
+        # A digest is a sum over all devices: all processes see the same.
+        error.everywhere = True
         raise error
     return items
 

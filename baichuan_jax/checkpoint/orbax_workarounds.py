@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
 
-READS_END_SECONDS = 0.5  # that the other reads of a failed restore still go on
+# How long the other reads of a failed restore still go on.
+READS_END_SECONDS = 0.5
 
 
 def barrier() -> Callable[..., None]:
@@ -68,7 +69,8 @@ def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
                 yield
             except damaged:
                 time.sleep(READS_END_SECONDS)
-                gc.collect()  # coroutines that never started print when they are collected
+                # Coroutines that never started print when they are collected.
+                gc.collect()
                 raise
         # Reached only where nothing was damaged: then these words are worth reading.
         sys.stderr.write(printed.getvalue())

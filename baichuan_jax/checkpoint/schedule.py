@@ -14,7 +14,8 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.resilience.checkpoint_interval import seconds_between_saves
 from baichuan_jax.step import Request
 
-FIRST_SECONDS = 60.0  # before the first save by the clock: what a save costs is not known yet
+# The interval before the first save by the clock, when the cost of a save is not known yet.
+FIRST_SECONDS = 60.0
 # Between two saves by the clock. A request is heard two steps after it was made, and until then the
 # process repeats it: without this gap one request would save twice.
 MIN_STEPS = 4
@@ -39,7 +40,8 @@ class Schedule:
         self._config, self._num_steps = config.checkpoint, config.train.num_steps
         self._seconds_per_fault = seconds_per_fault
         self._interval = FIRST_SECONDS
-        self._began = time.monotonic()  # of the newest save on storage, or of the launch
+        # When the newest save on storage began, or the launch.
+        self._began = time.monotonic()
         self._step = -MIN_STEPS
 
     def due(self, step: int, request: Request) -> Due:

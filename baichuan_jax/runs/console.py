@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-FILE_COLUMNS = 140  # of a table that goes to a file or a pipe, which have no width of their own
+# The width of a table in a file or a pipe, which have none of their own.
+FILE_COLUMNS = 140
 
 
 class Display:

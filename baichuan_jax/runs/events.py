@@ -22,6 +22,7 @@ class Event:
     kind: ClassVar[str] = ""
     time: float = dataclasses.field(default_factory=lambda: round(time.time(), 3))
 
+    # `kind` is a class variable, so it is no field and needs its own place in to_json.
     @property
     def fields(self) -> dict[str, Any]:
         """What describes it: everything but kind and time."""
@@ -45,6 +46,7 @@ KINDS: dict[str, type[Event]] = {}
 def _event(kind: str) -> Any:
     """Class decorator: a frozen record that is written under this kind."""
 
+    # One decorator in place of two and of a table: a class cannot be left out of KINDS.
     def register(cls: type) -> type:
         made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         made.kind = kind
@@ -265,6 +267,7 @@ class PortTaken(Event):
     port: int
 
 
+# Its fields are flat, since this line is older than the records of resilience/launch_files.py.
 @_event("verdict")
 class VerdictReached(Event):
     """A launch has ended everywhere: its cause, who caused it, and what follows.

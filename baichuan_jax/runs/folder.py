@@ -108,7 +108,8 @@ class Run:
 
 def _make_figure(**settings: Any) -> Any:
     """A matplotlib figure that a notebook shows by itself, without pyplot and its global state."""
-    from matplotlib.figure import Figure  # imported late: reading a run's metrics needs no plotting
+    # Imported late: reading a run's metrics needs no plotting.
+    from matplotlib.figure import Figure
 
     class Shown(Figure):
         def _repr_png_(self) -> bytes:

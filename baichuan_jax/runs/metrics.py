@@ -89,12 +89,15 @@ class Writer:
                 "tensorboardX, or turn them off with --metrics.tensorboard false"
             )
         elif config.metrics.tensorboard:
-            from tensorboardX import SummaryWriter  # here, since its import takes half a second
+            # Here, since its import takes half a second.
+            from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
+        # Kept open: opening a file on network storage at every step would cost more than the line.
         for name in ("metrics", "events"):
             file = open(run_path / f"{name}.jsonl", "a+b")  # noqa: SIM115
-            drop_unfinished_line(file)  # the step that it describes will be written again
+            # The step that it describes will be written again.
+            drop_unfinished_line(file)
             self._files[name] = file
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -110,6 +113,7 @@ class Writer:
         }
         line = {"step": step, "time": round(time.time(), 3), **finite}
         self._write("metrics", (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        # TensorBoard and Weights & Biases take numbers only; a bool is an int to Python.
         numbers = {
             k: v
             for k, v in finite.items()

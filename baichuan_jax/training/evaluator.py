@@ -34,7 +34,8 @@ class Evaluator:
         self._config, self._steps, self._prepared = config, steps, prepared
         self._recorder, self._output = recorder, output
         self._tests = [(test, test.all_prompts()) for test in tests]
-        self._scorer: Scorer | None = None  # made at its first use: it compiles programs of its own
+        # Made at its first use: it compiles programs of its own.
+        self._scorer: Scorer | None = None
 
     @property
     def validates(self) -> bool:
@@ -94,6 +95,7 @@ class Evaluator:
                 "baichuan_jax.generate"
             )
             return {}
+        # Draws with the run's seed: the same run writes the same samples.
         texts = Generator(self._model(params)).generate(
             self._prepared.tokenizer,
             sample.prompts,

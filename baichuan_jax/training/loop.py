@@ -113,6 +113,7 @@ def train_loop(
             # An array that is copied to the devices unseen would halt every step.
             with clock(DISPATCH), jax.transfer_guard("disallow"):
                 state, metrics = train_step(now.state, batch, requests[_own_request(launch, stop)])
+            # The old state is donated to the step: from here on only the new one exists.
             now = RunState(state, now.step + 1, batches.position, start.skipped)
             launch.watch.step = now.step
             # The step before this one: the devices work on this one meanwhile.
@@ -168,6 +169,7 @@ def _work(launch: Launch, step: int, request: Request) -> Work:
 
 def _do(launch: Launch, work: Work, now: RunState, batch: Batch) -> None:
     """Do what is due, in this order: nothing is saved that a check has not passed."""
+    # The trace ends first, so that it shows steps and not what is done between them.
     if work.end_trace:
         launch.profiler.stop()
         launch.output.event(Profiled(step=now.step))

@@ -20,7 +20,8 @@ from baichuan_jax.runs.events import Corruption, NumericsFault, UpdateSkipped
 from baichuan_jax.runs.output import Output
 from baichuan_jax.step import Request, Steps
 
-MAX_NONFINITE_RUN = 3  # skipped updates in a row that end the launch: they will not mend themselves
+# Skipped updates in a row that end the launch: they will not mend themselves.
+MAX_NONFINITE_RUN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class NumericsGuard:
         self._spike: _Fault | None = None
         # Step and position of the first skipped update of a row.
         self._nonfinite_since: tuple[int, int] | None = None
-        self._compared = start_step  # step of the last comparison of replicas that went well
+        # Step of the last comparison of replicas that went well.
+        self._compared = start_step
 
     @property
     def saw_spike(self) -> bool:

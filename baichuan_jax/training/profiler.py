@@ -6,7 +6,8 @@ import jax
 
 from baichuan_jax.config.schema import ProfileConfig
 
-STEPS_ON_DEMAND = 3  # that SIGUSR1 traces: one may be unusual
+# Steps that SIGUSR1 traces: a single one may be unusual.
+STEPS_ON_DEMAND = 3
 
 
 class Profiler:

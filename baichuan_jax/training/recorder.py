@@ -17,7 +17,8 @@ from baichuan_jax.runs.console import Progress
 from baichuan_jax.runs.metrics import Throughput
 from baichuan_jax.runs.output import Output
 
-OWN_STEPS = 32  # whose median is a process's own time: one slow read is no slow host
+# Steps whose median is a process's own time: one slow read does not make a slow host.
+OWN_STEPS = 32
 
 
 class Recorder:
@@ -33,7 +34,8 @@ class Recorder:
     ) -> None:
         self.throughput, self.losses, self.eval_loss = throughput, losses, eval_loss
         self._output, self._clock = output, clock
-        self._last = time.perf_counter()  # when the metrics of the step before were here
+        # When the metrics of the step before were here.
+        self._last = time.perf_counter()
         self._own: deque[float] = deque(maxlen=OWN_STEPS)
         self._own_total = 0.0
 

@@ -60,6 +60,8 @@ def plan_restore(config: Config, run: Run) -> RestorePlan:
             "rollbacks": len(of_kind([*events, *rollback.events], RolledBack)),
         }
 
+    # The events of all processes but 0 may be late: the file system's cache decides when they see
+    # it.
     found = agree("rollback", choose)
     rollback = Rollback(
         windows=tuple((begin, end) for begin, end in found["windows"]),
@@ -103,6 +105,7 @@ def restore(
     for event in rollback.events:
         output.event(event)
         output.say(f"{event.kind.replace('_', ' ')}: {event.reason}", style="yellow")
+    # A run's own checkpoint comes before init_from, which only its first launch uses.
     if (restored := store.restore(rollback)) is not None:
         return restored
     if config.init_from is None:
@@ -114,7 +117,8 @@ def restore(
 
 
 def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
-    if (Path(path) / "config.json").exists():  # a Hugging Face folder
+    # A Hugging Face folder.
+    if (Path(path) / "config.json").exists():
         # Before the weights are read: they may be of a much larger model.
         _refuse_other_shapes(path, read_config(path), config)
         return import_params(path, layout)

@@ -31,11 +31,13 @@ from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 def start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
     """Connect the processes, make the mesh and the steps on it, and check the hosts."""
-    flags = apply_flags(config)  # before jax starts, which reads them once
+    # Before jax starts, which reads them once.
+    flags = apply_flags(config)
     initialize_processes(config.distributed, config.resilience)
     mesh = make_mesh(config.mesh)
     keep_compiled(config, mesh.devices.flat[0].platform)
     config = _resolve(config, mesh.size)
+    # Chosen here for the messages; each operator chooses again by itself, with the same answer.
     choices = Choices(_choose_kernels(config), flags)
     display = Display(active=jax.process_index() == 0)
     steps = make_steps(config, mesh)
@@ -61,6 +63,7 @@ def _resolve(config: Config, num_devices: int) -> Config:
 
 def _choose_kernels(config: Config) -> Kernels:
     """The implementation of each operator. Raises ConfigError where a forced one cannot serve."""
+    # All devices of a mesh are of one kind: preflight has compared them.
     model, device = config.model, jax.devices()[0]
     return {
         "attention": choose_attention(

@@ -22,8 +22,10 @@ from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
 from baichuan_jax.training.loop import Launch
 
-LAST_LOSSES = 20  # whose mean is the training loss of the result: single steps differ by their data
-Kernels = dict[str, tuple[str, str]]  # operator -> the implementation that was chosen, and why
+# Steps whose mean loss is the result: single steps differ by their data.
+LAST_LOSSES = 20
+# Operator -> the implementation that was chosen, and why.
+Kernels = dict[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
