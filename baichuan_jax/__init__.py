@@ -41,10 +41,11 @@ def _hide_compilers() -> None:
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for cuda in ("cuda12", "cuda13"):
-        plugin = types.ModuleType(f"jax_plugins.xla_{cuda}")
-        plugin.initialize = lambda: None  # type: ignore[attr-defined]
+        plugin: Any = types.ModuleType(f"jax_plugins.xla_{cuda}")
+        plugin.initialize = lambda: None
         # None makes an import fail, as where the package is not installed.
-        sys.modules |= {f"jax_{cuda}_plugin": None, f"jax_plugins.xla_{cuda}": plugin}  # type: ignore[dict-item]
+        modules: dict[str, Any] = sys.modules
+        modules |= {f"jax_{cuda}_plugin": None, f"jax_plugins.xla_{cuda}": plugin}
 
 
 _hide_compilers()

@@ -61,9 +61,9 @@ class Loader:
             sources[0][0].context_length,
         )
         self._rows = _needed_rows(sharding, self._shape)
-        batches = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
+        batches: Any = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
         # A dataset of batches with random access: to begin at a position skips nothing.
-        dataset: Any = grain.MapDataset.source(batches)[self._index :]  # pyright: ignore[reportArgumentType]
+        dataset: Any = grain.MapDataset.source(batches)[self._index :]
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
