@@ -111,7 +111,8 @@ def claim(launches: Launches, name: str, start, won) -> None:
 
 
 def test_of_many_processes_one_writes_the_plan(launches):
-    context = multiprocessing.get_context("fork")
+    # Not fork: other tests have started jax's threads in this process.
+    context = multiprocessing.get_context("spawn")
     start, won = context.Event(), context.Queue()
     names = [f"h{number}" for number in range(8)]
     processes = [context.Process(target=claim, args=(launches, n, start, won)) for n in names]
