@@ -23,7 +23,8 @@ eval-bench-deps: dev  ## and lm-eval, for benchmarks/evaluation.py and the test 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval-bench.txt
 
 data-bench-deps: dev  ## and datatrove, for benchmarks/data_pipeline.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-data.txt -r requirements-data-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-data.txt -r requirements-data-bench.txt
 
 plan-deps: venv  ## and the CUDA and TPU compilers, for plan and kernels (1.5 GB, no driver needed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
@@ -64,8 +65,9 @@ test-slow: dev  ## the tests that are left out of `make test`
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)
 
-test-slurm: dev  ## training under a real Slurm of virtual nodes here (root; apt-get install slurm-wlm munge)
-	exec unshare --mount --net --pid --fork --mount-proc --kill-child $(BIN)/python -m pytest tests/resilience/test_slurm.py $(ARGS)
+test-slurm: dev  ## training under a real Slurm here (root; apt-get install slurm-wlm munge)
+	exec unshare --mount --net --pid --fork --mount-proc --kill-child \
+	  $(BIN)/python -m pytest tests/resilience/test_slurm.py $(ARGS)
 
 chaos: dev  ## real faults at random moments to a real run, losses compared
 	exec $(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -53,15 +53,10 @@ def train(config: Config) -> Run:
 
 
 def _train(config: Config, run: Run, clock: Clock) -> bool:
-    """Whether the run is complete now.
-
-    Every process knows that from its own loop: in the run's folder process 0 may not have written
-    it yet.
-    """
+    """Whether the run is complete now, by this process's loop: process 0 may still be writing."""
     if _is_complete(config, run):
         return True
-    # Before jax starts and anything is packed: a folder that cannot be written is found in a
-    # second.
+    # Before jax starts and anything is packed: what cannot be written is found in a second.
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):

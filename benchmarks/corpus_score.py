@@ -121,12 +121,16 @@ class Judge:
             base = shingles(self.texts[original], lang)
             alike = sum(jaccard(base, shingles(self.texts[name], lang)) for name in copies)
             # Removing all of a group is as right as keeping one: it counts no more than that.
-            gone = min(len(copies), 1 + len(copies) - kept)
-            sums[record["kind"], lang].update(copies=len(copies), gone=gone, jaccard=alike)
+            removed = min(len(copies), 1 + len(copies) - kept)
+            sums[record["kind"], lang].update(copies=len(copies), removed=removed, jaccard=alike)
 
         def mean(s: collections.Counter) -> dict[str, float]:
             count = s["copies"]
-            return {"copies": count, "recall": s["gone"] / count, "jaccard": s["jaccard"] / count}
+            return {
+                "copies": count,
+                "recall": s["removed"] / count,
+                "jaccard": s["jaccard"] / count,
+            }
 
         return _by_kind({key: mean(s) for key, s in sums.items()})
 
@@ -177,11 +181,11 @@ class Judge:
                 if record["kind"] in CLEAN and record["lang"] == lang and n not in copied
             ]
             rows = [self.removed[name] for name in names if name in self.removed]
-            gone = [row for row in rows if row["duplicate_of"] is None]
-            why = collections.Counter(f"{row['stage']}: {row['reason']}" for row in gone)
+            removed = [row for row in rows if row["duplicate_of"] is None]
+            why = collections.Counter(f"{row['stage']}: {row['reason']}" for row in removed)
             result[lang] = {
                 "documents": len(names),
-                "removed": len(gone) / max(1, len(names)),
+                "removed": len(removed) / max(1, len(names)),
                 "reasons": dict(why.most_common(10)),
             }
         return result
@@ -214,22 +218,22 @@ class Judge:
                 if name in self.final
             ]
             if len(places) > 1:
-                gone, most = places.count(False), len(places) - 1
-                lost = gone == len(places)
+                removed, most = places.count(False), len(places) - 1
+                lost = removed == len(places)
                 kind = record["kind"].removeprefix("sentence_")
                 sums[kind, record["lang"]].update(
-                    places=most, gone=min(gone, most), sentences=1, lost=lost
+                    places=most, removed=min(removed, most), sentences=1, lost=lost
                 )
 
         def mean(s: collections.Counter) -> dict[str, float]:
-            recall, lost = s["gone"] / s["places"], s["lost"] / s["sentences"]
+            recall, lost = s["removed"] / s["places"], s["lost"] / s["sentences"]
             return {"places": s["places"], "recall": recall, "lost": lost}
 
         return _by_kind({key: mean(s) for key, s in sums.items()})
 
     def sentence_removals(self) -> dict[str, dict]:
         """By language: sentences removed from kept documents, and the share without one like it."""
-        gone: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
+        removed: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
         for name, text in self.final.items():
             record = self.kinds[name]
             if text != self.texts[name]:
@@ -243,20 +247,20 @@ class Judge:
                 # Its head and foot should be removed.
                 if record["kind"] == "boilerplate":
                     missing = [s for s in missing if s in self.texts[record["of"]]]
-                gone[record["lang"]] += missing
+                removed[record["lang"]] += missing
         left = {letters(s) for text in self.final.values() for s in sentences(text)}
         total = dict.fromkeys(LANGUAGES, 0)
         for name in self.final:
             total[self.kinds[name]["lang"]] += len(sentences(self.texts[name]))
         result = {}
         for lang in LANGUAGES:
-            unlike = [s for s in gone[lang] if letters(s) not in left]
+            unlike = [s for s in removed[lang] if letters(s) not in left]
             alike = _likeness([letters(s) for s in unlike], left)
             unlike = [s for s, likeness in zip(unlike, alike, strict=True) if likeness < ALIKE]
             result[lang] = {
                 "sentences": total[lang],
-                "removed": len(gone[lang]),
-                "wrong": len(unlike) / max(1, len(gone[lang])),
+                "removed": len(removed[lang]),
+                "wrong": len(unlike) / max(1, len(removed[lang])),
                 "examples": [s[:120] for s in unlike[:20]],
             }
         return result

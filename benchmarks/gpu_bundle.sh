@@ -32,7 +32,7 @@ if [ -n "$root" ]; then  # a copy of that folder by links, with the bundle's ptx
   root=$site/cuda
 fi
 # Try it first: no program would run with a ptxas that this machine's driver does not accept.
-program='import jax; jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)))'
+program='import jax; print(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)).sum())'
 if env ${root:+"CUDA_ROOT=$root"} PATH="$site/bin:$PATH" "$python" -c "$program"; then
   export PATH="$site/bin:$PATH"
   if [ -n "$root" ]; then export CUDA_ROOT="$root"; fi

@@ -5,7 +5,9 @@ by another test, another process, or an earlier call. jax's persistent cache kee
 changes. A program is written whole, and one that is not whole is compiled again, since tests kill
 processes at any moment. Every process of a run writes, not only process 0. A program for several
 devices of one process is never kept: read again on a CPU, its collectives wait for each other for
-ever (jax 0.10.1; no report of it is known).
+ever (jax 0.10.1; no report of it is known). Such a program is compiled anew in every process that
+needs it, so its machine code is made without LLVM's optimisations, in half the time; XLA's own
+passes (partitioning, fusion, buffers) are the same, and those are what tests look at.
 
 Programs lie in ~/.cache/baichuan_jax (or $XDG_CACHE_HOME). `install` makes jax use them.
 """
@@ -63,12 +65,19 @@ def install() -> None:
     )
 
 
-def _compile(backend: Any, computation: Any, devices: np.ndarray, *rest: Any, **more: Any) -> Any:
+def _compile(
+    backend: Any, computation: Any, devices: np.ndarray, options: Any, *rest: Any, **more: Any
+) -> Any:
     """jax's own function, beside which it is noted whether the program may be kept."""
     global _kept
     here = sum(device.process_index == jax.process_index() for device in devices.flat)
     _kept = here == 1
-    return _compile_or_get_cached(backend, computation, devices, *rest, **more)
+    if here > 1 and backend.platform == "cpu":
+        # What JAX_DISABLE_MOST_OPTIMIZATIONS sets, which a process sets for all its programs.
+        debug = options.executable_build_options.debug_options
+        debug.xla_backend_optimization_level = 0
+        debug.xla_llvm_disable_expensive_passes = True
+    return _compile_or_get_cached(backend, computation, devices, options, *rest, **more)
 
 
 def _get(cache: lru_cache.LRUCache, key: str) -> bytes | None:

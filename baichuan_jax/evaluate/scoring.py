@@ -76,12 +76,16 @@ class Scorer:
         self.config = model.config
         self.work = Work()
         self._graphdef, state = nnx.split(model)
-        self.params: Params = nnx.to_pure_dict(state)
+        self._params: Params = nnx.to_pure_dict(state)
         self._layout = None if mesh is None else Layout(mesh)
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self._length_step = 1 if mesh is None else mesh.shape["context"]
         self._batch_tokens = batch_tokens or default_batch_tokens()
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    def use(self, params: Params) -> None:
+        """Score with these parameters from here on; they have the shapes of the model's own."""
+        self._params = params
 
     def score(
         self, requests: Sequence[ScoreRequest], on_done: Callable[[int], object] | None = None
@@ -151,7 +155,7 @@ class Scorer:
                 wanted_BW[place, : len(requests[row].wanted)] = requests[row].wanted
             arrays = [self._put(array, "batch") for array in (tokens_BT, last_B, wanted_BW)]
             self.work.run_tokens += B * T
-            yield batch, self._run(self._score, self.params, prefix, *arrays)
+            yield batch, self._run(self._score, self._params, prefix, *arrays)
 
     def _length(self, count: int) -> int:
         """The padded length of `count` tokens: the next of 16, 20, 24, 28, 32, 40, ...
@@ -188,7 +192,7 @@ class Scorer:
         tokens_1S[0, : len(tokens)] = tokens
         self.work.run_tokens += S
         return self._run(
-            self._fill, self.params, self._put(tokens_1S), self._put(np.int32(len(tokens)))
+            self._fill, self._params, self._put(tokens_1S), self._put(np.int32(len(tokens)))
         )
 
     def _fill(self, params: Params, tokens_1S: jax.Array, length: jax.Array) -> Cache:

@@ -51,14 +51,13 @@ ROUND = 4
 class Watch:
     """A context around everything that a process of a run does; an error inside is reported.
 
-    The loop sets `step` and `own_seconds` (a step's median time outside of what it does together
-    with others). Inside a group of processes, or under a supervisor, a hang ends the process with
-    exit code 76. Alone it is only reported on stderr, since nobody would start the run again.
+    Inside a group of processes, or under a supervisor, a hang ends the process with exit code 76.
+    Alone it is only reported on stderr, since nobody would start the run again.
     """
 
     def __init__(self, config: ResilienceConfig, clock: Clock, attempts: Path) -> None:
-        self.step = 0
-        self.own_seconds: float | None = None
+        self._step = 0
+        self._own_seconds: float | None = None
         # Shared between threads: what they exchange is either assigned whole or has its own lock.
         self._clock, self._limits = clock, PhaseLimits(config, clock)
         self._launches, self._placement = Launches(attempts), Placement.from_environment()
@@ -91,6 +90,18 @@ class Watch:
             self._placement = dataclasses.replace(self._placement, folder=self._launches[number])
             self._open(self._launches[number])
 
+    def reached(self, step: int, own_seconds: float | None = None) -> None:
+        """The loop has come to this step, which heartbeats report from here on.
+
+        own_seconds: a step's median time outside of what it does together with other processes.
+        """
+        self._step, self._own_seconds = step, own_seconds
+
+    @property
+    def step(self) -> int:
+        """The newest step that the loop has come to."""
+        return self._step
+
     @property
     def host(self) -> str:
         """The name of this process's host."""
@@ -120,10 +131,10 @@ class Watch:
             # Seconds, not a count: two threads publish, and both boards must show the same.
             beat=int(time.monotonic() / BEAT),
             time=time.time(),
-            step=self.step,
+            step=self._step,
             phase=phase,
             age=round(age, 3),
-            own_seconds=self.own_seconds,
+            own_seconds=self._own_seconds,
             seconds={name: round(spent, 3) for name, spent in self._clock.totals().items()},
             **leaving,
         )
@@ -169,7 +180,7 @@ class Watch:
         for slow in stragglers.look(times):
             host = reports[slow.process].host
             fields = dataclasses.asdict(slow)
-            self._found.put(StragglerFound(step=self.step, host=host, **fields))
+            self._found.put(StragglerFound(step=self._step, host=host, **fields))
 
     def _watchdog(self) -> None:
         warned: tuple[str, int] | None = None
@@ -184,9 +195,9 @@ class Watch:
             if age > limit and not self._placement.alone:
                 self._leave(Cause.HANG, f"{age:.0f} s in {phase}; its limit is {limit:.0f} s")
             # Once for each standstill, not twice a second.
-            elif age > limit and warned != (phase, self.step):
-                warned = (phase, self.step)
-                say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self.step}):")
+            elif age > limit and warned != (phase, self._step):
+                warned = (phase, self._step)
+                say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self._step}):")
                 faulthandler.dump_traceback(sys.stderr)
             elif age > LISTEN and (lost := self._lost_peer()) is not None:
                 self._leave(*lost)

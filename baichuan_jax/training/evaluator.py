@@ -76,7 +76,7 @@ class Evaluator:
         if self._scorer is None:
             self._scorer = Scorer(self._model(params), self._steps.layout.mesh)
         # The same compiled programs for the parameters of this step.
-        self._scorer.params = params
+        self._scorer.use(params)
         result = test.summarise(score_prompts(self._scorer, prompts, test.plan.protocol))
         task, average, stderr = test.plan.task, result["average"], result["stderr"]
         self._output.say(f"step {step}: {task} {average:.1%} of {result['questions']:,} questions")

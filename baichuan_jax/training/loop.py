@@ -95,7 +95,7 @@ def train_loop(
     False: the run was asked to stop, and saved. Raises NumericsError, BadHost, SaveFailed.
     """
     clock, num_steps = launch.clock, launch.config.train.num_steps
-    launch.watch.step = start.step
+    launch.watch.reached(start.step)
     # A launch that was killed after its last checkpoint has no step to compile for.
     if start.step >= num_steps:
         return start, True
@@ -115,7 +115,7 @@ def train_loop(
                 state, metrics = train_step(now.state, batch, requests[_own_request(launch, stop)])
             # The old state is donated to the step: from here on only the new one exists.
             now = RunState(state, now.step + 1, batches.position, start.skipped)
-            launch.watch.step = now.step
+            launch.watch.reached(now.step, launch.recorder.own_seconds)
             # The step before this one: the devices work on this one meanwhile.
             request = _record(launch, pending, progress)
             pending = Pending(now.step, position, metrics)
@@ -193,7 +193,6 @@ def _record(launch: Launch, pending: Pending | None, progress: Progress) -> Requ
     with launch.clock(WAIT):
         values: dict[str, Any] = jax.device_get(pending.metrics)
     launch.recorder.step(pending.step, values, progress)
-    launch.watch.own_seconds = launch.recorder.own_seconds
     for straggler in launch.watch.stragglers():
         launch.output.event(straggler)
         launch.output.say(

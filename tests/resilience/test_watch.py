@@ -34,7 +34,7 @@ def test_heartbeats_lie_in_the_folder_of_a_new_launch(tmp_path):
         clock = Clock()
         with Watch(ResilienceConfig(), clock, tmp_path / "attempts") as watch, clock("data"):
             watch.join()
-            watch.step = 7
+            watch.reached(7)
             launch = Launches(tmp_path / "attempts")[number]
             assert (watch.launch, launch.supervised) == (number, False)
             deadline = time.monotonic() + 20
@@ -96,7 +96,7 @@ def test_under_a_supervisor_an_error_is_the_exit_report(tmp_path, monkeypatch):
 
     def command() -> None:
         with Watch(ResilienceConfig(), Clock(), tmp_path / "elsewhere") as watch:
-            watch.step = 3
+            watch.reached(3)
             raise OSError("own fault")
 
     with pytest.raises(OSError, match="own fault"):
@@ -110,7 +110,7 @@ def test_under_a_supervisor_an_error_is_the_exit_report(tmp_path, monkeypatch):
 
 def test_stragglers_are_handed_to_the_loop_once(tmp_path):
     watch = Watch(ResilienceConfig(), Clock(), tmp_path / "attempts")
-    watch.step = 40
+    watch.reached(40)
     launch = Launches(tmp_path / "attempts")[1]
     for process, own in enumerate((0.02, 0.02, 0.12)):
         launch.publish(Report(process, f"h{process}", own_seconds=own))
