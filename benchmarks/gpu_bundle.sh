@@ -32,7 +32,7 @@ if [ -n "$root" ]; then  # a copy of that folder by links, with the bundle's ptx
   root=$site/cuda
 fi
 # Try it first: no program would run with a ptxas that this machine's driver does not accept.
-program='import jax; print(jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)).sum())'
+program='import jax; jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)).block_until_ready()'
 if env ${root:+"CUDA_ROOT=$root"} PATH="$site/bin:$PATH" "$python" -c "$program"; then
   export PATH="$site/bin:$PATH"
   if [ -n "$root" ]; then export CUDA_ROOT="$root"; fi
@@ -41,7 +41,7 @@ else
 fi
 # In the background, so that a signal to this script reaches the program at once.
 "$python" "$here/gpu.py" "$@" &
-program=$!
+program='import jax; jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)).block_until_ready()'
 trap 'kill -TERM "$program" 2>/dev/null' TERM INT
 status=0
 wait "$program" || status=$?
