@@ -59,7 +59,7 @@ def test_the_map_has_every_module_and_no_other():
 
 
 def test_the_map_has_the_order_of_imports():
-    from test_house import ORDER
+    from test_structure import ORDER
 
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     assert " → ".join(f"`{name}`" for name in ORDER) in text
@@ -126,7 +126,10 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).strip() == ""
+    # mkdocs-material imports jieba where it is installed (make bench), which says so.
+    jieba = re.compile(r"Building prefix dict|Loading model|Prefix dict|Dumping model")
+    said = (done.stdout + done.stderr).splitlines()
+    assert [line for line in said if not jieba.match(line)] == []
     pages = [path.parent.name for path in (tmp_path / "site").glob("*/index.html")]
     assert {"architecture", "configuration", "operations"} <= set(pages)
     text = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")

@@ -59,20 +59,27 @@ COMMANDS = [
 ]
 
 
-def imports(path) -> set[str]:
-    """Modules of the package that a file imports when it is imported itself."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def imports(nodes) -> set[str]:
+    """Modules of the package that these statements import, without the package's name."""
     found = set()
-    for node in tree.body:
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.startswith("baichuan_jax")
-        ):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("baichuan_jax.") for alias in node.names), (
+                f"line {node.lineno}: from baichuan_jax... import ..."
+            )
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        if node.module and node.module.startswith("baichuan_jax"):
             for name in node.names:
                 inner = f"{node.module}.{name.name}"
                 found.add(inner if inner in FILES else node.module)
     return {name.removeprefix("baichuan_jax.") for name in found} - {"baichuan_jax"}
+
+
+def tree_of(name: str) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
 def package_of(module: str) -> str:
@@ -92,11 +99,13 @@ def test_every_package_has_its_place_and_the_top_level_is_short():
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_run_downward(name):
+    """At the head of a file and inside its functions."""
     module = name.removeprefix("baichuan_jax.")
     if module == "baichuan_jax":
-        assert imports(FILES[name]) == set()  # names are resolved at first use
+        # Its functions import what a name stands for at the name's first use.
+        assert imports(tree_of(name).body) == set()
         return
-    for imported in imports(FILES[name]):
+    for imported in imports(ast.walk(tree_of(name))):
         if package_of(module) not in ("__main__", package_of(imported)):
             assert ORDER.index(package_of(imported)) < ORDER.index(package_of(module)), (
                 f"{module} imports {imported}"
@@ -104,15 +113,14 @@ def test_imports_run_downward(name):
 
 
 def test_there_is_no_cycle():
-    graph = {name.removeprefix("baichuan_jax."): imports(path) for name, path in FILES.items()}
+    graph = {name.removeprefix("baichuan_jax."): imports(tree_of(name).body) for name in FILES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path, module))
         if module not in done:
             for imported in graph[module]:
-                if not (module == "kernels" and imported.startswith("kernels.")):
-                    visit(imported, (*path, module))
+                visit(imported, (*path, module))
             done.add(module)
 
     for module in graph:
@@ -121,7 +129,7 @@ def test_there_is_no_cycle():
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_everything_public_has_a_docstring(name):
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    tree = tree_of(name)
     assert ast.get_docstring(tree), name
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
