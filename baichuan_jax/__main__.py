@@ -40,9 +40,12 @@ USAGE = f"""usage: baichuan-jax COMMAND ...    or, the same:    python -m baichu
 Baichuan-7B pre-training in JAX, version {__version__}. Each command explains itself with --help.
 Start with: baichuan-jax train --config tiny"""
 
+# Cause.CONFIGURATION's exit code, as a number: nothing else is imported before the command itself.
+UNKNOWN_COMMAND = 78
+
 
 def main(argv: list[str]) -> int:
-    """Run a command, or print the list of commands; 2 where no command has that name."""
+    """Run a command, or print the list of commands; 78 where no command has that name."""
     names = [name for group in COMMANDS.values() for name in group]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
             "baichuan-jax --help lists all commands",
             file=sys.stderr,
         )
-        return 2
+        return UNKNOWN_COMMAND
     sys.argv = [sys.argv[0], *argv[1:]]
     # As `python -m`: the module is __main__, which spawned processes import again by its name.
     runpy.run_module(f"baichuan_jax.{name}", run_name="__main__", alter_sys=True)

@@ -32,6 +32,10 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+# What argparse exits with where argv is wrong, after it has said why.
+USAGE_ERROR = 2
+
+
 def run_command(command: Callable[[], int]) -> NoReturn:
     """Run a command's main function; exit with its code, or with that of its error's cause."""
     try:
@@ -40,6 +44,11 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     except tuple(EXCEPTIONS) as error:
         say(f"error: {error}")
         code = cause_of(error).exit_code
+    except SystemExit as end:
+        if end.code != USAGE_ERROR:
+            raise
+        # Schedulers know the codes of the table only, and would start such a command again.
+        code = Cause.CONFIGURATION.exit_code
     except KeyboardInterrupt:
         say("interrupted: nothing was saved after the last checkpoint")
         code = Cause.INTERRUPTED.exit_code

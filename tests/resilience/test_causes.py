@@ -1,5 +1,6 @@
 """One vocabulary for faults: exceptions, exit codes, and the tables that show them."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_an_exception_means_one_cause_and_a_command_exits_with_its_code(error, c
     assert caught.value.code == cause.exit_code
     # Whoever meets a bug needs its traceback, and whoever mistypes a setting does not.
     assert ("Traceback" in capsys.readouterr().err) == (cause == Cause.EXCEPTION)
+
+
+def test_wrong_argv_exits_with_the_code_of_a_wrong_setting(capsys):
+    """argparse exits with 2, which a scheduler would start again."""
+    parser = argparse.ArgumentParser()
+    for argv, code in ((["--unknown"], Cause.CONFIGURATION.exit_code), (["--help"], 0)):
+        with pytest.raises(SystemExit) as caught:
+            run_command(lambda argv=argv: parser.parse_args(argv) and 1)
+        assert caught.value.code == code
+    assert "unrecognized arguments: --unknown" in capsys.readouterr().err
 
 
 def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own():
