@@ -10,6 +10,7 @@ import sys
 
 from baichuan_jax import __version__
 
+# Written out: asking the modules for their own texts would import jax, which takes seconds.
 COMMANDS = {
     "Train": {
         "train": "train a model, or continue a run (--config tiny: minutes on a CPU)",
@@ -45,7 +46,7 @@ UNKNOWN_COMMAND = 78
 
 
 def main(argv: list[str]) -> int:
-    """Run a command, or print the list of commands; 78 where no command has that name."""
+    """Run a command, or print the list of commands. Returns the exit code; 78: no such command."""
     names = [name for group in COMMANDS.values() for name in group]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -57,8 +58,10 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
+    # A user may copy the whole name from a line of `python -m`.
     name = argv[0].removeprefix("baichuan_jax.")
     if name not in names:
+        # cutoff 0: there is always a nearest name, however far it is.
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         print(
             f"error: there is no command {argv[0]!r}; the nearest is {near!r}. "
@@ -66,6 +69,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return UNKNOWN_COMMAND
+    # Every command reads sys.argv[1:] itself.
     sys.argv = [sys.argv[0], *argv[1:]]
     # As `python -m`: the module is __main__, which spawned processes import again by its name.
     runpy.run_module(f"baichuan_jax.{name}", run_name="__main__", alter_sys=True)

@@ -64,6 +64,7 @@ class Tokenizer:
             self.vocab_size: int = self._model.GetPieceSize()
         except Exception as error:
             raise ConfigError(f"{path} is no SentencePiece model: {error}") from None
+        # -1 where the model has no such piece.
         self.eos_id: int = self._model.eos_id()
         self.bos_id: int = self._model.bos_id()
         self.pad_id: int = self._model.pad_id()
@@ -146,6 +147,7 @@ def _train_model(lines: list[str], vocab_size: int) -> bytes:
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
+        # The lines hold no rare character any more, so all that are left get a piece.
         character_coverage=1.0,
         split_digits=True,
         byte_fallback=True,

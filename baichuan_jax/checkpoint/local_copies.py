@@ -48,6 +48,7 @@ class LocalCopies:
     ) -> None:
         self.folder, self._draft = folder, folder
         self._rollbacks, self._tokenizer, self._target = rollbacks, tokenizer_hash, target
+        # One process of a host is enough: each holds the whole state.
         self._writer = gather("local/hosts", host).index(host) == jax.process_index()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -109,6 +110,8 @@ class LocalCopies:
             raise error
         path = self._draft.with_suffix("")
         publish(self._draft, path)
+        # Deleted only now: at every moment one whole copy is here. The pattern also finds what a
+        # killed process left half written (STEP.state.PID).
         for other in self.folder.glob(f"*{SUFFIX}*"):
             if other != path:
                 other.unlink(missing_ok=True)
@@ -121,10 +124,12 @@ class LocalCopies:
                 file.write(struct.pack("<Q", len(text)) + text)
                 for leaf, pieces in zip(self._leaves, parts, strict=True):
                     _assemble(leaf, pieces).tofile(file)
+                # On this thread, beside the steps: `publish` then finds nothing left to write.
                 file.flush()
                 os.fsync(file.fileno())
         except Exception as error:  # of any type: `finish` raises it on the main thread
             self._error = error
+            # Half a copy is of no use, and the disk may be full.
             self._draft.unlink(missing_ok=True)
 
     def restore(self, at_least: int, report: Callable[[LocalCopyCorrupt], None]) -> RunState | None:
@@ -174,6 +179,7 @@ class LocalCopies:
         return jax.tree.unflatten(jax.tree.structure(self._target.items), arrays)
 
     def _gather(self, what: str, value: Any) -> list[Any]:
+        # A name serves once in the coordination service, so every round has its own.
         return gather(f"local/{self._rounds}/{what}", value)
 
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
@@ -184,8 +190,10 @@ class LocalCopies:
         for path in sorted(files, key=lambda path: -int(path.stem)):
             try:
                 head, start = _read_head(path)
+                # Whole, but from before the last rollback: nothing to report.
                 if head["rollbacks"] != self._rollbacks:
                     continue
+                # In their order: the file holds arrays without names.
                 if head["tokenizer"] != self._tokenizer or list(head["digest"]) != names:
                     raise ValueError("of another tokenizer or model")
                 if (found := path.stat().st_size) != start + size:
@@ -218,6 +226,7 @@ def _read_head(path: Path) -> tuple[dict[str, Any], int]:
 def _is_whole(leaf: Any) -> bool:
     """Whether this process's devices hold all of an array."""
     indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    # By text: before Python 3.12 a slice is no key. Distinct pieces do not overlap.
     pieces = {str(index): index for index in indices}
     sizes = [int(np.prod(_shape_of(index, leaf.shape))) for index in pieces.values()]
     return sum(sizes) == leaf.size
@@ -251,6 +260,7 @@ def _assemble(leaf: Any, pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:
 def _send(content: np.ndarray, source: int) -> np.ndarray:
     """One process's array on all of them, bit for bit."""
     # As integers: the broadcast is a sum with zeros, and -0.0 + 0.0 would lose its sign.
+    # Every array of a state has elements of four bytes.
     bits = content.reshape(-1).view(np.uint32)
     received = np.empty_like(bits)
     for begin in range(0, bits.size, CHUNK):

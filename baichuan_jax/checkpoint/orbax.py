@@ -49,6 +49,7 @@ class Checkpoints:
     def __init__(
         self, directory: Path, config: Config, tokenizer_hash: str, target: StateTarget
     ) -> None:
+        # Orbax refuses relative paths.
         self.directory = directory.absolute()
         self._config, self._tokenizer, self._target = config, tokenizer_hash, target
         self._manager = ocp.CheckpointManager(
@@ -68,6 +69,7 @@ class Checkpoints:
             "step": step,
             "position": position,
             "tokenizer": self._tokenizer,
+            # With the arrays, so that `load_params` needs no other file to build the model.
             "config": yaml.safe_load(dump_config(self._config)),
             "digest": self._target.digest(items),
         }
@@ -80,12 +82,14 @@ class Checkpoints:
 
     def finish(self) -> int | None:
         """Wait until the save under way is whole; its step, or None. Raises what it failed with."""
+        # Forgotten first: a save that failed must not be waited for again.
         step, self._saving = self._saving, None
         if step is None:
             return None
         try:
             self._manager.wait_until_finished()
         except Exception:
+            # With several processes the launch ends, and to reload the list would be a barrier.
             if jax.process_count() == 1:
                 forget_failed_save(self._manager)
             raise
@@ -153,6 +157,7 @@ class Checkpoints:
     def _restore(self, step: int) -> RunState:
         path = self.directory / str(step)
         run = read_run(path)
+        # Nothing else would notice: rows of another tokenizer have the same shapes.
         if run["tokenizer"] != self._tokenizer:
             raise ConfigError(
                 f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is "
@@ -170,7 +175,9 @@ def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
         max_to_keep=config.keep_last,
         keep_period=config.keep_every,
+        # What a killed save left half written would stay for ever.
         cleanup_tmp_directories=True,
+        # With Orbax's own barrier, all processes would wait where one cannot write.
         async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()),
     )
 
@@ -182,6 +189,7 @@ def save_arguments(items: dict[str, Any], run: dict[str, Any]) -> ocp.args.Compo
 
 
 def _unused(path: Path) -> Path:
+    # A step may be damaged twice: the launch after saves it again.
     candidates = [path, *(path.with_name(f"{path.name}{n}") for n in range(2, 100))]
     return next(candidate for candidate in candidates if not candidate.exists())
 
@@ -205,6 +213,7 @@ def _find_damage(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     found = _sizes(path)
+    # Files that came later do no harm: the list itself is one.
     for name, size in wanted.items():
         if found.get(name) != size:
             return f"{name} has {found.get(name, 'no')} bytes of {size}"
@@ -257,6 +266,7 @@ def restore_items(
 
 
 def _compare(path: Path, metadata: Any, target: Any) -> None:
+    # Orbax would load arrays of another model without an error (orbax#2972).
     tree = metadata.item_metadata.tree
     saved = dict(zip(names_of(tree), jax.tree.leaves(tree), strict=True))
     wanted = dict(zip(names_of(target), jax.tree.leaves(target), strict=True))
@@ -269,6 +279,7 @@ def _compare(path: Path, metadata: Any, target: Any) -> None:
                 f"{name} is {tuple(have.shape)} {have.dtype}, the configuration makes "
                 f"{want.shape} {want.dtype}"
             )
+    # Sorted below: a set has another order in every process.
     if differences:
         raise ConfigError(
             f"{path} does not fit the configuration: {'; '.join(sorted(differences)[:4])} "

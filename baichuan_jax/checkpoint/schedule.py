@@ -42,12 +42,14 @@ class Schedule:
         self._interval = FIRST_SECONDS
         # When the newest save on storage began, or the launch.
         self._began = time.monotonic()
+        # As if a save lay that far back: the launch's first request counts.
         self._step = -MIN_STEPS
 
     def due(self, step: int, request: Request) -> Due:
         """The saves that are due after `step` steps; the same on all processes."""
         last, stop = step == self._num_steps, request is Request.STOP
         every, keep = self._config.every, self._config.keep_every
+        # keep_every too: without `every`, the clock would hardly ever hit a multiple of it.
         regular = any(period is not None and step % period == 0 for period in (every, keep))
         asked = request is Request.SAVE and step - self._step >= MIN_STEPS
         local = self._config.local_every

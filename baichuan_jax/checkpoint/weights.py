@@ -45,7 +45,10 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def describe(path: Path | str) -> dict[str, Any]:
-    """A checkpoint's `run` item: `config`, `digest`; a run's also has `step` and `tokenizer`."""
+    """A checkpoint's `run` item: `config`, `digest`; a run's also has `step` and `tokenizer`.
+
+    Raises ConfigError where there is no checkpoint or it is damaged.
+    """
     folder = find_checkpoint(Path(path).absolute())
     try:
         return read_run(folder)
@@ -62,9 +65,9 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
     try:
         run = read_run(folder)
         config = ModelConfig(**run["config"]["model"])
-        _, shapes, axes = abstract_model(config)
         # Shapes and axes come from the model's settings, not from the files: what does not fit is
         # refused with both shapes before anything is read.
+        _, shapes, axes = abstract_model(config)
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:
@@ -85,6 +88,7 @@ def save_params(path: Path | str, config: ModelConfig, params: Params) -> None:
         "config": {"model": dataclasses.asdict(config)},
         "digest": named_digest(jax.jit(digest), items),
     }
+    # No CheckpointManager: weights alone are one checkpoint, without steps.
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=save_arguments(items, run))
 

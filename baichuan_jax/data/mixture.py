@@ -53,7 +53,8 @@ OWN = ("train.num_steps", "evaluate.every", "checkpoint.every", "data.train", "r
 def temperature_weights(sizes: np.ndarray, temperature: float) -> np.ndarray:
     """Weights [K] proportional to sizes^(1/temperature) (mT5's, Xue et al. 2020, with 1/alpha).
 
-    1 keeps the proportions, large temperatures even them out.
+    1 keeps the proportions, large temperatures even them out. Raises ConfigError for one that is
+    not positive.
     """
     require(temperature > 0, f"temperature={temperature} must be greater than 0")
     # The largest becomes exp(0): no temperature overflows.
@@ -65,10 +66,13 @@ def temperature_weights(sizes: np.ndarray, temperature: float) -> np.ndarray:
 def draw_mixtures(prior: np.ndarray, count: int, concentration: float, seed: int) -> np.ndarray:
     """Weights [count, K]: the prior first, then draws from a Dirichlet distribution around it.
 
-    None is below LEAST_SHARE.
+    Shares below LEAST_SHARE are raised to it, then each mixture is scaled to sum to 1. Raises
+    ConfigError for a concentration that is not positive.
     """
     require(concentration > 0, f"concentration={concentration} must be greater than 0")
     rng = np.random.default_rng(seed)
+    # Times K: with equal weights a concentration of 1 makes every mixture equally likely.
+    # The prior itself comes first: the best mixture is compared with it.
     drawn = np.vstack([prior, rng.dirichlet(concentration * len(prior) * prior, size=count - 1)])
     drawn = np.maximum(drawn, LEAST_SHARE)
     # Four digits: the weights that a person would copy are exactly those that were trained.
@@ -99,6 +103,8 @@ class Law:
             method="SLSQP",
             bounds=[(low, 1.0) for low in floor],
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            # The law is flat around its minimum: with the default of 1e-6, weights may be off
+            # by almost one in the fourth digit, the last that is kept.
             options={"ftol": 1e-12},
         )
         return found.x / found.x.sum()
@@ -116,8 +122,11 @@ def fit_law(weights: np.ndarray, losses: np.ndarray) -> tuple[Law, np.ndarray]:
     low = np.repeat([-np.inf, 0.0], weights.shape[1])
 
     def solve(features: np.ndarray, targets: np.ndarray, penalty: float) -> np.ndarray:
+        # One penalty for shares and logarithms, so both are scaled alike. 1e-12: a share that is
+        # the same in all runs would divide by zero.
         mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-12
-        # A penalty as more rows, whose targets are 0: the solver takes bounds but no penalty.
+        # A penalty as more rows, whose targets are 0: the solver takes bounds but no penalty. Times
+        # the number of runs, so that it weighs the same where one is left out.
         rows = np.vstack(
             [(features - mean) / scale, np.sqrt(penalty * len(targets)) * np.eye(len(mean))]
         )
@@ -204,6 +213,7 @@ class Trainings:
         raise error(f"training {name} ended with code {code}: {reason} (see {log})")
 
     def close(self) -> None:
+        """Close the progress bar."""
         self._bar.close()
 
 
@@ -230,7 +240,7 @@ def learn(
         bool(config.data.validation),
         "data.validation names no corpus, and its loss is what mixtures are compared by",
     )
-    # The law has 2 K + 1 coefficients.
+    # The law has 2 K + 1 coefficients, and is also fitted with one run left out.
     least = 2 * len(corpora) + 2
     require(runs >= least, f"--runs {runs} is too few for {len(corpora)} corpora; give {least}")
     # The given weights need not sum to 1.
@@ -245,20 +255,24 @@ def learn(
     }
     waiting = f"another search, or a training of a killed one, holds {folder}; waiting for its end"
     with locked(folder / "lock", waiting) as lock:
-        path = folder / "plan.json"
-        # Runs of other mixtures under the same names would be taken for this search's.
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
-            raise ConfigError(
-                f"{folder} holds a search with other settings; choose another --output, or delete "
-                "it"
-            )
-        write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
+        _keep_plan(folder, plan)
         trainings = Trainings(config_path, argv, folder, steps, lock.fileno(), runs + 1)
         try:
             with signals(trainings.stop, lambda: None):
                 return _search(trainings, corpora, mixtures)
         finally:
             trainings.close()
+
+
+def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write a search's plan.json. Raises ConfigError where the folder holds another search."""
+    path = folder / "plan.json"
+    # Runs of other mixtures under the same names would be taken for this search's.
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        raise ConfigError(
+            f"{folder} holds a search with other settings; choose another --output, or delete it"
+        )
+    write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
 
 
 def _training_options(steps: int, overrides: list[str]) -> list[str]:
@@ -274,10 +288,12 @@ def _training_options(steps: int, overrides: list[str]) -> list[str]:
         "evaluate.every": steps,
         "checkpoint.every": steps,
         "metrics.tensorboard": "false",
+        # By default the rate rises over 2,000 steps, longer than such a training.
         "optimizer.warmup_steps": max(1, steps // 10),
         "sample.prompts": "[]",
     }
     own = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    # The user's last: of an option that is given twice, the later one counts.
     return own + overrides
 
 
@@ -335,6 +351,7 @@ def _search(
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    # Without spread numpy gives NaN, for which JSON has no word.
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 

@@ -143,6 +143,7 @@ def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
     A model whose validation loss stays above it has not learned anything from the context.
     """
     mixture = np.sum([weight * rows.counts / rows.counts.sum() for rows, weight in sources], axis=0)
+    # Weights need not sum to 1.
     probabilities = mixture[mixture > 0] / mixture.sum()
     return float(-np.sum(probabilities * np.log(probabilities)))
 
@@ -171,6 +172,7 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     # The lock lies beside the folder, which may be deleted and made again.
     with locked(folder.with_name(folder.name + ".lock")):
+        # Looked at under the lock: another process may have packed the folder meanwhile.
         if not (folder / MANIFEST).exists():
             for leftover in folder.glob("*.tmp"):  # of a killed run
                 leftover.unlink()
@@ -193,6 +195,7 @@ class Shard:
     piece: Slice
     folder: Path
     number: int
+    # By path: a shard is pickled to the process that makes it, which loads the model itself.
     tokenizer: Path
     tokenizer_hash: str
     context_length: int
@@ -200,14 +203,17 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """For messages, and of its files."""
         return f"shard-{self.number:05d}"
 
     @property
     def file(self) -> Path:
+        """Its rows."""
         return self.folder / f"{self.name}.array_record"
 
     @property
     def record_file(self) -> Path:
+        """What it was made from, and what it holds; written last."""
         return self.folder / f"{self.name}.json"
 
     def key(self) -> dict[str, Any]:
@@ -217,6 +223,7 @@ class Shard:
             "start": self.piece.start,
             "stop": self.piece.stop,
             "size": os.path.getsize(self.piece.path),
+            # A file that changes in place keeps its path, and may keep its size.
             "modified_ns": os.stat(self.piece.path).st_mtime_ns,
             "tokenizer": self.tokenizer_hash,
             "context_length": self.context_length,
@@ -224,6 +231,7 @@ class Shard:
         }
 
     def is_done(self) -> bool:
+        """Whether it is there, whole, and made from what it would be made from now."""
         # The size too: a shard that was cut short after it was finished is made again.
         if not (self.record_file.exists() and self.file.exists()):
             return False
@@ -233,6 +241,7 @@ class Shard:
     def make(self) -> None:
         """Write the shard, then its record."""
         key = self.key()  # as the file is now: one that changes meanwhile is packed again
+        # By host and process: on a cluster a part may be made twice, on two hosts.
         temporary = self.folder / f"{self.name}.{os.uname().nodename}.{os.getpid()}.tmp"
         counted = self._write(temporary)
         record = {
@@ -241,6 +250,7 @@ class Shard:
             "bytes": temporary.stat().st_size,
             "sha256": _checksum(temporary),
         }
+        # In this order: a record says that the shard is whole.
         publish(temporary, self.file)
         write_atomically(self.record_file, json.dumps(record).encode())
 
@@ -282,6 +292,7 @@ def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[
     for document in documents:
         totals["documents"] += 1
         totals["text_bytes"] += len(document.encode())
+        # It would be a lone EOS in a row.
         if not document:
             totals["empty_documents"] += 1
             continue

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from baichuan_jax.config.schema import ConfigError
 
-# What a damaged or truncated file raises while it is read.
+# What a damaged or truncated file raises while it is read; gzip lets zlib's own error through.
 DAMAGE = (EOFError, OSError, zlib.error)
 
 
@@ -88,6 +88,7 @@ class _Zstd(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
+        # A chunk may give no bytes yet, and to return none would mean the end of the file.
         while not self._pending and not self._ended:
             if self._decompressor.eof:
                 # Between two frames, the only place where a whole file may end.

@@ -43,7 +43,12 @@ FILTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to ask and how. None: the task's or the protocol's own."""
+    """What to ask and how. None: the task's or the protocol's own.
+
+    `data`: the folder of the task's files. `shots`: examples before a question. `seed`: of their
+    order and of drawn examples. `limit`: the first questions of each subject only. `answers`: a
+    JSON file {subject: {id: letter}} for a split whose files hold none.
+    """
 
     task: str
     data: Path | str
@@ -58,7 +63,10 @@ class Plan:
 
 
 class Evaluation:
-    """A task's questions, read and checked; `settings` is all that decides its prompts."""
+    """A task's questions, read and checked; `settings` is all that decides its prompts.
+
+    Raises ConfigError for files that are not right, and for what the protocol does not have.
+    """
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
         self.plan, self.tokenizer = plan, tokenizer
@@ -78,7 +86,8 @@ class Evaluation:
             limit=plan.limit,
             answers=plan.answers,
         )
-        template(plan.task, self.subjects[0], plan.protocol)  # refuses what lm-eval lacks
+        # For its error alone: what lm-eval lacks is refused before weights are loaded.
+        template(plan.task, self.subjects[0], plan.protocol)
         # Compared with settings.json before an evaluation goes on, so everything that decides a
         # prompt is in it.
         by_name = {subject.name: subject for subject in self.subjects}
@@ -102,6 +111,7 @@ class Evaluation:
 
     @property
     def num_questions(self) -> int:
+        """Questions of all subjects."""
         return sum(len(subject.questions) for subject in self.subjects)
 
     def all_prompts(self) -> list[Prompt]:

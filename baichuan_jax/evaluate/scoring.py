@@ -75,6 +75,7 @@ class Scorer:
         """batch_tokens: tokens of a batch on one device; None: default_batch_tokens."""
         self.config = model.config
         self.work = Work()
+        # Apart, since `use` replaces the parameters: they are arguments of the compiled passes.
         self._graphdef, state = nnx.split(model)
         self._params: Params = nnx.to_pure_dict(state)
         self._layout = None if mesh is None else Layout(mesh)
@@ -138,6 +139,7 @@ class Scorer:
         self, requests: Sequence[ScoreRequest], rows: list[int], prefix: Cache | None, skip: int
     ) -> Iterator[tuple[list[int], Any]]:
         """Batches of these rows without their first `skip` tokens, which the prefix holds."""
+        # One width for all batches, so that fewer shapes are compiled.
         width = max((len(request.wanted) for request in requests), default=0)
         # Longest first: rows of a batch are about equally long, and a shape that does not fit into
         # memory fails at once.
@@ -146,6 +148,7 @@ class Scorer:
             T = self._length(len(requests[rows[0]].tokens) - skip)
             B = self._batch_size(len(rows), T)
             batch, rows = rows[:B], rows[B:]
+            # Padding goes to the right, where no wanted position attends to it.
             tokens_BT, last_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
             wanted_BW = np.zeros((B, width), np.int32)
             for place, row in enumerate(batch):
@@ -233,14 +236,17 @@ class Scorer:
         if self._layout is None:
             return array
         sharding = self._layout.sharding(*axes, *(None,) * (array.ndim - len(axes)))
+        # Not device_put, which would compare the array across all processes.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call a function compiled for these shapes; compilation is timed apart."""
+        # Without the parameters: their shapes never change.
         key = (function.__name__, *(np.shape(leaf) for leaf in jax.tree.leaves(arguments[1:])))
         if key not in self._compiled:
             began = time.perf_counter()
             # Scores come back whole to every process; a cache stays split along heads.
+            # != and not `is not`: each access to a method makes another object.
             whole = None
             if self._layout is not None and function != self._fill:
                 whole = self._layout.sharding()

@@ -17,7 +17,7 @@ COLUMNS = {
     "gaokao": ["Average"],
 }
 # task -> model -> percentages in these columns. C-Eval: the test split. MMLU: the test split, micro
-# averages.
+# averages. The order of the models is the original's, also where it is not that of the scores.
 PUBLISHED: dict[str, dict[str, list[float | None]]] = {
     "mmlu": {
         "ChatGLM-6B": [35.4, 41.0, 31.3, 40.5, 36.9],
@@ -184,11 +184,13 @@ def chart(result: dict[str, Any], path: Path | str) -> None:
     shots, questions = result["manifest"]["shots"], result["questions"]
     top.set_title(f"{result['task']}, {shots}-shot, {questions} questions")
     heights = [_height(cell) for cell in parts.values()]
+    # One question alone has no standard error.
     errors = [100 * (cell["stderr"] or 0) for cell in parts.values()]
     bottom.bar(list(parts), heights, yerr=errors, color="tab:blue", ecolor="gray")
     bottom.set_xticks(range(len(parts)), list(parts), rotation=90, fontsize=7)
     for axes in (top, bottom):
         label = "chance" if axes is top else None
+        # Every question has four options.
         axes.axhline(25, color="gray", linestyle="--", linewidth=1, label=label)
         axes.set_ylabel("accuracy, %")
         axes.grid(axis="y", alpha=0.3)

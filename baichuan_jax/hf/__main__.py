@@ -42,14 +42,15 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.command == "import":
+        # Now: Orbax refuses an existing folder only when it writes, after all weights were read.
         if Path(options.output).exists():
             raise ConfigError(f"{options.output} exists; import writes a new folder")
         # On one device: a checkpoint is restored on any mesh later.
         params = import_params(options.folder, progress=True)
         save_params(options.output, read_config(options.folder), params)
+        # The tokenizer goes with the weights, both ways: `generate` needs it.
         if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
             shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
-    # The tokenizer goes with the weights, both ways: `generate` needs it.
     else:
         config, params = load_params(options.checkpoint)
         export(

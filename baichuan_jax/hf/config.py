@@ -43,7 +43,8 @@ def read_config(folder: Path | str) -> ModelConfig:
         if not isinstance(found[key], kind):
             raise ConfigError(f"{file} has {key}={found[key]!r}, which must be {kind.__name__}")
     _refuse_other_models(file, found)
-    # transformers 5 moved rope_theta into rope_parameters.
+    # transformers 5 moved rope_theta into rope_parameters. The original's file has neither: it is a
+    # constant of the code there.
     theta = found.get("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
     padding = found.get("pad_token_id")
     return ModelConfig(
@@ -96,6 +97,7 @@ def make_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
         "model_type": form,
         "hidden_act": "silu",
         "initializer_range": config.initializer_range,
+        # The original's value, whatever length was trained: a ModelConfig does not know it.
         "max_position_embeddings": 4096,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": False,

@@ -47,7 +47,7 @@ FORMATS = {
 
 
 def main(argv: list[str]) -> int:
-    """Print the tables and write them as JSON; see --help."""
+    """Print the tables and write them as JSON; see --help. Returns the exit code."""
     options = _parse(argv)
     missing = {
         target: package
@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec(package) is None
     }
     chosen = options.targets or [target for target in NEEDED if target not in missing]
-    # A target whose compiler is missing is left out with a message; asked for by name, it is an
-    # error.
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "140")  # the table's width, where no terminal sets one
     display = Display()
+    # A target whose compiler is missing is left out with a message; asked for by name, it is an
+    # error.
     wanted = options.targets or list(NEEDED)
     for package in dict.fromkeys(missing[target] for target in wanted if target in missing):
         targets = ", ".join(target for target in missing if missing[target] == package)
@@ -118,6 +118,7 @@ def _no_accelerator() -> Iterator[None]:
     # A plugin would otherwise look for a driver, or wait for the TPU's metadata server.
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # Else libtpu's lock would refuse a second process, though no TPU is used.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask for the TPU's type
     # Python's stderr moves to the kept descriptor, so that the progress bar is still seen.

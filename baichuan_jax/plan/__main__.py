@@ -210,6 +210,7 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
     # Each size in its own child: the flags depend on the number of nodes.
     for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
+        # A file for each size: the user's --json gets all of them, once they are there.
         target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = f"--train.global_batch_size={share * nodes * per_node}"
@@ -219,6 +220,7 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
             return code
         results.append(json.loads(target.read_text(encoding="utf-8")))
     show_sweep(results)
+    # Of one for all: the accelerator and the options are the same.
     show_rates(results[0])
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from baichuan_jax.plan.roofline import (
 
 @dataclass
 class Prediction:
-    """What a step is predicted to take, and where it goes."""
+    """What a step is predicted to take on one device, in seconds, and where they go."""
 
     seconds: float
     matmul_seconds: float
@@ -126,7 +126,8 @@ class _Simulation:
             opcode, name = instruction.opcode, instruction.name
             kind = opcode.removesuffix("-start").removesuffix("-done")
             # The order matters: a TPU writes the start and the end of a collective as fusions or
-            # as calls, and only their names tell them from compute.
+            # as calls, and only their names tell them from compute. Ends come before starts:
+            # without its suffix an end has a collective's name too.
             if opcode == "while":
                 self._loop(computation, instruction, depth)
             elif opcode in ("call", "async-start"):
@@ -148,6 +149,7 @@ class _Simulation:
         if turns is None:
             self.unknown[f"loop of unknown length ({loop.op_name or loop.name})"] += 1
         # Every turn is simulated: a collective that one turn starts may overlap with the next.
+        # Where their number is not known, one counts, and the report says so.
         for _ in range(turns or 1):
             self._computation(self.program.computations[loop.called[0]], depth + 1)
 
@@ -200,6 +202,7 @@ class _Simulation:
         collective.count += 1
         collective.seconds += seconds
         if under is not None or collective.asynchronous:
+            # Inside a TPU's fusion or call, the collective itself may be a synchronous one.
             collective.asynchronous = True
             self.in_flight[under or instruction.name] = (collective, end)
         else:

@@ -159,6 +159,7 @@ def check_rate(where: str, name: str, value: Any) -> None:
         raise ConfigError(f"{where} holds an unknown rate {name!r}; did you mean {near!r}?")
     # The others are divided by.
     least = 0 if name == "contention" or name.endswith("_us") else SMALLEST_SHARE
+    # To Python, and so in JSON, true is an int.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared, not converted: an integer of hundreds of digits is no float.
     require(

@@ -18,7 +18,7 @@ RESERVED_GIB = 3.5
 
 
 def capacity_gib(hardware: Hardware) -> float:
-    """Memory of a device that a step may use."""
+    """Memory of a device that a step may use, in GiB."""
     # On a TPU there is no driver's context and no NCCL to leave room for.
     if hardware.platform == "tpu":
         return hardware.memory_gib
@@ -28,10 +28,10 @@ def capacity_gib(hardware: Hardware) -> float:
 def report(compiled: Compiled, topology: Topology, rates: Rates) -> dict[str, Any]:
     """Everything that the command prints, as plain values."""
     config, hardware = compiled.config, topology.hardware
-    # Notebooks and the page of a run read these fields by name.
     prediction = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
     tokens = config.train.global_batch_size * config.train.context_length / topology.num_devices
     passes = config.accumulation_steps(config.mesh)
+    # Notebooks and the page of a run read these fields by name.
     return {
         "topology": str(topology),
         "num_devices": topology.num_devices,
@@ -83,9 +83,11 @@ def _speed(
     return {
         "flops_per_token": counted,
         "flops_per_token_formula": {"full_attention": full, "causal": causal},
+        # Of the causal count: the kernels' products are counted so too.
         "recomputation": counted / causal,
         "predicted_step_seconds": prediction.seconds,
         "predicted_tokens_per_second": tokens * topology.num_devices / prediction.seconds,
+        # By both counts, since most published ones are of full attention.
         "predicted_mfu": full * tokens / prediction.seconds / peak,
         "predicted_mfu_causal": causal * tokens / prediction.seconds / peak,
         "predicted_tflops": full * tokens / prediction.seconds / 1e12,
@@ -184,6 +186,7 @@ def _grouped(result: dict[str, Any]) -> list[list[str]]:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     keys = ("kind", "axis", "link", "bytes", "asynchronous", "in_loop")
     for item in result["collectives"]:
+        # By the size that is shown: a few bytes more or less make no row of their own.
         megabytes = f"{item['bytes'] / 1e6:,.1f}"
         key = tuple({**item, "bytes": megabytes}[name] for name in keys)
         groups.setdefault(key, []).append(item)
@@ -236,6 +239,7 @@ def show_sweep(results: list[dict[str, Any]]) -> None:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """A figure of the report: where the step's time and the device's memory go."""
+    # Late: a plan needs no matplotlib, and the command says where it is missing.
     import matplotlib
 
     # Files only: without it matplotlib looks for a window system.

@@ -42,6 +42,7 @@ def search(
     # One after the other: each compilation uses all cores, and gigabytes of memory.
     tried: list[dict[str, Any]] = []
     fitting: list[tuple[float, Config]] = []
+    # disable=None: no bar where stderr is no terminal.
     bar = tqdm(
         list(candidates(config, topology.num_devices)),
         desc="compiling candidates",
@@ -63,6 +64,7 @@ def search(
             f"{topology.hardware.name} ({listed}); raise mesh.fsdp or mesh.tensor, "
             "or use more devices"
         )
+    # Of equal times the first one, which recomputes least.
     return min(fitting, key=lambda item: item[0])[1], tried
 
 

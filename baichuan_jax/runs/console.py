@@ -66,6 +66,7 @@ class Progress:
             # state only.
             self._handle = show(_Html(""), display_id=True)
         elif sys.stderr.isatty():
+            # smoothing: the time left follows many steps, so that one slow step hardly moves it.
             self._bar = tqdm(
                 initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05
             )
@@ -77,6 +78,7 @@ class Progress:
         if self._bar is not None:
             validation = "" if eval_loss is None else f" val {eval_loss:.3f}"
             text = f"loss {loss:.3f}{validation} {tokens_per_second:,.0f} tok/s"
+            # Not drawn here: `update` below draws the bar.
             self._bar.set_postfix_str(text, refresh=False)
             # tqdm counts increments.
             self._bar.update(step - self._bar.n)
@@ -119,4 +121,5 @@ class _Html(str):
 def _in_notebook() -> bool:
     # Asked of IPython only where something imported it already: the import takes a second.
     shell: Any = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    # IPython in a terminal has a shell of another class, and shows no HTML.
     return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 
+# kw_only: `time` has a default, and subclasses have fields without one behind it.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened at `time`, seconds since the epoch."""
@@ -35,6 +36,7 @@ class Event:
 
     def to_line(self) -> bytes:
         """The line of events.jsonl, with its end."""
+        # ensure_ascii off: samples and paths in Chinese stay readable.
         return (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode()
 
 
@@ -303,9 +305,11 @@ def parse_event(content: dict[str, Any]) -> Event:
     if not isinstance(content, dict) or not {"kind", "time"} <= set(content):
         raise ValueError("an event has a kind and a time")
     cls = KINDS.get(content["kind"])
+    # A newer version of the program may have gone on with this run.
     if cls is None:
         return Unknown(time=content["time"], content=content)
     fields = dataclasses.fields(cls)
+    # Both are MISSING where a field has no default.
     required = {field.name for field in fields if field.default is field.default_factory}
     if missing := sorted(required - set(content)):
         raise ValueError(f"{content['kind']} lacks {', '.join(missing)}")
@@ -338,7 +342,8 @@ def append_event(run: Path, event: Event) -> None:
 
 
 def drop_unfinished_line(file: Any) -> None:
-    """Cut off what a killed writer left of its last line."""
+    """Cut off what a killed writer left of its last line. file: binary, to read and append."""
     file.seek(0)
     content = file.read()
+    # Else the next line would be appended to it, and neither could be read.
     file.truncate(content.rfind(b"\n") + 1)

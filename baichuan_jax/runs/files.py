@@ -9,6 +9,7 @@ from baichuan_jax.config.schema import ConfigError
 def require_writable(folder: Path | str, setting: str) -> None:
     """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
     probe = Path(folder) / f".{os.getpid()}.tmp"
+    # Tried and not looked up: permission bits do not show a read-only mount.
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -26,6 +27,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Makes its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # By process: two that write the same file at once must not share an unfinished one.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     publish(temporary, path)
@@ -33,6 +35,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
+    # Without fsync a power failure could keep the new name and lose the content.
     descriptor = os.open(temporary, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -11,7 +11,10 @@ from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, lat
 
 
 class Run:
-    """One run, finished or not."""
+    """One run, finished or not.
+
+    Every access reads its files again, so that a run that trains meanwhile shows its newest lines.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -40,6 +43,7 @@ class Run:
     @property
     def status(self) -> str:
         """Of the last launch: "completed", "interrupted" or "running" (a kill leaves that too)."""
+        # Back to the newest start only: how an earlier launch ended says nothing about this one.
         for event in reversed(self.events):
             if isinstance(event, Completed | Interrupted):
                 return event.kind
@@ -49,6 +53,7 @@ class Run:
 
     def curve(self, name: str) -> dict[int, float]:
         """Step -> value of one metric, the latest where a step was repeated."""
+        # An evaluation's line has no loss, and a number that was not finite is null.
         return {line["step"]: line[name] for line in self.metrics if line.get(name) is not None}
 
     def losses(self, until: int) -> list[float]:
@@ -88,6 +93,7 @@ class Run:
                 color="tab:orange",
                 label="validation",
             )
+        # A loss above this line shows that nothing was learned from the context yet.
         if entropy is not None:
             axes.axhline(
                 entropy,
@@ -121,7 +127,7 @@ def _make_figure(**settings: Any) -> Any:
 
 
 def smooth(values: list[float], share: float = 0.015) -> list[float]:
-    """Exponential mean over about this share of the curve, corrected for its start."""
+    """A curve's exponential mean over about this share of it, corrected for its start."""
     # Without the correction the curve would begin at zero and rise (Kingma and Ba 2015, section 3).
     keep = math.exp(-1 / max(1.0, share * len(values)))
     mean, weight, out = 0.0, 0.0, []

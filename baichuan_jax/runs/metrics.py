@@ -18,6 +18,8 @@ from baichuan_jax.runs.events import Event, drop_unfinished_line
 def seconds_since_process_start() -> float:
     """Age of this process where the system tells (Linux), else 0: the time that imports took."""
     try:
+        # Field 22: the start, in ticks since boot. Counted from behind the program's name, which
+        # stands in parentheses and may hold spaces.
         started = int(
             Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
         ) / os.sysconf("SC_CLK_TCK")
@@ -63,6 +65,7 @@ class Throughput:
 
     def median(self) -> dict[str, float | None]:
         """The speed of the median step so far; empty before the first."""
+        # Not the mean, which a few slow steps would move.
         return self.speed(statistics.median(self._seconds)) if self._seconds else {}
 
 
@@ -96,7 +99,7 @@ class Writer:
         # Kept open: opening a file on network storage at every step would cost more than the line.
         for name in ("metrics", "events"):
             file = open(run_path / f"{name}.jsonl", "a+b")  # noqa: SIM115
-            # The step that it describes will be written again.
+            # The step that half a line describes is done again and written again.
             drop_unfinished_line(file)
             self._files[name] = file
 

@@ -9,7 +9,7 @@ from baichuan_jax.runs.metrics import Writer
 
 @dataclass(frozen=True)
 class Output:
-    """Both together; silent on all processes but 0."""
+    """The run's files and its user's screen; silent on all processes but 0."""
 
     writer: Writer
     display: Display

@@ -60,8 +60,8 @@ def plan_restore(config: Config, run: Run) -> RestorePlan:
             "rollbacks": len(of_kind([*events, *rollback.events], RolledBack)),
         }
 
-    # The events of all processes but 0 may be late: the file system's cache decides when they see
-    # it.
+    # Process 0 writes the events; the others may see its last lines late, by their file system's
+    # cache.
     found = agree("rollback", choose)
     rollback = Rollback(
         windows=tuple((begin, end) for begin, end in found["windows"]),
@@ -113,6 +113,7 @@ def restore(
     state = steps.start(_initial_weights(config, config.init_from, steps.layout))
     output.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
     output.event(Initialised(source=config.init_from))
+    # Step 0, position 0: weights from elsewhere say nothing about this run's schedule and data.
     return RunState(state, 0, 0, rollback.windows)
 
 
@@ -128,6 +129,7 @@ def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
 
 
 def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
+    # The last two change no shape: such weights would load, and compute something else.
     names = (
         "vocab_size",
         "hidden_size",

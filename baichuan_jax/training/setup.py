@@ -30,12 +30,19 @@ from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 
 def start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
-    """Connect the processes, make the mesh and the steps on it, and check the hosts."""
+    """Connect the processes, make the mesh and the steps on it, and check the hosts.
+
+    Returns the configuration with its mesh resolved. Raises ConfigError where the devices or a
+    forced kernel do not fit it, and what preflight finds wrong.
+    """
     # Before jax starts, which reads them once.
     flags = apply_flags(config)
+    # Before anything asks for devices: from here on jax knows those of all processes.
     initialize_processes(config.distributed, config.resilience)
     mesh = make_mesh(config.mesh)
+    # Only now is the platform known, and a CPU keeps no programs.
     keep_compiled(config, mesh.devices.flat[0].platform)
+    # Before the kernels are chosen, which depends on the size of the context axis.
     config = _resolve(config, mesh.size)
     # Chosen here for the messages; each operator chooses again by itself, with the same answer.
     choices = Choices(_choose_kernels(config), flags)
@@ -83,6 +90,7 @@ def _choose_kernels(config: Config) -> Kernels:
 
 def read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
     """The tests that are scored during the run. Raises ConfigError for files that are not right."""
+    # Read now and not at the first evaluation: a wrong file ends the launch before its first step.
     only, limit = config.evaluate.subjects, config.evaluate.limit
     return [
         Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)

@@ -105,6 +105,7 @@ def conclude(launch: Launch, run: Run, end: RunState, entropy: float) -> None:
             launch.evaluator.evaluate(end.step, end.state.params)
     if jax.process_index() == 0:
         _draw(run, display)
+    # The loss of a skipped step may be NaN, and so would be the mean.
     finite = [loss for loss in recorder.losses if math.isfinite(loss)]
     completed = Completed(
         step=end.step,
@@ -192,6 +193,7 @@ def explain_failure(
     # A second Ctrl-C: the user knows why the launch ended.
     if isinstance(error, KeyboardInterrupt):
         return None
+    # Cut: XLA's messages about memory list buffers for pages.
     output.event(Failed(step=step, error=f"{type(error).__name__}: {error}"[:2000]))
     text = str(error)
     memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
@@ -212,6 +214,7 @@ def _what_would_fit(config: Config) -> str:
     # third of the forward pass, a larger fsdp other collectives.
     ideas = []
     train, mesh = config.train, config.mesh
+    # Without the setting, a device takes its whole share in one pass.
     micro = train.micro_batch_size or train.global_batch_size // (mesh.data * mesh.fsdp)
     if micro > 1:
         ideas.append(f"--train.micro_batch_size {micro // 2} (now {micro})")

@@ -22,6 +22,7 @@ def show(report: dict[str, Any], display: Display) -> None:
     rows = []
     for stage in report["stages"]:
         removed = stage["documents_in"] - stage["documents_out"]
+        # A stage may get no document.
         share = removed / max(1, stage["documents_in"])
         documents = (f"{stage['documents_in']:,}", f"{removed:,}", f"{share:.2%}")
         sizes = (f"{stage[name] / 1e6:,.1f}" for name in ("bytes_in", "bytes_out"))
@@ -77,6 +78,7 @@ def picture(report: dict[str, Any]) -> bytes:
         axes.set_xticks([])
         axes.set_yticks(range(len(names)), names)
         axes.spines[:].set_visible(False)
+    # Once: both share the axis, and a second call would turn it back.
     figure.axes[0].invert_yaxis()
     content = io.BytesIO()
     # Without the version of matplotlib, the same report gives the same bytes.
@@ -89,6 +91,7 @@ def page(report: dict[str, Any]) -> str:
     parts = [_stage(stage) for stage in report["stages"]]
     if report["problems"]:
         columns = ("file", "problem", "times", "lines", "detail")
+        # Cells and rows need no closing tags in HTML.
         rows = "".join(
             f"<tr><td>{_escape(p['file'])}<td>{_escape(p['reason'])}<td class=n>{p['count']:,}"
             f"<td>{', '.join(map(str, p['lines'][:20]))}<td>{_escape(p['detail'])}"

@@ -30,6 +30,7 @@ def clean_corpus(
             corpus.apply(each.name, effects)
         notes |= effects.notes
     names = [each.name for each in filters]
+    # Text is written once, after all filters: until here they only say what is to happen to it.
     with _timed("write", seconds):
         written = write_corpus(corpus, names)
     # In the report all filters have a line, those that are switched off too.
