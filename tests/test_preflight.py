@@ -21,7 +21,11 @@ def test_right_devices_pass_and_a_wrong_product_is_seen():
     device = jax.devices()[3]
     assert products_are_right(device)
     assert memory_is_right(device)
-    assert not products_are_right(device, lambda a, b: jnp.matmul(a, b).at[7, 7].add(1))
+    for wrong in (1.0, -1.0, 0.25, jnp.nan):
+        assert not products_are_right(device, lambda a, b, wrong=wrong: (a @ b).at[7, 9].add(wrong))
+    # Sums of rows and columns that are right do not hide it.
+    block = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert not products_are_right(device, lambda a, b: (a @ b).at[7:9, 7:9].add(block))
 
 
 def test_storage_that_cannot_be_written_is_reported(tmp_path):

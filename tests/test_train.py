@@ -54,6 +54,7 @@ def undisturbed(config, tmp_path_factory):
     """A run of 60 steps, from start to end in one process with one device, by `python -m`."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     argv = ["--sample.prompts", '["It is", "春"]', "--sample.max_new_tokens", "8"]
+    argv += ["--metrics.peak_tflops", "null"]
     done = run_python_m(config, folder, *argv)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout + done.stderr
@@ -183,7 +184,7 @@ def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path)
 
 def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     """Two processes with kills equal two without, bit for bit; one alone goes on to rounding."""
-    words = ("--mesh.fsdp", "2")
+    words = ("--mesh.fsdp", "2", "--train.num_steps", "40")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert wait_all(start_all(config, straight, *words, processes=2, devices=2)) == [0, 0]
     processes = start_all(config, killed, *words, processes=2, devices=2)
@@ -200,7 +201,7 @@ def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     assert all(wanted[step] == loss for step, loss in losses(killed).items())
     stopped = lines(killed, "events")[-1]
     assert stopped["kind"] == "interrupted"
-    run(config, killed, "--mesh.data", "1", "--mesh.fsdp", "1")
+    run(config, killed, *words, "--mesh.data", "1", "--mesh.fsdp", "1")
     got = losses(killed)
     np.testing.assert_allclose([got[step] for step in wanted], list(wanted.values()), rtol=3e-5)
 
