@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 import contextlib
 import dataclasses
 import fcntl
+import gc
 from collections.abc import Generator, Iterator
 
 import compile_cache
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there until the end, modules and tests, out of garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -12,6 +12,7 @@ other end of it is closed, and its children end with it.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -111,6 +112,10 @@ def main() -> None:
 
     assert not xla_bridge._backends, "a backend was started before the environment was known"
     assert threading.active_count() == 1, "a thread runs, which a child would not have"
+    # These modules stay as long as a child does. Without this each of its garbage collections would
+    # look at all of their objects, and a launch would take a third more time.
+    gc.collect()
+    gc.freeze()
     channel.send(b"ready")
     server = os.getpid()
     message = serve(channel)
