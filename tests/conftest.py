@@ -1,4 +1,4 @@
-"""What all tests share: eight CPU devices, compiled programs, a small model, and the machine."""
+"""What all tests share: eight CPU devices, compiled programs, and a small model."""
 
 import os
 
@@ -9,18 +9,16 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # as in launches.cpu_devices
 )
 
-import contextlib
 import dataclasses
-import fcntl
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import compile_cache
 import jax
+import launches  # noqa: F401 (makes the folder that the workers of pytest-xdist share)
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from launches import SHARED
 
 from baichuan_jax.config.schema import (
     Config,
@@ -34,7 +32,15 @@ from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import Steps, make_steps
 
 # Files whose tests take longest come first: a worker that took one of them last would end alone.
-LONGEST = ("test_train.py", "test_step.py", "test_pallas.py", "test_attention.py")
+# The two that start groups of processes, the first and the fifth, do not meet on two workers.
+LONGEST = (
+    "test_train.py",
+    "test_triton.py",
+    "test_notebooks.py",
+    "test_step.py",
+    "test_faults.py",
+    "test_plan.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,35 +68,15 @@ def compiled_anew() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, those with tests of real time last; the order in a file stays."""
-    timed = {item.path for item in items if item.get_closest_marker("timing")}
-
-    def place(item: pytest.Item) -> int:
-        if item.path in timed:
-            return len(LONGEST) + 1
-        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
+    """The longest files first; the order in a file stays."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
     """Leave what is there until the end, modules and tests, out of garbage collections."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Leave the machine to a test of real time: no other worker runs a test meanwhile."""
-    with contextlib.ExitStack() as held:
-        if hasattr(item.config, "workerinput"):  # a worker of pytest-xdist
-            timed = item.get_closest_marker("timing") is not None
-            machine = held.enter_context(open(SHARED / "machine", "w"))
-            # Whoever waits for the machine holds the gate, so that who comes later waits behind.
-            with open(SHARED / "gate", "w") as gate:
-                fcntl.flock(gate, fcntl.LOCK_EX)
-                fcntl.flock(machine, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
-        return (yield)
 
 
 @pytest.fixture
