@@ -170,9 +170,8 @@ def test_a_second_ctrl_c_quits_unsaved(config, tmp_path):
 
 def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    assert wait_all(
-        start_all(config, folder, "--mesh.fsdp", "2", "--mesh.tensor", "2", processes=2, devices=4)
-    ) == [0, 0]
+    words = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--checkpoint.every", "30")
+    assert wait_all(start_all(config, folder, *words, processes=2, devices=4)) == [0, 0]
     single = losses(undisturbed[0])
     both = losses(folder)
     assert list(both) == list(single)
@@ -186,7 +185,8 @@ def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     """Two processes with kills equal two without, bit for bit; one alone goes on to rounding."""
     words = ("--mesh.fsdp", "2", "--train.num_steps", "40")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert wait_all(start_all(config, straight, *words, processes=2, devices=2)) == [0, 0]
+    seldom = ("--checkpoint.every", "20")  # saving changes no number
+    assert wait_all(start_all(config, straight, *words, *seldom, processes=2, devices=2)) == [0, 0]
     processes = start_all(config, killed, *words, processes=2, devices=2)
     wait_for_step(processes[0], killed, 22)
     kill(processes[1])

@@ -11,7 +11,7 @@ import signal
 import sys
 
 import pytest
-from launches import REPOSITORY, lines, run_module
+from launches import REPOSITORY, SHARED, lines, run_module
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -39,19 +39,24 @@ NO_COPIES = ("--checkpoint.local_dir", "null", "--checkpoint.local_every", "null
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where all runs lie: they share what they packed and compiled."""
+    """Where all runs lie: they share what they compiled."""
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")
 def argv(folder):
-    """Settings of a small run with copies on every host's disk; its tokens are packed once."""
+    """Settings of a small run with copies on every host's disk.
+
+    Its text and the cache of its rows are those of the other tests.
+    """
     settings = {
         "resilience.hang_seconds": HANG,
         "resilience.silence_seconds": SILENCE,
         "resilience.check_every": 0,
         # A peak that is measured takes 0.3 s of every launch.
         "metrics.peak_tflops": 0.1,
+        "data.train": f"{{{SHARED}/train-en.jsonl: 1.0}}",
+        "data.cache_dir": f"{SHARED}/cache",
         "checkpoint.local_dir": f"{folder}/disk-of-$BAICHUAN_JAX_HOST",
         "checkpoint.local_every": 4,
     }
