@@ -103,19 +103,27 @@ class Checkpoints:
         """Steps of the checkpoints on storage, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def restore(
-        self, report: Callable[[CheckpointCorrupt], None], before: int | None = None, back: int = 0
-    ) -> RunState | None:
+    def roll_back(self, before: int, back: int) -> None:
+        """Delete the checkpoints of steps from `before` on, and `back` more as long as one remains.
+
+        They may hold what must not be trained on.
+        """
+        steps = self.steps()
+        good = [step for step in steps if step < before]
+        # The oldest stays, however often numbers broke: better than to begin again.
+        good = good[: max(len(good) - back, 1)]
+        for step in set(steps) - set(good):
+            self._manager.delete(step)
+
+    def restore(self, report: Callable[[CheckpointCorrupt], None]) -> RunState | None:
         """The newest good checkpoint, on this run's mesh; None where there is none.
 
-        Checkpoints of steps from `before` on are deleted, and so are `back` more as long as one
-        remains. A damaged one is reported and renamed to STEP.corrupt. Damage that process 0 finds
+        A damaged one is reported and renamed to STEP.corrupt. Damage that process 0 finds
         by the files' sizes, or all find by the digests, leads to the checkpoint before. Damage that
         one process alone meets while it reads ends it with PeerFailed, since the others wait for it
         inside Orbax; the next launch then uses the checkpoint before. Raises ConfigError for a
         checkpoint that is whole but of another configuration.
         """
-        self._delete_from(before, back)
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             # Process 0 looks for all: with a thousand hosts each would list every file.
@@ -144,15 +152,6 @@ class Checkpoints:
             # Its list of steps still has the one that was renamed.
             self._manager.reload()
         return None
-
-    def _delete_from(self, before: int | None, back: int) -> None:
-        """Delete the checkpoints that may hold what must not be trained on."""
-        steps = self.steps()
-        good = [step for step in steps if before is None or step < before]
-        # The oldest stays, however often numbers broke: better than to begin again.
-        good = good[: max(len(good) - back, 1)]
-        for step in set(steps) - set(good):
-            self._manager.delete(step)
 
     def _restore(self, step: int) -> RunState:
         path = self.directory / str(step)

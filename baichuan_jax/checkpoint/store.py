@@ -107,8 +107,13 @@ class CheckpointStore:
         for tier in list(self._saving):
             self._finish(tier, must_succeed)
 
+    def roll_back(self, rollback: Rollback) -> None:
+        """Delete the checkpoints that the rollback does not allow."""
+        if rollback.before is not None:
+            self._storage.roll_back(rollback.before, rollback.back)
+
     def restore(self, rollback: Rollback) -> RunState | None:
-        """The newest good state of either tier that the rollback allows; None in a fresh run.
+        """The newest good state of either tier; None in a fresh run.
 
         A copy counts only if it is at least as new as the newest checkpoint on storage. After a
         rollback the copies are not asked: they may hold what the run goes back from.
@@ -119,7 +124,7 @@ class CheckpointStore:
             if found is not None:
                 where = f"the copy of step {found.step} in {self._local.folder}"
                 return self._restored(found, rollback, where, local=True)
-        found = self._storage.restore(self._report, rollback.before, rollback.back)
+        found = self._storage.restore(self._report)
         if found is None:
             return None
         where = f"checkpoint {found.step} in {self._storage.directory}"

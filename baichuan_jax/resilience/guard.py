@@ -125,7 +125,9 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
     before = of_kind(events, NumericsFault)[:-1]
     repeats = sum(fault.begin < newest.end and newest.begin < fault.end for fault in before)
     recorded: list[RolledBack | WindowSkipped] = []
-    if repeats:
+    window = (newest.begin, newest.end)
+    # A launch that was killed between its two events has recorded the window already.
+    if repeats and window not in windows:
         if len(skipped) >= max_skips:
             raise RuntimeError(
                 f"{newest.reason} at step {newest.step}, and {len(skipped)} windows of data have "
@@ -134,7 +136,7 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
             )
         # One checkpoint further back each time (`back` is `repeats`): the state that the fault
         # grew from may have been saved already.
-        windows.append((newest.begin, newest.end))
+        windows.append(window)
         recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))
     recorded.append(RolledBack(before=newest.step, skipped=bool(repeats), reason=newest.reason))
     return Rollback(tuple(windows), newest.step, repeats, tuple(recorded))

@@ -102,6 +102,9 @@ def restore(
     config: Config, steps: Steps, store: CheckpointStore, rollback: Rollback, output: Output
 ) -> RunState:
     """The state to go on from. Raises ConfigError where given weights do not fit the model."""
+    # Before the events, which say to later launches that the fault is answered: a launch that is
+    # killed in between is followed by one that rolls back again.
+    store.roll_back(rollback)
     for event in rollback.events:
         output.event(event)
         output.say(f"{event.kind.replace('_', ' ')}: {event.reason}", style="yellow")
