@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from baichuan_jax.config.schema import OptimizerConfig
-from baichuan_jax.model import Params
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> jax.Array:
@@ -42,7 +41,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     """
 
     # The mask goes by name: attention_norm, mlp_norm and final_norm are the only vectors.
-    def decayed(params: Params) -> Params:
+    def decayed(params: optax.Params) -> optax.Params:
         return jax.tree.map_with_path(
             lambda path, _: config.decay_norms or "norm" not in path[-1].key, params
         )
@@ -81,7 +80,9 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def clip_by_global_norm(gradients: Params, clip_norm: float) -> tuple[Params, jax.Array]:
+def clip_by_global_norm(
+    gradients: optax.Updates, clip_norm: float
+) -> tuple[optax.Updates, jax.Array]:
     """Gradients scaled by min(1, clip_norm / (norm + 1e-6)), and the norm before clipping.
 
     As torch's clip_grad_norm_; optax's own clipping lacks the 1e-6.

@@ -14,6 +14,32 @@ from baichuan_jax.resilience.exits import run_command
 
 def main(argv: list[str]) -> int:
     """Import or export; see --help. Returns the exit code."""
+    options = _parser().parse_args(argv)
+    if options.command == "import":
+        # Now: Orbax refuses an existing folder only when it writes, after all weights were read.
+        if Path(options.output).exists():
+            raise ConfigError(f"{options.output} exists; import writes a new folder")
+        # On one device: a checkpoint is restored on any mesh later.
+        params = import_params(options.folder, progress=True)
+        save_params(options.output, read_config(options.folder), params)
+        # The tokenizer goes with the weights, both ways: `generate` needs it.
+        if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
+            shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
+    else:
+        config, params = load_params(options.checkpoint)
+        export(
+            params,
+            config,
+            options.output,
+            dtype=options.dtype,
+            form=options.form,
+            tokenizer=tokenizer_file(options.checkpoint),
+        )
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0]
     )
@@ -40,29 +66,7 @@ def main(argv: list[str]) -> int:
         choices=["llama", "baichuan"],
         help="llama (default): transformers' own class",
     )
-    options = parser.parse_args(argv)
-    if options.command == "import":
-        # Now: Orbax refuses an existing folder only when it writes, after all weights were read.
-        if Path(options.output).exists():
-            raise ConfigError(f"{options.output} exists; import writes a new folder")
-        # On one device: a checkpoint is restored on any mesh later.
-        params = import_params(options.folder, progress=True)
-        save_params(options.output, read_config(options.folder), params)
-        # The tokenizer goes with the weights, both ways: `generate` needs it.
-        if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
-            shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
-    else:
-        config, params = load_params(options.checkpoint)
-        export(
-            params,
-            config,
-            options.output,
-            dtype=options.dtype,
-            form=options.form,
-            tokenizer=tokenizer_file(options.checkpoint),
-        )
-    print(f"wrote {options.output}")
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""The metrics of a run: speed and MFU, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where the metrics of a run are written: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import dataclasses
 import importlib.util
 import json
 import math
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.schema import Config, ConfigError, TrainConfig
-from baichuan_jax.hardware.flops import flops_per_token
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.runs.events import Event, drop_unfinished_line
 
 
@@ -26,47 +24,6 @@ def seconds_since_process_start() -> float:
         return float(Path("/proc/uptime").read_text().split()[0]) - started
     except (OSError, ValueError, IndexError):
         return 0.0
-
-
-class Throughput:
-    """Tokens a second and MFU of a step from its seconds.
-
-    `peak` is one device's FLOP/s, None where they are not known; `mfu_of` says where they are from.
-    """
-
-    def __init__(
-        self, config: Config, num_devices: int, peak: float | None, mfu_of: str = ""
-    ) -> None:
-        train: TrainConfig = config.train
-        self.mfu_of = mfu_of
-        self.tokens = train.global_batch_size * train.context_length
-        self._full, self._causal = flops_per_token(config.model, train.context_length)
-        self._peak = None if peak is None else peak * num_devices
-        self._seconds: list[float] = []
-
-    def add(self, seconds: float) -> dict[str, float | None]:
-        """The speed of a step that took so long."""
-        self._seconds.append(seconds)
-        return self.speed(seconds)
-
-    def speed(self, seconds: float) -> dict[str, float | None]:
-        """step_seconds, tokens_per_second, mfu and mfu_causal.
-
-        mfu counts all pairs of positions, as the original's 58.3 % does; mfu_causal those attended.
-        """
-        rate = self.tokens / seconds
-        share = {"mfu": None, "mfu_causal": None}
-        if self._peak is not None:
-            share = {
-                "mfu": rate * self._full / self._peak,
-                "mfu_causal": rate * self._causal / self._peak,
-            }
-        return {"step_seconds": seconds, "tokens_per_second": rate, **share}
-
-    def median(self) -> dict[str, float | None]:
-        """The speed of the median step so far; empty before the first."""
-        # Not the mean, which a few slow steps would move.
-        return self.speed(statistics.median(self._seconds)) if self._seconds else {}
 
 
 class Writer:

@@ -14,8 +14,8 @@ from typing import Any
 from baichuan_jax.hardware.devices import peak_memory_gib
 from baichuan_jax.resilience.clock import DATA, Clock
 from baichuan_jax.runs.console import Progress
-from baichuan_jax.runs.metrics import Throughput
 from baichuan_jax.runs.output import Output
+from baichuan_jax.training.throughput import Throughput
 
 # Steps whose median is a process's own time: one slow read does not make a slow host.
 OWN_STEPS = 32

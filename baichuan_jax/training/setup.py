@@ -22,10 +22,10 @@ from baichuan_jax.preflight import preflight
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.metrics import Throughput
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import Steps, make_steps
 from baichuan_jax.training.summary import Choices, Kernels
+from baichuan_jax.training.throughput import Throughput
 from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 

@@ -93,9 +93,9 @@ def run(stage: Stage) -> None:
     from baichuan_jax.hardware.devices import peak_flops
     from baichuan_jax.plan import hlo, rates
     from baichuan_jax.plan.prediction import predict
-    from baichuan_jax.runs.metrics import Throughput
     from baichuan_jax.sharding import make_mesh
     from baichuan_jax.step import make_steps
+    from baichuan_jax.training.throughput import Throughput
 
     device = jax.devices()[0]
     hardware = hardware_of(device.device_kind)

@@ -1,68 +1,15 @@
+"""What a run writes of its steps, to files and to services."""
+
 import json
 import math
 import sys
 
 import pytest
 
-from baichuan_jax.config.schema import Config, ConfigError, MetricsConfig, ModelConfig
-from baichuan_jax.hardware.devices import peak_flops
-from baichuan_jax.hardware.flops import flops_per_token
+from baichuan_jax.config.schema import Config, ConfigError, MetricsConfig
 from baichuan_jax.runs.events import Failed, of_kind
 from baichuan_jax.runs.folder import Run
-from baichuan_jax.runs.metrics import Throughput, Writer
-
-
-def test_7b_flops_follow_the_published_formula():
-    """6 N D with all weights but the embedding, and 12 L D T for attention (PaLM, appendix B)."""
-    model = ModelConfig()
-    full, causal = flops_per_token(model, 4096)
-    products = model.num_parameters - model.vocab_size * model.hidden_size
-    attention = 12 * 32 * 4096 * 4096
-    assert full == pytest.approx(
-        6 * products + attention, rel=1e-4
-    )  # norms' weights are in N and in no product
-    assert full - causal == attention / 2
-
-
-def test_mfu_of_the_original():
-    """182 TFLOP/s of an A800's 312 are 58.3 %: the original's throughput gives that MFU."""
-    config = Config()
-    full, causal = flops_per_token(config.model, 4096)
-    throughput = Throughput(config, 1000, 312.0 * 1e12)
-    seconds = throughput.tokens * full / (182e12 * 1000)
-    speed = throughput.add(seconds)
-    assert speed["mfu"] == pytest.approx(0.583, abs=5e-4)
-    assert speed["mfu_causal"] == pytest.approx(0.583 * causal / full, abs=5e-4)
-
-
-class Device:
-    def __init__(self, platform, kind):
-        self.platform, self.device_kind = platform, kind
-
-
-@pytest.mark.parametrize(
-    ("kind", "tflops"),
-    [
-        ("NVIDIA A800-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("TPU v5p", 459),
-        ("TPU v5 lite", 197),
-        ("TPU v5e", 197),
-    ],
-)
-def test_the_peak_comes_from_the_table(kind, tflops):
-    assert peak_flops(Config(), Device("gpu", kind))[0] == tflops * 1e12
-
-
-def test_an_unknown_accelerator_shows_no_mfu_and_names_the_setting():
-    peak, why = peak_flops(Config(), Device("gpu", "NVIDIA Z1"))
-    assert peak is None
-    assert "metrics.peak_tflops" in why
-    assert Throughput(Config(), 8, None).add(1.0)["mfu"] is None
-    peak, why = peak_flops(
-        Config(metrics=MetricsConfig(peak_tflops=7.0)), Device("gpu", "NVIDIA Z1")
-    )
-    assert peak == 7e12
+from baichuan_jax.runs.metrics import Writer
 
 
 def test_lines_are_on_disk_at_once_and_never_hold_what_json_cannot(tmp_path):
