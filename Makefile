@@ -56,7 +56,7 @@ corpus-scale: data-deps  ## cost of the data pipeline by corpus size, 25 to 400 
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: dev  ## the tests, six minutes on two cores
+test: dev  ## the tests, five minutes on two cores
 	exec $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not chaos" $(ARGS)
 
 test-slow: dev  ## the tests that are left out of `make test`
@@ -108,7 +108,7 @@ lint: dev  ## ruff: lint and format
 types: dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-notebooks: dev plan-deps data-deps  ## execute all notebooks, ten minutes
+notebooks: dev plan-deps data-deps  ## execute all notebooks, four minutes
 	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
 
 docs: dev  ## the documentation as a site, in site/

@@ -32,11 +32,11 @@ def attention(
     # Measured on a CPU at head size 64: 128 is fastest at 256 to 512 tokens, 256 from 1,024 on.
     block = min(256 if S >= 1024 else 128, max(T, S))
     q_BNTH, k_BNSH, v_BNSH = [
-        _pad(jnp.swapaxes(x, 1, 2), block, 2) for x in (q_BTNH, k_BSNH, v_BSNH)
+        pad(jnp.swapaxes(x, 1, 2), block, 2) for x in (q_BTNH, k_BSNH, v_BSNH)
     ]
     segments = None
     if segments_BT is not None and segments_BS is not None:
-        segments = (_pad(segments_BT, block, 1), _pad(segments_BS, block, 1))
+        segments = (pad(segments_BT, block, 1), pad(segments_BS, block, 1))
     # Padded keys lie after every real query, so the causal mask hides them; padded queries are cut
     # off.
     out_BNTH: jax.Array = _attention(
@@ -45,7 +45,8 @@ def attention(
     return jnp.swapaxes(out_BNTH[:, :, :T], 1, 2)
 
 
-def _pad(x: jax.Array, block: int, axis: int) -> jax.Array:
+def pad(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """Zeros behind an axis, up to a whole number of blocks."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths)

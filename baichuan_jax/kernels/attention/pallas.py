@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from baichuan_jax.kernels.attention.blockwise import pad
 from baichuan_jax.kernels.choice import tpu_obstacle
 
 LANES = 128  # the last dimension of a TPU's register tile, which a block of keys must fill
@@ -71,8 +72,8 @@ def attention(
     block_q, block_k = _block(T), _block(S)
     # Splash attention does not scale the scores. Scaling q in float32 rounds once.
     scaled = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
-    q_BNTH = _pad(jnp.swapaxes(scaled, 1, 2), block_q, 2)
-    k_BNSH, v_BNSH = (_pad(jnp.swapaxes(x, 1, 2), block_k, 2) for x in (k_BSNH, v_BSNH))
+    q_BNTH = pad(jnp.swapaxes(scaled, 1, 2), block_q, 2)
+    k_BNSH, v_BNSH = (pad(jnp.swapaxes(x, 1, 2), block_k, 2) for x in (k_BSNH, v_BSNH))
     kernel = _kernel(
         q_BNTH.shape[2], k_BNSH.shape[2], block_q, block_k, jnp.asarray(query_offset, jnp.int32)
     )
@@ -80,7 +81,7 @@ def attention(
     # off.
     segments = ()
     if segments_BT is not None and segments_BS is not None:
-        segments = (SegmentIds(_pad(segments_BT, block_q, 1), _pad(segments_BS, block_k, 1)),)
+        segments = (SegmentIds(pad(segments_BT, block_q, 1), pad(segments_BS, block_k, 1)),)
     out_BNTH: jax.Array = jax.vmap(kernel)(q_BNTH, k_BNSH, v_BNSH, *segments)
     return jnp.swapaxes(out_BNTH[:, :, :T], 1, 2)
 
@@ -92,12 +93,6 @@ def _block(length: int) -> int:
     """
     parts = -(-length // BLOCK)
     return -(-length // (parts * LANES)) * LANES
-
-
-def _pad(x: jax.Array, block: int, axis: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths)
 
 
 def _sees(query: jax.Array, key: jax.Array) -> jax.Array:
