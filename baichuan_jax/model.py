@@ -366,8 +366,9 @@ def _remat(body, policy: str):
         # Only the block's input is kept: a second forward pass, a third more FLOPs.
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
-    # prevent_cse keeps XLA from merging the recomputation with the forward pass. Inside scan the
-    # two are in different loops anyway, and its barriers would only block fusions.
+    # prevent_cse keeps XLA from merging the recomputation with the forward pass, by barriers that
+    # block fusions too. Inside scan the two are in different loops anyway. Unrolled, XLA merges
+    # those of the last block alone, where nothing is computed in between.
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
