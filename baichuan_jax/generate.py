@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from baichuan_jax.config.files import add_mesh_options, mesh_config
-from baichuan_jax.config.schema import ConfigError, MeshConfig
+from baichuan_jax.config.schema import ConfigError, MeshConfig, at_least
 from baichuan_jax.hf.weights import load_pretrained, tokenizer_file, trained_with
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command
@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9, help=top_p)
     penalty = "above 1: seen tokens become less likely"
     add("--repetition_penalty", type=float, default=1.0, help=penalty)
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=at_least(0), default=0, help="of the draws")
     add_model_options(parser, MeshConfig(data=1))
     return parser
 

@@ -46,7 +46,11 @@ from baichuan_jax.training.summary import (
 
 
 def train(config: Config) -> Run:
-    """Train to the end, or until asked to stop (`run.status` says). Raises ConfigError, ..."""
+    """Train to the end, or until asked to stop (`run.status` says).
+
+    Raises ConfigError for a wrong setting or input, NumericsError, BadHost, SaveFailed, and
+    PeerFailed where another process of the run failed.
+    """
     run = Run(config.run_path)
     _train(config, run, Clock())
     return run

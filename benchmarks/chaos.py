@@ -101,8 +101,6 @@ class Supervised:
             "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks' / 'faults'}",
             "JAX_COMPILATION_CACHE_DIR": str(self.run_dir.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # Half the time to compile a model that steps in milliseconds anyway.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             # XLA warns about every program that it takes from the cache.
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }

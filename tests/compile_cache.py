@@ -6,8 +6,8 @@ changes. A program is written whole, and one that is not whole is compiled again
 processes at any moment. Every process of a run writes, not only process 0. A program for several
 devices of one process is never kept: read again on a CPU, its collectives wait for each other for
 ever (jax 0.10.1; no report of it is known). Such a program is compiled anew in every process that
-needs it, so its machine code is made without LLVM's optimisations, in half the time; XLA's own
-passes (partitioning, fusion, buffers) are the same, and those are what tests look at.
+needs it, so its machine code is made without LLVM's optimisations, in half the time, except in one
+test of meshes and in the slow tests. XLA's own passes (partitioning, fusion, buffers) are the same.
 
 Programs lie in ~/.cache/baichuan_jax (or $XDG_CACHE_HOME). `install` makes jax use them.
 """
@@ -26,6 +26,7 @@ from jax._src import compiler, lru_cache
 LIMIT_BYTES = 2 << 30  # of all programs; then all are removed
 DIGEST_BYTES = 32
 _compile_or_get_cached = compiler.compile_or_get_cached
+optimise_all = False  # programs that are never kept too, as a user's are
 _kept = True  # whether the program that is being compiled may be kept
 
 
@@ -72,7 +73,7 @@ def _compile(
     global _kept
     here = sum(device.process_index == jax.process_index() for device in devices.flat)
     _kept = here == 1
-    if here > 1 and backend.platform == "cpu":
+    if here > 1 and backend.platform == "cpu" and not optimise_all:
         # What JAX_DISABLE_MOST_OPTIMIZATIONS sets, which a process sets for all its programs.
         debug = options.executable_build_options.debug_options
         debug.xla_backend_optimization_level = 0

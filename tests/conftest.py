@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in each worker of pytest-xdist
         compile_cache.limit()
     compile_cache.install()
+    # The long run of every case has the machine code that a user has.
+    compile_cache.optimise_all = config.getoption("markexpr") == "slow"
 
 
 @pytest.fixture

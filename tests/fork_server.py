@@ -3,8 +3,8 @@
 Such a child does what `python -m baichuan_jax.train` does, without the second of CPU time that jax,
 Flax, Orbax and Grain take to import. It is a process of its own, with its own signals, environment,
 working directory and exit code. launches.py starts one server for each process of pytest, and sends
-it a message for each launch. No backend of jax is started here, so XLA_FLAGS and JAX_PLATFORMS act
-in the child, and no Python thread runs when it forks.
+it a message for each launch. No backend of jax is started here, so XLA_FLAGS act in the child, and
+no Python thread runs when it forks.
 
 `python fork_server.py FD`: messages come from the inherited socket FD. The server ends when the
 other end of it is closed, and its children end with it.

@@ -84,7 +84,7 @@ metrics: {{tensorboard: false, peak_tflops: 0.1}}  # a peak that is measured tak
     return path
 
 
-def command(config: Path, run_dir: Path, *words: str) -> list[str]:
+def command(config: Path, run_dir: Path, *options: str) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -93,7 +93,7 @@ def command(config: Path, run_dir: Path, *words: str) -> list[str]:
         str(config),
         "--run_dir",
         str(run_dir),
-        *words,
+        *options,
     ]
 
 
@@ -223,9 +223,9 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
-def start(config: Path, run_dir: Path, *words: str, devices: int = 1, **variables: str) -> Launch:
+def start(config: Path, run_dir: Path, *options: str, devices: int = 1, **variables: str) -> Launch:
     """One process of a training run, output kept in run_dir's sibling NAME.log."""
-    argv = ["--config", str(config), "--run_dir", str(run_dir), *words]
+    argv = ["--config", str(config), "--run_dir", str(run_dir), *options]
     with open(run_dir.with_suffix(f".{variables.get('JAX_PROCESS_ID', '0')}.log"), "a") as log:
         return fork_server().start(
             "baichuan_jax.train", argv, environment(devices, **variables), run_dir.parent, log, log
@@ -275,20 +275,25 @@ def run_here(command: Callable[[], int]) -> Done:
 def run(
     config: Path,
     run_dir: Path,
-    *words: str,
+    *options: str,
     expect: int = 0,
     devices: int = 1,
     cwd: Path | None = None,
 ) -> str:
     """Train to the end; the output. Fails where the exit code is another than expected."""
-    argv = ["--config", str(config), "--run_dir", str(run_dir), *words]
+    argv = ["--config", str(config), "--run_dir", str(run_dir), *options]
     done = run_module("baichuan_jax.train", *argv, cwd=cwd or run_dir.parent, devices=devices)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 def start_all(
-    config: Path, run_dir: Path, *words: str, processes: int, devices: int, hosts: str | None = None
+    config: Path,
+    run_dir: Path,
+    *options: str,
+    processes: int,
+    devices: int,
+    hosts: str | None = None,
 ) -> list[Launch]:
     """All processes of a run, `devices` CPU devices each; a letter of `hosts` names a host."""
     with socket.socket() as probe:
@@ -298,7 +303,7 @@ def start_all(
         start(
             config,
             run_dir,
-            *words,
+            *options,
             devices=devices,
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
             JAX_NUM_PROCESSES=str(processes),

@@ -87,7 +87,8 @@ def test_a_trace_of_this_cpu_has_every_product_as_often_as_it_ran(tmp_path):
     assert ours + sum(each.seconds for each in trace.other_modules.values()) == pytest.approx(
         everything
     )
-    assert everything <= trace.busy_seconds * len(trace.lines)
+    # Both are sums of the same times; the last digit depends on the order.
+    assert everything <= trace.busy_seconds * len(trace.lines) * (1 + 1e-9)
     assert all(line.startswith("/host:CPU / ") for line in trace.lines)
 
     rows = reader.compare(trace.instructions, 3, program, prediction_of(program))

@@ -21,7 +21,7 @@ def test_right_devices_pass_and_a_wrong_product_is_seen():
     device = jax.devices()[3]
     assert products_are_right(device)
     assert memory_is_right(device)
-    for wrong in (1.0, -1.0, 0.25, jnp.nan):
+    for wrong in (1.0, -1.0, 0.25, 1e9, jnp.nan, jnp.inf):
         assert not products_are_right(device, lambda a, b, wrong=wrong: (a @ b).at[7, 9].add(wrong))
     # Sums of rows and columns that are right do not hide it.
     block = jnp.array([[1.0, -1.0], [-1.0, 1.0]])

@@ -170,8 +170,8 @@ def test_a_second_ctrl_c_quits_unsaved(config, tmp_path):
 
 def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    words = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--checkpoint.every", "30")
-    assert wait_all(start_all(config, folder, *words, processes=2, devices=4)) == [0, 0]
+    options = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--checkpoint.every", "30")
+    assert wait_all(start_all(config, folder, *options, processes=2, devices=4)) == [0, 0]
     single = losses(undisturbed[0])
     both = losses(folder)
     assert list(both) == list(single)
@@ -183,15 +183,18 @@ def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path)
 
 def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     """Two processes with kills equal two without, bit for bit; one alone goes on to rounding."""
-    words = ("--mesh.fsdp", "2", "--train.num_steps", "40")
+    options = ("--mesh.fsdp", "2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     seldom = ("--checkpoint.every", "20")  # saving changes no number
-    assert wait_all(start_all(config, straight, *words, *seldom, processes=2, devices=2)) == [0, 0]
-    processes = start_all(config, killed, *words, processes=2, devices=2)
+    assert wait_all(start_all(config, straight, *options, *seldom, processes=2, devices=2)) == [
+        0,
+        0,
+    ]
+    processes = start_all(config, killed, *options, processes=2, devices=2)
     wait_for_step(processes[0], killed, 22)
     kill(processes[1])
     kill(processes[0])
-    processes = start_all(config, killed, *words, processes=2, devices=2)
+    processes = start_all(config, killed, *options, processes=2, devices=2)
     wait_for_step(processes[0], killed, 33)
     processes[1].send_signal(
         signal.SIGTERM
@@ -201,7 +204,7 @@ def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     assert all(wanted[step] == loss for step, loss in losses(killed).items())
     stopped = lines(killed, "events")[-1]
     assert stopped["kind"] == "interrupted"
-    run(config, killed, *words, "--mesh.data", "1", "--mesh.fsdp", "1")
+    run(config, killed, *options, "--mesh.data", "1", "--mesh.fsdp", "1")
     got = losses(killed)
     np.testing.assert_allclose([got[step] for step in wanted], list(wanted.values()), rtol=3e-5)
 
@@ -245,13 +248,13 @@ def test_three_nonfinite_steps_in_a_row_exit_77(config, tmp_path):
 
 
 def test_configuration_errors_exit_78_with_one_line(config, tmp_path):
-    for words, message in (
+    for options, message in (
         (("--train.num_step", "5"), "the nearest is 'train.num_steps'"),
         (("--mesh.data", "2"), "needs 2 devices and there are 1"),
         (("--data.train", '{"nowhere/*.jsonl": 1}'), "'nowhere/*.jsonl' matches no file"),
         (("--kernels.attention", "cudnn"), "cuDNN needs a GPU"),
     ):
-        output = run(config, tmp_path / "run", *words, expect=78)
+        output = run(config, tmp_path / "run", *options, expect=78)
         assert message in output
         assert "Traceback" not in output
         assert output.strip().count("\n") == 0, output

@@ -103,17 +103,19 @@ class Checkpoints:
         """Steps of the checkpoints on storage, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def roll_back(self, before: int, back: int) -> None:
-        """Delete the checkpoints of steps from `before` on, and `back` more as long as one remains.
+    def roll_back(self, before: int, newest: int) -> None:
+        """Delete the checkpoints after step `newest`: they may hold what must not be trained on.
 
-        They may hold what must not be trained on.
+        Where none would be left, the oldest of a step before `before` stays.
         """
         steps = self.steps()
-        good = [step for step in steps if step < before]
-        # The oldest stays, however often numbers broke: better than to begin again.
-        good = good[: max(len(good) - back, 1)]
-        for step in set(steps) - set(good):
-            self._manager.delete(step)
+        # Better than to begin again, however often numbers broke.
+        oldest = [step for step in steps if step < before][:1]
+        good = [step for step in steps if step <= newest] or oldest
+        # The newest first: a kill in between leaves what the next launch deletes.
+        for step in reversed(steps):
+            if step not in good:
+                self._manager.delete(step)
 
     def restore(self, report: Callable[[CheckpointCorrupt], None]) -> RunState | None:
         """The newest good checkpoint, on this run's mesh; None where there is none.

@@ -71,9 +71,10 @@ def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
                 time.sleep(READS_END_SECONDS)
                 # Coroutines that never started print when they are collected.
                 gc.collect()
+                printed.truncate(0)
                 raise
-        # Reached only where nothing was damaged: then these words are worth reading.
-        sys.stderr.write(printed.getvalue())
     finally:
+        # Where nothing was damaged: then this is worth reading, whatever else went wrong.
+        sys.stderr.write(printed.getvalue())
         sys.unraisablehook = hook
         logging.getLogger("absl").setLevel(level)

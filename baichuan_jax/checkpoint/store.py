@@ -109,8 +109,8 @@ class CheckpointStore:
 
     def roll_back(self, rollback: Rollback) -> None:
         """Delete the checkpoints that the rollback does not allow."""
-        if rollback.before is not None:
-            self._storage.roll_back(rollback.before, rollback.back)
+        if rollback.before is not None and rollback.newest is not None:
+            self._storage.roll_back(rollback.before, rollback.newest)
 
     def restore(self, rollback: Rollback) -> RunState | None:
         """The newest good state of either tier; None in a fresh run.

@@ -7,8 +7,10 @@ is its text in --help and in docs/configuration.md; after a change, run
 `python docs/write_configuration.py`.
 """
 
+import argparse
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,22 @@ def require(holds: bool, message: str) -> None:
     """Raise ConfigError with this message unless the condition holds."""
     if not holds:
         raise ConfigError(message)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an option of a command that takes whole numbers from `minimum` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if number < minimum:
+            # argparse names the option before this.
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {minimum} or more")
+        return number
+
+    return parse
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

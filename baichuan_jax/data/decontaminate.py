@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, at_least
 from baichuan_jax.documents.files import Slice, find_inputs
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     corpus = "corpus: JSONL, .txt, also .gz, .zst; or Parquet"
     add("--input", nargs="+", required=True, metavar="GLOB", help=corpus)
     shown = "documents to show of each task (default: 2)"
-    add("--examples", type=int, default=2, help=shown)
+    add("--examples", type=at_least(0), default=2, help=shown)
     add("--json", metavar="FILE", help="save the results")
     return parser
 

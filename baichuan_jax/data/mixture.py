@@ -32,7 +32,7 @@ from scipy.optimize import lsq_linear, minimize
 from tqdm import tqdm
 
 from baichuan_jax.config.files import load_config
-from baichuan_jax.config.schema import Config, ConfigError, require
+from baichuan_jax.config.schema import Config, ConfigError, at_least, require
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.data.runner import locked
 from baichuan_jax.documents.files import Slice, find_files
@@ -451,11 +451,11 @@ def _parser() -> argparse.ArgumentParser:
     where = "for the runs, mixture.json, mixture.png"
     add("--output", type=Path, required=True, metavar="DIR", help=where)
     runs = "trainings with drawn mixtures, the given one among them (default: 16)"
-    add("--runs", type=int, default=16, help=runs)
-    add("--steps", type=int, default=100, help="of each (default: 100)")
+    add("--runs", type=at_least(1), default=16, help=runs)
+    add("--steps", type=at_least(1), default=100, help="of each (default: 100)")
     spread = "of the Dirichlet distribution; small: extreme (default: 1)"
     add("--concentration", type=float, default=1.0, help=spread)
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--seed", type=at_least(0), default=0, help="of the draws (default: 0)")
     for command in (even, learning):
         corpora = "the trainer's settings; data.train has the corpora"
         command.add_argument("--config", required=True, metavar="FILE", help=corpora)

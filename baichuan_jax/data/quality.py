@@ -28,7 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config.schema import ConfigError, require
+from baichuan_jax.config.schema import ConfigError, at_least, require
+from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
@@ -37,7 +38,6 @@ from baichuan_jax.runs.files import publish, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
-    from baichuan_jax.data.corpus.config import QualityConfig
     from baichuan_jax.data.corpus.effects import Effects
     from baichuan_jax.data.corpus.filter import Corpus
     from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile
@@ -55,8 +55,6 @@ DAMAGED = "damaged copies of the good text"
 # Least share of function words in running English text; prose has a third. Measured: tables, lists
 # and code lie below.
 RUNNING = 0.08
-# The setting that serves all categories and languages without one of their own.
-OTHERS = "*"
 
 _FUNCTION_WORD = re.compile(
     r"\b(?:the|of|and|to|a|in|is|that|for|it|with|as|be|on|by|this|are|or|not|from|at|an|if|you|can"
@@ -498,7 +496,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bad", nargs="+", default=[], metavar="GLOB", help=unlike)
     add("--output", required=True, metavar="DIR", help="name it as the pipeline's quality model")
     kept = "words and pairs that a classifier keeps (default: 30000, 0.5 MB)"
-    add("--size", type=int, default=30_000, help=kept)
+    add("--size", type=at_least(1), default=30_000, help=kept)
     scoring = commands.add_parser("score", help="scores of files: how they spread, and the worst")
     add = scoring.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
@@ -506,7 +504,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(MODEL), metavar="DIR", help=given)
     add("--lines", action="store_true", help="score every line by itself, not whole documents")
     worst = "texts of lowest score to print of each file (default: 3)"
-    add("--worst", type=int, default=3, help=worst)
+    add("--worst", type=at_least(0), default=3, help=worst)
     for command in (training, scoring):
         field = "JSONL field that holds the text (default: text)"
         command.add_argument("--text_field", default="text", help=field)

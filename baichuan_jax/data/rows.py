@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers, locked
 from baichuan_jax.documents.files import Slice, find_files, split_files
 from baichuan_jax.documents.reader import read_texts
@@ -163,6 +163,7 @@ def pack(
     What is in the folder depends on the files, the tokenizer and the context length alone. Raises
     ConfigError, also where the folder already holds rows of other text or settings.
     """
+    require(context_length > 0, f"context_length={context_length} must be greater than 0")
     folder = Path(folder)
     sizes = {path: os.path.getsize(path) for path in find_files(patterns)}
     shards = [
@@ -376,10 +377,10 @@ def _parser() -> argparse.ArgumentParser:
     add = packing.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
-    add("--context_length", type=int, required=True, help="tokens a row is trained on")
+    add("--context_length", type=at_least(1), required=True, help="tokens a row is trained on")
     add("--output", required=True, metavar="FOLDER", help="name it in data.train")
     add("--text_field", default="text", help=field)
-    add("--num_workers", type=int, default=0, help="processes (default: one a core)")
+    add("--num_workers", type=at_least(0), default=0, help="processes (default: one a core)")
     for name, what in (
         ("show", "print a folder's manifest"),
         ("verify", "compare every shard with its checksum"),

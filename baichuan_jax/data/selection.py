@@ -15,15 +15,13 @@ import daft.functions as F  # pyright: ignore[reportMissingImports]
 import numpy as np
 from daft import DataFrame, DataType, col, lit  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.data.corpus.config import SelectConfig
+from baichuan_jax.data.corpus.config import OTHERS, SelectConfig
 from baichuan_jax.data.corpus.effects import Effects
 from baichuan_jax.data.corpus.filter import Corpus
 from baichuan_jax.data.corpus.tables import Tables, read_stage
 
 # Of quality: budgets are found from sums over bins, so that only one bin's documents are sorted.
 BINS = 4096
-# The setting that serves every category without one of its own.
-OTHERS = "*"
 
 
 class Selection:

@@ -25,7 +25,7 @@ from rapidfuzz.process import cpdist  # pyright: ignore[reportMissingImports]
 
 from baichuan_jax.data.corpus.components import components
 from baichuan_jax.data.corpus.config import SentencesConfig
-from baichuan_jax.data.corpus.effects import Effects
+from baichuan_jax.data.corpus.effects import SPACE, Effects
 from baichuan_jax.data.corpus.filter import Corpus
 from baichuan_jax.data.corpus.parts import ROW_BITS, DocumentPart, ParquetFile, hash_of, table_of
 from baichuan_jax.data.corpus.tables import Tables, read_stage
@@ -68,7 +68,6 @@ _ABBREVIATION = re.compile(
     r"|Mlle|vs|cf|viz|No|Nos|Vol|Fig|Figs|Eq|Sec|Ch|pp|Inc|Ltd|Co|Corp|e\.g|i\.e|etc|al|approx|Jan"
     r"|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|U\.S|a\.m|p\.m)\.$"
 )
-_SPACE = " \t\u3000"
 
 
 class Sentences:
@@ -161,7 +160,7 @@ def spans(text: str) -> list[tuple[int, int]]:
         if stop > start:
             found.append((start, stop))
         start = match.end()
-        while start < len(text) and text[start] in _SPACE:
+        while start < len(text) and text[start] in SPACE:
             start += 1
     end = len(text.rstrip())
     return [*found, (start, end)] if end > start else found

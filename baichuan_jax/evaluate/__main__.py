@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import baichuan_jax
 from baichuan_jax.config.files import mesh_config
-from baichuan_jax.config.schema import TASKS, DistributedConfig, MeshConfig
+from baichuan_jax.config.schema import TASKS, DistributedConfig, MeshConfig, at_least
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text_field", default="text", help="JSONL field that holds the text")
     lengths = "window lengths; the dots stand for the steps between"
     add("--context", default="4096,4352,...,5376", help=lengths)
-    add("--max_tokens", type=int, default=1 << 20, help="of the text, from its beginning")
+    add("--max_tokens", type=at_least(1), default=1 << 20, help="of the text, from its beginning")
     return parser
 
 
@@ -238,7 +238,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     output = "where results go; finished subjects in it are kept"
     add("--output", required=True, metavar="DIR", help=output)
     batch = "tokens of one batch on a device (default: 1024 on a CPU, else 8192)"
-    add("--batch_tokens", type=int, metavar="N", help=batch)
+    add("--batch_tokens", type=at_least(1), metavar="N", help=batch)
     add("--json", metavar="FILE", help="save the results, and the speed, here too")
 
 
@@ -247,9 +247,9 @@ def _add_test(command: argparse.ArgumentParser, task: str) -> None:
     add = command.add_argument
     add("--data", required=True, metavar="DIR", help=LAYOUTS[task])
     add("--subjects", metavar="A,B", help="only these")
-    add("--shots", type=int, default=5, help="examples in a prompt")
-    add("--limit", type=int, metavar="N", help="only the first N questions of each subject")
-    add("--seed", type=int, default=0, help="of drawn and shuffled examples")
+    add("--shots", type=at_least(0), default=5, help="examples in a prompt")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N questions of each subject")
+    add("--seed", type=at_least(0), default=0, help="of drawn and shuffled examples")
     # The two others have neither splits nor a second protocol.
     if task in ("mmlu", "ceval"):
         add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")

@@ -18,6 +18,7 @@ from collections import deque
 from typing import NamedTuple
 
 from baichuan_jax.runs.events import (
+    CheckpointSaved,
     Corruption,
     Event,
     NumericsFault,
@@ -87,14 +88,14 @@ class Spikes:
 class Rollback:
     """What a launch leaves out and how far back it goes.
 
-    `windows`: positions [begin, end) of the data to skip. `before`: only checkpoints of earlier
-    steps are good (None: all are). `back`: this many of them are passed over too. `events` are to
-    be recorded.
+    `windows`: positions [begin, end) of the data to skip. `newest`: only checkpoints up to this
+    step are good; where none is left, the oldest before `before` serves. None: all are good.
+    `events` are to be recorded.
     """
 
     windows: tuple[tuple[int, int], ...] = ()
     before: int | None = None
-    back: int = 0
+    newest: int | None = None
     events: tuple[RolledBack | WindowSkipped, ...] = ()
 
 
@@ -120,7 +121,7 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
         return Rollback(tuple(windows))
     if isinstance(newest, Corruption):
         answer = RolledBack(before=newest.step, reason=newest.reason)
-        return Rollback(tuple(windows), newest.step, 0, (answer,))
+        return Rollback(tuple(windows), newest.step, newest.step - 1, (answer,))
     # Windows that overlap are one place: a spike may be noticed a step earlier or later.
     before = of_kind(events, NumericsFault)[:-1]
     repeats = sum(fault.begin < newest.end and newest.begin < fault.end for fault in before)
@@ -134,9 +135,13 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
                 f"been left out already (resilience.max_skips={max_skips}), so it is not the data; "
                 "lower optimizer.learning_rate, or look at events.jsonl"
             )
-        # One checkpoint further back each time (`back` is `repeats`): the state that the fault
-        # grew from may have been saved already.
         windows.append(window)
         recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))
     recorded.append(RolledBack(before=newest.step, skipped=bool(repeats), reason=newest.reason))
-    return Rollback(tuple(windows), newest.step, repeats, tuple(recorded))
+    # One checkpoint further back each time: the state that the fault grew from may have been saved
+    # already. Counted in the events and not on storage, where a launch that was killed while it
+    # deleted has left fewer: the launch after it must come to the same step.
+    saved = sorted({save.step for save in of_kind(events, CheckpointSaved)})
+    good = [step for step in saved if step < newest.step]
+    limit = newest.step - 1 if not repeats else good[max(len(good) - 1 - repeats, 0)] if good else 0
+    return Rollback(tuple(windows), newest.step, limit, tuple(recorded))

@@ -330,9 +330,5 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
 
 
 def _replace(file: Path, record: _Record) -> None:
-    """Not synced to the disk: other hosts need it soon, and nobody needs it after a power cut."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Not .json: a glob must not find it.
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(record.to_json(), encoding="utf-8")
-    os.replace(draft, file)
+    # Other hosts need it soon, and nobody needs it after a power failure.
+    write_atomically(file, record.to_json().encode(), durable=False)

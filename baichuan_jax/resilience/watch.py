@@ -55,12 +55,12 @@ class Watch:
     Alone it is only reported on stderr, since nobody would start the run again.
     """
 
-    def __init__(self, config: ResilienceConfig, clock: Clock, attempts: Path) -> None:
+    def __init__(self, config: ResilienceConfig, clock: Clock, launches: Path) -> None:
         self._step = 0
         self._own_seconds: float | None = None
         # Shared between threads: what they exchange is either assigned whole or has its own lock.
         self._clock, self._limits = clock, PhaseLimits(config, clock)
-        self._launches, self._placement = Launches(attempts), Placement.from_environment()
+        self._launches, self._placement = Launches(launches), Placement.from_environment()
         self._peers = Peers(config.silence_seconds)
         self._channels: list[Channel] = []
         self._found: queue.SimpleQueue[StragglerFound] = queue.SimpleQueue()

@@ -21,16 +21,19 @@ def require_writable(folder: Path | str, setting: str) -> None:
         ) from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file under another name, then rename it: nobody ever sees half of it.
 
-    Makes its folder.
+    Makes its folder. Not durable: faster, and a power failure may lose it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # By process: two that write the same file at once must not share an unfinished one.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
-    publish(temporary, path)
+    if durable:
+        publish(temporary, path)
+    else:
+        os.replace(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:

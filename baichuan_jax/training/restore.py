@@ -66,7 +66,7 @@ def plan_restore(config: Config, run: Run) -> RestorePlan:
     rollback = Rollback(
         windows=tuple((begin, end) for begin, end in found["windows"]),
         before=found["before"],
-        back=found["back"],
+        newest=found["newest"],
         events=tuple(map(parse_event, found["events"])),
     )
     return RestorePlan(rollback, found["run"], found["rollbacks"])

@@ -164,9 +164,9 @@ def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):
 def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(tmp_path):
     """The same losses as undisturbed, from steps that no checkpoint has."""
     config = write_config(tmp_path)
-    words = ["--train.num_steps", "30", "--checkpoint.every", "1000", "--evaluate.every", "1000"]
+    options = ["--train.num_steps", "30", "--checkpoint.every", "1000", "--evaluate.every", "1000"]
     straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
-    assert wait_all(start_all(config, straight, *words, processes=2, devices=1)) == [0, 0]
+    assert wait_all(start_all(config, straight, *options, processes=2, devices=1)) == [0, 0]
     local = [
         "--checkpoint.local_dir",
         f"{tmp_path}/disk-$BAICHUAN_JAX_HOST",
@@ -174,13 +174,13 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
         "4",
     ]
     assert HOST_VARIABLE == "BAICHUAN_JAX_HOST"
-    processes = start_all(config, disturbed, *words, *local, processes=2, devices=1, hosts="ab")
+    processes = start_all(config, disturbed, *options, *local, processes=2, devices=1, hosts="ab")
     wait_for_step(processes[0], disturbed, 10)
     for process in processes:
         kill(process)
     shutil.rmtree(tmp_path / "disk-a")  # as on a spare, here in process 0's place
     assert wait_all(
-        start_all(config, disturbed, *words, *local, processes=2, devices=1, hosts="ab")
+        start_all(config, disturbed, *options, *local, processes=2, devices=1, hosts="ab")
     ) == [0, 0]
     events = lines(disturbed, "events")
     restored = [event for event in events if event["kind"] == "restored"]
@@ -195,7 +195,7 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
 
 def test_a_state_that_lies_across_processes_is_refused(tmp_path):
     config = write_config(tmp_path)
-    words = [
+    options = [
         "--mesh.fsdp",
         "2",
         "--checkpoint.local_dir",
@@ -203,7 +203,10 @@ def test_a_state_that_lies_across_processes_is_refused(tmp_path):
         "--checkpoint.local_every",
         "4",
     ]
-    assert wait_all(start_all(config, tmp_path / "run", *words, processes=2, devices=1)) == [78, 78]
+    assert wait_all(start_all(config, tmp_path / "run", *options, processes=2, devices=1)) == [
+        78,
+        78,
+    ]
     assert "needs every process to hold the whole state" in (tmp_path / "run.0.log").read_text()
 
 

@@ -115,11 +115,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED, ids=str)
-def test_a_contradiction_is_refused_with_both_values(words):
+@pytest.mark.parametrize("options", REFUSED, ids=str)
+def test_a_contradiction_is_refused_with_both_values(options):
     with pytest.raises(ConfigError) as error:
-        parse("--config", TINY, *words.split())
-    assert REFUSED[words] in str(error.value)
+        parse("--config", TINY, *options.split())
+    assert REFUSED[options] in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,18 @@ def test_a_contradiction_is_refused_with_both_values(words):
         ("model: 8", "model is a section"),
         ("- 1", "must hold settings by name"),
         ("model: [", "is no YAML"),
+        ("", "wrong.yaml holds no settings"),
+        ("# nothing", "wrong.yaml holds no settings"),
+        ("null", "wrong.yaml holds no settings"),
+        ("[]", "must hold settings by name"),
+        ("model: {num_layers: 1, num_layers: 2}", "'num_layers' is set twice"),
+        ("model: {num_layers: 1}\ntrain: {seed: 1}\nmodel: {num_heads: 2}", "'model' is set twice"),
+        (b"\xff\xfe\x00", "is no YAML in UTF-8"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     path = tmp_path / "wrong.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"wrong\.yaml|section") as error:
         load_config(path)
     assert message in str(error.value)

@@ -36,7 +36,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def command(
-    folder: Path, output: Path, *words: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20
+    folder: Path, output: Path, *options: str, part_bytes: int = 20_000, rows_at_once: int = 2 << 20
 ) -> list[str]:
     """The pipeline with parts of a few documents each, enough to divide among workers."""
     program = (
@@ -53,15 +53,15 @@ def command(
         f"{folder}/*",
         "--output",
         str(output),
-        *words,
+        *options,
     ]
 
 
 def pipeline(
-    folder: Path, output: Path, *words: str, expect: int | None = 0, **sizes: int
+    folder: Path, output: Path, *options: str, expect: int | None = 0, **sizes: int
 ) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        command(folder, output, *words, **sizes),
+        command(folder, output, *options, **sizes),
         env=environment(),
         capture_output=True,
         text=True,
@@ -229,13 +229,13 @@ def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(co
         json.loads(line)["id"]
         for line in (corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()
     }
-    words = [
+    options = [
         word
         for stage in ("rules", "dedup", "sentences", "quality")
         for word in (f"--{stage}.enabled", "false")
     ]
-    words += ["--num_workers", "1"]
-    pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
+    options += ["--num_workers", "1"]
+    pipeline(folder, tmp_path / "o", *options, part_bytes=4 << 20)
     assert len(content(tmp_path / "o")) == 4
     found = rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys()
     assert found >= given | {document["id"] for document in documents}
@@ -245,7 +245,7 @@ def test_a_large_file_is_read_in_parts_and_another_input_leaves_nothing_of_it(co
         ("no_json", [301])
     ]
     (folder / "large.jsonl").unlink()
-    pipeline(folder, tmp_path / "o", *words, part_bytes=4 << 20)
+    pipeline(folder, tmp_path / "o", *options, part_bytes=4 << 20)
     assert rows(tmp_path / "o", "final").keys() | rows(tmp_path / "o", "removed").keys() == given
 
 
@@ -313,7 +313,7 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "options, message",
     [
         (["--rules.limits", "{few_leters: 0.1}"], "few_letters"),
         (["--dedup.band", "3"], "dedup.bands"),
@@ -322,8 +322,8 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
         (["--quality.model", "/nowhere"], "holds no quality model"),
     ],
 )
-def test_a_wrong_setting_is_refused(corpus, tmp_path, words, message):
-    argv = ["--input", f"{corpus}/*", "--output", str(tmp_path), *words]
+def test_a_wrong_setting_is_refused(corpus, tmp_path, options, message):
+    argv = ["--input", f"{corpus}/*", "--output", str(tmp_path), *options]
     done = run_here(lambda: main(argv))
     assert done.returncode == 78
     assert message in done.stderr

@@ -303,6 +303,13 @@ def test_only_the_shard_of_changed_text_is_made_anew(
     }
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_rows_without_tokens_are_refused(corpus, tokenizer, tmp_path, length):
+    with pytest.raises(ConfigError, match=f"context_length={length} must be greater than 0"):
+        pack([corpus], tmp_path / "rows", tokenizer, length, num_workers=1)
+    assert not (tmp_path / "rows").exists()
+
+
 def test_packing_other_text_or_settings_into_a_finished_folder_is_refused(
     copy, corpus, tokenizer, tmp_path
 ):

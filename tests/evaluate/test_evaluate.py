@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def words(tmp_path, checkpoint):
+def options(tmp_path, checkpoint):
     """Options of an evaluation of three C-Eval subjects, four questions each."""
     make_ceval(tmp_path / "ceval", SUBJECTS, 4)
     options = {
@@ -61,9 +61,9 @@ def files(folder):
     }
 
 
-def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
+def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, options):
     def start(output):
-        return start_module("baichuan_jax.evaluate", *words, "--output", str(tmp_path / output))
+        return start_module("baichuan_jax.evaluate", *options, "--output", str(tmp_path / output))
 
     killed = start("killed")
     deadline = time.monotonic() + 240
@@ -85,9 +85,9 @@ def test_a_killed_evaluation_goes_on_to_identical_files(tmp_path, words):
         assert (tmp_path / "killed" / "subjects" / name).stat().st_mtime_ns == written
 
 
-def test_results_add_up_and_others_are_not_mixed_in(tmp_path, words, capsys):
+def test_results_add_up_and_others_are_not_mixed_in(tmp_path, options, capsys):
     output = ["--output", str(tmp_path / "out")]
-    assert main([*words, *output, "--json", str(tmp_path / "figures.json")]) == 0
+    assert main([*options, *output, "--json", str(tmp_path / "figures.json")]) == 0
     assert "3 of 52 subjects" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     records = [
@@ -113,7 +113,7 @@ def test_results_add_up_and_others_are_not_mixed_in(tmp_path, words, capsys):
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["speed"]["prompt_tokens"] == sum(record["num_tokens"] for record in records)
     with pytest.raises(ConfigError, match=r"another evaluation \(seed: 0 there, 1 now\)"):
-        main([*words, *output, "--seed", "1"])
+        main([*options, *output, "--seed", "1"])
 
 
 def test_standard_errors_and_categories():
@@ -159,8 +159,8 @@ def test_standard_errors_and_categories():
     assert all(model in text for model in PUBLISHED["mmlu"])
 
 
-def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, words):
-    assert main([*words, "--output", str(tmp_path / "blind"), "--split", "test"]) == 0
+def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, options):
+    assert main([*options, "--output", str(tmp_path / "blind"), "--split", "test"]) == 0
     submission = json.loads((tmp_path / "blind" / "submission.json").read_text(encoding="utf-8"))
     assert {name: list(answers) for name, answers in submission.items()} == {
         name: list("0123") for name in SUBJECTS
@@ -172,7 +172,15 @@ def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, words):
     answers = str(tmp_path / "blind" / "submission.json")  # scored against itself
     assert (
         main(
-            [*words, "--output", str(tmp_path / "scored"), "--split", "test", "--answers", answers]
+            [
+                *options,
+                "--output",
+                str(tmp_path / "scored"),
+                "--split",
+                "test",
+                "--answers",
+                answers,
+            ]
         )
         == 0
     )
@@ -182,12 +190,12 @@ def test_the_test_split_makes_a_submission_or_takes_answers(tmp_path, words):
     )
 
 
-def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path, words):
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path, options):
     train_tokenizer(["a b c d e f " * 50], tmp_path / "other.model", 265)
     with pytest.raises(ConfigError, match="was trained with tokenizer"):
         main(
             [
-                *words,
+                *options,
                 "--output",
                 str(tmp_path / "out"),
                 "--tokenizer",
@@ -211,7 +219,7 @@ def test_training_scores_as_the_command_does(tmp_path):
     scores = run.curve("mmlu")
     assert list(scores) == [2, 4]
     assert run.curve("eval_loss").keys() == scores.keys()
-    words = [
+    options = [
         "mmlu",
         "--checkpoint",
         str(tmp_path / "run"),
@@ -220,7 +228,7 @@ def test_training_scores_as_the_command_does(tmp_path):
         "--output",
         str(tmp_path / "out"),
     ]
-    assert main([*words, "--subjects", "virology", "--limit", "4"]) == 0
+    assert main([*options, "--subjects", "virology", "--limit", "4"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert (result["average"], result["stderr"], result["questions"]) == (
         scores[4],

@@ -172,7 +172,7 @@ def trained(tmp_path_factory) -> Path:
     """A real run of eight steps."""
     folder = tmp_path_factory.mktemp("trained")
     path = folder / "run"
-    words = [
+    options = [
         "--train.num_steps",
         "8",
         "--evaluate.every",
@@ -182,7 +182,7 @@ def trained(tmp_path_factory) -> Path:
         "--sample.max_new_tokens",
         "4",
     ]
-    output = run(write_config(folder), path, *words)
+    output = run(write_config(folder), path, *options)
     assert "python -m baichuan_jax.report" in output
     return path
 

@@ -39,8 +39,13 @@ NO_COPIES = ("--checkpoint.local_dir", "null", "--checkpoint.local_every", "null
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where all runs lie: they share what they compiled."""
-    return tmp_path_factory.mktemp("faults")
+    """Where all runs lie: they share what they compiled, without optimisations."""
+    variables = chaos.Supervised.variables.fget
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        changed = property(lambda supervised: {**variables(supervised), **quick})
+        patch.setattr(chaos.Supervised, "variables", changed)
+        yield tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from baichuan_jax.resilience.checkpoint_interval import (
 )
 from baichuan_jax.resilience.guard import Spikes, plan_rollback
 from baichuan_jax.runs.events import (
+    CheckpointSaved,
     Completed,
     Corruption,
     Event,
@@ -79,15 +80,16 @@ def numerics(step: int, begin: int, end: int) -> Event:
 
 
 def test_the_first_time_replays_the_second_skips_the_window_and_so_on_until_there_were_enough():
-    events: list[Event] = [numerics(10, 12, 15)]
+    events: list[Event] = [CheckpointSaved(step=step) for step in (2, 4, 6, 8, 10)]
+    events.append(numerics(10, 12, 15))
     plan = plan_rollback(events, [], 2)
-    assert (plan.windows, plan.before, plan.back) == ((), 10, 0)
+    assert (plan.windows, plan.before, plan.newest) == ((), 10, 9)
     events += plan.events
     # Answered: an ordinary restart changes nothing.
     assert plan_rollback(events, [], 2).before is None
     events.append(numerics(10, 12, 15))
     plan = plan_rollback(events, [[3, 4]], 2)
-    assert (plan.windows, plan.before, plan.back) == (((3, 4), (12, 15)), 10, 1)
+    assert (plan.windows, plan.before, plan.newest) == (((3, 4), (12, 15)), 10, 6)
     events += plan.events
     for begin in (20, 40):
         events.append(numerics(begin, begin, begin + 1))
@@ -103,7 +105,7 @@ def test_the_first_time_replays_the_second_skips_the_window_and_so_on_until_ther
 def test_corruption_goes_back_to_before_its_step_and_skips_no_data():
     events: list[Event] = [Corruption(step=7, reason="replicas differ")]
     plan = plan_rollback(events, [[1, 2]], 0)
-    assert (plan.windows, plan.before, plan.back) == (((1, 2),), 7, 0)
+    assert (plan.windows, plan.before, plan.newest) == (((1, 2),), 7, 6)
     assert plan_rollback([*events, *plan.events], [[1, 2]], 0).before is None
 
 

@@ -12,7 +12,14 @@ from baichuan_jax.checkpoint.state import StateTarget
 from baichuan_jax.checkpoint.store import CheckpointStore
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.guard import plan_rollback
-from baichuan_jax.runs.events import Event, NumericsFault, RolledBack, WindowSkipped, of_kind
+from baichuan_jax.runs.events import (
+    CheckpointSaved,
+    Event,
+    NumericsFault,
+    RolledBack,
+    WindowSkipped,
+    of_kind,
+)
 from baichuan_jax.training.restore import restore
 
 
@@ -48,25 +55,29 @@ def test_a_rollback_that_was_killed_is_done_by_the_next_launch(
     state = jax.tree.map(lambda shape: jax.numpy.ones(shape.shape, shape.dtype), steps.state_shapes)
     state = jax.device_put(state, steps.state_shardings)
     fault = NumericsFault(step=4, begin=40, end=50, reason="not finite")
-    events: list[Event] = [fault, RolledBack(before=4), fault] if repeated else [fault]
+    saved = [CheckpointSaved(step=step) for step in (1, 2, 3, 5)]
+    events: list[Event] = [*saved, fault]
+    if repeated:
+        events += [RolledBack(before=4), fault]
 
     def launch(lifetime: int):
         checkpoints = Checkpoints(tmp_path / "checkpoints", config, "abc", target)
         output = Recorded(events, lifetime)
         store = CheckpointStore(checkpoints, None, Schedule(config, 1e9), target, Clock(), output)
         try:
-            for step in (1, 2, 3, 5) if not checkpoints.steps() else ():
-                checkpoints.save(state, step, step * 10)
+            for save in saved if not checkpoints.steps() else ():
+                checkpoints.save(state, save.step, save.step * 10)
                 checkpoints.finish()
             rollback = plan_rollback(list(events), [], max_skips=1)
             return restore(config, steps, store, rollback, output)
         finally:
             store.close()
 
-    with contextlib.suppress(Killed):
-        launch(lifetime)
+    for _ in range(2):
+        with contextlib.suppress(Killed):
+            launch(lifetime)
     found = launch(9)
-    assert found.step <= (2 if repeated else 3)
+    assert found.step == (2 if repeated else 3)
     assert found.skipped == (((40, 50),) if repeated else ())
     assert 5 not in {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert plan_rollback(events, [], max_skips=1).before is None

@@ -10,6 +10,9 @@ from typing import Literal
 
 from baichuan_jax.config.schema import require
 
+# The key of a setting that serves all categories and languages without one of their own.
+OTHERS = "*"
+
 
 def _between(name: str, value: float, low: float, high: float) -> None:
     require(low <= value <= high, f"{name}={value} must lie between {low} and {high}")

@@ -32,6 +32,8 @@ COPIES = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
 CUT = pa.schema(
     [("doc", pa.int64()), ("start", pa.int64()), ("stop", pa.int64()), ("bytes", pa.int64())]
 )
+# Blanks between two sentences: where one is cut out, they go with it.
+SPACE = " \t\u3000"
 SCHEMAS = {"removed": REMOVED, "renamed": RENAMED, "copies": COPIES, "cut": CUT}
 
 

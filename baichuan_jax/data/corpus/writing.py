@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
+from baichuan_jax.data.corpus.effects import SPACE
 from baichuan_jax.data.corpus.filter import Corpus
 from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile, Stage, table_of
 from baichuan_jax.data.corpus.report import Tally
@@ -34,7 +35,6 @@ REMOVED = pa.schema(
         ("duplicate_of", pa.string()),
     ]
 )
-_SPACE = " \t\u3000"
 
 
 def write_corpus(corpus: Corpus, filters: list[str]) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def cut(text: str, spans: list[tuple[int, int]]) -> str:
     merged: list[list[int]] = []
     for start, stop in sorted(spans):
         # The space after a sentence leaves with it, else two spaces would meet.
-        while stop < len(text) and text[stop] in _SPACE:
+        while stop < len(text) and text[stop] in SPACE:
             stop += 1
         # Two sentences in a row become one cut, so that a line of them is seen to be empty.
         if merged and start <= merged[-1][1]:
@@ -133,7 +133,7 @@ def cut(text: str, spans: list[tuple[int, int]]) -> str:
     for start, stop in merged:
         # The cut ends a line: no space is left at its end, and no empty line in its place.
         if stop == len(text) or text[stop] == "\n":
-            while start > place and text[start - 1] in _SPACE:
+            while start > place and text[start - 1] in SPACE:
                 start -= 1
             if start == 0 or text[start - 1] == "\n":
                 stop = min(stop + 1, len(text))
