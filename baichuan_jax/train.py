@@ -64,7 +64,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
     require_writable(run.path, "run_dir")
     with Watch(config.resilience, clock, run.path / "attempts") as watch:
         with clock("start"):
-            config, steps, choices, display = start_devices(config, watch)
+            number, config, steps, choices, display = start_devices(config, watch)
         with clock("pack"):
             first = display.active
             prepared = prepare(config, writer=first, progress=first, say=display.say)
@@ -77,7 +77,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 throughput = open_throughput(config, steps)
                 choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
-                record_start(config, steps.layout.mesh, prepared, watch.launch, choices, output)
+                record_start(config, steps.layout.mesh, prepared, number, choices, output)
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash

@@ -74,8 +74,11 @@ class Watch:
         _start(self._watchdog)
         return self
 
-    def join(self) -> None:
-        """Watch the others too, once jax has connected them (or there are none)."""
+    def join(self) -> int:
+        """Watch the others too, once jax has connected them (or there are none).
+
+        Returns the number of this launch, from 1 (`attempt` in events).
+        """
         import jax
 
         self._placement = dataclasses.replace(
@@ -85,10 +88,13 @@ class Watch:
         if (service := report_service()) is not None:
             self._open_channel(service)
         # Without a supervisor process 0 makes the folder, and the others learn its number.
-        if self._placement.folder is None:
+        folder = self._placement.folder
+        if folder is None:
             number = agree("launch", lambda: self._launches.begin_unsupervised().number)
-            self._placement = dataclasses.replace(self._placement, folder=self._launches[number])
-            self._open(self._launches[number])
+            folder = self._launches[number]
+            self._placement = dataclasses.replace(self._placement, folder=folder)
+            self._open(folder)
+        return folder.number
 
     def reached(self, step: int, own_seconds: float | None = None) -> None:
         """The loop has come to this step, which heartbeats report from here on.
@@ -106,12 +112,6 @@ class Watch:
     def host(self) -> str:
         """The name of this process's host."""
         return self._placement.host
-
-    @property
-    def launch(self) -> int:
-        """The number of this launch, from 1 (`attempt` in events)."""
-        assert self._placement.folder is not None, "join() comes first"
-        return self._placement.folder.number
 
     def stragglers(self) -> list[StragglerFound]:
         """Slow processes found since the last call; on process 0 only."""

@@ -29,11 +29,11 @@ from baichuan_jax.training.throughput import Throughput
 from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 
-def start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices, Display]:
+def start_devices(config: Config, watch: Watch) -> tuple[int, Config, Steps, Choices, Display]:
     """Connect the processes, make the mesh and the steps on it, and check the hosts.
 
-    Returns the configuration with its mesh resolved. Raises ConfigError where the devices or a
-    forced kernel do not fit it, and what preflight finds wrong.
+    Returns the number of this launch, and the configuration with its mesh resolved. Raises
+    ConfigError where the devices or a forced kernel do not fit it, and what preflight finds wrong.
     """
     # Before jax starts, which reads them once.
     flags = apply_flags(config)
@@ -49,10 +49,10 @@ def start_devices(config: Config, watch: Watch) -> tuple[Config, Steps, Choices,
     display = Display(active=jax.process_index() == 0)
     steps = make_steps(config, mesh)
     # From here on the other processes are watched: the checks below are the first collectives.
-    watch.join()
+    number = watch.join()
     for warning in preflight(config).warnings:
         display.say(warning, style="yellow")
-    return config, steps, choices, display
+    return number, config, steps, choices, display
 
 
 def _resolve(config: Config, num_devices: int) -> Config:

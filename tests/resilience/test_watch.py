@@ -33,10 +33,10 @@ def test_heartbeats_lie_in_the_folder_of_a_new_launch(tmp_path):
     for number in (1, 2):
         clock = Clock()
         with Watch(ResilienceConfig(), clock, tmp_path / "attempts") as watch, clock("data"):
-            watch.join()
+            found = watch.join()
             watch.reached(7)
             launch = Launches(tmp_path / "attempts")[number]
-            assert (watch.launch, launch.supervised) == (number, False)
+            assert (found, launch.supervised) == (number, False)
             deadline = time.monotonic() + 20
             while not (reports := launch.reports()):
                 assert time.monotonic() < deadline
