@@ -41,7 +41,7 @@ else
 fi
 # In the background, so that a signal to this script reaches the program at once.
 "$python" "$here/gpu.py" "$@" &
-program='import jax; jax.jit(lambda x: jax.numpy.sin(x) + x)(jax.numpy.ones(9)).block_until_ready()'
+program=$!
 trap 'kill -TERM "$program" 2>/dev/null' TERM INT
 status=0
 wait "$program" || status=$?
