@@ -41,9 +41,6 @@ USAGE = f"""usage: baichuan-jax COMMAND ...    or, the same:    python -m baichu
 Baichuan-7B pre-training in JAX, version {__version__}. Each command explains itself with --help.
 Start with: baichuan-jax train --config tiny"""
 
-# Cause.CONFIGURATION's exit code, as a number: nothing else is imported before the command itself.
-UNKNOWN_COMMAND = 78
-
 
 def main(argv: list[str]) -> int:
     """Run a command, or print the list of commands. Returns the exit code; 78: no such command."""
@@ -68,7 +65,10 @@ def main(argv: list[str]) -> int:
             "baichuan-jax --help lists all commands",
             file=sys.stderr,
         )
-        return UNKNOWN_COMMAND
+        # Not above: nothing else is imported before a command that exists.
+        from baichuan_jax.resilience.causes import Cause
+
+        return Cause.CONFIGURATION.exit_code
     # Every command reads sys.argv[1:] itself.
     sys.argv = [sys.argv[0], *argv[1:]]
     # As `python -m`: the module is __main__, which spawned processes import again by its name.

@@ -120,9 +120,9 @@ class Checkpoints:
     def restore(self, report: Callable[[CheckpointCorrupt], None]) -> RunState | None:
         """The newest good checkpoint, on this run's mesh; None where there is none.
 
-        A damaged one is reported and renamed to STEP.corrupt. Damage that process 0 finds
-        by the files' sizes, or all find by the digests, leads to the checkpoint before. Damage that
-        one process alone meets while it reads ends it with PeerFailed, since the others wait for it
+        A damaged one is reported and renamed to STEP.corrupt. Damage that process 0 finds by the
+        files' sizes, or all find by the digests, leads to the checkpoint before. Damage that one
+        process alone meets while it reads ends it with PeerFailed, since the others wait for it
         inside Orbax; the next launch then uses the checkpoint before. Raises ConfigError for a
         checkpoint that is whole but of another configuration.
         """

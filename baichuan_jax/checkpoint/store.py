@@ -109,7 +109,7 @@ class CheckpointStore:
 
     def roll_back(self, rollback: Rollback) -> None:
         """Delete the checkpoints that the rollback does not allow."""
-        if rollback.before is not None and rollback.newest is not None:
+        if rollback.before is not None:
             self._storage.roll_back(rollback.before, rollback.newest)
 
     def restore(self, rollback: Rollback) -> RunState | None:

@@ -88,14 +88,14 @@ class Spikes:
 class Rollback:
     """What a launch leaves out and how far back it goes.
 
-    `windows`: positions [begin, end) of the data to skip. `newest`: only checkpoints up to this
-    step are good; where none is left, the oldest before `before` serves. None: all are good.
-    `events` are to be recorded.
+    `windows`: positions [begin, end) of the data to skip. `before`: the step of the fault; None:
+    all checkpoints are good. `newest`: else only those up to this step are; where none is left, the
+    oldest before the fault serves. `events` are to be recorded.
     """
 
     windows: tuple[tuple[int, int], ...] = ()
     before: int | None = None
-    newest: int | None = None
+    newest: int = 0
     events: tuple[RolledBack | WindowSkipped, ...] = ()
 
 
@@ -111,37 +111,39 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
     skipped = of_kind(events, WindowSkipped)
     windows += [(event.begin, event.end) for event in skipped]
     # The newest fault that no launch has answered yet.
-    newest: NumericsFault | Corruption | None = None
+    fault: NumericsFault | Corruption | None = None
     for event in events:
         if isinstance(event, NumericsFault | Corruption):
-            newest = event
+            fault = event
         elif isinstance(event, RolledBack):
-            newest = None
-    if newest is None:
+            fault = None
+    if fault is None:
         return Rollback(tuple(windows))
-    if isinstance(newest, Corruption):
-        answer = RolledBack(before=newest.step, reason=newest.reason)
-        return Rollback(tuple(windows), newest.step, newest.step - 1, (answer,))
+    if isinstance(fault, Corruption):
+        answer = RolledBack(before=fault.step, reason=fault.reason)
+        return Rollback(tuple(windows), fault.step, fault.step - 1, (answer,))
     # Windows that overlap are one place: a spike may be noticed a step earlier or later.
     before = of_kind(events, NumericsFault)[:-1]
-    repeats = sum(fault.begin < newest.end and newest.begin < fault.end for fault in before)
+    repeats = sum(other.begin < fault.end and fault.begin < other.end for other in before)
     recorded: list[RolledBack | WindowSkipped] = []
-    window = (newest.begin, newest.end)
+    window = (fault.begin, fault.end)
     # A launch that was killed between its two events has recorded the window already.
     if repeats and window not in windows:
         if len(skipped) >= max_skips:
             raise RuntimeError(
-                f"{newest.reason} at step {newest.step}, and {len(skipped)} windows of data have "
+                f"{fault.reason} at step {fault.step}, and {len(skipped)} windows of data have "
                 f"been left out already (resilience.max_skips={max_skips}), so it is not the data; "
                 "lower optimizer.learning_rate, or look at events.jsonl"
             )
         windows.append(window)
-        recorded.append(WindowSkipped(begin=newest.begin, end=newest.end, reason=newest.reason))
-    recorded.append(RolledBack(before=newest.step, skipped=bool(repeats), reason=newest.reason))
-    # One checkpoint further back each time: the state that the fault grew from may have been saved
-    # already. Counted in the events and not on storage, where a launch that was killed while it
-    # deleted has left fewer: the launch after it must come to the same step.
-    saved = sorted({save.step for save in of_kind(events, CheckpointSaved)})
-    good = [step for step in saved if step < newest.step]
-    limit = newest.step - 1 if not repeats else good[max(len(good) - 1 - repeats, 0)] if good else 0
-    return Rollback(tuple(windows), newest.step, limit, tuple(recorded))
+        recorded.append(WindowSkipped(begin=fault.begin, end=fault.end, reason=fault.reason))
+    recorded.append(RolledBack(before=fault.step, skipped=bool(repeats), reason=fault.reason))
+    newest = fault.step - 1
+    if repeats:
+        # One checkpoint further back each time: the state that the fault grew from may have been
+        # saved already. Counted in the events and not on storage, where a launch that was killed
+        # while it deleted has left fewer: the launch after it must come to the same step.
+        saves = of_kind(events, CheckpointSaved)
+        saved = sorted({save.step for save in saves if save.step < fault.step})
+        newest = saved[max(len(saved) - 1 - repeats, 0)] if saved else 0
+    return Rollback(tuple(windows), fault.step, newest, tuple(recorded))
