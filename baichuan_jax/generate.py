@@ -454,4 +454,4 @@ class _Stream:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]), result_is_shown=True)

@@ -24,7 +24,7 @@ from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError, at_least
 from baichuan_jax.resilience.causes import Cause, exit_code_table
 from baichuan_jax.resilience.clock import WAIT
-from baichuan_jax.resilience.exits import run_command, say
+from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.resilience.heartbeats import BEAT, HostHeartbeats
 from baichuan_jax.resilience.launch_files import (
@@ -81,7 +81,7 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             signal.signal(number, self._on_signal)
         # Before the first heartbeat: once the others see that, they count on this host.
         launch = self._first_launch()
@@ -115,14 +115,14 @@ class Supervisor:
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         """The first signal asks the processes to save and stop; a later SIGINT kills them."""
-        # Schedulers send SIGTERM to every process and again later; it must not mean more.
-        if self.asked and signum == signal.SIGTERM:
+        # Schedulers send SIGTERM to every process and again later; it must not mean more. Nor must
+        # the SIGHUP of a terminal that closes.
+        if self.asked and signum != signal.SIGINT:
             return
         self.asked += 1
         first = self.asked == 1
         what = "saving, then stopping; once more quits unsaved" if first else "quitting"
-        # Not print: a signal may come in the middle of one.
-        os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
+        say_from_handler(f"{signal.Signals(signum).name}: {what}")
         self._send(signal.SIGTERM if first else signal.SIGKILL)
 
     def _send(self, number: int) -> None:

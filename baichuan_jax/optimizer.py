@@ -16,21 +16,24 @@ import optax
 from baichuan_jax.config.schema import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> jax.Array:
+def learning_rate(
+    config: OptimizerConfig, num_steps: int, step: jax.Array | int, library: Any = jnp
+) -> Any:
     """The learning rate of step 0, 1, ...: linear warm-up, then a cosine.
 
     During the warm-up peak * (step + 1) / warmup_steps; then from the peak down to its final ratio
-    at num_steps.
+    at num_steps. `library`: numpy computes it without jax's devices.
     """
-    step = jnp.asarray(step, jnp.float32)
+    np = library
+    step = np.asarray(step, np.float32)
     # step + 1: the first step has a rate above zero, or its gradients would be wasted.
     warmup = (step + 1) / max(config.warmup_steps, 1)
-    progress = jnp.clip(
+    progress = np.clip(
         (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1), 0.0, 1.0
     )
     final = config.final_learning_rate_ratio
-    cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return config.learning_rate * jnp.where(step < config.warmup_steps, warmup, cosine)
+    cosine = final + (1 - final) * 0.5 * (1 + np.cos(np.pi * progress))
+    return config.learning_rate * np.where(step < config.warmup_steps, warmup, cosine)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:

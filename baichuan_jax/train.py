@@ -24,12 +24,13 @@ from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.watch import Watch
-from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.console import Display, lasting_streams
 from baichuan_jax.runs.events import Completed, latest
-from baichuan_jax.runs.files import require_writable, write_atomically
+from baichuan_jax.runs.files import require_writable
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
+from baichuan_jax.training.changes import show_changes
 from baichuan_jax.training.evaluator import Evaluator
 from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
@@ -38,6 +39,7 @@ from baichuan_jax.training.recorder import Recorder
 from baichuan_jax.training.restore import open_store, plan_restore, restore
 from baichuan_jax.training.setup import open_loader, open_throughput, read_tests, start_devices
 from baichuan_jax.training.summary import (
+    close_files,
     conclude,
     explain_failure,
     record_start,
@@ -52,7 +54,8 @@ def train(config: Config) -> Run:
     PeerFailed where another process of the run failed.
     """
     run = Run(config.run_path)
-    _train(config, run, Clock())
+    with lasting_streams():
+        _train(config, run, Clock())
     return run
 
 
@@ -70,7 +73,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             prepared = prepare(config, writer=first, progress=first, say=display.say)
             tests = read_tests(config, prepared)
         with clock("start"):
-            output = _open_run(config, run, prepared, display)
+            output, before = _open_run(config, run, prepared, display)
             # Before `started` is written: this launch is no fault yet.
             history = fault_history(run.events)
         with _closing(config, run, clock, watch, output) as resources:
@@ -89,6 +92,10 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
+                output.writer.begin(start.step + 1)
+                show_changes(before, config, start.step, output)
+                # Only now: a launch that is killed before this says them again.
+                output.writer.file(run.path / "config.yaml", dump_config(config).encode())
                 # Steps after the restored one are done again and written again.
                 losses = run.losses(until=start.step)
                 eval_loss = run.curve("eval_loss").get(start.step)
@@ -117,22 +124,25 @@ def _closing(
     After an error among several processes only files are closed: Orbax and the loader would wait
     for the other processes.
     """
-    resources = contextlib.ExitStack()
+    resources, ended_well = contextlib.ExitStack(), False
     try:
         yield resources
-        with clock("finish"):
+        # Everything is saved by now.
+        with clock("finish"), output.leaving_out("the end of the run's threads"):
             resources.close()
+        ended_well = True
     except BaseException as error:
         # Before anything else: the other processes wait for this one until they hear of it.
         watch.fail(error)
         advice = explain_failure(error, config, run, watch.step, output)
         if jax.process_count() == 1:
-            resources.close()
+            with output.leaving_out("the end of the run's threads"):
+                resources.close()
         if advice is not None:
             raise ConfigError(advice) from error
         raise
     finally:
-        output.writer.close()
+        close_files(output, ended_well)
 
 
 def _is_complete(config: Config, run: Run) -> bool:
@@ -140,30 +150,25 @@ def _is_complete(config: Config, run: Run) -> bool:
     completed = latest(run.events, Completed)
     if completed is None or run.status != "completed" or completed.step < config.train.num_steps:
         return False
-    show_complete(Display(), run, completed)
+    show_complete(Display(), run, completed, config)
     return True
 
 
-def _open_run(config: Config, run: Run, prepared: Prepared, display: Display) -> Output:
-    """Make the run's folder with configuration and tokenizer; show what changed since last time."""
+def _open_run(
+    config: Config, run: Run, prepared: Prepared, display: Display
+) -> tuple[Output, str | None]:
+    """Make the run's folder with its tokenizer; also the settings of its last launch, as YAML."""
+    writer = Writer(run.path, config, lambda text: display.say(text, "yellow"), display.active)
+    before = None
     if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
-        file, text = run.path / "config.yaml", dump_config(config)
-        if file.exists() and (before := file.read_text(encoding="utf-8")) != text:
-            old = before.splitlines()
-            changed = [line.strip() for line in text.splitlines() if line not in old]
-            display.say(
-                f"settings differ from this run's last launch: {', '.join(changed)}", style="yellow"
-            )
-        write_atomically(file, text.encode())
+        settings = run.path / "config.yaml"
+        before = settings.read_text(encoding="utf-8") if settings.exists() else None
         # The run's own copy: generate and export need no other folder, whatever becomes of the
         # cache.
         tokenizer = Path(prepared.tokenizer.path).read_bytes()
-        write_atomically(run.path / "tokenizer.model", tokenizer)
-    writer = Writer(run.path, config, display.active)
-    for warning in writer.warnings:
-        display.say(warning, style="yellow")
-    return Output(writer, display)
+        writer.file(run.path / "tokenizer.model", tokenizer)
+    return Output(writer, display), before
 
 
 def main(argv: list[str]) -> int:

@@ -128,6 +128,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, from a configuration's sections."""
+    sections = {item.name for item in fields(Config) if is_dataclass(item.type)}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        # data.train and others are dicts too, and are settings.
+        if key in sections and isinstance(value, dict):
+            found |= {f"{key}.{name}": setting for name, setting in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
 def shipped() -> dict[str, Path]:
     """The configurations that come with the program, by name."""
     # An installed package holds them as baichuan_jax/configs; a checkout, beside baichuan_jax.

@@ -20,11 +20,12 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
+from baichuan_jax.config.files import flatten
 from baichuan_jax.config.schema import TASKS, Config
 from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
-from baichuan_jax.report.recorded import Recorded, flatten
-from baichuan_jax.runs.events import Completed, Started, UpdateSkipped, latest, of_kind
+from baichuan_jax.report.recorded import Recorded
+from baichuan_jax.runs.events import Completed, Sampled, Started, UpdateSkipped, latest, of_kind
 
 # Settings that differ between any two runs and say nothing about them.
 PLACES = ("run_dir",)
@@ -369,9 +370,9 @@ def _score_table(results: dict[str, dict[str, Any]]) -> str:
 def _samples(page: Page, records: list[Recorded]) -> None:
     page.section("samples", "Samples")
     for record in records:
-        # Samples are written once, when the last step is done.
-        completed = latest(record.events, Completed)
-        samples = {} if completed is None else completed.samples
+        # Written once, when the last step is done; by earlier versions in the event of that.
+        newest = latest(record.events, Sampled) or latest(record.events, Completed)
+        samples = {} if newest is None else newest.samples
         if not samples:
             page.say(
                 f"{record.name}: none. A run writes them at its end for sample.prompts; at any "

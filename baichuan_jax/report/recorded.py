@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.config.files import flatten
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
 from baichuan_jax.runs.events import Event
 from baichuan_jax.runs.folder import Run
@@ -168,21 +169,6 @@ def _refuse_no_run(path: Path) -> None:
         inside = sorted(file.parent.name for file in path.glob("*/metrics.jsonl"))
         hint = f"; runs in it: {', '.join(inside)}" if inside else ""
         raise ConfigError(f"{path} is no run's folder: it has no metrics.jsonl{hint}")
-
-
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, from a configuration's sections."""
-    sections = {
-        item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)
-    }
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        # data.train and others are dicts too, and are settings.
-        if key in sections and isinstance(value, dict):
-            found |= {f"{key}.{name}": setting for name, setting in value.items()}
-        else:
-            found[key] = value
-    return found
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -8,10 +8,12 @@ tables of exit codes in `launch --help`, both READMEs and docs/operations.md sho
 """
 
 import enum
+import errno
 import itertools
 import re
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.runs.files import FULL_DISK
 
 
 class Cause(enum.StrEnum):
@@ -29,8 +31,8 @@ class Cause(enum.StrEnum):
 
     COMPLETED = "completed", 0, False, "complete"
     EXCEPTION = "exception", 70, False, "an error of the program, or of one host alone"
-    STORAGE = "storage", 74, True, "a checkpoint cannot be written; make room"
-    PREEMPTED = "preempted", 75, True, "asked to stop (Ctrl-C, SIGTERM), and saved"
+    STORAGE = "storage", 74, True, "a file cannot be written, or the disk fails; make room"
+    PREEMPTED = "preempted", 75, True, "asked to stop (Ctrl-C, SIGTERM, SIGHUP), and saved"
     HANG = "hang", 76, True, "a phase took longer than its limit"
     SILENT = "silent", 76, True, "a heartbeat timed out"
     KILLED = "killed", 76, True, "a signal ended a process"
@@ -75,7 +77,7 @@ class PeerFailed(RuntimeError):
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written: a full disk, a lost file system."""
+    """A checkpoint, or what a run must not lose, could not be written: a full disk, a lost one."""
 
 
 class BadHost(RuntimeError):
@@ -96,11 +98,37 @@ EXCEPTIONS: dict[type[BaseException], Cause] = {
 }
 
 
+# A disk is full, over quota, read-only or failing: a restart may find it mended.
+_STORAGE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+)
+# This user may not do that: a restart would meet it again.
+_REFUSED = frozenset({errno.EACCES, errno.EPERM})
+
+
 def cause_of(error: BaseException) -> Cause:
-    """The cause that an exception means by its type."""
-    return next(
-        (cause for kind, cause in EXCEPTIONS.items() if isinstance(error, kind)), Cause.EXCEPTION
-    )
+    """The cause that an exception means by its type, or an OSError by its number."""
+    for kind, cause in EXCEPTIONS.items():
+        if isinstance(error, kind):
+            return cause
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return Cause.STORAGE
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return Cause.CONFIGURATION
+    return Cause.EXCEPTION
+
+
+def describe(error: BaseException) -> str:
+    """One line: what a command says of an error that is no bug."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    what = "a file" if error.filename is None else str(error.filename)
+    todo = "make room, and start the same command again"
+    if error.errno in _REFUSED:
+        todo = "give this user the right to it, or name another place"
+    elif error.errno not in FULL_DISK:
+        todo = "mend the disk, and start the same command again"
+    return f"{what}: {error.strerror}; {todo}"
 
 
 # XLA's errors begin with a status. They come as JaxRuntimeError, but as ValueError where an array

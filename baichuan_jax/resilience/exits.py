@@ -10,20 +10,32 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from baichuan_jax.resilience.causes import EXCEPTIONS, Cause, cause_of
+from baichuan_jax.resilience.causes import Cause, cause_of, describe
+from baichuan_jax.runs.console import lasting_streams
+from baichuan_jax.runs.files import FULL_DISK
+
+# How long the end of Python may last after everything is saved: jax waits five minutes for other
+# processes, and a library's thread may hang.
+EXIT_SECONDS = 400.0
 
 
 def leave(code: int) -> NoReturn:
     """End this process with an exit code, at once where others of its run still live."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
     jax = sys.modules.get("jax")
     # At its own exit jax waits minutes for the other processes, which a failed run may not have.
     saved = code in (Cause.COMPLETED.exit_code, Cause.PREEMPTED.exit_code)
     if not saved and jax is not None and jax.distributed.is_initialized():
         os._exit(code)
+    timer = threading.Timer(EXIT_SECONDS, _end_now, (code,))
+    timer.daemon = True
+    timer.start()
     sys.exit(code)
+
+
+def _end_now(code: int) -> None:
+    # Not where a caller (a test, a notebook) has caught SystemExit and goes on.
+    if not threading.main_thread().is_alive():
+        os._exit(code)
 
 
 def say(text: str) -> None:
@@ -32,39 +44,68 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_from_handler(text: str) -> None:
+    """Write a line to stderr from a signal's handler. Best effort; never raises."""
+    # Not print: a signal may come in the middle of one, and print is not reentrant.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
 # What argparse exits with where argv is wrong, after it has said why.
 USAGE_ERROR = 2
 
 
-def run_command(command: Callable[[], int]) -> NoReturn:
-    """Run a command's main function; exit with its code, or with that of its error's cause."""
+def run_command(command: Callable[[], int], result_is_shown: bool = False) -> NoReturn:
+    """Run a command's main function; exit with its code, or with that of its error's cause.
+
+    Nothing that it shows can end it: a closed pipe or terminal, a full disk under a log. Where the
+    result itself is shown, a disk that refuses it is an error.
+    """
+    with lasting_streams() as stdout:
+        code = _code_of(command)
+        stdout.flush()
+        lost = stdout.error
+        # A reader that has ended, as in `| head`, wants no more.
+        if result_is_shown and code == 0 and isinstance(lost, OSError) and lost.errno in FULL_DISK:
+            say(f"error: the result cannot be written to stdout ({lost.strerror}); make room")
+            code = Cause.STORAGE.exit_code
+    leave(code)
+
+
+def _code_of(command: Callable[[], int]) -> int:
     try:
-        code = command()
-    # These name what is wrong and what to do; a traceback would hide it.
-    except tuple(EXCEPTIONS) as error:
-        say(f"error: {error}")
-        code = cause_of(error).exit_code
+        return command()
     except SystemExit as end:
         if end.code != USAGE_ERROR:
             raise
         # Schedulers know the codes of the table only, and would start such a command again.
-        code = Cause.CONFIGURATION.exit_code
+        return Cause.CONFIGURATION.exit_code
     except KeyboardInterrupt:
         say("interrupted: nothing was saved after the last checkpoint")
-        code = Cause.INTERRUPTED.exit_code
-    except Exception:
-        say(traceback.format_exc())
-        code = Cause.EXCEPTION.exit_code
-    leave(code)
+        return Cause.INTERRUPTED.exit_code
+    except Exception as error:
+        cause = cause_of(error)
+        # All but one name what is wrong and what to do; a traceback would hide it.
+        say(traceback.format_exc() if cause == Cause.EXCEPTION else f"error: {describe(error)}")
+        return cause.exit_code
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that ask to save and stop: Ctrl-C, a scheduler's, and a terminal that closes."""
+    asked = (signal.SIGINT, signal.SIGTERM)
+    # nohup ignores it: the run is to outlive its terminal.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return asked
+    return (*asked, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Iterator[None]:
-    """Handle signals inside: a first SIGINT or SIGTERM calls on_stop(name), SIGUSR1 on_trace.
+    """Handle signals inside: the first of stop_signals() calls on_stop(name), SIGUSR1 on_trace.
 
-    A later SIGINT raises KeyboardInterrupt. A later SIGTERM does nothing: schedulers send one to
-    every process of a job, and supervisors pass it on. Only the main thread may handle signals; in
-    any other (a server's thread) this does nothing.
+    A later SIGINT raises KeyboardInterrupt. A later SIGTERM or SIGHUP does nothing: schedulers send
+    one to every process of a job, and supervisors pass it on. Only the main thread may handle
+    signals; in any other (a server's thread) this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -75,14 +116,14 @@ def signals(on_stop: Callable[[str], None], on_trace: Callable[[], None]) -> Ite
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 return
             raise KeyboardInterrupt
         asked = True
         on_stop(signal.Signals(number).name)
 
     # Put back afterwards: a notebook has handlers of its own.
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: on_trace())
     try:
         yield

@@ -12,6 +12,7 @@ looks at memory only, so nothing blocks it. It leaves through os._exit: the main
 interrupted inside a collective.
 """
 
+import contextlib
 import dataclasses
 import faulthandler
 import itertools
@@ -140,13 +141,21 @@ class Watch:
         )
 
     def _open(self, folder: LaunchFolder) -> None:
-        folder.path.mkdir(parents=True, exist_ok=True)
         if not self._placement.alone:
-            file = folder.path / f"stacks-{self._placement.process}.txt"
-            self._stacks = open(file, "w")  # noqa: SIM115 (closed in __exit__)
-            # For a crash, and for jax's abort when its coordination service is lost.
-            faulthandler.enable(self._stacks)
+            self._open_stacks(folder)
         self._open_channel(folder)
+
+    def _open_stacks(self, folder: LaunchFolder) -> None:
+        """A file for the stacks of a crash, and of jax's abort without its coordination service."""
+        file = folder.path / f"stacks-{self._placement.process}.txt"
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._stacks = open(file, "w")  # noqa: SIM115 (closed in __exit__)
+        except OSError as error:
+            # They explain a fault, and no fault has happened.
+            say(f"{file} cannot be written ({error.strerror}); a crash leaves no stacks")
+            return
+        faulthandler.enable(self._stacks)
 
     def _open_channel(self, board: Board) -> None:
         channel = Channel(board)
@@ -154,12 +163,13 @@ class Watch:
         _start(lambda: self._publish_on(channel), name=f"heartbeats on {type(board).__name__}")
 
     def _publish_on(self, channel: Channel) -> None:
-        stragglers = Stragglers()
+        stragglers, failed = Stragglers(), False
         for beat in itertools.count(1):
             if self._closed.wait(BEAT):
                 return
             try:
                 channel.publish(self.report())
+                failed = False
                 process, processes = self._placement.process, self._placement.processes
                 if self._clock.now[1] > LISTEN:
                     self._peers.hear(channel.board.reports(), own=process)
@@ -168,7 +178,10 @@ class Watch:
             except Exception as error:
                 # A board that fails now may work again. Until then the others do not hear this
                 # process on it, and decide what that means.
-                say(f"heartbeat not published in {type(channel.board).__name__}: {error}")
+                if not failed:
+                    where = type(channel.board).__name__
+                    say(f"heartbeat not published in {where}: {error}; trying again")
+                failed = True
                 self._closed.wait(5 * BEAT)
 
     def _look_for_stragglers(self, stragglers: Stragglers, board: Board) -> None:
@@ -198,7 +211,9 @@ class Watch:
             elif age > limit and warned != (phase, self._step):
                 warned = (phase, self._step)
                 say(f"\nnothing has happened for {age:.0f} s (in {phase} at step {self._step}):")
-                faulthandler.dump_traceback(sys.stderr)
+                # Where stderr is closed, or no file, as in a notebook.
+                with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+                    faulthandler.dump_traceback(sys.stderr)
             elif age > LISTEN and (lost := self._lost_peer()) is not None:
                 self._leave(*lost)
 

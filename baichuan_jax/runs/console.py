@@ -1,12 +1,19 @@
 """What a person sees of a command: messages, tables, and the progress of training.
 
 Progress has three forms: a bar in a terminal, a table in a notebook that changes in place, and a
-line every ten seconds in a file. Only process 0 of a run shows anything.
+line every ten seconds in a file. Only process 0 of a run shows anything. Nothing shown may end a
+command: a reader that ends, a terminal that closes, a log on a full disk, an encoding that lacks
+Chinese (`lasting_streams`).
 """
 
+import contextlib
+import errno
+import os
+import re
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +21,100 @@ from tqdm import tqdm
 
 # The width of a table in a file or a pipe, which have none of their own.
 FILE_COLUMNS = 140
+_NUMBER = re.compile(r"-|[-+]?[\d.,]+%?")
+# After these a stream may work again: a disk gets room, a slow reader reads.
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR})
+
+
+class Stream:
+    """stdout or stderr, whose writes never raise: what cannot be shown is left out.
+
+    `error`: the first error, None where there was none. Characters that the encoding lacks are
+    shown as escapes. Everything else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        # None: a process without a console (pythonw, a daemon whose streams were closed).
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """Write, or leave out."""
+        if self._stream is not None:
+            self._attempt(self._write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is written."""
+        if self._stream is not None:
+            self._attempt(self._stream.flush)
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal that still works."""
+        try:
+            return self._stream is not None and self._stream.isatty()
+        # Closed by whoever embeds the program.
+        except ValueError:
+            return False
+
+    def settle(self) -> None:
+        """At a command's end: leave nothing that Python would fail to flush when it exits."""
+        self.flush()
+        if self.error is not None:
+            self._end()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _write(self, text: str) -> None:
+        assert self._stream is not None
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:
+            encoded = text.encode(error.encoding, "backslashreplace")
+            self._stream.write(encoded.decode(error.encoding))
+
+    def _attempt(self, call: Callable[..., object], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        # ValueError: the stream is closed.
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
+            if getattr(error, "errno", None) not in _PASSING:
+                self._end()
+
+    def _end(self) -> None:
+        """Show nothing more."""
+        stream, self._stream = self._stream, None
+        # The file itself too: libraries write to it below Python, and Python flushes what waits
+        # when it exits (which would then be exit code 120).
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            number = cast(TextIO, stream).fileno()
+            if number in (1, 2):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[Stream]:
+    """Inside, no write to stdout or stderr raises. Yields stdout."""
+    # Closed files: the next file that is opened would take their number, and what libraries write
+    # to stderr would land in it.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    streams = [Stream(stream) for stream in before]
+    sys.stdout, sys.stderr = cast(list[TextIO], streams)
+    try:
+        yield streams[0]
+    finally:
+        for stream in streams:
+            stream.settle()
+        sys.stdout, sys.stderr = before
 
 
 class Display:
@@ -33,13 +134,13 @@ class Display:
                 self._console.print(text, style=style, markup=False)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table whose first column is text and whose others are numbers."""
+        """A table; columns of numbers align at the right."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            # Numbers align at the right.
-            table.add_column(column, justify="left" if index == 0 else "right")
+            numbers = all(_NUMBER.fullmatch(row[index]) for row in rows)
+            table.add_column(column, justify="right" if numbers else "left")
         for row in rows:
             table.add_row(*row)
         with tqdm.external_write_mode():

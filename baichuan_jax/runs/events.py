@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+from baichuan_jax.runs.files import Appender
+
 
 # kw_only: `time` has a default, and subclasses have fields without one behind it.
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,10 @@ class Interrupted(Event):
 
 @_event("completed")
 class Completed(Event):
-    """The last step is done: losses, seconds by phase, samples, and the median step's speed."""
+    """The last step is done: losses, seconds by phase, and the median step's speed.
+
+    `samples` are of runs of earlier versions; `Sampled` has them since.
+    """
 
     step: int
     loss: float | None = None
@@ -184,6 +189,22 @@ class Completed(Event):
     tokens_per_second: float | None = None
     mfu: float | None = None
     mfu_causal: float | None = None
+
+
+@_event("sampled")
+class Sampled(Event):
+    """What the finished model wrote: prompt -> its continuation."""
+
+    step: int
+    samples: dict[str, str]
+
+
+@_event("left_out")
+class LeftOut(Event):
+    """Something beside the training failed and was left out; the launch went on."""
+
+    what: str
+    error: str
 
 
 @_event("failed")
@@ -334,16 +355,9 @@ def latest(events: Iterable[Event], kind: type[Kind]) -> Kind | None:
 
 def append_event(run: Path, event: Event) -> None:
     """Add a line where no process trains; what a killed writer left of its last line is dropped."""
-    run.mkdir(parents=True, exist_ok=True)
     # One write of a whole line in append mode: two supervisors' lines cannot mix.
-    with open(run / "events.jsonl", "a+b") as file:
-        drop_unfinished_line(file)
-        file.write(event.to_line())
-
-
-def drop_unfinished_line(file: Any) -> None:
-    """Cut off what a killed writer left of its last line. file: binary, to read and append."""
-    file.seek(0)
-    content = file.read()
-    # Else the next line would be appended to it, and neither could be read.
-    file.truncate(content.rfind(b"\n") + 1)
+    file = Appender(run / "events.jsonl")
+    error = file.add(event.to_line())
+    file.close()
+    if error is not None:
+        raise error

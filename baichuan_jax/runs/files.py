@@ -1,9 +1,18 @@
-"""Files that are there whole or not at all, whatever is killed."""
+"""Files that are there whole or not at all, whatever is killed and however full the disk is."""
 
+import contextlib
+import errno
+import io
 import os
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from baichuan_jax.config.schema import ConfigError
+
+# The disk is full, or the user's share of it.
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def require_writable(folder: Path | str, setting: str) -> None:
@@ -15,6 +24,9 @@ def require_writable(folder: Path | str, setting: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        # A full disk is no wrong setting: the same command works once there is room.
+        if error.errno in FULL_DISK:
+            raise
         raise ConfigError(
             f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
             f"name another folder with --{setting}, or start from one that may be written"
@@ -24,22 +36,115 @@ def require_writable(folder: Path | str, setting: str) -> None:
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file under another name, then rename it: nobody ever sees half of it.
 
-    Makes its folder. Not durable: faster, and a power failure may lose it.
+    Makes its folder. Not durable: faster, and a power failure may lose it. Raises OSError, which
+    names the file; nothing is left of it then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # By process: two that write the same file at once must not share an unfinished one.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    if durable:
-        publish(temporary, path)
-    else:
-        os.replace(temporary, path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            if durable:
+                publish(temporary, path)
+            else:
+                os.replace(temporary, path)
+        except OSError:
+            # Half a file is of no use, and it takes room on a disk that is full.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
-    # Without fsync a power failure could keep the new name and lose the content.
-    descriptor = os.open(temporary, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.replace(temporary, path)
+    with naming(path):
+        # Without fsync a power failure could keep the new name and lose the content.
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure, whole or not at all; the format is that of the path's suffix."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:] or "png", dpi=dpi)
+    write_atomically(path, content.getvalue())
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the name of the file that it is about.
+
+    Python names the file where it is opened, and not where it is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+class Appender:
+    """Appends records to a file, each whole or not at all; what the disk refuses waits in memory.
+
+    `waiting`: the records that are not written yet, in their order. Every call tries again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: deque[bytes] = deque()
+        self._file: io.FileIO | None = None
+        # Where the whole records end; None before the file was opened.
+        self._end: int | None = None
+
+    def add(self, record: bytes) -> OSError | None:
+        """Append a record behind all that wait. Returns why it waits; None: it is written."""
+        self.waiting.append(record)
+        return self.flush()
+
+    def flush(self) -> OSError | None:
+        """Write what waits. Returns the error that stopped it, or None."""
+        try:
+            with naming(self.path):
+                # Kept open: opening a file on network storage at every step would cost more than
+                # the line.
+                file = self._file = self._file or self._open()
+                while self.waiting:
+                    self._end = os.fstat(file.fileno()).st_size
+                    # Unbuffered and in append mode: one write of a whole record.
+                    if file.write(self.waiting[0]) < len(self.waiting[0]):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self.waiting.popleft()
+        except OSError as error:
+            # Half a record may be there. It is cut off now, or when the file is opened again.
+            with contextlib.suppress(OSError):
+                self.close()
+                self._file = self._open()
+            return error
+        return None
+
+    def close(self) -> None:
+        """Close the file; what waits is kept."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _open(self) -> io.FileIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            if self._end is None:
+                # What a killed writer left of its last line: the next one would be appended to it,
+                # and neither could be read.
+                file.seek(0)
+                self._end = file.read().rfind(b"\n") + 1
+            file.truncate(self._end)
+        except OSError:
+            file.close()
+            raise
+        return file

@@ -8,6 +8,7 @@ from typing import Any
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, latest, parse_event
+from baichuan_jax.runs.files import save_figure
 
 
 class Run:
@@ -105,7 +106,7 @@ class Run:
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.name))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path or self.path / "loss.png", dpi=120)
+        save_figure(figure, Path(path or self.path / "loss.png"), dpi=120)
         return figure
 
     def __repr__(self) -> str:

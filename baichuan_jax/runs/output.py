@@ -1,9 +1,11 @@
 """Where a launch writes: the files of its run and the screen of its user."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import Event
+from baichuan_jax.runs.events import Event, LeftOut
 from baichuan_jax.runs.metrics import Writer
 
 
@@ -21,3 +23,18 @@ class Output:
     def say(self, text: str, style: str | None = None) -> None:
         """A message to the user, above the progress bar."""
         self.display.say(text, style=style)
+
+    @contextlib.contextmanager
+    def leaving_out(self, what: str) -> Iterator[None]:
+        """Leave out what fails inside, say so and record it: it is no reason to end the launch."""
+        try:
+            yield
+        except Exception as error:
+            self._left_out(what, f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            self._left_out(what, "interrupted")
+
+    def _left_out(self, what: str, error: str) -> None:
+        self.event(LeftOut(what=what, error=error[:2000]))
+        first = error.splitlines()[0][:300]
+        self.say(f"{what}: left out, the run goes on without it: {first}", style="yellow")

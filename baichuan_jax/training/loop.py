@@ -9,7 +9,6 @@ that every process acts at the same step.
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from baichuan_jax.checkpoint.store import CheckpointStore
 from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.resilience.clock import DATA, DISPATCH, EVALUATE, WAIT, Clock
+from baichuan_jax.resilience.exits import say_from_handler
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Progress
 from baichuan_jax.runs.events import Compiled, Interrupted, Profiled
@@ -45,9 +45,8 @@ class StopRequest:
     def make(self, signal_name: str) -> None:
         """Ask; called from a signal's handler."""
         self.made = True
-        # Not print: a signal may come in the middle of one, and print is not reentrant.
-        text = f"\n{signal_name}: saving after this step, then stopping; once more quits unsaved\n"
-        os.write(2, text.encode())
+        then = "; once more quits unsaved" if signal_name == "SIGINT" else ""
+        say_from_handler(f"{signal_name}: saving after this step, then stopping{then}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ def train_loop(
         while now.step < num_steps:
             with clock(DATA):
                 position, batch = batches.position, next(batches)
-            launch.profiler.before(now.step + 1)
+            with launch.output.leaving_out("the profile"):
+                launch.profiler.before(now.step + 1)
             # An array that is copied to the devices unseen would halt every step.
             with clock(DISPATCH), jax.transfer_guard("disallow"):
                 state, metrics = train_step(now.state, batch, requests[_own_request(launch, stop)])
@@ -171,10 +171,11 @@ def _do(launch: Launch, work: Work, now: RunState, batch: Batch) -> None:
     """Do what is due, in this order: nothing is saved that a check has not passed."""
     # The trace ends first, so that it shows steps and not what is done between them.
     if work.end_trace:
-        launch.profiler.stop()
-        launch.output.event(Profiled(step=now.step))
-        folder = launch.profiler.folder
-        launch.output.say(f"profile of the steps up to {now.step} in {folder}")
+        with launch.output.leaving_out("the profile"):
+            launch.profiler.stop()
+            launch.output.event(Profiled(step=now.step))
+            folder = launch.profiler.folder
+            launch.output.say(f"profile of the steps up to {now.step} in {folder}")
     if work.compare:
         with launch.clock(EVALUATE):
             launch.guard.compare_replicas(launch.steps, now, batch)

@@ -31,11 +31,13 @@ class Profiler:
         if self.until is not None or not due:
             return
         last = step + STEPS_ON_DEMAND - 1 if self._requested else self._steps[1]
-        self.until = min(last, self._num_steps)
+        # First: a trace that cannot start is not tried again with the next step.
         self._requested = False
         jax.profiler.start_trace(str(self.folder))
+        self.until = min(last, self._num_steps)
 
     def stop(self) -> None:
         """End the trace under way, and write it."""
-        jax.profiler.stop_trace()
+        # First: a trace that cannot be written is over too.
         self.until = None
+        jax.profiler.stop_trace()

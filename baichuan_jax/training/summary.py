@@ -16,10 +16,11 @@ from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.clock import EVALUATE
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import Completed, Failed, Started
+from baichuan_jax.runs.events import Completed, Failed, Sampled, Started
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
+from baichuan_jax.training.changes import consequence_of_more_steps
 from baichuan_jax.training.loop import Launch
 
 # Steps whose mean loss is the result: single steps differ by their data.
@@ -97,35 +98,42 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
 
 
 def conclude(launch: Launch, run: Run, end: RunState, entropy: float) -> None:
-    """After the last step: loss curve, samples, the Completed event, and what to do next."""
-    recorder, display = launch.recorder, launch.output.display
+    """After the last step: the Completed event, loss curve, samples, and what to do next.
+
+    The run is complete first. Whatever fails after that is said, recorded and left out.
+    """
+    recorder, output = launch.recorder, launch.output
     # A launch that was killed after its last checkpoint and before its evaluation.
     if recorder.eval_loss is None and launch.evaluator.validates:
         with launch.clock(EVALUATE):
             launch.evaluator.evaluate(end.step, end.state.params)
-    if jax.process_index() == 0:
-        _draw(run, display)
     # The loss of a skipped step may be NaN, and so would be the mean.
     finite = [loss for loss in recorder.losses if math.isfinite(loss)]
     completed = Completed(
         step=end.step,
-        loss=statistics.fmean(finite[-LAST_LOSSES:]),
+        # None where no line of metrics is left to read a loss from.
+        loss=statistics.fmean(finite[-LAST_LOSSES:]) if finite else None,
         eval_loss=recorder.eval_loss,
         unigram_entropy=entropy,
-        samples=launch.evaluator.sample(end.state.params),
         seconds=launch.clock.totals(),
         **recorder.throughput.median(),
     )
-    launch.output.event(completed)
-    _show_result(display, run, completed, recorder.throughput.mfu_of)
+    output.event(completed)
+    if jax.process_index() == 0:
+        with output.leaving_out(f"{run.path / 'loss.png'}"):
+            _draw(run, output)
+    with output.leaving_out("the samples"):
+        _sample(launch, end)
+    with output.leaving_out("the summary"):
+        _show_result(output.display, run, completed, recorder.throughput.mfu_of, launch.config)
 
 
-def _draw(run: Run, display: Display) -> None:
+def _draw(run: Run, output: Output) -> None:
     """Draw the loss curve, where matplotlib is installed: a run must not fail for a picture."""
     if importlib.util.find_spec("matplotlib") is not None:
         run.plot()
         return
-    display.say(
+    output.say(
         f"{run.path / 'loss.png'} is not drawn: matplotlib is not installed; pip install "
         "matplotlib, then in Python: from baichuan_jax.runs.folder import Run; "
         f"Run({str(run.path)!r}).plot()",
@@ -133,12 +141,24 @@ def _draw(run: Run, display: Display) -> None:
     )
 
 
-def _show_result(display: Display, run: Run, completed: Completed, mfu_of: str) -> None:
-    """Losses, where the time went, speed, samples, and the next commands."""
-    rows = [[f"training loss, mean of the last {LAST_LOSSES} steps", f"{completed.loss:.3f}"]]
+def _sample(launch: Launch, end: RunState) -> None:
+    """Let the finished model write, as the settings say."""
+    samples = launch.evaluator.sample(end.state.params)
+    if samples:
+        launch.output.event(Sampled(step=end.step, samples=samples))
+    for prompt, text in samples.items():
+        launch.output.say(f"\n{prompt!r} continues:", style="bold")
+        launch.output.say(text)
+
+
+def _show_result(
+    display: Display, run: Run, completed: Completed, mfu_of: str, config: Config
+) -> None:
+    """Losses, where the time went, speed, and the next commands."""
+    rows = [[f"training loss, mean of the last {LAST_LOSSES} steps", _loss(completed.loss)]]
     if completed.eval_loss is not None:
-        rows.append(["validation loss", f"{completed.eval_loss:.3f}"])
-    rows.append(["unigram entropy of the training tokens", f"{completed.unigram_entropy:.3f}"])
+        rows.append(["validation loss", _loss(completed.eval_loss)])
+    rows.append(["unigram entropy of the training tokens", _loss(completed.unigram_entropy)])
     display.table("Result (nats per token)", ["", "loss"], rows)
     total = sum(completed.seconds.values())
     phases = [*sorted(completed.seconds.items(), key=lambda item: -item[1]), ("in all", total)]
@@ -150,25 +170,25 @@ def _show_result(display: Display, run: Run, completed: Completed, mfu_of: str) 
             f"median step {completed.step_seconds:.3f} s, "
             f"{completed.tokens_per_second:,.0f} tokens/s{mfu}"
         )
-    for prompt, text in completed.samples.items():
-        display.say(f"\n{prompt!r} continues:", style="bold")
-        display.say(text)
     if (run.path / "loss.png").exists():
         display.say(f"\nloss curve: {run.path / 'loss.png'}")
-    _show_next(display, run)
+    _show_next(display, run, config)
 
 
-def show_complete(display: Display, run: Run, completed: Completed) -> None:
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def show_complete(display: Display, run: Run, completed: Completed, config: Config) -> None:
     """That a run has all its steps and needs no further launch."""
     validation = "" if completed.eval_loss is None else f", validation {completed.eval_loss:.3f}"
     display.say(
-        f"{run.path} is complete: {completed.step} steps, loss {completed.loss:.3f}{validation}."
+        f"{run.path} is complete: {completed.step} steps, loss {_loss(completed.loss)}{validation}."
     )
-    display.say("Train on with a larger --train.num_steps, or again with another --run_dir.")
-    _show_next(display, run)
+    _show_next(display, run, config)
 
 
-def _show_next(display: Display, run: Run) -> None:
+def _show_next(display: Display, run: Run, config: Config) -> None:
     """The run's folder, and the commands to try, quoted so that they can be pasted."""
     path, page = shlex.quote(str(run.path)), shlex.quote(str(run.path / "report.html"))
     has_curves = (run.path / "tensorboard").exists()
@@ -181,6 +201,19 @@ def _show_next(display: Display, run: Run) -> None:
         f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48",
         style="bold",
     )
+    display.say("or train on with more steps. " + consequence_of_more_steps(config))
+
+
+def close_files(output: Output, ended_well: bool) -> None:
+    """Write what still waits for the disk. Raises SaveFailed where something is lost for good."""
+    lost = output.writer.close()
+    if not lost:
+        return
+    what = f"lost, since the disk refused it to the end: {'; '.join(lost)}"
+    # After an error, that error is what the launch ends with.
+    if ended_well:
+        raise SaveFailed(f"{what}; make room, and start the same command again")
+    output.say(what, style="red")
 
 
 def explain_failure(
@@ -200,12 +233,12 @@ def explain_failure(
     # TensorStore says RESOURCE_EXHAUSTED for a full disk.
     if isinstance(error, SaveFailed) or not memory:
         return None
-    profile = run.path / "memory.prof"
-    jax.profiler.save_device_memory_profile(str(profile))
-    reason = text.splitlines()[0][:200]
-    return (
-        f"out of memory at step {step} ({reason}); profile in {profile}. {_what_would_fit(config)}"
-    )
+    reason, where = text.splitlines()[0][:200], ""
+    with output.leaving_out("the profile of the memory"):
+        profile = run.path / "memory.prof"
+        jax.profiler.save_device_memory_profile(str(profile))
+        where = f"; profile in {profile}"
+    return f"out of memory at step {step} ({reason}){where}. {_what_would_fit(config)}"
 
 
 def _what_would_fit(config: Config) -> str:

@@ -1,0 +1,200 @@
+"""What follows when a run goes on with other settings than before.
+
+In: the settings of the run's last launch and of this one, and the step from which it goes on. Out:
+a table of what differs, with the consequence of each, and a warning with numbers where the learning
+rate bends. What cannot go on is refused elsewhere, by whoever owns it.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import yaml
+
+from baichuan_jax.config.files import dump_config, flatten
+from baichuan_jax.config.schema import Config, OptimizerConfig, TrainConfig
+from baichuan_jax.optimizer import learning_rate
+from baichuan_jax.runs.output import Output
+
+# Characters of a value in the table.
+VALUE_CHARACTERS = 40
+# Settings on which the learning rate of a step depends.
+SCHEDULE = (
+    "train.num_steps",
+    "optimizer.learning_rate",
+    "optimizer.final_learning_rate_ratio",
+    "optimizer.warmup_steps",
+)
+_ROUNDING = "the same sums in another order: losses agree to rounding"
+_NO_NUMBER = "no number of the training"
+_NOT_COMPARABLE = "results before and after cannot be compared"
+_FROM_HERE = "acts from here on; the steps before had the other"
+# What a change means for the steps to come: of a setting, or of all settings of a section.
+CONSEQUENCES = {
+    "run_dir": "nothing: the folder has another name now",
+    "init_from": "nothing: the run goes on from its own checkpoint",
+    "model": "the weights were trained with the one before, and compute something else now",
+    "model.initializer_range": "nothing: no weights are drawn any more",
+    "model.remat": "memory and speed only",
+    "model.scan_layers": "memory and speed only",
+    "train.context_length": "other rows: the text is packed anew",
+    "train.global_batch_size": "other batches, and another count of tokens a step",
+    "train.micro_batch_size": _ROUNDING,
+    "train.loss_chunk_size": _ROUNDING,
+    "train.z_loss": "losses before and after cannot be compared",
+    "train.seed": "another order of the data: text may come again, or never",
+    "train.deterministic": _ROUNDING,
+    "train.schedule_profile": "speed only",
+    "optimizer": _FROM_HERE,
+    "tokenizer": "a checkpoint of another tokenizer is refused",
+    "data.train": "another mixture: text may come again, or never",
+    "data.validation": _NOT_COMPARABLE,
+    "data.text_field": "other text",
+    "data.cache_dir": "nothing: rows are made there where they are missing",
+    "data.document_mask": "attention sees other text than in the steps before",
+    "data.num_workers": "speed only",
+    "data.skip": "other batches are left out",
+    "mesh": _ROUNDING,
+    "kernels": _ROUNDING,
+    "checkpoint": _NO_NUMBER,
+    "checkpoint.keep_last": "the next save deletes the checkpoints beyond that number",
+    "evaluate.every": _NO_NUMBER,
+    "evaluate.num_batches": _NOT_COMPARABLE,
+    "evaluate.tasks": "other scores",
+    "evaluate.subjects": _NOT_COMPARABLE,
+    "evaluate.limit": _NOT_COMPARABLE,
+    "sample": "other samples",
+    "metrics": _NO_NUMBER,
+    "profile": _NO_NUMBER,
+    "resilience": "other limits; a spike or a fault may be seen earlier or later",
+    "distributed": _NO_NUMBER,
+}
+
+
+def show_changes(before: str | None, config: Config, step: int, output: Output) -> None:
+    """Say what differs from the run's last launch, and what follows, before the next step.
+
+    `before`: that launch's config.yaml, None for a fresh run; `step`: how many steps are done.
+    """
+    changes = compare(before, config)
+    if not changes:
+        return
+    # Every step of the run so far is done again.
+    fresh = "nothing: the run begins anew, since no checkpoint is saved"
+    rows = [
+        [name, _shown(old), _shown(new), consequence(name) if step else fresh]
+        for name, old, new in changes
+    ]
+    columns = ["setting", "before", "now", "what follows"]
+    output.display.table(
+        f"Settings differ from this run's last launch (step {step})", columns, rows
+    )
+    # Steps that are all done bend nothing any more.
+    if before is not None and 0 < step < config.train.num_steps:
+        warning = describe_schedules(_schedule_of(before), _schedule(config), step)
+        if warning is not None:
+            output.say(warning, style="yellow")
+
+
+def compare(before: str | None, config: Config) -> list[tuple[str, Any, Any]]:
+    """(setting, old, new) where two configurations differ; of a dict the entries that differ."""
+    old = flatten(_tree(before))
+    if not old:
+        return []
+    changes = []
+    for name, new in flatten(_tree(dump_config(config))).items():
+        # A setting that is newer than the run had its default.
+        was = old.get(name, flatten(dataclasses.asdict(Config())).get(name))
+        if was == new:
+            continue
+        if isinstance(was, dict) and isinstance(new, dict):
+            entries = [key for key in was | new if was.get(key) != new.get(key)]
+            changes += [(f"{name}: {key}", was.get(key), new.get(key)) for key in entries]
+        else:
+            changes.append((name, was, new))
+    return changes
+
+
+def consequence(name: str) -> str:
+    """What a change of a setting means for the steps to come."""
+    setting = name.split(":")[0]
+    if setting in SCHEDULE:
+        return "another learning rate, see below"
+    return CONSEQUENCES.get(setting) or CONSEQUENCES[setting.split(".")[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """The learning rate of every step of a run of `num_steps`."""
+
+    optimizer: OptimizerConfig
+    num_steps: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 1."""
+        # numpy: a finished run says this without starting jax.
+        return float(learning_rate(self.optimizer, self.num_steps, step - 1, np))
+
+
+def _schedule(config: Config) -> _Schedule:
+    return _Schedule(config.optimizer, config.train.num_steps)
+
+
+def _schedule_of(text: str) -> _Schedule:
+    """The schedule of a config.yaml, which another version may have written."""
+    tree = _tree(text)
+    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    known = {key: value for key, value in tree.get("optimizer", {}).items() if key in names}
+    steps = tree.get("train", {}).get("num_steps", TrainConfig.num_steps)
+    return _Schedule(OptimizerConfig(**known), steps)
+
+
+def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | None:
+    """Both learning rates after `step` steps and at the end; None where they are the same."""
+    first, last = step + 1, now.num_steps
+    rates = before.rate(first), now.rate(first)
+    ends = before.rate(before.num_steps), now.rate(last)
+    if np.allclose(rates, rates[0], 1e-6) and np.allclose(ends, ends[0], 1e-6):
+        return None
+    reason = ""
+    if before.num_steps != last:
+        bent = "stretches" if last > before.num_steps else "shortens"
+        reason = f" (train.num_steps {before.num_steps} -> {last} {bent} the cosine)"
+    text = (
+        f"learning rate at step {first}: {rates[0]:.6g} before, {rates[1]:.6g} now{reason}; at the "
+        f"last step: {ends[0]:.6g} before, at step {before.num_steps}, {ends[1]:.6g} now, at {last}"
+    )
+    if rates[1] <= rates[0] * (1 + 1e-6):
+        return text
+    return f"{text}. To keep it at {rates[0]:.6g}: {_constant(rates[0])}"
+
+
+def consequence_of_more_steps(config: Config) -> str:
+    """What a larger train.num_steps does to the learning rate of a finished run, in numbers."""
+    done = config.train.num_steps
+    now = _schedule(config)
+    rate = now.rate(done)
+    longer = dataclasses.replace(now, num_steps=2 * done).rate(done + 1)
+    return (
+        f"A larger --train.num_steps stretches the learning rate's cosine: with {2 * done} steps "
+        f"it goes from {rate:.6g} to {longer:.6g} at step {done + 1}. To keep it, add "
+        f"{_constant(rate)}"
+    )
+
+
+def _constant(rate: float) -> str:
+    """Options that hold the learning rate at a value."""
+    return (
+        f"--optimizer.learning_rate {rate:.6g} --optimizer.final_learning_rate_ratio 1 "
+        "--optimizer.warmup_steps 0"
+    )
+
+
+def _tree(text: str | None) -> dict[str, Any]:
+    tree = None if text is None else yaml.safe_load(text)
+    return tree if isinstance(tree, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= VALUE_CHARACTERS else f"{text[: VALUE_CHARACTERS - 3]}..."
