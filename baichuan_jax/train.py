@@ -136,7 +136,8 @@ def _closing(
         watch.fail(error)
         advice = explain_failure(error, config, run, watch.step, output)
         if jax.process_count() == 1:
-            with output.leaving_out("the end of the run's threads"):
+            # What fails in them now is a consequence.
+            with contextlib.suppress(Exception):
                 resources.close()
         if advice is not None:
             raise ConfigError(advice) from error

@@ -19,12 +19,18 @@ import orbax.checkpoint as ocp
 import yaml
 from jax.experimental import multihost_utils
 
-from baichuan_jax.checkpoint.orbax_workarounds import barrier, forget_failed_save, quiet_reads
+from baichuan_jax.checkpoint.orbax_workarounds import (
+    barrier,
+    forget_failed_save,
+    quiet_reads,
+    quiet_saves,
+)
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError
 from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.coordination import agree
+from baichuan_jax.resilience.exits import say
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.step import TrainState
@@ -52,6 +58,8 @@ class Checkpoints:
         # Orbax refuses relative paths.
         self.directory = directory.absolute()
         self._config, self._tokenizer, self._target = config, tokenizer_hash, target
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_saves())
         self._manager = ocp.CheckpointManager(
             self.directory, options=_options(config.checkpoint), item_names=ITEMS
         )
@@ -96,7 +104,10 @@ class Checkpoints:
         # After Orbax has renamed the folder: a kill before this leaves a checkpoint without sizes,
         # which is good all the same.
         if jax.process_index() == 0:
-            _write_sizes(self.directory / str(step))
+            try:
+                _write_sizes(self.directory / str(step))
+            except OSError as error:
+                say(f"checkpoint {step} is saved; its list of sizes is not: {error.strerror}")
         return step
 
     def steps(self) -> list[int]:
@@ -169,7 +180,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way, and stop Orbax's threads."""
-        self._manager.close()
+        with self._quiet:
+            self._manager.close()
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -48,6 +49,55 @@ def forget_failed_save(manager: ocp.CheckpointManager) -> None:
     failure.
     """
     manager.reload()
+
+
+@contextlib.contextmanager
+def quiet_saves() -> Iterator[None]:
+    """Keep the tracebacks of a failed save off the screen: the caller raises its error.
+
+    Orbax's threads log the same error at every level that it passes, and TensorStore's threads
+    print one traceback for each array whose event loop has ended: a thousand lines for a full disk.
+    No report of it is known.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        # Those that only repeat an exception on its way to the caller.
+        return record.exc_info is None or record.levelno < logging.ERROR
+
+    logger, excepthook, unraisablehook = (
+        logging.getLogger("absl"),
+        sys.excepthook,
+        sys.unraisablehook,
+    )
+
+    def show(kind: Any, error: Any, trace: Any) -> None:
+        if not _is_late(error):
+            excepthook(kind, error, trace)
+
+    def show_unraisable(found: Any) -> None:
+        if not _is_late(found.exc_value):
+            unraisablehook(found)
+
+    logger.addFilter(is_news)
+    # For good: what a failed save leaves of its futures may be collected at the process's end.
+    logging.getLogger("asyncio").addFilter(_is_no_save)
+    sys.excepthook, sys.unraisablehook = show, show_unraisable
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+        sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
+def _is_no_save(record: logging.LogRecord) -> bool:
+    """Whether asyncio says something else than that a write of TensorStore failed."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and "os_error_code=" in str(error))
+
+
+def _is_late(error: BaseException | None) -> bool:
+    """Whether a thread of TensorStore met an event loop that a failed save has ended."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 @contextlib.contextmanager

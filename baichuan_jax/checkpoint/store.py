@@ -9,6 +9,8 @@ disk it never does: storage keeps what lasts.
 
 import contextlib
 import dataclasses
+import os
+import re
 import time
 from collections.abc import Iterator
 
@@ -164,17 +166,17 @@ class CheckpointStore:
             with self._failing(save.step, must_succeed):
                 with self._blocking(save):
                     tier.finish()
-                # Inside: an event that cannot be written is a full disk too.
                 self._record_checkpoint(save, blocked)
             return
         try:
             with self._blocking(save):
                 tier.finish()
         except Exception as error:
-            self._output.event(LocalCopyFailed(step=save.step, reason=str(error)))
+            reason = _reason(error)
+            self._output.event(LocalCopyFailed(step=save.step, reason=reason))
             say(
                 f"the copy of step {save.step} in checkpoint.local_dir failed and does not count: "
-                f"{error}"
+                f"{reason}"
             )
         else:
             duration = time.monotonic() - save.began
@@ -211,9 +213,23 @@ class CheckpointStore:
         try:
             yield
         except Exception as error:
-            self._output.event(CheckpointFailed(step=step, reason=str(error)))
-            self._output.say(f"checkpoint {step} failed and does not count: {error}", style="red")
+            reason = _reason(error)
+            self._output.event(CheckpointFailed(step=step, reason=reason))
+            self._output.say(f"checkpoint {step} failed and does not count: {reason}", style="red")
             if must_succeed or jax.process_count() > 1:
                 raise SaveFailed(
-                    f"checkpoint {step} could not be written: {type(error).__name__}: {error}"
+                    f"checkpoint {step} could not be written: {reason}; make room where --run_dir "
+                    "lies, and start the same command again"
                 ) from error
+
+
+# TensorStore ends a page about its layers with the system's own word.
+_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'")
+
+
+def _reason(error: Exception) -> str:
+    """One line: why a save failed."""
+    text = str(error)
+    if (found := _SYSTEM_ERROR.search(text)) is not None:
+        return os.strerror(int(found[1]))
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
