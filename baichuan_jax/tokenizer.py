@@ -328,7 +328,7 @@ def _stats(options: argparse.Namespace) -> int:
     layout.add_row("Vocab Size", *(f"{size:,}" for size in sizes))
     console.print(layout)
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_atomically(Path(options.json), json.dumps(results, indent=1).encode())
     return 0
 
 

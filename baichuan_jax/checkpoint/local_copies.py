@@ -123,7 +123,8 @@ class LocalCopies:
             with open(self._draft, "wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
                 for leaf, pieces in zip(self._leaves, parts, strict=True):
-                    _assemble(leaf, pieces).tofile(file)
+                    # Not tofile, whose error has no number: a full disk would not be known as one.
+                    file.write(_assemble(leaf, pieces).reshape(-1).view(np.uint8).data)
                 # On this thread, beside the steps: `publish` then finds nothing left to write.
                 file.flush()
                 os.fsync(file.fileno())

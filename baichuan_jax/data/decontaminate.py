@@ -34,6 +34,7 @@ from baichuan_jax.config.schema import ConfigError, at_least
 from baichuan_jax.documents.files import Slice, find_inputs
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -392,7 +393,7 @@ def main(argv: list[str]) -> int:
         }
         results = {"documents": documents, "contaminated": len(leaked), "formulas_only": formulas}
         content = json.dumps({**results, "tasks": tasks}, indent=1, ensure_ascii=False)
-        Path(options.json).write_text(content, encoding="utf-8")
+        write_atomically(Path(options.json), content.encode())
     return 0
 
 

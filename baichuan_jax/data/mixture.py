@@ -39,7 +39,7 @@ from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import save_figure, write_atomically
 from baichuan_jax.runs.folder import Run
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
@@ -428,7 +428,7 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     names = [Path(path).name for path in results["corpora"]]
     right.set(yticks=places, yticklabels=names, xlabel="weight")
     right.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -520,7 +520,7 @@ def main(argv: list[str]) -> int:
     console.print(f"--data.train '{json.dumps(fragment, ensure_ascii=False)}'", markup=False)
     if options.json:
         content = json.dumps(results, indent=1, ensure_ascii=False)
-        Path(options.json).write_text(content, encoding="utf-8")
+        write_atomically(Path(options.json), content.encode())
     return 0
 
 

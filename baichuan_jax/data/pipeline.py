@@ -12,7 +12,6 @@ to run on.
 """
 
 import dataclasses
-import errno
 import json
 import shutil
 import sys
@@ -25,9 +24,10 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus import funnel
 from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.data.runner import DISK_FULL, Workers, locked
+from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import FULL_DISK, write_atomically
 
 if TYPE_CHECKING:
     from baichuan_jax.data.corpus.filter import Cleaner, Filter
@@ -90,9 +90,9 @@ def run(
             content = json.dumps(report, indent=1, ensure_ascii=False)
             write_atomically(output / "report.json", content.encode())
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL_DISK:
             raise
-        raise ConfigError(f"{output}: {error}{DISK_FULL}") from None
+        raise SaveFailed(f"{output}: {error}{DISK_FULL}") from None
     return report
 
 

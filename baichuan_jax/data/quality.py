@@ -597,7 +597,7 @@ def main(argv: list[str]) -> int:
         results = _score_files(options, console)
     if options.json:
         content = json.dumps(results, indent=1, ensure_ascii=False)
-        Path(options.json).write_text(content, encoding="utf-8")
+        write_atomically(Path(options.json), content.encode())
     return 0
 
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of
 
 DISK_FULL = "; free some space and start again: finished parts are kept"
 # How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
@@ -54,13 +55,13 @@ class Failure:
 
     part: str
     text: str
-    # Whether a user can mend it, so that the message is enough and no traceback is shown.
-    is_known: bool
+    # What the run raises: ConfigError or SaveFailed where a user can mend it, so that the message
+    # is enough and no traceback is shown.
+    kind: type[Exception]
 
     def error(self) -> Exception:
         """What the run raises."""
-        kind = ConfigError if self.is_known else RuntimeError
-        return kind(self.text if self.is_known else f"{self.part}: {self.text}")
+        return self.kind(f"{self.part}: {self.text}" if self.kind is RuntimeError else self.text)
 
 
 class Workers:
@@ -78,8 +79,9 @@ class Workers:
     def finish(self, parts: Sequence[Part], description: str, unit: str = "part") -> int:
         """Make every part that is not done; returns how many that were.
 
-        Raises ConfigError where a user can mend what failed (a setting, a file, a full disk), else
-        RuntimeError with the worker's traceback: of several failures the one of the first part.
+        Raises ConfigError where a user can mend what failed (a setting, a file), SaveFailed for a
+        disk that is full or fails, else RuntimeError with the worker's traceback: of several
+        failures the one of the first part.
         """
         todo = [part for part in parts if not part.is_done()]
         if not todo:
@@ -159,16 +161,20 @@ def _attempt(part: Part) -> Failure | None:
     try:
         part.make()
     except Exception as error:
-        # Files that are missing, unreadable or do not fit the disk are the user's to mend.
-        known = isinstance(error, ConfigError | OSError)
-        text = f"{error}{disk_hint(str(error))}" if known else traceback.format_exc()
-        return Failure(part.name, text, known)
+        hint = disk_hint(str(error))
+        if hint or cause_of(error) == Cause.STORAGE:
+            return Failure(part.name, f"{error}{hint}", SaveFailed)
+        # Files that are missing or unreadable are the user's to mend.
+        if isinstance(error, ConfigError | OSError):
+            return Failure(part.name, str(error), ConfigError)
+        return Failure(part.name, traceback.format_exc(), RuntimeError)
     return None
 
 
 def disk_hint(error: str) -> str:
     """What to do about an error of a full disk; nothing about another."""
-    return DISK_FULL if "No space left" in error else ""
+    full = ("No space left", "Disk quota exceeded")
+    return DISK_FULL if any(words in error for words in full) else ""
 
 
 def _end_with_parent() -> None:

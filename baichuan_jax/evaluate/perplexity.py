@@ -24,6 +24,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.scoring import default_batch_tokens
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, Transformer, matmul_precision
+from baichuan_jax.runs.files import save_figure
 from baichuan_jax.sharding import Layout, activate
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -180,4 +181,4 @@ def chart(rows: list[dict[str, Any]], path: Path | str) -> None:
     axes.set(xlabel="context length (tokens)", ylabel="perplexity", xticks=contexts)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, Path(path), dpi=120)

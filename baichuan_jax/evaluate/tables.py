@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from baichuan_jax.runs.files import save_figure
+
 # task -> columns of the original's table.
 COLUMNS = {
     "mmlu": ["Humanities", "Social Sciences", "STEM", "Other", "Average"],
@@ -196,7 +198,7 @@ def chart(result: dict[str, Any], path: Path | str) -> None:
         axes.grid(axis="y", alpha=0.3)
     top.margins(y=0.25)  # room for the legend
     top.legend(loc="upper center", ncols=3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, Path(path), dpi=120)
 
 
 def _row(cells: list[str]) -> str:

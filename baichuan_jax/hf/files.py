@@ -178,7 +178,9 @@ def write_safetensors(
         with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
             for _ in sizes:
-                next(arrays).astype(np.dtype(dtype), order="C").tofile(stream)
+                array = next(arrays).astype(np.dtype(dtype), order="C")
+                # Not tofile, whose error has no number: a full disk would not be known as one.
+                stream.write(array.reshape(-1).view(np.uint8).data)
     if len(shards) > 1:
         weights = {name: file for file, sizes in zip(files, shards, strict=True) for name in sizes}
         total = sum(sum(sizes.values()) for sizes in shards)

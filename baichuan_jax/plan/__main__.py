@@ -27,6 +27,7 @@ from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, re
 from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.files import write_atomically
 
 # Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -162,14 +163,14 @@ def _compile_twice(
     if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
         first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
         path = _output(options, topology, ".pbtxt")
-        path.write_text(schedule_profile(first), encoding="utf-8")
+        write_atomically(path, schedule_profile(first).encode())
         compiled = compile_step(path)
         added = {
             "schedule_profile": str(path),
             "predicted_step_seconds_without_profile": first.seconds,
         }
     if options["hlo"]:
-        Path(options["hlo"]).write_text(compiled.text, encoding="utf-8")
+        write_atomically(Path(options["hlo"]), compiled.text.encode())
     return report(compiled, topology, rates) | added
 
 
@@ -184,7 +185,7 @@ def _save(result: dict[str, Any], topology: Topology, options: dict[str, Any]) -
     """Write the report as JSON and, with matplotlib, as a figure."""
     target = _output(options, topology, ".json")
     for path in [target, *([Path(options["json"])] if options["json"] else [])]:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is None:
         why = "matplotlib is not installed (pip install matplotlib)"
         print(f"saved: {target}; its figure is not drawn: {why}")
@@ -223,7 +224,7 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
     # Of one for all: the accelerator and the options are the same.
     show_rates(results[0])
     if options["json"]:
-        Path(options["json"]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_atomically(Path(options["json"]), (json.dumps(results, indent=1) + "\n").encode())
     return 0
 
 

@@ -11,6 +11,7 @@ from baichuan_jax.plan.ahead_of_time import Compiled
 from baichuan_jax.plan.prediction import Prediction, predict
 from baichuan_jax.plan.rates import Rates
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import save_figure
 from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION
 
 # Of a GPU: CUDA context, cuBLAS's workspaces and NCCL's buffers of some communicators.
@@ -264,5 +265,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     below.axvline(result["capacity_gib"], color="black", linestyle="--")
     mfu, peak = f"MFU {result['predicted_mfu']:.1%}", f"peak {result['peak_gib']:.1f} GiB"
     figure.suptitle(f"{result['topology']}: predicted {mfu}, {peak}")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     pyplot.close(figure)

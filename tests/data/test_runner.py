@@ -13,6 +13,7 @@ from launches import environment
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.runner import Workers, locked
+from baichuan_jax.resilience.causes import SaveFailed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def test_processes_live_from_one_call_to_the_next_and_one_worker_needs_none(tmp_
     "fails, error, message",
     [
         ("setting", ConfigError, "^line 2 of the input is wrong$"),
-        ("disk", ConfigError, "No space left on device; free some space and start again"),
+        ("disk", SaveFailed, "No space left on device; free some space and start again"),
         ("bug", RuntimeError, r"^part 2: Traceback(.|\n)*in make(.|\n)*ZeroDivisionError: a bug"),
     ],
 )

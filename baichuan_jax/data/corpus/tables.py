@@ -23,9 +23,9 @@ from daft import DataFrame, Expression, col, lit  # pyright: ignore[reportMissin
 from daft.exceptions import DaftCoreException  # pyright: ignore[reportMissingImports]
 from daft.runners import get_or_infer_runner_type  # pyright: ignore[reportMissingImports]
 
-from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
 from baichuan_jax.data.runner import disk_hint
+from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.runs.files import write_atomically
 
 # Rows that are grouped in memory on one machine: about 0.2 GB of keys.
@@ -110,12 +110,12 @@ class Tables:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where the disk is full, which is no fault of the program."""
+    """Raises SaveFailed where the disk is full, which is no fault of the program."""
     try:
         yield
     except (OSError, DaftCoreException) as error:
         if hint := disk_hint(str(error)):
-            raise ConfigError(f"{folder}: {error}{hint}") from None
+            raise SaveFailed(f"{folder}: {error}{hint}") from None
         raise
 
 
