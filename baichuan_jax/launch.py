@@ -36,6 +36,7 @@ from baichuan_jax.resilience.launch_files import (
     ProcessEnd,
     VerdictRecord,
 )
+from baichuan_jax.resilience.ownership import Claim, owned, owner_of
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.policy import (
     REJOIN_SECONDS,
@@ -78,9 +79,39 @@ class Supervisor:
         self.children: dict[int, subprocess.Popen] = {}
         # Signals so far that ask to stop.
         self.asked = 0
+        self._claim: Claim | None = None
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
+        self._refuse_unsupervised()
+        with owned(
+            self.launches.host_lock(self.host),
+            f"host {self.host} of run_dir={str(self.run.path)!r}",
+            "give each supervisor of a run a name of its own with --host",
+            silence=self.config.resilience.silence_seconds,
+        ) as claim:
+            self._claim = claim
+            try:
+                return self._supervise()
+            finally:
+                self.heartbeats.end()
+
+    def _refuse_unsupervised(self) -> None:
+        """Raise ConfigError where a process that no supervisor started writes the run."""
+        owner = owner_of(self.launches.lock)
+        if owner is None or owner.released or owner.launch is not None:
+            return
+        # It may be dead; one that lives is refused.
+        with owned(
+            self.launches.lock,
+            f"run_dir={str(self.run.path)!r}",
+            "give this run a folder of its own with --run_dir",
+            silence=2 * self.config.resilience.silence_seconds,
+            launch=0,
+        ):
+            return
+
+    def _supervise(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         # Before the first heartbeat: once the others see that, they count on this host.
@@ -119,6 +150,8 @@ class Supervisor:
         if self.asked and signum == signal.SIGTERM:
             return
         self.asked += 1
+        if self._claim is not None:
+            self._claim.stopping()
         first = self.asked == 1
         what = "saving, then stopping; once more quits unsaved" if first else "quitting"
         # Not print: a signal may come in the middle of one.

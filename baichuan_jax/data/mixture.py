@@ -34,11 +34,11 @@ from tqdm import tqdm
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import Config, ConfigError, at_least, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.data.runner import locked
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
+from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.runs.folder import Run
 
@@ -253,8 +253,8 @@ def learn(
         "steps": steps,
         "mixtures": mixtures.tolist(),
     }
-    waiting = f"another search, or a training of a killed one, holds {folder}; waiting for its end"
-    with locked(folder / "lock", waiting) as lock:
+    # The training of a killed search has inherited its lock, and may take long to end.
+    with owned_output(folder, seconds=CACHE_SECONDS) as lock:
         _keep_plan(folder, plan)
         trainings = Trainings(config_path, argv, folder, steps, lock.fileno(), runs + 1)
         try:

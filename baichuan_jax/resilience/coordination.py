@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.launch_files import Report
+from baichuan_jax.resilience.waits import announced
 
 # Hosts may begin this far apart: they import from a cold file system.
 TIMEOUT_SECONDS = 300.0
@@ -44,15 +46,25 @@ def report_service() -> ReportService | None:
 def agree(name: str, choose: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
     """What process 0 chooses (anything JSON can hold), on all processes.
 
-    Every process must call this with the same name, once. `choose` runs on process 0 only.
+    Every process must call this with the same name, once. `choose` runs on process 0 only; where it
+    raises ConfigError, all processes do: they would wait for an answer that cannot come.
     """
     client = _client()
     if client is None:
         return choose()
     if _process_id() != 0:
-        return json.loads(client.blocking_key_value_get(f"agreed/{name}", int(1000 * seconds)))
-    value = choose()
-    client.key_value_set(f"agreed/{name}", json.dumps(value))
+        with announced(f"process 0 to decide: {name} ({seconds:.0f} s at most)"):
+            text = client.blocking_key_value_get(f"agreed/{name}", int(1000 * seconds))
+        answer = json.loads(text)
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        return answer["value"]
+    try:
+        value = choose()
+    except ConfigError as error:
+        client.key_value_set(f"agreed/{name}", json.dumps({"refused": str(error)}))
+        raise
+    client.key_value_set(f"agreed/{name}", json.dumps({"value": value}))
     return value
 
 
@@ -68,8 +80,24 @@ def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]
     # Six digits, so that the order of the keys is that of the processes.
     client.key_value_set(f"gathered/{name}/{_process_id():06}", json.dumps(value))
     # Nobody reads before everybody has written.
-    client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
+    with announced(f"the other processes to report: {name} ({seconds:.0f} s at most)"):
+        client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
+
+
+def require_same(what: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Raise ConfigError where this process's value (anything JSON can hold) is not process 0's.
+
+    For what processes read from files that each of them sees by itself. Every process must call
+    this with the same `what`, once.
+    """
+    own = json.loads(json.dumps(value))
+    first = agree(what, lambda: own, seconds)
+    if own != first:
+        raise ConfigError(
+            f"{what} differs between the hosts of this run: {first} for process 0, and {own} for "
+            f"process {_process_id()}; give all hosts the same files"
+        )
 
 
 def coordinator_address() -> str | None:

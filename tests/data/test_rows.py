@@ -579,7 +579,7 @@ def test_the_other_processes_wait_for_the_writer(config, tmp_path):
 
 
 def test_the_other_processes_do_not_wait_for_ever(config, monkeypatch):
-    monkeypatch.setattr(preparing, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(preparing, "CACHE_SECONDS", 1.0)
     with pytest.raises(
         ConfigError,
         match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on",
