@@ -19,7 +19,6 @@ import fcntl
 import functools
 import json
 import os
-import shlex
 import socket
 import sys
 import threading
@@ -186,7 +185,8 @@ class _Contender:
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
-            command=shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])[:200],
+            # In one line: it stands in messages.
+            command=" ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200],
             since=time.time(),
             launch=self.launch,
             locked=bool(self._locked),

@@ -3,16 +3,13 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launches import environment
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.data.runner import Workers, locked
+from baichuan_jax.data.runner import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,34 +119,3 @@ def test_a_worker_that_is_killed_is_named(tmp_path):
         # The pool is broken; the next call gets a new one.
         workers.finish(parts(tmp_path, 4), "some")
     assert len(list(tmp_path.iterdir())) == 4
-
-
-LOCKED = """
-import sys
-from pathlib import Path
-from baichuan_jax.data.runner import locked
-with locked(Path(sys.argv[1]), "somebody is here"):
-    print("in", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_gives_it_up(tmp_path):
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-c", LOCKED, str(tmp_path / "sub" / "lock")]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
-        )
-
-    first = start()
-    assert first.stdout is not None
-    assert first.stdout.readline() == "in\n"
-    second = start()
-    assert second.stderr is not None
-    assert second.stderr.readline() == "somebody is here\n"
-    first.kill()
-    assert second.communicate(timeout=60)[0] == "in\n"
-    first.communicate()
-    with locked(tmp_path / "sub" / "lock"):
-        pass
