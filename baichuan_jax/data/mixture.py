@@ -16,10 +16,10 @@ whatever was killed.
 import argparse
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
+from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.runs.folder import Run
 
@@ -198,10 +199,8 @@ class Trainings:
                 pass_fds=[self._lock],
                 start_new_session=True,
             )
-            while self._child.poll() is None:
-                time.sleep(0.5)
-                done = len(Run(self.folder / name).curve("loss"))
-                self._bar.set_postfix_str(f"{name}, step {done}", refresh=True)
+            # Its own limits end a training that hangs.
+            wait_until(lambda: self._ended(name), f"the training {name}; {log}", math.inf, 0.5)
         code = self._child.returncode
         if code == 0:
             return True
@@ -211,6 +210,12 @@ class Trainings:
         reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
         error = ConfigError if code == Cause.CONFIGURATION.exit_code else RuntimeError
         raise error(f"training {name} ended with code {code}: {reason} (see {log})")
+
+    def _ended(self, name: str) -> bool:
+        done = len(Run(self.folder / name).curve("loss"))
+        self._bar.set_postfix_str(f"{name}, step {done}", refresh=True)
+        assert self._child is not None
+        return self._child.poll() is not None
 
     def close(self) -> None:
         """Close the progress bar."""

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.waits import announced
 
 DISK_FULL = "; free some space and start again: finished parts are kept"
 # How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
@@ -220,7 +221,8 @@ def _connect_to_ray() -> int:
     # Ray's own output would hide the progress bar and the error that matters.
     address = os.environ["RAY_ADDRESS"]
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address, ignore_reinit_error=True, **quiet)
+    with announced(f"the Ray cluster at RAY_ADDRESS={address}"):
+        ray.init(address, ignore_reinit_error=True, **quiet)
     return int(ray.cluster_resources().get("CPU", 1))
 
 

@@ -27,12 +27,12 @@ from baichuan_jax.evaluate.results import dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
 from baichuan_jax.generate import add_model_options, find_tokenizer
-from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.hf.weights import load_pretrained, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import owned_together
+from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.sharding import make_mesh

@@ -17,7 +17,6 @@ from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.hardware.devices import peak_flops
-from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
@@ -26,6 +25,7 @@ from baichuan_jax.resilience.heartbeats import refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
 from baichuan_jax.resilience.ownership import Claim, owned_together
 from baichuan_jax.resilience.placement import Placement
+from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
 from baichuan_jax.sharding import make_mesh
