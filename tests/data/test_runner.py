@@ -3,10 +3,13 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.runner import Workers
@@ -119,3 +122,38 @@ def test_a_worker_that_is_killed_is_named(tmp_path):
         # The pool is broken; the next call gets a new one.
         workers.finish(parts(tmp_path, 4), "some")
     assert len(list(tmp_path.iterdir())) == 4
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_runner import parts
+from baichuan_jax.data.runner import Workers
+
+print("the script runs", flush=True)
+with Workers(2, progress=False) as workers:
+    print(workers.finish(parts(Path(sys.argv[1]), 4), "some"))
+print(Path(__file__).name, __spec__)
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_a_script_needs_no_main_guard(tmp_path, how):
+    """A worker that imported the script would start its work again, and wait for its parent."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    what = [str(tmp_path / "script.py")] if how == "file" else ["-m", "script"]
+    # The parts are classes of this file.
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests", Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, *what, str(tmp_path / "parts")],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    ran, made, names = done.stdout.strip().split("\n")
+    assert (ran, made) == ("the script runs", "4"), done.stderr
+    # The script has its names back.
+    assert names.startswith("script.py " + ("None" if how == "file" else "ModuleSpec"))
