@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from launches import (
+    REPOSITORY,
+    SHARED,
     environment,
     fork_server,
     kill,
@@ -23,7 +25,11 @@ from launches import (
 )
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.resilience import ownership
+from baichuan_jax.data import mixture, pipeline, quality
+from baichuan_jax.data.corpus.config import CorpusConfig
+from baichuan_jax.evaluate import __main__ as evaluate
+from baichuan_jax.hf import __main__ as hf
+from baichuan_jax.resilience import heartbeats, ownership
 from baichuan_jax.resilience.heartbeats import HostHeartbeats, refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
 from baichuan_jax.resilience.ownership import Owner, owned, owner_of
@@ -34,8 +40,9 @@ PROGRAM = """
 import errno, sys
 from pathlib import Path
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.resilience import ownership
+from baichuan_jax.resilience import ownership, waits
 
+waits.SAY_SECONDS = 1.0
 lock, machine, words, silence, seconds, launch = sys.argv[1:]
 
 def missing(*_):
@@ -153,7 +160,7 @@ def test_a_killed_owner_without_flock_is_dead_once_its_beat_stands_still(
     assert time.monotonic() - began > 1.5
 
 
-def test_an_owner_that_is_stopping_is_waited_for_and_named_after_five_seconds(processes, tmp_path):
+def test_an_owner_that_is_stopping_is_waited_for_and_named(processes, tmp_path):
     first = processes(tmp_path / "lock", "stopping")
     assert first.says() == "in"
     second = processes(tmp_path / "lock")
@@ -165,10 +172,13 @@ def test_an_owner_that_is_stopping_is_waited_for_and_named_after_five_seconds(pr
 
 
 def test_a_cache_that_another_process_fills_is_waited_for(processes, tmp_path):
-    first, second = (processes(tmp_path / "lock", "shared") for _ in range(2))
-    inside, outside = (first, second) if first.says() == "in" else (second, first)
-    assert inside.end() == 0
-    assert outside.says() == "in"
+    first = processes(tmp_path / "lock", "shared")
+    assert first.says() == "in"
+    second = processes(tmp_path / "lock", "shared")
+    assert second.process.stderr is not None
+    assert second.process.stderr.readline().startswith("waiting for process")
+    assert first.end() == 0
+    assert second.says() == "in"
 
 
 def test_a_stopped_owner_keeps_its_lock_and_the_wait_for_it_ends(processes, tmp_path):
@@ -254,18 +264,20 @@ def test_a_newer_versions_record_is_read_and_a_damaged_one_named(tmp_path):
         owner_of(tmp_path / "lock")
 
 
-def test_nobody_trains_beside_a_supervisor_that_lives(tmp_path):
+def test_nobody_trains_beside_a_supervisor_that_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeats, "LOOK", 0.5)
+    monkeypatch.setattr(heartbeats, "BEAT", 0.3)
     launches = Launches(tmp_path / "attempts")
     refuse_beside_supervisors(launches, "R")
-    heartbeats = HostHeartbeats(launches, "host", "host", 10)
-    heartbeats.beat()
+    supervisor = HostHeartbeats(launches, "host", "host", 10)
+    supervisor.beat()
     # Killed: its file stays as it is.
     refuse_beside_supervisors(launches, "R")
     closed = threading.Event()
 
     def beat() -> None:
         while not closed.wait(0.2):
-            heartbeats.beat()
+            supervisor.beat()
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -273,9 +285,68 @@ def test_nobody_trains_beside_a_supervisor_that_lives(tmp_path):
         refuse_beside_supervisors(launches, "R")
     closed.set()
     thread.join()
-    heartbeats.end()
-    heartbeats.beat()
+    supervisor.end()
+    supervisor.beat()
     assert launches.read_heartbeats() == {}
+
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+
+
+def import_there(folder: Path) -> None:
+    hf.main(["import", str(GOLDEN / "tiny"), str(folder)])
+
+
+def evaluate_there(folder: Path) -> None:
+    tokenizer = str(GOLDEN / "exam" / "tokenizer.model")
+    model = ["--checkpoint", str(GOLDEN / "tiny"), "--tokenizer", tokenizer]
+    text = ["--text", str(SHARED / "train-en.jsonl"), "--output", str(folder)]
+    evaluate.main(["perplexity", *model, *text])
+
+
+def clean_there(folder: Path) -> None:
+    pipeline.run(CorpusConfig(input=[str(SHARED / "train-en.jsonl")], output=str(folder)))
+
+
+def score_there(folder: Path) -> None:
+    good = ["--good", str(SHARED / "train-en.jsonl"), "--output", str(folder)]
+    quality.main(["train", *good])
+
+
+def learn_there(folder: Path) -> None:
+    config = write_config(folder.parent)
+    mixture.main(["learn", "--config", str(config), "--output", str(folder), "--runs", "6"])
+
+
+@pytest.mark.parametrize(
+    ("write", "beside"),
+    [
+        (import_there, True),
+        (evaluate_there, False),
+        (clean_there, False),
+        (score_there, True),
+        (learn_there, False),
+    ],
+)
+def test_every_command_refuses_an_output_that_another_process_writes(
+    tmp_path, monkeypatch, write, beside
+):
+    monkeypatch.setattr(ownership, "BEAT", 0.05)
+    with (
+        ownership.owned_output(tmp_path / "out", beside=beside),
+        pytest.raises(ConfigError, match=r"^the output .*out is owned by process .* at work; wait"),
+    ):
+        write(tmp_path / "out")
+
+
+def test_an_export_refuses_an_output_that_another_process_writes(tmp_path, monkeypatch):
+    import_there(tmp_path / "weights")
+    monkeypatch.setattr(ownership, "BEAT", 0.05)
+    with (
+        ownership.owned_output(tmp_path / "out", beside=True),
+        pytest.raises(ConfigError, match=r"^the output .*out is owned by process"),
+    ):
+        hf.main(["export", str(tmp_path / "weights"), str(tmp_path / "out")])
 
 
 # The real program
