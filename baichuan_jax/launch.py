@@ -9,6 +9,7 @@ verdict, so any host may be lost at any moment.
 
 import argparse
 import errno
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError, at_least
-from baichuan_jax.resilience.causes import Cause, exit_code_table
+from baichuan_jax.resilience.causes import BadHost, Cause, exit_code_table
 from baichuan_jax.resilience.clock import WAIT
 from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
@@ -36,6 +37,7 @@ from baichuan_jax.resilience.launch_files import (
     ProcessEnd,
     VerdictRecord,
 )
+from baichuan_jax.resilience.ownership import Claim, owned, owner_of
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.policy import (
     REJOIN_SECONDS,
@@ -45,6 +47,7 @@ from baichuan_jax.resilience.policy import (
     hosts_needed,
 )
 from baichuan_jax.resilience.waiting import Seen, Status, next_action
+from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import (
     LocalCopySaved,
@@ -62,6 +65,8 @@ TICK = 0.2
 PORTS = 100
 # The exit code of processes that are lost with their host.
 KILLED = -signal.SIGKILL
+# How long a process may take to end once it was killed.
+KILL_SECONDS = 60.0
 
 
 class Supervisor:
@@ -78,9 +83,39 @@ class Supervisor:
         self.children: dict[int, subprocess.Popen] = {}
         # Signals so far that ask to stop.
         self.asked = 0
+        self._claim: Claim | None = None
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
+        self._refuse_unsupervised()
+        with owned(
+            self.launches.host_lock(self.host),
+            f"host {self.host} of run_dir={str(self.run.path)!r}",
+            "give each supervisor of a run a name of its own with --host",
+            silence=self.config.resilience.silence_seconds,
+        ) as claim:
+            self._claim = claim
+            try:
+                return self._supervise()
+            finally:
+                self.heartbeats.end()
+
+    def _refuse_unsupervised(self) -> None:
+        """Raise ConfigError where a process that no supervisor started writes the run."""
+        owner = owner_of(self.launches.lock)
+        if owner is None or owner.released or owner.launch is not None:
+            return
+        # It may be dead; one that lives is refused.
+        with owned(
+            self.launches.lock,
+            f"run_dir={str(self.run.path)!r}",
+            "give this run a folder of its own with --run_dir",
+            silence=2 * self.config.resilience.silence_seconds,
+            launch=0,
+        ):
+            return
+
+    def _supervise(self) -> int:
         for number in stop_signals():
             signal.signal(number, self._on_signal)
         # Before the first heartbeat: once the others see that, they count on this host.
@@ -120,6 +155,8 @@ class Supervisor:
         if self.asked and signum != signal.SIGINT:
             return
         self.asked += 1
+        if self._claim is not None:
+            self._claim.stopping()
         first = self.asked == 1
         what = "saving, then stopping; once more quits unsaved" if first else "quitting"
         say_from_handler(f"{signal.Signals(signum).name}: {what}")
@@ -223,7 +260,7 @@ class Supervisor:
     def _coordinator(self, launch: LaunchFolder, plan: LaunchPlan) -> str | None:
         """host:port of process 0: the first free port of its host, which that host writes down.
 
-        None where that host was lost before it did.
+        None where that host was lost before it did, or took longer than --join_seconds.
         """
         # Only its own host can tell which of its ports are free.
         first = plan.hosts[0]
@@ -231,11 +268,18 @@ class Supervisor:
             address = self._free_address(launch)
             launch.write(Coordinator(address))
             return address
-        while (found := launch.read(Coordinator)) is None:
-            if self.asked or launch.read(VerdictRecord) or self.heartbeats.lost(first):
-                return None
-            time.sleep(TICK)
-        return found.address
+        found: Coordinator | None = None
+
+        def decided() -> bool:
+            nonlocal found
+            found = launch.read(Coordinator)
+            over = launch.read(VerdictRecord) is not None or self.heartbeats.lost(first)
+            return found is not None or bool(self.asked) or over
+
+        limit = self.options.join_seconds
+        what = f"host {first} to choose process 0's port ({limit:.0f} s at most: --join_seconds)"
+        wait_until(decided, what, limit, TICK)
+        return None if found is None else found.address
 
     def _free_address(self, launch: LaunchFolder) -> str:
         """This host's address with the first free port. Raises ConfigError where there is none."""
@@ -274,7 +318,8 @@ class Supervisor:
     def _wait(self, launch: LaunchFolder, plan: LaunchPlan) -> dict[int, ProcessEnd]:
         """How all processes of this host ended. What to do meanwhile: resilience/waiting.py."""
         exits: dict[int, ProcessEnd] = {}
-        killed: set[int] = set()
+        # Process -> when it was killed.
+        killed: dict[int, float] = {}
         seen = Seen()
         while True:
             for process, child in self.children.items():
@@ -290,8 +335,9 @@ class Supervisor:
             # A process that is killed now has ended by the next round.
             action, seen = next_action(status, seen, time.monotonic())
             for process in action.kill:
-                killed.add(process)
+                killed.setdefault(process, time.monotonic())
                 self.children[process].kill()
+            self._refuse_undying(set(killed) - set(exits), killed)
             if action.grow:
                 say(f"more hosts are ready: saving, then restarting with them ({self.host})")
                 self._send(signal.SIGTERM)
@@ -299,14 +345,29 @@ class Supervisor:
                 return exits
             time.sleep(TICK)
 
+    def _refuse_undying(self, running: set[int], killed: dict[int, float]) -> None:
+        """Raise BadHost where a process does not end although it was killed.
+
+        It waits in the kernel, for a device or a file system. The other hosts go on without this
+        one once its heartbeat ends.
+        """
+        late = [p for p in running if time.monotonic() - killed[p] > KILL_SECONDS]
+        if late:
+            raise BadHost(
+                f"process {late[0]} (number {self.children[late[0]].pid}) on {self.host} has not "
+                f"ended {KILL_SECONDS:.0f} s after SIGKILL: a device or a file system of this host "
+                "does not answer; look at dmesg, and start this supervisor again when it has ended"
+            )
+
     def _silent(self, launch: LaunchFolder) -> frozenset[int]:
         """Processes of this host whose heartbeat timed out and that left no exit report."""
         reports = launch.reports()
-        last = time.time() - self.config.resilience.silence_seconds
+        # Of the clock that counts from the boot of this host: the other one may jump.
+        last = (time.monotonic() - self.config.resilience.silence_seconds) / BEAT
         mine = [reports[process] for process in self.children if process in reports]
         # Not before the first step: tracing may hold Python's lock, and with it the heartbeat.
         working = [report for report in mine if report.cause is None and WAIT in report.seconds]
-        return frozenset(report.process for report in working if report.time < last)
+        return frozenset(report.process for report in working if report.beat < last)
 
     def _codes_elsewhere(self, launch: LaunchFolder, plan: LaunchPlan) -> list[int]:
         """Exit codes on other hosts of the launch so far; a lost host counts as killed."""
@@ -331,25 +392,47 @@ class Supervisor:
 
     def _agree_on_verdict(self, launch: LaunchFolder, plan: LaunchPlan) -> VerdictRecord:
         """The verdict once a launch has ended everywhere: made here, unless another was first."""
-        while (found := launch.read(VerdictRecord)) is None:
+        found: VerdictRecord | None = None
+        ends: dict[str, HostEnd | None] = {}
+
+        def decided() -> bool:
+            nonlocal found, ends
+            if (found := launch.read(VerdictRecord)) is not None:
+                return True
             ends = {host: launch.read(HostEnd, host) for host in plan.hosts}
             if all(end is not None or self.heartbeats.lost(host) for host, end in ends.items()):
-                record = conclude(
-                    plan,
-                    {host: end for host, end in ends.items() if end is not None},
-                    launch.reports(),
-                    self.launches[launch.number - 1].read(VerdictRecord),
-                    checkpoint=self._newest_checkpoint(),
-                    now=time.time(),
-                )
-                # One line in the events, from the host whose verdict counts.
-                if launch.claim(record):
-                    append_event(self.run.path, _event_of(launch, plan, record))
-            time.sleep(TICK)
+                self._conclude(launch, plan, ends)
+            return False
+
+        def left() -> str:
+            hosts = [host for host in plan.hosts if ends.get(host) is None]
+            return f"launch {launch.number} to end on {', '.join(hosts) or 'all hosts'}"
+
+        # No limit of its own: every host that lives ends the launch within its processes' limits
+        # (resilience.hang_seconds and so on, EXIT_SECONDS, KILL_SECONDS), and one that is lost is
+        # not waited for.
+        wait_until(decided, left, math.inf, TICK)
+        assert found is not None
         if self.host == plan.hosts[0] or self.host not in plan.hosts:
             then = "restarting" if found.restart else "stopping"
             say(f"launch {launch.number}: {found.verdict}\n{then}: {found.reason}")
         return found
+
+    def _conclude(
+        self, launch: LaunchFolder, plan: LaunchPlan, ends: dict[str, HostEnd | None]
+    ) -> None:
+        """Write the verdict on a launch that has ended everywhere, unless another was first."""
+        record = conclude(
+            plan,
+            {host: end for host, end in ends.items() if end is not None},
+            launch.reports(),
+            self.launches[launch.number - 1].read(VerdictRecord),
+            checkpoint=self._newest_checkpoint(),
+            now=time.time(),
+        )
+        # One line in the events, from the host whose verdict counts.
+        if launch.claim(record):
+            append_event(self.run.path, _event_of(launch, plan, record))
 
     def _newest_checkpoint(self) -> int:
         """The newest step from which a launch could go on; 0 where none is saved."""

@@ -27,10 +27,11 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.resilience.causes import BadHost, SaveFailed
 from baichuan_jax.resilience.coordination import coordinator_address, gather
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.processes import initialize_processes
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
@@ -297,7 +298,8 @@ def _in_time(check: Callable[[], bool]) -> bool:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(COLLECTIVE_SECONDS)
+    with announced(f"a collective between processes ({COLLECTIVE_SECONDS:.0f} s at most)"):
+        thread.join(COLLECTIVE_SECONDS)
     return bool(results and results[0])
 
 

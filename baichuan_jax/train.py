@@ -37,7 +37,14 @@ from baichuan_jax.training.numerics import NumericsGuard
 from baichuan_jax.training.profiler import Profiler
 from baichuan_jax.training.recorder import Recorder
 from baichuan_jax.training.restore import open_store, plan_restore, restore
-from baichuan_jax.training.setup import open_loader, open_throughput, read_tests, start_devices
+from baichuan_jax.training.setup import (
+    join_processes,
+    open_loader,
+    open_throughput,
+    own_run,
+    read_tests,
+    start_devices,
+)
 from baichuan_jax.training.summary import (
     close_files,
     conclude,
@@ -65,9 +72,15 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
         return True
     # Before jax starts and anything is packed: what cannot be written is found in a second.
     require_writable(run.path, "run_dir")
-    with Watch(config.resilience, clock, run.path / "attempts") as watch:
+    with (
+        Watch(config.resilience, clock, run.path / "attempts") as watch,
+        contextlib.ExitStack() as held,
+    ):
         with clock("start"):
-            number, config, steps, choices, display = start_devices(config, watch)
+            flags = join_processes(config)
+            # Before anything is written: of two launches in one folder the second is refused.
+            claim = held.enter_context(own_run(config, watch))
+            number, config, steps, choices, display = start_devices(config, flags, watch)
         with clock("pack"):
             first = display.active
             prepared = prepare(config, writer=first, progress=first, say=display.say)
@@ -106,7 +119,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 launch = Launch(
                     config, steps, store, recorder, guard, evaluator, profiler, clock, watch, output
                 )
-            stop = StopRequest()
+            stop = StopRequest(claim)
             with signals(stop.make, profiler.request):
                 end, completed = train_loop(launch, batches, start, stop)
             if completed:

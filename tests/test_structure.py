@@ -139,6 +139,51 @@ def test_everything_public_has_a_docstring(name):
             assert settings or ast.get_docstring(node), f"{name}.{node.name}"
 
 
+# Every call that may block for long, and what bounds it and says what is waited for. A new one uses
+# `wait_until` or `announced` of resilience/waits.py, or gives its reason here.
+WAITS = {
+    ("resilience.waits", "sleep"): "wait_until itself",
+    ("resilience.coordination", "blocking_key_value_get"): "announced; `seconds` of agree",
+    ("resilience.coordination", "wait_at_barrier"): "announced; `seconds` of gather",
+    ("resilience.processes", "initialize"): "announced; JOIN_SECONDS",
+    ("resilience.ownership", "flock"): "does not block; STOPPING_SECONDS or CACHE_SECONDS",
+    ("resilience.watch", "sleep"): "BEAT, or GRACE at most: the process is leaving",
+    ("launch", "sleep"): "BEAT of the heartbeat; TICK of loops that say what they wait for",
+    ("checkpoint.orbax", "wait_until_finished"): "announced by the store; Orbax's ten minutes",
+    ("checkpoint.orbax", "sync_global_devices"): "the watch's limits, resilience.start_seconds",
+    ("checkpoint.orbax_workarounds", "sleep"): "READS_END_SECONDS",
+    ("checkpoint.local_copies", "join"): "announced by the store; one write to a disk",
+    ("checkpoint.local_copies", "broadcast_one_to_all"): "the watch's limits",
+    ("data.runner", "as_completed"): "work with a progress bar",
+    ("data.runner", "result"): "of a part that has ended",
+    ("data.runner", "join"): "in a thread, for the parent's end",
+    ("data.runner", "wait"): "Ray's tasks: work with a progress bar",
+    ("data.runner", "init"): "announced; Ray's own limit",
+    ("plan.child", "wait"): "a compilation, whose output is passed on",
+}
+BLOCKING = {
+    *("sleep", "flock", "lockf", "communicate", "result", "as_completed", "wait_until_finished"),
+    *("blocking_key_value_get", "wait_at_barrier", "sync_global_devices", "broadcast_one_to_all"),
+    *("process_allgather", "urlopen"),
+}
+
+
+def test_no_wait_is_silent_or_without_a_limit():
+    found = set()
+    for name in FILES:
+        for node in ast.walk(tree_of(name)):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            call, owner = node.func.attr, ast.unparse(node.func.value)
+            # Without a limit; str.join has an argument.
+            endless = call in ("join", "wait", "acquire") and not node.args + node.keywords
+            starts = call in ("init", "initialize", "wait") and owner in ("ray", "jax.distributed")
+            if call in BLOCKING or endless or starts:
+                found.add((name.removeprefix("baichuan_jax."), call))
+    # This one is of a class of the program.
+    assert found - {("training.setup", "join")} == set(WAITS)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_without_starting_jax(command):
     done = run_module(f"baichuan_jax.{command}", "--help", seconds=60)

@@ -119,7 +119,8 @@ class Checkpoints:
 
         Where none would be left, the oldest of a step before `before` stays.
         """
-        steps = self.steps()
+        # Process 0's list: others may see its last change late, and each step is deleted together.
+        steps = agree("checkpoints before the rollback", self.steps)
         # Better than to begin again, however often numbers broke.
         oldest = [step for step in steps if step < before][:1]
         good = [step for step in steps if step <= newest] or oldest
@@ -137,7 +138,8 @@ class Checkpoints:
         inside Orbax; the next launch then uses the checkpoint before. Raises ConfigError for a
         checkpoint that is whole but of another configuration.
         """
-        for step in reversed(self.steps()):
+        # Process 0's list: a process that missed the newest step would wait for the others.
+        for step in reversed(agree("checkpoints", self.steps)):
             path = self.directory / str(step)
             # Process 0 looks for all: with a thousand hosts each would list every file.
             damage = agree(f"checkpoint {step}", lambda path=path: _find_damage(path))

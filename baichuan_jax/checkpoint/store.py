@@ -25,6 +25,7 @@ from baichuan_jax.resilience.clock import CHECKPOINT, Clock
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.guard import Rollback
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import (
     CheckpointCorrupt,
     CheckpointFailed,
@@ -134,7 +135,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for what is under way and let go of the tiers' threads."""
-        self._storage.close()
+        with announced("the end of Orbax's threads"):
+            self._storage.close()
 
     def _restored(self, found: RunState, rollback: Rollback, where: str, local: bool) -> RunState:
         self._output.say(f"going on from {where}", style="green")
@@ -164,12 +166,12 @@ class CheckpointStore:
             # already or the launch ends, which says nothing about how often to save.
             blocked = save.blocked
             with self._failing(save.step, must_succeed):
-                with self._blocking(save):
+                with self._blocking(save), announced(f"checkpoint {save.step} to be written"):
                     tier.finish()
                 self._record_checkpoint(save, blocked)
             return
         try:
-            with self._blocking(save):
+            with self._blocking(save), announced(f"the copy of step {save.step} to be written"):
                 tier.finish()
         except Exception as error:
             reason = _reason(error)

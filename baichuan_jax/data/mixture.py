@@ -16,10 +16,10 @@ whatever was killed.
 import argparse
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from tqdm import tqdm
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import Config, ConfigError, at_least, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.data.runner import locked
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
+from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
+from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.files import save_figure, write_atomically
 from baichuan_jax.runs.folder import Run
 
@@ -198,10 +199,8 @@ class Trainings:
                 pass_fds=[self._lock],
                 start_new_session=True,
             )
-            while self._child.poll() is None:
-                time.sleep(0.5)
-                done = len(Run(self.folder / name).curve("loss"))
-                self._bar.set_postfix_str(f"{name}, step {done}", refresh=True)
+            # Its own limits end a training that hangs.
+            wait_until(lambda: self._ended(name), f"the training {name}; {log}", math.inf, 0.5)
         code = self._child.returncode
         if code == 0:
             return True
@@ -211,6 +210,12 @@ class Trainings:
         reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
         error = ConfigError if code == Cause.CONFIGURATION.exit_code else RuntimeError
         raise error(f"training {name} ended with code {code}: {reason} (see {log})")
+
+    def _ended(self, name: str) -> bool:
+        done = len(Run(self.folder / name).curve("loss"))
+        self._bar.set_postfix_str(f"{name}, step {done}", refresh=True)
+        assert self._child is not None
+        return self._child.poll() is not None
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -253,8 +258,8 @@ def learn(
         "steps": steps,
         "mixtures": mixtures.tolist(),
     }
-    waiting = f"another search, or a training of a killed one, holds {folder}; waiting for its end"
-    with locked(folder / "lock", waiting) as lock:
+    # The training of a killed search has inherited its lock, and may take long to end.
+    with owned_output(folder, seconds=CACHE_SECONDS) as lock:
         _keep_plan(folder, plan)
         trainings = Trainings(config_path, argv, folder, steps, lock.fileno(), runs + 1)
         try:

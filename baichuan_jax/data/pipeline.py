@@ -23,9 +23,10 @@ from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus import funnel
 from baichuan_jax.data.corpus.config import CorpusConfig
-from baichuan_jax.data.runner import DISK_FULL, Workers, locked
+from baichuan_jax.data.runner import DISK_FULL, Workers
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import FULL_DISK, write_atomically
 
@@ -73,7 +74,7 @@ def run(
     output = Path(config.output)
     try:
         # Two pipelines in one folder would remove each other's unfinished files.
-        with locked(output / "lock"), Workers(config.num_workers, progress) as workers:
+        with owned_output(output), Workers(config.num_workers, progress) as workers:
             cleaner, filters = filters_of(config)
             scratch = output / "stages" / "scratch"
             tables = Tables(scratch, workers.number, workers.on_ray)

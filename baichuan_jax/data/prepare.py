@@ -17,15 +17,14 @@ from typing import Any
 
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
-from baichuan_jax.data.runner import locked
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.resilience.coordination import agree, require_same
+from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
+from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.files import require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
-# How long the other processes of a run wait for the one that prepares its tokens. Longer packing is
-# better done before the run, where it does not hold a cluster.
-WAIT_SECONDS = 3600.0
 Say = Callable[[str], None]
 
 
@@ -43,8 +42,8 @@ def prepare(
 ) -> Prepared:
     """Tokenizer and rows of a configuration; what is missing is made once, for all later runs.
 
-    Of a run's processes one is the `writer`; the others wait until its files are there,
-    WAIT_SECONDS at most. Raises ConfigError.
+    Of a run's processes the first is the `writer`; the others take its files, and wait for them,
+    CACHE_SECONDS at most. Raises ConfigError, also where hosts see other files.
     """
     if not config.data.train:
         raise ConfigError(
@@ -52,6 +51,7 @@ def prepare(
             "weights"
         )
     tokenizer = _find_tokenizer(config, writer, say)
+    require_same("tokenizer", tokenizer.hash)
     # Fewer pieces than rows of the embedding are fine: the others are never looked up.
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -59,13 +59,17 @@ def prepare(
             f"{tokenizer.vocab_size} pieces of {tokenizer.path}"
         )
 
-    def rows_of(corpora: dict[str, float]) -> list[tuple[Rows, float]]:
-        return [
-            (_find_rows(config, path, tokenizer, writer, progress, say), weight)
-            for path, weight in corpora.items()
-        ]
+    def rows_of(name: str, corpora: dict[str, float]) -> list[tuple[Rows, float]]:
+        find = lambda path: _find_rows(
+            config, f"{name}[{path!r}]", path, tokenizer, writer, progress, say
+        )
+        found = [(find(path), weight) for path, weight in corpora.items()]
+        # Other rows would make other batches, on hosts whose packed folders are copies.
+        require_same(f"rows of {name}", [rows.fingerprint for rows, _ in found])
+        return found
 
-    return Prepared(tokenizer, rows_of(config.data.train), rows_of(config.data.validation))
+    train = rows_of("data.train", config.data.train)
+    return Prepared(tokenizer, train, rows_of("data.validation", config.data.validation))
 
 
 def _is_packed(path: str) -> bool:
@@ -84,14 +88,17 @@ def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
         )
     files = find_files(corpora)
     size = config.tokenizer.vocab_size
-    name = _fingerprint(files, size, config.data.text_field)
+    name = _agreed_name("the tokenizer's text", files, size, config.data.text_field)
     path = Path(config.data.cache_dir) / f"tokenizer-{name}.model"
     # On a cluster every host sees the same folder, and one of them writes.
     if not writer:
-        _wait_for(path, say)
+        _wait_for(path)
+    # Not locked, so that a cache that may only be read serves.
+    if path.exists():
         return Tokenizer(path)
     require_writable(config.data.cache_dir, "data.cache_dir")
-    with locked(path.with_suffix(".lock")):
+    lock, other = path.with_suffix(".lock"), "name another data.cache_dir"
+    with owned(lock, f"{path}", other, shared=True, seconds=CACHE_SECONDS):
         # Looked at under the lock: another run on this machine may have just made it.
         if not path.exists():
             began = time.perf_counter()
@@ -107,16 +114,21 @@ def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
 
 
 def _find_rows(
-    config: Config, path: str, tokenizer: Tokenizer, writer: bool, progress: bool, say: Say
+    config: Config,
+    name: str,
+    path: str,
+    tokenizer: Tokenizer,
+    writer: bool,
+    progress: bool,
+    say: Say,
 ) -> Rows:
-    if _is_packed(path):
+    if agree(f"whether {name} is packed", lambda: _is_packed(path)):
         return _packed_rows(path, tokenizer, config.train.context_length)
     files = find_files([path])
     settings = (tokenizer.hash, config.train.context_length, config.data.text_field)
-    folder = Path(config.data.cache_dir) / f"rows-{_fingerprint(files, *settings)}"
+    folder = Path(config.data.cache_dir) / f"rows-{_agreed_name(name, files, *settings)}"
     if not writer:
-        _wait_for(folder / MANIFEST, say)
-        return Rows(folder)
+        _wait_for(folder / MANIFEST)
     # The name is a hash of everything, so rows under it are the right ones.
     if (folder / MANIFEST).exists():
         return Rows(folder)
@@ -161,17 +173,35 @@ def _fingerprint(files: list[str], *settings: Any) -> str:
     return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
 
 
-def _wait_for(path: Path, say: Say) -> None:
-    waited = 0.0
-    while not path.exists():
-        if waited >= WAIT_SECONDS:
-            raise ConfigError(
-                f"process 0 has not written {path} in {waited:.0f} s: data.cache_dir must lie on a "
-                "file system that all hosts share, and text that takes longer to pack is packed "
-                "before the run: python -m baichuan_jax.data.rows pack --help"
-            )
-        if waited and waited % 30 == 0:
-            say(f"waiting for process 0 to write {path}")
-        # Often enough that nobody notices, seldom enough for a shared file system.
-        time.sleep(0.5)
-        waited += 0.5
+def _agreed_name(what: str, files: list[str], *settings: Any) -> str:
+    """Process 0's _fingerprint, on all processes.
+
+    Copies of a file have other times on each host. Raises ConfigError where they have other sizes.
+    """
+    sizes = [os.path.getsize(path) for path in files]
+    # A hash in place of the sizes: there may be a hundred thousand.
+    seen = {
+        "files": len(files),
+        "bytes": sum(sizes),
+        "sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16],
+    }
+    answer = agree(f"files of {what}", lambda: {**seen, "name": _fingerprint(files, *settings)})
+    first = {key: answer[key] for key in seen}
+    if first != seen:
+        raise ConfigError(
+            f"{what} differs between the hosts of this run: {first} for process 0, and {seen} on "
+            f"{os.uname().nodename}, with {files[0]} as the first file; give all hosts the same "
+            "files"
+        )
+    return answer["name"]
+
+
+def _wait_for(path: Path) -> None:
+    """Until process 0 has written a file. Raises ConfigError after CACHE_SECONDS."""
+    what = f"process 0 to write {path} ({CACHE_SECONDS:.0f} s at most)"
+    if not wait_until(path.exists, what, CACHE_SECONDS):
+        raise ConfigError(
+            f"process 0 has not written {path} in {CACHE_SECONDS:.0f} s: data.cache_dir must lie "
+            "on a file system that all hosts share, and text that takes longer to pack is packed "
+            "before the run: python -m baichuan_jax.data.rows pack --help"
+        )

@@ -34,6 +34,7 @@ from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.runs.files import publish, write_atomically
 
 if TYPE_CHECKING:
@@ -591,7 +592,8 @@ def main(argv: list[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if options.command == "train":
         settings = {"text_field": options.text_field, "size": options.size}
-        results = train(options.good, options.bad, options.output, **settings)
+        with owned_output(Path(options.output), beside=True):
+            results = train(options.good, options.bad, options.output, **settings)
         _show_card(results, console)
     else:
         results = _score_files(options, console)

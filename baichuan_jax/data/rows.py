@@ -27,10 +27,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from baichuan_jax.config.schema import ConfigError, at_least, require
-from baichuan_jax.data.runner import Workers, locked
+from baichuan_jax.data.runner import Workers
 from baichuan_jax.documents.files import Slice, find_files, split_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.runs.files import publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -102,6 +103,12 @@ class Rows:
         return np.frombuffer(content, self._dtype).astype(np.int32)
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the manifest: equal where two folders hold the same rows in the same order."""
+        content = [self.context_length, self.manifest["tokenizer"], self.manifest["shards"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def counts(self) -> np.ndarray:
         """How often each token occurs in the text: [vocab_size] int64."""
         return np.load(self.path / "counts.npy")
@@ -170,9 +177,11 @@ def pack(
         Shard(piece, folder, number, tokenizer.path, tokenizer.hash, context_length, text_field)
         for number, piece in enumerate(split_files(sizes, SHARD_BYTES))
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     # The lock lies beside the folder, which may be deleted and made again.
-    with locked(folder.with_name(folder.name + ".lock")):
+    lock = folder.with_name(folder.name + ".lock")
+    other = "choose another folder"
+    with owned(lock, f"{folder}", other, shared=True, seconds=CACHE_SECONDS):
+        folder.mkdir(parents=True, exist_ok=True)
         # Looked at under the lock: another process may have packed the folder meanwhile.
         if not (folder / MANIFEST).exists():
             for leftover in folder.glob("*.tmp"):  # of a killed run

@@ -9,7 +9,6 @@ part, and the next run makes what is missing. The first failure stops the run.
 """
 
 import concurrent.futures
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -19,13 +18,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of
+from baichuan_jax.resilience.waits import announced
 
 DISK_FULL = "; free some space and start again: finished parts are kept"
 # How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
@@ -119,8 +118,10 @@ class Workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.number, context, _end_with_parent
             )
-        # All at once: the pool hands them to processes as these become free, in order.
-        futures = [self._pool.submit(_attempt, part) for part in todo]
+        # All at once: the pool hands them to processes as these become free, in order. The
+        # processes start with the first.
+        with _without_script():
+            futures = [self._pool.submit(_attempt, part) for part in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
                 if future.cancelled():
@@ -177,6 +178,31 @@ def disk_hint(error: str) -> str:
     return DISK_FULL if any(words in error for words in full) else ""
 
 
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that are started inside do not import the script of this one.
+
+    A spawned process imports it first, so that it finds classes that are defined there. A script
+    without "if __name__ == '__main__'" would start its work again in every worker, and these would
+    wait for this process for ever. Parts are classes of this package, so a worker needs no script.
+    """
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    # `python -m baichuan_jax...`: its classes are parts, and it has the guard.
+    if spec is not None and spec.name.startswith("baichuan_jax"):
+        yield
+        return
+    # What multiprocessing.spawn.get_preparation_data looks at.
+    file = vars(main).pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
 def _end_with_parent() -> None:
     """In a worker: end when the process that started it is killed.
 
@@ -201,7 +227,8 @@ def _connect_to_ray() -> int:
     # Ray's own output would hide the progress bar and the error that matters.
     address = os.environ["RAY_ADDRESS"]
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address, ignore_reinit_error=True, **quiet)
+    with announced(f"the Ray cluster at RAY_ADDRESS={address}"):
+        ray.init(address, ignore_reinit_error=True, **quiet)
     return int(ray.cluster_resources().get("CPU", 1))
 
 
@@ -240,21 +267,3 @@ def _bar(total: int, done: int, description: str, unit: str, progress: bool) -> 
         mininterval=seconds,
         delay=0 if sys.stderr.isatty() else LOG_SECONDS,
     )
-
-
-@contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[TextIO]:
-    """One process of a machine at a time; yields the open file, which a child may inherit.
-
-    The kernel gives the lock up with the last process that has the file open, so a killed one
-    leaves none behind. `waiting` is printed where another process has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                print(waiting, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file

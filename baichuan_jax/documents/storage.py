@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.waits import announced
 
 # What a damaged or truncated file raises while it is read; gzip lets zlib's own error through.
 DAMAGE = (EOFError, OSError, zlib.error)
@@ -49,8 +50,10 @@ def pyarrow_for(path: str) -> Any:
 
 
 def _open_remote(path: str) -> BinaryIO:
-    filesystem, name = pyarrow_for(path).fs.FileSystem.from_uri(path)
-    return io.BufferedReader(filesystem.open_input_file(name))  # type: ignore[return-value]
+    # The limits of connections are pyarrow's own.
+    with announced(f"{path} to be opened"):
+        filesystem, name = pyarrow_for(path).fs.FileSystem.from_uri(path)
+        return io.BufferedReader(filesystem.open_input_file(name))  # type: ignore[return-value]
 
 
 def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:

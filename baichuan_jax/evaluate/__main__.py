@@ -27,10 +27,12 @@ from baichuan_jax.evaluate.results import dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
 from baichuan_jax.generate import add_model_options, find_tokenizer
-from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.hf.weights import load_pretrained, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
+from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.ownership import owned_together
+from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.sharding import make_mesh
@@ -51,9 +53,12 @@ def main(argv: list[str]) -> int:
     initialize_processes(DistributedConfig())
     # Wrong files and names are refused before the weights are loaded, which may take minutes.
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
-    if options.command == "perplexity":
-        return _perplexity(options, tokenizer)
-    return _evaluate(options, tokenizer)
+    # On all processes the same: other text would make other batches.
+    require_same("--tokenizer", tokenizer.hash)
+    command = _perplexity if options.command == "perplexity" else _evaluate
+    output = Path(options.output)
+    with owned_together(output / "lock", f"the output {output}", "choose another output"):
+        return command(options, tokenizer)
 
 
 def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
@@ -72,6 +77,7 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         answers=getattr(options, "answers", None),
     )
     evaluation = Evaluation(plan, tokenizer)
+    require_same("--data", evaluation.settings["data_sha256"])
     mesh = make_mesh(mesh_config(options))
     display = Display(active=jax.process_index() == 0)
     display.say(
@@ -158,6 +164,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
     tokens = read_stream(documents, tokenizer, options.max_tokens)
+    require_same("--text", hashlib.sha256(tokens.tobytes()).hexdigest())
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
     display = Display(active=first)

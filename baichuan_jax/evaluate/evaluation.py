@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import baichuan_jax
@@ -30,6 +28,7 @@ from baichuan_jax.evaluate.prompts import (
 from baichuan_jax.evaluate.results import Record, Results, score_prompts, summarise
 from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.evaluate.tasks import SPLITS, Subject, known_subjects, load_subjects
+from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.tokenizer import Tokenizer
 
 # Which rows of a file can be asked; part of the manifest.
@@ -154,11 +153,11 @@ def evaluate(
     first = jax.process_index() == 0
     settings = evaluation.settings | settings
     results = Results(output, settings, writes=first)
-    finished = np.array([results.has(subject.name) for subject in evaluation.subjects])
-    if jax.process_count() > 1:
-        # Process 0 decides for all: only it sees the folder, and all must run the same batches.
-        finished = multihost_utils.broadcast_one_to_all(finished)
-    scorer = None if finished.all() else make_scorer()
+    # Process 0 decides for all: only it sees the folder, and all must run the same batches.
+    finished = agree(
+        "finished subjects", lambda: [results.has(each.name) for each in evaluation.subjects]
+    )
+    scorer = None if all(finished) else make_scorer()
     records: list[Record] = []
     total, hidden = evaluation.num_questions, not (progress and first)
     with tqdm(total=total, unit="question", disable=hidden, smoothing=0.05) as bar:

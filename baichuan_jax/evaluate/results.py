@@ -168,8 +168,7 @@ class Results:
             # Half of one checkpoint's answers and half of another's would look like one result.
             before = json.loads(file.read_text(encoding="utf-8"))
             self._refuse_others(before, settings)
-        # A killed writer may have left a temporary file in a new folder.
-        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+        elif self.folder.exists() and any(map(_is_result, self.folder.iterdir())):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
         else:
             write_atomically(file, dump_json(settings))
@@ -220,6 +219,11 @@ class Results:
             write_atomically(self.folder / "submission.json", dump_json(submission))
         # Last: where result.json is, the records are complete.
         write_atomically(self.folder / "result.json", dump_json(result))
+
+
+def _is_result(path: Path) -> bool:
+    # A new folder holds the lock of this process, and maybe what a killed writer left.
+    return path.suffix != ".tmp" and not path.name.startswith("lock")
 
 
 def dump_json(content: Any) -> bytes:

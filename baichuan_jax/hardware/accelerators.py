@@ -209,7 +209,7 @@ def detect_topology() -> Topology | None:
     # node.
     visible = os.environ.get("JAX_LOCAL_DEVICE_IDS") or os.environ.get("CUDA_VISIBLE_DEVICES")
     local = len(visible.split(",")) if visible else len(models)
-    # jax's own variable first, as in hardware/processes.py.
+    # jax's own variable first, as in resilience/processes.py.
     processes = int(os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("SLURM_NTASKS") or 1)
     devices = local * processes
     node = min(len(models), devices)

@@ -10,6 +10,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.config import read_config
 from baichuan_jax.hf.weights import export, import_params, tokenizer_file
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.ownership import owned_output
 
 
 def main(argv: list[str]) -> int:
@@ -19,12 +20,13 @@ def main(argv: list[str]) -> int:
         # Now: Orbax refuses an existing folder only when it writes, after all weights were read.
         if Path(options.output).exists():
             raise ConfigError(f"{options.output} exists; import writes a new folder")
-        # On one device: a checkpoint is restored on any mesh later.
-        params = import_params(options.folder, progress=True)
-        save_params(options.output, read_config(options.folder), params)
-        # The tokenizer goes with the weights, both ways: `generate` needs it.
-        if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
-            shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
+        with owned_output(Path(options.output), beside=True):
+            # On one device: a checkpoint is restored on any mesh later.
+            params = import_params(options.folder, progress=True)
+            save_params(options.output, read_config(options.folder), params)
+            # The tokenizer goes with the weights, both ways: `generate` needs it.
+            if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
+                shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
     else:
         config, params = load_params(options.checkpoint)
         export(

@@ -28,6 +28,7 @@ from baichuan_jax.hf.config import make_config, make_generation_config, read_con
 from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.hf.names import entries
 from baichuan_jax.model import Params, Transformer, abstract_model
+from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.sharding import Layout
 
 
@@ -138,6 +139,20 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
+    # Two exports of one name would remove each other's files.
+    with owned_output(folder, beside=True):
+        _export(params, config, folder, dtype, form, tokenizer, max_shard_bytes)
+
+
+def _export(
+    params: Params,
+    config: ModelConfig,
+    folder: Path,
+    dtype: str,
+    form: Literal["llama", "baichuan"],
+    tokenizer: Path | str | None,
+    max_shard_bytes: int,
+) -> None:
     # A killed export leaves the temporary name, never half a folder under the right one.
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

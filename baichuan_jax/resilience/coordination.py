@@ -5,12 +5,16 @@ collective, but it ends with process 0, and a call blocks for as long as process
 Its client is private API of jax; only this file uses it.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.launch_files import Report
+from baichuan_jax.resilience.waits import announced
 
 # Hosts may begin this far apart: they import from a cold file system.
 TIMEOUT_SECONDS = 300.0
@@ -44,22 +48,34 @@ def report_service() -> ReportService | None:
 def agree(name: str, choose: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
     """What process 0 chooses (anything JSON can hold), on all processes.
 
-    Every process must call this with the same name, once. `choose` runs on process 0 only.
+    Every process must call this with the same name, once. `choose` runs on process 0 only; where it
+    raises ConfigError, all processes do: they would wait for an answer that cannot come. Raises
+    PeerFailed where process 0 does not answer within `seconds`.
     """
     client = _client()
     if client is None:
         return choose()
     if _process_id() != 0:
-        return json.loads(client.blocking_key_value_get(f"agreed/{name}", int(1000 * seconds)))
-    value = choose()
-    client.key_value_set(f"agreed/{name}", json.dumps(value))
+        with _in_time(f"process 0 to decide: {name}", seconds):
+            text = client.blocking_key_value_get(f"agreed/{name}", int(1000 * seconds))
+        answer = json.loads(text)
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        return answer["value"]
+    try:
+        value = choose()
+    except ConfigError as error:
+        client.key_value_set(f"agreed/{name}", json.dumps({"refused": str(error)}))
+        raise
+    client.key_value_set(f"agreed/{name}", json.dumps({"value": value}))
     return value
 
 
 def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]:
     """Every process's value (anything JSON can hold), in the order of the processes.
 
-    Every process must call this with the same name, once.
+    Every process must call this with the same name, once. Raises PeerFailed where one does not
+    within `seconds`.
     """
     client = _client()
     if client is None:
@@ -68,8 +84,24 @@ def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]
     # Six digits, so that the order of the keys is that of the processes.
     client.key_value_set(f"gathered/{name}/{_process_id():06}", json.dumps(value))
     # Nobody reads before everybody has written.
-    client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
+    with _in_time(f"the other processes to report: {name}", seconds):
+        client.wait_at_barrier(f"gathered/{name}", int(1000 * seconds))
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
+
+
+def require_same(what: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Raise ConfigError where this process's value (anything JSON can hold) is not process 0's.
+
+    For what processes read from files that each of them sees by itself. Every process must call
+    this with the same `what`, once.
+    """
+    own = json.loads(json.dumps(value))
+    first = agree(what, lambda: own, seconds)
+    if own != first:
+        raise ConfigError(
+            f"{what} differs between the hosts of this run: {first} for process 0, and {own} for "
+            f"process {_process_id()}; give all hosts the same files"
+        )
 
 
 def coordinator_address() -> str | None:
@@ -77,6 +109,19 @@ def coordinator_address() -> str | None:
     from jax._src import distributed
 
     return distributed.global_state.coordinator_address
+
+
+@contextlib.contextmanager
+def _in_time(what: str, seconds: float) -> Iterator[None]:
+    """Say what is waited for. Raises PeerFailed where it did not come within `seconds`."""
+    try:
+        with announced(f"{what} ({seconds:.0f} s at most)"):
+            yield
+    except Exception as error:
+        # jax has no type of its own for it.
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise PeerFailed(f"waited {seconds:.0f} s in vain for {what}") from error
 
 
 def _client() -> Any:

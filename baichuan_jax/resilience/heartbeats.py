@@ -10,6 +10,7 @@ one comes later, every peer is given the time by which it was late. Without this
 takes all others for dead.
 """
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -17,7 +18,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.launch_files import HostHeartbeat, Launches
+from baichuan_jax.resilience.waits import wait_until
 
 # Seconds between heartbeats. One costs under 0.1 % of a core's second (a test measures it).
 BEAT = 1.0
@@ -101,6 +104,7 @@ class HostHeartbeats:
         self._seconds = seconds
         self._beat = 0
         self._monitor: HeartbeatMonitor[str] = HeartbeatMonitor()
+        self._ended, self._writing = False, threading.Lock()
 
     def beat(self) -> None:
         """Publish this host's heartbeat and look at the others'. Raises OSError."""
@@ -108,9 +112,17 @@ class HostHeartbeats:
         own = HostHeartbeat(self._address, os.getpid(), self._beat)
         # Look even where the write fails: a full disk can still be read.
         try:
-            self._launches.write_heartbeat(self._host, own)
+            with self._writing:
+                if not self._ended:
+                    self._launches.write_heartbeat(self._host, own)
         finally:
             self._monitor.look(self._launches.read_heartbeats())
+
+    def end(self) -> None:
+        """Publish no more. Best effort."""
+        with self._writing, contextlib.suppress(OSError):
+            self._ended = True
+            self._launches.remove_heartbeat(self._host)
 
     def alive(self) -> set[str]:
         """Hosts whose supervisors live, this one's included once it has begun to publish."""
@@ -125,3 +137,26 @@ class HostHeartbeats:
     def lost(self, host: str) -> bool:
         """Whether a host has had no heartbeat for so long, as far as this host could see."""
         return self._monitor.age(host) >= self._seconds
+
+
+def refuse_beside_supervisors(launches: Launches, run_dir: str) -> None:
+    """Raise ConfigError where a supervisor of the run lives; it takes two heartbeats to see that.
+
+    At once where none was there or all have ended well.
+    """
+    monitor: HeartbeatMonitor[str] = HeartbeatMonitor()
+
+    def lives() -> bool:
+        monitor.look(launches.read_heartbeats())
+        return bool(monitor.alive(LOOK))
+
+    if not launches.read_heartbeats():
+        return
+    if wait_until(lives, f"signs of life of supervisors of {run_dir}", LOOK + BEAT):
+        hosts = {host: launches.read_heartbeats().get(host) for host in monitor.alive(LOOK)}
+        named = [f"{host} (process {beat.pid})" for host, beat in sorted(hosts.items()) if beat]
+        raise ConfigError(
+            f"run_dir={run_dir!r} is kept going by python -m baichuan_jax.launch on "
+            f"{', '.join(named)}; stop that first (Ctrl-C, SIGTERM), or give this run a folder of "
+            "its own with --run_dir"
+        )

@@ -3,7 +3,9 @@
 They lie in `attempts/` of the run's folder, on storage that all hosts share. A launch is one start
 of all processes of a run; folder and events call it an attempt, as runs made long ago do.
 
+    attempts/lock, lock-N          Owner          who writes the run (ownership.py)
     attempts/hosts/HOST.json       HostHeartbeat  a supervisor lives; where its host is reached
+    attempts/hosts/HOST.lock, ...  Owner          which supervisor has this host's name
     attempts/N/plan.json           LaunchPlan     hosts and processes of the N-th launch
     attempts/N/coordinator.json    Coordinator    where process 0 listens
     attempts/N/process-P.json      Report         a process's newest heartbeat, or its exit report
@@ -19,12 +21,11 @@ Files appear whole, by a rename. Plan and verdict are written once, by whichever
 import dataclasses
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from baichuan_jax.resilience.causes import Cause
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import create_once, read_once, write_atomically
 
 # The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
@@ -246,22 +247,8 @@ class LaunchFolder:
         _replace(self._file(type(record), key), record)
 
     def claim(self, record: _Record) -> bool:
-        """Write a record of which there is one; False where another process was first.
-
-        A hard link can be made only once, on any file system, NFS included; open(O_EXCL) would
-        leave an empty file where its writer is killed.
-        """
-        file = self._file(type(record), None)
-        # Complete and on the disk before it has its name: no reader sees half of a plan.
-        draft = file.with_name(f".{record.name}-{uuid.uuid4().hex}.json")
-        write_atomically(draft, record.to_json().encode())
-        try:
-            os.link(draft, file)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            draft.unlink()
+        """Write a record of which there is one; False where another process was first."""
+        return create_once(self._file(type(record), None), record.to_json().encode())
 
     def publish(self, report: Report) -> None:
         """Replace the report of its process."""
@@ -286,6 +273,15 @@ class Launches:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def lock(self) -> Path:
+        """What the process that writes the run owns (ownership.py)."""
+        return self.path / "lock"
+
+    def host_lock(self, host: str) -> Path:
+        """What the supervisor of this host's name owns."""
+        return self.path / "hosts" / f"{host}.lock"
 
     def __getitem__(self, number: int) -> LaunchFolder:
         return LaunchFolder(self.path / str(number))
@@ -314,6 +310,10 @@ class Launches:
         """Replace a host's heartbeat."""
         _replace(self.path / "hosts" / f"{host}.json", heartbeat)
 
+    def remove_heartbeat(self, host: str) -> None:
+        """A host's supervisor has ended: nobody needs to find out that it is silent."""
+        (self.path / "hosts" / f"{host}.json").unlink(missing_ok=True)
+
     def read_heartbeats(self) -> dict[str, HostHeartbeat]:
         """The newest heartbeat of every host."""
         found = {f.stem: _read(f, HostHeartbeat) for f in (self.path / "hosts").glob("*.json")}
@@ -321,10 +321,11 @@ class Launches:
 
 
 def _read(file: Path, kind: type[Kind]) -> Kind | None:
-    try:
-        return kind.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    content = read_once(file)
+    if content is None:
         return None
+    try:
+        return kind.from_json(json.loads(content))
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no {kind.__name__}: {error}") from error
 

@@ -110,6 +110,12 @@ class Watch:
         return self._step
 
     @property
+    def launch(self) -> int | None:
+        """The launch that a supervisor planned for this process; None without a supervisor."""
+        folder = self._placement.folder
+        return None if self._placement.supervisor is None or folder is None else folder.number
+
+    @property
     def host(self) -> str:
         """The name of this process's host."""
         return self._placement.host

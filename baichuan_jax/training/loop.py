@@ -22,6 +22,7 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.resilience.clock import DATA, DISPATCH, EVALUATE, WAIT, Clock
 from baichuan_jax.resilience.exits import say_from_handler
+from baichuan_jax.resilience.ownership import Claim
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Progress
 from baichuan_jax.runs.events import Compiled, Interrupted, Profiled
@@ -39,12 +40,15 @@ TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str,
 class StopRequest:
     """Whether a signal has asked this process to stop."""
 
-    def __init__(self) -> None:
-        self.made = False
+    def __init__(self, claim: Claim | None = None) -> None:
+        self.made, self._claim = False, claim
 
     def make(self, signal_name: str) -> None:
         """Ask; called from a signal's handler."""
         self.made = True
+        # A launch that comes before this one has saved waits for it.
+        if self._claim is not None:
+            self._claim.stopping()
         then = "; once more quits unsaved" if signal_name == "SIGINT" else ""
         say_from_handler(f"{signal_name}: saving after this step, then stopping{then}")
 

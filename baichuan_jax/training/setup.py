@@ -5,7 +5,9 @@ tests that are scored during the run are read; speed and MFU get their peak; bat
 data position of the restored state.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 
@@ -15,11 +17,15 @@ from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
 from baichuan_jax.hardware.devices import peak_flops
-from baichuan_jax.hardware.processes import initialize_processes
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
+from baichuan_jax.resilience.coordination import agree, require_same
+from baichuan_jax.resilience.heartbeats import refuse_beside_supervisors
+from baichuan_jax.resilience.launch_files import Launches
+from baichuan_jax.resilience.ownership import Claim, owned_together
 from baichuan_jax.resilience.placement import Placement
+from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display
 from baichuan_jax.sharding import make_mesh
@@ -29,16 +35,44 @@ from baichuan_jax.training.throughput import Throughput
 from baichuan_jax.xla_flags import apply_flags, keep_compiled
 
 
-def start_devices(config: Config, watch: Watch) -> tuple[int, Config, Steps, Choices, Display]:
-    """Connect the processes, make the mesh and the steps on it, and check the hosts.
+@contextlib.contextmanager
+def own_run(config: Config, watch: Watch) -> Iterator[Claim | None]:
+    """Own the run's folder on behalf of all its processes; see resilience/ownership.py.
 
-    Returns the number of this launch, and the configuration with its mesh resolved. Raises
-    ConfigError where the devices or a forced kernel do not fit it, and what preflight finds wrong.
+    Raises ConfigError, on all of them, where another launch or a supervisor is at work there.
     """
+    folder = config.run_path
+    launches = Launches(folder.absolute() / "attempts")
+    if watch.launch is None:
+        # Between two launches of a supervisor no process of it owns the folder.
+        agree("supervisors", lambda: refuse_beside_supervisors(launches, str(folder)))
+    with owned_together(
+        launches.lock,
+        f"run_dir={str(folder)!r}",
+        "give this run a folder of its own with --run_dir",
+        silence=2 * config.resilience.silence_seconds,
+        launch=watch.launch,
+    ) as claim:
+        yield claim
+
+
+def join_processes(config: Config) -> dict[str, str]:
+    """Connect the processes of the run. Returns the flags of XLA that were added, and why."""
     # Before jax starts, which reads them once.
     flags = apply_flags(config)
     # Before anything asks for devices: from here on jax knows those of all processes.
     initialize_processes(config.distributed, config.resilience)
+    return flags
+
+
+def start_devices(
+    config: Config, flags: dict[str, str], watch: Watch
+) -> tuple[int, Config, Steps, Choices, Display]:
+    """Make the mesh and the steps on it, and check the hosts.
+
+    Returns the number of this launch, and the configuration with its mesh resolved. Raises
+    ConfigError where the devices or a forced kernel do not fit it, and what preflight finds wrong.
+    """
     mesh = make_mesh(config.mesh)
     # Only now is the platform known, and a CPU keeps no programs.
     keep_compiled(config, mesh.devices.flat[0].platform)
@@ -92,10 +126,13 @@ def read_tests(config: Config, prepared: Prepared) -> list[Evaluation]:
     """The tests that are scored during the run. Raises ConfigError for files that are not right."""
     # Read now and not at the first evaluation: a wrong file ends the launch before its first step.
     only, limit = config.evaluate.subjects, config.evaluate.limit
-    return [
+    tests = [
         Evaluation(Plan(task, folder, subjects=only.get(task), limit=limit), prepared.tokenizer)
         for task, folder in config.evaluate.tasks.items()
     ]
+    # Other questions would make other batches, and the processes would wait for each other.
+    require_same("evaluate.tasks", [test.settings["data_sha256"] for test in tests])
+    return tests
 
 
 def open_throughput(config: Config, steps: Steps) -> Throughput:

@@ -11,17 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from launches import environment
 
-from baichuan_jax.config.schema import ConfigError, DataConfig, TokenizerConfig
+from baichuan_jax.config.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
 from baichuan_jax.data.prepare import prepare
 from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
+from baichuan_jax.resilience import coordination
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "sample"
@@ -579,12 +581,78 @@ def test_the_other_processes_wait_for_the_writer(config, tmp_path):
 
 
 def test_the_other_processes_do_not_wait_for_ever(config, monkeypatch):
-    monkeypatch.setattr(preparing, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(preparing, "CACHE_SECONDS", 1.0)
     with pytest.raises(
         ConfigError,
         match=r"process 0 has not written .*manifest\.json in 1 s: data\.cache_dir must lie on",
     ):
         prepare(config, writer=False)
+
+
+@pytest.fixture
+def become(monkeypatch):
+    """become(number): this is process `number` of a run; process 0 goes first."""
+    values: dict[str, str] = {}
+    client = types.SimpleNamespace(
+        key_value_set=values.__setitem__, blocking_key_value_get=lambda key, _: values[key]
+    )
+    monkeypatch.setattr(coordination, "_client", lambda: client)
+    return lambda number: monkeypatch.setattr(coordination, "_process_id", lambda: number)
+
+
+def own_text(config, corpus, folder) -> tuple[Config, Path]:
+    """The configuration with a tokenizer and rows of text that is a host's own copy."""
+    shutil.copytree(Path(corpus).parent, folder)
+    config = packed_only(config, str(folder / "*.jsonl"))
+    return dataclasses.replace(
+        config, tokenizer=TokenizerConfig(vocab_size=512)
+    ), folder / "b.jsonl"
+
+
+def test_a_host_whose_copies_are_of_another_time_takes_process_0s_rows(
+    config, corpus, become, tmp_path
+):
+    config, file = own_text(config, corpus, tmp_path / "text")
+    become(0)
+    first = prepare(config)
+    become(1)
+    os.utime(file, (1, 1))
+    found = prepare(config, writer=False)
+    assert found.tokenizer.path == first.tokenizer.path
+    assert found.train[0][0].path == first.train[0][0].path
+
+
+def test_a_host_whose_files_are_others_is_refused_at_once(config, corpus, become, tmp_path):
+    config, file = own_text(config, corpus, tmp_path / "text")
+    become(0)
+    prepare(config)
+    become(1)
+    file.write_bytes(file.read_bytes() * 2)
+    with pytest.raises(ConfigError, match=r"differs between the hosts of this run: .*'bytes': "):
+        prepare(config, writer=False)
+
+
+def test_a_host_whose_packed_rows_are_others_is_refused(
+    config, packed, corpus, tokenizer, become, tmp_path
+):
+    """Else processes would train on batches of which each has another idea."""
+    shutil.copytree(packed.path, tmp_path / "own")
+    config = packed_only(config, str(tmp_path / "own"))
+    become(0)
+    prepare(config)
+    become(1)
+    prepare(config, writer=False)
+    shutil.rmtree(tmp_path / "own")
+    pack([corpus.replace("*", "b")], tmp_path / "own", tokenizer, 32, progress=False)
+    with pytest.raises(ConfigError, match=r"rows of data\.train differs between the hosts"):
+        prepare(config, writer=False)
+
+
+def test_a_cache_that_may_only_be_read_serves(config, corpus, tmp_path, monkeypatch):
+    config, _ = own_text(config, corpus, tmp_path / "text")
+    first = prepare(config)
+    monkeypatch.setattr(preparing, "require_writable", refuse_to_work)
+    assert prepare(config).train[0][0].path == first.train[0][0].path
 
 
 def test_the_samples_validation_text_is_not_in_its_training_text():

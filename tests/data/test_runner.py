@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import environment
+from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.data.runner import Workers, locked
+from baichuan_jax.data.runner import Workers
 from baichuan_jax.resilience.causes import SaveFailed
 
 
@@ -125,32 +125,36 @@ def test_a_worker_that_is_killed_is_named(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-LOCKED = """
+SCRIPT = """
 import sys
 from pathlib import Path
-from baichuan_jax.data.runner import locked
-with locked(Path(sys.argv[1]), "somebody is here"):
-    print("in", flush=True)
-    sys.stdin.read()
+from test_runner import parts
+from baichuan_jax.data.runner import Workers
+
+print("the script runs", flush=True)
+with Workers(2, progress=False) as workers:
+    print(workers.finish(parts(Path(sys.argv[1]), 4), "some"))
+print(Path(__file__).name, __spec__)
 """
 
 
-def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_gives_it_up(tmp_path):
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-c", LOCKED, str(tmp_path / "sub" / "lock")]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
-        )
-
-    first = start()
-    assert first.stdout is not None
-    assert first.stdout.readline() == "in\n"
-    second = start()
-    assert second.stderr is not None
-    assert second.stderr.readline() == "somebody is here\n"
-    first.kill()
-    assert second.communicate(timeout=60)[0] == "in\n"
-    first.communicate()
-    with locked(tmp_path / "sub" / "lock"):
-        pass
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_a_script_needs_no_main_guard(tmp_path, how):
+    """A worker that imported the script would start its work again, and wait for its parent."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    what = [str(tmp_path / "script.py")] if how == "file" else ["-m", "script"]
+    # The parts are classes of this file.
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests", Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, *what, str(tmp_path / "parts")],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    ran, made, names = done.stdout.strip().split("\n")
+    assert (ran, made) == ("the script runs", "4"), done.stderr
+    # The script has its names back.
+    assert names.startswith("script.py " + ("None" if how == "file" else "ModuleSpec"))

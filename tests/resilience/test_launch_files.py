@@ -1,7 +1,9 @@
 """The files of a launch: written, read back, claimed once, and read as old versions wrote them."""
 
+import errno
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -125,6 +127,16 @@ def test_of_many_processes_one_writes_the_plan(launches):
     assert plan == LaunchPlan((won.get(timeout=5),), 1)
     assert won.empty()
     assert [path.name for path in launches[1].path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_is_written_once_where_hard_links_are_missing(launches, monkeypatch):
+    def missing(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", missing)
+    assert launches[1].claim(LaunchPlan(("a",), 1))
+    assert not launches[1].claim(LaunchPlan(("b",), 1))
+    assert launches[1].read(LaunchPlan) == LaunchPlan(("a",), 1)
 
 
 # As a launch of the version before these records wrote its files.

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig
-from baichuan_jax.hardware.processes import initialize_processes
+from baichuan_jax.resilience.processes import initialize_processes
 
 
 @pytest.mark.parametrize(
@@ -61,5 +61,9 @@ def test_processes_are_described_by_settings_environment_or_slurm(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     initialize_processes(settings, ResilienceConfig())
-    timeouts = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+    timeouts = {
+        "initialization_timeout": 360,
+        "heartbeat_timeout_seconds": 30,
+        "shutdown_timeout_seconds": 30,
+    }
     assert calls == ([] if wanted is None else [(wanted[0], wanted[1] | timeouts)])

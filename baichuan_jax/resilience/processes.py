@@ -5,13 +5,21 @@ devices. A description comes from the settings, from the environment, or from Sl
 process needs none.
 """
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig
+from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.resilience.exits import say
+from baichuan_jax.resilience.waits import announced
 
+# How long a process waits at its start for the others: they import from a cold file system.
+JOIN_SECONDS = 300
 # How long a process waits at its end for the others. jax's own 300 s would hide a fault for that
 # long: a supervisor sees the exit code of a process only after it has ended.
 SHUTDOWN_SECONDS = 30
@@ -27,6 +35,8 @@ def initialize_processes(
     """
     resilience = resilience or ResilienceConfig()
     timeouts: Any = {
+        # Later than this program's own limit, after which jax aborts with a page of its stack.
+        "initialization_timeout": JOIN_SECONDS + 60,
         "heartbeat_timeout_seconds": resilience.jax_heartbeat_seconds,
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
     }
@@ -40,9 +50,10 @@ def initialize_processes(
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
         if count > 1:
-            jax.distributed.initialize(
-                address, count, number, local_device_ids=local_ids, **timeouts
-            )
+            with _in_time(f"all {count} processes of this run to come to {address}"):
+                jax.distributed.initialize(
+                    address, count, number, local_device_ids=local_ids, **timeouts
+                )
     elif not (address is None and count is None and number is None):
         raise ConfigError(
             f"several processes need all of distributed.coordinator_address={address}, "
@@ -52,9 +63,32 @@ def initialize_processes(
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         # Under Slurm jax gives a process the one GPU of its local rank. Where a node runs a single
         # process, that would be the first GPU alone: JAX_LOCAL_DEVICE_IDS lists all of them.
-        jax.distributed.initialize(
-            cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
+        with _in_time("all processes of this run, as Slurm describes it, to come"):
+            jax.distributed.initialize(
+                cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
+            )
+
+
+@contextlib.contextmanager
+def _in_time(what: str) -> Iterator[None]:
+    """Say what is waited for; end this process with 76 where that takes JOIN_SECONDS."""
+
+    def leave() -> None:
+        say(
+            f"error: waited {JOIN_SECONDS} s in vain for {what}; start all of them within this "
+            "time, and give all the same address and number of processes"
         )
+        # jax's call cannot be interrupted.
+        os._exit(Cause.PEER.exit_code)
+
+    timer = threading.Timer(JOIN_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        with announced(f"{what} ({JOIN_SECONDS} s at most)"):
+            yield
+    finally:
+        timer.cancel()
 
 
 def _integer(value: int | None, variable: str) -> int | None:

@@ -1,0 +1,155 @@
+"""Files of which there is one: who is first, with hard links and without, whatever is killed."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from launches import environment
+
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.runs import files
+from baichuan_jax.runs.files import create_once, read_once, remove_once, write_atomically
+
+
+def lacking(number: int):
+    def call(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.fixture(params=["links", "no links"])
+def links(request, monkeypatch):
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", lacking(errno.EPERM))
+
+
+def test_the_first_writes_and_the_others_read(links, tmp_path):
+    path = tmp_path / "sub" / "plan.json"
+    assert read_once(path) is None
+    assert create_once(path, b"first")
+    assert not create_once(path, b"second")
+    assert read_once(path) == b"first"
+    assert len(list(path.parent.iterdir())) == 1
+    # What replaces it counts.
+    write_atomically(path, b"third")
+    assert read_once(path) == b"third"
+    remove_once(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_host_with_links_sees_what_one_without_wrote(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lacking(errno.ENOTSUP))
+        assert create_once(path, b"first")
+    assert not create_once(path, b"second")
+
+
+def test_a_link_whose_reply_was_lost_is_ones_own(tmp_path, monkeypatch):
+    real = os.link
+
+    def asked_twice(source, target):
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    assert create_once(tmp_path / "plan.json", b"mine")
+
+
+def test_a_file_system_that_lacks_both_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lacking(errno.ENOSYS))
+    monkeypatch.setattr(os, "rename", lacking(errno.ENOSYS))
+    with pytest.raises(ConfigError, match=rf"^{tmp_path} lies on a file system without hard links"):
+        create_once(tmp_path / "plan.json", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_other_errors_are_not_taken_for_a_missing_feature(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "link", lacking(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        create_once(tmp_path / "plan.json", b"x")
+
+
+def test_processes_with_one_number_on_two_hosts_share_no_draft(tmp_path, monkeypatch):
+    """In containers every process may be number 1."""
+    drafts = []
+    monkeypatch.setattr(files, "publish", lambda draft, path: drafts.append(draft.name))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for host in ("a", "b"):
+        name = os.uname_result(("Linux", host, "", "", ""))
+        monkeypatch.setattr(os, "uname", lambda name=name: name)
+        write_atomically(tmp_path / "file", b"x")
+    assert len(set(drafts)) == 2
+
+
+# Rounds of processes that race for a file; some are killed at a random moment. A winner that lives
+# says so, a reader looks all the time.
+RACE = """
+import errno, json, os, random, signal, sys, time
+from pathlib import Path
+from baichuan_jax.runs.files import create_once, read_once
+
+folder, links, rounds = Path(sys.argv[1]), sys.argv[2] == "links", int(sys.argv[3])
+if not links:
+    def link(*_, **__):
+        raise OSError(errno.EPERM, "no links")
+    os.link = link
+rng = random.Random(0)
+
+def child(path, number, begin):
+    while time.monotonic() < begin:
+        pass
+    won = create_once(path, json.dumps([number] * 500).encode())
+    os._exit(10 if won else 11)
+
+def whole(path):
+    content = read_once(path)
+    if content is not None:
+        values = json.loads(content)
+        assert len(values) == 500 and len(set(values)) == 1, values
+        return values[0]
+
+for turn in range(rounds):
+    path, begin = folder / f"{turn}.json", time.monotonic() + 0.003
+    pids = {}
+    for number in range(6):
+        if (pid := os.fork()) == 0:
+            child(path, number, begin)
+        pids[pid] = number
+    killed = [pid for pid in pids if rng.random() < 0.4]
+    for pid in killed:
+        while time.monotonic() < begin + rng.random() * 0.002:
+            whole(path)
+        os.kill(pid, signal.SIGKILL)
+    winners, seen = [], set()
+    for pid, number in pids.items():
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (10, 11, -9), code
+        winners += [number] * (code == 10)
+        seen.add(whole(path))
+    final = whole(path)
+    assert len(winners) <= 1, winners
+    assert seen <= {None, final}
+    assert not winners or winners == [final]
+    # Somebody lived to the end, so there is a file.
+    assert final is not None or len(killed) == 6
+    # A restart finds it taken, or takes it.
+    assert create_once(path, json.dumps([9] * 500).encode()) == (final is None)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("how", ["links", "none"])
+def test_of_racing_processes_one_is_first_whatever_is_killed(tmp_path, how):
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, str(tmp_path), how, "60"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "done\n", done.stderr
