@@ -102,6 +102,12 @@ class Rows:
         return np.frombuffer(content, self._dtype).astype(np.int32)
 
     @property
+    def identity(self) -> str:
+        """The same for the same rows in the same order, wherever they lie."""
+        checksums = [shard["sha256"] for shard in self._shards]
+        return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
+
+    @property
     def counts(self) -> np.ndarray:
         """How often each token occurs in the text: [vocab_size] int64."""
         return np.load(self.path / "counts.npy")
