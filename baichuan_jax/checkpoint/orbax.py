@@ -187,6 +187,8 @@ class Checkpoints:
         if "progress" in run:
             try:
                 return Progress.from_json(run["progress"])
+            except ConfigError:
+                raise
             except ValueError as error:
                 raise CorruptCheckpoint(str(error)) from None
         length = self._config.train.context_length

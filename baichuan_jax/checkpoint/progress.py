@@ -183,11 +183,21 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Progress":
-        """The progress that a checkpoint holds. Raises ValueError for what is none."""
+        """The progress that a checkpoint holds.
+
+        Raises ValueError for what is none, ConfigError for one of a later version.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        # Not damage, after which a run goes on from an older checkpoint.
+        if later := sorted(set(content) - set(names)):
+            raise ConfigError(
+                f"the checkpoint's progress in the data has {', '.join(later)}, which a later "
+                "version of the program wrote; go on with that version, or use another run_dir"
+            )
         try:
-            corpora = tuple(Corpus(**corpus) for corpus in content["corpora"])
-            pieces = tuple(Piece(*piece) for piece in content["pieces"])
-            found = cls(**{**content, "corpora": corpora, "pieces": pieces})
+            found = cls(*(content[name] for name in names))
+            corpora = tuple(Corpus(**corpus) for corpus in found.corpora)
+            pieces = tuple(Piece(*piece) for piece in found.pieces)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no progress in the data: {error!r}") from None
         counts = [found.seed, found.row, found.since, *(corpus.before for corpus in corpora)]
@@ -198,11 +208,11 @@ class Progress:
             and all(type(weight) in (int, float) and weight >= 0 for weight in weights)
             and found.since <= found.row
             and pieces
-            and pieces[0][:2] == (0, 0)
+            and pieces[0].position == 0
             and all(piece.batch_size and piece.row <= found.row for piece in pieces)
         ):
             raise ValueError(f"no progress in the data: {content}")
-        return found
+        return dataclasses.replace(found, corpora=corpora, pieces=pieces)
 
     @classmethod
     def of_position(cls, position: int, config: dict[str, Any], context_length: int) -> "Progress":
