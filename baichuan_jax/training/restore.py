@@ -210,7 +210,7 @@ def _changed_meanings(
     ahead = [(begin, end) for begin, end in skipped if end > progress.row]
     if ahead and progress.since != before.since:
         listed = ", ".join(f"{begin} to {end - 1}" for begin, end in ahead)
-        found.append(f"rows {listed} are left out as before, and are other text in this mixture")
+        found.append(f"rows {listed} are left out by number, and are other text in this mixture")
     return found
 
 

@@ -102,6 +102,28 @@ def test_the_first_time_replays_the_second_skips_the_window_and_so_on_until_ther
         plan_rollback(events, 2)
 
 
+def test_places_are_compared_and_left_out_by_rows_where_the_batch_size_has_changed():
+    """The same rows have another position; another fault at the same position is another place."""
+
+    def fault(step: int, begin: int, rows: list[int]) -> Event:
+        return NumericsFault(step=step, begin=begin, end=begin + 1, rows=rows, reason="not finite")
+
+    events: list[Event] = [fault(40, 40, [160, 164])]
+    events += plan_rollback(events, 2).events
+    events.append(fault(40, 40, [200, 208]))
+    plan = plan_rollback(events, 2)
+    assert plan.windows == ()
+    events += [*plan.events, fault(35, 35, [160, 168])]
+    plan = plan_rollback(events, 2)
+    assert plan.windows == (Window(35, 36, (160, 168)),)
+    assert [event.rows for event in plan.events if isinstance(event, WindowSkipped)] == [[160, 168]]
+    # Killed before it said that it rolled back.
+    assert plan_rollback([*events, plan.events[0]], 2).windows == plan.windows
+    # A window that an earlier version recorded, and its rows as they were found later.
+    again = [WindowSkipped(begin=1, end=2, reason="r", rows=rows) for rows in (None, [4, 8])]
+    assert plan_rollback(list(again), 2).windows == (Window(1, 2, (4, 8)),)
+
+
 def test_corruption_goes_back_to_before_its_step_and_skips_no_data():
     events: list[Event] = [Corruption(step=7, reason="replicas differ")]
     plan = plan_rollback(events, 0)
