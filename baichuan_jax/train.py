@@ -101,7 +101,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                     config, run, plan, steps, tokenizer, watch.host, history, clock, output
                 )
                 resources.callback(store.close)
-                start = restore(config, steps, store, plan.rollback, output)
+                start = restore(config, prepared, steps, store, plan.rollback, output)
             with clock("start"):
                 batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)

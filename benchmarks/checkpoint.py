@@ -29,7 +29,7 @@ from results import Results
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
-from baichuan_jax.checkpoint.state import StateTarget, as_items
+from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items
 from baichuan_jax.config.schema import Config, MeshConfig, ModelConfig, OptimizerConfig
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.step import make_steps
@@ -108,7 +108,8 @@ def measure(config: Config, folder: Path) -> Table:
     target = StateTarget(steps.abstract_state)
     digest = lambda state: target.digest(as_items(state))
     checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
-    copies = LocalCopies(folder / "local", 0, "here", "", target)
+    at = checkpoints.progress_at
+    copies = LocalCopies(folder / "local", 0, "here", "", target, at)
     # Compiles it, before anything is timed.
     digest(state)
     plain = {
@@ -123,7 +124,7 @@ def measure(config: Config, folder: Path) -> Table:
         def save(tier: Any = tier) -> None:
             nonlocal blocked
             began = time.perf_counter()
-            tier.save(state, 1, 1)
+            tier.save(RunState(state, 1, checkpoints.progress_at(1)))
             blocked = time.perf_counter() - began
             tier.finish()
 

@@ -294,6 +294,7 @@ def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[
     """Rows a second of the loader for configs/tiny.yaml, beside those of its training."""
     import jax
 
+    from baichuan_jax.checkpoint.progress import Given, Progress
     from baichuan_jax.config.files import load_config
     from baichuan_jax.data.loader import Loader
     from baichuan_jax.data.prepare import prepare
@@ -304,15 +305,15 @@ def loader(options: argparse.Namespace, folder: Path, results: Results) -> dict[
     config_mesh = config.mesh.resolve(1)
     steps = make_steps(config, make_mesh(config_mesh, jax.devices()[:1]))
     prepared = prepare(config, progress=False)
+    corpora = dict(zip(config.data.train, prepared.train, strict=True))
+    given = [Given(name, rows.identity, weight) for name, (rows, weight) in corpora.items()]
     batches = Loader(
-        prepared.train,
-        seed=0,
+        {name: rows for name, (rows, _) in corpora.items()},
+        progress=Progress(0).follow(0, given, config.train.global_batch_size),
         accumulation_steps=1,
-        batch_size=config.train.global_batch_size,
         eos_id=prepared.tokenizer.eos_id,
         document_mask=False,
         sharding=steps.batch_sharding,
-        position=0,
     )
     try:
         state = steps.init()

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from baichuan_jax.checkpoint.progress import Piece, Progress
+from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import (
     Config,
     MeshConfig,
@@ -29,7 +31,7 @@ from baichuan_jax.config.schema import (
     TrainConfig,
 )
 from baichuan_jax.sharding import make_mesh
-from baichuan_jax.step import Steps, make_steps
+from baichuan_jax.step import Steps, TrainState, make_steps
 
 # Files whose tests take longest come first: a worker that took one of them last would end alone.
 # The two that start groups of processes, the first and the fifth, do not meet on two workers.
@@ -125,3 +127,11 @@ def batch_of(
         name: array.reshape(accumulation, -1, array.shape[-1]) for name, array in batch.items()
     }
     return jax.device_put(split, steps.batch_sharding)
+
+
+def run_state(
+    state: TrainState, step: int, position: int, batch_size: int = 1, seed: int = 42
+) -> RunState:
+    """A state as a run has it: before the batch at `position`."""
+    pieces = (Piece(0, 0, batch_size),)
+    return RunState(state, step, Progress(seed, position * batch_size, pieces=pieces))

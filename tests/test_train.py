@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from launches import (
     REPOSITORY,
+    SHARED,
     command,
     environment,
     kill,
@@ -137,6 +138,56 @@ def test_a_launch_that_finds_no_step_to_do_compiles_none(config, undisturbed, tm
     run(config, folder)
     kinds = [event["kind"] for event in lines(folder, "events")[len(events) :]]
     assert kinds == ["started", "restored", "completed"]
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_numbers(
+    config, undisturbed, tmp_path
+):
+    """Its progress in the data is a position alone."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "60")
+    checkpoint = folder / "checkpoints" / "55"
+    (checkpoint / "sizes.json").unlink()
+    file = checkpoint / "run" / "metadata"
+    saved = json.loads(file.read_text())
+    assert saved.pop("progress")["row"] == 440
+    file.write_text(json.dumps(saved))
+    events = [event for event in lines(folder, "events") if event["kind"] != "completed"]
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    said = run(config, folder)
+    assert "does not say which rows it read" in " ".join(said.split())
+    assert losses(folder) == losses(undisturbed[0])
+    kinds = [event["kind"] for event in lines(folder, "events")[len(events) :]]
+    assert kinds[:3] == ["started", "restored", "compiled"]
+
+
+def test_a_run_goes_on_with_another_batch_size_and_other_weights_at_the_same_rows(config, tmp_path):
+    folder = tmp_path / "run"
+    few = ("--evaluate.every", "1000", "--optimizer.warmup_steps", "1")
+    run(config, folder, *few, "--train.num_steps", "5")
+    english, chinese = (f"{SHARED}/train-{name}.jsonl" for name in ("en", "zh"))
+    other = (
+        "--train.global_batch_size",
+        "4",
+        "--data.train",
+        f'{{"{chinese}": 1, "{english}": 1}}',
+    )
+    said = run(config, folder, *few, *other, "--train.num_steps", "9")
+    assert "data: going on at row 40 of the run (5 batches so far); batches of 4 rows" in " ".join(
+        said.split()
+    )
+    file = folder / "checkpoints" / "9" / "run" / "metadata"
+    saved = json.loads(file.read_text())
+    progress = saved["progress"]
+    assert (saved["position"], progress["row"], progress["since"]) == (9, 56, 40)
+    assert progress["pieces"] == [[0, 0, 8], [5, 40, 4]]
+    taken = {corpus["name"]: corpus["before"] for corpus in progress["corpora"]}
+    assert taken == {english: 14, chinese: 26}
+    changed = [event for event in lines(folder, "events") if event["kind"] == "data_changed"]
+    assert [(event["step"], event["position"], event["row"]) for event in changed] == [(5, 5, 40)]
+    refused = run(config, folder, *few, "--train.num_steps", "12", "--train.seed", "1", expect=78)
+    assert "56 rows in the order of seed 42" in " ".join(refused.split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.coordination import gather
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import publish
-from baichuan_jax.step import TrainState
 
 SUFFIX = ".state"
 # Elements that are sent at once: 256 MiB.
@@ -39,15 +39,23 @@ class LocalCopies:
     """This host's copies: `save` starts one, `finish` lets it count, `restore` takes the newest.
 
     `rollbacks`: how often the run has rolled back; copies made before the last time do not count.
-    One process of each `host` writes. Raises ConfigError where a process holds only a part of the
+    `progress_at`: the progress of a copy of an earlier version, which says its position alone. One
+    process of each `host` writes. Raises ConfigError where a process holds only a part of the
     state.
     """
 
     def __init__(
-        self, folder: Path, rollbacks: int, host: str, tokenizer_hash: str, target: StateTarget
+        self,
+        folder: Path,
+        rollbacks: int,
+        host: str,
+        tokenizer_hash: str,
+        target: StateTarget,
+        progress_at: Callable[[int], Progress],
     ) -> None:
         self.folder, self._draft = folder, folder
         self._rollbacks, self._tokenizer, self._target = rollbacks, tokenizer_hash, target
+        self._progress_at = progress_at
         # One process of a host is enough: each holds the whole state.
         self._writer = gather("local/hosts", host).index(host) == jax.process_index()
         self._thread: threading.Thread | None = None
@@ -67,13 +75,13 @@ class LocalCopies:
         """Shapes and shardings of the arrays, in the order of the file."""
         return jax.tree.leaves(self._target.items)
 
-    def save(self, state: TrainState, step: int, position: int) -> None:
+    def save(self, state: RunState) -> None:
         """Start a copy; returns once the state is in the host's memory.
 
         Raises what the copy before failed with.
         """
         self.finish()
-        items = as_items(state)
+        items, step = as_items(state.state), state.step
         # A collective: all processes, not only the writers.
         digest = self._target.digest(items)
         if not self._writer:
@@ -87,7 +95,8 @@ class LocalCopies:
         head = {
             "rollbacks": self._rollbacks,
             "step": step,
-            "position": position,
+            "position": state.position,
+            "progress": state.progress.to_json(),
             "tokenizer": self._tokenizer,
             "digest": digest,
         }
@@ -157,7 +166,7 @@ class LocalCopies:
                 "digest", sum(found[name] != head["digest"].get(name) for name in found)
             )
             if not any(bad):
-                return RunState(from_items(items), step, head["position"])
+                return RunState(from_items(items), step, self._progress(head))
             # Each process judges the arrays that it holds. Where all were sent one copy, that copy
             # is the damaged one, whoever finds it wrong.
             wrong = [process for process, count in enumerate(bad) if count]
@@ -166,6 +175,12 @@ class LocalCopies:
             report(LocalCopyCorrupt(step=step, path=str(self.folder), reason=reason))
             if jax.process_index() in damaged and path is not None:
                 path.unlink(missing_ok=True)
+
+    def _progress(self, head: dict[str, Any]) -> Progress:
+        """Raises ValueError for a head that has none."""
+        if "progress" in head:
+            return Progress.from_json(head["progress"])
+        return self._progress_at(head["position"])
 
     def _place(self, path: Path | None, source: int | None) -> dict[str, Any]:
         """A copy's arrays on the devices, one at a time; sent by `source` where there is one."""
@@ -199,6 +214,7 @@ class LocalCopies:
                     raise ValueError("of another tokenizer or model")
                 if (found := path.stat().st_size) != start + size:
                     raise ValueError(f"{found} bytes of {start + size}")
+                self._progress(head)
                 return path, head
             except (OSError, ValueError, KeyError, struct.error) as error:
                 say(f"{path} is not a copy to go on from: {type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
 """Checkpoints on storage that all hosts share, written through Orbax beside the training steps.
 
-In: a TrainState that lies on a mesh, its step, its data position. Out: `checkpoints/STEP/` with
-three items: `params`, `optimizer` (the rest of the state) and `run` (JSON: step, position,
+In: a RunState whose arrays lie on a mesh. Out: `checkpoints/STEP/` with
+three items: `params`, `optimizer` (the rest of the state) and `run` (JSON: step, progress,
 configuration, tokenizer hash, digests). Orbax copies the shards to the host and writes them from a
 thread; each process writes what its devices hold, so a restore may use another mesh or another
 number of processes. Two checks find what a disk or a kill has damaged: the sizes of all files, by
@@ -25,6 +25,7 @@ from baichuan_jax.checkpoint.orbax_workarounds import (
     quiet_reads,
     quiet_saves,
 )
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError
@@ -33,7 +34,6 @@ from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
-from baichuan_jax.step import TrainState
 
 ITEMS = ("params", "optimizer", "run")
 # In a checkpoint's folder: its files and their sizes.
@@ -60,25 +60,28 @@ class Checkpoints:
         self._config, self._tokenizer, self._target = config, tokenizer_hash, target
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_saves())
+        self._plain = yaml.safe_load(dump_config(config))
         self._manager = ocp.CheckpointManager(
             self.directory, options=_options(config.checkpoint), item_names=ITEMS
         )
         self._saving: int | None = None
 
-    def save(self, state: TrainState, step: int, position: int) -> None:
+    def save(self, state: RunState) -> None:
         """Start saving; returns once the state is copied to the host.
 
         Raises what the save before failed with.
         """
         # Orbax would wait too, but would not say which save failed.
         self.finish()
-        items = as_items(state)
+        items, step = as_items(state.state), state.step
         run = {
             "step": step,
-            "position": position,
+            # Earlier versions have this alone; here it is for people who read the file.
+            "position": state.position,
+            "progress": state.progress.to_json(),
             "tokenizer": self._tokenizer,
             # With the arrays, so that `load_params` needs no other file to build the model.
-            "config": yaml.safe_load(dump_config(self._config)),
+            "config": self._plain,
             "digest": self._target.digest(items),
         }
         self._manager.save(step, args=save_arguments(items, run))
@@ -177,8 +180,32 @@ class Checkpoints:
                 f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is "
                 f"{self._tokenizer[:12]}; use the run's own tokenizer, or another run_dir"
             )
+        progress = self._progress(run)
         items = restore_items(path, self._target.items, run["digest"], self._target.digest)
-        return RunState(from_items(items), run["step"], run["position"])
+        return RunState(from_items(items), run["step"], progress)
+
+    def progress_at(self, position: int) -> Progress:
+        """That of a host's copy of an earlier version, which says its position alone.
+
+        By the configuration of the newest checkpoint, or the present one where there is none.
+        """
+        for step in reversed(self.steps()):
+            # A damaged one is reported where it is restored.
+            with contextlib.suppress(CorruptCheckpoint):
+                run = read_run(self.directory / str(step))
+                return self._progress({"config": run["config"], "position": position})
+        return self._progress({"config": self._plain, "position": position})
+
+    def _progress(self, run: dict[str, Any]) -> Progress:
+        if "progress" in run:
+            try:
+                return Progress.from_json(run["progress"])
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise CorruptCheckpoint(str(error)) from None
+        length = self._config.train.context_length
+        return Progress.of_position(run["position"], run["config"], length)
 
     def close(self) -> None:
         """Wait for the save under way, and stop Orbax's threads."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.step import TrainState
 
@@ -20,14 +21,19 @@ from baichuan_jax.step import TrainState
 class RunState:
     """A run between two steps: what `restore` returns and the loop passes on.
 
-    `step` counts the steps done. `position` is the data position of the next batch. `skipped` are
-    the windows [begin, end) of positions that are left out.
+    `step` counts the steps done. `progress` is where the next batch's data begin. `skipped` are the
+    windows [begin, end) of the run's rows that are left out.
     """
 
     state: TrainState
     step: int
-    position: int
+    progress: Progress
     skipped: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def position(self) -> int:
+        """The data position of the next batch: a count of batches."""
+        return self.progress.position
 
 
 class StateTarget:

@@ -126,22 +126,22 @@ class CheckpointStore:
             found = self._local.restore(newest, self._report)
             if found is not None:
                 where = f"the copy of step {found.step} in {self._local.folder}"
-                return self._restored(found, rollback, where, local=True)
+                return self._restored(found, where, local=True)
         found = self._storage.restore(self._report)
         if found is None:
             return None
         where = f"checkpoint {found.step} in {self._storage.directory}"
-        return self._restored(found, rollback, where, local=False)
+        return self._restored(found, where, local=False)
 
     def close(self) -> None:
         """Wait for what is under way and let go of the tiers' threads."""
         with announced("the end of Orbax's threads"):
             self._storage.close()
 
-    def _restored(self, found: RunState, rollback: Rollback, where: str, local: bool) -> RunState:
+    def _restored(self, found: RunState, where: str, local: bool) -> RunState:
         self._output.say(f"going on from {where}", style="green")
         self._output.event(Restored(step=found.step, position=found.position, local=local))
-        return dataclasses.replace(found, skipped=rollback.windows)
+        return found
 
     def _report(self, event: CheckpointCorrupt | LocalCopyCorrupt) -> None:
         self._output.event(event)
@@ -154,7 +154,7 @@ class CheckpointStore:
     ) -> None:
         save = _Save(state.step, since_last)
         with self._blocking(save):
-            tier.save(state.state, state.step, state.position)
+            tier.save(state)
         self._saving[tier] = save
 
     def _finish(self, tier: Checkpoints | LocalCopies, must_succeed: bool = False) -> None:

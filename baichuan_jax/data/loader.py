@@ -1,17 +1,19 @@
-"""Global batches of packed rows: a pure function of (seed, position), for any number of processes.
+"""Global batches of packed rows: a pure function of a run's progress, for any number of processes.
 
-Input: corpora of rows with weights. Output: an endless sequence of batches, as arrays that lie on
-the devices of all processes. The corpora are one endless sequence of rows, mixed by weight and
-shuffled again every epoch; batch p is rows p G to p G + G - 1 of it. A process reads only the rows
-that its own devices hold, so any number of processes gives the same batches, and a run that
-restarts at a position gets what it would have had.
+Input: corpora of rows, and how far the run is in them. Output: an endless sequence of batches, as
+arrays that lie on the devices of all processes. Row n of the run is a function of the progress and
+n (checkpoint/progress.py): the corpora are mixed by weight, and each is shuffled again every epoch.
+A batch is the next G rows that are not left out. A process reads only the rows that its own devices
+hold, so any number of processes gives the same batches, and a run that restarts gets what it would
+have had.
 
 G rows of a step over all devices, A micro-batches, B = G / A rows of one, T tokens.
 """
 
 import itertools
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,8 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.data.rows import Rows
 from baichuan_jax.loss import IGNORE
+from baichuan_jax.resilience.guard import Window
 
 # Batches held ready, so that a slow read does not hold up a step.
 PREFETCHED = 8
@@ -31,39 +35,39 @@ CLOSE_SECONDS = 5.0
 
 
 class Loader:
-    """Endless iterator over training batches, beginning at `position`.
+    """Endless iterator over training batches, beginning where `progress` is.
 
-    Windows [begin, end) of positions in `skip` are left out. Yields dicts of int32 [A, B, T],
-    sharded as `sharding` says: `inputs`, `labels` (the next tokens) and, with document_mask,
-    `segment_ids` and `positions`. Raises ConfigError naming a row that cannot be read.
+    `sources`: the corpora of the progress's mixture, by their names. Windows [begin, end) of the
+    run's rows in `skip` are left out. Yields dicts of int32 [A, B, T], sharded as `sharding` says:
+    `inputs`, `labels` (the next tokens) and, with document_mask, `segment_ids` and `positions`.
+    Raises ConfigError naming a row that cannot be read.
     """
 
     def __init__(
         self,
-        sources: list[tuple[Rows, float]],
+        sources: Mapping[str, Rows],
         *,
-        seed: int,
+        progress: Progress,
         accumulation_steps: int,
-        batch_size: int,
         eos_id: int,
         document_mask: bool,
         sharding: NamedSharding,
-        position: int = 0,
-        skip: tuple[tuple[int, int], ...] = (),
+        skip: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._skip = _merged(skip)
-        self._index = _index_of(position, self._skip)
+        # The next row's number among those that are not left out.
+        self._index = _index_of(progress.row, self._skip)
+        self._progress = progress.at(_row_of(self._index, self._skip))
         self._sharding = sharding
         self._eos_id = eos_id if document_mask else None
-        self._shape = (
-            accumulation_steps,
-            batch_size // accumulation_steps,
-            sources[0][0].context_length,
-        )
+        batch_size = progress.batch_size
+        length = next(iter(sources.values())).context_length
+        self._shape = (accumulation_steps, batch_size // accumulation_steps, length)
         self._rows = _needed_rows(sharding, self._shape)
-        batches: Any = _Batches(mixture(sources, seed), self._rows, batch_size, self._skip)
-        # A dataset of batches with random access: to begin at a position skips nothing.
-        dataset: Any = grain.MapDataset.source(batches)[self._index :]
+        sequence = _Sequence(sources, progress)
+        batches: Any = _Batches(sequence, self._rows, self._index, batch_size, self._skip)
+        # A dataset of batches with random access: to begin anywhere skips nothing.
+        dataset: Any = grain.MapDataset.source(batches)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -77,13 +81,26 @@ class Loader:
             # The next call would give the batch after the one that failed, and leave that one out.
             self.close()
             raise
-        self._index += 1
+        self._index += self._progress.batch_size
+        self._progress = self._progress.at(_row_of(self._index, self._skip))
         return _to_devices(_arrays(rows, self._eos_id), self._rows, self._shape, self._sharding)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the next batch begins."""
+        return self._progress
 
     @property
     def position(self) -> int:
         """Of the next batch."""
-        return _position_of(self._index, self._skip)
+        return self._progress.position
+
+    @property
+    def window(self) -> Window:
+        """Position and rows of the next batch."""
+        last = _row_of(self._index + self._progress.batch_size - 1, self._skip)
+        position = self.position
+        return Window(position, position + 1, (self._progress.row, last + 1))
 
     def close(self) -> None:
         """Stop reading, within CLOSE_SECONDS."""
@@ -95,24 +112,25 @@ class Loader:
         closer.join(CLOSE_SECONDS)
 
 
-def mixture(sources: list[tuple[Rows, float]], seed: int) -> grain.MapDataset:
-    """The endless sequence of rows: element i is a function of the seed and i alone.
+class _Sequence:
+    """The run's rows by their numbers, from where the mixture under way began."""
 
-    A corpus is used once an epoch, in an order that no other epoch or corpus has. grain rounds the
-    ratio of a weight to the smallest one down to hundredths, and keeps every prefix of the sequence
-    within a row of the ratios.
-    """
-    datasets = [
-        # A seed of its own for each corpus, else two of the same length would be in the same order.
-        grain.MapDataset.source(rows)
-        .seed(seed + 1000003 * index)
-        .shuffle()
-        .repeat(None, reseed_each_epoch=True)
-        for index, (rows, _) in enumerate(sources)
-    ]
-    if len(datasets) == 1:
-        return datasets[0]
-    return grain.MapDataset.mix(datasets, [weight for _, weight in sources])
+    def __init__(self, sources: Mapping[str, Rows], progress: Progress) -> None:
+        self._progress = progress
+        # A corpus is used once an epoch, in an order that no other epoch or corpus has. A seed of
+        # its own for each, else two of the same length would be in the same order.
+        self._corpora: dict[int, Any] = {
+            number: grain.MapDataset.source(sources[corpus.name])
+            .seed(progress.seed + 1000003 * number)
+            .shuffle()
+            .repeat(None, reseed_each_epoch=True)
+            for number, corpus in enumerate(progress.corpora)
+            if corpus.weight
+        }
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        number, index = self._progress.find(row)
+        return self._corpora[number][index]
 
 
 def _merged(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -126,43 +144,45 @@ def _merged(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _position_of(index: int, skip: list[tuple[int, int]]) -> int:
-    """The position of the index-th batch that is not left out."""
-    position = index
+def _row_of(index: int, skip: list[tuple[int, int]]) -> int:
+    """The number of the index-th row that is not left out."""
+    row = index
     for begin, end in skip:
-        # In order: each window that begins before moves the position on.
-        position += end - begin if position >= begin else 0
-    return position
+        # In order: each window that begins before moves the row on.
+        row += end - begin if row >= begin else 0
+    return row
 
 
-def _index_of(position: int, skip: list[tuple[int, int]]) -> int:
-    """How many batches before a position are not left out."""
-    return position - sum(
-        max(0, min(end, position) - begin) for begin, end in skip if begin < position
-    )
+def _index_of(row: int, skip: list[tuple[int, int]]) -> int:
+    """How many of the first rows are not left out."""
+    return row - sum(max(0, min(end, row) - begin) for begin, end in skip if begin < row)
 
 
 class _Batches:
-    """Random access to this process's part of every global batch: [rows needed, T + 1]."""
+    """Random access to this process's part of every global batch: [rows needed, T + 1].
+
+    `first`: the index of the first row among those that are not left out.
+    """
 
     def __init__(
         self,
-        sequence: grain.MapDataset,
+        sequence: _Sequence,
         rows: np.ndarray,
+        first: int,
         batch_size: int,
         skip: list[tuple[int, int]],
     ) -> None:
-        self._sequence: Any = sequence
-        self._rows, self._batch_size, self._skip = rows, batch_size, skip
+        self._sequence, self._rows, self._skip = sequence, rows, skip
+        self._first, self._batch_size = first, batch_size
 
     def __len__(self) -> int:
-        return len(self._sequence) // self._batch_size
+        # Endless; whole numbers of this size are what grain's datasets can count to.
+        return sys.maxsize // self._batch_size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        position = _position_of(index, self._skip)
-        return np.stack(
-            [self._sequence[position * self._batch_size + int(row)] for row in self._rows]
-        )
+        first = self._first + index * self._batch_size
+        numbers = [_row_of(first + int(row), self._skip) for row in self._rows]
+        return np.stack([self._sequence[number] for number in numbers])
 
 
 def _needed_rows(sharding: NamedSharding, shape: tuple[int, int, int]) -> np.ndarray:

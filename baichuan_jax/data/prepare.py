@@ -65,7 +65,7 @@ def prepare(
         )
         found = [(find(path), weight) for path, weight in corpora.items()]
         # Other rows would make other batches, on hosts whose packed folders are copies.
-        require_same(f"rows of {name}", [rows.fingerprint for rows, _ in found])
+        require_same(f"rows of {name}", [rows.identity for rows, _ in found])
         return found
 
     train = rows_of("data.train", config.data.train)

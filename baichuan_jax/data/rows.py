@@ -103,10 +103,10 @@ class Rows:
         return np.frombuffer(content, self._dtype).astype(np.int32)
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of the manifest: equal where two folders hold the same rows in the same order."""
-        content = [self.context_length, self.manifest["tokenizer"], self.manifest["shards"]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    def identity(self) -> str:
+        """The same for the same rows in the same order, wherever they lie."""
+        checksums = [shard["sha256"] for shard in self._shards]
+        return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
 
     @property
     def counts(self) -> np.ndarray:

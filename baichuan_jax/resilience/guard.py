@@ -39,6 +39,37 @@ FLOOR = 0.2
 IN_A_ROW = {"loss": 1, "grad_norm": 3}
 
 
+class Window(NamedTuple):
+    """Data of the run: positions [begin, end), which count batches, and rows [begin, end).
+
+    Rows say which data they are whatever the batch size; None: an earlier version wrote none.
+    """
+
+    begin: int
+    end: int
+    rows: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, event: NumericsFault | WindowSkipped) -> "Window":
+        """The window of an event."""
+        rows = None if event.rows is None else (event.rows[0], event.rows[1])
+        return cls(event.begin, event.end, rows)
+
+    def until(self, last: "Window") -> "Window":
+        """From this window's begin to the end of a later one."""
+        rows = None
+        if self.rows is not None and last.rows is not None:
+            rows = (self.rows[0], last.rows[1])
+        return Window(self.begin, last.end, rows)
+
+    def overlaps(self, other: "Window") -> bool:
+        """Whether they have data in common."""
+        (a, b), (c, d) = (self[:2], other[:2])
+        if self.rows is not None and other.rows is not None:
+            (a, b), (c, d) = self.rows, other.rows
+        return a < d and c < b
+
+
 class Spike(NamedTuple):
     """Why something is a spike, and over how many steps it has lasted."""
 
@@ -88,28 +119,26 @@ class Spikes:
 class Rollback:
     """What a launch leaves out and how far back it goes.
 
-    `windows`: positions [begin, end) of the data to skip. `before`: the step of the fault; None:
-    all checkpoints are good. `newest`: else only those up to this step are; where none is left, the
-    oldest before the fault serves. `events` are to be recorded.
+    `windows`: data to skip. `before`: the step of the fault; None: all checkpoints are good.
+    `newest`: else only those up to this step are; where none is left, the oldest before the fault
+    serves. `events` are to be recorded.
     """
 
-    windows: tuple[tuple[int, int], ...] = ()
+    windows: tuple[Window, ...] = ()
     before: int | None = None
     newest: int = 0
     events: tuple[RolledBack | WindowSkipped, ...] = ()
 
 
-def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) -> Rollback:
-    """What a launch begins with, from the run's events and the windows in its settings.
+def plan_rollback(events: list[Event], max_skips: int) -> Rollback:
+    """What a launch begins with, from the run's events.
 
     A NumericsFault that no RolledBack follows is answered: the first time by a replay; again at the
     same place by skipping its window and going one checkpoint further back. A Corruption is
     answered by going back to before its step; its data are good. Raises RuntimeError where
     max_skips windows are skipped already.
     """
-    windows = [(begin, end) for begin, end in skip]
-    skipped = of_kind(events, WindowSkipped)
-    windows += [(event.begin, event.end) for event in skipped]
+    windows = _skipped(events)
     # The newest fault that no launch has answered yet.
     fault: NumericsFault | Corruption | None = None
     for event in events:
@@ -123,20 +152,20 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
         answer = RolledBack(before=fault.step, reason=fault.reason)
         return Rollback(tuple(windows), fault.step, fault.step - 1, (answer,))
     # Windows that overlap are one place: a spike may be noticed a step earlier or later.
-    before = of_kind(events, NumericsFault)[:-1]
-    repeats = sum(other.begin < fault.end and fault.begin < other.end for other in before)
+    before, window = of_kind(events, NumericsFault)[:-1], Window.of(fault)
+    repeats = sum(Window.of(other).overlaps(window) for other in before)
     recorded: list[RolledBack | WindowSkipped] = []
-    window = (fault.begin, fault.end)
     # A launch that was killed between its two events has recorded the window already.
     if repeats and window not in windows:
-        if len(skipped) >= max_skips:
+        if len(windows) >= max_skips:
             raise RuntimeError(
-                f"{fault.reason} at step {fault.step}, and {len(skipped)} windows of data have "
+                f"{fault.reason} at step {fault.step}, and {len(windows)} windows of data have "
                 f"been left out already (resilience.max_skips={max_skips}), so it is not the data; "
                 "lower optimizer.learning_rate, or look at events.jsonl"
             )
         windows.append(window)
-        recorded.append(WindowSkipped(begin=fault.begin, end=fault.end, reason=fault.reason))
+        begin, end, rows = fault.begin, fault.end, fault.rows
+        recorded.append(WindowSkipped(begin=begin, end=end, rows=rows, reason=fault.reason))
     recorded.append(RolledBack(before=fault.step, skipped=bool(repeats), reason=fault.reason))
     newest = fault.step - 1
     if repeats:
@@ -147,3 +176,11 @@ def plan_rollback(events: list[Event], skip: list[list[int]], max_skips: int) ->
         saved = sorted({save.step for save in saves if save.step < fault.step})
         newest = saved[max(len(saved) - 1 - repeats, 0)] if saved else 0
     return Rollback(tuple(windows), fault.step, newest, tuple(recorded))
+
+
+def _skipped(events: list[Event]) -> list[Window]:
+    """The windows that are left out, each once."""
+    found = list(dict.fromkeys(Window.of(event) for event in of_kind(events, WindowSkipped)))
+    # A window of an earlier version is recorded again once its rows are known.
+    known = {window[:2] for window in found if window.rows is not None}
+    return [window for window in found if window.rows is not None or window[:2] not in known]

@@ -98,6 +98,19 @@ class Restored(Event):
     local: bool = False
 
 
+@_event("data_changed")
+class DataChanged(Event):
+    """Settings of the data differ from those of the checkpoint that the launch goes on from.
+
+    The data go on at `row` of the run, its batch at `position`; `changes` says what follows.
+    """
+
+    step: int
+    position: int
+    row: int
+    changes: list[str] = dataclasses.field(default_factory=list)
+
+
 @_event("compiled")
 class Compiled(Event):
     """The training step is compiled: its seconds, and the seconds since the process began."""
@@ -247,12 +260,16 @@ class UpdateSkipped(Event):
 
 @_event("numerics")
 class NumericsFault(Event):
-    """Numbers ended the launch at `step`, whose data lie at positions [begin, end)."""
+    """Numbers ended the launch at `step`, whose data lie at positions [begin, end).
+
+    `rows`: [begin, end) among all rows of the run; earlier versions wrote none.
+    """
 
     step: int
     begin: int
     end: int
     reason: str
+    rows: list[int] | None = None
 
 
 @_event("corruption")
@@ -265,11 +282,12 @@ class Corruption(Event):
 
 @_event("window_skipped")
 class WindowSkipped(Event):
-    """The data at positions [begin, end) are left out from now on."""
+    """The data at positions [begin, end) are left out from now on; `rows` as in NumericsFault."""
 
     begin: int
     end: int
     reason: str
+    rows: list[int] | None = None
 
 
 @_event("rolled_back")

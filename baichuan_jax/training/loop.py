@@ -1,7 +1,7 @@
 """The training loop: from a state to the state after the last step, or where a stop was asked for.
 
-In: a `RunState` (arrays on the devices, steps done, data position) and the collaborators of a
-launch. Out: the state at the end, and whether the run is complete. The devices never wait for the
+In: a `RunState` (arrays on the devices, steps done, progress in the data) and the collaborators of
+a launch. Out: the state at the end, and whether the run is complete. The devices never wait for the
 host: a step is dispatched before the metrics of the step before it are fetched. Control requests
 (save, stop, roll back) are agreed inside the compiled step, by a maximum over all processes, so
 that every process acts at the same step.
@@ -22,6 +22,7 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.resilience.clock import DATA, DISPATCH, EVALUATE, WAIT, Clock
 from baichuan_jax.resilience.exits import say_from_handler
+from baichuan_jax.resilience.guard import Window
 from baichuan_jax.resilience.ownership import Claim
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Progress
@@ -70,10 +71,10 @@ class Launch:
 
 
 class Pending(NamedTuple):
-    """A dispatched step whose metrics are still on the devices; its batch lies at `position`."""
+    """A dispatched step whose metrics are still on the devices; `window`: its batch's data."""
 
     step: int
-    position: int
+    window: Window
     metrics: dict[str, jax.Array]
 
 
@@ -111,18 +112,18 @@ def train_loop(
     with progress, _scheduled_gc() as collect:
         while now.step < num_steps:
             with clock(DATA):
-                position, batch = batches.position, next(batches)
+                window, batch = batches.window, next(batches)
             with launch.output.leaving_out("the profile"):
                 launch.profiler.before(now.step + 1)
             # An array that is copied to the devices unseen would halt every step.
             with clock(DISPATCH), jax.transfer_guard("disallow"):
                 state, metrics = train_step(now.state, batch, requests[_own_request(launch, stop)])
             # The old state is donated to the step: from here on only the new one exists.
-            now = RunState(state, now.step + 1, batches.position, start.skipped)
+            now = RunState(state, now.step + 1, batches.progress, start.skipped)
             launch.watch.reached(now.step, launch.recorder.own_seconds)
             # The step before this one: the devices work on this one meanwhile.
             request = _record(launch, pending, progress)
-            pending = Pending(now.step, position, metrics)
+            pending = Pending(now.step, window, metrics)
             launch.store.poll(recorded=now.step - 1)
             if work := _work(launch, now.step, request):
                 # What follows needs this step's metrics, and its numbers checked. They may carry
@@ -187,7 +188,7 @@ def _do(launch: Launch, work: Work, now: RunState, batch: Batch) -> None:
         with launch.clock(EVALUATE):
             launch.evaluator.evaluate(now.step, now.state.params)
     if work.save:
-        launch.guard.check_state(now, launch.store.is_finite(now.state))
+        launch.guard.check_state(now.step, launch.store.is_finite(now.state))
         launch.store.save(now, work.save)
 
 
@@ -205,7 +206,7 @@ def _record(launch: Launch, pending: Pending | None, progress: Progress) -> Requ
             f"of its own a step, the median {straggler.median:.3f} s",
             style="yellow",
         )
-    launch.guard.check_step(pending.step, pending.position, values)
+    launch.guard.check_step(pending.step, pending.window, values)
     return Request(int(values["request"]))
 
 

@@ -7,6 +7,7 @@ asks all processes to roll back by a control request, so that they leave at the 
 """
 
 import dataclasses
+from collections import deque
 from typing import Any, NoReturn
 
 import jax
@@ -15,7 +16,7 @@ from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import ResilienceConfig
 from baichuan_jax.resilience.causes import BadHost, NumericsError
 from baichuan_jax.resilience.digests import compare_digests
-from baichuan_jax.resilience.guard import Spikes
+from baichuan_jax.resilience.guard import IN_A_ROW, Spikes, Window
 from baichuan_jax.runs.events import Corruption, NumericsFault, UpdateSkipped
 from baichuan_jax.runs.output import Output
 from baichuan_jax.step import Request, Steps
@@ -26,12 +27,11 @@ MAX_NONFINITE_RUN = 3
 
 @dataclasses.dataclass(frozen=True)
 class _Fault:
-    """Why numbers are wrong, since which step, and its window [begin, end) of data positions."""
+    """Why numbers are wrong, since which step, and the data from there on."""
 
     reason: str
     step: int
-    begin: int
-    end: int
+    window: Window
 
 
 class NumericsGuard:
@@ -45,8 +45,10 @@ class NumericsGuard:
     ) -> None:
         self._output, self._spikes = output, Spikes(config.spike_deviations, losses)
         self._spike: _Fault | None = None
-        # Step and position of the first skipped update of a row.
-        self._nonfinite_since: tuple[int, int] | None = None
+        # Step and data of the first skipped update of a row.
+        self._nonfinite_since: tuple[int, Window] | None = None
+        # The data of the newest steps, as many as a spike may have lasted.
+        self._recent: deque[Window] = deque(maxlen=max(IN_A_ROW.values()))
         # Step of the last comparison of replicas that went well.
         self._compared = start_step
 
@@ -55,29 +57,29 @@ class NumericsGuard:
         """Whether this process must ask the others to roll back."""
         return self._spike is not None
 
-    def check_step(self, step: int, position: int, values: dict[str, Any]) -> None:
-        """Check the metrics of a step whose batch lies at `position`. Raises NumericsError."""
+    def check_step(self, step: int, window: Window, values: dict[str, Any]) -> None:
+        """Check the metrics of a step whose batch is the data of `window`. Raises NumericsError."""
+        self._recent.append(window)
         if not values["finite"]:
-            self._count_skipped(step, position, values)
+            self._count_skipped(step, window, values)
         # Heard by all processes with the same step, also by process 0, whose request it was.
         if values["request"] == Request.ROLL_BACK:
-            seen = _Fault("process 0 saw a spike", step, position, position + 1)
-            self._end_launch(self._spike or seen)
+            self._end_launch(self._spike or _Fault("process 0 saw a spike", step, window))
         if self._spike is None:
             found = self._spikes.check(loss=values["loss"], grad_norm=values["grad_norm"])
             if found is not None:
                 reason, steps = found
-                begin = position - steps + 1
-                self._spike = _Fault(
-                    f"step {step}: {reason}", step - steps + 1, begin, position + 1
-                )
+                data = self._recent[-steps].until(window)
+                self._spike = _Fault(f"step {step}: {reason}", step - steps + 1, data)
 
-    def check_state(self, run_state: RunState, finite: bool) -> None:
-        """Refuse to save a state that is not finite. Raises NumericsError."""
+    def check_state(self, step: int, finite: bool) -> None:
+        """Refuse to save a state that is not finite after `step`, which was the last one checked.
+
+        Raises NumericsError.
+        """
         if not finite:
-            step, position = run_state.step, run_state.position
             reason = f"the state after step {step} is not finite"
-            self._end_launch(_Fault(reason, step, position, position + 1))
+            self._end_launch(_Fault(reason, step, self._recent[-1]))
 
     def compare_replicas(self, steps: Steps, run_state: RunState, batch: dict) -> None:
         """Raise BadHost, on all processes, where replicas compute different bits of one batch."""
@@ -95,7 +97,7 @@ class NumericsGuard:
             raise
         self._compared = run_state.step
 
-    def _count_skipped(self, step: int, position: int, values: dict[str, Any]) -> None:
+    def _count_skipped(self, step: int, window: Window, values: dict[str, Any]) -> None:
         in_a_row = int(values["nonfinite_run"])
         shown = {
             "loss": str(values["loss"]),
@@ -103,22 +105,29 @@ class NumericsGuard:
             "in_a_row": in_a_row,
         }
         total = int(values["nonfinite"])
-        self._output.event(UpdateSkipped(step=step, position=position, total=total, **shown))
+        self._output.event(UpdateSkipped(step=step, position=window.begin, total=total, **shown))
         self._output.say(f"step {step}: not finite, its update is skipped: {shown}", style="red")
         if in_a_row == 1 or self._nonfinite_since is None:
-            self._nonfinite_since = (step, position)
+            self._nonfinite_since = (step, window)
         if in_a_row >= MAX_NONFINITE_RUN:
-            first, begin = self._nonfinite_since
+            first, since = self._nonfinite_since
             reason = (
                 f"{in_a_row} steps in a row up to step {step} were not finite (loss "
                 f"{values['loss']}, gradient norm {values['grad_norm']})"
             )
-            self._end_launch(_Fault(reason, first, begin, position + 1))
+            self._end_launch(_Fault(reason, first, since.until(window)))
 
     def _end_launch(self, fault: _Fault) -> NoReturn:
-        self._output.event(NumericsFault(**dataclasses.asdict(fault)))
+        begin, end, rows = fault.window
+        event = NumericsFault(
+            step=fault.step,
+            begin=begin,
+            end=end,
+            reason=fault.reason,
+            rows=None if rows is None else list(rows),
+        )
+        self._output.event(event)
         raise NumericsError(
             f"{fault.reason}; the next start goes back to a checkpoint before step {fault.step}, "
-            f"and leaves positions {fault.begin} to {fault.end - 1} of the data out if it happens "
-            "there again"
+            f"and leaves positions {begin} to {end - 1} of the data out if it happens there again"
         )

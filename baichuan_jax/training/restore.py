@@ -2,7 +2,8 @@
 
 First all processes agree on a plan, because only process 0 reads the run's events: whether numbers
 of the launch before force a rollback, and which windows of the data are left out. Then the store
-looks for a checkpoint that the plan allows, in both tiers.
+looks for a checkpoint that the plan allows, in both tiers. Last, its progress in the data follows
+the settings of this launch, and what that means is said.
 """
 
 import dataclasses
@@ -11,23 +12,32 @@ from typing import Any
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
+from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.checkpoint.schedule import Schedule
 from baichuan_jax.checkpoint.state import RunState, StateTarget
 from baichuan_jax.checkpoint.store import CheckpointStore
 from baichuan_jax.checkpoint.weights import load_params
 from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
+from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.hf.config import read_config
 from baichuan_jax.hf.weights import import_params
 from baichuan_jax.model import Params
 from baichuan_jax.resilience.checkpoint_interval import FaultHistory, seconds_per_fault
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.coordination import agree
-from baichuan_jax.resilience.guard import Rollback, plan_rollback
-from baichuan_jax.runs.events import Initialised, RolledBack, of_kind, parse_event
+from baichuan_jax.resilience.guard import Rollback, Window, plan_rollback
+from baichuan_jax.runs.events import (
+    DataChanged,
+    Initialised,
+    RolledBack,
+    WindowSkipped,
+    of_kind,
+    parse_event,
+)
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import Layout
-from baichuan_jax.step import Steps
+from baichuan_jax.step import Steps, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +61,7 @@ def plan_restore(config: Config, run: Run) -> RestorePlan:
 
     def choose() -> dict[str, Any]:
         events = run.events
-        rollback = plan_rollback(events, config.data.skip, config.resilience.max_skips)
+        rollback = plan_rollback(events, config.resilience.max_skips)
         return {
             **dataclasses.asdict(rollback),
             "events": [event.to_json() for event in rollback.events],
@@ -64,7 +74,10 @@ def plan_restore(config: Config, run: Run) -> RestorePlan:
     # cache.
     found = agree("rollback", choose)
     rollback = Rollback(
-        windows=tuple((begin, end) for begin, end in found["windows"]),
+        windows=tuple(
+            Window(begin, end, None if rows is None else tuple(rows))
+            for begin, end, rows in found["windows"]
+        ),
         before=found["before"],
         newest=found["newest"],
         events=tuple(map(parse_event, found["events"])),
@@ -92,16 +105,27 @@ def open_store(
     storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
     local = None
     if (folder := config.checkpoint.local_path) is not None:
-        local = LocalCopies(folder / plan.run_name, plan.rollbacks, host, tokenizer_hash, target)
+        own = folder / plan.run_name
+        at = storage.progress_at
+        local = LocalCopies(own, plan.rollbacks, host, tokenizer_hash, target, at)
     per_fault = seconds_per_fault(steps.layout.mesh.size, history.run_seconds, history.faults)
     schedule = Schedule(config, per_fault)
     return CheckpointStore(storage, local, schedule, target, clock, output)
 
 
 def restore(
-    config: Config, steps: Steps, store: CheckpointStore, rollback: Rollback, output: Output
+    config: Config,
+    prepared: Prepared,
+    steps: Steps,
+    store: CheckpointStore,
+    rollback: Rollback,
+    output: Output,
 ) -> RunState:
-    """The state to go on from. Raises ConfigError where given weights do not fit the model."""
+    """The state to go on from, its progress in the data as the settings say.
+
+    Raises ConfigError where given weights do not fit the model, or the order of the data another
+    seed.
+    """
     # Before the events, which say to later launches that the fault is answered: a launch that is
     # killed in between is followed by one that rolls back again.
     store.roll_back(rollback)
@@ -109,15 +133,108 @@ def restore(
         output.event(event)
         output.say(f"{event.kind.replace('_', ' ')}: {event.reason}", style="yellow")
     # A run's own checkpoint comes before init_from, which only its first launch uses.
-    if (restored := store.restore(rollback)) is not None:
-        return restored
+    found = store.restore(rollback)
+    if found is None:
+        # Step 0, row 0: weights from elsewhere say nothing about this run's schedule and data.
+        found = RunState(_initial_state(config, steps, output), 0, Progress(config.train.seed))
+    return _follow(config, prepared, found, rollback, output)
+
+
+def _initial_state(config: Config, steps: Steps, output: Output) -> TrainState:
     if config.init_from is None:
-        return RunState(steps.init(), 0, 0, rollback.windows)
+        return steps.init()
     state = steps.start(_initial_weights(config, config.init_from, steps.layout))
     output.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
     output.event(Initialised(source=config.init_from))
-    # Step 0, position 0: weights from elsewhere say nothing about this run's schedule and data.
-    return RunState(state, 0, 0, rollback.windows)
+    return state
+
+
+def _follow(
+    config: Config, prepared: Prepared, found: RunState, rollback: Rollback, output: Output
+) -> RunState:
+    """A restored state whose data go on as the settings say; what changes is said and recorded."""
+    given = [
+        Given(name, rows.identity, weight)
+        for name, (rows, weight) in zip(config.data.train, prepared.train, strict=True)
+    ]
+    before = found.progress
+    progress = before.follow(config.train.seed, given, config.train.global_batch_size)
+    for note in _notes(given, before):
+        output.say(f"data.train: {note}", style="yellow")
+    # Those of the settings by the positions of today; recorded ones by those of their own time.
+    history = before if before.pieces else progress
+    windows = [(window, history.rows_of(window)) for window in rollback.windows]
+    skipped = [rows for _, rows in windows]
+    skipped += [progress.rows_of(Window(begin, end)) for begin, end in config.data.skip]
+    if before.pieces and (changes := progress.changes(before)):
+        changes += _changed_meanings(config, prepared, before, progress, skipped)
+        _record_changes(found.step, progress, changes, windows, output)
+    return dataclasses.replace(found, progress=progress, skipped=tuple(skipped))
+
+
+def _notes(given: list[Given], before: Progress) -> list[str]:
+    """What a launch should know of its corpora, changed or not."""
+    notes, first = [], {}
+    for name, rows, _ in given:
+        if first.setdefault(rows, name) != name:
+            notes.append(
+                f"{name} and {first[rows]} are the same rows: each row is read for both, in two "
+                "orders; if that is not meant, leave one of them out"
+            )
+    unknown = [corpus.name for corpus in before.corpora if corpus.rows is None]
+    if unknown:
+        notes.append(
+            f"the checkpoint is of an earlier version and does not say which rows it read of "
+            f"{', '.join(unknown)}: they are taken to be today's"
+        )
+    return notes
+
+
+def _changed_meanings(
+    config: Config,
+    prepared: Prepared,
+    before: Progress,
+    progress: Progress,
+    skipped: list[tuple[int, int]],
+) -> list[str]:
+    """What counts batches or rows elsewhere, and means other text from here on."""
+    found = []
+    # Rows of the validation loss, by the size of a batch.
+    rows = sum(len(rows) for rows, _ in prepared.validation)
+    now, then = (
+        min(rows, config.evaluate.num_batches * size)
+        for size in (progress.batch_size, before.batch_size)
+    )
+    if now != then:
+        found.append(f"the validation loss is over {now} rows from here, {then} before")
+    ahead = [(begin, end) for begin, end in skipped if end > progress.row]
+    if ahead and progress.since != before.since:
+        listed = ", ".join(f"{begin} to {end - 1}" for begin, end in ahead)
+        found.append(f"rows {listed} are left out by number, and are other text in this mixture")
+    return found
+
+
+def _record_changes(
+    step: int,
+    progress: Progress,
+    changes: list[str],
+    windows: list[tuple[Window, tuple[int, int]]],
+    output: Output,
+) -> None:
+    for window, (begin, end) in windows:
+        # A window with positions alone would mean other rows to the next launch.
+        if window.rows is None:
+            reason = "its rows, before the size of a batch changed"
+            event = WindowSkipped(
+                begin=window.begin, end=window.end, rows=[begin, end], reason=reason
+            )
+            output.event(event)
+    row, position = progress.row, progress.position
+    output.say(
+        f"data: going on at row {row} of the run ({position} batches so far); {'; '.join(changes)}",
+        style="yellow",
+    )
+    output.event(DataChanged(step=step, position=position, row=row, changes=changes))
 
 
 def _initial_weights(config: Config, path: str, layout: Layout) -> Params:

@@ -1,8 +1,8 @@
 """What a launch needs before its first step. train.py calls these functions in this order.
 
 Devices are joined to a mesh and checked, the kernels are chosen, the step functions are made; the
-tests that are scored during the run are read; speed and MFU get their peak; batches begin at the
-data position of the restored state.
+tests that are scored during the run are read; speed and MFU get their peak; batches begin where the
+restored state is in its data.
 """
 
 import contextlib
@@ -142,15 +142,14 @@ def open_throughput(config: Config, steps: Steps) -> Throughput:
 
 
 def open_loader(config: Config, prepared: Prepared, steps: Steps, start: RunState) -> Loader:
-    """The batches from the state's data position on."""
+    """The batches from the state's progress on."""
+    rows = [rows for rows, _ in prepared.train]
     return Loader(
-        prepared.train,
-        seed=config.train.seed,
+        dict(zip(config.data.train, rows, strict=True)),
+        progress=start.progress,
         accumulation_steps=config.accumulation_steps(config.mesh),
-        batch_size=config.train.global_batch_size,
         eos_id=prepared.tokenizer.eos_id,
         document_mask=config.data.document_mask,
         sharding=steps.batch_sharding,
-        position=start.position,
         skip=start.skipped,
     )

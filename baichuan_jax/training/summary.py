@@ -92,8 +92,8 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
     tokens = train.num_steps * train.global_batch_size * train.context_length
     display.say(
         f"batch of {train.global_batch_size} x {train.context_length} tokens{micro}; "
-        f"{train.num_steps} steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the text's "
-        f"{text_tokens:,}"
+        f"{train.num_steps} such steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the "
+        f"text's {text_tokens:,}"
     )
 
 

@@ -6,10 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import build
+from conftest import build, run_state
 from launches import kill, lines, losses, run, start_all, wait_all, wait_for_step, write_config
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies, _send
+from baichuan_jax.checkpoint.progress import Piece, Progress
 from baichuan_jax.checkpoint.state import StateTarget
 from baichuan_jax.resilience.placement import HOST_VARIABLE
 
@@ -25,12 +26,18 @@ def filled(steps, seed):
     return jax.device_put(signed, steps.state_shardings)
 
 
+def earlier(position):
+    """The progress of a copy that says its position alone."""
+    return Progress(0, position * 16, pieces=(Piece(0, 0, 16),))
+
+
 @pytest.fixture
 def opened(tiny_config, tmp_path):
     def open_(shape, rollbacks=0):
         _, steps = build(tiny_config, shape)
         target = StateTarget(steps.abstract_state)
-        return LocalCopies(tmp_path / "local", rollbacks, "here", "abc", target), steps
+        folder = tmp_path / "local"
+        return LocalCopies(folder, rollbacks, "here", "abc", target, earlier), steps
 
     return open_
 
@@ -51,7 +58,7 @@ def test_a_copy_is_restored_bit_for_bit_onto_another_mesh_and_only_the_newest_is
 ):
     copies, steps = opened((2, 2, 1, 2))
     for step in (3, 4):
-        copies.save(filled(steps, step), step, step + 1)
+        copies.save(run_state(filled(steps, step), step, step + 1))
     copies.finish()
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["4.state"]
     again, steps = opened((1, 4, 1, 1))
@@ -65,7 +72,7 @@ def test_what_the_loop_does_to_the_state_after_save_returns_is_not_copied(opened
     copies, steps = opened((1, 2, 1, 1))
     running = filled(steps, 0)
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
-    copies.save(running, 1, 1)
+    copies.save(run_state(running, 1, 1))
     for _ in range(5):
         running = change(running)
     copies.finish()
@@ -74,7 +81,7 @@ def test_what_the_loop_does_to_the_state_after_save_returns_is_not_copied(opened
 
 def test_what_is_older_than_the_newest_checkpoint_or_than_a_rollback_does_not_count(opened):
     copies, steps = opened((1, 1, 1, 1))
-    copies.save(filled(steps, 0), 7, 7)
+    copies.save(run_state(filled(steps, 0), 7, 7))
     copies.finish()
     assert copies.restore(8, refuse_reports) is None
     assert opened((1, 1, 1, 1), rollbacks=1)[0].restore(0, refuse_reports) is None
@@ -98,7 +105,7 @@ def flipped(path):
 @pytest.mark.parametrize("damage", [cut, emptied, flipped])
 def test_a_damaged_copy_is_told_and_not_used(opened, tmp_path, damage, capfd):
     copies, steps = opened((1, 2, 1, 1))
-    copies.save(filled(steps, 0), 7, 7)
+    copies.save(run_state(filled(steps, 0), 7, 7))
     copies.finish()
     damage(tmp_path / "local" / "7.state")
     reports = []
@@ -114,7 +121,7 @@ def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_e
     import baichuan_jax.checkpoint.local_copies
 
     copies, steps = opened((1, 1, 1, 1))
-    copies.save(filled(steps, 0), 7, 7)
+    copies.save(run_state(filled(steps, 0), 7, 7))
     copies.finish()
     theirs = {"steps": None, "head": {}, "digest": 1}  # another host, which has no copy
     monkeypatch.setattr(
@@ -133,10 +140,10 @@ def test_a_copy_that_another_host_finds_wrong_when_it_is_sent_is_not_tried_for_e
 
 def test_a_full_disk_is_told_and_the_copy_before_stays(opened, tmp_path):
     copies, steps = opened((1, 1, 1, 1))
-    copies.save(filled(steps, 0), 1, 1)
+    copies.save(run_state(filled(steps, 0), 1, 1))
     copies.finish()
     (tmp_path / "local" / f"2.state.{os.getpid()}").symlink_to("/dev/full")
-    copies.save(filled(steps, 1), 2, 2)
+    copies.save(run_state(filled(steps, 1), 2, 2))
     with pytest.raises(OSError, match="No space left"):
         copies.finish()
     assert copies.restore(0, refuse_reports).step == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import build
+from conftest import build, run_state
 
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.state import StateTarget
@@ -70,7 +70,7 @@ def biggest_file(folder: Path) -> Path:
 def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, opened, state):
     checkpoints, steps = opened(tiny_config, (2, 4, 1, 1))
     saved = state(steps)
-    checkpoints.save(saved, step=5, position=7)
+    checkpoints.save(run_state(saved, 5, 7))
     assert checkpoints.finish() == 5
     for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
         other, steps = opened(tiny_config, shape)
@@ -90,7 +90,7 @@ def test_what_the_loop_does_to_the_state_after_save_returns_is_not_saved(
     checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
     running = state(steps)
     wanted = jax.device_get(running)
-    checkpoints.save(running, 1, 1)
+    checkpoints.save(run_state(running, 1, 1))
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
     for _ in range(5):
         running = change(running)
@@ -114,7 +114,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
 ):
     checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
     for step in (1, 2):
-        checkpoints.save(state(steps, seed=step), step, step)
+        checkpoints.save(run_state(state(steps, seed=step), step, step))
     checkpoints.finish()
     damage(biggest_file(checkpoints.directory / "2" / "params"))
     reports = []
@@ -126,13 +126,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert reports == [("checkpoint_corrupt", 2, str(checkpoints.directory / "2"))]
     assert (checkpoints.directory / "2.corrupt").is_dir()
     assert "Traceback" not in capfd.readouterr().err
-    checkpoints.save(state(steps), 2, 2)  # the step is free again
+    checkpoints.save(run_state(state(steps), 2, 2))  # the step is free again
     assert checkpoints.finish() == 2
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(tiny_config, opened, state):
     checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
-    checkpoints.save(state(steps), 1, 1)
+    checkpoints.save(run_state(state(steps), 1, 1))
     checkpoints.finish()
     leftover = checkpoints.directory / "2.orbax-checkpoint-tmp"
     (leftover / "params").mkdir(parents=True)
@@ -148,14 +148,14 @@ def test_keep_last_and_keep_every(tiny_config, opened, state):
     )
     checkpoints, steps = opened(config, (1, 1, 1, 1))
     for step in range(1, 8):
-        checkpoints.save(state(steps), step, step)
+        checkpoints.save(run_state(state(steps), step, step))
     checkpoints.finish()
     assert checkpoints.steps() == [3, 6, 7]
 
 
 def test_another_model_is_refused_with_both_shapes(tiny_config, opened, state):
     checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
-    checkpoints.save(state(steps), 1, 1)
+    checkpoints.save(run_state(state(steps), 1, 1))
     checkpoints.finish()
     wider = dataclasses.replace(
         tiny_config, model=dataclasses.replace(tiny_config.model, intermediate_size=192)
@@ -175,7 +175,7 @@ def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(
 ):
     checkpoints, steps = opened(tiny_config, (1, 2, 1, 1))
     saved = state(steps)
-    checkpoints.save(saved, 3, 3)
+    checkpoints.save(run_state(saved, 3, 3))
     checkpoints.finish()
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
         model, params = load_params(path, steps.layout)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.config.schema import ConfigError, MeshConfig
 from baichuan_jax.data.loader import CLOSE_SECONDS, Loader, document_arrays, validation_batches
 from baichuan_jax.data.rows import Rows, pack
@@ -54,7 +55,6 @@ def sharding_of(shape):
 def settings(shape=(1, 1, 1, 1), accumulation_steps=1, document_mask=False):
     return {
         "accumulation_steps": accumulation_steps,
-        "batch_size": G,
         "eos_id": EOS,
         "document_mask": document_mask,
         "sharding": sharding_of(shape),
@@ -67,10 +67,16 @@ def load():
     loaders = []
 
     def start(*sources, seed=3, position=0, skip=(), **chosen):
-        loaders.append(
-            Loader(list(sources), seed=seed, position=position, skip=skip, **settings(**chosen))
+        given = [Given(str(i), f"rows {i}", weight) for i, (_, weight) in enumerate(sources)]
+        progress = Progress(seed).follow(seed, given, G).at(position * G)
+        loader = Loader(
+            {str(i): rows for i, (rows, _) in enumerate(sources)},
+            progress=progress,
+            skip=[(begin * G, end * G) for begin, end in skip],
+            **settings(**chosen),
         )
-        return loaders[-1]
+        loaders.append(loader)
+        return loader
 
     yield start
     for loader in loaders:
@@ -237,7 +243,7 @@ def test_validation_takes_every_row_once_from_all_corpora_in_turn(
 ):
     large, small = map(everything, corpora)
     wanted = [row for pair in zip(large, small, strict=False) for row in pair] + large[37:]
-    chosen = settings(shape=shape, accumulation_steps=accumulation_steps)
+    chosen = {"batch_size": G, **settings(shape=shape, accumulation_steps=accumulation_steps)}
 
     def batches(num_batches):
         return list(
@@ -268,7 +274,7 @@ def test_validation_takes_every_row_once_from_all_corpora_in_turn(
 
 def test_validation_keeps_documents_apart_where_training_does(corpora):
     for batch in validation_batches(
-        [(corpora[1], 1.0)], **settings(document_mask=True), num_batches=9
+        [(corpora[1], 1.0)], batch_size=G, **settings(document_mask=True), num_batches=9
     ):
         wanted = by_hand(np.asarray(batch["inputs"]).reshape(-1, T))
         assert {*batch} == {"inputs", "labels", *wanted}

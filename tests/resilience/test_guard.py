@@ -12,7 +12,7 @@ from baichuan_jax.resilience.checkpoint_interval import (
     seconds_between_saves,
     seconds_per_fault,
 )
-from baichuan_jax.resilience.guard import Spikes, plan_rollback
+from baichuan_jax.resilience.guard import Spikes, Window, plan_rollback
 from baichuan_jax.runs.events import (
     CheckpointSaved,
     Completed,
@@ -82,31 +82,53 @@ def numerics(step: int, begin: int, end: int) -> Event:
 def test_the_first_time_replays_the_second_skips_the_window_and_so_on_until_there_were_enough():
     events: list[Event] = [CheckpointSaved(step=step) for step in (2, 4, 6, 8, 10)]
     events.append(numerics(10, 12, 15))
-    plan = plan_rollback(events, [], 2)
+    plan = plan_rollback(events, 2)
     assert (plan.windows, plan.before, plan.newest) == ((), 10, 9)
     events += plan.events
     # Answered: an ordinary restart changes nothing.
-    assert plan_rollback(events, [], 2).before is None
+    assert plan_rollback(events, 2).before is None
     events.append(numerics(10, 12, 15))
-    plan = plan_rollback(events, [[3, 4]], 2)
-    assert (plan.windows, plan.before, plan.newest) == (((3, 4), (12, 15)), 10, 6)
+    plan = plan_rollback(events, 2)
+    assert (plan.windows, plan.before, plan.newest) == ((Window(12, 15),), 10, 6)
     events += plan.events
     for begin in (20, 40):
         events.append(numerics(begin, begin, begin + 1))
-        events += plan_rollback(events, [], 2).events
+        events += plan_rollback(events, 2).events
         events.append(numerics(begin, begin, begin + 1))
         if begin == 20:
-            events += plan_rollback(events, [], 2).events
+            events += plan_rollback(events, 2).events
     assert [event.begin for event in of_kind(events, WindowSkipped)] == [12, 20]
     with pytest.raises(RuntimeError, match="2 windows of data have been left out already"):
-        plan_rollback(events, [], 2)
+        plan_rollback(events, 2)
+
+
+def test_places_are_compared_and_left_out_by_rows_where_the_batch_size_has_changed():
+    """The same rows have another position; another fault at the same position is another place."""
+
+    def fault(step: int, begin: int, rows: list[int]) -> Event:
+        return NumericsFault(step=step, begin=begin, end=begin + 1, rows=rows, reason="not finite")
+
+    events: list[Event] = [fault(40, 40, [160, 164])]
+    events += plan_rollback(events, 2).events
+    events.append(fault(40, 40, [200, 208]))
+    plan = plan_rollback(events, 2)
+    assert plan.windows == ()
+    events += [*plan.events, fault(35, 35, [160, 168])]
+    plan = plan_rollback(events, 2)
+    assert plan.windows == (Window(35, 36, (160, 168)),)
+    assert [event.rows for event in plan.events if isinstance(event, WindowSkipped)] == [[160, 168]]
+    # Killed before it said that it rolled back.
+    assert plan_rollback([*events, plan.events[0]], 2).windows == plan.windows
+    # A window that an earlier version recorded, and its rows as they were found later.
+    again = [WindowSkipped(begin=1, end=2, reason="r", rows=rows) for rows in (None, [4, 8])]
+    assert plan_rollback(list(again), 2).windows == (Window(1, 2, (4, 8)),)
 
 
 def test_corruption_goes_back_to_before_its_step_and_skips_no_data():
     events: list[Event] = [Corruption(step=7, reason="replicas differ")]
-    plan = plan_rollback(events, [[1, 2]], 0)
-    assert (plan.windows, plan.before, plan.newest) == (((1, 2),), 7, 6)
-    assert plan_rollback([*events, *plan.events], [[1, 2]], 0).before is None
+    plan = plan_rollback(events, 0)
+    assert (plan.windows, plan.before, plan.newest) == ((), 7, 6)
+    assert plan_rollback([*events, *plan.events], 0).before is None
 
 
 def test_launches_that_did_not_end_as_they_should_are_faults():
