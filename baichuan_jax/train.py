@@ -35,7 +35,12 @@ from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
 from baichuan_jax.training.profiler import Profiler
 from baichuan_jax.training.recorder import Recorder
-from baichuan_jax.training.restore import open_store, plan_restore, restore
+from baichuan_jax.training.restore import (
+    check_initial_weights,
+    open_store,
+    plan_restore,
+    restore,
+)
 from baichuan_jax.training.setup import open_loader, open_throughput, read_tests, start_devices
 from baichuan_jax.training.summary import (
     conclude,
@@ -67,6 +72,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             number, config, steps, choices, display = start_devices(config, watch)
         with clock("pack"):
             first = display.active
+            check_initial_weights(config)
             prepared = prepare(config, writer=first, progress=first, say=display.say)
             tests = read_tests(config, prepared)
         with clock("start"):

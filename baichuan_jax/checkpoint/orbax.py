@@ -20,7 +20,14 @@ import yaml
 from jax.experimental import multihost_utils
 
 from baichuan_jax.checkpoint.orbax_workarounds import barrier, forget_failed_save, quiet_reads
-from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
+from baichuan_jax.checkpoint.state import (
+    RunState,
+    StateTarget,
+    as_items,
+    from_items,
+    identity,
+    names_of,
+)
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError
 from baichuan_jax.resilience.causes import PeerFailed
@@ -164,6 +171,17 @@ class Checkpoints:
                 f"{path} was trained with tokenizer {run['tokenizer'][:12]} and this run's is "
                 f"{self._tokenizer[:12]}; use the run's own tokenizer, or another run_dir"
             )
+        ours = identity(self._config.model)
+        for name, value in ours.items():
+            saved = run["config"]["model"].get(name, value)
+            # A difference that the shapes show is refused below, with both shapes.
+            if saved != value and name != "num_heads":
+                theirs = "null" if saved is None else saved
+                raise ConfigError(
+                    f"{path} was trained with model.{name}={theirs} and the settings have {value}: "
+                    f"the same weights make another model; set --model.{name} {theirs}, or another "
+                    "run_dir"
+                )
         items = restore_items(path, self._target.items, run["digest"], self._target.digest)
         return RunState(from_items(items), run["step"], run["position"])
 

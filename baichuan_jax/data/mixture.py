@@ -39,7 +39,7 @@ from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
@@ -459,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (even, learning):
         corpora = "the trainer's settings; data.train has the corpora"
         command.add_argument("--config", required=True, metavar="FILE", help=corpora)
-        command.add_argument("--json", metavar="FILE", help="save the results")
+        command.add_argument("--json", type=writable_file, metavar="FILE", help="save the results")
     return parser
 
 

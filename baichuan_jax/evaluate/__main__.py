@@ -26,13 +26,14 @@ from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, r
 from baichuan_jax.evaluate.results import dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
-from baichuan_jax.generate import add_model_options, find_tokenizer
+from baichuan_jax.generate import add_model_options
 from baichuan_jax.hardware.processes import initialize_processes
+from baichuan_jax.hf.source import find_tokenizer
 from baichuan_jax.hf.weights import load_pretrained, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -239,7 +240,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help=output)
     batch = "tokens of one batch on a device (default: 1024 on a CPU, else 8192)"
     add("--batch_tokens", type=at_least(1), metavar="N", help=batch)
-    add("--json", metavar="FILE", help="save the results, and the speed, here too")
+    results = "save the results, and the speed, here too"
+    add("--json", type=writable_file, metavar="FILE", help=results)
 
 
 def _add_test(command: argparse.ArgumentParser, task: str) -> None:
