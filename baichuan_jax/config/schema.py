@@ -359,8 +359,17 @@ class CheckpointConfig:
 
     @property
     def local_path(self) -> Path | None:
-        """local_dir with this host's environment put in."""
-        return None if self.local_dir is None else Path(os.path.expandvars(self.local_dir))
+        """local_dir with this host's environment put in. Raises ConfigError where it lacks some."""
+        if self.local_dir is None:
+            return None
+        path = os.path.expandvars(self.local_dir)
+        # It would become a folder of that very name where the run was started: on shared storage.
+        require(
+            "$" not in path,
+            f"checkpoint.local_dir={path} names a variable that is not set on this host; set it, "
+            "or name the folder itself",
+        )
+        return Path(path)
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "keep_last")

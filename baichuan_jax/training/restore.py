@@ -6,7 +6,6 @@ looks for a checkpoint that the plan allows, in both tiers.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
@@ -92,21 +91,10 @@ def open_store(
     storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
     local = None
     if (folder := config.checkpoint.local_path) is not None:
-        _refuse_unset_variables(folder)
         local = LocalCopies(folder / plan.run_name, plan.rollbacks, host, tokenizer_hash, target)
     per_fault = seconds_per_fault(steps.layout.mesh.size, history.run_seconds, history.faults)
     schedule = Schedule(config, per_fault)
     return CheckpointStore(storage, local, schedule, target, clock, output)
-
-
-def _refuse_unset_variables(folder: Path) -> None:
-    """Refuse a folder with a $VARIABLE that this host's environment lacks."""
-    # It would become a folder of that very name where the run was started: on shared storage.
-    if "$" in str(folder):
-        raise ConfigError(
-            f"checkpoint.local_dir={folder} names a variable that is not set on this host; set it, "
-            "or name the folder itself"
-        )
 
 
 def restore(
