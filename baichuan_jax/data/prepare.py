@@ -69,7 +69,24 @@ def prepare(
             for path, weight in corpora.items()
         ]
 
-    return Prepared(tokenizer, rows_of(config.data.train), rows_of(config.data.validation))
+    train = rows_of(config.data.train)
+    _say_where_padding_is_text(config, tokenizer, train, say)
+    return Prepared(tokenizer, train, rows_of(config.data.validation))
+
+
+def _say_where_padding_is_text(
+    config: Config, tokenizer: Tokenizer, sources: list[tuple[Rows, float]], say: Say
+) -> None:
+    """Say that a token of the text learns no embedding (the original's padding_idx)."""
+    pad = config.model.pad_token_id
+    if pad is None or pad >= tokenizer.vocab_size:
+        return
+    if count := sum(int(rows.counts[pad]) for rows, _ in sources):
+        say(
+            f"warning: the training text has token {pad} ({tokenizer.piece(pad)!r}) {count:,} "
+            f"times, and model.pad_token_id={pad} keeps its embedding from learning; set "
+            "--model.pad_token_id null in a new run"
+        )
 
 
 def _is_packed(path: str) -> bool:
