@@ -11,10 +11,10 @@ B batch, T prompt length, S cache length, V vocabulary.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +24,10 @@ from flax import nnx
 
 from baichuan_jax.config.files import add_mesh_options, mesh_config
 from baichuan_jax.config.schema import ConfigError, MeshConfig, at_least
-from baichuan_jax.hf.weights import load_pretrained, tokenizer_file, trained_with
+from baichuan_jax.hf.source import find_tokenizer
+from baichuan_jax.hf.weights import load_pretrained
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import EOS, Tokenizer
 
@@ -43,6 +44,14 @@ class Sampling(NamedTuple):
     top_k: jax.Array
     top_p: jax.Array
     repetition_penalty: jax.Array
+
+
+class Ids(NamedTuple):
+    """Which ids there are: `count` from 0 on may be drawn, `eos` ends a row, `pad` fills it."""
+
+    count: jax.Array
+    eos: jax.Array
+    pad: jax.Array
 
 
 class Speed(NamedTuple):
@@ -81,8 +90,6 @@ class Generator:
         # Kept apart from the graph definition: arguments of the compiled functions, or XLA would
         # hold every weight as a constant.
         self._params = nnx.to_pure_dict(state)
-        # transformers fills with EOS where a model has no padding token.
-        self._pad_id = EOS if model.config.pad_token_id is None else model.config.pad_token_id
         self.speed: Speed | None = None
         self._compiled: dict[tuple[int, int, int], jax.stages.Compiled] = {}
         self._prefill = jax.jit(self._run_prefill, static_argnames="length")
@@ -102,33 +109,42 @@ class Generator:
         seed: int = 0,
         stop_at_eos: bool = True,
         eos_id: int = EOS,
+        vocab_size: int | None = None,
         on_tokens: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Prompts [B, T] and their continuations: [B, T + n], n <= max_new_tokens.
 
-        n is smaller where all rows have reached EOS; after it a row holds the model's pad_token_id.
-        Prompts of unequal length are padded on the left, with attention_mask [B, T] 0 there.
-        temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all. repetition_penalty
-        divides positive logits of tokens seen so far and multiplies negative ones. on_tokens is
-        called with [B, n] new tokens as they come. Raises ConfigError for a wrong argument.
+        n is smaller where all rows have reached EOS; after it a row holds the model's pad_token_id,
+        or EOS where it has none. Prompts of unequal length are padded on the left, with
+        attention_mask [B, T] 0 there. temperature 0 takes the most likely token; top_k 0 and top_p
+        1 leave all. repetition_penalty divides positive logits of tokens seen so far and multiplies
+        negative ones. vocab_size: the tokenizer's pieces, where the model has more rows; ids from
+        it on are not drawn. on_tokens is called with [B, n] new tokens as they come. Raises
+        ConfigError for a wrong argument.
         """
         tokens_BT, mask_BT = _checked(tokens_BT, attention_mask, self.config.vocab_size)
         _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         sampling = Sampling(
             jnp.float32(temperature),
             # Arrays, not constants: other values find the same compiled code.
-            jnp.int32(top_k or self.config.vocab_size),
+            jnp.int32(min(top_k or self.config.vocab_size, self.config.vocab_size)),
             jnp.float32(top_p),
             jnp.float32(repetition_penalty),
         )
-        # No token has the id -1, so nothing stops the loop.
-        stop = jnp.int32(eos_id if stop_at_eos else -1)
+        # transformers fills with EOS too where a model has no padding token.
+        pad_id = eos_id if self.config.pad_token_id is None else self.config.pad_token_id
+        ids = Ids(
+            jnp.int32(vocab_size or self.config.vocab_size),
+            # No token has the id -1, so nothing stops the loop.
+            jnp.int32(eos_id if stop_at_eos else -1),
+            jnp.int32(pad_id),
+        )
         start = _round_up(tokens_BT.shape[1])
 
         def decode(loop: _Loop, count: int) -> _Loop:
             """Up to `count` new tokens in all."""
             goal = jnp.int32(start + count)
-            return self._decode(self._params, loop, goal, stop, sampling, greedy=temperature == 0)
+            return self._decode(self._params, loop, goal, ids, sampling, greedy=temperature == 0)
 
         loop, prefill_seconds = self._start(tokens_BT, mask_BT, max_new_tokens, seed)
         # No token: this call compiles, so that the time below is of decoding alone.
@@ -153,12 +169,11 @@ class Generator:
 
         on_text gets the first prompt's continuation piece by piece as it comes.
         """
-        encoded = [tokenizer.encode(prompt) for prompt in prompts]
-        if not encoded or not all(encoded):
-            raise ConfigError("a prompt is empty, or there is none; give some text to continue")
-        # Padded on the left: all rows continue at the same position.
+        encoded = encode_prompts(tokenizer, prompts)
+        # Padded on the left: all rows continue at the same position. Any token serves, since the
+        # mask hides it.
         T = max(len(ids) for ids in encoded)
-        tokens = np.array([[self._pad_id] * (T - len(ids)) + ids for ids in encoded])
+        tokens = np.array([[0] * (T - len(ids)) + ids for ids in encoded])
         mask = np.array([[0] * (T - len(ids)) + [1] * len(ids) for ids in encoded])
         stream = None if on_text is None else _Stream(tokenizer, encoded[0], on_text)
         out = self.generate_tokens(
@@ -166,6 +181,7 @@ class Generator:
             max_new_tokens,
             attention_mask=mask,
             eos_id=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
             on_tokens=stream,
             **sampling,
         )
@@ -211,9 +227,9 @@ class Generator:
         return _Loop(cache, tokens_BS, logits_BV, seen_BV, jnp.zeros(B, bool), key)
 
     def _run_decode(
-        self, params, loop: _Loop, goal, eos, sampling: Sampling, *, greedy: bool
+        self, params, loop: _Loop, goal, ids: Ids, sampling: Sampling, *, greedy: bool
     ) -> _Loop:
-        """Tokens up to position `goal`, or until every row has reached `eos`."""
+        """Tokens up to position `goal`, or until every row has reached EOS."""
         model = nnx.merge(self._graphdef, params)
 
         def going(loop: _Loop) -> jax.Array:
@@ -222,9 +238,11 @@ class Generator:
         def step(loop: _Loop) -> _Loop:
             key, draw = jax.random.split(loop.key)
             logits_BV = _penalise(loop.logits_BV, loop.seen_BV, sampling.repetition_penalty)
+            # Rows of the head without a piece (a vocabulary padded for the mesh) have logits too.
+            logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < ids.count, logits_BV, -jnp.inf)
             token_B = jnp.argmax(logits_BV, axis=-1) if greedy else _draw(draw, logits_BV, sampling)
             # Rows that are done go on, and write padding, until all are.
-            token_B = jnp.where(loop.done_B, self._pad_id, token_B).astype(jnp.int32)
+            token_B = jnp.where(loop.done_B, ids.pad, token_B).astype(jnp.int32)
             place = loop.cache.length
             tokens_BS = jax.lax.dynamic_update_slice_in_dim(
                 loop.tokens_BS, token_B[:, None], place, 1
@@ -233,7 +251,7 @@ class Generator:
             position_B1 = (jnp.cumsum(loop.cache.mask_BS, axis=1) - 1)[:, place][:, None]
             hidden_B1D, cache = model.extend(token_B[:, None], loop.cache, position_B1)
             seen_BV = loop.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-            done_B = loop.done_B | (token_B == eos)
+            done_B = loop.done_B | (token_B == ids.eos)
             return _Loop(cache, tokens_BS, model.head(hidden_B1D[:, -1]), seen_BV, done_B, key)
 
         with matmul_precision(self.config):
@@ -260,31 +278,18 @@ def _finish(
     return loop, made
 
 
-def find_tokenizer(checkpoint: Path | str, given: Path | str | None = None) -> Tokenizer:
-    """The tokenizer `given`, or the tokenizer.model beside a checkpoint or above it (its run).
-
-    Raises ConfigError where there is none, or it is not the one the checkpoint was trained with.
-    """
-    path = given or tokenizer_file(checkpoint)
-    if path is None:
-        raise ConfigError(
-            f"there is no tokenizer.model in {checkpoint} or the two folders above it; "
-            "give --tokenizer FILE"
-        )
-    # Another tokenizer would give fluent nonsense, and nobody would see why.
-    tokenizer = Tokenizer(path)
-    config, known = trained_with(checkpoint)
-    if known not in (None, tokenizer.hash):
-        raise ConfigError(
-            f"{path} has the hash {tokenizer.hash[:12]} and {checkpoint} was trained with "
-            f"tokenizer {known[:12]}; give that one: --tokenizer FILE"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: "
-            f"it is not the tokenizer of {checkpoint}"
-        )
-    return tokenizer
+def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    """The token ids of prompts. Raises ConfigError where there is no prompt, or one has none."""
+    if not prompts:
+        raise ConfigError("there is no prompt; give some text to continue")
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ConfigError(
+                f"the prompt {prompt!r} is empty, or the tokenizer makes no token of it; give some "
+                "text to continue"
+            )
+    return encoded
 
 
 def add_model_options(parser: argparse.ArgumentParser, mesh: MeshConfig) -> None:
@@ -314,11 +319,14 @@ def main(argv: list[str]) -> int:
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
+    for warning in tokenizer.warnings:
+        say(warning)
+    # A shell passes \n as two characters.
+    prompt = options.prompt.replace("\\n", "\n")
+    encode_prompts(tokenizer, [prompt])
     # One device needs no mesh, and compiles faster without.
     mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
     generator = Generator(load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh))
-    # A shell passes \n as two characters.
-    prompt = options.prompt.replace("\\n", "\n")
     print(prompt, end="", flush=True)
     generator.generate(
         tokenizer,
@@ -395,10 +403,20 @@ def _check_sampling(
 ) -> None:
     for name, value, holds, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "0 (the most likely token) or more"),
+        (
+            "temperature",
+            temperature,
+            0 <= temperature < math.inf,
+            "0 (the most likely token) or more",
+        ),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "greater than 0"),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            0 < repetition_penalty < math.inf,
+            "greater than 0",
+        ),
     ):
         if not holds:
             raise ConfigError(f"{name}={value} must be {expected}")

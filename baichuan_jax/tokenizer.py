@@ -10,6 +10,7 @@ bytes on any machine, so the hash of a model names it in checkpoints and in pack
 
 import argparse
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -27,8 +28,8 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
-from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.resilience.exits import run_command, say
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 # Control pieces of the original's tokenizer and of those that are trained here. Another model may
 # have others: `Tokenizer.eos_id` is a model's own.
@@ -38,13 +39,33 @@ FIRST_PIECES = 3 + 256  # control pieces, then one piece for every byte
 TRAINING_BYTES = 8 << 20
 # SentencePiece silently leaves out lines of more than 4,192 bytes; a character has at most 4.
 MAX_LINE_CHARACTERS = 1000
+# Texts that should come back from their tokens, by what they have in them. SentencePiece's own
+# defaults (nmt_nfkc, white space squeezed, no byte fallback) lose all of it but upper case. U+2581
+# is not among them: every model turns it into a space.
+PROBES = {
+    "new lines": "a\nb\n\nc",
+    "carriage returns": "a\r\nb",
+    "tabs": "a\tb",
+    "runs of spaces": "a    b",
+    "spaces at the beginning": "  a",
+    "spaces at the end": "a  ",
+    "full-width characters": "ＡＢ，１",
+    "full-width spaces": "a\u3000b",
+    "no-break spaces": "a\u00a0b",
+    "zero-width joiners": "a\u200db",
+    "control characters": "a\0\x7fb",
+    "ligatures and circled numbers": "ﬁ①",
+    "combining accents": "e\u0301",
+    "upper case": "Aa",
+    "rare characters": "龘🦜",
+}
 
 
 class Tokenizer:
     """A SentencePiece model; `hash` is the SHA-256 of its file.
 
-    Raises ConfigError where the file is no model, or has no end-of-sentence piece, which joins
-    documents.
+    `notes`: what a user should hear of it, beside what it loses; `warnings` has both. Raises
+    ConfigError where the file is no model, or has no end-of-sentence piece, which joins documents.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -68,12 +89,35 @@ class Tokenizer:
         self.eos_id: int = self._model.eos_id()
         self.bos_id: int = self._model.bos_id()
         self.pad_id: int = self._model.pad_id()
+        self.unk_id: int = self._model.unk_id()
+        self.notes: list[str] = []
         # SentencePiece loads an empty file without complaint, as a model of no pieces.
         if self.vocab_size == 0 or self.eos_id < 0:
             raise ConfigError(
                 f"{path} has {self.vocab_size} pieces and no end-of-sentence piece, "
                 "which joins documents"
             )
+
+    @functools.cached_property
+    def losses(self) -> dict[str, tuple[str, str]]:
+        """What does not come back from its tokens: by name a text, and what comes back of it."""
+        back = {name: self.decode(self.encode(text)) for name, text in PROBES.items()}
+        return {name: (text, back[name]) for name, text in PROBES.items() if back[name] != text}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a command says where it loads this tokenizer; each is one line."""
+        if not self.losses:
+            return self.notes
+        lost = ", ".join(f"{name} ({a!r} -> {b!r})" for name, (a, b) in self.losses.items())
+        return [
+            *self.notes,
+            f"warning: the tokenizer {self.path} does not keep all text. It changes {lost}. "
+            "Corpora, prompts and tests are all changed like this, and a model never learns what "
+            "is lost. Models of python -m baichuan_jax.tokenizer train keep everything; with "
+            "SentencePiece's own trainer set normalization_rule_name=identity, "
+            "remove_extra_whitespaces=false and byte_fallback=true",
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin or end of sentence."""
@@ -87,6 +131,11 @@ class Tokenizer:
         """The text of token ids; control pieces add nothing."""
         # SentencePiece takes Python ints only, and callers have numpy's.
         return self._model.DecodeIds([int(i) for i in ids])
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token is written in texts: no control piece, not unused, not unknown."""
+        model, token = self._model, int(token)
+        return not (model.IsControl(token) or model.IsUnused(token) or model.IsUnknown(token))
 
     def piece(self, token: int) -> str:
         """How the vocabulary writes a token."""
@@ -310,6 +359,9 @@ def _encode(options: argparse.Namespace) -> int:
 def _stats(options: argparse.Namespace) -> int:
     # All are loaded before the first is measured: a wrong file is named at once.
     tokenizers = {path: Tokenizer(path) for path in options.model}
+    for tokenizer in tokenizers.values():
+        for warning in tokenizer.warnings:
+            say(warning)
     results = {
         path: stats(tokenizer, _documents(options)) for path, tokenizer in tokenizers.items()
     }
@@ -357,7 +409,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train BPE: digits split, byte fallback")
-    train.add_argument("--output", required=True, metavar="FILE", help="the model to write")
+    model = "the model to write"
+    train.add_argument("--output", required=True, type=writable_file, metavar="FILE", help=model)
     vocab_size = "pieces, with 3 control pieces and 256 bytes among them"
     train.add_argument("--vocab_size", type=int, required=True, help=vocab_size)
     train.add_argument(
@@ -374,7 +427,8 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("text", help="the text, or - to read it from standard input")
     encode.add_argument("--model", required=True, metavar="FILE", help="a SentencePiece model")
     measure = commands.add_parser("stats", help="bytes a token and compression rate, by language")
-    measure.add_argument("--json", metavar="FILE", help="save the numbers here too")
+    numbers = "save the numbers here too"
+    measure.add_argument("--json", type=writable_file, metavar="FILE", help=numbers)
     models = "SentencePiece models to compare"
     measure.add_argument("--model", required=True, nargs="+", metavar="FILE", help=models)
     # Both read text in the same way.

@@ -36,7 +36,12 @@ from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
 from baichuan_jax.training.profiler import Profiler
 from baichuan_jax.training.recorder import Recorder
-from baichuan_jax.training.restore import open_store, plan_restore, restore
+from baichuan_jax.training.restore import (
+    check_initial_weights,
+    open_store,
+    plan_restore,
+    restore,
+)
 from baichuan_jax.training.setup import (
     join_processes,
     open_loader,
@@ -83,6 +88,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             number, config, steps, choices, display = start_devices(config, flags, watch)
         with clock("pack"):
             first = display.active
+            check_initial_weights(config)
             prepared = prepare(config, writer=first, progress=first, say=display.say)
             tests = read_tests(config, prepared)
         with clock("start"):

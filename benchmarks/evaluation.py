@@ -175,7 +175,13 @@ def random_checkpoint(folder: Path) -> Path:
     tokenizer = folder / "tokenizer.model"
     files = [str(path) for path in sorted(SAMPLE.glob("train-*.jsonl.gz"))]
     train_tokenizer(read_texts(map(Slice, files), "text"), tokenizer, MODEL.vocab_size)
-    export(init_params(MODEL, 0), MODEL, folder / "model", dtype="float32", tokenizer=tokenizer)
+    export(
+        init_params(MODEL, 0),
+        MODEL,
+        folder / "model",
+        dtype="float32",
+        tokenizer=Tokenizer(tokenizer),
+    )
     return folder / "model"
 
 

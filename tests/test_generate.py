@@ -87,7 +87,28 @@ def test_a_model_without_padding_token_fills_with_eos():
     eos = int(generator.generate_tokens([[5]], 1, stop_at_eos=False)[0, 1])
     got = generator.generate_tokens([[5], [9]], 6, eos_id=eos)
     assert got[0, 1] == eos
-    assert (got[0, 2:] == 2).all()
+    assert (got[0, 2:] == eos).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
+def test_rows_without_a_piece_are_never_drawn(model, temperature):
+    """Greedy too: the head's largest logit is moved to a row that the tokenizer has not."""
+    generator, prompt = Generator(model), [[5, 9, 260, 11]]
+    options = {"temperature": temperature, "stop_at_eos": False, "seed": 3}
+    free = generator.generate_tokens(prompt, 40, **options)
+    count = int(free[0, 4:].max())
+    assert count > 200
+    got = generator.generate_tokens(prompt, 40, vocab_size=count, **options)
+    assert got[0, 4:].max() < count
+    # The whole vocabulary gives the same tokens as none that is named, and no other program.
+    whole = generator.generate_tokens(prompt, 40, vocab_size=300, **options)
+    np.testing.assert_array_equal(whole, free)
+    assert len(generator._compiled) == generator._decode._cache_size() == 1
+
+
+def test_text_comes_from_the_tokenizers_pieces_alone(model):
+    texts = Generator(model).generate(Pieces(), ["a"], 60, temperature=50.0, top_p=1.0)
+    assert len(texts[0]) > 5
 
 
 def test_other_prompts_and_lengths_find_compiled_code(model):
@@ -132,7 +153,7 @@ def test_every_mesh_continues_alike(model, tmp_path, shape):
 class Bytes:
     """A tokenizer of UTF-8 bytes: every character beyond ASCII takes several tokens."""
 
-    eos_id = 256
+    eos_id, vocab_size = 256, 257
 
     def encode(self, text):
         return list(text.encode())
@@ -141,15 +162,23 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
+class Pieces(Bytes):
+    """A tokenizer that refuses an id without a piece, as SentencePiece does."""
+
+    def decode(self, ids):
+        assert all(i < self.vocab_size for i in ids)
+        return super().decode(ids)
+
+
 def test_texts_of_unequal_prompts_are_those_of_each_alone(model):
     generator, prompts = Generator(model), ["春風又綠", "a"]
     texts = generator.generate(Bytes(), prompts, 12, repetition_penalty=1.2)
     assert texts == [
         generator.generate(Bytes(), [prompt], 12, repetition_penalty=1.2)[0] for prompt in prompts
     ]
-    for empty in ([], ["a", ""]):
-        with pytest.raises(ConfigError, match="empty"):
-            generator.generate(Bytes(), empty, 4)
+    for prompts, message in (([], "no prompt"), (["a", ""], "the prompt '' is empty")):
+        with pytest.raises(ConfigError, match=message):
+            generator.generate(Bytes(), prompts, 4)
 
 
 def test_streamed_text_comes_in_whole_characters():

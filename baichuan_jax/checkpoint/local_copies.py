@@ -98,6 +98,7 @@ class LocalCopies:
             "position": state.position,
             "progress": state.progress.to_json(),
             "tokenizer": self._tokenizer,
+            "model": self._target.model,
             "digest": digest,
         }
         self._draft = self.folder / f"{step}{SUFFIX}.{os.getpid()}"
@@ -211,6 +212,9 @@ class LocalCopies:
                     continue
                 # In their order: the file holds arrays without names.
                 if head["tokenizer"] != self._tokenizer or list(head["digest"]) != names:
+                    raise ValueError("of another tokenizer or model")
+                # A copy of an earlier version does not name its model.
+                if head.get("model", self._target.model) != self._target.model:
                     raise ValueError("of another tokenizer or model")
                 if (found := path.stat().st_size) != start + size:
                     raise ValueError(f"{found} bytes of {start + size}")

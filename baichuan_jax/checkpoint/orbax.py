@@ -26,7 +26,14 @@ from baichuan_jax.checkpoint.orbax_workarounds import (
     quiet_saves,
 )
 from baichuan_jax.checkpoint.progress import Progress
-from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
+from baichuan_jax.checkpoint.state import (
+    RunState,
+    StateTarget,
+    as_items,
+    from_items,
+    identity,
+    names_of,
+)
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError
 from baichuan_jax.resilience.causes import PeerFailed
@@ -181,6 +188,17 @@ class Checkpoints:
                 f"{self._tokenizer[:12]}; use the run's own tokenizer, or another run_dir"
             )
         progress = self._progress(run)
+        ours = identity(self._config.model)
+        for name, value in ours.items():
+            saved = run["config"]["model"].get(name, value)
+            # A difference that the shapes show is refused below, with both shapes.
+            if saved != value and name != "num_heads":
+                theirs = "null" if saved is None else saved
+                raise ConfigError(
+                    f"{path} was trained with model.{name}={theirs} and the settings have {value}: "
+                    f"the same weights make another model; set --model.{name} {theirs}, or another "
+                    "run_dir"
+                )
         items = restore_items(path, self._target.items, run["digest"], self._target.digest)
         return RunState(from_items(items), run["step"], progress)
 

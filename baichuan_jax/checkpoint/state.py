@@ -13,8 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from baichuan_jax.checkpoint.progress import Progress
+from baichuan_jax.config.schema import ModelConfig
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.step import TrainState
+
+# Settings of a model that change no name and no size of its arrays: others compute, or learn,
+# something else with the same numbers. num_heads is one for a copy that has no shapes.
+SAME_ARRAYS = ("num_heads", "rms_norm_eps", "rope_theta", "pad_token_id")
+
+
+def identity(model: ModelConfig) -> dict[str, Any]:
+    """The values of SAME_ARRAYS, to be saved with a model's arrays."""
+    return {name: getattr(model, name) for name in SAME_ARRAYS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +49,12 @@ class RunState:
 class StateTarget:
     """The arrays that a configuration makes: names, shapes and shardings to restore into.
 
-    `tree`: a TrainState of shapes with shardings (step.Steps.abstract_state).
+    `tree`: a TrainState of shapes with shardings (step.Steps.abstract_state). `model`: its
+    `identity`, for copies that hold arrays without shapes.
     """
 
-    def __init__(self, tree: TrainState) -> None:
-        self.tree = tree
+    def __init__(self, tree: TrainState, model: dict[str, Any] | None = None) -> None:
+        self.tree, self.model = tree, model or {}
         # Compiled once for all saves and restores: the shapes never change within a launch.
         self._digest = jax.jit(digest)
         self._all_finite = jax.jit(

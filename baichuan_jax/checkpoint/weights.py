@@ -44,8 +44,17 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether find_checkpoint finds one."""
+    try:
+        find_checkpoint(path)
+    except ConfigError:
+        return False
+    return True
+
+
 def describe(path: Path | str) -> dict[str, Any]:
-    """A checkpoint's `run` item: `config`, `digest`; a run's also has `step` and `tokenizer`.
+    """A checkpoint's `run` item: `config`, `digest`, `tokenizer`; a run's also has `step`.
 
     Raises ConfigError where there is no checkpoint or it is damaged.
     """
@@ -81,11 +90,23 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
         raise _damaged(folder, error) from None
 
 
-def save_params(path: Path | str, config: ModelConfig, params: Params) -> None:
-    """Write weights as a checkpoint folder that `init_from` and load_params read."""
+def save_params(
+    path: Path | str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    tokenizer_hash: str | None = None,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Write weights as a checkpoint folder that `init_from` and load_params read.
+
+    `facts`: what a Hugging Face folder said of them that a ModelConfig has no place for.
+    """
     items = {"params": params}
     run = {
         "config": {"model": dataclasses.asdict(config)},
+        "tokenizer": tokenizer_hash,
+        "facts": facts or {},
         "digest": named_digest(jax.jit(digest), items),
     }
     # No CheckpointManager: weights alone are one checkpoint, without steps.

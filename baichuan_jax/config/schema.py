@@ -50,7 +50,20 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{section}.{name}={value} must be greater than 0")
+        # An infinite rate or limit is no number to compute with, and NaN compares with nothing.
+        require(0 < value < math.inf, f"{section}.{name}={value} must be greater than 0")
+
+
+def _not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{section}.{name}={value} must not be negative")
+
+
+def _not_empty(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        name_of = f"{section}.{name}" if section else name
+        require(getattr(config, name) != "", f"{name_of} is empty; give a name, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # Checked here and not where they are used: a wrong size fails before any device starts.
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        _positive("model", self, *sizes, "rope_theta")
+        _positive("model", self, *sizes, "rope_theta", "initializer_range")
+        _not_negative("model", self, "rms_norm_eps")
         require(
             self.hidden_size % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide "
@@ -162,8 +176,10 @@ class TrainConfig:
         _positive("train", self, *sizes)
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
-        require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
-        require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
+        _not_negative("train", self, "seed", "z_loss")
+        # jax's keys take no larger one.
+        require(self.seed < 1 << 63, f"train.seed={self.seed} must be less than 2^63")
+        _not_empty("train", self, "schedule_profile")
 
 
 @dataclass(frozen=True)
@@ -194,10 +210,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "learning_rate", "eps", "clip_norm")
-        require(
-            self.warmup_steps >= 0,
-            f"optimizer.warmup_steps={self.warmup_steps} must not be negative",
-        )
+        _not_negative("optimizer", self, "warmup_steps", "weight_decay")
         # A decay of 1 would divide by zero in the bias correction.
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -211,10 +224,19 @@ class TokenizerConfig:
     """The tokenizer."""
 
     path: str | None = None
-    """A SentencePiece model. null: one is trained on the training text at first use."""
+    """A SentencePiece model. null: that of init_from's weights, or one is trained on the training
+    text at first use."""
     # Enough for the bundled text; a small vocabulary keeps a small model's head small.
     vocab_size: int = 8192
-    """Pieces of the tokenizer that is trained where no path is given."""
+    """Pieces of the tokenizer that is trained where neither path nor init_from is given."""
+
+    def __post_init__(self) -> None:
+        _not_empty("tokenizer", self, "path")
+        require(
+            self.vocab_size > 261,
+            f"tokenizer.vocab_size={self.vocab_size} must exceed 261: 3 control pieces and 256 "
+            "bytes come first",
+        )
 
 
 @dataclass(frozen=True)
@@ -246,9 +268,14 @@ class DataConfig:
         for name in ("train", "validation"):
             for path, weight in getattr(self, name).items():
                 require(
-                    weight > 0,
+                    0 < weight < math.inf,
                     f"data.{name}: the weight of {path!r} is {weight}; it must be greater than 0",
                 )
+                require(
+                    path != "", f"data.{name} has an empty name; give files or a folder of rows"
+                )
+        _not_empty("data", self, "text_field", "cache_dir")
+        _not_negative("data", self, "num_workers")
         for window in self.skip:
             require(
                 len(window) == 2 and 0 <= window[0] < window[1],
@@ -332,8 +359,17 @@ class CheckpointConfig:
 
     @property
     def local_path(self) -> Path | None:
-        """local_dir with this host's environment put in."""
-        return None if self.local_dir is None else Path(os.path.expandvars(self.local_dir))
+        """local_dir with this host's environment put in. Raises ConfigError where it lacks some."""
+        if self.local_dir is None:
+            return None
+        path = os.path.expandvars(self.local_dir)
+        # It would become a folder of that very name where the run was started: on shared storage.
+        require(
+            "$" not in path,
+            f"checkpoint.local_dir={path} names a variable that is not set on this host; set it, "
+            "or name the folder itself",
+        )
+        return Path(path)
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "keep_last")
@@ -345,6 +381,7 @@ class CheckpointConfig:
             f"checkpoint.local_dir={self.local_dir} and checkpoint.local_every={self.local_every}: "
             "set both or neither",
         )
+        _not_empty("checkpoint", self, "local_dir")
         require(
             self.local_every != 1,
             "checkpoint.local_every=1: a copy counts two steps after it was made; set 2 or more",
@@ -389,6 +426,11 @@ class EvaluateConfig:
             require(
                 task in self.tasks, f"evaluate.subjects has {task!r}, which evaluate.tasks has not"
             )
+            require(
+                self.subjects[task] != [],
+                f"evaluate.subjects names no subject of {task!r}; name some, or leave the test out "
+                "of evaluate.tasks",
+            )
 
 
 @dataclass(frozen=True)
@@ -400,6 +442,14 @@ class SampleConfig:
     # A line or two: enough to see whether the model writes its languages.
     max_new_tokens: int = 48
     """Tokens of each continuation."""
+
+    def __post_init__(self) -> None:
+        _positive("sample", self, "max_new_tokens")
+        for prompt in self.prompts:
+            require(prompt != "", "sample.prompts has an empty text; give some text to continue")
+        # The samples of a run are recorded by their prompts.
+        twice = [prompt for prompt in self.prompts if self.prompts.count(prompt) > 1]
+        require(not twice, f"sample.prompts has a text twice: {twice[:1]}; leave one out")
 
 
 @dataclass(frozen=True)
@@ -415,6 +465,11 @@ class MetricsConfig:
     peak_tflops: float | None = None
     """Dense bfloat16 TFLOP/s of one device, for an accelerator that hardware/accelerators.py
     lacks. MFU is a share of it."""
+
+    def __post_init__(self) -> None:
+        _not_empty("metrics", self, "wandb_project")
+        if self.peak_tflops is not None:
+            _positive("metrics", self, "peak_tflops")
 
 
 @dataclass(frozen=True)
@@ -471,9 +526,7 @@ class ResilienceConfig:
 
     def __post_init__(self) -> None:
         _positive("resilience", self, "hang_seconds", "start_seconds", "silence_seconds")
-        for name in ("spike_deviations", "max_skips", "check_every"):
-            value = getattr(self, name)
-            require(value >= 0, f"resilience.{name}={value} must not be negative")
+        _not_negative("resilience", self, "spike_deviations", "max_skips", "check_every")
 
 
 @dataclass(frozen=True)
@@ -488,6 +541,23 @@ class DistributedConfig:
     process_id: int | None = None
     """This process's number, from 0."""
 
+    def __post_init__(self) -> None:
+        if (address := self.coordinator_address) is not None:
+            host, _, port = address.rpartition(":")
+            require(
+                host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16,
+                f"distributed.coordinator_address={address!r} must be host:port",
+            )
+        if self.num_processes is not None:
+            _positive("distributed", self, "num_processes")
+        if self.process_id is not None:
+            _not_negative("distributed", self, "process_id")
+            require(
+                self.num_processes is None or self.process_id < self.num_processes,
+                f"distributed.process_id={self.process_id} must be less than "
+                f"distributed.num_processes={self.num_processes}: they count from 0",
+            )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -499,7 +569,7 @@ class Config:
     file's name."""
     init_from: str | None = None
     """A Hugging Face Baichuan or LLaMA folder, or a run's checkpoint: the run starts from its
-    weights, with a fresh optimiser and schedule."""
+    weights, with its tokenizer and a fresh optimiser and schedule."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -516,13 +586,20 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        _not_empty("", self, "run_dir", "init_from")
+        require(
+            not self.profile.steps or self.profile.steps[1] <= self.train.num_steps,
+            f"profile.steps={self.profile.steps} exceed train.num_steps={self.train.num_steps}: "
+            "there would be nothing to trace",
+        )
         require(
             self.optimizer.warmup_steps <= self.train.num_steps,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
             f"train.num_steps={self.train.num_steps}; the peak learning rate would never be "
             "reached",
         )
-        if self.tokenizer.path is None:
+        # Only then is one trained.
+        if self.tokenizer.path is None and self.init_from is None:
             require(
                 self.tokenizer.vocab_size <= self.model.vocab_size,
                 f"model.vocab_size={self.model.vocab_size} is smaller than "

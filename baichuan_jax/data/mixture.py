@@ -40,7 +40,7 @@ from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.resilience.waits import wait_until
-from baichuan_jax.runs.files import save_figure, write_atomically
+from baichuan_jax.runs.files import save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
@@ -464,7 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (even, learning):
         corpora = "the trainer's settings; data.train has the corpora"
         command.add_argument("--config", required=True, metavar="FILE", help=corpora)
-        command.add_argument("--json", metavar="FILE", help="save the results")
+        command.add_argument("--json", type=writable_file, metavar="FILE", help="save the results")
     return parser
 
 

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.hf.source import find_tokenizer
 from baichuan_jax.resilience.coordination import agree, require_same
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.resilience.waits import wait_until
@@ -52,6 +54,8 @@ def prepare(
         )
     tokenizer = _find_tokenizer(config, writer, say)
     require_same("tokenizer", tokenizer.hash)
+    for warning in tokenizer.warnings:
+        say(warning)
     # Fewer pieces than rows of the embedding are fine: the others are never looked up.
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -69,7 +73,23 @@ def prepare(
         return found
 
     train = rows_of("data.train", config.data.train)
+    _say_where_padding_is_text(config, tokenizer, train, say)
     return Prepared(tokenizer, train, rows_of("data.validation", config.data.validation))
+
+
+def _say_where_padding_is_text(
+    config: Config, tokenizer: Tokenizer, sources: list[tuple[Rows, float]], say: Say
+) -> None:
+    """Say that a token of the text learns no embedding (the original's padding_idx)."""
+    pad = config.model.pad_token_id
+    if pad is None or pad >= tokenizer.vocab_size:
+        return
+    if count := sum(int(rows.counts[pad]) for rows, _ in sources):
+        say(
+            f"warning: the training text has token {pad} ({tokenizer.piece(pad)!r}) {count:,} "
+            f"times, and model.pad_token_id={pad} keeps its embedding from learning; set "
+            "--model.pad_token_id null in a new run"
+        )
 
 
 def _is_packed(path: str) -> bool:
@@ -77,8 +97,35 @@ def _is_packed(path: str) -> bool:
 
 
 def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
-    if config.tokenizer.path is not None:
-        return Tokenizer(config.tokenizer.path)
+    """The tokenizer of the weights that the run goes on from, else tokenizer.path or a new one."""
+    given, own = config.tokenizer.path, config.run_path / "tokenizer.model"
+    if agree("whether the run has a checkpoint", lambda: has_checkpoint(config.run_path)):
+        # Its own, whatever became of the text and of init_from. `restore` compares its hash with
+        # the checkpoint's, and the one before where that is damaged.
+        if given is None and own.is_file():
+            return _own_tokenizer(config, own)
+    elif config.init_from is not None:
+        tokenizer = find_tokenizer(config.init_from, given, "--tokenizer.path")
+        say(f"tokenizer: {tokenizer.path} ({tokenizer.vocab_size} pieces), of init_from's weights")
+        return tokenizer
+    return Tokenizer(given) if given is not None else _train_tokenizer(config, writer, say)
+
+
+def _own_tokenizer(config: Config, file: Path) -> Tokenizer:
+    """The tokenizer in the run's folder. Raises ConfigError where the settings want another."""
+    tokenizer = Tokenizer(file)
+    # A run that began at given weights has their tokenizer, of whatever size.
+    if config.init_from is None and tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise ConfigError(
+            f"{file}, with which this run was trained, has {tokenizer.vocab_size} pieces and "
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size}; set "
+            f"--tokenizer.vocab_size {tokenizer.vocab_size}, or another run_dir"
+        )
+    return tokenizer
+
+
+def _train_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
+    """A tokenizer of the training text, made at its first use."""
     # Not of the validation text: pieces that were learned on it would lower its loss.
     corpora = [path for path in config.data.train if not _is_packed(path)]
     if not corpora:

@@ -35,7 +35,7 @@ from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import owned_output
-from baichuan_jax.runs.files import publish, write_atomically
+from baichuan_jax.runs.files import publish, writable_file, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -509,7 +509,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (training, scoring):
         field = "JSONL field that holds the text (default: text)"
         command.add_argument("--text_field", default="text", help=field)
-        command.add_argument("--json", metavar="FILE", help="save the results")
+        command.add_argument("--json", type=writable_file, metavar="FILE", help="save the results")
     return parser
 
 

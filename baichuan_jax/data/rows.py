@@ -30,7 +30,7 @@ from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.documents.files import Slice, find_files, split_files
 from baichuan_jax.documents.reader import read_texts
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.runs.files import publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
@@ -349,6 +349,7 @@ def _write_manifest(
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        "tokenizer_loses": list(tokenizer.losses),
         "context_length": context_length,
         "dtype": _dtype(tokenizer.vocab_size).name,
         **{name: sum(record[name] for record in records) for name in names},
@@ -403,6 +404,8 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.command == "pack":
         tokenizer = Tokenizer(options.tokenizer)
+        for warning in tokenizer.warnings:
+            say(warning)
         began = time.perf_counter()
         rows = pack(
             options.input,

@@ -22,19 +22,25 @@ from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
-from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
+from baichuan_jax.evaluate.perplexity import (
+    check_contexts,
+    parse_contexts,
+    perplexity_curve,
+    read_stream,
+)
 from baichuan_jax.evaluate.results import dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
-from baichuan_jax.generate import add_model_options, find_tokenizer
+from baichuan_jax.generate import add_model_options
+from baichuan_jax.hf.source import Source, find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_pretrained, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.coordination import require_same
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_together
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -55,6 +61,8 @@ def main(argv: list[str]) -> int:
     tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
     # On all processes the same: other text would make other batches.
     require_same("--tokenizer", tokenizer.hash)
+    for warning in tokenizer.warnings if jax.process_index() == 0 else ():
+        say(warning)
     command = _perplexity if options.command == "perplexity" else _evaluate
     output = Path(options.output)
     with owned_together(output / "lock", f"the output {output}", "choose another output"):
@@ -93,11 +101,19 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         work = scorer.work
         return scorer
 
-    settings = _settings(options, mesh)
+    source = read_source(options.checkpoint)
+    settings = _settings(options, mesh, source)
     # result is empty in processes other than the first, which write nothing.
     result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
     if result:
         _show(display, result, Path(options.output), work)
+        longest, trained = result["manifest"]["longest_prompt_tokens"], source.context_length
+        if trained is not None and longest > trained:
+            display.say(
+                f"the longest prompt has {longest} tokens, and the model was trained on rows of "
+                f"{trained}: it has not learnt such distances",
+                style="yellow",
+            )
         if options.json:
             # Not in result.json, which must not depend on whether an evaluation was interrupted.
             content = dump_json(result | {"speed": vars(work)})
@@ -105,7 +121,7 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, mesh: Mesh, source: Source) -> dict[str, Any]:
     """What decides the results beside text and prompts."""
     # All devices of a mesh are of one kind.
     device = mesh.devices.flat[0]
@@ -114,7 +130,7 @@ def _settings(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         "auto",
         device=device,
         dtype=options.dtype,
-        head_dim=128,
+        head_dim=source.model.head_dim,
         masked=False,
         length=1024,
         context=mesh.shape["context"],
@@ -165,11 +181,13 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     # Every process reads the whole text; the mesh splits the batches.
     tokens = read_stream(documents, tokenizer, options.max_tokens)
     require_same("--text", hashlib.sha256(tokens.tobytes()).hexdigest())
+    check_contexts(contexts, tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
     display = Display(active=first)
     display.say(f"{len(tokens):,} tokens of text")
-    settings = _settings(options, mesh)
+    source = read_source(options.checkpoint)
+    settings = _settings(options, mesh, source)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
     # Each context length reads the whole text once.
     total = len(contexts) * len(tokens)
@@ -187,6 +205,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     # Hashes of what was read: a path says nothing about its content.
     manifest = settings | {
         "tokenizer_sha256": tokenizer.hash,
+        "context_length": source.context_length,
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "text_tokens": len(tokens),
         "version": baichuan_jax.__version__,
@@ -246,7 +265,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help=output)
     batch = "tokens of one batch on a device (default: 1024 on a CPU, else 8192)"
     add("--batch_tokens", type=at_least(1), metavar="N", help=batch)
-    add("--json", metavar="FILE", help="save the results, and the speed, here too")
+    results = "save the results, and the speed, here too"
+    add("--json", type=writable_file, metavar="FILE", help=results)
 
 
 def _add_test(command: argparse.ArgumentParser, task: str) -> None:

@@ -43,6 +43,16 @@ def read_stream(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int)
     return np.array(parts[:max_tokens], np.int32)
 
 
+def check_contexts(contexts: list[int], tokens: np.ndarray) -> None:
+    """Raise ConfigError where a window does not fit the text."""
+    for context in contexts:
+        if not 2 <= context <= len(tokens):
+            raise ConfigError(
+                f"a window of {context} tokens does not fit a text of {len(tokens)}: "
+                "give more text, or shorter contexts"
+            )
+
+
 def perplexity_curve(
     model: Transformer,
     tokens: np.ndarray,
@@ -62,12 +72,8 @@ def perplexity_curve(
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     loss_sums, params = _make_loss_sums(model, layout)
     rows = []
+    check_contexts(contexts, tokens)
     for context in contexts:
-        if not 2 <= context <= len(tokens):
-            raise ConfigError(
-                f"a window of {context} tokens does not fit a text of {len(tokens)}: "
-                "give more text, or shorter contexts"
-            )
         # What is left at the end is shorter than a window, and is not used.
         windows = tokens[: len(tokens) // context * context].reshape(-1, context)
         # At least one window a device, however long it is.

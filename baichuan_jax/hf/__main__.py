@@ -3,42 +3,95 @@
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from baichuan_jax.checkpoint.weights import load_params, save_params
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.config import read_config
-from baichuan_jax.hf.weights import export, import_params, tokenizer_file
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.hf.source import FILE, Source, find_tokenizer, is_hf, read_source
+from baichuan_jax.hf.weights import export, import_params, refuse_existing
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_output
+from baichuan_jax.tokenizer import Tokenizer
 
 
 def main(argv: list[str]) -> int:
     """Import or export; see --help. Returns the exit code."""
     options = _parser().parse_args(argv)
-    if options.command == "import":
-        # Now: Orbax refuses an existing folder only when it writes, after all weights were read.
-        if Path(options.output).exists():
-            raise ConfigError(f"{options.output} exists; import writes a new folder")
-        with owned_output(Path(options.output), beside=True):
-            # On one device: a checkpoint is restored on any mesh later.
-            params = import_params(options.folder, progress=True)
-            save_params(options.output, read_config(options.folder), params)
-            # The tokenizer goes with the weights, both ways: `generate` needs it.
-            if (tokenizer := Path(options.folder) / "tokenizer.model").exists():
-                shutil.copy(tokenizer, Path(options.output) / "tokenizer.model")
-    else:
-        config, params = load_params(options.checkpoint)
-        export(
-            params,
-            config,
-            options.output,
-            dtype=options.dtype,
-            form=options.form,
-            tokenizer=tokenizer_file(options.checkpoint),
-        )
+    {"import": _import, "export": _export}[options.command](options)
     print(f"wrote {options.output}")
     return 0
+
+
+def _import(options: argparse.Namespace) -> None:
+    # Before the weights, whose reading may take minutes. Orbax refuses an existing folder only
+    # when it writes.
+    if Path(options.output).exists():
+        raise ConfigError(f"{options.output} exists; import writes a new folder")
+    _require_room(options.output)
+    read_config(options.folder)  # for its error: a run's folder is a source too, and not for this
+    source = read_source(options.folder)
+    tokenizer = _tokenizer(source)
+    with owned_output(Path(options.output), beside=True):
+        # On one device: a checkpoint is restored on any mesh later.
+        params = import_params(options.folder, progress=True)
+        save_params(
+            options.output,
+            source.model,
+            params,
+            tokenizer_hash=None if tokenizer is None else tokenizer.hash,
+            facts=source.facts,
+        )
+        # The tokenizer goes with the weights, both ways: `generate` needs it.
+        if tokenizer is not None:
+            shutil.copy(tokenizer.path, Path(options.output) / FILE)
+
+
+def _export(options: argparse.Namespace) -> None:
+    refuse_existing(Path(options.output))
+    _require_room(options.output)
+    source = read_source(options.checkpoint)
+    if is_hf(source.path):
+        raise ConfigError(f"{source.path} is a Hugging Face folder already")
+    tokenizer = _tokenizer(source, options.tokenizer)
+    config, params = load_params(options.checkpoint)
+    export(
+        params,
+        config,
+        options.output,
+        dtype=options.dtype,
+        form=options.form,
+        tokenizer=tokenizer,
+        facts=source.facts,
+    )
+
+
+def _tokenizer(source: Source, given: str | None = None) -> Tokenizer | None:
+    """The weights' tokenizer; None where the folder has none and none is known."""
+    if given is None and source.tokenizer_file is None and source.tokenizer_hash is None:
+        say(
+            f"warning: {source.path} has no {FILE}: the weights are written without a tokenizer; "
+            "generate, evaluate and training from them will ask for it"
+        )
+        return None
+    tokenizer = find_tokenizer(source.path, given)
+    for warning in tokenizer.warnings:
+        say(warning)
+    return tokenizer
+
+
+def _require_room(output: str) -> None:
+    """Refuse an output whose parent cannot be written."""
+    parent = Path(output).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{output} cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
     exporting.add_argument("output", help="the new folder")
+    exporting.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="a SentencePiece model, where the checkpoint has none beside it",
+    )
     exporting.add_argument(
         "--dtype",
         default="bfloat16",

@@ -1,11 +1,16 @@
-"""config.json of a Hugging Face folder: read into a ModelConfig, and written from one."""
+"""The configuration files of a Hugging Face folder: read into a ModelConfig, written from one.
+
+A ModelConfig has no place for some of what they say: the length of training and the special tokens.
+These are `facts`: kept with imported weights, so that an export writes them again.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from baichuan_jax.config.schema import ConfigError, ModelConfig
-from baichuan_jax.tokenizer import BOS, EOS
+from baichuan_jax.tokenizer import BOS, EOS, Tokenizer
 
 KEYS = {
     "vocab_size": "vocab_size",
@@ -20,6 +25,12 @@ KEYS = {
 # Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary
 # embedding, Baichuan2 a normalised head.
 ARCHITECTURES = ("BaiChuanForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
+
+# What else is read of config.json: see read_facts.
+FACTS = ("max_position_embeddings", "bos_token_id", "eos_token_id")
+
+# The length of the original's training, which weights that were imported without it get.
+ORIGINAL_LENGTH = 4096
 
 
 def read_config(folder: Path | str) -> ModelConfig:
@@ -55,6 +66,38 @@ def read_config(folder: Path | str) -> ModelConfig:
     )
 
 
+def read_facts(folder: Path | str) -> dict[str, Any]:
+    """What a Hugging Face folder says that a ModelConfig has no place for, under its own names.
+
+    max_position_embeddings, bos_token_id and eos_token_id of config.json, and add_bos_token of
+    tokenizer_config.json; what it does not say is missing. Raises ConfigError for a wrong type.
+    """
+    file = Path(folder) / "config.json"
+    found = _read_object(file)
+    facts = {key: found[key] for key in FACTS if found.get(key) is not None}
+    for key, value in facts.items():
+        # Models of conversations end a text with any of several tokens.
+        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        least = 1 if key == "max_position_embeddings" else -1
+        # bool is an int to Python.
+        if not all(type(each) is int and each >= least for each in several):
+            raise ConfigError(f"{file} has {key}={value!r}, which must be a whole number")
+    tokenizer = Path(folder) / "tokenizer_config.json"
+    if tokenizer.is_file() and _read_object(tokenizer).get("add_bos_token") is True:
+        facts["add_bos_token"] = True
+    return facts
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds {type(found).__name__}")
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
+    return found
+
+
 def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
     # Each of these keys would change what the model computes. An absent key means the first value.
     heads, kv_heads = found["num_attention_heads"], found.get("num_key_value_heads")
@@ -88,29 +131,86 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
             )
 
 
-def make_config(config: ModelConfig, dtype: str, form: str) -> dict[str, Any]:
-    """The content of config.json for transformers' Llama ("llama") or the original ("baichuan")."""
-    # The original's configuration class does not know these two.
+def make_config(
+    config: ModelConfig,
+    dtype: str,
+    form: str,
+    tokenizer: Tokenizer | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of config.json for transformers' Llama ("llama") or the original ("baichuan").
+
+    `facts`: as of read_facts; they give way to the tokenizer, which has its own special tokens.
+    """
+    facts = facts or {}
+    # The original's configuration class does not know these two, and transformers does not know
+    # its classes: they are files of the folder (auto_map).
     heads = {"num_key_value_heads": config.num_heads, "head_dim": config.head_dim}
+    files = {
+        "auto_map": {
+            "AutoConfig": "configuration_baichuan.BaiChuanConfig",
+            "AutoModelForCausalLM": "modeling_baichuan.BaiChuanForCausalLM",
+        }
+    }
     return {
         "architectures": ["LlamaForCausalLM" if form == "llama" else "BaiChuanForCausalLM"],
         "model_type": form,
         "hidden_act": "silu",
         "initializer_range": config.initializer_range,
-        # The original's value, whatever length was trained: a ModelConfig does not know it.
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": facts.get("max_position_embeddings", ORIGINAL_LENGTH),
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": False,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": config.pad_token_id,
+        **make_generation_config(config, tokenizer, facts),
         "torch_dtype": dtype,
         "use_cache": True,
         **{theirs: getattr(config, ours) for theirs, ours in KEYS.items()},
-        **(heads if form == "llama" else {}),
+        **(heads if form == "llama" else files),
     }
 
 
-def make_generation_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of generation_config.json."""
-    return {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": config.pad_token_id}
+def make_generation_config(
+    config: ModelConfig, tokenizer: Tokenizer | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of generation_config.json: where a text begins and ends."""
+    bos, eos = facts.get("bos_token_id", BOS), facts.get("eos_token_id", EOS)
+    if tokenizer is not None:
+        bos = None if tokenizer.bos_id < 0 else tokenizer.bos_id
+        # A list of several stays, where the tokenizer's own is among them.
+        eos = eos if isinstance(eos, list) and tokenizer.eos_id in eos else tokenizer.eos_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+
+
+def make_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The content of special_tokens_map.json: the pieces that are no text, by their use."""
+    pad = config.pad_token_id
+    # A padding token that is written in texts would be cut out of them.
+    if pad is None or pad >= tokenizer.vocab_size or tokenizer.is_text(pad):
+        pad = -1
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "unk_token": tokenizer.unk_id,
+        "pad_token": pad,
+    }
+    # null and not absent: transformers would add its own default as one more piece.
+    return {name: None if i < 0 else tokenizer.piece(i) for name, i in ids.items()}
+
+
+def make_tokenizer_config(
+    config: ModelConfig, form: str, tokenizer: Tokenizer, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of tokenizer_config.json: encode as the model was trained."""
+    files = {"auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaiChuanTokenizer", None]}}
+    return {
+        "tokenizer_class": "LlamaTokenizer" if form == "llama" else "BaiChuanTokenizer",
+        **({} if form == "llama" else files),
+        # transformers 4 would begin every text with BOS, which no row of training has.
+        "add_bos_token": facts.get("add_bos_token", False),
+        "add_eos_token": False,
+        # As SentencePiece itself encodes; `false` drops spaces after special tokens.
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": facts.get("max_position_embeddings", ORIGINAL_LENGTH),
+        "sp_model_kwargs": {},
+        **make_special_tokens(config, tokenizer),
+    }

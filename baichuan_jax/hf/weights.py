@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,20 @@ from tqdm import tqdm
 
 from baichuan_jax.checkpoint.weights import describe, load_params
 from baichuan_jax.config.schema import ConfigError, ModelConfig
-from baichuan_jax.hf.config import make_config, make_generation_config, read_config
+from baichuan_jax.hf.config import (
+    make_config,
+    make_generation_config,
+    make_special_tokens,
+    make_tokenizer_config,
+    read_config,
+)
 from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.hf.names import entries
+from baichuan_jax.hf.source import FILE, is_hf
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.sharding import Layout
+from baichuan_jax.tokenizer import Tokenizer
 
 
 def import_params(
@@ -127,30 +135,31 @@ def export(
     *,
     dtype: str = "bfloat16",
     form: Literal["llama", "baichuan"] = "llama",
-    tokenizer: Path | str | None = None,
+    tokenizer: Tokenizer | None = None,
+    facts: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a Hugging Face folder of safetensors, as transformers' Llama or in the original's form.
 
     llama: W_pack is split. baichuan: transformers reads it with the original's Python files beside
-    it. Everything is written under a temporary name and renamed at the end. Raises ConfigError
-    where the folder exists and is not empty.
+    it. `facts`: as of hf/config.py `read_facts`. Everything is written under a temporary name and
+    renamed at the end. Raises ConfigError where the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
+    refuse_existing(folder)
     # Two exports of one name would remove each other's files.
     with owned_output(folder, beside=True):
-        _export(params, config, folder, dtype, form, tokenizer, max_shard_bytes)
+        _write(params, config, folder, dtype, form, tokenizer, facts or {}, max_shard_bytes)
 
 
-def _export(
+def _write(
     params: Params,
     config: ModelConfig,
     folder: Path,
     dtype: str,
     form: Literal["llama", "baichuan"],
-    tokenizer: Path | str | None,
+    tokenizer: Tokenizer | None,
+    facts: Mapping[str, Any],
     max_shard_bytes: int,
 ) -> None:
     # A killed export leaves the temporary name, never half a folder under the right one.
@@ -169,14 +178,26 @@ def _export(
             yield from entry.split(np.asarray(jax.device_get(array)))
 
     write_safetensors(temporary, shapes, arrays(), dtype, max_shard_bytes)
-    for name, content in (
-        ("config.json", make_config(config, dtype, form)),
-        ("generation_config.json", make_generation_config(config)),
-    ):
-        (temporary / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    contents = {
+        "config.json": make_config(config, dtype, form, tokenizer, facts),
+        "generation_config.json": make_generation_config(config, tokenizer, facts),
+    }
     if tokenizer is not None:
-        shutil.copy(tokenizer, temporary / "tokenizer.model")
+        shutil.copy(tokenizer.path, temporary / FILE)
+        contents |= {
+            "tokenizer_config.json": make_tokenizer_config(config, form, tokenizer, facts),
+            "special_tokens_map.json": make_special_tokens(config, tokenizer),
+        }
+    for name, content in contents.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (temporary / name).write_text(text, encoding="utf-8")
     temporary.rename(folder)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ConfigError where an export's folder exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
 
 
 def load_pretrained(
@@ -189,9 +210,8 @@ def load_pretrained(
     those of float32 ones, which are cast for every product. Raises ConfigError where the path is
     neither or does not fit.
     """
-    # Only a Hugging Face folder has a config.json; a checkpoint of this project describes itself.
     layout = None if mesh is None else Layout(mesh)
-    if _is_hf(path):
+    if is_hf(path):
         config, params = read_config(path), import_params(path, layout, dtype=dtype)
     else:
         config, params = load_params(path, layout)
@@ -201,26 +221,12 @@ def load_pretrained(
     return nnx.merge(graphdef, params)
 
 
-def _is_hf(path: Path | str) -> bool:
-    return (Path(path) / "config.json").exists()
-
-
-def tokenizer_file(checkpoint: Path | str) -> Path | None:
-    """The tokenizer.model in a checkpoint's folder or in one of the two above it; None: none.
-
-    The folder of a run is two above its checkpoints.
-    """
-    path = Path(checkpoint).absolute()
-    files = (folder / "tokenizer.model" for folder in (path, *path.parents[:2]))
-    return next((file for file in files if file.is_file()), None)
-
-
 def weights_sha256(path: Path | str) -> str:
     """A hash of the weights that load_pretrained reads.
 
     It covers a Hugging Face folder's config.json and weight files, or a checkpoint's digests.
     """
-    if not _is_hf(path):
+    if not is_hf(path):
         digests = describe(path)["digest"].items()
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
@@ -231,19 +237,3 @@ def weights_sha256(path: Path | str) -> str:
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def trained_with(path: Path | str) -> tuple[ModelConfig, str | None]:
-    """A checkpoint's model, and the SHA-256 of its tokenizer; None: unknown.
-
-    The hash is the one that the run recorded, or that of the file beside the checkpoint.
-    """
-    if _is_hf(path):
-        config, tokenizer = read_config(path), None
-    else:
-        found = describe(path)
-        config, tokenizer = ModelConfig(**found["config"]["model"]), found.get("tokenizer")
-    file = tokenizer_file(path)
-    if tokenizer is None and file is not None:
-        tokenizer = hashlib.sha256(file.read_bytes()).hexdigest()
-    return config, tokenizer

@@ -78,6 +78,7 @@ class Started(Event):
     mfu_of: str = "-"
     parameters: int = 0
     tokenizer: str = ""
+    tokenizer_loses: list[str] = dataclasses.field(default_factory=list)
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     unigram_entropy: float | None = None
 

@@ -1,10 +1,12 @@
 """Files that are there whole or not at all, whatever is killed and however full the disk is."""
 
+import argparse
 import contextlib
 import errno
 import io
 import os
 import shutil
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -37,6 +39,21 @@ def require_writable(folder: Path | str, setting: str) -> None:
             f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
             f"name another folder with --{setting}, or start from one that may be written"
         ) from None
+
+
+def writable_file(text: str) -> str:
+    """The type of a command's option that names a file to write at its end: refused before that."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        # argparse names the option before this.
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from None
+    return text
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:

@@ -12,7 +12,7 @@ from baichuan_jax.evaluate.evaluation import Evaluation
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.generate import Generator
+from baichuan_jax.generate import Generator, encode_prompts
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.runs.output import Output
 from baichuan_jax.step import Steps
@@ -34,6 +34,10 @@ class Evaluator:
         self._config, self._steps, self._prepared = config, steps, prepared
         self._recorder, self._output = recorder, output
         self._tests = [(test, test.all_prompts()) for test in tests]
+        # For its error: a prompt without tokens is refused before the first step, not after the
+        # last.
+        if config.sample.prompts:
+            encode_prompts(prepared.tokenizer, config.sample.prompts)
         # Made at its first use: it compiles programs of its own.
         self._scorer: Scorer | None = None
 

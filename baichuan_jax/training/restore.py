@@ -7,19 +7,18 @@ the settings of this launch, and what that means is said.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.checkpoint.schedule import Schedule
-from baichuan_jax.checkpoint.state import RunState, StateTarget
+from baichuan_jax.checkpoint.state import SAME_ARRAYS, RunState, StateTarget, identity
 from baichuan_jax.checkpoint.store import CheckpointStore
-from baichuan_jax.checkpoint.weights import load_params
-from baichuan_jax.config.schema import Config, ConfigError, ModelConfig
+from baichuan_jax.checkpoint.weights import has_checkpoint, load_params
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared
-from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.source import Source, is_hf, read_source
 from baichuan_jax.hf.weights import import_params
 from baichuan_jax.model import Params
 from baichuan_jax.resilience.checkpoint_interval import FaultHistory, seconds_per_fault
@@ -100,7 +99,7 @@ def open_store(
 
     `history`: the run's faults before this launch, which decide how often to save.
     """
-    target = StateTarget(steps.abstract_state)
+    target = StateTarget(steps.abstract_state, identity(config.model))
     # Both tiers check the tokenizer: rows of another one have the same shapes and other meanings.
     storage = Checkpoints(run.path / "checkpoints", config, tokenizer_hash, target)
     local = None
@@ -143,8 +142,17 @@ def restore(
 def _initial_state(config: Config, steps: Steps, output: Output) -> TrainState:
     if config.init_from is None:
         return steps.init()
-    state = steps.start(_initial_weights(config, config.init_from, steps.layout))
+    source = read_source(config.init_from)
+    state = steps.start(_initial_weights(config, source, steps.layout))
     output.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
+    ours = config.train.context_length
+    if source.context_length not in (None, ours):
+        # Legal: to train on at another length is how a model learns it.
+        output.say(
+            f"these weights were trained on rows of {source.context_length} tokens and "
+            f"train.context_length is {ours}",
+            style="yellow",
+        )
     output.event(Initialised(source=config.init_from))
     return state
 
@@ -237,32 +245,33 @@ def _record_changes(
     output.event(DataChanged(step=step, position=position, row=row, changes=changes))
 
 
-def _initial_weights(config: Config, path: str, layout: Layout) -> Params:
-    # A Hugging Face folder.
-    if (Path(path) / "config.json").exists():
-        # Before the weights are read: they may be of a much larger model.
-        _refuse_other_shapes(path, read_config(path), config)
-        return import_params(path, layout)
-    model, params = load_params(path, layout)
-    _refuse_other_shapes(path, model, config)
-    return params
+def check_initial_weights(config: Config) -> None:
+    """Refuse weights of another model before anything is prepared for them. Raises ConfigError.
+
+    Only the first launch of a run begins at init_from.
+    """
+    if config.init_from is None:
+        return
+    if not agree("whether the run has a checkpoint", lambda: has_checkpoint(config.run_path)):
+        _refuse_other_model(read_source(config.init_from), config)
 
 
-def _refuse_other_shapes(path: str, found: ModelConfig, config: Config) -> None:
-    # The last two change no shape: such weights would load, and compute something else.
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "rms_norm_eps",
-        "rope_theta",
-    )
-    for name in names:
-        theirs, ours = getattr(found, name), getattr(config.model, name)
+def _initial_weights(config: Config, source: Source, layout: Layout) -> Params:
+    # Before the weights are read: they may be of a much larger model.
+    _refuse_other_model(source, config)
+    if is_hf(source.path):
+        return import_params(source.path, layout)
+    return load_params(source.path, layout)[1]
+
+
+def _refuse_other_model(source: Source, config: Config) -> None:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    # Some of these change no shape: such weights would load, and compute or learn something else.
+    for name in dict.fromkeys((*sizes, *SAME_ARRAYS)):
+        theirs, ours = getattr(source.model, name), getattr(config.model, name)
         if theirs != ours:
+            value = "null" if theirs is None else theirs
             raise ConfigError(
-                f"init_from={path} has {name}={theirs} and model.{name}={ours}; "
-                f"set model.{name}={theirs}"
+                f"init_from={source.path} has {name}={value} and model.{name}={ours}; "
+                f"set --model.{name} {value}"
             )

@@ -74,6 +74,7 @@ def record_start(
         mfu_of=choices.mfu_of,
         parameters=config.model.num_parameters,
         tokenizer=prepared.tokenizer.hash,
+        tokenizer_loses=list(prepared.tokenizer.losses),
         rows=rows,
         unigram_entropy=unigram_entropy(prepared.train),
     )

@@ -140,7 +140,7 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
 def generation(stage: Stage, run_path: Path) -> None:
     """Tokens a second without compilation, and a generated text."""
     from baichuan_jax import Generator, load_pretrained
-    from baichuan_jax.generate import find_tokenizer
+    from baichuan_jax.hf.source import find_tokenizer
 
     tokenizer, rows = find_tokenizer(str(run_path), None), []
     for dtype in ("bfloat16", "float32"):

@@ -3,6 +3,7 @@
 Every published form imports alike, what is wrong with one is named, and an export comes back.
 """
 
+import io
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import build
 from flax import nnx
 from launches import REPOSITORY, environment, run_module
@@ -24,10 +27,13 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.__main__ import main
 from baichuan_jax.hf.config import read_config
 from baichuan_jax.hf.files import open_tensors
+from baichuan_jax.hf.source import find_tokenizer
 from baichuan_jax.hf.weights import export, import_params, load_pretrained
 from baichuan_jax.sharding import Layout
+from baichuan_jax.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
+EXAM = TINY.with_name("exam") / "tokenizer.model"
 
 
 def assert_equal(a, b):
@@ -146,12 +152,162 @@ def test_transformers_computes_the_same_logits_from_an_export(params, tmp_path):
 
 
 def test_export_fills_an_empty_folder_and_brings_the_tokenizer(params, tmp_path):
-    (tmp_path / "spm").write_bytes(b"pieces")
     (tmp_path / "out").mkdir()
-    export(params, read_config(TINY), tmp_path / "out", tokenizer=tmp_path / "spm")
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["out", "spm"]
+    export(params, read_config(TINY), tmp_path / "out", tokenizer=Tokenizer(EXAM))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == EXAM.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert_equal(import_params(tmp_path / "out"), import_params(TINY / "bf16"))
+
+
+def make_model(path: Path, **options: Any) -> Path:
+    """A SentencePiece model of 300 pieces, of a kind that is not this program's."""
+    model = io.BytesIO()
+    lines = ["It was a truth universally acknowledged, 天下大勢，分久必合"] * 9
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+# T5's order: </s> is 1, there is no BOS, and <unk> is 2.
+OTHER_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+@pytest.fixture
+def other(tmp_path) -> Path:
+    """A Hugging Face folder of the golden model with a tokenizer of other special tokens."""
+    tokenizer = Tokenizer(make_model(tmp_path / "spm", **OTHER_IDS))
+    options: Any = {"tokenizer": tokenizer, "facts": {"max_position_embeddings": 16384}}
+    export(import_params(TINY), read_config(TINY), tmp_path / "other", dtype="float32", **options)
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("form", ["llama", "baichuan"])
+def test_an_export_says_what_its_tokenizer_and_its_training_were(other, tmp_path, form):
+    weights, again = str(tmp_path / "weights"), tmp_path / "again"
+    assert main(["import", str(other), weights]) == 0
+    assert main(["export", weights, str(again), "--form", form, "--dtype", "float32"]) == 0
+    found = json.loads((again / "config.json").read_text())
+    wanted = {
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "max_position_embeddings": 16384,
+        "torch_dtype": "float32",
+    }
+    assert {key: found[key] for key in wanted} == wanted
+    generation = json.loads((again / "generation_config.json").read_text())
+    assert generation == {key: wanted[key] for key in generation}
+    tokenizer = json.loads((again / "tokenizer_config.json").read_text())
+    assert (tokenizer["add_bos_token"], tokenizer["add_eos_token"]) == (False, False)
+    assert (tokenizer["model_max_length"], tokenizer["legacy"]) == (16384, True)
+    pieces = {"bos_token": None, "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    assert {key: tokenizer[key] for key in pieces} == pieces
+    assert json.loads((again / "special_tokens_map.json").read_text()) == pieces
+    # The original's classes are files beside the weights.
+    assert ("auto_map" in found, "auto_map" in tokenizer) == ((form == "baichuan"),) * 2
+    if form == "llama":
+        assert tree(again) == tree(other)  # the first export: a fixed point
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_transformers_encodes_and_stops_as_the_tokenizer_does(other):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(other, local_files_only=True)
+    ours = Tokenizer(other / "tokenizer.model")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, 1, 0)
+    assert len(theirs) == ours.vocab_size  # no default was added
+    for text in (
+        "It was a truth",
+        "天下大勢，\n分久必合",
+        "if x:\n    y",
+        "a  b ",
+        "🦜龘 12",
+        "\t",
+    ):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    model = transformers.AutoModelForCausalLM.from_pretrained(other, local_files_only=True)
+    assert model.generation_config.eos_token_id == ours.eos_id
+    # A head that prefers </s> to all others: the first new token is the last.
+    with torch.no_grad():
+        last = model.model(torch.tensor([[5, 6]])).last_hidden_state[0, -1]
+        model.lm_head.weight[:] = 0
+        model.lm_head.weight[ours.eos_id] = last
+    out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False)
+    assert out.tolist() == [[5, 6, ours.eos_id]]
+
+
+def test_config_json_and_the_tokenizer_beside_it_must_agree(other):
+    config = json.loads((other / "config.json").read_text())
+    assert find_tokenizer(other).eos_id == 1
+    for eos in ([1, 7], None):
+        (other / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
+        assert find_tokenizer(other).eos_id == 1
+    for wrong in ("1", [True], {}):
+        (other / "config.json").write_text(json.dumps({**config, "eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match="which must be a whole number"):
+            find_tokenizer(other)
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    with pytest.raises(ConfigError, match=r"has eos_token_id=2 and .*tokenizer\.model has 1"):
+        find_tokenizer(other)
+
+
+def test_weights_that_saw_a_bos_say_so(other, tmp_path):
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    main(["import", str(other), str(tmp_path / "weights")])
+    for folder in (other, tmp_path / "weights"):
+        assert "add_bos_token=true" in find_tokenizer(folder).warnings[0]
+    main(["export", str(tmp_path / "weights"), str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"]
+
+
+def test_every_form_of_folder_brings_its_tokenizer_or_is_refused(other, tmp_path, capfd):
+    weights = tmp_path / "in" / "weights"
+    assert main(["import", str(other), str(weights)]) == 0
+    own = find_tokenizer(weights)
+    assert own.hash == find_tokenizer(other).hash
+    wrong = make_model(tmp_path / "wrong.model", bos_id=1, eos_id=2, unk_id=0)
+    for folder in (other, weights):
+        with pytest.raises(ConfigError, match=rf"was trained with tokenizer {own.hash[:12]}"):
+            find_tokenizer(folder, wrong)
+        assert find_tokenizer(folder, own.path).hash == own.hash
+        (folder / "tokenizer.model").unlink()
+    # The hash is recorded, so a file above may serve, and another one is noticed.
+    shutil.copy(wrong, tmp_path / "in" / "tokenizer.model")
+    with pytest.raises(ConfigError, match="was trained with tokenizer"):
+        find_tokenizer(weights)
+    with pytest.raises(ConfigError, match="was trained with tokenizer"):
+        main(["export", str(weights), str(tmp_path / "out")])
+    (tmp_path / "in" / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match=rf"begins with {own.hash[:12]}\): --tokenizer FILE"):
+        main(["export", str(weights), str(tmp_path / "out")])
+    main(["export", str(weights), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "spm")])
+    # Nothing is known of a folder of Hugging Face: a file above it may be of any model.
+    shutil.copy(tmp_path / "spm", tmp_path / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"give the one .* with: --tokenizer FILE"):
+        find_tokenizer(other)
+    capfd.readouterr()
+    main(["import", str(other), str(tmp_path / "bare")])
+    main(["export", str(tmp_path / "bare"), str(tmp_path / "bare_hf")])
+    assert capfd.readouterr().err.count("without a tokenizer") == 2
+    found = json.loads((tmp_path / "bare_hf" / "config.json").read_text())
+    assert (found["eos_token_id"], found["max_position_embeddings"]) == (1, 16384)
 
 
 def test_the_commands_import_and_export(params, tmp_path, capsys):

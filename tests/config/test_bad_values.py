@@ -1,0 +1,193 @@
+"""Every setting refuses a wrong value when it is read, or when a launch begins, not after steps."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
+from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.train import train
+
+LEAVES = [key for key in KEYS if not any(other.startswith(key + ".") for other in KEYS)]
+
+# By setting: values that no run can have. What is not here is known at a launch only (below).
+WRONG: dict[str, list[Any]] = {
+    "run_dir": [""],
+    "init_from": [""],
+    "model.vocab_size": [0, -1, 2.5, "many"],
+    "model.hidden_size": [0, 7],
+    "model.intermediate_size": [0],
+    "model.num_layers": [0],
+    "model.num_heads": [0, 5],
+    "model.rms_norm_eps": [-1e-6, ".nan", ".inf"],
+    "model.rope_theta": [0, ".nan", ".inf"],
+    "model.initializer_range": [0, -0.02, ".nan"],
+    "model.pad_token_id": [-1, 512],
+    "model.dtype": ["float16"],
+    "model.remat": ["some"],
+    "model.scan_layers": ["maybe"],
+    "train.num_steps": [0, 1.5],
+    "train.context_length": [0],
+    "train.global_batch_size": [0],
+    "train.micro_batch_size": [0],
+    "train.loss_chunk_size": [0],
+    "train.z_loss": [-1, ".nan", ".inf"],
+    "train.seed": [-1, 1 << 63],
+    "train.deterministic": ["maybe"],
+    "train.schedule_profile": [""],
+    "optimizer.learning_rate": [0, -1e-3, ".nan", ".inf"],
+    "optimizer.final_learning_rate_ratio": [-0.1, 1.1, ".nan"],
+    "optimizer.warmup_steps": [-1, 9],
+    "optimizer.beta1": [-0.1, 1, ".nan"],
+    "optimizer.beta2": [-0.1, 1, ".nan"],
+    "optimizer.eps": [0, ".nan"],
+    "optimizer.weight_decay": [-0.1, ".nan", ".inf"],
+    "optimizer.decay_norms": ["maybe"],
+    "optimizer.clip_norm": [0, ".nan", ".inf"],
+    "tokenizer.path": [""],
+    "tokenizer.vocab_size": [261, 0, 513],
+    "data.train": ['{"text.jsonl": 0}', '{"text.jsonl": .inf}', '{"": 1}', "text.jsonl"],
+    "data.validation": ['{"text.jsonl": -1}', '{"text.jsonl": .nan}'],
+    "data.text_field": [""],
+    "data.cache_dir": [""],
+    "data.document_mask": ["maybe"],
+    "data.num_workers": [-1],
+    "data.skip": ["[[5, 5]]", "[[-1, 5]]", "[[5]]", "[5, 6]"],
+    "mesh.data": [0, -2],
+    "mesh.fsdp": [0, 3],
+    "mesh.context": [0, 3],
+    "mesh.tensor": [0, 3],
+    "kernels.attention": ["fastest"],
+    "kernels.rms_norm": ["fastest"],
+    "checkpoint.every": [0],
+    "checkpoint.keep_last": [0],
+    "checkpoint.keep_every": [0],
+    "checkpoint.local_dir": ["/somewhere", ""],
+    "checkpoint.local_every": [0, 1, 2],
+    "evaluate.every": [0],
+    "evaluate.num_batches": [0],
+    "evaluate.tasks": ['{"mmul": "somewhere"}'],
+    "evaluate.subjects": ['{"mmlu": ["anatomy"]}'],
+    "evaluate.limit": [0],
+    "sample.prompts": ['["It was", ""]', '["a", "b", "a"]', "[1]"],
+    "sample.max_new_tokens": [0, -1],
+    "metrics.tensorboard": ["maybe"],
+    "metrics.wandb_project": [""],
+    "metrics.peak_tflops": [0, ".nan"],
+    "profile.steps": ["[5]", "[0, 2]", "[3, 2]", "[9, 10]", "[7, 9]"],
+    "resilience.hang_seconds": [0, ".nan", ".inf"],
+    "resilience.start_seconds": [0, ".nan"],
+    "resilience.silence_seconds": [0, ".nan"],
+    "resilience.spike_deviations": [-1, ".nan"],
+    "resilience.max_skips": [-1],
+    "resilience.check_every": [-1],
+    "distributed.coordinator_address": ["host", "host:", ":1234", "host:port", "host:70000"],
+    "distributed.num_processes": [0],
+    "distributed.process_id": [-1],
+}
+
+
+def read(*options: str) -> Config:
+    """A small configuration, read as a command reads it; the mesh is one of eight devices."""
+    small = {
+        "model.vocab_size": 512,
+        "model.hidden_size": 64,
+        "model.intermediate_size": 176,
+        "model.num_layers": 1,
+        "model.num_heads": 4,
+        "model.dtype": "float32",
+        "train.num_steps": 8,
+        "train.context_length": 32,
+        "train.global_batch_size": 8,
+        "optimizer.warmup_steps": 1,
+        "tokenizer.vocab_size": 512,
+        "mesh.data": 1,
+        "metrics.tensorboard": "false",
+    }
+    first = [f"--{key}={value}" for key, value in small.items()]
+    return parse_config(make_parser("train", ""), [*first, *options])
+
+
+def test_every_setting_has_a_wrong_value():
+    assert sorted(WRONG) == sorted(LEAVES)
+    assert read().train.num_steps == 8  # it is the wrong value alone that is refused
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_refused_when_it_is_read(key):
+    for value in WRONG[key]:
+        with pytest.raises(ConfigError) as error:
+            read(f"--{key}={value}")
+        assert key.rpartition(".")[2] in str(error.value), (value, str(error.value))
+
+
+def test_a_notebook_is_refused_alike(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {num_steps: 8}\noptimizer: {warmup_steps: 1}\n")
+    for override in ("sample.max_new_tokens=0", "optimizer.clip_norm=.inf"):
+        with pytest.raises(ConfigError, match=r"must be greater than 0"):
+            load_config(tmp_path / "a.yaml", [override])
+
+
+# What only a launch can know: files, the environment, devices, the tokenizer.
+AT_A_LAUNCH = {
+    "--run_dir {file}": "run_dir=",
+    "--init_from {nowhere}": "neither a run's folder",
+    "--tokenizer.path {nowhere}": "there is no tokenizer",
+    '--data.train {{"{nowhere}":1}}': "nowhere",
+    '--data.validation {{"{nowhere}":1}}': "nowhere",
+    "--data.text_field body": "body",
+    "--data.cache_dir {file}": "cache_dir",
+    "--checkpoint.local_every 2 --checkpoint.local_dir $NOT_SET_HERE/x": "is not set on this host",
+    '--evaluate.tasks {{"mmlu":"{nowhere}"}}': "nowhere",
+    '--evaluate.tasks {{"mmlu":"{nowhere}"}} --evaluate.subjects {{"mmlu":["anatmy"]}}': "anatmy",
+    "--kernels.attention cudnn": "cudnn",
+    "--kernels.rms_norm pallas": "pallas",
+    "--mesh.data 3 --train.global_batch_size 9": "needs 3 devices and there are 8",
+    '--tokenizer.path {squeezes} --sample.prompts ["\\u200b"]': "makes no token of it",
+    '--tokenizer.path {squeezes} --sample.prompts [" "]': "makes no token of it",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A corpus, a file that is no folder, and a tokenizer that squeezes white space."""
+    folder = tmp_path_factory.mktemp("wrong")
+    text = "It was a truth universally acknowledged, that a single man in possession of a good "
+    texts = [f"{text}fortune {i} must be in want of a wife." for i in range(60)]
+    lines = [json.dumps({"text": each}) for each in texts]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "file").write_text("")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text] * 9),
+        model_writer=model,
+        vocab_size=64,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "squeezes.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.mark.parametrize("options", AT_A_LAUNCH)
+def test_a_launch_refuses_before_its_first_step(folder, tmp_path, options):
+    names = {"file": folder / "file", "nowhere": "nowhere", "squeezes": folder / "squeezes.model"}
+    given = options.format(**names).replace('[" "]', '["\\u3000"]').split()
+    config = read(
+        f'--data.train={{"{folder}/text.jsonl": 1.0}}',
+        f"--data.cache_dir={folder}/cache",
+        "--tokenizer.vocab_size=300",
+        "--mesh.data=8",
+        f"--run_dir={tmp_path}/run",
+        *given,
+    )
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    assert AT_A_LAUNCH[options] in str(error.value)
+    assert not Run(tmp_path / "run").metrics
+    assert not list(Path().glob("$*"))

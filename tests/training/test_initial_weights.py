@@ -1,0 +1,211 @@
+"""What belongs to weights comes with them, from every form of folder, or is refused."""
+
+import dataclasses
+import gzip
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import sentencepiece
+from conftest import build
+
+from baichuan_jax.checkpoint.local_copies import LocalCopies
+from baichuan_jax.checkpoint.state import StateTarget, identity
+from baichuan_jax.config.schema import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MetricsConfig,
+    TokenizerConfig,
+)
+from baichuan_jax.data import prepare as module
+from baichuan_jax.data.prepare import prepare
+from baichuan_jax.hf.__main__ import main as hf
+from baichuan_jax.runs.folder import Run
+from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.train import train
+from baichuan_jax.training.restore import check_initial_weights
+
+SAMPLE = Path(module.__file__).parent / "sample"
+
+
+def write_text(path: Path, language: str, documents: int) -> Path:
+    with gzip.open(SAMPLE / f"train-{language}.jsonl.gz", "rt", encoding="utf-8") as file:
+        texts = [json.loads(next(file))["text"][:4000] for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def on_text(config: Config, folder: Path, text: Path, name: str, **changes: Any) -> Config:
+    """A run `name` in the folder, of two steps on this text; changes: section__setting or field."""
+    config = dataclasses.replace(
+        config,
+        run_dir=str(folder / name),
+        train=dataclasses.replace(config.train, num_steps=2),
+        data=DataConfig(train={str(text): 1.0}, cache_dir=str(folder / "cache"), num_workers=1),
+        checkpoint=CheckpointConfig(every=1),
+        metrics=MetricsConfig(tensorboard=False),
+    )
+    for key, value in changes.items():
+        section, _, setting = key.partition("__")
+        if setting:
+            value = dataclasses.replace(getattr(config, section), **{setting: value})
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+FORMS = ["A", "A/checkpoints", "A/checkpoints/2", "llama", "baichuan", "weights"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture
+def first(tiny_config, folder) -> Path:
+    """Run A on English, and its weights in every form; Chinese text for what follows."""
+    if not (folder / "A").exists():
+        english = write_text(folder / "en.jsonl", "en", 8)
+        write_text(folder / "zh.jsonl", "zh", 8)
+        train(on_text(tiny_config, folder, english, "A"))
+        for form in ("llama", "baichuan"):
+            hf(["export", str(folder / "A"), str(folder / form), "--form", form])
+        hf(["import", str(folder / "llama"), str(folder / "weights")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A tokenizer of as many pieces as A's, and of another order."""
+    model = io.BytesIO()
+    text = write_text(tmp_path_factory.mktemp("other") / "en.jsonl", "en", 3)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(json.loads(text.read_text().split("\n")[0])["text"].split("\n")),
+        model_writer=model,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (text.parent / "other.model").write_bytes(model.getvalue())
+    return text.parent / "other.model"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tokenizer_comes_with_the_weights(first, tiny_config, form, other):
+    said: list[str] = []
+    own = Tokenizer(first / "A" / "tokenizer.model")
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(first / form))
+    assert prepare(config, progress=False, say=said.append).tokenizer.hash == own.hash
+    assert f"({own.vocab_size} pieces), of init_from's weights" in said[0]
+    given = dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(own.path)))
+    assert prepare(given, progress=False).tokenizer.hash == own.hash
+    wrong = dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(other)))
+    with pytest.raises(ConfigError) as error:
+        prepare(wrong, progress=False)
+    for part in (own.hash[:12], Tokenizer(other).hash[:12], "--tokenizer.path FILE"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_another_model_are_refused_before_the_text_is_read(first, tiny_config, form):
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(first / form))
+    check_initial_weights(config)
+    for name, value, wanted in (
+        ("rms_norm_eps", 1e-5, "1e-06"),
+        ("rope_theta", 500.0, "10000.0"),
+        ("pad_token_id", None, "0"),
+        ("num_heads", 2, "4"),
+        ("num_layers", 1, "2"),
+    ):
+        other = dataclasses.replace(config.model, **{name: value})
+        with pytest.raises(ConfigError, match=rf"set --model\.{name} {wanted}$"):
+            check_initial_weights(dataclasses.replace(config, model=other))
+
+
+def test_weights_without_a_tokenizer_need_one(first, tiny_config, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(first / "llama", bare)
+    (bare / "tokenizer.model").unlink()
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(bare))
+    with pytest.raises(ConfigError, match=r"no tokenizer\.model in .*bare; .*--tokenizer\.path"):
+        prepare(config, progress=False)
+    path = str(first / "A" / "tokenizer.model")
+    given = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
+    assert str(prepare(given, progress=False).tokenizer.path) == path
+
+
+def test_a_run_goes_on_with_its_own_tokenizer(first, tiny_config, tmp_path, capsys):
+    """Whatever became of the folder that it began from, and of the text."""
+    shutil.copytree(first / "llama", tmp_path / "source")
+    text = Path(shutil.copy(first / "zh.jsonl", tmp_path / "zh.jsonl"))
+    config = on_text(tiny_config, tmp_path, text, "B", init_from=str(tmp_path / "source"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, context_length=16))
+    train(config)
+    # Another length is legal, and said.
+    assert "trained on rows of 32 tokens and train.context_length is 16" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "source")
+    with text.open("a") as file:
+        file.write(json.dumps({"text": "又一篇文章。" * 50}) + "\n")
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3))
+    assert train(more).status == "completed"
+    own = (first / "A" / "tokenizer.model").read_bytes()
+    assert (tmp_path / "B" / "tokenizer.model").read_bytes() == own
+
+
+def resumed(first: Path, tmp_path: Path, config: Config, **changes: Any) -> Config:
+    """The configuration of a copy of run A that has one step more to do."""
+    shutil.copytree(first / "A", tmp_path / "A", dirs_exist_ok=True)
+    changed = on_text(config, first, first / "en.jsonl", "A", **changes)
+    steps = dataclasses.replace(changed.train, num_steps=3)
+    return dataclasses.replace(changed, run_dir=str(tmp_path / "A"), train=steps)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model__rope_theta", 500.0, r"model\.rope_theta=10000\.0 .* set --model\.rope_theta"),
+        ("model__rms_norm_eps", 1e-5, r"model\.rms_norm_eps=1e-06"),
+        ("model__pad_token_id", None, r"set --model\.pad_token_id 0"),
+        ("model__num_heads", 2, "w_pack is"),
+        ("tokenizer__vocab_size", 400, r"set --tokenizer\.vocab_size 512, or another run_dir"),
+    ],
+)
+def test_a_checkpoint_is_of_one_model(first, tiny_config, tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        train(resumed(first, tmp_path, tiny_config, **{key: value}))
+    assert len(Run(tmp_path / "A").curve("loss")) == 2
+
+
+def test_what_changes_no_result_may_change(first, tiny_config, tmp_path):
+    changes = {"model__remat": "full", "model__scan_layers": False, "model__dtype": "bfloat16"}
+    config = resumed(first, tmp_path, tiny_config, **changes)
+    assert train(config).status == "completed"
+
+
+def test_a_hosts_copy_is_of_one_model(tiny_config, tmp_path, capsys):
+    """It holds arrays without shapes: those of other heads would fit."""
+    config, steps = build(tiny_config, (1, 1, 1, 1))
+    shapes = steps.state_shapes
+    state = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), shapes)
+    state = jax.device_put(state, steps.state_shardings)
+
+    def newest(**changes: Any) -> dict[str, Any]:
+        model = dataclasses.replace(config.model, **changes)
+        target = StateTarget(steps.abstract_state, identity(model))
+        return LocalCopies(tmp_path, 0, "here", "abc", target)._newest()[1]
+
+    target = StateTarget(steps.abstract_state, identity(config.model))
+    copies = LocalCopies(tmp_path, 0, "here", "abc", target)
+    copies.save(state, 1, 1)
+    copies.finish()
+    assert newest()["step"] == 1
+    for changes in ({"num_heads": 2}, {"rope_theta": 5.0}, {"pad_token_id": None}):
+        assert newest(**changes) == {}
+    assert "of another tokenizer or model" in capsys.readouterr().err
