@@ -56,14 +56,40 @@ def find_files(patterns: list[str]) -> list[str]:
     """Local files that globs name, sorted, each once.
 
     baichuan_jax/... means the files that come with the program, wherever it is installed and
-    whatever the working directory is. Raises ConfigError where a glob matches no file or a file is
-    of an unknown kind.
+    whatever the working directory is. Raises ConfigError where a glob matches no file, where text
+    that it seems to mean would not be read (a folder, a broken link, an unknown kind), and where
+    two names are one file, whose text would be read twice.
     """
     # Sorted, so that the same globs give the same order on every host.
-    files = {path for pattern in patterns for path in _matches(pattern)}
+    files = sorted({path for pattern in patterns for path in _matches(pattern)})
+    # By its absolute path: a.txt and ./a.txt are one name.
+    named = {os.path.abspath(path): path for path in reversed(files)}
+    found: dict[tuple[int, ...], str] = {}
     for path in files:
         _require_known(path)
-    return sorted(files)
+        if named[os.path.abspath(path)] != path:
+            continue
+        state = os.stat(path)
+        # Size and time too: some network file systems give several files one number.
+        identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        other = found.setdefault(identity, path)
+        if other != path:
+            raise ConfigError(
+                f"{other} and {path} are the same file, by a link: its text would be read twice; "
+                "name one of them"
+            )
+    return list(found.values())
+
+
+def count_hidden_files(patterns: list[str]) -> int:
+    """Local text files that globs leave out only because a name in their path begins with a dot."""
+    hidden: set[str] = set()
+    for pattern in patterns:
+        if "://" not in pattern:
+            own = _own(pattern)
+            every = set(glob.glob(own, recursive=True, include_hidden=True))
+            hidden |= every - set(glob.glob(own, recursive=True))
+    return sum(os.path.isfile(path) and kind_of(path) in KINDS for path in hidden)
 
 
 def find_inputs(patterns: list[str]) -> dict[str, int]:
@@ -87,19 +113,61 @@ def find_inputs(patterns: list[str]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _matches(pattern: str) -> list[str]:
-    own = pattern
+def _own(pattern: str) -> str:
+    """A glob, with the folder that the package lies in before baichuan_jax/."""
     if pattern.startswith("baichuan_jax/"):
-        own = os.path.join(glob.escape(str(INSTALLED)), pattern)
-    found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
+        return os.path.join(glob.escape(str(INSTALLED)), pattern)
+    return pattern
+
+
+def _matches(pattern: str) -> list[str]:
+    found, folders = [], []
+    for path in glob.glob(_own(pattern), recursive=True):
+        if os.path.isdir(path):
+            folders.append(path)
+        elif os.path.isfile(path):
+            found.append(path)
+        else:
+            # Of a link whose target is gone only the name is left.
+            what = "a broken link" if os.path.islink(path) else "no regular file"
+            raise ConfigError(f"{path} is {what} and matches {pattern!r}; mend or remove it")
     if not found:
-        raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
+        hint = ""
+        if folders:
+            example = os.path.join(glob.escape(folders[0]), "*.jsonl")
+            hint = f"; {folders[0]} is a folder: name its files, such as {example!r}"
+        raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()}){hint}")
+    _refuse_unread_folders(pattern, folders, found)
     return found
+
+
+def _refuse_unread_folders(pattern: str, folders: list[str], found: list[str]) -> None:
+    """Raises ConfigError where a glob matches a folder of text files of which it matches none."""
+    read = {os.path.dirname(path) for path in found}
+    seen: set[str] = set()
+    # Outer folders first: with ** the inner ones are matched too, and are not looked at again.
+    for folder in sorted(folder.rstrip("/") for folder in folders):
+        for parent, inner, names in os.walk(folder):
+            if parent in seen:
+                inner.clear()
+                continue
+            seen.add(parent)
+            # As a glob does, which matches no hidden name.
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            text = next((n for n in names if kind_of(n) in KINDS and not n.startswith(".")), None)
+            if text is not None and parent not in read:
+                alone = os.path.join(os.path.dirname(pattern), f"*{kind_of(found[0])}*")
+                raise ConfigError(
+                    f"{pattern!r} matches the folder {folder} and not its files, such as "
+                    f"{os.path.join(parent, text)}: name files alone, such as {alone!r}, or those "
+                    "of all folders, with **/*"
+                )
 
 
 def _require_known(path: str) -> None:
     if kind_of(path) not in KINDS:
-        raise ConfigError(f"{path}: {EXPECTED}")
+        # Names differ in case too: .TXT is another kind to this program.
+        raise ConfigError(f"{path}: its kind is {kind_of(path) or 'not named'!r}; {EXPECTED}")
 
 
 def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:
