@@ -36,6 +36,7 @@ _NAMES = {
     float: "a number",
     list: "a list",
     dict: "an object",
+    str: "a string",
     bytes: "bytes",
 }
 # Rows of a Parquet file that are converted at once: few, since a row may hold a book.

@@ -142,6 +142,8 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
         for caution in tables.cautions(result):
             display.say(caution, style="yellow")
     else:
+        for counted in tables.left_out(result):
+            display.say(counted, style="yellow")
         display.say(f"no public answers: hand in {output / 'submission.json'}")
     if work.seconds:
         display.say(
@@ -157,11 +159,16 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     contexts = parse_contexts(options.context)
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
-    tokens = read_stream(documents, tokenizer, options.max_tokens)
+    tokens, counts = read_stream(documents, tokenizer, options.max_tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
     display = Display(active=first)
-    display.say(f"{len(tokens):,} tokens of text")
+    display.say(
+        f"{len(tokens):,} tokens of text: {counts['documents']:,} documents "
+        f"({counts['empty_documents']:,} empty)"
+    )
+    if counts["text_cut"]:
+        display.say("the text goes on beyond --max_tokens, and is not read", style="yellow")
     settings = _settings(options, mesh)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
     # Each context length reads the whole text once.
@@ -182,6 +189,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         "tokenizer_sha256": tokenizer.hash,
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "text_tokens": len(tokens),
+        **counts,
         "version": baichuan_jax.__version__,
         "jax": jax.__version__,
     }
@@ -191,7 +199,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         write_atomically(file, content)
     write_atomically(output / "table.md", perplexity.table(rows).encode())
     perplexity.chart(rows, output / "perplexity.png")
-    columns = ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"]
+    tail = f"of the last {perplexity.TAIL}"
+    columns = ["context", "windows", "tokens left out", "perplexity", tail]
     display.table("perplexity by context length", columns, [_cells(row) for row in rows])
     display.say(f"results in {output}: table.md, perplexity.png, result.json")
     return 0
@@ -200,7 +209,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
 def _cells(row: dict[str, Any]) -> list[str]:
     """A row of the curve as text."""
     values = (row["perplexity"], row["tail_perplexity"])
-    return [f"{row['context']:,}", str(row["windows"]), *(f"{value:.3f}" for value in values)]
+    counts = (row["windows"], row["tokens_left_out"])
+    return [f"{row['context']:,}", *map(str, counts), *(f"{value:.3f}" for value in values)]
 
 
 def _parser() -> argparse.ArgumentParser:

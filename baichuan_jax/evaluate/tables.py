@@ -106,6 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
     if not result["scored"]:
         count = result["questions"]
         lines += [f"{count} questions without public answers: hand in submission.json.", ""]
+        lines += [line for counted in left_out(result) for line in (f"{counted}.", "")]
         return "\n".join(lines)
     for caution in cautions(result):
         lines += [f"{caution}.", ""]
@@ -143,7 +144,7 @@ def percent(cell: dict[str, Any] | None) -> str:
 
 
 def cautions(result: dict[str, Any]) -> list[str]:
-    """Why these scores cannot be compared with the published ones."""
+    """Why these scores may not compare with the published ones."""
     task, manifest = result["task"], result["manifest"]
     # Each is a sentence without its full stop: the console, the table and the page end it.
     asked, known = len(result["subjects"]), manifest["subjects_of_task"]
@@ -164,7 +165,32 @@ def cautions(result: dict[str, Any]) -> list[str]:
         found.append(
             "the original published neither its prompts nor which questions it drew as examples"
         )
-    return found
+    return found + left_out(result)
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """What of the files is not asked, or is asked more than once, as sentences."""
+    manifest = result["manifest"]
+    # Results of earlier versions lack some of these.
+    twins = manifest.get("twins", {})
+    of_examples = sum(map(len, manifest.get("twins_of_examples", {}).values()))
+    drawn = manifest.get("drawn_examples") is not None
+    fewer = manifest.get("prompts_with_fewer_shots", 0)
+    not_asked = "rows cannot be asked: the filter is " + str(manifest.get("filter"))
+    leaked = (
+        "questions are left out: an example is the same question"
+        if drawn
+        else "questions are asked without the example that is the same question"
+    )
+    counted = [
+        (sum(manifest.get("left_out", {}).values()), not_asked),
+        (of_examples, leaked),
+        (fewer, f"prompts have fewer than {manifest['shots']} examples"),
+        (sum(twins.get("examples", {}).values()), "examples are the same as another one"),
+        (sum(twins.get("questions", {}).values()), "questions stand in a file twice, and count so"),
+        (twins.get("subjects", 0), "questions are asked in several subjects"),
+    ]
+    return [f"{count:,} {what}" for count, what in counted if count]
 
 
 def chart(result: dict[str, Any], path: Path | str) -> None:
