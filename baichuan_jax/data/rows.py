@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers, locked
-from baichuan_jax.documents.files import Slice, count_hidden_files, find_files, make_parts
+from baichuan_jax.documents.files import Slice, count_unread, find_files, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
@@ -420,7 +420,7 @@ def _write_manifest(
     manifest = {
         "version": VERSION,
         "inputs": patterns,
-        "hidden_files": count_hidden_files(patterns),
+        "unread": count_unread(patterns),
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -444,11 +444,13 @@ def summary(rows: Rows) -> str:
     left_out = [f"{m['empty_documents']} empty"]
     if m.get("documents_dropped"):
         left_out.append(f"{m['documents_dropped']:,} in no row")
-    files = [
-        f", {m[name]:,} {name.replace('_', ' ')}{what}"
-        for name, what in (("empty_files", ""), ("hidden_files", " not read"))
-        if m.get(name)
+    unread = m.get("unread", {})
+    counted = [
+        (m.get("empty_files"), "empty files"),
+        (unread.get("hidden_files"), "hidden files not read"),
+        (unread.get("files_in_folders"), "files in matched folders not read"),
     ]
+    files = [f", {count:,} {what}" for count, what in counted if count]
     return (
         f"{m['documents']:,} documents ({', '.join(left_out)}){''.join(files)}, {m['tokens']:,} "
         f"tokens ({m['text_bytes'] / m['tokens']:.2f} bytes each), {m['rows']:,} rows of "

@@ -56,9 +56,9 @@ def find_files(patterns: list[str]) -> list[str]:
     """Local files that globs name, sorted, each once.
 
     baichuan_jax/... means the files that come with the program, wherever it is installed and
-    whatever the working directory is. Raises ConfigError where a glob matches no file, where text
-    that it seems to mean would not be read (a folder, a broken link, an unknown kind), and where
-    two names are one file, whose text would be read twice.
+    whatever the working directory is. Raises ConfigError where a glob matches no file, a broken
+    link or a file of an unknown kind, and where two names are one file, whose text would be read
+    twice.
     """
     # Sorted, so that the same globs give the same order on every host.
     files = sorted({path for pattern in patterns for path in _matches(pattern)})
@@ -81,15 +81,31 @@ def find_files(patterns: list[str]) -> list[str]:
     return list(found.values())
 
 
-def count_hidden_files(patterns: list[str]) -> int:
-    """Local text files that globs leave out only because a name in their path begins with a dot."""
+def count_unread(patterns: list[str]) -> dict[str, int]:
+    """Local text files that globs may seem to mean and leave out, for the user to see.
+
+    `hidden_files`: a name in their path begins with a dot. `files_in_folders`: they lie in a folder
+    that a glob matches, of which it matches no file. Neither is refused: a folder may be what an
+    earlier run wrote beside its input.
+    """
     hidden: set[str] = set()
+    inside: set[str] = set()
+    read: set[str] = set()
     for pattern in patterns:
-        if "://" not in pattern:
-            own = _own(pattern)
-            every = set(glob.glob(own, recursive=True, include_hidden=True))
-            hidden |= every - set(glob.glob(own, recursive=True))
-    return sum(os.path.isfile(path) and kind_of(path) in KINDS for path in hidden)
+        if "://" in pattern:
+            continue
+        shown = set(glob.glob(_own(pattern), recursive=True))
+        hidden |= set(glob.glob(_own(pattern), recursive=True, include_hidden=True)) - shown
+        read |= {os.path.abspath(path) for path in shown}
+        # With ** all files below are matched where they are meant.
+        folders = [path for path in shown if os.path.isdir(path)] if "**" not in pattern else []
+        for folder in folders:
+            for parent, inner, names in os.walk(folder):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                shown_names = (name for name in names if not name.startswith("."))
+                inside |= {os.path.abspath(os.path.join(parent, name)) for name in shown_names}
+    count = lambda paths: sum(kind_of(path) in KINDS and os.path.isfile(path) for path in paths)
+    return {"hidden_files": count(hidden), "files_in_folders": count(inside - read)}
 
 
 def find_inputs(patterns: list[str]) -> dict[str, int]:
@@ -137,31 +153,7 @@ def _matches(pattern: str) -> list[str]:
             example = os.path.join(glob.escape(folders[0]), "*.jsonl")
             hint = f"; {folders[0]} is a folder: name its files, such as {example!r}"
         raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()}){hint}")
-    _refuse_unread_folders(pattern, folders, found)
     return found
-
-
-def _refuse_unread_folders(pattern: str, folders: list[str], found: list[str]) -> None:
-    """Raises ConfigError where a glob matches a folder of text files of which it matches none."""
-    read = {os.path.dirname(path) for path in found}
-    seen: set[str] = set()
-    # Outer folders first: with ** the inner ones are matched too, and are not looked at again.
-    for folder in sorted(folder.rstrip("/") for folder in folders):
-        for parent, inner, names in os.walk(folder):
-            if parent in seen:
-                inner.clear()
-                continue
-            seen.add(parent)
-            # As a glob does, which matches no hidden name.
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            text = next((n for n in names if kind_of(n) in KINDS and not n.startswith(".")), None)
-            if text is not None and parent not in read:
-                alone = os.path.join(os.path.dirname(pattern), f"*{kind_of(found[0])}*")
-                raise ConfigError(
-                    f"{pattern!r} matches the folder {folder} and not its files, such as "
-                    f"{os.path.join(parent, text)}: name files alone, such as {alone!r}, or those "
-                    "of all folders, with **/*"
-                )
 
 
 def _require_known(path: str) -> None:

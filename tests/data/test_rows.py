@@ -78,7 +78,7 @@ def packed_apart(corpus, tokenizer, tmp_path_factory):
         rows = pack([corpus], folder, tokenizer, 32, num_workers=1)
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
-        for name in ("documents_dropped", "empty_files", "hidden_files"):
+        for name in ("documents_dropped", "empty_files", "unread"):
             content.pop(name, None)
         path.write_text(json.dumps(content))
     return Rows(rows.path)
@@ -171,7 +171,9 @@ def test_everything_is_in_a_row_or_counted(tokenizer, tmp_path, monkeypatch, see
     tokens = [token for document in documents if document for token in tokenizer.encode(document)]
     ends = len([document for document in documents if document])
     assert (m["documents"], m["empty_documents"]) == (len(documents), documents.count(""))
-    assert (m["empty_files"], m["hidden_files"]) == (empty_files, 1)
+    assert (m["empty_files"], m["unread"]["hidden_files"]) == (empty_files, 1)
+    assert f"{empty_files} empty files" in summary(rows) or not empty_files
+    assert "1 hidden files not read" in summary(rows)
     assert m["tokens"] == len(tokens) + ends == m["rows"] * 151 + m["tokens_dropped"]
     assert m["tokens_dropped"] < 151 * len(m["shards"])
     # Shard by shard: those that end in its rows, and one that goes on into its rest.
