@@ -468,7 +468,7 @@ def _parser() -> argparse.ArgumentParser:
         "pack", help="tokenize and pack text; started again, it continues where it was"
     )
     text = "JSONL (a document a line) or .txt (a document a file), also .gz, .zst; or .parquet"
-    field = "JSONL field that holds the text; outer.inner: inside another (default: text)"
+    field = "field that holds the text; outer.inner: inside another (default: text)"
     add = packing.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")

@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     text = "long documents: .txt, or JSONL (a document a line); also .gz, .zst"
     add("--text", required=True, nargs="+", metavar="GLOB", help=text)
-    add("--text_field", default="text", help="JSONL field that holds the text")
+    add("--text_field", default="text", help="field that holds the text, or outer.inner")
     lengths = "window lengths; the dots stand for the steps between"
     add("--context", default="4096,4352,...,5376", help=lengths)
     add("--max_tokens", type=at_least(1), default=1 << 20, help="of the text, from its beginning")

@@ -336,6 +336,7 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
         (["--rules.limits", "{few_leters: 0.1}"], "few_letters"),
         (["--dedup.band", "3"], "dedup.bands"),
         (["--dedup.bands", "64"], "160"),
+        (["--dedup.rows", "0"], "dedup.rows=0 must be greater than 0"),
         (["--rules.blocked_phrases", "/nowhere"], "cannot be read"),
         (["--quality.model", "/nowhere"], "holds no quality model"),
     ],
