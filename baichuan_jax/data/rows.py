@@ -82,13 +82,7 @@ class Rows:
                     f"{path} {found} and the manifest says {shard['bytes']} bytes; "
                     "delete the folder and pack again"
                 )
-        if not self._shards:
-            raise ConfigError(
-                f"{folder} holds no row: a row is {self.context_length + 1} tokens, and its text "
-                f"is {self.manifest['tokens']:,} ({self.manifest['documents']:,} documents) in "
-                f"{len(self.manifest['shards'])} shards of fewer each; give more text, or a "
-                "smaller context_length"
-            )
+        _require_rows(self.path, self.manifest)
         # With its number of rows given, no shard is opened before it is read.
         self._source = ArrayRecordDataSource(
             [f"{self.path / shard['file']}[0:{shard['rows']}]" for shard in self._shards]
@@ -176,6 +170,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has rows of version {version} and this is {VERSION}; {_HOW_TO_PACK}"
         )
     return manifest
+
+
+def _require_rows(folder: Path, manifest: dict[str, Any]) -> None:
+    if manifest["rows"] == 0:
+        raise ConfigError(
+            f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its "
+            f"text is {manifest['tokens']:,} ({manifest['documents']:,} documents) in "
+            f"{len(manifest['shards'])} shards of fewer each; give more text, or a smaller "
+            "context_length"
+        )
 
 
 def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
@@ -429,6 +433,8 @@ def _write_manifest(
         **{name: sum(record[name] for record in records) for name in names},
         "shards": described,
     }
+    # Before it is written: with more text the same folder can be packed.
+    _require_rows(folder, manifest)
     # Last: a folder with a manifest is whole.
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 

@@ -456,6 +456,11 @@ def test_text_without_a_whole_row_is_refused(tokenizer, tmp_path):
     wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shards"
     with pytest.raises(ConfigError, match=wanted):
         pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
+    # What the message advises, in the same folder.
+    assert len(pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 2, num_workers=1)) > 0
+    write(tmp_path / "a.jsonl", ["many words " * 99])
+    with pytest.raises(ConfigError, match="rows holds rows of other text or settings"):
+        pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
 
 
 def test_a_truncated_or_missing_shard_is_named_at_open(copy):
