@@ -341,7 +341,7 @@ class Shard:
             whole = len(stream) // length
             for row in stream[: whole * length].reshape(whole, length):
                 writer.write(row.tobytes())
-            before = stream[whole * length - 1] if whole else before
+            before = int(stream[whole * length - 1]) if whole else before
             left = stream[whole * length :]
             totals["rows"] += whole
             totals["tokens"] += len(pieces)
