@@ -142,7 +142,7 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
         for caution in tables.cautions(result):
             display.say(caution, style="yellow")
     else:
-        for counted in tables.left_out(result):
+        for counted in tables.left_out(result["manifest"]):
             display.say(counted, style="yellow")
         display.say(f"no public answers: hand in {output / 'submission.json'}")
     if work.seconds:
