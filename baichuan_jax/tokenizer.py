@@ -166,8 +166,8 @@ def train_tokenizer(
     room = (vocab_size - FIRST_PIECES) // 2
     if room < 1:
         raise ConfigError(
-            f"tokenizer.vocab_size={vocab_size} must exceed 261: "
-            "3 control pieces and 256 bytes come first"
+            f"tokenizer.vocab_size={vocab_size} must be at least {FIRST_PIECES + 2}: "
+            "3 control pieces and 256 bytes come first, then a character and a pair"
         )
     # SentencePiece's own character_coverage cannot go below 0.98, which a small vocabulary of
     # Chinese needs: lines are cut at the characters that get no piece instead.
@@ -435,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, measure):
         files = "JSONL (a document a line) or .txt, also .gz, .zst"
         command.add_argument("--input", required=True, nargs="+", metavar="GLOB", help=files)
-        field = "JSONL field that holds the text (default: text)"
+        field = "field that holds the text; outer.inner: inside another (default: text)"
         command.add_argument("--text_field", default="text", help=field)
     return parser
 

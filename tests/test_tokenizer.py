@@ -218,7 +218,7 @@ def test_a_vocabulary_too_large_or_too_small_is_refused_and_nothing_written(tmp_
         ):
             train_tokenizer(documents, tmp_path / "a.model", 5000)
     for size in (0, 259, 260):
-        with pytest.raises(ConfigError, match=f"vocab_size={size} must exceed"):
+        with pytest.raises(ConfigError, match=f"vocab_size={size} must be at least 261"):
             train_tokenizer(["some words"] * 9, tmp_path / "a.model", size)
     assert not list(tmp_path.iterdir())
 
@@ -305,5 +305,5 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
         rf"Compress Rate +│ +{rate} +│ +{rate} +│", printed
     )  # the original's layout: a column a model
     assert re.search(r"Vocab Size +│ +512 +│ +512 +│", printed)
-    with pytest.raises(ConfigError, match=r"text\.jsonl, line 1: .*no text in field 'text'"):
+    with pytest.raises(ConfigError, match=r"text\.jsonl, line 1: .*there is no field 'text'"):
         main(["stats", "--model", model, "--input", text])

@@ -251,7 +251,8 @@ class DataConfig:
     """The same for the validation loss; must share no document with the training text. Weights are
     ignored: rows are read in order."""
     text_field: str = "text"
-    """The JSONL field that holds a document's text."""
+    """The JSONL field or Parquet column that holds a document's text; outer.inner: a field inside
+    another."""
     cache_dir: str = "cache"
     """Folder of trained tokenizers and packed rows, which later runs on the same text use again."""
     # Off as in the original, whose rows join documents with EOS and nothing else.

@@ -17,7 +17,7 @@ from typing import Any
 
 from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
+from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, plan_parts, summary
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.hf.source import find_tokenizer
@@ -171,9 +171,7 @@ def _find_rows(
 ) -> Rows:
     if agree(f"whether {name} is packed", lambda: _is_packed(path)):
         return _packed_rows(path, tokenizer, config.train.context_length)
-    files = find_files([path])
-    settings = (tokenizer.hash, config.train.context_length, config.data.text_field)
-    folder = Path(config.data.cache_dir) / f"rows-{_agreed_name(name, files, *settings)}"
+    folder = _rows_folder(config, name, find_files([path]), tokenizer)
     if not writer:
         _wait_for(folder / MANIFEST)
     # The name is a hash of everything, so rows under it are the right ones.
@@ -191,6 +189,32 @@ def _find_rows(
     )
     say(f"packed {path}: {summary(rows)}")
     return rows
+
+
+def _rows_folder(config: Config, name: str, files: list[str], tokenizer: Tokenizer) -> Path:
+    """Where the rows of these files are kept: a name for the files and all that packing takes."""
+    settings = (tokenizer.hash, config.train.context_length, config.data.text_field)
+    cache = Path(config.data.cache_dir)
+    folder = cache / f"rows-{_agreed_name(name, files, *settings)}"
+    # Earlier versions packed every file alone. Where small files are joined now the rows are other
+    # ones, with another name; a run that was trained on the earlier ones goes on with them.
+    joined = any(len(part) > 1 for part in plan_parts(files))
+    if joined and not agree(f"{name} of before", lambda: (folder / MANIFEST).exists()):
+        return cache / f"rows-{_agreed_name(f'{name}, joined', files, *settings, 'joined')}"
+    return folder
+
+
+def validation_in_training(config: Config) -> list[str]:
+    """Files, and folders of packed rows, that are both in data.train and in data.validation."""
+
+    def named(corpora: dict[str, float]) -> set[str]:
+        return {
+            os.path.realpath(file)
+            for path in corpora
+            for file in ([path] if _is_packed(path) else find_files([path]))
+        }
+
+    return sorted(named(config.data.train) & named(config.data.validation))
 
 
 def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:

@@ -507,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     worst = "texts of lowest score to print of each file (default: 3)"
     add("--worst", type=at_least(0), default=3, help=worst)
     for command in (training, scoring):
-        field = "JSONL field that holds the text (default: text)"
+        field = "field that holds the text; outer.inner: inside another (default: text)"
         command.add_argument("--text_field", default="text", help=field)
         command.add_argument("--json", type=writable_file, metavar="FILE", help="save the results")
     return parser
@@ -548,7 +548,10 @@ def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any
             found = score(batch, options.model)
             scores.append(found)
             lowest = sorted([*lowest, *zip(found.tolist(), batch, strict=True)])[: options.worst]
+        # In the table too: a file that is missing there would look like a file that is fine.
         if not scores:
+            table.add_row(path, "0", *("-" for _ in ("mean", *quantiles)))
+            results[path] = {"texts": 0}
             continue
         values = np.concatenate(scores)
         mean = float(values.mean())

@@ -1,9 +1,10 @@
 """Packed rows: documents as tokens, joined with EOS and cut into rows of context_length + 1 tokens.
 
 Input: text files and a tokenizer. Output: a folder of ArrayRecord shards, whose rows can be read in
-any order, with a manifest that counts them. Every slice of the input (documents/files.py) becomes
-one shard, whatever the number of processes. The tokens left at a shard's end do not fill a row and
-are dropped, and counted. A killed run continues with the shards that are missing (runner.py).
+any order, with a manifest that counts them. Slices of the input (documents/files.py) become shards,
+whatever the number of processes: a large file several, small files that follow each other one, in
+which rows continue over their borders. The tokens left at a shard's end do not fill a row and are
+dropped, and counted. A killed run continues with the shards that are missing (runner.py).
 
 `python -m baichuan_jax.data.rows pack|show|verify`
 """
@@ -28,20 +29,34 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
-from baichuan_jax.documents.files import Slice, find_files, split_files
-from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.documents.files import Slice, count_unread, find_files, make_parts
+from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
+from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 VERSION = 1
-# Bytes of an uncompressed file that become one shard: a minute of work, which a kill costs at most.
+# Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
 # Another number moves the shards' borders, and rows that were packed before are not found again.
 SHARD_BYTES = 64 << 20
 # Characters given to the tokenizer in one call: enough for its threads, little memory.
 TEXT_AT_ONCE = 1 << 20
+# More than this share of the tokens is more than the rests of a few shards: the user is warned.
+MANY_DROPPED = 0.01
+# What the manifest counts. The last two are not in the records of earlier versions.
+COUNTS = (
+    "documents",
+    "empty_documents",
+    "text_bytes",
+    "tokens",
+    "tokens_dropped",
+    "rows",
+    "documents_dropped",
+    "empty_files",
+)
 _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
 
 
@@ -68,11 +83,7 @@ class Rows:
                     f"{path} {found} and the manifest says {shard['bytes']} bytes; "
                     "delete the folder and pack again"
                 )
-        if not self._shards:
-            raise ConfigError(
-                f"{folder} holds no row: its text has fewer than {self.context_length + 1} tokens "
-                "a part; give more text, or a smaller context_length"
-            )
+        _require_rows(self.path, self.manifest)
         # With its number of rows given, no shard is opened before it is read.
         self._source = ArrayRecordDataSource(
             [f"{self.path / shard['file']}[0:{shard['rows']}]" for shard in self._shards]
@@ -109,9 +120,33 @@ class Rows:
         return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
 
     @property
+    def warning(self) -> str | None:
+        """What to say of rows that leave out more of their text than the rests of a few shards."""
+        m = self.manifest
+        tokens, dropped, whole = m["tokens"], m["tokens_dropped"], m.get("documents_dropped")
+        if dropped <= MANY_DROPPED * tokens:
+            return None
+        # Earlier versions did not count them, and packed every file alone.
+        documents = "" if whole is None else f", and {whole:,} documents with all their tokens"
+        advice = "give more text, or a smaller context_length"
+        if whole is None and len(m["shards"]) > 1:
+            advice = (
+                "an earlier version packed every file alone; a run that was trained on these rows "
+                "goes on with them, and for a new run delete the folder: files are joined now"
+            )
+        return (
+            f"{self.path} leaves out {dropped / tokens:.1%} of its text: {dropped:,} of "
+            f"{tokens:,} tokens did not fill the last row of a shard{documents}; {advice}"
+        )
+
+    @property
     def counts(self) -> np.ndarray:
         """How often each token occurs in the text: [vocab_size] int64."""
         return np.load(self.path / "counts.npy")
+
+    def are_of(self, shards: list["Shard"]) -> bool:
+        """Whether these shards, as they would be made now, are all that the folder holds."""
+        return len(shards) == len(self.manifest["shards"]) and all(s.is_done() for s in shards)
 
     def verify(self) -> None:
         """Compare every shard's checksum with the manifest. Raises ConfigError at a difference."""
@@ -144,6 +179,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _require_rows(folder: Path, manifest: dict[str, Any]) -> None:
+    if manifest["rows"] == 0:
+        raise ConfigError(
+            f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its "
+            f"text is {manifest['tokens']:,} ({manifest['documents']:,} documents) in "
+            f"{len(manifest['shards'])} shards of fewer each; give more text, or a smaller "
+            "context_length"
+        )
+
+
 def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
     """Entropy of one token of a weighted mixture, in nats: the loss of knowing frequencies alone.
 
@@ -172,11 +217,13 @@ def pack(
     """
     require(context_length > 0, f"context_length={context_length} must be greater than 0")
     folder = Path(folder)
-    sizes = {path: os.path.getsize(path) for path in find_files(patterns)}
-    shards = [
-        Shard(piece, folder, number, tokenizer.path, tokenizer.hash, context_length, text_field)
-        for number, piece in enumerate(split_files(sizes, SHARD_BYTES))
-    ]
+
+    def shards_of(parts: list[list[Slice]]) -> list[Shard]:
+        made_with = (tokenizer.path, tokenizer.hash, context_length, text_field)
+        return [Shard(part, folder, i, *made_with) for i, part in enumerate(parts)]
+
+    parts = plan_parts(find_files(patterns))
+    shards = shards_of(parts)
     # The lock lies beside the folder, which may be deleted and made again.
     lock = folder.with_name(folder.name + ".lock")
     other = "choose another folder"
@@ -184,25 +231,42 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         # Looked at under the lock: another process may have packed the folder meanwhile.
         if not (folder / MANIFEST).exists():
-            for leftover in folder.glob("*.tmp"):  # of a killed run
-                leftover.unlink()
+            _remove_leftovers(folder, shards)
             with Workers(num_workers, progress) as workers:
                 workers.finish(shards, f"packing {folder.name}", unit="shard")
             _write_manifest(folder, shards, tokenizer, context_length, patterns)
     rows = Rows(folder)
-    # A finished folder is not packed again, and may be of other text or settings.
-    if len(shards) != len(rows.manifest["shards"]) or not all(s.is_done() for s in shards):
+    # A finished folder is not packed again, and may be of other text or settings. Or an earlier
+    # version packed it, each file alone: a run that was trained on it goes on with it.
+    if not any(rows.are_of(each) for each in (shards, shards_of(apart(parts)))):
         raise ConfigError(
             f"{folder} holds rows of other text or settings; delete it, or choose another folder"
         )
     return rows
 
 
+def plan_parts(files: list[str]) -> list[list[Slice]]:
+    """The slices of files that become one shard each, in order; small files share one."""
+    return make_parts({path: os.path.getsize(path) for path in files}, SHARD_BYTES)
+
+
+def apart(parts: list[list[Slice]]) -> list[list[Slice]]:
+    """The same slices, each a shard of its own: what earlier versions made of them."""
+    return [[piece] for part in parts for piece in part]
+
+
+def _remove_leftovers(folder: Path, shards: list["Shard"]) -> None:
+    """Delete what a killed run left: unfinished files, and shards that there are no more."""
+    kept = {path for shard in shards for path in (shard.file, shard.record_file)}
+    for leftover in {*folder.glob("*.tmp"), *folder.glob("shard-*")} - kept:
+        leftover.unlink()
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One slice of the input and the shard that it becomes: a part for the runner."""
+    """Slices of the input and the shard that they become: a part for the runner."""
 
-    piece: Slice
+    pieces: list[Slice]
     folder: Path
     number: int
     # By path: a shard is pickled to the process that makes it, which loads the model itself.
@@ -228,13 +292,11 @@ class Shard:
 
     def key(self) -> dict[str, Any]:
         """What a finished shard must have been made from to be kept."""
+        first, *others = map(_described, self.pieces)
         return {
-            "path": os.path.abspath(self.piece.path),
-            "start": self.piece.start,
-            "stop": self.piece.stop,
-            "size": os.path.getsize(self.piece.path),
-            # A file that changes in place keeps its path, and may keep its size.
-            "modified_ns": os.stat(self.piece.path).st_mtime_ns,
+            # Of one slice as earlier versions wrote it, whose shards are kept.
+            **first,
+            **({"and": others} if others else {}),
             "tokenizer": self.tokenizer_hash,
             "context_length": self.context_length,
             "text_field": self.text_field,
@@ -270,36 +332,59 @@ class Shard:
         dtype = _dtype(tokenizer.vocab_size)
         length = self.context_length + 1
         counts = np.zeros(tokenizer.vocab_size, np.int64)
-        names = ("documents", "empty_documents", "text_bytes", "tokens", "rows", "tokens_dropped")
-        totals: dict[str, int] = dict.fromkeys(names, 0)
+        totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
         # Groups of one: rows are read one at a time, in any order.
         writer = ArrayRecordWriter(str(file), "group_size:1")
         left = np.zeros(0, dtype)
-        for batch in _batches(read_texts([self.piece], self.text_field), totals):
+        # The last token of the last row.
+        before = tokenizer.eos_id
+        for batch in _batches(read_strictly(self.pieces, self.text_field), totals):
             # A document is its tokens and EOS, without BOS, as the original's were.
             pieces = [
                 token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)
             ]
             stream = np.asarray(pieces, dtype)
             counts += np.bincount(stream, minlength=len(counts))
-            # Rows continue over the borders of documents and of batches.
+            # Rows continue over the borders of documents, of batches and of files.
             stream = np.concatenate([left, stream])
             whole = len(stream) // length
             for row in stream[: whole * length].reshape(whole, length):
                 writer.write(row.tobytes())
+            before = int(stream[whole * length - 1]) if whole else before
             left = stream[whole * length :]
             totals["rows"] += whole
             totals["tokens"] += len(pieces)
         writer.close()
         totals["tokens_dropped"] = len(left)
+        # Documents of which no token is in a row: all that end in the rest, but for one that began
+        # in the last row.
+        ends = int(np.count_nonzero(left == tokenizer.eos_id))
+        totals["documents_dropped"] = ends - (before != tokenizer.eos_id and ends > 0)
         return {**totals, "counts": {int(t): int(counts[t]) for t in np.flatnonzero(counts)}}
 
 
-def _batches(documents: Iterator[str], totals: dict[str, int]) -> Iterator[list[str]]:
-    """Documents that are not empty, about TEXT_AT_ONCE characters together; all are counted."""
+def _described(piece: Slice) -> dict[str, Any]:
+    """A slice of a file as it is now."""
+    state = os.stat(piece.path)
+    return {
+        "path": os.path.abspath(piece.path),
+        "start": piece.start,
+        "stop": piece.stop,
+        "size": state.st_size,
+        # A file that changes in place keeps its path, and may keep its size.
+        "modified_ns": state.st_mtime_ns,
+    }
+
+
+def _batches(entries: Iterator[Document | Problem], totals: dict[str, int]) -> Iterator[list[str]]:
+    """Texts that are not empty, about TEXT_AT_ONCE characters together; all are counted."""
     batch: list[str] = []
     size = 0
-    for document in documents:
+    for entry in entries:
+        if isinstance(entry, Problem):
+            totals["empty_files"] += 1
+            continue
+        document = entry.text
         totals["documents"] += 1
         totals["text_bytes"] += len(document.encode())
         # It would be a lone EOS in a row.
@@ -334,11 +419,13 @@ def _write_manifest(
     content = io.BytesIO()
     np.save(content, counts)
     write_atomically(folder / "counts.npy", content.getvalue())
-    names = ("documents", "empty_documents", "text_bytes", "tokens", "tokens_dropped", "rows")
+    # A shard that an earlier version made lacks some counts, and so does their sum.
+    names = [name for name in COUNTS if all(name in record for record in records)]
     described = [
         {
             "file": shard.file.name,
-            "from": shard.piece.path,
+            "from": shard.pieces[0].path,
+            **({"slices": len(shard.pieces)} if len(shard.pieces) > 1 else {}),
             **{name: record[name] for name in ("rows", "bytes", "sha256")},
         }
         for shard, record in zip(shards, records, strict=True)
@@ -346,6 +433,7 @@ def _write_manifest(
     manifest = {
         "version": VERSION,
         "inputs": patterns,
+        "unread": count_unread(patterns),
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -355,6 +443,8 @@ def _write_manifest(
         **{name: sum(record[name] for record in records) for name in names},
         "shards": described,
     }
+    # Before it is written: with more text the same folder can be packed.
+    _require_rows(folder, manifest)
     # Last: a folder with a manifest is whole.
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
@@ -365,12 +455,23 @@ def _checksum(path: Path) -> str:
 
 
 def summary(rows: Rows) -> str:
-    """One line on what was packed and what was dropped."""
+    """One line on what was packed and what was left out."""
     m = rows.manifest
+    left_out = [f"{m['empty_documents']} empty"]
+    if m.get("documents_dropped"):
+        left_out.append(f"{m['documents_dropped']:,} in no row")
+    unread = m.get("unread", {})
+    counted = [
+        (m.get("empty_files"), "empty files"),
+        (unread.get("hidden_files"), "hidden files not read"),
+        (unread.get("files_in_folders"), "files in matched folders not read"),
+    ]
+    files = [f", {count:,} {what}" for count, what in counted if count]
     return (
-        f"{m['documents']:,} documents ({m['empty_documents']} empty), {m['tokens']:,} tokens "
-        f"({m['text_bytes'] / m['tokens']:.2f} bytes each), {m['rows']:,} rows of "
-        f"{m['context_length']} + 1; {m['tokens_dropped']} tokens did not fill a last row"
+        f"{m['documents']:,} documents ({', '.join(left_out)}){''.join(files)}, {m['tokens']:,} "
+        f"tokens ({m['text_bytes'] / m['tokens']:.2f} bytes each), {m['rows']:,} rows of "
+        f"{m['context_length']} + 1; {m['tokens_dropped']:,} tokens "
+        f"({m['tokens_dropped'] / m['tokens']:.2%}) did not fill a last row"
     )
 
 
@@ -382,8 +483,8 @@ def _parser() -> argparse.ArgumentParser:
     packing = commands.add_parser(
         "pack", help="tokenize and pack text; started again, it continues where it was"
     )
-    text = "JSONL (a document a line) or .txt, also .gz, .zst; or .parquet"
-    field = "JSONL field that holds the text (default: text)"
+    text = "JSONL (a document a line) or .txt (a document a file), also .gz, .zst; or .parquet"
+    field = "field that holds the text; outer.inner: inside another (default: text)"
     add = packing.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
@@ -418,6 +519,8 @@ def main(argv: list[str]) -> int:
         seconds = time.perf_counter() - began
         m = rows.manifest
         print(f"{options.output}: {summary(rows)}")
+        if rows.warning:
+            Display().say(rows.warning, style="yellow")
         print(
             f"{seconds:.1f} s: {m['tokens'] / seconds:,.0f} tokens and "
             f"{m['text_bytes'] / seconds / 1e6:.2f} MB of text a second"

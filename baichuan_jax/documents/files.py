@@ -56,14 +56,56 @@ def find_files(patterns: list[str]) -> list[str]:
     """Local files that globs name, sorted, each once.
 
     baichuan_jax/... means the files that come with the program, wherever it is installed and
-    whatever the working directory is. Raises ConfigError where a glob matches no file or a file is
-    of an unknown kind.
+    whatever the working directory is. Raises ConfigError where a glob matches no file, a broken
+    link or a file of an unknown kind, and where two names are one file, whose text would be read
+    twice.
     """
     # Sorted, so that the same globs give the same order on every host.
-    files = {path for pattern in patterns for path in _matches(pattern)}
+    files = sorted({path for pattern in patterns for path in _matches(pattern)})
+    # By its absolute path: a.txt and ./a.txt are one name.
+    named = {os.path.abspath(path): path for path in reversed(files)}
+    found: dict[tuple[int, ...], str] = {}
     for path in files:
         _require_known(path)
-    return sorted(files)
+        if named[os.path.abspath(path)] != path:
+            continue
+        state = os.stat(path)
+        # Size and time too: some network file systems give several files one number.
+        identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        other = found.setdefault(identity, path)
+        if other != path:
+            raise ConfigError(
+                f"{other} and {path} are the same file, by a link: its text would be read twice; "
+                "name one of them"
+            )
+    return list(found.values())
+
+
+def count_unread(patterns: list[str]) -> dict[str, int]:
+    """Local text files that globs may seem to mean and leave out, for the user to see.
+
+    `hidden_files`: a name in their path begins with a dot. `files_in_folders`: they lie in a folder
+    that a glob matches, of which it matches no file. Neither is refused: a folder may be what an
+    earlier run wrote beside its input.
+    """
+    hidden: set[str] = set()
+    inside: set[str] = set()
+    read: set[str] = set()
+    for pattern in patterns:
+        if "://" in pattern:
+            continue
+        shown = set(glob.glob(_own(pattern), recursive=True))
+        hidden |= set(glob.glob(_own(pattern), recursive=True, include_hidden=True)) - shown
+        read |= {os.path.abspath(path) for path in shown}
+        # With ** all files below are matched where they are meant.
+        folders = [path for path in shown if os.path.isdir(path)] if "**" not in pattern else []
+        for folder in folders:
+            for parent, inner, names in os.walk(folder):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                shown_names = (name for name in names if not name.startswith("."))
+                inside |= {os.path.abspath(os.path.join(parent, name)) for name in shown_names}
+    count = lambda paths: sum(kind_of(path) in KINDS and os.path.isfile(path) for path in paths)
+    return {"hidden_files": count(hidden), "files_in_folders": count(inside - read)}
 
 
 def find_inputs(patterns: list[str]) -> dict[str, int]:
@@ -87,19 +129,37 @@ def find_inputs(patterns: list[str]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _matches(pattern: str) -> list[str]:
-    own = pattern
+def _own(pattern: str) -> str:
+    """A glob, with the folder that the package lies in before baichuan_jax/."""
     if pattern.startswith("baichuan_jax/"):
-        own = os.path.join(glob.escape(str(INSTALLED)), pattern)
-    found = [path for path in glob.glob(own, recursive=True) if os.path.isfile(path)]
+        return os.path.join(glob.escape(str(INSTALLED)), pattern)
+    return pattern
+
+
+def _matches(pattern: str) -> list[str]:
+    found, folders = [], []
+    for path in glob.glob(_own(pattern), recursive=True):
+        if os.path.isdir(path):
+            folders.append(path)
+        elif os.path.isfile(path):
+            found.append(path)
+        else:
+            # Of a link whose target is gone only the name is left.
+            what = "a broken link" if os.path.islink(path) else "no regular file"
+            raise ConfigError(f"{path} is {what} and matches {pattern!r}; mend or remove it")
     if not found:
-        raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()})")
+        hint = ""
+        if folders:
+            example = os.path.join(glob.escape(folders[0]), "*.jsonl")
+            hint = f"; {folders[0]} is a folder: name its files, such as {example!r}"
+        raise ConfigError(f"{pattern!r} matches no file (working directory: {os.getcwd()}){hint}")
     return found
 
 
 def _require_known(path: str) -> None:
     if kind_of(path) not in KINDS:
-        raise ConfigError(f"{path}: {EXPECTED}")
+        # Names differ in case too: .TXT is another kind to this program.
+        raise ConfigError(f"{path}: its kind is {kind_of(path) or 'not named'!r}; {EXPECTED}")
 
 
 def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:

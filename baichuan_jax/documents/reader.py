@@ -7,6 +7,9 @@ first (`read_texts`), since rows that lack a document would look like rows that 
 
 A file's kind decides which function reads it (`READERS`). A new kind is a function there that
 yields documents and problems in order, and its suffix in files.KINDS.
+
+A field is named by its name, and one inside another by both with a dot: data.text is the text of
+{"data": {"text": ...}}. A field whose own name has the dot comes first.
 """
 
 import hashlib
@@ -23,6 +26,19 @@ from baichuan_jax.documents.storage import DAMAGE, open_binary, pyarrow_for
 # Problems of a whole file. All other problems stand for one document each.
 EMPTY = "empty_file"
 UNREADABLE = "unreadable"
+# What a record has instead of a field that it lacks; None is a field that is null.
+MISSING = object()
+# What JSON calls a value. Parquet has other types, which are called by Python's names.
+_NAMES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    str: "a string",
+    bytes: "bytes",
+}
 # Rows of a Parquet file that are converted at once: few, since a row may hold a book.
 BATCH_ROWS = 256
 
@@ -90,19 +106,27 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
 
 
 def read_texts(pieces: Iterable[Slice], text_field: str) -> Iterator[str]:
-    """Texts of slices, in order, empty ones included.
+    """Texts of slices, in order, empty ones included. Raises ConfigError as `read_strictly` does.
 
-    Raises ConfigError at the first problem, with file and line. An empty file is no problem here:
-    nothing of it is lost.
+    An empty file gives no text: nothing of it is lost.
+    """
+    for entry in read_strictly(pieces, text_field):
+        if isinstance(entry, Document):
+            yield entry.text
+
+
+def read_strictly(pieces: Iterable[Slice], text_field: str) -> Iterator[Document | Problem]:
+    """Documents of slices, in order, and a problem for each file that is empty.
+
+    Raises ConfigError at the first other problem, with file and line.
     """
     fields = Fields(text=text_field)
     for piece in pieces:
         for entry in read_documents(piece, fields):
-            if isinstance(entry, Document):
-                yield entry.text
             # The first, not all: a corpus in another encoding has a problem in every line.
-            elif entry.reason != EMPTY:
+            if isinstance(entry, Problem) and entry.reason != EMPTY:
                 raise ConfigError(_strict_message(entry, piece))
+            yield entry
 
 
 def document_id(path: str, line: int) -> str:
@@ -116,10 +140,11 @@ def _strict_message(problem: Problem, piece: Slice) -> str:
         # and gives the line that an editor shows.
         before = count_lines(Slice(piece.path, 0, piece.start))
         problem = problem._replace(line=problem.line + before)
+    named = ""
     if problem.reason == "no_text":
-        return f"{problem}; name the field that holds the text: data.text_field, or --text_field"
+        named = "name the field that holds the text (data.text_field, or --text_field), "
     return (
-        f"{problem}; mend the file, or clean the corpus first with python -m "
+        f"{problem}; {named}mend the file, or clean the corpus first with python -m "
         "baichuan_jax.data.pipeline, which leaves out what cannot be read"
     )
 
@@ -187,7 +212,11 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
         with open_binary(piece.path) as file:
             table = pyarrow.parquet.ParquetFile(file)
             columns = table.schema_arrow.names
-            wanted = [name for name in (fields.text, fields.id, fields.source) if name in columns]
+            if len(set(columns)) < len(columns):
+                raise OSError(f"two columns have the same name: {sorted(columns)}")
+            # Of a column that is a struct only the field that is asked for is read. pyarrow takes
+            # the same dotted names, and leaves out those that the file has not.
+            wanted = [name for name in (fields.text, fields.id, fields.source) if name]
             stop = table.num_row_groups if piece.stop is None else piece.stop
             groups = list(range(piece.start, stop))
             # Columns that are not asked for are not read, which is most of the time saved.
@@ -222,19 +251,54 @@ def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Do
     return _document(record, record, path, number, fields, stem)
 
 
+def _field(record: dict[str, Any], name: str) -> Any:
+    """What a record holds in a field, by its name or as outer.inner; MISSING where it has none."""
+    if name in record:
+        return record[name]
+    # From the longest outer name on: a name with a dot of its own comes before a field inside
+    # another.
+    for place in reversed([i for i, letter in enumerate(name) if letter == "."]):
+        outer = record.get(name[:place])
+        if isinstance(outer, dict):
+            found = _field(outer, name[place + 1 :])
+            if found is not MISSING:
+                return found
+    return MISSING
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value is, in JSON's words: "a number", "null"."""
+    return _NAMES.get(type(value), f"of type {type(value).__name__}")
+
+
+def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
+    """Why a record's field is no text; `names`: all fields that there are."""
+    value = _field(record, name)
+    if isinstance(value, dict):
+        inside = ", ".join(f"{name}.{inner}" for inner in list(value)[:5])
+        return f"field {name!r} is an object, expected a string; inside it are: {inside or '-'}"
+    if value is not MISSING:
+        return f"field {name!r} is {kind_of_value(value)}, expected a string"
+    outer, dot, _ = name.rpartition(".")
+    around = _field(record, outer) if dot else MISSING
+    if around is not MISSING and not isinstance(around, dict):
+        return f"field {outer!r} is {kind_of_value(around)}, so there is no field {name!r}"
+    return f"there is no field {name!r} (there are: {sorted(names)})"
+
+
 def _document(
     record: dict[str, Any], names: Iterable[str], path: str, line: int, fields: Fields, stem: str
 ) -> Document | Problem:
     """A record with what its fields hold; `names`: all fields that there are, for the message."""
-    name = record.get(fields.id) if fields.id else None
+    name = _field(record, fields.id) if fields.id else None
     # True and False are ints in Python, and no ids.
     is_id = isinstance(name, str | int) and not isinstance(name, bool) and str(name)
     identity = str(name) if is_id else None
-    source = record.get(fields.source) if fields.source else None
+    source = _field(record, fields.source) if fields.source else None
     source = source if isinstance(source, str) and source else stem
-    text = record.get(fields.text)
+    text = _field(record, fields.text)
     if not isinstance(text, str):
-        detail = f"no text in field {fields.text!r} (it has: {sorted(names)})"
+        detail = _no_text(record, names, fields.text)
         return Problem(path, line, "no_text", detail, identity, source)
     # JSON can hold what UTF-8 cannot; it would fail where the text is written, far from its line.
     try:

@@ -164,6 +164,8 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
         for caution in tables.cautions(result):
             display.say(caution, style="yellow")
     else:
+        for counted in tables.left_out(result["manifest"]):
+            display.say(counted, style="yellow")
         display.say(f"no public answers: hand in {output / 'submission.json'}")
     if work.seconds:
         display.say(
@@ -179,13 +181,18 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     contexts = parse_contexts(options.context)
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
-    tokens = read_stream(documents, tokenizer, options.max_tokens)
+    tokens, counts = read_stream(documents, tokenizer, options.max_tokens)
     require_same("--text", hashlib.sha256(tokens.tobytes()).hexdigest())
     check_contexts(contexts, tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
     display = Display(active=first)
-    display.say(f"{len(tokens):,} tokens of text")
+    display.say(
+        f"{len(tokens):,} tokens of text: {counts['documents']:,} documents "
+        f"({counts['empty_documents']:,} empty)"
+    )
+    if counts["text_cut"]:
+        display.say("the text goes on beyond --max_tokens, and is not read", style="yellow")
     source = read_source(options.checkpoint)
     settings = _settings(options, mesh, source)
     model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
@@ -208,6 +215,7 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         "context_length": source.context_length,
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "text_tokens": len(tokens),
+        **counts,
         "version": baichuan_jax.__version__,
         "jax": jax.__version__,
     }
@@ -217,7 +225,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
         write_atomically(file, content)
     write_atomically(output / "table.md", perplexity.table(rows).encode())
     perplexity.chart(rows, output / "perplexity.png")
-    columns = ["context", "windows", "perplexity", f"of the last {perplexity.TAIL}"]
+    tail = f"of the last {perplexity.TAIL}"
+    columns = ["context", "windows", "tokens left out", "perplexity", tail]
     display.table("perplexity by context length", columns, [_cells(row) for row in rows])
     display.say(f"results in {output}: table.md, perplexity.png, result.json")
     return 0
@@ -226,7 +235,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
 def _cells(row: dict[str, Any]) -> list[str]:
     """A row of the curve as text."""
     values = (row["perplexity"], row["tail_perplexity"])
-    return [f"{row['context']:,}", str(row["windows"]), *(f"{value:.3f}" for value in values)]
+    counts = (row["windows"], row["tokens_left_out"])
+    return [f"{row['context']:,}", *map(str, counts), *(f"{value:.3f}" for value in values)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     text = "long documents: .txt, or JSONL (a document a line); also .gz, .zst"
     add("--text", required=True, nargs="+", metavar="GLOB", help=text)
-    add("--text_field", default="text", help="JSONL field that holds the text")
+    add("--text_field", default="text", help="field that holds the text, or outer.inner")
     lengths = "window lengths; the dots stand for the steps between"
     add("--context", default="4096,4352,...,5376", help=lengths)
     add("--max_tokens", type=at_least(1), default=1 << 20, help="of the text, from its beginning")

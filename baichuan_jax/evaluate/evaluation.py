@@ -28,6 +28,7 @@ from baichuan_jax.evaluate.prompts import (
 from baichuan_jax.evaluate.results import Record, Results, score_prompts, summarise
 from baichuan_jax.evaluate.scoring import Scorer
 from baichuan_jax.evaluate.tasks import SPLITS, Subject, known_subjects, load_subjects
+from baichuan_jax.evaluate.twins import count_twins
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -107,6 +108,17 @@ class Evaluation:
             "data_sha256": data_hash,
             "tokenizer_sha256": tokenizer.hash,
         }
+        # Only where there are some: an evaluation that an earlier version began goes on where no
+        # prompt is another.
+        if twins := _twins_of_examples(plan.task, self.subjects):
+            self.settings["twins_of_examples"] = twins
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """For the manifest: rows of the files, and questions that stand in them more than once."""
+        rows = {subject.name: subject.rows for subject in self.subjects}
+        named = [(each.name, each.examples, each.questions) for each in self.subjects]
+        return {"rows": rows, "twins": count_twins(named)}
 
     @property
     def num_questions(self) -> int:
@@ -180,7 +192,7 @@ def evaluate(
         "task": evaluation.plan.task,
         "protocol": evaluation.plan.protocol,
         **evaluation.summarise(records),
-        "manifest": settings | _prompt_facts(records, evaluation.plan.shots),
+        "manifest": settings | evaluation.counts | _prompt_facts(records, evaluation.plan.shots),
     }
     results.finish(result, records)
     return result
@@ -200,8 +212,28 @@ def _prompt_facts(records: list[Record], shots: int) -> dict[str, Any]:
     }
 
 
+def _twins_of_examples(task: str, subjects: list[Subject]) -> dict[str, list[int]]:
+    """By subject, rows that are the same question as an example.
+
+    Where examples are drawn they are not asked; else they are asked without that example.
+    """
+    found: dict[str, list[int]] = {}
+    for subject in subjects:
+        asked = {question.row for question in subject.questions}
+        # Beyond the limit nothing is asked, with or without an example.
+        rows = [row for row in subject.twins if _draws(task) or row in asked]
+        if rows:
+            found[subject.name] = rows
+    return found
+
+
+def _draws(task: str) -> bool:
+    """Whether a seed draws the examples of a task from its questions."""
+    return task in ("agieval", "gaokao")
+
+
 def _drawn_examples(task: str, subjects: list[Subject]) -> dict[str, list[int]] | None:
     """Rows that a seed drew as examples; None where the examples are files of their own."""
-    if task not in ("agieval", "gaokao"):
+    if not _draws(task):
         return None
     return {subject.name: [example.row for example in subject.examples] for subject in subjects}

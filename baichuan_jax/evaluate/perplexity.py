@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.evaluate.scoring import default_batch_tokens
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, Transformer, matmul_precision
@@ -32,21 +32,36 @@ TAIL = 256  # tokens at a window's end whose perplexity is also given apart
 CHUNK = 1024  # tokens whose logits exist at once
 
 
-def read_stream(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
-    """The first max_tokens tokens of the documents, joined with EOS: int32."""
+def read_stream(
+    documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The first max_tokens tokens of the documents, joined with EOS: int32; and what was read.
+
+    Counts: documents, empty_documents (left out, as packing does), and text_cut: whether text is
+    left that was not read.
+    """
     parts: list[int] = []
+    counts = {"documents": 0, "empty_documents": 0, "text_cut": False}
     for document in documents:
+        if len(parts) >= max_tokens:
+            counts["text_cut"] = True
+            break
+        counts["documents"] += 1
+        # It would be a lone EOS.
+        if not document:
+            counts["empty_documents"] += 1
+            continue
         # As packing does: the model has seen this token between all documents.
         parts += [*tokenizer.encode(document), tokenizer.eos_id]
-        if len(parts) >= max_tokens:
-            break
-    return np.array(parts[:max_tokens], np.int32)
+    counts["text_cut"] |= len(parts) > max_tokens
+    return np.array(parts[:max_tokens], np.int32), counts
 
 
 def check_contexts(contexts: list[int], tokens: np.ndarray) -> None:
     """Raise ConfigError where a window does not fit the text."""
     for context in contexts:
-        if not 2 <= context <= len(tokens):
+        require(context >= 2, f"context={context} must be at least 2: a window predicts a token")
+        if context > len(tokens):
             raise ConfigError(
                 f"a window of {context} tokens does not fit a text of {len(tokens)}: "
                 "give more text, or shorter contexts"
@@ -64,9 +79,9 @@ def perplexity_curve(
 ) -> list[dict[str, Any]]:
     """A row for each context length.
 
-    Keys: context, windows, tokens (predicted), loss (nats), perplexity, tail_perplexity. on_done is
-    called with the number of newly predicted tokens. Raises ConfigError where the text is shorter
-    than a window.
+    Keys: context, windows, tokens (predicted), tokens_left_out (of the text's end, which fill no
+    window), loss (nats), perplexity, tail_perplexity. on_done is called with the number of newly
+    predicted tokens. Raises ConfigError where the text is shorter than a window.
     """
     layout = None if mesh is None else Layout(mesh)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -74,7 +89,7 @@ def perplexity_curve(
     rows = []
     check_contexts(contexts, tokens)
     for context in contexts:
-        # What is left at the end is shorter than a window, and is not used.
+        # What is left at the end is shorter than a window: it is not used, and counted.
         windows = tokens[: len(tokens) // context * context].reshape(-1, context)
         # At least one window a device, however long it is.
         B = max(1, (batch_tokens or default_batch_tokens()) // context) * shards
@@ -92,6 +107,7 @@ def perplexity_curve(
                 "context": context,
                 "windows": len(windows),
                 "tokens": count,
+                "tokens_left_out": len(tokens) - windows.size,
                 "loss": total / count,
                 "perplexity": math.exp(total / count),
                 "tail_perplexity": math.exp(tail / tail_count),
@@ -168,9 +184,13 @@ def parse_contexts(text: str) -> list[int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The curve in Markdown."""
-    lines = ["| context | windows | perplexity | of the last 256 tokens |", "| -: | -: | -: | -: |"]
+    lines = [
+        "| context | windows | tokens left out | perplexity | of the last 256 tokens |",
+        "| -: | -: | -: | -: | -: |",
+    ]
     lines += [
-        f"| {r['context']} | {r['windows']} | {r['perplexity']:.3f} | {r['tail_perplexity']:.3f} |"
+        f"| {r['context']} | {r['windows']} | {r['tokens_left_out']} | {r['perplexity']:.3f} | "
+        f"{r['tail_perplexity']:.3f} |"
         for r in rows
     ]
     return "\n".join([*lines, ""])

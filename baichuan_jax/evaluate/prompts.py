@@ -19,6 +19,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.questions import LETTERS, Question
 from baichuan_jax.evaluate.subjects import CEVAL_LM_EVAL
 from baichuan_jax.evaluate.tasks import Subject, order_key
+from baichuan_jax.evaluate.twins import twin_key
 from baichuan_jax.tokenizer import Tokenizer
 
 Protocol = Literal["original", "lm-eval"]
@@ -166,7 +167,12 @@ def _shots(
     if shot_order == "shuffled":
         key = f"{seed}/{subject.name}/{question.row}"
         order.sort(key=lambda number: order_key(key, number))
-    return [subject.examples[number] for number in order[:shots]]
+    examples = [subject.examples[number] for number in order]
+    if question.row in subject.twins:
+        # Its answer would stand in its own prompt. The other examples keep their order, and a test
+        # that has a spare one shows that.
+        examples = [each for each in examples if twin_key(each) != twin_key(question)]
+    return examples[:shots]
 
 
 def _last_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

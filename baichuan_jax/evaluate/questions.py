@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents.reader import kind_of_value
 
 LETTERS = "ABCD"
 
@@ -65,10 +66,14 @@ def read_ceval(path: Path) -> File:
     # An empty file has an empty header, and is refused with it.
     (line, header), *rows = list(_csv_rows(path)) or [(1, [])]
     needed = ["id", "question", *LETTERS]
-    if [column for column in needed if column not in header]:
+    missing = [column for column in needed if column not in header]
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if missing or twice:
+        # Of two columns with one name the first would be lost.
+        wrong = f"lacks {','.join(missing)}" if missing else f"has {','.join(twice)} twice"
         raise ConfigError(
-            f"{path}:{line}: the header is {_short(header)} and must have "
-            f"{','.join(needed)}[,answer]"
+            f"{path}:{line}: the header is {_short(header)}, which {wrong}; it must have "
+            f"{','.join(needed)}[,answer], each once"
         )
     found = []
     for number, (line, row) in enumerate(rows):
@@ -95,16 +100,19 @@ def read_agieval(path: Path) -> File:
     ]
     found = []
     for index, (line, text) in enumerate(lines):
-        row = _json(text, f"{path}:{line}")
-        named = isinstance(row, dict) and {"options", "label"} <= row.keys()
-        if not named or not isinstance(row.get("question"), str):
-            raise ConfigError(
-                f"{path}:{line}: a row must have question, options and label: {text[:80]!r}"
-            )
+        where = f"{path}:{line}"
+        row = _json(text, where)
+        # Rows of other forms have options or label null, and are left out.
+        types = {"question": (str,), "options": (list, None), "label": (str, list, None)}
+        _require_fields(row, types | {"passage": (str, None)}, where, optional=("passage",))
         options, label = row["options"], row["label"]
-        labels = list(label) if isinstance(label, list) else [label]
-        four = isinstance(options, list) and len(options) == len(LETTERS)
-        if not four or len(labels) != 1 or len(labels[0] or "") != 1:
+        labels = label if isinstance(label, list) else [label]
+        for each in [*(options or []), *labels]:
+            if not isinstance(each, str | None):
+                raise ConfigError(f"{where}: options and label must be strings, not {each!r}")
+        if options is None or len(options) != len(LETTERS) or None in options:
+            continue
+        if len(labels) != 1 or len(labels[0] or "") != 1:
             continue
         # null in many rows.
         passage = row.get("passage") or ""
@@ -122,12 +130,8 @@ def read_gaokao(path: Path) -> File:
         raise ConfigError(f'{path} must be {{"example": [...]}} with a list of questions')
     found = []
     for index, row in enumerate(rows):
-        named = isinstance(row, dict) and isinstance(row.get("question"), str)
-        if not named or not isinstance(row.get("answer"), list):
-            raise ConfigError(
-                f"{path}, example {index}: a question must have the text question and the list "
-                "answer"
-            )
+        types = {"question": (str,), "answer": (list,)}
+        _require_fields(row, types, f"{path}, example {index}")
         # Questions with several right letters, or several parts, are not asked.
         answer = row["answer"]
         if len(answer) == 1 and len(str(answer[0])) == 1:
@@ -147,11 +151,37 @@ READERS: dict[str, Callable[[Path], File]] = {
 def read_answers(path: Path) -> dict[str, dict[str, str]]:
     """{subject: {id: letter}} of a file of answers."""
     found = _json(_text(path), str(path))
-    if not isinstance(found, dict) or not all(isinstance(group, dict) for group in found.values()):
-        raise ConfigError(
-            f'{path} must be {{"subject": {{"0": "A", ...}}, ...}}, as C-Eval\'s submissions are'
-        )
+    groups = found if isinstance(found, dict) else {"the file": found}
+    for name, group in groups.items():
+        if not isinstance(group, dict) or not isinstance(found, dict):
+            raise ConfigError(
+                f'{path} must be {{"subject": {{"0": "A", ...}}, ...}}, as C-Eval\'s submissions '
+                f"are: {name} is {kind_of_value(group)}"
+            )
     return found
+
+
+def _require_fields(
+    row: Any, types: dict[str, tuple], where: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise ConfigError where a row is no object or a field is missing or of another type.
+
+    types: the allowed types of each field; None stands for null.
+    """
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a row is {kind_of_value(row)}, expected an object")
+    for name, allowed in types.items():
+        if name not in row:
+            if name in optional:
+                continue
+            raise ConfigError(f"{where}: there is no field {name!r} (there are: {sorted(row)})")
+        value = row[name]
+        if not any(value is None if each is None else isinstance(value, each) for each in allowed):
+            wanted = {str: "a string", list: "a list", None: "null"}
+            expected = " or ".join(wanted[each] for each in allowed)
+            raise ConfigError(
+                f"{where}: field {name!r} is {kind_of_value(value)}, expected {expected}"
+            )
 
 
 def _without_letters(options: list[str]) -> tuple[str, ...]:
@@ -208,9 +238,16 @@ def _text(path: Path) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        found = json.loads(text)
+        # JSON can hold what UTF-8 cannot, half of an escaped surrogate pair. It would fail where a
+        # prompt is encoded, far from its line.
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: no text: {error}") from None
+    # A line of a hundred thousand brackets exhausts Python's stack.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: no JSON: {error}") from None
+    return found
 
 
 def _short(row: list[str]) -> str:

@@ -7,8 +7,6 @@ baichuan-inc/Baichuan-7B; report/ draws them too.
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from baichuan_jax.runs.files import save_figure
 
 # task -> columns of the original's table.
@@ -108,6 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
     if not result["scored"]:
         count = result["questions"]
         lines += [f"{count} questions without public answers: hand in submission.json.", ""]
+        lines += [line for counted in left_out(manifest) for line in (f"{counted}.", "")]
         return "\n".join(lines)
     for caution in cautions(result):
         lines += [f"{caution}.", ""]
@@ -145,7 +144,7 @@ def percent(cell: dict[str, Any] | None) -> str:
 
 
 def cautions(result: dict[str, Any]) -> list[str]:
-    """Why these scores cannot be compared with the published ones."""
+    """Why these scores may not compare with the published ones."""
     task, manifest = result["task"], result["manifest"]
     # Each is a sentence without its full stop: the console, the table and the page end it.
     asked, known = len(result["subjects"]), manifest["subjects_of_task"]
@@ -166,11 +165,38 @@ def cautions(result: dict[str, Any]) -> list[str]:
         found.append(
             "the original published neither its prompts nor which questions it drew as examples"
         )
-    return found
+    return found + left_out(manifest)
+
+
+def left_out(manifest: dict[str, Any]) -> list[str]:
+    """What of the files is not asked, or is asked more than once, as sentences."""
+    # Results of earlier versions lack some of these.
+    twins = manifest.get("twins", {})
+    of_examples = sum(map(len, manifest.get("twins_of_examples", {}).values()))
+    drawn = manifest.get("drawn_examples") is not None
+    fewer = manifest.get("prompts_with_fewer_shots", 0)
+    not_asked = "rows cannot be asked: the filter is " + str(manifest.get("filter"))
+    leaked = (
+        "questions are left out: an example is the same question"
+        if drawn
+        else "questions are asked without the example that is the same question"
+    )
+    counted = [
+        (sum(manifest.get("left_out", {}).values()), not_asked),
+        (of_examples, leaked),
+        (fewer, f"prompts have fewer than {manifest['shots']} examples"),
+        (sum(twins.get("examples", {}).values()), "examples are the same as another one"),
+        (sum(twins.get("questions", {}).values()), "questions stand in a file twice, and count so"),
+        (twins.get("subjects", 0), "questions are asked in several subjects"),
+    ]
+    return [f"{count:,} {what}" for count, what in counted if count]
 
 
 def chart(result: dict[str, Any], path: Path | str) -> None:
     """Bars as PNG: the original's columns beside Baichuan-7B's, then categories and subjects."""
+    # Not at the head of this file: training shows what a test leaves out, and has no matplotlib.
+    from matplotlib.figure import Figure
+
     cells = columns(result)
     # Wide enough for MMLU's 57 names side by side.
     parts = result["categories"] | result["subjects"]

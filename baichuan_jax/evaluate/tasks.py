@@ -8,16 +8,22 @@ gaokao   DIR/SUBJECT.json
 These are the authors' own layouts; questions.py reads the files. MMLU and C-Eval take their
 few-shot examples from dev/. The two others have one file for each subject: a seed draws the
 examples from its questions, and the rest is asked.
+
+No question is asked with its answer among the examples (twins.py). Where examples are drawn, their
+twins are not asked, as they themselves are not. MMLU's and C-Eval's authors chose which questions
+are asked: all are, and one that stands in dev/ too is asked without that example.
 """
 
 import dataclasses
 import difflib
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.questions import LETTERS, READERS, Question, read_answers
+from baichuan_jax.evaluate.twins import rows_with_twin
 
 # The split that is asked by default. The answers of C-Eval's test split are not public.
 SPLITS = {"mmlu": "test", "ceval": "val", "agieval": "all", "gaokao": "all"}
@@ -37,6 +43,10 @@ class Subject:
     questions: list[Question]
     # Rows that cannot be asked.
     left_out: int
+    # Rows of the questions' file.
+    rows: int = 0
+    # Rows that are the same question as an example; where examples are drawn they are not asked.
+    twins: tuple[int, ...] = ()
 
 
 def load_subjects(
@@ -61,8 +71,8 @@ def load_subjects(
     allowed = ("val", "test", "dev") if task in ("mmlu", "ceval") else ("all",)
     if split not in allowed:
         raise ConfigError(f"{task} has no split {split!r}; it has {', '.join(allowed)}")
-    if shots < 0 or (limit is not None and limit < 1):
-        raise ConfigError(f"shots={shots} must be 0 or more, and limit={limit} 1 or more")
+    require(shots >= 0, f"shots={shots} must be 0 or more")
+    require(limit is None or limit >= 1, f"limit={limit} must be 1 or more")
     known = known_subjects(task)
     wanted = list(known) if only is None else _choose(task, known, only)
     files = _find_files(task, folder, split, wanted)
@@ -75,12 +85,22 @@ def load_subjects(
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             # Of names and contents: the same files give the same hash in any folder.
             digest.update(f"{path.relative_to(folder)} {content}\n".encode())
-        examples, questions, left_out = _read(task, name, files[name], shots, seed)
+        read = _read(task, name, files[name], shots, seed)
         questions = [
-            _answered(question, given.get(name, {}), name, answers) for question in questions
+            _answered(question, given.get(name, {}), name, answers) for question in read.questions
         ]
-        # Cut last: the examples that a seed draws must not depend on the limit.
-        found.append(Subject(name, *known[name], examples, questions[:limit], left_out))
+        found.append(
+            Subject(
+                name,
+                *known[name],
+                examples=read.examples,
+                # Cut last: the examples that a seed draws must not depend on the limit.
+                questions=questions[:limit],
+                left_out=read.rows - read.usable,
+                rows=read.rows,
+                twins=read.twins,
+            )
+        )
     _check_answers(task, split, found, files)
     return found, digest.hexdigest()
 
@@ -129,26 +149,41 @@ def _choose(task: str, known: dict, only: list[str]) -> list[str]:
     return [name for name in known if name in only]
 
 
-def _read(
-    task: str, name: str, files: list[Path], shots: int, seed: int
-) -> tuple[list[Question], list[Question], int]:
-    """(examples, questions, rows left out) of one subject."""
+class _Read(NamedTuple):
+    """One subject's files: rows of the questions' file, those that can be asked, and a Subject's
+    examples, questions and twins."""
+
+    rows: int
+    usable: int
+    examples: list[Question]
+    questions: list[Question]
+    twins: tuple[int, ...]
+
+
+def _read(task: str, name: str, files: list[Path], shots: int, seed: int) -> _Read:
+    """The files of one subject. Raises ConfigError where they have too little."""
     *dev, file = [READERS[task](path) for path in files]
+    questions = file.questions
     if dev:
-        examples, questions = dev[0].questions, file.questions
+        examples = dev[0].questions
         if not examples or any(example.answer is None for example in examples):
-            raise ConfigError(f"{files[0]} must hold examples with answers")
+            what = "one has none" if examples else "it has no rows"
+            raise ConfigError(f"{files[0]} must hold examples with answers: {what}")
+        twins = rows_with_twin(questions, examples) if shots else ()
     else:
         # Drawn by a hash of seed and row, so that a subject's examples depend on no other subject.
         order = lambda question: order_key(f"{seed}/{task}/{name}", question.row)
-        examples = sorted(file.questions, key=order)[:shots]
-        questions = [question for question in file.questions if question not in examples]
+        examples = sorted(questions, key=order)[:shots]
+        questions = [question for question in questions if question not in examples]
+        twins = rows_with_twin(questions, examples)
+        questions = [question for question in questions if question.row not in twins]
     if len(examples) < shots:
         raise ConfigError(f"{files[0]} has {len(examples)} examples for {shots} shots")
     if not questions:
-        among = f" among {file.rows} rows that can be asked" if file.rows else ""
-        raise ConfigError(f"{files[-1]} has no questions{among}")
-    return examples, questions, file.rows - len(questions) - (0 if dev else shots)
+        counted = f"{file.rows} rows, {len(file.questions)} that can be asked"
+        drawn = "" if dev else f", {len(examples)} drawn as examples, {len(twins)} the same as one"
+        raise ConfigError(f"{files[-1]} has no questions: {counted}{drawn}")
+    return _Read(file.rows, len(file.questions), examples, questions, twins)
 
 
 def _find_files(task: str, folder: Path, split: str, wanted: list[str]) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ from baichuan_jax.evaluate.evaluation import Evaluation
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer
+from baichuan_jax.evaluate.tables import left_out
 from baichuan_jax.generate import Generator, encode_prompts
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.runs.output import Output
@@ -38,6 +39,9 @@ class Evaluator:
         # last.
         if config.sample.prompts:
             encode_prompts(prepared.tokenizer, config.sample.prompts)
+        for test in tests:
+            for counted in left_out(test.settings | test.counts):
+                output.say(f"{test.plan.task}: {counted}")
         # Made at its first use: it compiles programs of its own.
         self._scorer: Scorer | None = None
 

@@ -252,7 +252,7 @@ def check_initial_weights(config: Config) -> None:
     """
     if config.init_from is None:
         return
-    if not agree("whether the run has a checkpoint", lambda: has_checkpoint(config.run_path)):
+    if not agree("whether init_from counts", lambda: has_checkpoint(config.run_path)):
         _refuse_other_model(read_source(config.init_from), config)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import Config
-from baichuan_jax.data.prepare import Prepared
+from baichuan_jax.data.prepare import Prepared, validation_in_training
 from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.clock import EVALUATE
@@ -50,6 +50,7 @@ def record_start(
     rows = {str(rows.path): len(rows) for rows, _ in prepared.train}
     display, kernels = output.display, choices.kernels
     _show_start(display, config, mesh, sum(rows.values()) * config.train.context_length)
+    _show_left_out(display, config, prepared)
     for operator, (name, reason) in kernels.items():
         display.say(f"{operator}: {name} ({reason})")
     display.say(f"MFU: {choices.mfu_of}")
@@ -96,6 +97,26 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
         f"{train.num_steps} such steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the "
         f"text's {text_tokens:,}"
     )
+
+
+def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None:
+    """Text that is not trained on or not validated on, and text that should not be both."""
+    for rows, _ in [*prepared.train, *prepared.validation]:
+        if rows.warning:
+            display.say(rows.warning, style="yellow")
+    there = sum(len(rows) for rows, _ in prepared.validation)
+    read = config.evaluate.num_batches * config.train.global_batch_size
+    if read < there:
+        display.say(
+            f"validation reads the first {read:,} of {there:,} rows, in turn from every corpus: "
+            f"evaluate.num_batches={config.evaluate.num_batches}"
+        )
+    if both := validation_in_training(config):
+        display.say(
+            f"{len(both)} files or folders are both in data.train and in data.validation, such as "
+            f"{both[0]}: the validation loss is partly of text that was trained on",
+            style="yellow",
+        )
 
 
 def conclude(launch: Launch, run: Run, end: RunState, entropy: float) -> None:

@@ -266,6 +266,9 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
     ]
     (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (folder / "empty.jsonl").write_bytes(b"")
+    (folder / ".hidden.jsonl").write_bytes(good.encode())
+    (folder / "more").mkdir()
+    (folder / "more" / "unread.txt").write_text(text)
     whole = gzip.compress(
         b"".join(json.dumps({"text": text}).encode() + b"\n" for text in sample("train-en", 50)),
         mtime=0,
@@ -303,11 +306,26 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
         ("none.parquet", "unreadable"): (1, [1]),
         ("some.parquet", "no_text"): (1, [2]),
     }
+    # What went in is what came out and what is counted.
+    documents = 7 + lines_before_the_cut + 2
+    assert documents == sum(len(rows(tmp_path / "o", name)) for name in ("final", "removed"))
+    counted = ("files", "hidden_files", "files_in_folders", "documents", "without_id")
+    assert {name: report["input"][name] for name in counted} == {
+        "files": 5,
+        "hidden_files": 1,
+        "files_in_folders": 1,
+        "documents": documents,
+        "without_id": documents - 2,
+    }
+    removed = sum(f["documents"] for s in report["stages"] for f in s["removed"].values())
+    assert documents == report["final"]["documents"] + removed
     assert (
-        len(rows(tmp_path / "o", "final")) + len(rows(tmp_path / "o", "removed"))
-        == 7 + lines_before_the_cut + 2
-    )
+        "input: 5 files read, 1 hidden files not read, 1 files in matched folders not read, "
+        f"{documents} documents, {documents - 2} documents without an id of their own"
+    ) in " ".join(done.stdout.split())
     assert "a.jsonl: 2 broken_utf8 at line 2, 8" in done.stdout.replace("\n", "")
+    details = {(p["reason"], Path(p["file"]).name): p["detail"] for p in report["problems"]}
+    assert details["no_text", "some.parquet"] == "field 'text' is null, expected a string"
     failed = pipeline(folder, tmp_path / "f", "--on_error", "fail", expect=78)
     assert "a.jsonl, line 2: broken_utf8" in failed.stderr
 
@@ -318,6 +336,7 @@ def test_bad_input_is_counted_by_file_and_line(tmp_path):
         (["--rules.limits", "{few_leters: 0.1}"], "few_letters"),
         (["--dedup.band", "3"], "dedup.bands"),
         (["--dedup.bands", "64"], "160"),
+        (["--dedup.rows", "0"], "dedup.rows=0 must be greater than 0"),
         (["--rules.blocked_phrases", "/nowhere"], "cannot be read"),
         (["--quality.model", "/nowhere"], "holds no quality model"),
     ],

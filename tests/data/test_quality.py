@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +229,16 @@ def test_the_commands_show_figures(trained, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert printed.index("of of a the to the of") < printed.index("A line that is fine.")
+
+
+def test_a_file_without_a_text_is_in_the_table_of_scores(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    full = write(tmp_path / "full.jsonl", documents("train-en", 1))
+    files = ["--input", full, str(tmp_path / "empty.jsonl")]
+    assert quality.main(["score", *files, "--json", str(tmp_path / "scores.json")]) == 0
+    assert re.search(r"│ 0 +│ - +│", capsys.readouterr().out)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {Path(name).name: found["texts"] for name, found in scores.items()} == {
+        "empty.jsonl": 0,
+        "full.jsonl": 1,
+    }

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +24,8 @@ from baichuan_jax.config.schema import Config, ConfigError, DataConfig, Tokenize
 from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
 from baichuan_jax.data.prepare import prepare
-from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
+from baichuan_jax.data.rows import Rows, Shard, main, pack, summary, unigram_entropy
+from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.resilience import coordination
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -68,10 +71,29 @@ def packed(corpus, tokenizer, tmp_path_factory):
     return pack([corpus], tmp_path_factory.mktemp("packed") / "rows", tokenizer, 32, num_workers=1)
 
 
+@pytest.fixture(scope="module")
+def packed_apart(corpus, tokenizer, tmp_path_factory):
+    """Rows as earlier versions packed them: every file alone, and fewer counts."""
+    folder = tmp_path_factory.mktemp("apart") / "rows"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_parts", plan_apart)
+        rows = pack([corpus], folder, tokenizer, 32, num_workers=1)
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        for name in ("documents_dropped", "empty_files", "unread"):
+            content.pop(name, None)
+        path.write_text(json.dumps(content))
+    return Rows(rows.path)
+
+
+def plan_apart(files):
+    return [[Slice(file, size=os.path.getsize(file))] for file in files]
+
+
 @pytest.fixture
-def copy(packed, tmp_path):
-    """Packed rows to damage."""
-    return shutil.copytree(packed.path, tmp_path / "copy")
+def copy(packed_apart, tmp_path):
+    """Packed rows of several shards to damage."""
+    return shutil.copytree(packed_apart.path, tmp_path / "copy")
 
 
 @pytest.fixture
@@ -108,15 +130,95 @@ def refuse_to_work(*_, **__):
     raise AssertionError("was to be taken from the cache")
 
 
-def test_rows_are_the_documents_joined_and_cut(packed, documents, tokenizer):
-    expected, dropped = [], 0
-    for stream in streams(documents, tokenizer):
-        expected += [stream[i : i + 33] for i in range(0, len(stream) - 32, 33)]
-        dropped += len(stream) % 33
-    assert len(packed) == len(expected) > 100
-    np.testing.assert_array_equal([packed[i] for i in range(len(packed))], expected)
-    assert packed[0].dtype == np.int32
-    assert packed.manifest["tokens_dropped"] == dropped
+def cut(stream, length):
+    """The rows of a stream of tokens."""
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def test_rows_are_the_documents_joined_and_cut(packed, packed_apart, documents, tokenizer):
+    """Over the borders of files, and in rows of earlier versions file by file."""
+    found = streams(documents, tokenizer)
+    for rows, parts in ((packed, [list(itertools.chain(*found))]), (packed_apart, found)):
+        expected = [row for part in parts for row in cut(part, 33)]
+        assert len(rows) == len(expected) > 100
+        np.testing.assert_array_equal([rows[i] for i in range(len(rows))], expected)
+        assert rows[0].dtype == np.int32
+        assert rows.manifest["tokens_dropped"] == sum(len(part) % 33 for part in parts)
+    assert len(packed) > len(packed_apart)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_is_in_a_row_or_counted(tokenizer, tmp_path, monkeypatch, seed):
+    """Files, documents and tokens: what went in is what came out and what is counted."""
+    draw = np.random.default_rng(seed)
+    texts = sample("en", 40) + sample("zh", 10)
+    documents, empty_files = [], 0
+    for number in range(12):
+        part = [texts[i] for i in draw.integers(0, len(texts), draw.integers(0, 5))]
+        suffix = draw.choice(["txt", "jsonl"])
+        part = part[:1] if suffix == "txt" else part
+        file = tmp_path / f"{number:02}.{suffix}"
+        if suffix == "txt":
+            file.write_text("".join(part), encoding="utf-8")
+            part = [document for document in part if document]
+        else:
+            write(file, part)
+        empty_files += not part
+        documents += part
+    (tmp_path / ".hidden.txt").write_text("not read")
+    # Some shards of several files, some of a part of one, and some without a row.
+    monkeypatch.setattr(module, "SHARD_BYTES", int(draw.integers(300, 3000)))
+    rows = pack([f"{tmp_path}/*.*"], tmp_path / "rows", tokenizer, 150, num_workers=1)
+    m = rows.manifest
+    tokens = [token for document in documents if document for token in tokenizer.encode(document)]
+    ends = len([document for document in documents if document])
+    assert (m["documents"], m["empty_documents"]) == (len(documents), documents.count(""))
+    assert (m["empty_files"], m["unread"]["hidden_files"]) == (empty_files, 1)
+    assert f"{empty_files} empty files" in summary(rows) or not empty_files
+    assert "1 hidden files not read" in summary(rows)
+    assert m["tokens"] == len(tokens) + ends == m["rows"] * 151 + m["tokens_dropped"]
+    assert m["tokens_dropped"] < 151 * len(m["shards"])
+    # Shard by shard: those that end in its rows, and one that goes on into its rest.
+    in_rows = start = 0
+    for shard in m["shards"]:
+        stream = [t for i in range(start, start + shard["rows"]) for t in rows[i].tolist()]
+        start += shard["rows"]
+        in_rows += stream.count(2) + (bool(stream) and stream[-1] != 2)
+    assert m["documents"] == in_rows + m["documents_dropped"] + m["empty_documents"]
+
+
+def test_short_documents_in_files_of_their_own_are_packed(tokenizer, tmp_path, capsys):
+    """Most of a corpus's files may be shorter than a row."""
+    texts = [f"document {i}: {'word ' * (i % 7)}" for i in range(300)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:03}.txt").write_text(text)
+    write(tmp_path / "all.jsonl", texts)
+    arguments = ["--tokenizer", str(tokenizer.path), "--context_length", "128"]
+    for name, glob in (("files", "*.txt"), ("lines", "all.jsonl")):
+        output = str(tmp_path / name)
+        assert main(["pack", "--input", f"{tmp_path}/{glob}", "--output", output, *arguments]) == 0
+    files, lines = (Rows(tmp_path / name) for name in ("files", "lines"))
+    assert files.manifest["tokens_dropped"] == lines.manifest["tokens_dropped"] < 129
+    assert shards(files.path) == shards(lines.path)
+    assert len(shards(files.path)) == 1
+    assert "leaves out" not in capsys.readouterr().out
+
+
+def test_rows_that_leave_out_much_say_so(tokenizer, tmp_path, capsys, monkeypatch):
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text("a few words " * (60 if i == 3 else 1))
+    glob = f"{tmp_path}/*.txt"
+    monkeypatch.setattr(module, "plan_parts", plan_apart)
+    output = str(tmp_path / "rows")
+    arguments = ["--tokenizer", str(tokenizer.path), "--context_length", "64"]
+    assert main(["pack", "--input", glob, "--output", output, *arguments]) == 0
+    rows = Rows(output)
+    m, shown = rows.manifest, " ".join(capsys.readouterr().out.split())
+    share = m["tokens_dropped"] / m["tokens"]
+    assert m["documents_dropped"] == 19
+    assert f"rows leaves out {share:.1%} of its text: {m['tokens_dropped']:,} of" in shown
+    assert "19 documents with all their tokens; give more text" in shown
+    assert "(0 empty, 19 in no row)" in shown
 
 
 def test_documents_tokens_and_rows_are_counted(packed, documents, tokenizer):
@@ -135,8 +237,8 @@ def test_documents_tokens_and_rows_are_counted(packed, documents, tokenizer):
     }
     assert packed.counts.tolist() == [tokens.count(i) for i in range(512)]
     assert (
-        f"{len(everything):,} documents ({everything.count('')} empty), {len(tokens):,} tokens"
-        in summary(packed)
+        f"{len(everything):,} documents ({everything.count('')} empty, 1 in no row), "
+        f"{len(tokens):,} tokens" in summary(packed)
     )
 
 
@@ -153,9 +255,17 @@ def test_unigram_entropy_is_that_of_the_weighted_mixture(packed, corpus, tokeniz
     )
 
 
-def test_any_number_of_processes_writes_the_same_folder(packed, corpus, tokenizer, tmp_path):
-    pack([corpus], tmp_path / "rows", tokenizer, 32, num_workers=2)
-    assert content(tmp_path / "rows") == content(packed.path)
+def test_any_number_of_processes_writes_the_same_folder(
+    corpus, documents, tokenizer, tmp_path, monkeypatch
+):
+    """A large file becomes several shards; its last slice and the files that follow share one."""
+    monkeypatch.setattr(module, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")) // 2)
+    one = pack([corpus], tmp_path / "one", tokenizer, 32, num_workers=1)
+    two = pack([corpus], tmp_path / "two", tokenizer, 32, num_workers=2)
+    assert content(one.path) == content(two.path)
+    assert [shard.get("slices", 1) for shard in one.manifest["shards"]][:2] == [1, 1]
+    assert one.manifest["shards"][-1]["slices"] >= 2
+    assert one.manifest["tokens"] == sum(map(len, streams(documents, tokenizer)))
 
 
 def test_a_large_file_becomes_several_shards_that_hold_every_document(
@@ -179,10 +289,12 @@ def test_token_ids_of_a_large_vocabulary_are_not_cut(packed):
 
 def start_pack(corpus, output, tokenizer):
     words = ["pack", "--input", corpus, "--output", str(output), "--tokenizer", str(tokenizer.path)]
+    # A shard for each of the test's files, which are small.
+    program = "from baichuan_jax.data import rows; import sys; rows.SHARD_BYTES = 40_000; "
     command = [
         sys.executable,
-        "-m",
-        "baichuan_jax.data.rows",
+        "-c",
+        program + "rows.main(sys.argv[1:])",
         *words,
         "--context_length",
         "32",
@@ -212,8 +324,9 @@ def wait_until(holds, seconds=60.0):
 
 
 def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(
-    documents, tokenizer, tmp_path
+    documents, tokenizer, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
     (tmp_path / "text").mkdir()
     for i in range(12):
         write(
@@ -245,7 +358,7 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(
     process = start_pack(corpus, killed, tokenizer)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f"{killed}: {12 * 5 * len(documents['a.jsonl']):,} documents (0 empty)" in output
+    assert f"{killed}: {12 * 5 * len(documents['a.jsonl']):,} documents (0 empty" in output
     undisturbed = pack([corpus], tmp_path / "undisturbed", tokenizer, 32, num_workers=2)
     assert content(killed) == content(undisturbed.path)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -260,12 +373,10 @@ def test_a_finished_shard_of_other_settings_is_made_anew(
         (copy / "manifest.json").unlink()  # as if it had been killed just before the end
         again = pack([corpus], copy, other, length, num_workers=1)
         assert (again.context_length, again.manifest["tokenizer"]) == (length, other.hash)
-        wanted = [
-            s[i : i + length + 1]
-            for s in streams(documents, other)
-            for i in range(0, len(s) - length, length + 1)
-        ]
+        wanted = cut(list(itertools.chain(*streams(documents, other))), length + 1)
         np.testing.assert_array_equal([again[i] for i in range(len(again))], wanted)
+        # Of the shards of before, which were more, none is left.
+        assert len(list(copy.glob("shard-*.*"))) == 2
 
 
 def test_text_that_changes_and_keeps_its_size_is_packed_anew(
@@ -285,8 +396,10 @@ def test_text_that_changes_and_keeps_its_size_is_packed_anew(
 
 
 def test_only_the_shard_of_changed_text_is_made_anew(
-    corpus, documents, tokenizer, packed, tmp_path
+    corpus, documents, tokenizer, packed, tmp_path, monkeypatch
 ):
+    # a.jsonl in a shard, and the two smaller files in another.
+    monkeypatch.setattr(module, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")))
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
     pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
     (tmp_path / "rows" / "manifest.json").unlink()
@@ -300,9 +413,7 @@ def test_only_the_shard_of_changed_text_is_made_anew(
         > packed.manifest["tokens"]
     )
     kept = {name for name, made in times.items() if (rows.path / name).stat().st_mtime_ns == made}
-    assert kept == {
-        f"shard-0000{i}.{suffix}" for i in (0, 2) for suffix in ("array_record", "json")
-    }
+    assert kept == {"shard-00000.array_record", "shard-00000.json"}
 
 
 @pytest.mark.parametrize("length", [0, -1])
@@ -344,7 +455,13 @@ def test_an_error_of_a_worker_is_raised_and_the_next_pack_goes_on(tokenizer, tmp
 
 def test_text_without_a_whole_row_is_refused(tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", ["few", "", "words"])
-    with pytest.raises(ConfigError, match="holds no row: its text has fewer than 101 tokens"):
+    wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shards"
+    with pytest.raises(ConfigError, match=wanted):
+        pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
+    # What the message advises, in the same folder.
+    assert len(pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 2, num_workers=1)) > 0
+    write(tmp_path / "a.jsonl", ["many words " * 99])
+    with pytest.raises(ConfigError, match="rows holds rows of other text or settings"):
         pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
 
 
@@ -406,11 +523,71 @@ def test_rows_of_another_version_are_refused(copy):
         Rows(copy)
 
 
+def test_rows_of_earlier_versions_are_found_and_said_to_leave_out_text(
+    config, packed_apart, corpus, tokenizer, tmp_path, monkeypatch
+):
+    """In a folder of one's own, and in the cache under the name that they had."""
+    before = content(packed_apart.path)
+    assert len(pack([corpus], packed_apart.path, tokenizer, 32, num_workers=1)) == len(packed_apart)
+    assert content(packed_apart.path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "plan_parts", plan_apart)
+        name = preparing._rows_folder(config, find_files([corpus]), tokenizer)
+    assert preparing._rows_folder(config, find_files([corpus]), tokenizer) != name
+    shutil.copytree(packed_apart.path, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "pack", refuse_to_work)
+        assert prepare(config).train[0][0].path == name
+    assert packed_apart.warning is None  # less than 1 %
+    manifest = json.loads((name / "manifest.json").read_text())
+    manifest["tokens_dropped"] = manifest["tokens"] // 2
+    (name / "manifest.json").write_text(json.dumps(manifest))
+    assert "leaves out 50.0% of its text" in (Rows(name).warning or "")
+    assert "for a new run delete the folder: files are joined now" in (Rows(name).warning or "")
+
+
+def test_the_name_of_rows_of_large_files_did_not_change(config, corpus, tokenizer):
+    """What earlier versions packed is found again where a shard is a slice of one file."""
+    file = corpus.replace("*", "a")
+    state = os.stat(file)
+    settings = [tokenizer.hash, 32, "text"]
+    described = json.dumps([1, [[file, state.st_size, state.st_mtime_ns]], settings])
+    name = f"rows-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+    assert preparing._rows_folder(config, [file], tokenizer).name == name
+    shard = Shard([Slice(file)], Path("folder"), 0, tokenizer.path, tokenizer.hash, 32, "text")
+    assert shard.key() == {
+        "path": file,
+        "start": 0,
+        "stop": None,
+        "size": state.st_size,
+        "modified_ns": state.st_mtime_ns,
+        "tokenizer": tokenizer.hash,
+        "context_length": 32,
+        "text_field": "text",
+    }
+
+
+def test_validation_text_that_is_trained_on_is_found(config, packed, corpus, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(corpus.replace("*", "b"))
+    for validation, number in (
+        ({}, 0),
+        ({str(link): 1.0}, 1),
+        ({corpus: 1.0}, 3),
+        ({str(packed.path): 1.0}, 0),
+    ):
+        data = dataclasses.replace(config.data, validation=validation)
+        both = preparing.validation_in_training(dataclasses.replace(config, data=data))
+        assert len(both) == number
+    data = DataConfig(train={str(packed.path): 1.0}, validation={f"{packed.path}/": 1.0})
+    assert preparing.validation_in_training(dataclasses.replace(config, data=data))
+
+
 def test_the_commands_show_and_verify(packed, capsys):
     assert main(["show", str(packed.path)]) == 0
     assert json.loads(capsys.readouterr().out) == packed.manifest
     assert main(["verify", str(packed.path)]) == 0
-    assert capsys.readouterr().out == f"{packed.path}: 3 shards are as the manifest says\n"
+    assert capsys.readouterr().out == f"{packed.path}: 1 shards are as the manifest says\n"
     with pytest.raises(ConfigError, match=r"nowhere has no manifest\.json"):
         main(["show", "nowhere"])
 

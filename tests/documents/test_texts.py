@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.files import Slice, find_files, split_files
-from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.documents.files import Slice, count_unread, find_files, split_files
+from baichuan_jax.documents.reader import Fields, Problem, read_documents, read_texts
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -72,14 +72,76 @@ def test_the_text_field_is_chosen(tmp_path):
     assert read(path, "content") == ["yes"]
 
 
+NESTED = [
+    # A field inside another, at any depth.
+    ({"data": {"text": "a"}}, "data.text", "a"),
+    ({"data": {"inner": {"text": "a"}}}, "data.inner.text", "a"),
+    # A name with a dot of its own comes first, also where its value is no text.
+    ({"data.text": "own", "data": {"text": "inside"}}, "data.text", "own"),
+    ({"data.text": None, "data": {"text": "inside"}}, "data.text", "'data.text' is null"),
+    ({"a.b": {"c": "own"}, "a": {"b": {"c": "inside"}}}, "a.b.c", "own"),
+    ({"a": {"b.c": "inside"}}, "a.b.c", "inside"),
+    ({"data": None}, "data.text", "'data' is null, so there is no field 'data.text'"),
+    ({"data": {"txt": "a"}}, "data.text", "there is no field 'data.text'"),
+    ({"data": {"text": 1.5}}, "data.text", "'data.text' is a number, expected a string"),
+    ({"data": [{"text": "a"}]}, "data.text", "'data' is a list, so"),
+]
+
+
+@pytest.mark.parametrize("record, field, expected", NESTED)
+def test_a_field_inside_another_is_named_with_a_dot(tmp_path, record, field, expected):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    if " " not in expected:
+        assert read(tmp_path / "a.jsonl", field) == [expected]
+        return
+    with pytest.raises(ConfigError, match=rf"a\.jsonl, line 1: no_text: .*{expected}"):
+        read(tmp_path / "a.jsonl", field)
+
+
+def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    rows = [{"text": "a", "id": 7}, {"text": "b", "id": 8}, {"text": None, "id": 9}, None]
+    parquet.write_table(pyarrow.table({"data": rows, "n": [1, 2, 3, 4]}), path)
+    fields = Fields(text="data.text", id="data.id", source="data.text")
+    found = list(read_documents(Slice(str(path)), fields))
+    assert [entry.id for entry in found] == ["7", "8", "9", None]
+    assert [entry.source for entry in found] == ["a", "b", "a", "a"]
+    assert [getattr(entry, "text", None) for entry in found[:2]] == ["a", "b"]
+    assert [entry.detail for entry in found[2:] if isinstance(entry, Problem)] == [
+        "field 'data.text' is null, expected a string",
+        "field 'data' is null, so there is no field 'data.text'",
+    ]
+    with pytest.raises(ConfigError, match="line 1: no_text: field 'n' is a number, expected"):
+        read(path, "n")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.table(columns, names=["text", "text"]), path)
+    with pytest.raises(ConfigError, match=r"line 1: unreadable: .*two columns have the same name"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         (b'{"text": "cut sho', "no_json: Invalid control character"),
         (b"plain words", "no_json: Expecting value"),
-        (b'{"txt": "a", "id": 1}', r"no_text: no text in field 'text' \(it has: \['id', 'txt'\]\)"),
-        (b'{"text": 7}', "no_text: no text in field 'text'.*name the field.*data.text_field"),
-        (b'{"text": null}', "no_text: no text in field 'text'"),
+        (
+            b'{"txt": "a", "id": 1}',
+            r"no_text: there is no field 'text' \(there are: \['id', 'txt'\]\); name the field",
+        ),
+        (
+            b'{"text": 7}',
+            "no_text: field 'text' is a number, expected a string; name the field .*"
+            "data.text_field, or --text_field.*mend the file",
+        ),
+        (b'{"text": null}', "no_text: field 'text' is null, expected a string"),
+        (b'{"text": false}', "no_text: field 'text' is true or false, expected a string"),
+        (b'{"text": ["a"]}', "no_text: field 'text' is a list, expected a string"),
+        (
+            b'{"text": {"body": "a"}}',
+            r"no_text: field 'text' is an object, expected a string; inside it are: text\.body",
+        ),
         (b'["text"]', r"no_json: list instead of an object; mend the file, or clean the corpus"),
         (b'{"text": "\xff"}', "broken_utf8: 'utf-8' codec can't decode byte 0xff"),
         (b'{"text": "half a pair \\ud83d"}', "broken_utf8: .*surrogates not allowed"),
@@ -186,8 +248,52 @@ def test_a_glob_that_matches_no_file_and_an_unknown_suffix_are_refused(tmp_path)
             find_files([f"{tmp_path}/a*", pattern])
     for name in ("b.pdf", "b.csv.gz", "b.gz", "b"):
         (tmp_path / name).touch()
-        with pytest.raises(ConfigError, match=rf"{name}: expected \.jsonl"):
+        with pytest.raises(ConfigError, match=rf"{name}: its kind is .*; expected \.jsonl"):
             find_files([f"{tmp_path}/a*", str(tmp_path / name)])
+
+
+def test_a_folder_and_a_broken_link_in_place_of_a_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"'more' matches no file .* such as 'more/\*\.jsonl'"):
+        find_files(["more"])
+    assert find_files(["more/*.jsonl"]) == ["more/b.jsonl"]
+    (tmp_path / "c.jsonl").symlink_to("gone.jsonl")
+    for pattern in ("*.jsonl", "c.jsonl"):
+        with pytest.raises(ConfigError, match=r"c\.jsonl is a broken link"):
+            find_files([pattern])
+
+
+def test_a_file_of_two_names_is_not_read_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    assert find_files(["a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl")]) in (
+        ["./a.jsonl"],
+        [str(tmp_path / "a.jsonl")],
+    )
+    for link in (os.symlink, os.link):
+        link("a.jsonl", "b.jsonl")
+        with pytest.raises(
+            ConfigError, match=r"a\.jsonl and b\.jsonl are the same file, by a link"
+        ):
+            find_files(["*.jsonl"])
+        os.unlink("b.jsonl")
+
+
+def test_files_that_a_glob_leaves_out_are_counted(tmp_path):
+    names = ("a.jsonl", ".b.jsonl", ".c.png", ".hidden/d.txt", "e/.f.txt", "e/g/h.txt", "e/i.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def counted(*patterns):
+        return tuple(count_unread([f"{tmp_path}/{pattern}" for pattern in patterns]).values())
+
+    assert counted("*") == (1, 1)
+    assert counted("*", "*/g/*") == (1, 0)
+    assert counted("**/*.*") == (3, 0)
+    assert counted("a.jsonl") == (0, 0)
 
 
 def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
@@ -205,7 +311,7 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
     slices = split(path, 100_000)
     assert len(slices) > 3
     assert list(read_texts(slices, "text")) == texts
-    missing = r"no text in field 'body' \(it has: \['id', 'text'\]\)"
+    missing = r"there is no field 'body' \(there are: \['id', 'text'\]\)"
     with pytest.raises(ConfigError, match=rf"a\.parquet, line 1: no_text: {missing}"):
         list(read_texts(slices, "body"))
     with pytest.raises(ConfigError, match=rf"a\.parquet, line {slices[2].first_line}: no_text"):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from baichuan_jax.config.schema import MeshConfig, ModelConfig
-from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve
+from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
@@ -143,6 +143,7 @@ def test_perplexity_is_the_mean_over_windows_on_any_mesh(model):
         )[:, :-1]
         assert row["windows"] == len(losses)
         assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+        assert row["windows"] * row["context"] + row["tokens_left_out"] == len(tokens)
         assert row["tail_perplexity"] == pytest.approx(np.exp(losses[:, -256:].mean()), rel=1e-4)
     mesh = make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])
     for one, other in zip(rows, perplexity_curve(model, tokens, [300, 64], mesh=mesh), strict=True):
@@ -155,3 +156,33 @@ def test_dots_stand_for_the_steps_between():
     for bad in ("4096,...,5376", "4096,4352,...,5000", "4096,x"):
         with pytest.raises(ValueError, match="must be lengths"):
             parse_contexts(bad)
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    eos_id = 2
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+
+@pytest.mark.parametrize(
+    "limit, tokens, documents, is_cut",
+    [
+        (100, "ab2c2", 4, False),
+        (5, "ab2c2", 3, True),
+        (4, "ab2c", 3, True),
+        (3, "ab2", 2, True),
+        (1, "a", 2, True),
+    ],
+)
+def test_the_text_of_a_curve_is_as_packed_and_counted(limit, tokens, documents, is_cut):
+    """Empty documents add no EOS of their own."""
+    stream, counts = read_stream(iter(["", "ab", "c", ""]), Letters(), limit)
+    assert stream.tolist() == [2 if token == "2" else ord(token) for token in tokens]
+    assert counts == {
+        "documents": documents,
+        "empty_documents": 1 + (documents == 4),
+        "text_cut": is_cut,
+    }

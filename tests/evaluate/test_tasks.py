@@ -247,7 +247,14 @@ def test_bad_mmlu_files_are_named(mmlu, what):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("id,question,A,B,C,answer\n0,q,1,2,3,A\n", r"_val\.csv:1: the header"),
+        (
+            "id,question,A,B,C,answer\n0,q,1,2,3,A\n",
+            r"_val\.csv:1: the header is .*, which lacks D;",
+        ),
+        (
+            "id,question,A,B,C,D,D,answer\n0,q,1,2,3,4,5,A\n",
+            r"_val\.csv:1: the header is .*, which has D twice;",
+        ),
         (
             "id,question,A,B,C,D,answer\n0,q,1,2,3,4\n",
             r"_val\.csv:2: 6 fields and the header has 7",
@@ -275,6 +282,49 @@ def test_bad_jsonl_and_json_are_named(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"History_MCQs\.json, example 0"):
         load_subjects("gaokao", tmp_path, only=["2010-2022_History_MCQs"])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('["q"]', "a row is a list, expected an object"),
+        (
+            '{"question": "q", "label": "A"}',
+            r"there is no field 'options' \(there are: \['label', 'question'\]\)",
+        ),
+        (
+            '{"question": null, "options": [], "label": "A"}',
+            "field 'question' is null, expected a string",
+        ),
+        (
+            '{"question": "q", "options": "abcd", "label": "A"}',
+            "field 'options' is a string, expected a list or null",
+        ),
+        (
+            '{"question": "q", "options": [], "label": 3}',
+            "field 'label' is a number, expected a string or a list or null",
+        ),
+        ('{"question": "q", "options": ["a", "b", "c", 4], "label": "A"}', "strings, not 4"),
+        ('{"question": "q", "options": ["a", "b", "c", "d"], "label": [1]}', "strings, not 1"),
+        (
+            '{"question": "q", "options": [], "label": "A", "passage": {}}',
+            "field 'passage' is an object, expected a string or null",
+        ),
+        ('{"question": "\\ud83d", "options": [], "label": "A"}', "no text: .*surrogates"),
+        ("[" * 200_000, "no JSON"),
+    ],
+)
+def test_a_row_of_other_types_is_named_by_what_it_has(tmp_path, row, message):
+    (tmp_path / "sat-math.jsonl").write_text(f"\n{row}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"sat-math\.jsonl:2: .*{message}"):
+        load_subjects("agieval", tmp_path, only=["sat-math"])
+
+
+def test_settings_are_refused_one_by_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"^limit=0 must be 1 or more$"):
+        load_subjects("agieval", tmp_path, limit=0)
+    with pytest.raises(ConfigError, match=r"^shots=-1 must be 0 or more$"):
+        load_subjects("agieval", tmp_path, shots=-1)
 
 
 def test_a_folder_that_is_another_or_is_incomplete_is_named(tmp_path):

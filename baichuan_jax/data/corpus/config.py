@@ -23,7 +23,8 @@ class ReadConfig:
     """Input files and their fields."""
 
     text_field: str = "text"
-    """Field of a JSON object or column of a Parquet file that holds the text."""
+    """Field of a JSON object or column of a Parquet file that holds the text; of all three names,
+    outer.inner is a field inside another."""
     id_field: str = "id"
     """Field that names the document; without one: a hash of its file's path and its line number."""
     source_field: str = "source"
@@ -102,8 +103,11 @@ class DedupConfig:
 
     def __post_init__(self) -> None:
         size = self.bands * self.rows
+        for name in ("bands", "rows"):
+            value = getattr(self, name)
+            require(value > 0, f"dedup.{name}={value} must be greater than 0")
         require(
-            0 < size <= 160,
+            size <= 160,
             f"dedup.bands={self.bands} times dedup.rows={self.rows} is {size}; a document has 160 "
             "hashes, so choose smaller ones",
         )

@@ -35,6 +35,15 @@ def show(report: dict[str, Any], display: Display) -> None:
             counts = (f"{found['documents']:,}", f"{found['bytes'] / 1e6:,.2f}")
             reasons.append([f"{stage['stage']}: {reason}", *counts, _example(found)])
     display.table("why", ["stage: reason", "documents", "MB", "for example"], reasons)
+    given = report["input"]
+    counted = [
+        (given["files"], "files read"),
+        (given["hidden_files"], "hidden files not read"),
+        (given["files_in_folders"], "files in matched folders not read"),
+        (given["documents"], "documents"),
+        (given["without_id"], "documents without an id of their own"),
+    ]
+    display.say(f"input: {', '.join(f'{count:,} {what}' for count, what in counted if count)}")
     # Last, where a terminal shows it: what was wrong with the input is what a user can mend.
     for problem in report["problems"]:
         more = ", ..." if problem["count"] > 5 else ""

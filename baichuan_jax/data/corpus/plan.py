@@ -13,6 +13,7 @@ from baichuan_jax.data.corpus.reading import STAGE, read_corpus
 from baichuan_jax.data.corpus.report import count_problems, make_funnel
 from baichuan_jax.data.corpus.stages import Stages
 from baichuan_jax.data.corpus.writing import write_corpus
+from baichuan_jax.documents.files import count_unread
 
 
 def clean_corpus(
@@ -36,7 +37,12 @@ def clean_corpus(
     # In the report all filters have a line, those that are switched off too.
     order = [STAGE, cleaner.name, *names]
     funnel = make_funnel(order, read.results, written, cleaner.name, corpus.effects.cutter)
-    counted = {"files": read.files, "parts": read.parts, **funnel.pop("input")}
+    counted = {
+        "files": read.files,
+        **count_unread(config.input),
+        "parts": read.parts,
+        **funnel.pop("input"),
+    }
     return {
         "input": counted,
         **funnel,
