@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
+from baichuan_jax.config.parsing import whole_number
 from baichuan_jax.config.schema import Config, ConfigError, at_least
 from baichuan_jax.resilience.causes import BadHost, Cause, exit_code_table
 from baichuan_jax.resilience.clock import WAIT
@@ -437,7 +438,7 @@ class Supervisor:
     def _newest_checkpoint(self) -> int:
         """The newest step from which a launch could go on; 0 where none is saved."""
         names = [path.name for path in (self.run.path / "checkpoints").glob("*")]
-        saved = [int(name) for name in names if name.isdigit()]
+        saved = [step for name in names if (step := whole_number(name)) is not None]
         copied = latest(self.run.events, LocalCopySaved)
         return max([*saved, 0 if copied is None else copied.step], default=0)
 

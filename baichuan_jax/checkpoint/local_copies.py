@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
+from baichuan_jax.config.parsing import Count, decode, parse_json, require_type, whole_number
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.coordination import gather
 from baichuan_jax.resilience.exits import say
@@ -203,7 +204,8 @@ class LocalCopies:
         """The newest whole copy here since the last rollback, and its head."""
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in self._leaves)
         names = names_of(self._target.items)
-        files = [path for path in self.folder.glob(f"*{SUFFIX}") if path.stem.isdigit()]
+        found = list(self.folder.glob(f"*{SUFFIX}"))
+        files = [path for path in found if whole_number(path.stem) is not None]
         for path in sorted(files, key=lambda path: -int(path.stem)):
             try:
                 head, start = _read_head(path)
@@ -241,7 +243,17 @@ def _read_head(path: Path) -> tuple[dict[str, Any], int]:
         length = struct.unpack("<Q", file.read(8))[0]
         if length > path.stat().st_size:
             raise ValueError(f"a head of {length} bytes")
-        return json.loads(file.read(length)), 8 + length
+        head = parse_json(decode(file.read(length), "its head"), "its head")
+    require_type(head, dict, "its head")
+    for key, kind in (
+        ("step", Count),
+        ("position", Count),
+        ("rollbacks", Count),
+        ("tokenizer", str),
+        ("digest", dict[str, int]),
+    ):
+        require_type(head.get(key), kind, f"its {key}")
+    return head, 8 + length
 
 
 def _is_whole(leaf: Any) -> bool:

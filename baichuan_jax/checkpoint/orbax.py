@@ -9,6 +9,7 @@ process 0 before anything is read, and the digest of every array after it is bac
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ from baichuan_jax.checkpoint.state import (
     names_of,
 )
 from baichuan_jax.config.files import dump_config
-from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError
+from baichuan_jax.config.parsing import Count, build, read_json, require_type
+from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError, ModelConfig
 from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
@@ -45,6 +47,16 @@ from baichuan_jax.runs.files import write_atomically
 ITEMS = ("params", "optimizer", "run")
 # In a checkpoint's folder: its files and their sizes.
 SIZES = "sizes.json"
+
+
+# What the JSON item `run` holds; a folder of weights has the last two alone.
+_RUN = {
+    "step": Count,
+    "position": Count,
+    "tokenizer": str,
+    "config": dict[str, Any],
+    "digest": dict[str, int],
+}
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -181,6 +193,8 @@ class Checkpoints:
     def _restore(self, step: int) -> RunState:
         path = self.directory / str(step)
         run = read_run(path)
+        if missing := [key for key in _RUN if key not in run]:
+            raise CorruptCheckpoint(f"{path / 'run' / 'metadata'} lacks {', '.join(missing)}")
         # Nothing else would notice: rows of another tokenizer have the same shapes.
         if run["tokenizer"] != self._tokenizer:
             raise ConfigError(
@@ -269,8 +283,10 @@ def _find_damage(path: Path) -> str | None:
     None where all are right, or where a kill came before the sizes were noted: the digests decide.
     """
     try:
-        wanted = json.loads((path / SIZES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        wanted = require_type(read_json(path / SIZES), dict[str, int], SIZES)
+    except ConfigError as error:
+        if (path / SIZES).exists():
+            say(f"{path / SIZES} is damaged, and the digests decide: {error}")
         return None
     found = _sizes(path)
     # Files that came later do no harm: the list itself is one.
@@ -281,12 +297,24 @@ def _find_damage(path: Path) -> str | None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint. Raises CorruptCheckpoint."""
+    """The JSON item of a checkpoint, with all that its readers take from it checked.
+
+    Raises CorruptCheckpoint.
+    """
     file = path / "run" / "metadata"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        run = require_type(read_json(file), dict, "it")
+        for key, kind in _RUN.items():
+            if key in run or key in ("config", "digest"):
+                require_type(run.get(key), kind, f"its {key}")
+        model = require_type(run["config"].get("model"), dict, "its config.model")
+        names = {item.name for item in dataclasses.fields(ModelConfig)}
+        if unknown := sorted(set(model) - names):
+            raise ConfigError(f"its config.model has {', '.join(unknown)}, which no model has here")
+        build(ModelConfig, model, "its config.model")
+    except (OSError, ConfigError) as error:
         raise CorruptCheckpoint(f"{file}: {error}") from None
+    return run
 
 
 def restore_items(

@@ -18,6 +18,7 @@ from baichuan_jax.checkpoint.orbax import (
     save_arguments,
 )
 from baichuan_jax.checkpoint.state import named_digest
+from baichuan_jax.config.parsing import whole_number
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.digests import digest
@@ -33,10 +34,10 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if (folder / "params").is_dir():
             return folder
-        # Only digits: a damaged checkpoint is STEP.corrupt, an unfinished one has Orbax's suffix.
+        # Only numbers: a damaged checkpoint is STEP.corrupt, an unfinished one has Orbax's suffix.
         entries = folder.iterdir() if folder.is_dir() else []
-        steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
-        if steps:
+        found = (whole_number(entry.name) for entry in entries if entry.is_dir())
+        if steps := [step for step in found if step is not None]:
             return folder / str(max(steps))
     raise ConfigError(
         f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with "

@@ -19,6 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from baichuan_jax.config.parsing import read_yaml
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 
@@ -194,20 +195,6 @@ def _find(path: str) -> str:
     return str(known[path])
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML in which a mapping has each key once; PyYAML keeps the last one and says nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping. Raises ConstructorError where a key comes twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} is set twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 def _check_file(path: str, known: list[str]) -> None:
     """Refuse a file that is missing, is no YAML or sets something that does not exist."""
     file = Path(path)
@@ -216,11 +203,8 @@ def _check_file(path: str, known: list[str]) -> None:
             f"there is no configuration file {path!r} (working directory: {os.getcwd()}); those "
             f"that come with the program are given by name: --config {' | '.join(shipped())}"
         )
-    try:
-        # Read here before jsonargparse reads it, whose message names no nearest setting.
-        tree = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is no YAML in UTF-8: {error}") from None
+    # Read here before jsonargparse reads it, whose message names no nearest setting.
+    tree = read_yaml(file)
     require(tree is not None, f"{path} holds no settings; give a file with some, or no --config")
     require(
         isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}"

@@ -4,11 +4,11 @@ A ModelConfig has no place for some of what they say: the length of training and
 These are `facts`: kept with imported weights, so that an export writes them again.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.config.parsing import Positive, read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.tokenizer import BOS, EOS, Tokenizer
 
@@ -21,6 +21,19 @@ KEYS = {
     "rms_norm_eps": "rms_norm_eps",
 }
 """What every config.json must have, and the setting of ModelConfig that it is."""
+
+# What keys must be where they are there. Others are compared with the values that this model has.
+_TYPES = {
+    **dict.fromkeys(KEYS, Positive),
+    "rms_norm_eps": float,
+    "rope_theta": float,
+    "initializer_range": float,
+    "pad_token_id": int | None,
+    "num_key_value_heads": int | None,
+    "architectures": list[str] | None,
+    "rope_scaling": dict[str, Any] | None,
+    "rope_parameters": dict[str, Any] | None,
+}
 
 # Not BaichuanForCausalLM, under the same model_type: Baichuan-13B has ALiBi and no rotary
 # embedding, Baichuan2 a normalised head.
@@ -41,29 +54,30 @@ def read_config(folder: Path | str) -> ModelConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{folder} has no config.json: it is no Hugging Face folder")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in KEYS if key not in found]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
-    if missing:
+    found = require_type(read_json(file), dict, str(file))
+    if missing := [key for key in KEYS if key not in found]:
         raise ConfigError(f"{file} lacks {', '.join(missing)}")
     # A wrong type would otherwise fail far from here, in the shape of an array.
-    for key in KEYS:
-        kind = float if key == "rms_norm_eps" else int
-        if not isinstance(found[key], kind):
-            raise ConfigError(f"{file} has {key}={found[key]!r}, which must be {kind.__name__}")
+    for key, kind in _TYPES.items():
+        if key in found:
+            require_type(found[key], kind, f"{file}: {key}")
+    rope = found.get("rope_parameters") or {}
+    theta = require_type(rope.get("rope_theta", 10000.0), float, f"{file}: rope_parameters' theta")
     _refuse_other_models(file, found)
     # transformers 5 moved rope_theta into rope_parameters. The original's file has neither: it is a
     # constant of the code there.
-    theta = found.get("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    theta = found.get("rope_theta", theta)
     padding = found.get("pad_token_id")
-    return ModelConfig(
-        **{ours: found[theirs] for theirs, ours in KEYS.items()},
-        rope_theta=float(theta),
-        initializer_range=found.get("initializer_range", 0.02),
-        pad_token_id=None if padding is not None and padding < 0 else padding,  # LLaMA's -1: none
-    )
+    try:
+        return ModelConfig(
+            **{ours: found[theirs] for theirs, ours in KEYS.items()},
+            rope_theta=float(theta),
+            initializer_range=found.get("initializer_range", 0.02),
+            # LLaMA's -1: none.
+            pad_token_id=None if padding is not None and padding < 0 else padding,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{file} describes no model that can be built: {error}") from None
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
@@ -73,7 +87,7 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     tokenizer_config.json; what it does not say is missing. Raises ConfigError for a wrong type.
     """
     file = Path(folder) / "config.json"
-    found = _read_object(file)
+    found = require_type(read_json(file), dict, str(file))
     facts = {key: found[key] for key in FACTS if found.get(key) is not None}
     for key, value in facts.items():
         # Models of conversations end a text with any of several tokens.
@@ -83,19 +97,11 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
         if not all(type(each) is int and each >= least for each in several):
             raise ConfigError(f"{file} has {key}={value!r}, which must be a whole number")
     tokenizer = Path(folder) / "tokenizer_config.json"
-    if tokenizer.is_file() and _read_object(tokenizer).get("add_bos_token") is True:
-        facts["add_bos_token"] = True
+    if tokenizer.is_file():
+        settings = require_type(read_json(tokenizer), dict, str(tokenizer))
+        if settings.get("add_bos_token") is True:
+            facts["add_bos_token"] = True
     return facts
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds {type(found).__name__}")
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise ConfigError(f"{file} is not the JSON of a configuration: {error}") from None
-    return found
 
 
 def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
@@ -116,18 +122,18 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
     ):
         if found.get(key, only[0]) not in only:
             allowed = " or ".join(map(repr, only))
-            raise ConfigError(f"{file} has {key}={found[key]!r} and this model has {allowed}")
+            raise ConfigError(f"{file} has {key}={show(found[key])} and this model has {allowed}")
     for name in found.get("architectures") or ():
         if name not in ARCHITECTURES:
             allowed = " or ".join(ARCHITECTURES)
-            raise ConfigError(f"{file} has architecture {name} and this model is {allowed}")
+            raise ConfigError(f"{file} has architecture {show(name)} and this model is {allowed}")
     # Older files have rope_scaling, newer ones rope_parameters, which also holds the plain base.
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key) or {}
         plain = rope.keys() <= {"rope_theta", "rope_type"}
         if not plain or rope.get("rope_type", "default") != "default":
             raise ConfigError(
-                f"{file} has {key}={rope!r} and this model's rotary embedding is not scaled"
+                f"{file} has {key}={show(rope)} and this model's rotary embedding is not scaled"
             )
 
 

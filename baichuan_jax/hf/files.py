@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from baichuan_jax.config.parsing import read_json, require_type
 from baichuan_jax.config.schema import ConfigError
 
 # safetensors' codes of the types that weights are published in, by their names in NumPy. The format
@@ -55,10 +56,14 @@ def open_tensors(folder: Path) -> Tensors:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names. Raises ConfigError where it is damaged or one is missing."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found = require_type(read_json(index), dict, "it")
+        names = require_type(found.get("weight_map"), dict[str, str], "its weight_map").values()
+        # ValueError, which ConfigError is: a name with a slash, or none.
         files = [index.with_name(name) for name in sorted(set(names))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is no index of shards: {error!r}") from None
+    except ValueError as error:
+        raise ConfigError(f"{index} is no index of shards: {error}") from None
+    if not files:
+        raise ConfigError(f"{index} is no index of shards: its weight_map names no file")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(f"{index} names files that are not there: {', '.join(missing)}")

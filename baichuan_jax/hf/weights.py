@@ -57,6 +57,12 @@ def import_params(
     source = open_tensors(Path(folder))
     # Llama's form has q_proj, k_proj and v_proj; the original's has W_pack.
     packed = not any(name.endswith("q_proj.weight") for name in source.shapes)
+    # Counted before the list is made, which a damaged number would make endless.
+    if config.num_layers > len(source.shapes):
+        raise ConfigError(
+            f"{folder}: config.json has num_hidden_layers={config.num_layers} and the weight files "
+            f"hold {len(source.shapes)} tensors"
+        )
     wanted = list(entries(config, packed))
     _compare(Path(folder), source, {k: v for entry in wanted for k, v in entry.tensors.items()})
 

@@ -24,6 +24,16 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from baichuan_jax.config.parsing import (
+    Count,
+    Time,
+    build,
+    decode,
+    parse_json,
+    require_type,
+    whole_number,
+)
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.runs.files import create_once, read_once, write_atomically
 
@@ -41,15 +51,12 @@ class _Record:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """An unknown field is dropped, since versions may differ. Raises ValueError for others."""
-        if not isinstance(content, dict):
-            raise ValueError(f"{cls.__name__}: {content!r} is no record")
+    def from_json(cls, content: Any) -> Self:
+        """The record of an object; a field that it does not know is dropped. Raises ConfigError."""
+        require_type(content, dict, "it")
         # JSON has lists only, and a frozen record has tuples.
-        known = {field.name for field in dataclasses.fields(cls)} & set(content)
-        values = {name: content[name] for name in known}
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **lists})
+        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        return build(cls, {**content, **lists}, "it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,8 @@ class HostHeartbeat(_Record):
     """A supervisor's heartbeat: `beat` counts them since its process `pid` began."""
 
     address: str = ""
-    pid: int = 0
-    beat: int = 0
+    pid: Count = 0
+    beat: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,15 @@ class LaunchPlan(_Record):
     name: ClassVar[str] = "plan"
     hosts: tuple[str, ...]
     processes: int
+
+    def __post_init__(self) -> None:
+        require(len(self.hosts) > 0, "it names no host")
+        # All of them are counted below: a damaged number must not fill the memory.
+        most = 1024
+        require(
+            1 <= self.processes <= most,
+            f"its processes={self.processes} a host must lie between 1 and {most}",
+        )
 
     @property
     def host_of(self) -> dict[int, str]:
@@ -94,13 +110,13 @@ class Report(_Record):
     """One process at one moment: a heartbeat while it works, an exit report once it must leave."""
 
     name: ClassVar[str] = "process"
-    process: int
+    process: Count
     host: str
-    pid: int = 0
+    pid: Count = 0
     # Grows with every heartbeat.
-    beat: int = 0
-    time: float = 0.0
-    step: int = 0
+    beat: Count = 0
+    time: Time = 0.0
+    step: Count = 0
     phase: str = "start"
     # Seconds in this phase so far.
     age: float = 0.0
@@ -119,9 +135,8 @@ class Report(_Record):
     named: tuple[int, ...] = ()
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        cause = content.get("cause")
-        return super().from_json({**content, "cause": None if cause is None else Cause(cause)})
+    def from_json(cls, content: Any) -> Self:
+        return super().from_json(_with_cause(content))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +147,7 @@ class ProcessEnd(_Record):
     code: int
     # Its supervisor killed it, so the code says nothing.
     stopped: bool = False
-    time: float = 0.0
+    time: Time = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +160,13 @@ class HostEnd(_Record):
     exits: dict[int, ProcessEnd] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        exits = content["exits"].items()
-        return cls(content["asked"], {int(p): ProcessEnd.from_json(end) for p, end in exits})
+    def from_json(cls, content: Any) -> Self:
+        require_type(content, dict, "it")
+        exits = require_type(content.get("exits"), dict, "its exits")
+        # JSON's keys are text.
+        numbers = [require_type(whole_number(key), Count, f"its process {key!r}") for key in exits]
+        ends = [ProcessEnd.from_json(end) for end in exits.values()]
+        return super().from_json({**content, "exits": dict(zip(numbers, ends, strict=True))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +182,8 @@ class Verdict(_Record):
     processes: tuple[int, ...] = ()
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        return super().from_json({**content, "cause": Cause(content["cause"])})
+    def from_json(cls, content: Any) -> Self:
+        return super().from_json(_with_cause(content))
 
     def __str__(self) -> str:
         processes = ", ".join(map(str, self.processes))
@@ -189,8 +208,9 @@ class History(_Record):
     checkpoint: int | None = None
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
+    def from_json(cls, content: Any) -> Self:
         # Verdicts written before the field had its name call it "blames".
+        require_type(content, dict, "its history")
         return super().from_json({"attributed": content.get("blames", {}), **content})
 
 
@@ -205,8 +225,8 @@ class VerdictRecord(_Record):
     code: int
     reason: str
     # When the first sign of the fault came, and when the verdict was reached.
-    detected: float
-    concluded: float
+    detected: Time
+    concluded: Time
     # The newest saved step.
     checkpoint: int
     # Hosts whose supervisors ended with the launch.
@@ -214,9 +234,10 @@ class VerdictRecord(_Record):
     history: History
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        verdict = Verdict.from_json(content["verdict"])
-        history = History.from_json(content["history"])
+    def from_json(cls, content: Any) -> Self:
+        require_type(content, dict, "it")
+        verdict = Verdict.from_json(content.get("verdict"))
+        history = History.from_json(content.get("history"))
         return super().from_json({**content, "verdict": verdict, "history": history})
 
 
@@ -239,7 +260,7 @@ class LaunchFolder:
         return not (self.path / UNSUPERVISED).exists()
 
     def read(self, kind: type[Kind], key: str | int | None = None) -> Kind | None:
-        """The record of this kind; None where there is none."""
+        """The record of this kind; None where there is none. Raises ConfigError, OSError."""
         return _read(self._file(kind, key), kind)
 
     def write(self, record: _Record, key: str | int | None = None) -> None:
@@ -289,8 +310,8 @@ class Launches:
     def numbers(self) -> list[int]:
         """The numbers of the launches so far, in their order."""
         # The folder also holds hosts/ and drafts.
-        found = self.path.glob("[0-9]*")
-        return sorted(int(path.name) for path in found if path.name.isdigit())
+        found = (whole_number(path.name) for path in self.path.glob("[0-9]*"))
+        return sorted(number for number in found if number is not None)
 
     def latest(self) -> int:
         """The number of the newest launch; 0 where there is none."""
@@ -324,10 +345,18 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
     content = read_once(file)
     if content is None:
         return None
+    delete = "files of a launch appear whole, so its disk is damaged; delete that file"
     try:
-        return kind.from_json(json.loads(content))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is no {kind.__name__}: {error}") from error
+        return kind.from_json(parse_json(decode(content, str(file)), str(file)))
+    except ConfigError as error:
+        raise ConfigError(f"{file} is no {kind.__name__}: {error}; {delete}") from None
+
+
+def _with_cause(content: Any) -> dict[str, Any]:
+    """The content with its cause, a word, as a Cause."""
+    require_type(content, dict, "it")
+    cause = require_type(content.get("cause"), str | None, "its cause")
+    return {**content, "cause": None if cause is None else Cause(cause)}
 
 
 def _replace(file: Path, record: _Record) -> None:

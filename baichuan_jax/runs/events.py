@@ -9,11 +9,14 @@ kind that is not known here becomes `Unknown`.
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+from baichuan_jax.config.parsing import Count, Positive, Time, build
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.files import Appender
 
 
@@ -23,7 +26,7 @@ class Event:
     """Something that happened at `time`, seconds since the epoch."""
 
     kind: ClassVar[str] = ""
-    time: float = dataclasses.field(default_factory=lambda: round(time.time(), 3))
+    time: Time = dataclasses.field(default_factory=lambda: round(time.time(), 3))
 
     # `kind` is a class variable, so it is no field and needs its own place in to_json.
     @property
@@ -64,11 +67,11 @@ def _event(kind: str) -> Any:
 class Started(Event):
     """A launch has its devices and its data, and chose how to run."""
 
-    attempt: int
+    attempt: Count
     jax: str = ""
     device: str = ""
-    devices: int = 1
-    processes: int = 1
+    devices: Positive = 1
+    processes: Positive = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     attention: str | None = None
     rms_norm: str | None = None
@@ -317,7 +320,7 @@ class VerdictReached(Event):
     `detected` and `concluded` are times; `lost` are the hosts whose supervisors ended too.
     """
 
-    attempt: int
+    attempt: Count
     hosts: list[str] = dataclasses.field(default_factory=list)
     cause: str = ""
     rule: str = ""
@@ -327,8 +330,8 @@ class VerdictReached(Event):
     restart: bool = False
     code: int = 0
     reason: str = ""
-    detected: float = 0.0
-    concluded: float = 0.0
+    detected: Time = 0.0
+    concluded: Time = 0.0
     checkpoint: int = 0
     lost: list[str] = dataclasses.field(default_factory=list)
 
@@ -341,21 +344,22 @@ class Unknown(Event):
 
 
 def parse_event(content: dict[str, Any]) -> Event:
-    """The event of a line of events.jsonl. Raises ValueError for a line that is none."""
+    """The event of a line of events.jsonl. Raises ConfigError for a line that is none."""
     if not isinstance(content, dict) or not {"kind", "time"} <= set(content):
-        raise ValueError("an event has a kind and a time")
-    cls = KINDS.get(content["kind"])
+        raise ConfigError("an event has a kind and a time")
+    kind = content["kind"]
+    require(isinstance(kind, str), f"its kind is {kind!r} and must be text")
+    cls = KINDS.get(kind)
     # A newer version of the program may have gone on with this run.
     if cls is None:
-        return Unknown(time=content["time"], content=content)
-    fields = dataclasses.fields(cls)
-    # Both are MISSING where a field has no default.
-    required = {field.name for field in fields if field.default is field.default_factory}
-    if missing := sorted(required - set(content)):
-        raise ValueError(f"{content['kind']} lacks {', '.join(missing)}")
-    # Fields that this version does not have are dropped.
-    names = {field.name for field in fields}
-    return cls(**{name: value for name, value in content.items() if name in names})
+        return build(Unknown, {"time": content["time"], "content": content}, "an event")
+    # Earlier versions wrote a loss that was not finite as NaN, which counts as null, as in
+    # metrics.jsonl.
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in content.items()
+    }
+    return build(cls, finite, kind)
 
 
 Kind = TypeVar("Kind", bound=Event)

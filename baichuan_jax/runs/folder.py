@@ -1,12 +1,13 @@
 """A run's folder, read back: metrics, events, loss curve. `train()` returns a Run."""
 
 import io
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.parsing import Count, Time, decode, parse_json, read_bytes, require_type
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, latest, parse_event
 from baichuan_jax.runs.files import save_figure
 
@@ -25,20 +26,19 @@ class Run:
         """Lines of metrics.jsonl in order, one for each step and evaluation.
 
         A step that was repeated after a restart has a line for each time, with the same numbers.
+        Raises ConfigError with the number of a damaged one.
         """
-        return _read_lines(self.path / "metrics.jsonl")
+        return [_check_metrics(line, where) for where, line in _lines(self.path / "metrics.jsonl")]
 
     @property
     def events(self) -> list[Event]:
         """Lines of events.jsonl in order. Raises ConfigError with the number of a damaged one."""
-        path, events = self.path / "events.jsonl", []
-        for number, line in enumerate(_read_lines(path), 1):
+        events = []
+        for where, line in _lines(self.path / "events.jsonl"):
             try:
                 events.append(parse_event(line))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{path}, line {number} is no event: {error}; repair or delete that line"
-                ) from None
+            except ConfigError as error:
+                raise ConfigError(f"{where} is no event: {error}; {_REPAIR}") from None
         return events
 
     @property
@@ -138,18 +138,51 @@ def smooth(values: list[float], share: float = 0.015) -> list[float]:
     return out
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a last line that a killed writer left unfinished is not one."""
+_REPAIR = "repair or delete that line"
+# What these must be where a line has them. All others are numbers, or null where one was not
+# finite.
+_METRICS = {
+    "step": Count,
+    "time": Time,
+    "loss": float | None,
+    "step_seconds": float,
+    "tokens": Count,
+    "tokens_per_second": float,
+}
+_WHOLE = ("step", "tokens")
+
+
+def _check_metrics(line: Any, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises ConfigError for one that no reader could go on with."""
+    try:
+        require_type(line, dict, "it")
+        require("step" in line, "it has no step")
+        for name, value in line.items():
+            # Nearly all, and a run may have millions: this look costs a tenth of the full one.
+            usual = type(value) is int or (type(value) is float and name not in _WHOLE)
+            if usual and 0 <= value < 1e11:
+                continue
+            # Text too, which a later version may write.
+            require_type(value, _METRICS.get(name, float | bool | str | None), f"its {name}")
+    except ConfigError as error:
+        raise ConfigError(f"{where} is no line of metrics: {error}; {_REPAIR}") from None
+    return line
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of a JSONL file.
+
+    A last line that a killed writer left unfinished is none.
+    """
     if not path.exists():
-        return []
+        return
+    content = read_bytes(path)
+    # Cut first: the line that was not finished may end in the middle of a character.
+    whole = decode(content[: content.rfind(b"\n") + 1], str(path))
     # split, not splitlines: text in a line may hold other line separators, such as U+2028.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    found = []
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(whole.split("\n")[:-1], 1):
+        where = f"{path}, line {number}"
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise ConfigError(
-                f"{path}, line {number} is no JSON: {line[:60]!r}; repair or delete that line"
-            ) from None
-    return found
+            yield where, parse_json(line, where)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_REPAIR}") from None

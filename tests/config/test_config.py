@@ -136,7 +136,7 @@ def test_a_contradiction_is_refused_with_both_values(options):
         ("[]", "must hold settings by name"),
         ("model: {num_layers: 1, num_layers: 2}", "'num_layers' is set twice"),
         ("model: {num_layers: 1}\ntrain: {seed: 1}\nmodel: {num_heads: 2}", "'model' is set twice"),
-        (b"\xff\xfe\x00", "is no YAML in UTF-8"),
+        (b"\xff\xfe\x00", "line 1 is no UTF-8 (byte 0xff)"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):

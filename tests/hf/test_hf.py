@@ -432,8 +432,8 @@ def test_a_missing_shard_is_named(tmp_path):
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 32}, "head_dim=32"),
         # Baichuan-13B, Baichuan2.
-        ({"architectures": ["BaichuanForCausalLM"]}, "architecture BaichuanForCausalLM"),
-        ({"num_attention_heads": "4"}, "num_attention_heads='4', which must be int"),
+        ({"architectures": ["BaichuanForCausalLM"]}, "architecture 'BaichuanForCausalLM'"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4' and must be a whole number"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
     ids=str,

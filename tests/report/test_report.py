@@ -309,7 +309,7 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         ("empty metrics", "has no finished step yet"),
         (
             "broken line",
-            "metrics.jsonl, line 2 is no JSON: '{\"step\": 2, garbage'; repair or delete",
+            "metrics.jsonl, line 2 is no JSON: Expecting property name",
         ),
         ("broken result", "result.json is no JSON"),
         ("broken configuration", "config.yaml is no YAML"),

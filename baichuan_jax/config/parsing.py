@@ -1,0 +1,275 @@
+"""JSON and YAML that others wrote: read strictly, refused with file, place and reason.
+
+In: a file or its text. Out: plain Python values. `require_type` compares a value with the
+annotation that its reader expects (int, list[str], dict[str, float] | None), and `build` makes a
+dataclass of an object, whose fields' annotations say what it must hold. What Python's parsers take
+and nobody means is refused: keys that come twice, half characters, numbers that are none.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import reprlib
+import stat
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union
+
+import yaml
+
+from baichuan_jax.config.schema import ConfigError, require
+
+# Whole numbers beyond 64 bits fit into no array, and Python's would go on to any length.
+LARGEST = (1 << 63) - 1
+# More than any file of settings holds.
+MOST_VALUES = 100_000
+
+# Seconds since the epoch, up to the year 9999, where Python's dates end.
+Time = Annotated[float, (0.0, 253402300799.0)]
+Count = Annotated[int, (0, LARGEST)]
+Positive = Annotated[int, (1, LARGEST)]
+
+# Errors that name a wrong path, and say nothing against the storage.
+_OF_THE_PATH = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+)
+
+# An error shows a value's beginning: a file may hold megabytes where a number should be.
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 60
+
+
+def show(value: Any) -> str:
+    """A value for a message, on one line and cut to about 60 characters a part."""
+    return _shown.repr(value)
+
+
+def read_bytes(file: Path | str) -> bytes:
+    """The content of a file.
+
+    Raises ConfigError where there is none, and for what is no regular file: a read of a pipe or a
+    device may never end. An error of the storage stays the OSError that it is: another try may
+    succeed.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
+        return Path(file).read_bytes()
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_text(file: Path | str) -> str:
+    """The text of a UTF-8 file, without a byte-order mark. Raises ConfigError."""
+    return decode(read_bytes(file), str(file))
+
+
+def decode(content: bytes, file: str) -> str:
+    """The text of a file's bytes, without a byte-order mark. Raises ConfigError."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        byte = content[error.start]
+        raise ConfigError(f"{file}, line {line} is no UTF-8 (byte {byte:#04x})") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises ConfigError, whose message begins with `where`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_each_key_once)
+        # Only an escape can make half of a surrogate pair, which no file can hold in UTF-8.
+        if "\\u" in text:
+            _refuse_half_characters(value)
+    except RecursionError:
+        raise ConfigError(f"{where} is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{where} is no JSON: {error}") from None
+    return value
+
+
+def read_json(file: Path | str) -> Any:
+    """The value of a JSON file. Raises ConfigError."""
+    return parse_json(read_text(file), str(file))
+
+
+def read_yaml(file: Path | str) -> Any:
+    """The value of a YAML file. Raises ConfigError."""
+    text = read_text(file)
+    try:
+        value = yaml.load(text, _EachKeyOnce)
+        _refuse_growth(value)
+    except RecursionError:
+        raise ConfigError(f"{file} is no YAML that can be read: it is nested too deeply") from None
+    # Others than YAMLError: tags whose text is no such value (2001-99-99, !!bool x).
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    return value
+
+
+def require_type(value: Any, kind: Any, where: str) -> Any:
+    """The value itself, where it is of the kind that an annotation says. Raises ConfigError.
+
+    A number must be finite, a whole one at most LARGEST; true is none. A tuple may be a list.
+    """
+    require(_is(value, kind), f"{where} is {show(value)} and must be {_name(kind)}")
+    return value
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a name or a key says as str() writes it: 12, and neither 012 nor ²."""
+    # 18 digits: what fits into 64 bits.
+    if not (text.isascii() and text.isdigit() and len(text) <= 18) or str(int(text)) != text:
+        return None
+    return int(text)
+
+
+Kind = TypeVar("Kind")
+
+
+def build(kind: type[Kind], content: Any, what: str) -> Kind:
+    """The dataclass that an object describes.
+
+    A field that `kind` does not have is dropped, since versions may differ. Raises ConfigError,
+    whose message begins with `what`, for one that is missing or of another type.
+    """
+    require(isinstance(content, Mapping), f"{what} is {show(content)} and must be an object")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    # Both are MISSING where a field has no default.
+    needed = {field.name for field in fields if field.default is field.default_factory}
+    if missing := sorted(needed - set(content)):
+        raise ConfigError(f"{what} lacks {', '.join(missing)}")
+    known = {field.name: field.type for field in fields if field.name in content}
+    for name, annotation in known.items():
+        require_type(content[name], annotation, f"{what}'s {name}")
+    return kind(**{name: content[name] for name in known})
+
+
+def _is(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Annotated:
+        low, high = arguments[1]
+        return _is(value, arguments[0]) and low <= value <= high
+    if origin in (Union, types.UnionType):
+        return any(_is(value, each) for each in arguments)
+    if origin is typing.Literal:
+        return any(value is each or (value == each and type(value) is str) for each in arguments)
+    if origin in (list, tuple):
+        # tuple[X, ...] has the dots as its second argument.
+        return isinstance(value, list | tuple) and all(_is(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is(key, arguments[0]) and _is(each, arguments[1]) for key, each in value.items()
+        )
+    if kind is None or kind is types.NoneType:
+        return value is None
+    # To Python, and so in JSON, true is an int.
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is int:
+        return isinstance(value, int) and abs(value) <= LARGEST
+    if kind is float:
+        if isinstance(value, int):
+            return abs(value) <= LARGEST
+        return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    types.NoneType: "null",
+    Time: "seconds since the epoch",
+    Count: "a whole number, 0 or more",
+    Positive: "a whole number, 1 or more",
+}
+
+
+def _name(kind: Any) -> str:
+    """An annotation in the words of JSON."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind in _NAMES:
+        return _NAMES[kind]
+    if origin is Annotated:
+        low, high = arguments[1]
+        return f"{_name(arguments[0])} from {low} to {high}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_name, arguments))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (list, tuple):
+        return f"a list, each of {_name(arguments[0])}"
+    if origin is dict:
+        return f"an object, each value {_name(arguments[1])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {show(twice)} comes twice")
+    return found
+
+
+def _refuse_half_characters(value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the text {value[:60]!a} has half a character") from None
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            _refuse_half_characters(key)
+            _refuse_half_characters(each)
+    elif isinstance(value, list):
+        for each in value:
+            _refuse_half_characters(each)
+
+
+def _refuse_growth(value: Any) -> None:
+    """Refuse aliases (*name) that make a few lines into more than MOST_VALUES values."""
+    # An alias is one object here; whatever copies or prints the settings writes it out each time,
+    # and one that holds itself without end.
+    left, waiting = MOST_VALUES, [value]
+    while waiting:
+        found = waiting.pop()
+        inner = list(found.values()) if isinstance(found, dict) else found
+        if isinstance(inner, list | tuple | set):
+            left -= len(inner)
+            if left < 0:
+                raise ValueError(f"with its aliases written out it has over {MOST_VALUES} values")
+            waiting.extend(inner)
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a mapping has each key once; PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping. Raises ConstructorError where a key comes twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} is set twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
