@@ -532,8 +532,8 @@ def test_rows_of_earlier_versions_are_found_and_said_to_leave_out_text(
     assert content(packed_apart.path) == before
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "plan_parts", plan_apart)
-        name = preparing._rows_folder(config, find_files([corpus]), tokenizer)
-    assert preparing._rows_folder(config, find_files([corpus]), tokenizer) != name
+        name = preparing._rows_folder(config, "rows", find_files([corpus]), tokenizer)
+    assert preparing._rows_folder(config, "rows", find_files([corpus]), tokenizer) != name
     shutil.copytree(packed_apart.path, name)
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "pack", refuse_to_work)
@@ -553,7 +553,7 @@ def test_the_name_of_rows_of_large_files_did_not_change(config, corpus, tokenize
     settings = [tokenizer.hash, 32, "text"]
     described = json.dumps([1, [[file, state.st_size, state.st_mtime_ns]], settings])
     name = f"rows-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-    assert preparing._rows_folder(config, [file], tokenizer).name == name
+    assert preparing._rows_folder(config, "rows", [file], tokenizer).name == name
     shard = Shard([Slice(file)], Path("folder"), 0, tokenizer.path, tokenizer.hash, 32, "text")
     assert shard.key() == {
         "path": file,
