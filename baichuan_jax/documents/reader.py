@@ -12,6 +12,8 @@ A field is named by its name, and one inside another by both with a dot: data.te
 {"data": {"text": ...}}. A field whose own name has the dot comes first.
 """
 
+import collections
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,23 @@ class Fields:
     source: str | None = None
     # A longer line, or .txt file, is a problem and is not held in memory. None: no limit.
     max_line_bytes: int | None = None
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """All names of fields, and of those inside others each part."""
+        given = [name for name in (self.text, self.id, self.source) if name]
+        return frozenset([*given, *(part for name in given for part in name.split("."))])
+
+    def object_of(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object of its pairs. Raises ValueError where one of these fields stands twice."""
+        record = dict(pairs)
+        # Python would keep the last one, and a text would be lost.
+        if len(record) < len(pairs):
+            counts = collections.Counter(name for name, _ in pairs)
+            for name in sorted(self.names):
+                if counts[name] > 1:
+                    raise ValueError(f"field {name!r} stands {counts[name]} times in one object")
+        return record
 
 
 class Document(NamedTuple):
@@ -238,7 +257,7 @@ READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
 
 def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Document | Problem:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=fields.object_of)
     except UnicodeDecodeError as error:
         return Problem(path, number, "broken_utf8", str(error), source=stem)
     # A line of a hundred thousand brackets exhausts Python's stack.

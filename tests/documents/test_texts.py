@@ -66,6 +66,11 @@ def test_empty_lines_are_skipped_and_empty_texts_kept(tmp_path):
     assert read(path) == ["", "a", ""]
 
 
+def test_a_field_that_is_not_asked_for_may_stand_twice(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a", "id": 2, "meta": {"b": 1, "b": 2}}\n')
+    assert read(tmp_path / "a.jsonl") == ["a"]
+
+
 def test_the_text_field_is_chosen(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "no", "content": "yes"}\n')
@@ -126,6 +131,7 @@ def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
     [
         (b'{"text": "cut sho', "no_json: Invalid control character"),
         (b"plain words", "no_json: Expecting value"),
+        (b'{"text": "a", "id": 1, "text": "b"}', "no_json: field 'text' stands 2 times in one obj"),
         (
             b'{"txt": "a", "id": 1}',
             r"no_text: there is no field 'text' \(there are: \['id', 'txt'\]\); name the field",
