@@ -185,6 +185,15 @@ def test_everything_is_in_a_row_or_counted(tokenizer, tmp_path, monkeypatch, see
     assert m["documents"] == in_rows + m["documents_dropped"] + m["empty_documents"]
 
 
+def test_names_that_are_no_text_are_in_the_manifest(tokenizer, tmp_path):
+    name = os.fsdecode(b"\xff.txt")
+    (tmp_path / name).write_text("many words " * 99)
+    rows = pack([f"{tmp_path}/{name}"], tmp_path / "rows", tokenizer, 16, num_workers=1)
+    assert rows.manifest["inputs"] == [f"{tmp_path}/{name}"]
+    assert rows.manifest["shards"][0]["from"] == f"{tmp_path}/\\xff.txt"
+    assert pack([f"{tmp_path}/{name}"], rows.path, tokenizer, 16, num_workers=1).path == rows.path
+
+
 def test_short_documents_in_files_of_their_own_are_packed(tokenizer, tmp_path, capsys):
     """Most of a corpus's files may be shorter than a row."""
     texts = [f"document {i}: {'word ' * (i % 7)}" for i in range(300)]

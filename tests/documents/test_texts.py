@@ -11,7 +11,14 @@ import zstandard
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_unread, find_files, split_files
-from baichuan_jax.documents.reader import Fields, Problem, read_documents, read_texts
+from baichuan_jax.documents.reader import (
+    Document,
+    Fields,
+    Problem,
+    document_id,
+    read_documents,
+    read_texts,
+)
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -126,6 +133,23 @@ def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
         read(path)
 
 
+def test_a_row_that_python_cannot_hold_is_named_and_the_others_are_read(tmp_path):
+    """A string that is no UTF-8, and a date beyond Python's years."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    strings = pyarrow.array([b"first", b"\xff\xfe", b"last"], pyarrow.binary())
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, strings.buffers())
+    dates = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": broken, "date": dates}), path)
+    found = list(read_documents(Slice(str(path)), Fields()))
+    assert [getattr(entry, "text", None) for entry in found] == ["first", None, "last"]
+    with pytest.raises(ConfigError, match=r"line 2: broken_utf8: 'utf-8' codec can't decode"):
+        read(path)
+    found = list(read_documents(Slice(str(path)), Fields(text="date")))
+    assert [getattr(entry, "reason", None) for entry in found] == ["no_text"] * 3
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -146,7 +170,8 @@ def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
         (b'{"text": ["a"]}', "no_text: field 'text' is a list, expected a string"),
         (
             b'{"text": {"body": "a"}}',
-            r"no_text: field 'text' is an object, expected a string; inside it are: text\.body",
+            "no_text: field 'text' is an object, expected a string; "
+            r"inside it are: \['text\.body'\]",
         ),
         (b'["text"]', r"no_json: list instead of an object; mend the file, or clean the corpus"),
         (b'{"text": "\xff"}', "broken_utf8: 'utf-8' codec can't decode byte 0xff"),
@@ -163,6 +188,38 @@ def test_a_bad_line_is_named_after_those_before_it_are_read(tmp_path, line, mess
     assert next(documents) == "fine"
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 3: {message}"):
         next(documents)
+
+
+NAMES = [
+    b"\xff\xfe",
+    b"a\nb",
+    b" ",
+    b"-x",
+    b"[a]*?",
+    "名\u202e🙂".encode(),
+    b"'\"\\",
+    b"%s{0}$HOME",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [b".txt", b".jsonl"])
+def test_a_file_may_have_any_name(tmp_path, name, kind):
+    """Its documents have a path, a source and an id that can be written as text."""
+    path = os.path.join(os.fsencode(tmp_path), name + kind)
+    with open(path, "wb") as file:
+        file.write(b'{"text": "fine"}')
+    (found,) = find_files([f"{tmp_path}/*"])
+    assert os.fsencode(found) == path
+    (document,) = read_documents(Slice(found), Fields())
+    assert isinstance(document, Document)
+    for text in (document.path, document.source, document_id(document.path, 1)):
+        assert text.encode().decode() == text
+    with open(path, "wb") as file:
+        file.write(b"\xff")
+    with pytest.raises(ConfigError, match=r", line 1: broken_utf8") as error:
+        list(read_texts([Slice(found)], "text"))
+    assert str(error.value).encode()
 
 
 def test_bad_utf8_in_a_txt_file_is_named(tmp_path):
