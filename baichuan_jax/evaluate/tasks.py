@@ -109,6 +109,28 @@ def load_subjects(
     return found, digest.hexdigest()
 
 
+def in_other_splits(
+    task: str, folder: Path | str, split: str | None, subjects: list[Subject]
+) -> dict[str, dict[str, int]]:
+    """By split that is not asked, and subject: how many of its questions are asked all the same.
+
+    Only of files that lie there and can be read: nothing else is made of them.
+    """
+    found: dict[str, dict[str, int]] = {}
+    if task not in ("mmlu", "ceval"):
+        return found
+    for other in sorted({"val", "test"} - {split or SPLITS[task]}):
+        for subject in subjects:
+            path = Path(folder) / other / f"{subject.name}_{other}.csv"
+            try:
+                read = READERS[task](path).questions
+            except ConfigError:
+                continue
+            if rows := rows_with_twin(subject.questions, read):
+                found.setdefault(other, {})[subject.name] = len(rows)
+    return found
+
+
 def known_subjects(task: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """{subject: (title, language, categories)} of a whole task."""
     if task == "mmlu":
