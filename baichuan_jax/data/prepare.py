@@ -51,6 +51,10 @@ def prepare(
             "data.train names no corpus; give globs of text files or folders of packed rows, with "
             "weights"
         )
+    # All globs first: training a tokenizer and packing may take hours.
+    for path in [*config.data.train, *config.data.validation]:
+        if not _is_packed(path):
+            find_files([path])
     tokenizer = _find_tokenizer(config, writer, say)
     # Fewer pieces than rows of the embedding are fine: the others are never looked up.
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -120,7 +120,7 @@ class Rows:
         if dropped <= MANY_DROPPED * tokens:
             return None
         # Earlier versions did not count them, and packed every file alone.
-        documents = "" if whole is None else f", and {whole:,} documents with all their tokens"
+        documents = "" if not whole else f", and {whole:,} documents with all their tokens"
         advice = "give more text, or a smaller context_length"
         if whole is None and len(m["shards"]) > 1:
             advice = (

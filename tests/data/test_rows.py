@@ -697,6 +697,14 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_has_pieces_is_refused(config
         prepare(config)
 
 
+def test_a_glob_of_validation_text_is_refused_before_anything_is_made(config, tmp_path):
+    data = dataclasses.replace(config.data, validation={f"{tmp_path}/none/*.jsonl": 1.0})
+    config = dataclasses.replace(config, data=data, tokenizer=TokenizerConfig(vocab_size=512))
+    with pytest.raises(ConfigError, match=r"none/\*\.jsonl' matches no file"):
+        prepare(config, say=refuse_to_work)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_run_without_training_text_is_refused(config):
     with pytest.raises(ConfigError, match=r"data\.train names no corpus"):
         prepare(packed_only(config))
