@@ -89,7 +89,8 @@ def run(
             write_atomically(output / "funnel.png", funnel.picture(report))
             write_atomically(output / "funnel.html", funnel.page(report).encode())
             content = json.dumps(report, indent=1, ensure_ascii=False)
-            write_atomically(output / "report.json", content.encode())
+            # Its settings may name files whose names are not UTF-8: escaped as JSON has it.
+            write_atomically(output / "report.json", content.encode("utf-8", "backslashreplace"))
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

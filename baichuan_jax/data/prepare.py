@@ -52,6 +52,10 @@ def prepare(
             "data.train names no corpus; give globs of text files or folders of packed rows, with "
             "weights"
         )
+    # All globs first: training a tokenizer and packing may take hours.
+    for path in [*config.data.train, *config.data.validation]:
+        if not _is_packed(path):
+            find_files([path])
     tokenizer = _find_tokenizer(config, writer, say)
     require_same("tokenizer", tokenizer.hash)
     for warning in tokenizer.warnings:

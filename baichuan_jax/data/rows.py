@@ -127,7 +127,7 @@ class Rows:
         if dropped <= MANY_DROPPED * tokens:
             return None
         # Earlier versions did not count them, and packed every file alone.
-        documents = "" if whole is None else f", and {whole:,} documents with all their tokens"
+        documents = "" if not whole else f", and {whole:,} documents with all their tokens"
         advice = "give more text, or a smaller context_length"
         if whole is None and len(m["shards"]) > 1:
             advice = (
@@ -424,7 +424,7 @@ def _write_manifest(
     described = [
         {
             "file": shard.file.name,
-            "from": shard.pieces[0].path,
+            "from": shard.pieces[0].shown,
             **({"slices": len(shard.pieces)} if len(shard.pieces) > 1 else {}),
             **{name: record[name] for name in ("rows", "bytes", "sha256")},
         }
@@ -446,7 +446,9 @@ def _write_manifest(
     # Before it is written: with more text the same folder can be packed.
     _require_rows(folder, manifest)
     # Last: a folder with a manifest is whole.
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    content = json.dumps(manifest, indent=1, ensure_ascii=False)
+    # A glob need not be UTF-8, as a name of a file: its other bytes are escaped as JSON has it.
+    write_atomically(folder / MANIFEST, content.encode("utf-8", "backslashreplace"))
 
 
 def _checksum(path: Path) -> str:

@@ -42,6 +42,11 @@ class Slice:
     size: int = field(default=0, compare=False)
 
     @property
+    def shown(self) -> str:
+        """Its path as text for messages, tables and ids: Linux's names need not be UTF-8."""
+        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+
+    @property
     def by_bytes(self) -> bool:
         """Whether it is a range of a plain file, whose first line's number has to be counted."""
         return self.stop is not None and kind_of(self.path) != ".parquet"

@@ -12,6 +12,8 @@ A field is named by its name, and one inside another by both with a dot: data.te
 {"data": {"text": ...}}. A field whose own name has the dot comes first.
 """
 
+import collections
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,23 @@ class Fields:
     source: str | None = None
     # A longer line, or .txt file, is a problem and is not held in memory. None: no limit.
     max_line_bytes: int | None = None
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """All names of fields, and of those inside others each part."""
+        given = [name for name in (self.text, self.id, self.source) if name]
+        return frozenset([*given, *(part for name in given for part in name.split("."))])
+
+    def object_of(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object of its pairs. Raises ValueError where one of these fields stands twice."""
+        record = dict(pairs)
+        # Python would keep the last one, and a text would be lost.
+        if len(record) < len(pairs):
+            counts = collections.Counter(name for name, _ in pairs)
+            for name in sorted(self.names):
+                if counts[name] > 1:
+                    raise ValueError(f"field {name!r} stands {counts[name]} times in one object")
+        return record
 
 
 class Document(NamedTuple):
@@ -97,12 +116,12 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
             line = entry.line
             yield entry
     except DAMAGE as error:
-        yield Problem(piece.path, line + 1, UNREADABLE, f"reading stopped: {error}")
+        yield Problem(piece.shown, line + 1, UNREADABLE, f"reading stopped: {error}")
     else:
         # Only the first slice can say so: a later one has no line of its own where a single long
         # line spans it.
         if line < piece.first_line and piece.start == 0:
-            yield Problem(piece.path, 1, EMPTY, "holds no document")
+            yield Problem(piece.shown, 1, EMPTY, "holds no document")
 
 
 def read_texts(pieces: Iterable[Slice], text_field: str) -> Iterator[str]:
@@ -151,7 +170,7 @@ def _strict_message(problem: Problem, piece: Slice) -> str:
 
 def _read_lines(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
     limit = fields.max_line_bytes
-    stem = _stem(piece.path)
+    path, stem = piece.shown, _stem(piece.shown)
     with open_binary(piece.path) as file:
         number = piece.first_line - 1
         if piece.start:
@@ -168,11 +187,11 @@ def _read_lines(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
             if limit is not None and len(line) > limit and not line.endswith(b"\n"):
                 size = len(line) + _skip_line(file)
                 detail = f"{size} bytes, and read.max_line_bytes={limit}"
-                yield Problem(piece.path, number, "line_too_long", detail, source=stem)
+                yield Problem(path, number, "line_too_long", detail, source=stem)
             elif line.strip():
                 # A byte-order mark is no part of a file's first line.
                 content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                yield _parse(content, piece.path, number, fields, stem)
+                yield _parse(content, path, number, fields, stem)
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -187,26 +206,26 @@ def _skip_line(file: BinaryIO) -> int:
 
 def _read_text(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
     limit = fields.max_line_bytes
-    stem = _stem(piece.path)
+    path, stem = piece.shown, _stem(piece.shown)
     with open_binary(piece.path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
         detail = f"more than read.max_line_bytes={limit} bytes"
-        yield Problem(piece.path, 1, "line_too_long", detail, source=stem)
+        yield Problem(path, 1, "line_too_long", detail, source=stem)
         return
     # A file of white space is empty, which `read_documents` says.
     if not content.strip():
         return
     try:
-        yield Document(piece.path, 1, None, stem, content.decode("utf-8-sig"))
+        yield Document(path, 1, None, stem, content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        yield Problem(piece.path, line, "broken_utf8", str(error), source=stem)
+        yield Problem(path, line, "broken_utf8", str(error), source=stem)
 
 
 def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
     pyarrow = pyarrow_for(piece.path)
-    stem = _stem(piece.path)
+    path, stem = piece.shown, _stem(piece.shown)
     number = piece.first_line - 1
     try:
         with open_binary(piece.path) as file:
@@ -221,11 +240,34 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
             groups = list(range(piece.start, stop))
             # Columns that are not asked for are not read, which is most of the time saved.
             for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted):
-                for row in batch.to_pylist():
+                for row in _rows(batch):
                     number += 1
-                    yield _document(row, columns, piece.path, number, fields, stem)
+                    if isinstance(row, Exception):
+                        broken = isinstance(row, UnicodeDecodeError)
+                        reason = "broken_utf8" if broken else "no_text"
+                        yield Problem(path, number, reason, str(row), source=stem)
+                    else:
+                        yield _document(row, columns, path, number, fields, stem)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """The rows of a batch of a Parquet file; an error in place of one that Python cannot hold.
+
+    A column of strings may hold what is no UTF-8, and one of dates what is beyond Python's years.
+    """
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        # Again, row by row, to find which.
+        for index in range(len(batch)):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield error
+    else:
+        yield from rows
 
 
 READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
@@ -238,7 +280,7 @@ READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
 
 def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Document | Problem:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=fields.object_of)
     except UnicodeDecodeError as error:
         return Problem(path, number, "broken_utf8", str(error), source=stem)
     # A line of a hundred thousand brackets exhausts Python's stack.
@@ -275,15 +317,21 @@ def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
     """Why a record's field is no text; `names`: all fields that there are."""
     value = _field(record, name)
     if isinstance(value, dict):
-        inside = ", ".join(f"{name}.{inner}" for inner in list(value)[:5])
-        return f"field {name!r} is an object, expected a string; inside it are: {inside or '-'}"
+        inside = _few(f"{name}.{inner}" for inner in value)
+        return f"field {name!r} is an object, expected a string; inside it are: {inside}"
     if value is not MISSING:
         return f"field {name!r} is {kind_of_value(value)}, expected a string"
     outer, dot, _ = name.rpartition(".")
     around = _field(record, outer) if dot else MISSING
     if around is not MISSING and not isinstance(around, dict):
         return f"field {outer!r} is {kind_of_value(around)}, so there is no field {name!r}"
-    return f"there is no field {name!r} (there are: {sorted(names)})"
+    return f"there is no field {name!r} (there are: {_few(names)})"
+
+
+def _few(names: Iterable[str]) -> str:
+    """Names for a message, quoted; of many the first."""
+    found = sorted(names)
+    return f"{found[:20]}{' and more' if len(found) > 20 else ''}"
 
 
 def _document(

@@ -27,7 +27,13 @@ from baichuan_jax.evaluate.prompts import (
 )
 from baichuan_jax.evaluate.results import Record, Results, score_prompts, summarise
 from baichuan_jax.evaluate.scoring import Scorer
-from baichuan_jax.evaluate.tasks import SPLITS, Subject, known_subjects, load_subjects
+from baichuan_jax.evaluate.tasks import (
+    SPLITS,
+    Subject,
+    in_other_splits,
+    known_subjects,
+    load_subjects,
+)
 from baichuan_jax.evaluate.twins import count_twins
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.tokenizer import Tokenizer
@@ -112,13 +118,13 @@ class Evaluation:
         # prompt is another.
         if twins := _twins_of_examples(plan.task, self.subjects):
             self.settings["twins_of_examples"] = twins
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """For the manifest: rows of the files, and questions that stand in them more than once."""
-        rows = {subject.name: subject.rows for subject in self.subjects}
+        # For the manifest. No settings: they decide nothing.
         named = [(each.name, each.examples, each.questions) for each in self.subjects]
-        return {"rows": rows, "twins": count_twins(named)}
+        splits = in_other_splits(plan.task, plan.data, plan.split, self.subjects)
+        self.counts: dict[str, Any] = {
+            "rows": {subject.name: subject.rows for subject in self.subjects},
+            "twins": count_twins(named) | {"splits": splits},
+        }
 
     @property
     def num_questions(self) -> int:

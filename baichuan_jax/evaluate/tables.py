@@ -188,6 +188,10 @@ def left_out(manifest: dict[str, Any]) -> list[str]:
         (sum(twins.get("examples", {}).values()), "examples are the same as another one"),
         (sum(twins.get("questions", {}).values()), "questions stand in a file twice, and count so"),
         (twins.get("subjects", 0), "questions are asked in several subjects"),
+        *(
+            (sum(subjects.values()), f"questions stand in the split {split} too")
+            for split, subjects in sorted(twins.get("splits", {}).items())
+        ),
     ]
     return [f"{count:,} {what}" for count, what in counted if count]
 

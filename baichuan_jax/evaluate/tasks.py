@@ -79,13 +79,14 @@ def load_subjects(
     # Only C-Eval's test split needs them: its authors keep the answers.
     given = read_answers(Path(answers)) if answers is not None else {}
     digest = hashlib.sha256()
-    found = []
+    found, unanswered = [], 0
     for name in wanted:
         for path in files[name]:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             # Of names and contents: the same files give the same hash in any folder.
             digest.update(f"{path.relative_to(folder)} {content}\n".encode())
         read = _read(task, name, files[name], shots, seed)
+        unanswered += sum(question.answer is None for question in read.questions)
         questions = [
             _answered(question, given.get(name, {}), name, answers) for question in read.questions
         ]
@@ -101,8 +102,33 @@ def load_subjects(
                 twins=read.twins,
             )
         )
+    if answers is not None and not unanswered:
+        # A file that is named and not used would look like one that decided the scores.
+        raise ConfigError(f"answers={answers} has no use: all questions have answers in {folder}")
     _check_answers(task, split, found, files)
     return found, digest.hexdigest()
+
+
+def in_other_splits(
+    task: str, folder: Path | str, split: str | None, subjects: list[Subject]
+) -> dict[str, dict[str, int]]:
+    """By split that is not asked, and subject: how many of its questions are asked all the same.
+
+    Only of files that lie there and can be read: nothing else is made of them.
+    """
+    found: dict[str, dict[str, int]] = {}
+    if task not in ("mmlu", "ceval"):
+        return found
+    for other in sorted({"val", "test"} - {split or SPLITS[task]}):
+        for subject in subjects:
+            path = Path(folder) / other / f"{subject.name}_{other}.csv"
+            try:
+                read = READERS[task](path).questions
+            except ConfigError:
+                continue
+            if rows := rows_with_twin(subject.questions, read):
+                found.setdefault(other, {})[subject.name] = len(rows)
+    return found
 
 
 def known_subjects(task: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:

@@ -187,6 +187,15 @@ def test_everything_is_in_a_row_or_counted(tokenizer, tmp_path, monkeypatch, see
     assert m["documents"] == in_rows + m["documents_dropped"] + m["empty_documents"]
 
 
+def test_names_that_are_no_text_are_in_the_manifest(tokenizer, tmp_path):
+    name = os.fsdecode(b"\xff.txt")
+    (tmp_path / name).write_text("many words " * 99)
+    rows = pack([f"{tmp_path}/{name}"], tmp_path / "rows", tokenizer, 16, num_workers=1)
+    assert rows.manifest["inputs"] == [f"{tmp_path}/{name}"]
+    assert rows.manifest["shards"][0]["from"] == f"{tmp_path}/\\xff.txt"
+    assert pack([f"{tmp_path}/{name}"], rows.path, tokenizer, 16, num_workers=1).path == rows.path
+
+
 def test_short_documents_in_files_of_their_own_are_packed(tokenizer, tmp_path, capsys):
     """Most of a corpus's files may be shorter than a row."""
     texts = [f"document {i}: {'word ' * (i % 7)}" for i in range(300)]
@@ -688,6 +697,14 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_has_pieces_is_refused(config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=504))
     with pytest.raises(ConfigError, match=r"model\.vocab_size=504 is smaller than the 512 pieces"):
         prepare(config)
+
+
+def test_a_glob_of_validation_text_is_refused_before_anything_is_made(config, tmp_path):
+    data = dataclasses.replace(config.data, validation={f"{tmp_path}/none/*.jsonl": 1.0})
+    config = dataclasses.replace(config, data=data, tokenizer=TokenizerConfig(vocab_size=512))
+    with pytest.raises(ConfigError, match=r"none/\*\.jsonl' matches no file"):
+        prepare(config, say=refuse_to_work)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_run_without_training_text_is_refused(config):

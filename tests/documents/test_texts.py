@@ -11,7 +11,14 @@ import zstandard
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_unread, find_files, split_files
-from baichuan_jax.documents.reader import Fields, Problem, read_documents, read_texts
+from baichuan_jax.documents.reader import (
+    Document,
+    Fields,
+    Problem,
+    document_id,
+    read_documents,
+    read_texts,
+)
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -64,6 +71,11 @@ def test_empty_lines_are_skipped_and_empty_texts_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": ""}\n  \r\n{"text": "a"}\r\n\n{"text": ""}')
     assert read(path) == ["", "a", ""]
+
+
+def test_a_field_that_is_not_asked_for_may_stand_twice(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a", "id": 2, "meta": {"b": 1, "b": 2}}\n')
+    assert read(tmp_path / "a.jsonl") == ["a"]
 
 
 def test_the_text_field_is_chosen(tmp_path):
@@ -121,11 +133,29 @@ def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
         read(path)
 
 
+def test_a_row_that_python_cannot_hold_is_named_and_the_others_are_read(tmp_path):
+    """A string that is no UTF-8, and a date beyond Python's years."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    strings = pyarrow.array([b"first", b"\xff\xfe", b"last"], pyarrow.binary())
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, strings.buffers())
+    dates = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": broken, "date": dates}), path)
+    found = list(read_documents(Slice(str(path)), Fields()))
+    assert [getattr(entry, "text", None) for entry in found] == ["first", None, "last"]
+    with pytest.raises(ConfigError, match=r"line 2: broken_utf8: 'utf-8' codec can't decode"):
+        read(path)
+    found = list(read_documents(Slice(str(path)), Fields(text="date")))
+    assert [getattr(entry, "reason", None) for entry in found] == ["no_text"] * 3
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         (b'{"text": "cut sho', "no_json: Invalid control character"),
         (b"plain words", "no_json: Expecting value"),
+        (b'{"text": "a", "id": 1, "text": "b"}', "no_json: field 'text' stands 2 times in one obj"),
         (
             b'{"txt": "a", "id": 1}',
             r"no_text: there is no field 'text' \(there are: \['id', 'txt'\]\); name the field",
@@ -140,7 +170,8 @@ def test_a_field_of_a_structs_column_is_named_with_a_dot(tmp_path):
         (b'{"text": ["a"]}', "no_text: field 'text' is a list, expected a string"),
         (
             b'{"text": {"body": "a"}}',
-            r"no_text: field 'text' is an object, expected a string; inside it are: text\.body",
+            "no_text: field 'text' is an object, expected a string; "
+            r"inside it are: \['text\.body'\]",
         ),
         (b'["text"]', r"no_json: list instead of an object; mend the file, or clean the corpus"),
         (b'{"text": "\xff"}', "broken_utf8: 'utf-8' codec can't decode byte 0xff"),
@@ -157,6 +188,38 @@ def test_a_bad_line_is_named_after_those_before_it_are_read(tmp_path, line, mess
     assert next(documents) == "fine"
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 3: {message}"):
         next(documents)
+
+
+NAMES = [
+    b"\xff\xfe",
+    b"a\nb",
+    b" ",
+    b"-x",
+    b"[a]*?",
+    "名\u202e🙂".encode(),
+    b"'\"\\",
+    b"%s{0}$HOME",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [b".txt", b".jsonl"])
+def test_a_file_may_have_any_name(tmp_path, name, kind):
+    """Its documents have a path, a source and an id that can be written as text."""
+    path = os.path.join(os.fsencode(tmp_path), name + kind)
+    with open(path, "wb") as file:
+        file.write(b'{"text": "fine"}')
+    (found,) = find_files([f"{tmp_path}/*"])
+    assert os.fsencode(found) == path
+    (document,) = read_documents(Slice(found), Fields())
+    assert isinstance(document, Document)
+    for text in (document.path, document.source, document_id(document.path, 1)):
+        assert text.encode().decode() == text
+    with open(path, "wb") as file:
+        file.write(b"\xff")
+    with pytest.raises(ConfigError, match=r", line 1: broken_utf8") as error:
+        list(read_texts([Slice(found)], "text"))
+    assert str(error.value).encode()
 
 
 def test_bad_utf8_in_a_txt_file_is_named(tmp_path):

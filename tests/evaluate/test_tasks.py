@@ -355,5 +355,9 @@ def test_the_test_split_of_ceval_takes_answers_that_are_brought(tmp_path):
     )
     (logic,), _ = load_subjects("ceval", tmp_path, only=["logic"], split="test", answers=answers)
     assert [question.answer for question in logic.questions] == ["A", "B", "C"]
+    with pytest.raises(
+        ConfigError, match=r"answers=.*answers\.json has no use: all questions have"
+    ):
+        load_subjects("ceval", tmp_path, only=["logic"], split="val", answers=answers)
     with pytest.raises(ConfigError, match="the answer of law 2 is None"):
         load_subjects("ceval", tmp_path, only=["logic", "law"], split="test", answers=answers)

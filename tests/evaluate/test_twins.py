@@ -157,7 +157,11 @@ def test_a_question_of_dev_is_asked_without_itself(tmp_path, task, make, split, 
     twin[first + 4] = "ABCD"[::-1]["ABCD".index(twin[first + 4])]
     asked[2 + header] = twin
     write_csv(tmp_path / split / f"{name}_{split}.csv", asked)
+    other = "val" if split == "test" else "test"
+    stands_in = rows(split)[: 2 + header]
+    write_csv(tmp_path / other / f"{name}_{other}.csv", stands_in)
     after = evaluation(task, tmp_path, subjects=[name], shot_order=order)
+    assert after.counts["twins"]["splits"] == {other: {name: 2}}
     prompts = {prompt.index: prompt for prompt in after.all_prompts()}
     assert sorted(prompts) == list(range(6))
     assert sorted(prompts[2].shots) == [0, 1, 2, 4]
