@@ -24,8 +24,8 @@ def require_writable(folder: Path | str, setting: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # A full disk is no wrong setting: the same command works once there is room.
-        if error.errno in FULL_DISK:
+        # A disk that is full or fails is no wrong setting: the same command works once it is mended.
+        if error.errno in FULL_DISK | {errno.EIO, errno.ESTALE}:
             raise
         raise ConfigError(
             f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
