@@ -125,7 +125,7 @@ class Writer:
             self._append(self._events, event.to_line())
 
     def require_events(self) -> None:
-        """Raise OSError where an event waits: a run whose folder has none yet is not known again."""
+        """Raise OSError where an event waits: without its first one a run is not known again."""
         if self._active and (error := self._events.flush()) is not None:
             raise error
 

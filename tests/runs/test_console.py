@@ -119,8 +119,14 @@ def test_a_terminal_that_closes_asks_to_save_and_nohup_goes_on():
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(28, 74, "make room"), (122, 74, "make room"), (30, 74, "mend"), (5, 74, "mend")]
-    + [(1, 78, "give this user the right"), (13, 78, "give this user the right")],
+    [
+        (28, 74, "make room"),
+        (122, 74, "make room"),
+        (30, 74, "mend"),
+        (5, 74, "mend"),
+        (1, 78, "give this user the right"),
+        (13, 78, "give this user the right"),
+    ],
 )
 def test_an_error_of_a_disk_is_one_line_with_the_documented_code(number, code, said, capsys):
     def command() -> int:
