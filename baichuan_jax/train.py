@@ -100,6 +100,8 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 throughput = open_throughput(config, steps)
                 choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
                 record_start(config, steps.layout.mesh, prepared, number, choices, output)
+                # Nothing is lost yet, and the run's name on hosts' disks is its first event's time.
+                output.writer.require_events()
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash

@@ -64,29 +64,27 @@ def quiet_saves() -> Iterator[None]:
         # Those that only repeat an exception on its way to the caller.
         return record.exc_info is None or record.levelno < logging.ERROR
 
-    logger, excepthook, unraisablehook = (
-        logging.getLogger("absl"),
-        sys.excepthook,
-        sys.unraisablehook,
-    )
-
-    def show(kind: Any, error: Any, trace: Any) -> None:
-        if not _is_late(error):
-            excepthook(kind, error, trace)
-
-    def show_unraisable(found: Any) -> None:
-        if not _is_late(found.exc_value):
-            unraisablehook(found)
-
+    logger = logging.getLogger("absl")
     logger.addFilter(is_news)
-    # For good: what a failed save leaves of its futures may be collected at the process's end.
+    # For good: what a failed save leaves behind may print at the end of the process.
     logging.getLogger("asyncio").addFilter(_is_no_save)
-    sys.excepthook, sys.unraisablehook = show, show_unraisable
+    sys.excepthook = _without_late_errors(sys.excepthook, lambda kind, error, trace: error)
+    sys.unraisablehook = _without_late_errors(sys.unraisablehook, lambda found: found.exc_value)
     try:
         yield
     finally:
         logger.removeFilter(is_news)
-        sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
+def _without_late_errors(hook: Any, error_of: Callable[..., BaseException | None]) -> Any:
+    """A hook of Python that leaves out what `_is_late` names."""
+
+    def quiet(*arguments: Any) -> None:
+        if not _is_late(error_of(*arguments)):
+            hook(*arguments)
+
+    # Once, however many stores a process opens.
+    return hook if getattr(hook, "__name__", "") == quiet.__name__ else quiet
 
 
 def _is_no_save(record: logging.LogRecord) -> bool:

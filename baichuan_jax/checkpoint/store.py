@@ -20,7 +20,7 @@ from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.schedule import Due, Schedule
 from baichuan_jax.checkpoint.state import RunState, StateTarget
-from baichuan_jax.resilience.causes import SaveFailed
+from baichuan_jax.resilience.causes import SaveFailed, what_to_do
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
@@ -220,8 +220,8 @@ class CheckpointStore:
             self._output.say(f"checkpoint {step} failed and does not count: {reason}", style="red")
             if must_succeed or jax.process_count() > 1:
                 raise SaveFailed(
-                    f"checkpoint {step} could not be written: {reason}; make room where --run_dir "
-                    "lies, and start the same command again"
+                    f"checkpoint {step} could not be written below --run_dir: {reason}; "
+                    f"{what_to_do(_errno(error))}"
                 ) from error
 
 
@@ -229,9 +229,13 @@ class CheckpointStore:
 _SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'")
 
 
+def _errno(error: Exception) -> int | None:
+    found = _SYSTEM_ERROR.search(str(error))
+    return getattr(error, "errno", None) if found is None else int(found[1])
+
+
 def _reason(error: Exception) -> str:
     """One line: why a save failed."""
-    text = str(error)
-    if (found := _SYSTEM_ERROR.search(text)) is not None:
-        return os.strerror(int(found[1]))
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:300]}"
+    if (number := _errno(error)) is not None:
+        return os.strerror(number)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

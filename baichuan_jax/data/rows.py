@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -107,8 +108,8 @@ class Rows:
             shard = self.path / self._shards[bisect.bisect_right(self._ends, index)]["file"]
             raise ConfigError(
                 f"row {index} of {self.path} cannot be read from {shard}: {error}; find all that "
-                f"is damaged with python -m baichuan_jax.data.rows verify {self.path}, then delete "
-                "the folder and pack again"
+                "is damaged with python -m baichuan_jax.data.rows verify "
+                f"{shlex.quote(str(self.path))}, then delete the folder and pack again"
             ) from error
         # int32, which the embedding takes, whatever the type on the disk.
         return np.frombuffer(content, self._dtype).astype(np.int32)

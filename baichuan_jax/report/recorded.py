@@ -8,6 +8,7 @@ once, so that a page of a run that still trains agrees with itself.
 import dataclasses
 import html
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     if not newest:
         raise ConfigError(
             f"{path}/metrics.jsonl has no finished step yet, so there is nothing to draw; what "
-            f"happened so far: python -m baichuan_jax.resilience {path}"
+            f"happened so far: python -m baichuan_jax.resilience {shlex.quote(str(path))}"
         )
     steps = [newest[step] for step in sorted(newest)]
     tokens, total = {}, 0

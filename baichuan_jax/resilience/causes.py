@@ -123,12 +123,16 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     what = "a file" if error.filename is None else str(error.filename)
-    todo = "make room, and start the same command again"
-    if error.errno in _REFUSED:
-        todo = "give this user the right to it, or name another place"
-    elif error.errno not in FULL_DISK:
-        todo = "mend the disk, and start the same command again"
-    return f"{what}: {error.strerror}; {todo}"
+    return f"{what}: {error.strerror}; {what_to_do(error.errno)}"
+
+
+def what_to_do(number: int | None) -> str:
+    """What helps against an error of a disk, by its errno; None where that is not known."""
+    if number in FULL_DISK:
+        return "make room, and start the same command again"
+    if number in _REFUSED:
+        return "give this user the right to it, or name another place"
+    return "mend the disk, or make room, and start the same command again"
 
 
 # XLA's errors begin with a status. They come as JaxRuntimeError, but as ValueError where an array

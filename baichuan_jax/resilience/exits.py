@@ -14,9 +14,11 @@ from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
 from baichuan_jax.runs.files import FULL_DISK
 
-# How long the end of Python may last after everything is saved: jax waits five minutes for other
-# processes, and a library's thread may hang.
-EXIT_SECONDS = 400.0
+# How long the end of Python may last, with nothing left to save: Python waits for every library's
+# threads, and those of Orbax wait ten minutes for a folder that a full disk has refused.
+EXIT_SECONDS = 30.0
+# The same where other processes are waited for, which jax does for five minutes.
+PEERS_EXIT_SECONDS = 400.0
 
 
 def leave(code: int) -> NoReturn:
@@ -24,9 +26,11 @@ def leave(code: int) -> NoReturn:
     jax = sys.modules.get("jax")
     # At its own exit jax waits minutes for the other processes, which a failed run may not have.
     saved = code in (Cause.COMPLETED.exit_code, Cause.PREEMPTED.exit_code)
-    if not saved and jax is not None and jax.distributed.is_initialized():
+    peers = jax is not None and jax.distributed.is_initialized()
+    if not saved and peers:
         os._exit(code)
-    timer = threading.Timer(EXIT_SECONDS, _end_now, (code,))
+    limit = PEERS_EXIT_SECONDS if peers else EXIT_SECONDS
+    timer = threading.Timer(limit, _end_now, (code,))
     timer.daemon = True
     timer.start()
     sys.exit(code)

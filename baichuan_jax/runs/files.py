@@ -32,8 +32,8 @@ def require_writable(folder: Path | str, setting: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # A full disk is no wrong setting: the same command works once there is room.
-        if error.errno in FULL_DISK:
+        # No wrong setting: the same command works once there is room, or the disk is mended.
+        if error.errno in FULL_DISK | {errno.EIO, errno.ESTALE}:
             raise
         raise ConfigError(
             f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
@@ -139,11 +139,11 @@ class Appender:
                 # the line.
                 file = self._file = self._file or self._open()
                 while self.waiting:
-                    self._end = os.fstat(file.fileno()).st_size
+                    self._end = end = os.fstat(file.fileno()).st_size
                     # Unbuffered and in append mode: one write of a whole record.
                     if file.write(self.waiting[0]) < len(self.waiting[0]):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    self.waiting.popleft()
+                    self._end = end + len(self.waiting.popleft())
         except OSError as error:
             # Half a record may be there. It is cut off now, or when the file is opened again.
             with contextlib.suppress(OSError):

@@ -124,6 +124,11 @@ class Writer:
         if self._active:
             self._append(self._events, event.to_line())
 
+    def require_events(self) -> None:
+        """Raise OSError where an event waits: without its first one a run is not known again."""
+        if self._active and (error := self._events.flush()) is not None:
+            raise error
+
     def file(self, path: Path, content: bytes) -> None:
         """Write a small file whole; where that fails, it is tried again with every later line."""
         if self._active:
@@ -140,7 +145,7 @@ class Writer:
             self._show_failure_of_wandb()
         lost = []
         for file in self._appenders():
-            error = file.flush()
+            error = file.flush() if file.waiting else None
             self._note(file.path, error)
             file.close()
             if error is not None and file.waiting:

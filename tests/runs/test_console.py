@@ -1,0 +1,140 @@
+"""Nothing that is shown can end a command: closed pipes and terminals, full disks, encodings."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from launches import REPOSITORY, environment
+
+from baichuan_jax.resilience.exits import run_command, signals, stop_signals
+from baichuan_jax.runs.console import Display, Stream, lasting_streams
+
+
+class Failing(io.StringIO):
+    """A stream whose writes fail with an errno until it is mended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("number", [32, 5, 28])  # EPIPE, EIO, ENOSPC
+def test_a_stream_that_fails_is_left_out(number, monkeypatch):
+    stream = Failing(number)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_streams() as stdout:
+        display = Display()
+        display.say("lost")
+        display.table("t", ["a"], [["1"]])
+        with display.progress(0, 2) as progress:
+            progress.update(2, 1.0, 1.0, None)
+        stream.number = 0
+        display.say("seen")
+    assert stdout.error.errno == number
+    # A disk may get room again; a reader that has ended does not come back.
+    assert ("seen" in stream.getvalue()) == (number == 28)
+    assert sys.stdout is stream
+
+
+def test_characters_that_an_encoding_lacks_are_shown_as_escapes():
+    bytes_ = io.BytesIO()
+    stream = Stream(io.TextIOWrapper(bytes_, encoding="latin-1", write_through=True))
+    stream.write("é 春")
+    assert bytes_.getvalue() == b"\xe9 \\u6625"
+
+
+def test_no_stream_at_all_and_a_closed_one(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with lasting_streams():
+            Display().say("anything")
+            print("anything")
+            print("anything", file=sys.stderr)
+
+
+CODE = """
+import sys
+from baichuan_jax.resilience.exits import run_command
+def main():
+    for _ in range(20000): print("春" * 9)
+    return {code}
+run_command(main, result_is_shown={shown})
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "shown", "expected"),
+    [
+        ("| true", 0, False, 0),
+        (">&- 2>&-", 75, False, 75),
+        ("> /dev/full 2>&1", 0, False, 0),
+        ("> /dev/full", 0, True, 74),
+        ("| head -n 1 > /dev/null", 0, True, 0),
+    ],
+)
+def test_a_command_ends_with_its_own_code(tmp_path, redirect, code, shown, expected):
+    script = tmp_path / "script.py"
+    script.write_text(CODE.format(code=code, shown=shown), encoding="utf-8")
+    command = f"{sys.executable} {script} {redirect}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=environment(PYTHONIOENCODING="ascii"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == expected
+    assert "Traceback" not in done.stderr
+    assert ("the result cannot be written to stdout" in done.stderr) == (expected == 74)
+
+
+def test_a_terminal_that_closes_asks_to_save_and_nohup_goes_on():
+    asked = []
+    with signals(asked.append, lambda: None):
+        os.kill(os.getpid(), signal.SIGHUP)
+        # A second one means no more than the first.
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert asked == ["SIGHUP"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+        with signals(asked.append, lambda: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert asked == ["SIGHUP"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (28, 74, "make room"),
+        (122, 74, "make room"),
+        (30, 74, "mend"),
+        (5, 74, "mend"),
+        (1, 78, "give this user the right"),
+        (13, 78, "give this user the right"),
+    ],
+)
+def test_an_error_of_a_disk_is_one_line_with_the_documented_code(number, code, said, capsys):
+    def command() -> int:
+        raise OSError(number, os.strerror(number), "/shared/run/file")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: /shared/run/file: {os.strerror(number)}; ")
+    assert said in line

@@ -1,0 +1,106 @@
+"""What follows from settings that differ between two launches of a run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from baichuan_jax.config.files import KEYS, dump_config
+from baichuan_jax.config.schema import Config, OptimizerConfig, TrainConfig
+from baichuan_jax.optimizer import learning_rate
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.metrics import Writer
+from baichuan_jax.runs.output import Output
+from baichuan_jax.training.changes import (
+    compare,
+    consequence,
+    consequence_of_more_steps,
+    show_changes,
+)
+
+CONFIG = Config(
+    train=TrainConfig(num_steps=50),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+)
+
+
+def with_options(config: Config, options: list[str]) -> Config:
+    """The configuration with --SECTION.NAME VALUE ... put in."""
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        section, field = name.removeprefix("--").split(".")
+        old = getattr(config, section)
+        kind = type(getattr(old, field))
+        changed = dataclasses.replace(old, **{field: kind(value)})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def said(before: str | None, config: Config, step: int, tmp_path, capsys) -> str:
+    output = Output(Writer(tmp_path, config, print, active=False), Display())
+    show_changes(before, config, step, output)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def rate(config: Config, step: int) -> float:
+    return float(learning_rate(config.optimizer, config.train.num_steps, step - 1))
+
+
+def test_every_setting_has_a_consequence():
+    sections = {key.split(".")[0] for key in KEYS if "." in key}
+    for key in KEYS:
+        if key not in sections:
+            assert consequence(key), key
+
+
+def test_numpy_and_jax_compute_the_same_schedule():
+    for step in (0, 1, 2, 30, 49, 80):
+        jax_rate = float(learning_rate(CONFIG.optimizer, 50, step))
+        numpy_rate = float(learning_rate(CONFIG.optimizer, 50, step, np))
+        assert numpy_rate == pytest.approx(jax_rate, rel=1e-5)
+
+
+def test_more_steps_say_both_learning_rates_and_how_to_keep_the_low_one(tmp_path, capsys):
+    longer = with_options(CONFIG, ["--train.num_steps", "100"])
+    text = said(dump_config(CONFIG), longer, 50, tmp_path, capsys)
+    assert "train.num_steps │ 50 │ 100 │ another learning rate, see below" in text
+    old, new = rate(CONFIG, 51), rate(longer, 51)
+    assert f"learning rate at step 51: {old:.6g} before, {new:.6g} now" in text
+    assert "train.num_steps 50 -> 100 stretches the cosine" in text
+    assert f"{rate(CONFIG, 50):.6g} before, at step 50, {rate(longer, 100):.6g} now, at 100" in text
+    options = text.split("To keep it at ")[1].split(": ")[1].split()[:6]
+    kept = with_options(longer, options)
+    assert [rate(kept, step) for step in (51, 75, 100)] == pytest.approx([old] * 3, rel=1e-4)
+
+
+def test_a_finished_run_says_what_more_steps_do():
+    text = consequence_of_more_steps(CONFIG)
+    longer = with_options(CONFIG, ["--train.num_steps", "100"])
+    assert f"goes from {rate(CONFIG, 50):.6g} to {rate(longer, 51):.6g} at step 51" in text
+    kept = with_options(longer, text.split("add ")[1].split()[:6])
+    assert rate(kept, 60) == pytest.approx(rate(CONFIG, 50), rel=1e-4)
+
+
+def test_a_warning_needs_a_rate_that_changes(tmp_path, capsys):
+    other = with_options(CONFIG, ["--evaluate.num_batches", "3"])
+    text = said(dump_config(CONFIG), other, 5, tmp_path, capsys)
+    assert "results before and after cannot be compared" in text
+    assert "learning rate" not in text
+    assert said(dump_config(CONFIG), CONFIG, 5, tmp_path, capsys) == ""
+    assert said(None, CONFIG, 0, tmp_path, capsys) == ""
+    lower = with_options(CONFIG, ["--optimizer.learning_rate", "0.001"])
+    text = said(dump_config(CONFIG), lower, 10, tmp_path, capsys)
+    assert "learning rate at step 11" in text
+    assert "To keep it" not in text
+    fresh = said(dump_config(CONFIG), lower, 0, tmp_path, capsys)
+    assert "the run begins anew" in fresh
+    assert "learning rate at step" not in fresh
+
+
+def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():
+    data = dataclasses.replace(CONFIG.data, train={"a": 1.0, "b": 2.0})
+    before = dataclasses.replace(CONFIG, data=data)
+    after = dataclasses.replace(CONFIG, data=dataclasses.replace(data, train={"a": 1.0, "b": 3.0}))
+    assert compare(dump_config(before), after) == [("data.train: b", 2.0, 3.0)]
+    text = dump_config(CONFIG).replace("  z_loss: 0.0\n", "") + "of_another_version: 1\n"
+    assert compare(text, CONFIG) == []
+    assert compare("[]", CONFIG) == []
