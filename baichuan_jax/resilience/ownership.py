@@ -15,6 +15,7 @@ leaves. The newest record is never deleted: a number is never given twice.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -40,9 +41,17 @@ from baichuan_jax.runs.files import create_once, read_once, remove_once, write_a
 SILENCE_SECONDS = 20.0
 # How long an owner may take to end that was asked to, or that gives no sign of life.
 STOPPING_SECONDS = 300.0
+# How long a group of processes gives the one before it. A scheduler may start it while those still
+# find out that one of them is lost, in a collective that no signal interrupts: hang_seconds, ten
+# seconds for exit reports, and the scheduler's own grace before it kills them.
+LEAVING_SECONDS = 60.0
 # How long a cache that another process fills is waited for. What takes longer is better made before
 # the run, where it does not hold a cluster.
 CACHE_SECONDS = 3600.0
+
+
+# What a read-only mount or a folder of another user says. A full disk is no wrong setting.
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +128,8 @@ class Claim:
             with self._writing:
                 if self._closed.is_set():
                     return
-                # A file system that fails now may work again.
-                with contextlib.suppress(OSError):
+                # A file system that fails now may work again; a damaged record is replaced.
+                with contextlib.suppress(OSError, ConfigError):
                     self._show_life()
 
     def _show_life(self) -> None:
@@ -214,26 +223,31 @@ def owned(
     silence: float = SILENCE_SECONDS,
     launch: int | None = None,
     shared: bool = False,
+    tolerance: float = 0.0,
     seconds: float = STOPPING_SECONDS,
 ) -> Iterator[Claim]:
     """Own what a lock file guards, inside the block.
 
-    A living owner is refused with ConfigError; `shared`: waited for, as what it makes serves all.
-    One that is stopping, or that gives no sign of life and is not dead for certain, is waited for.
-    `seconds` limits both waits. `what` and `otherwise` are the message's beginning and its end:
-    what is owned, and what to do instead.
+    A living owner is refused with ConfigError, after `tolerance` seconds in which it may end;
+    `shared`: it is waited for, as what it makes serves all. One that is stopping, or that gives no
+    sign of life and is not dead for certain, is waited for. `seconds` limits all waits. `what` and
+    `otherwise` are the message's beginning and its end: what is owned, and what to do instead.
     """
     try:
         contender = _Contender(lock, silence, launch)
     except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
         raise ConfigError(
             f"{what} cannot be written ({error.strerror}: {error.filename}); {otherwise}"
         ) from None
+    began = time.monotonic()
+    refused = lambda: contender.is_alive() and time.monotonic() - began >= tolerance and not shared
     alone = contextlib.ExitStack()
     alone.callback(contender.file.close)
     with alone:
         wait_until(
-            lambda: contender.look() or (contender.is_alive() and not shared),
+            lambda: contender.look() or refused(),
             lambda: f"{contender.owner or 'another process'}, which owns {what}",
             seconds,
         )

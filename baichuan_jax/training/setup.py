@@ -20,10 +20,10 @@ from baichuan_jax.hardware.devices import peak_flops
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
-from baichuan_jax.resilience.coordination import agree, require_same
+from baichuan_jax.resilience.coordination import agree, report_service, require_same
 from baichuan_jax.resilience.heartbeats import refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
-from baichuan_jax.resilience.ownership import Claim, owned_together
+from baichuan_jax.resilience.ownership import LEAVING_SECONDS, Claim, owned_together
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.watch import Watch
@@ -52,6 +52,7 @@ def own_run(config: Config, watch: Watch) -> Iterator[Claim | None]:
         "give this run a folder of its own with --run_dir",
         silence=2 * config.resilience.silence_seconds,
         launch=watch.launch,
+        tolerance=LEAVING_SECONDS if report_service() is not None else 0.0,
     ) as claim:
         yield claim
 

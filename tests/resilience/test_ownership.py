@@ -453,7 +453,7 @@ def test_processes_of_one_run_share_a_claim_and_are_refused_together(config, tmp
     run_dir = tmp_path / "run"
     first = start_all(config, run_dir, *LONG, processes=2, devices=1)
     wait_for_step(first[0], run_dir, 2)
-    assert wait_all(start_all(config, run_dir, *LONG, processes=2, devices=1), 120) == [78, 78]
+    assert wait_all(start_all(config, run_dir, *LONG, processes=2, devices=1), 240) == [78, 78]
     for number in range(2):
         text = run_dir.with_suffix(f".{number}.log").read_text()
         assert f"error: run_dir='{run_dir}' is owned by process {first[0].pid} on " in text
@@ -469,7 +469,5 @@ def test_a_process_that_a_kill_does_not_end_makes_its_host_a_bad_one(config, tmp
     supervisor.children = {0: types.SimpleNamespace(pid=7)}
     now = time.monotonic()
     supervisor._refuse_undying({0}, {0: now})
-    with pytest.raises(
-        BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"
-    ):
+    with pytest.raises(BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"):
         supervisor._refuse_undying({0}, {0: now - 61})
