@@ -60,8 +60,10 @@ class Owner:
 
     host: str = "?"
     pid: int = 0
-    # One kernel, within which flock holds and process numbers mean something.
+    # One kernel, within which flock holds.
     machine: str = ""
+    # What tells it from a later process of its number; "" where the system does not say.
+    process: str = ""
     command: str = ""
     # Seconds since the epoch, for messages only.
     since: float = 0.0
@@ -88,6 +90,18 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def _process(pid: int) -> str:
+    """What names a living process of this container; "" where there is none or nothing says."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        # Numbers mean something within a namespace. Field 22 of all is the start, in ticks.
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    # A zombie has ended; its parent has only not asked yet.
+    return "" if state in "ZX" else f"{namespace} {fields[18]}"
 
 
 def owner_of(lock: Path) -> Owner | None:
@@ -148,7 +162,8 @@ class _Contender:
     """One process's try to own a lock."""
 
     def __init__(self, lock: Path, silence: float, launch: int | None) -> None:
-        self.lock, self.silence, self.launch = lock, silence, launch
+        # A look may come just before a beat, and a beat may be late.
+        self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
         # Not "w", which would change the file of another owner.
         self.file = open(lock, "a")  # noqa: SIM115 (closed by the claim, or by `owned`)
@@ -185,8 +200,12 @@ class _Contender:
             return False
         if owner is None or owner.released:
             return True
-        if self._locked and owner.locked and owner.machine == _machine():
-            return True
+        if owner.machine == _machine():
+            if self._locked and owner.locked:
+                return True
+            own = _process(os.getpid()).split(" ")[0]
+            if owner.process.startswith(own + " ") and _process(owner.pid) != owner.process:
+                return True
         return self._monitor.age(self._number) >= self.silence
 
     def _take(self) -> None:
@@ -194,6 +213,7 @@ class _Contender:
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
+            process=_process(os.getpid()),
             # In one line: it stands in messages.
             command=" ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200],
             since=time.time(),

@@ -7,12 +7,13 @@ data position of the restored state.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 
 import jax
 
 from baichuan_jax.checkpoint.state import RunState
-from baichuan_jax.config.schema import Config
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
@@ -85,9 +86,36 @@ def start_devices(
     steps = make_steps(config, mesh)
     # From here on the other processes are watched: the checks below are the first collectives.
     number = watch.join()
+    _refuse_other_settings(config)
     for warning in preflight(config).warnings:
         display.say(warning, style="yellow")
     return number, config, steps, choices, display
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Raise ConfigError where this host was given other settings than process 0's.
+
+    Of what decides the program and the batches; folders and numbers of workers may differ.
+    """
+    sections = dataclasses.asdict(config)
+    own = {
+        f"{section}.{name}": value
+        for section in ("model", "train", "optimizer", "mesh", "kernels")
+        for name, value in sections[section].items()
+    }
+    own["data.train"] = list(config.data.train.values())
+    own["data.validation"] = list(config.data.validation.values())
+    own["data.document_mask"] = config.data.document_mask
+    own = json.loads(json.dumps(own))
+    first = agree("settings", lambda: own)
+    differing = [name for name in own if own[name] != first.get(name)]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"the hosts of this run have other settings: {name} is {first.get(name)} for process 0 "
+            f"and {own[name]} for process {jax.process_index()} ({len(differing)} differ); give "
+            "all hosts the same configuration file and options"
+        )
 
 
 def _resolve(config: Config, num_devices: int) -> Config:

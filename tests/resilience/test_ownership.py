@@ -48,7 +48,7 @@ from pathlib import Path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience import ownership, waits
 
-waits.SAY_SECONDS = 1.0
+waits.SAY_SECONDS, ownership.BEAT = 1.0, 0.3
 lock, machine, words, silence, seconds, launch = sys.argv[1:]
 
 def missing(*_):
@@ -146,15 +146,16 @@ def test_a_living_owner_is_refused_and_one_that_has_ended_is_not_waited_for(
     assert time.monotonic() - began < 30
 
 
-def test_a_killed_owner_of_this_machine_is_not_waited_for(processes, tmp_path):
-    first = processes(tmp_path / "lock")
+@pytest.mark.parametrize("words", ["", "no-flock"])
+def test_a_killed_owner_of_this_machine_is_not_waited_for(processes, tmp_path, words):
+    first = processes(tmp_path / "lock", words)
     assert first.says() == "in"
     first.end(signal.SIGKILL)
     assert not owner_of(tmp_path / "lock").released
-    assert processes(tmp_path / "lock", seconds=30).says() == "in"
+    assert processes(tmp_path / "lock", words, seconds=30).says() == "in"
 
 
-@pytest.mark.parametrize(("words", "machine"), [("", "b"), ("no-flock", "a")])
+@pytest.mark.parametrize(("words", "machine"), [("", "b"), ("no-flock", "b")])
 def test_a_killed_owner_without_flock_is_dead_once_its_beat_stands_still(
     processes, tmp_path, words, machine
 ):
@@ -211,7 +212,7 @@ def test_an_owner_that_slept_finds_its_successor_and_leaves(processes, tmp_path)
 def test_of_many_that_take_a_dead_owners_place_one_succeeds(processes, tmp_path, words):
     lock = tmp_path / "lock"
     (tmp_path / "lock-7").write_text(json.dumps({"host": "gone", "machine": "gone", "beat": 5}))
-    racing = [processes(lock, words, f"m{n}", silence=1.0, seconds=3.0) for n in range(6)]
+    racing = [processes(lock, words, f"m{n}", silence=2.0, seconds=4.0) for n in range(6)]
     for each in racing:
         assert each.says() == "ready"
     for each in racing:
