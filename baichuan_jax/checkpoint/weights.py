@@ -21,6 +21,7 @@ from baichuan_jax.checkpoint.state import named_digest
 from baichuan_jax.config.parsing import whole_number
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
+from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import Layout
 
@@ -71,7 +72,10 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
 
     They lie as `layout` says; without one on the first device. Raises ConfigError.
     """
-    folder = find_checkpoint(Path(path).absolute())
+    path = Path(path).absolute()
+    # The run may still train: all processes read the checkpoint that process 0 finds.
+    newest = agree(f"checkpoint of {path}", lambda: str(find_checkpoint(path).relative_to(path)))
+    folder = path / newest
     try:
         run = read_run(folder)
         config = ModelConfig(**run["config"]["model"])

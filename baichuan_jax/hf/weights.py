@@ -35,6 +35,7 @@ from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.hf.names import entries
 from baichuan_jax.hf.source import FILE, is_hf
 from baichuan_jax.model import Params, Transformer, abstract_model
+from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.sharding import Layout
 from baichuan_jax.tokenizer import Tokenizer
@@ -65,6 +66,10 @@ def import_params(
         )
     wanted = list(entries(config, packed))
     _compare(Path(folder), source, {k: v for entry in wanted for k, v in entry.tensors.items()})
+    # A process reads its own part only: copies of other weights would be mixed without a word.
+    require_same(
+        f"the weights in {folder}", [[f.name, f.stat().st_size] for f in _weight_files(folder)]
+    )
 
     _, shapes, axes = abstract_model(config)
     arrays: dict[tuple[str, ...], jax.Array] = {}
@@ -236,10 +241,13 @@ def weights_sha256(path: Path | str) -> str:
         digests = describe(path)["digest"].items()
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
-    # The files that open_tensors reads: safetensors where both forms are there.
-    folder, digest = Path(path), hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    for file in (folder / "config.json", *weights):
+    digest = hashlib.sha256()
+    for file in (Path(path) / "config.json", *_weight_files(path)):
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path | str) -> list[Path]:
+    """The files that open_tensors reads: safetensors where both forms are there."""
+    return sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))

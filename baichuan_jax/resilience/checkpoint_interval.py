@@ -37,7 +37,9 @@ def fault_history(events: Sequence[Event]) -> FaultHistory:
         return FaultHistory()
     # A launch that was killed has written nothing of its end: it is counted by its beginning.
     good = sum(isinstance(event, Interrupted | Completed) for event in events)
-    return FaultHistory(max(0, len(begun) - good), events[-1].time - begun[0].time)
+    # Not below 0: a clock that was set back would make saves of a negative interval.
+    seconds = max(0.0, events[-1].time - begun[0].time)
+    return FaultHistory(max(0, len(begun) - good), seconds)
 
 
 def seconds_between_saves(blocked: float, duration: float, seconds_per_fault: float) -> float:

@@ -15,6 +15,7 @@ leaves. The newest record is never deleted: a number is never given twice.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -40,9 +41,17 @@ from baichuan_jax.runs.files import create_once, read_once, remove_once, write_a
 SILENCE_SECONDS = 20.0
 # How long an owner may take to end that was asked to, or that gives no sign of life.
 STOPPING_SECONDS = 300.0
+# How long a group of processes gives the one before it. A scheduler may start it while those still
+# find out that one of them is lost, in a collective that no signal interrupts: hang_seconds, ten
+# seconds for exit reports, and the scheduler's own grace before it kills them.
+LEAVING_SECONDS = 60.0
 # How long a cache that another process fills is waited for. What takes longer is better made before
 # the run, where it does not hold a cluster.
 CACHE_SECONDS = 3600.0
+
+
+# What a read-only mount or a folder of another user says. A full disk is no wrong setting.
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +60,10 @@ class Owner:
 
     host: str = "?"
     pid: int = 0
-    # One kernel, within which flock holds and process numbers mean something.
+    # One kernel, within which flock holds.
     machine: str = ""
+    # What tells it from a later process of its number; "" where the system does not say.
+    process: str = ""
     command: str = ""
     # Seconds since the epoch, for messages only.
     since: float = 0.0
@@ -79,6 +90,18 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def _process(pid: int) -> str:
+    """What names a living process of this container; "" where there is none or nothing says."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        # Numbers mean something within a namespace. Field 22 of all is the start, in ticks.
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    # A zombie has ended; its parent has only not asked yet.
+    return "" if state in "ZX" else f"{namespace} {fields[18]}"
 
 
 def owner_of(lock: Path) -> Owner | None:
@@ -119,8 +142,8 @@ class Claim:
             with self._writing:
                 if self._closed.is_set():
                     return
-                # A file system that fails now may work again.
-                with contextlib.suppress(OSError):
+                # A file system that fails now may work again; a damaged record is replaced.
+                with contextlib.suppress(OSError, ConfigError):
                     self._show_life()
 
     def _show_life(self) -> None:
@@ -139,7 +162,8 @@ class _Contender:
     """One process's try to own a lock."""
 
     def __init__(self, lock: Path, silence: float, launch: int | None) -> None:
-        self.lock, self.silence, self.launch = lock, silence, launch
+        # A look may come just before a beat, and a beat may be late.
+        self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
         # Not "w", which would change the file of another owner.
         self.file = open(lock, "a")  # noqa: SIM115 (closed by the claim, or by `owned`)
@@ -176,8 +200,12 @@ class _Contender:
             return False
         if owner is None or owner.released:
             return True
-        if self._locked and owner.locked and owner.machine == _machine():
-            return True
+        if owner.machine == _machine():
+            if self._locked and owner.locked:
+                return True
+            own = _process(os.getpid()).split(" ")[0]
+            if owner.process.startswith(own + " ") and _process(owner.pid) != owner.process:
+                return True
         return self._monitor.age(self._number) >= self.silence
 
     def _take(self) -> None:
@@ -185,6 +213,7 @@ class _Contender:
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
+            process=_process(os.getpid()),
             # In one line: it stands in messages.
             command=" ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200],
             since=time.time(),
@@ -214,26 +243,31 @@ def owned(
     silence: float = SILENCE_SECONDS,
     launch: int | None = None,
     shared: bool = False,
+    tolerance: float = 0.0,
     seconds: float = STOPPING_SECONDS,
 ) -> Iterator[Claim]:
     """Own what a lock file guards, inside the block.
 
-    A living owner is refused with ConfigError; `shared`: waited for, as what it makes serves all.
-    One that is stopping, or that gives no sign of life and is not dead for certain, is waited for.
-    `seconds` limits both waits. `what` and `otherwise` are the message's beginning and its end:
-    what is owned, and what to do instead.
+    A living owner is refused with ConfigError, after `tolerance` seconds in which it may end;
+    `shared`: it is waited for, as what it makes serves all. One that is stopping, or that gives no
+    sign of life and is not dead for certain, is waited for. `seconds` limits all waits. `what` and
+    `otherwise` are the message's beginning and its end: what is owned, and what to do instead.
     """
     try:
         contender = _Contender(lock, silence, launch)
     except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
         raise ConfigError(
             f"{what} cannot be written ({error.strerror}: {error.filename}); {otherwise}"
         ) from None
+    began = time.monotonic()
+    refused = lambda: contender.is_alive() and time.monotonic() - began >= tolerance and not shared
     alone = contextlib.ExitStack()
     alone.callback(contender.file.close)
     with alone:
         wait_until(
-            lambda: contender.look() or (contender.is_alive() and not shared),
+            lambda: contender.look() or refused(),
             lambda: f"{contender.owner or 'another process'}, which owns {what}",
             seconds,
         )

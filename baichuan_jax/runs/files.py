@@ -224,8 +224,14 @@ def _rename_once(draft: Path, path: Path) -> bool:
 def read_once(path: Path) -> bytes | None:
     """The content of a file of create_once, or what replaced it; None where there is none."""
     for file in (path, _once(path) / path.name):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             return file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            # On NFS, of a file that was replaced while it was read: the next look finds the new.
+            if error.errno != errno.ESTALE:
+                raise
     return None
 
 

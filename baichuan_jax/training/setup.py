@@ -7,12 +7,13 @@ restored state is in its data.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 
 import jax
 
 from baichuan_jax.checkpoint.state import RunState
-from baichuan_jax.config.schema import Config
+from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
@@ -20,10 +21,10 @@ from baichuan_jax.hardware.devices import peak_flops
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
-from baichuan_jax.resilience.coordination import agree, require_same
+from baichuan_jax.resilience.coordination import agree, report_service, require_same
 from baichuan_jax.resilience.heartbeats import refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
-from baichuan_jax.resilience.ownership import Claim, owned_together
+from baichuan_jax.resilience.ownership import LEAVING_SECONDS, Claim, owned_together
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.watch import Watch
@@ -52,6 +53,7 @@ def own_run(config: Config, watch: Watch) -> Iterator[Claim | None]:
         "give this run a folder of its own with --run_dir",
         silence=2 * config.resilience.silence_seconds,
         launch=watch.launch,
+        tolerance=LEAVING_SECONDS if report_service() is not None else 0.0,
     ) as claim:
         yield claim
 
@@ -84,9 +86,36 @@ def start_devices(
     steps = make_steps(config, mesh)
     # From here on the other processes are watched: the checks below are the first collectives.
     number = watch.join()
+    _refuse_other_settings(config)
     for warning in preflight(config).warnings:
         display.say(warning, style="yellow")
     return number, config, steps, choices, display
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Raise ConfigError where this host was given other settings than process 0's.
+
+    Of what decides the program and the batches; folders and numbers of workers may differ.
+    """
+    sections = dataclasses.asdict(config)
+    own = {
+        f"{section}.{name}": value
+        for section in ("model", "train", "optimizer", "mesh", "kernels")
+        for name, value in sections[section].items()
+    }
+    own["data.train"] = list(config.data.train.values())
+    own["data.validation"] = list(config.data.validation.values())
+    own["data.document_mask"] = config.data.document_mask
+    own = json.loads(json.dumps(own))
+    first = agree("settings", lambda: own)
+    differing = [name for name in own if own[name] != first.get(name)]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"the hosts of this run have other settings: {name} is {first.get(name)} for process 0 "
+            f"and {own[name]} for process {jax.process_index()} ({len(differing)} differ); give "
+            "all hosts the same configuration file and options"
+        )
 
 
 def _resolve(config: Config, num_devices: int) -> Config:

@@ -140,6 +140,8 @@ def test_launches_that_did_not_end_as_they_should_are_faults():
     assert fault_history(events) == FaultHistory(1, 20.0)
     events += [started(40.0), Completed(step=2, time=50.0)]
     assert fault_history(events) == FaultHistory(1, 40.0)
+    # A clock that was set back.
+    assert fault_history([started(100.0), started(20.0)]) == FaultHistory(2, 0.0)
 
 
 def test_young_and_daly():

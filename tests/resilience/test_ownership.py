@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,21 @@ from launches import (
     lines,
     run_module,
     start,
+    start_all,
+    wait_all,
     wait_for_step,
     write_config,
 )
 
+from baichuan_jax import launch
+from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data import mixture, pipeline, quality
 from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.evaluate import __main__ as evaluate
 from baichuan_jax.hf import __main__ as hf
 from baichuan_jax.resilience import heartbeats, ownership
+from baichuan_jax.resilience.causes import BadHost
 from baichuan_jax.resilience.heartbeats import HostHeartbeats, refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
 from baichuan_jax.resilience.ownership import Owner, owned, owner_of
@@ -42,7 +48,7 @@ from pathlib import Path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience import ownership, waits
 
-waits.SAY_SECONDS = 1.0
+waits.SAY_SECONDS, ownership.BEAT = 1.0, 0.3
 lock, machine, words, silence, seconds, launch = sys.argv[1:]
 
 def missing(*_):
@@ -140,15 +146,16 @@ def test_a_living_owner_is_refused_and_one_that_has_ended_is_not_waited_for(
     assert time.monotonic() - began < 30
 
 
-def test_a_killed_owner_of_this_machine_is_not_waited_for(processes, tmp_path):
-    first = processes(tmp_path / "lock")
+@pytest.mark.parametrize("words", ["", "no-flock"])
+def test_a_killed_owner_of_this_machine_is_not_waited_for(processes, tmp_path, words):
+    first = processes(tmp_path / "lock", words)
     assert first.says() == "in"
     first.end(signal.SIGKILL)
     assert not owner_of(tmp_path / "lock").released
-    assert processes(tmp_path / "lock", seconds=30).says() == "in"
+    assert processes(tmp_path / "lock", words, seconds=30).says() == "in"
 
 
-@pytest.mark.parametrize(("words", "machine"), [("", "b"), ("no-flock", "a")])
+@pytest.mark.parametrize(("words", "machine"), [("", "b"), ("no-flock", "b")])
 def test_a_killed_owner_without_flock_is_dead_once_its_beat_stands_still(
     processes, tmp_path, words, machine
 ):
@@ -205,7 +212,7 @@ def test_an_owner_that_slept_finds_its_successor_and_leaves(processes, tmp_path)
 def test_of_many_that_take_a_dead_owners_place_one_succeeds(processes, tmp_path, words):
     lock = tmp_path / "lock"
     (tmp_path / "lock-7").write_text(json.dumps({"host": "gone", "machine": "gone", "beat": 5}))
-    racing = [processes(lock, words, f"m{n}", silence=1.0, seconds=3.0) for n in range(6)]
+    racing = [processes(lock, words, f"m{n}", silence=2.0, seconds=4.0) for n in range(6)]
     for each in racing:
         assert each.says() == "ready"
     for each in racing:
@@ -440,3 +447,28 @@ def test_a_successor_waits_for_a_launch_that_saves(config, tmp_path):
     saved = max(line["step"] for line in lines(run_dir))
     wait_for_step(second, run_dir, saved + 2)
     assert kill(second, signal.SIGTERM) == 75
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_share_a_claim_and_are_refused_together(config, tmp_path):
+    run_dir = tmp_path / "run"
+    first = start_all(config, run_dir, *LONG, processes=2, devices=1)
+    wait_for_step(first[0], run_dir, 2)
+    assert wait_all(start_all(config, run_dir, *LONG, processes=2, devices=1), 240) == [78, 78]
+    for number in range(2):
+        text = run_dir.with_suffix(f".{number}.log").read_text()
+        assert f"error: run_dir='{run_dir}' is owned by process {first[0].pid} on " in text
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    assert wait_all(first, 120) == [75, 75]
+
+
+def test_a_process_that_a_kill_does_not_end_makes_its_host_a_bad_one(config, tmp_path):
+    """It waits in the kernel for a device; the supervisor leaves, and the other hosts go on."""
+    options, argv = launch._parse(["--host", "h", "--", "--config", str(config)])
+    supervisor = launch.Supervisor(options, load_config(argv[1]), argv)
+    supervisor.children = {0: types.SimpleNamespace(pid=7)}
+    now = time.monotonic()
+    supervisor._refuse_undying({0}, {0: now})
+    with pytest.raises(BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"):
+        supervisor._refuse_undying({0}, {0: now - 61})
