@@ -153,12 +153,13 @@ class Progress:
         if self.batch_size != before.batch_size:
             found.append(f"batches of {self.batch_size} rows from here, {before.batch_size} before")
         taken, known = self.taken(), before.corpora
+        names = {corpus.name for corpus in self.corpora if corpus.weight}
         for corpus, old, rows in zip(self.corpora, known, taken, strict=False):
             if corpus.name != old.name:
                 found.append(
                     f"{corpus.name} has the rows of {old.name} and goes on behind its {rows}"
                 )
-            if old.weight and not corpus.weight:
+            if old.weight and not corpus.weight and corpus.name not in names:
                 found.append(
                     f"{corpus.name} is left out from here; it would go on behind {rows} rows"
                 )
@@ -187,17 +188,18 @@ class Progress:
 
         Raises ValueError for what is none, ConfigError for one of a later version.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(content, dict):
+            raise ValueError(f"no progress in the data: {content!r}")
         # Not damage, after which a run goes on from an older checkpoint.
-        if later := sorted(set(content) - set(names)):
+        if later := _unknown(content, cls) or _unknown(content.get("corpora"), Corpus):
             raise ConfigError(
                 f"the checkpoint's progress in the data has {', '.join(later)}, which a later "
                 "version of the program wrote; go on with that version, or use another run_dir"
             )
         try:
-            found = cls(*(content[name] for name in names))
-            corpora = tuple(Corpus(**corpus) for corpus in found.corpora)
-            pieces = tuple(Piece(*piece) for piece in found.pieces)
+            corpora = tuple(Corpus(**corpus) for corpus in content["corpora"])
+            pieces = tuple(Piece(*piece) for piece in content["pieces"])
+            found = cls(content["seed"], content["row"], corpora, content["since"], pieces)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no progress in the data: {error!r}") from None
         counts = [found.seed, found.row, found.since, *(corpus.before for corpus in corpora)]
@@ -212,7 +214,7 @@ class Progress:
             and all(piece.batch_size and piece.row <= found.row for piece in pieces)
         ):
             raise ValueError(f"no progress in the data: {content}")
-        return dataclasses.replace(found, corpora=corpora, pieces=pieces)
+        return found
 
     @classmethod
     def of_position(cls, position: int, config: dict[str, Any], context_length: int) -> "Progress":
@@ -229,6 +231,14 @@ class Progress:
         )
         pieces = (Piece(0, 0, batch_size),)
         return cls(train["seed"], position * batch_size, corpora, 0, pieces)
+
+
+def _unknown(content: Any, cls: type) -> list[str]:
+    """Names in a record, or a list of records, that a dataclass does not have."""
+    records = content if isinstance(content, list) else [content]
+    records = [record for record in records if isinstance(record, dict)]
+    names = {field.name for field in dataclasses.fields(cls)}
+    return sorted({name for record in records for name in record} - names)
 
 
 def proportions(weights: Sequence[float]) -> list[int]:

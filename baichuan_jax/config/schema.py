@@ -163,7 +163,8 @@ class TrainConfig:
     """Weight of the squared log-normaliser in the loss (PaLM used 1e-4)."""
     # One seed for both: jax's keys and the loader's order draw from different streams.
     seed: int = 42
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data; a run keeps the one it began
+    with."""
     # Off: atomic additions in GPU kernels are faster, and their order varies.
     deterministic: bool = False
     """On GPUs: use only kernels that give the same bits every time (slower). A CPU always does."""
@@ -263,7 +264,8 @@ class DataConfig:
     """Processes that tokenise and pack; 0: one for each core."""
     skip: list[list[int]] = field(default_factory=list)
     """[begin, end] pairs of positions (batches, from 0) that are left out, end not included: data
-    that broke an earlier run."""
+    that broke an earlier run. A position behind the run means the batch that had it then, one ahead
+    counts batches of today's size."""
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):

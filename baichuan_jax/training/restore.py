@@ -215,6 +215,15 @@ def _changed_meanings(
     )
     if now != then:
         found.append(f"the validation loss is over {now} rows from here, {then} before")
+    for begin, end in config.data.skip:
+        (first, last), (old_first, old_last) = (
+            moment.rows_of(Window(begin, end)) for moment in (progress, before)
+        )
+        if (first, last) != (old_first, old_last):
+            found.append(
+                f"data.skip [{begin}, {end}] means rows {first} to {last - 1} from here, "
+                f"{old_first} to {old_last - 1} before"
+            )
     ahead = [(begin, end) for begin, end in skipped if end > progress.row]
     if ahead and progress.since != before.since:
         listed = ", ".join(f"{begin} to {end - 1}" for begin, end in ahead)

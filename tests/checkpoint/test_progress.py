@@ -217,6 +217,7 @@ def test_other_rows_under_a_name_are_counted_from_0_and_that_is_said():
     assert after.taken() == [6, 6, 0]
     said = "; ".join(after.changes(progress))
     assert "rows of en are others than those this run has read 6 of: they are counted" in said
+    assert "left out" not in said
     # The rows of before come back, and are no others.
     again = after.follow(SEED, given({"en": 1.0, "zh": 1.0}), 4)
     assert again.taken() == [6, 6, 0]
@@ -349,6 +350,8 @@ def test_what_is_no_progress_is_refused(damage):
     assert Progress.from_json(whole) == begin({"en": 1.0}, 4).at(8)
     with pytest.raises(ValueError, match="no progress"):
         Progress.from_json({**whole, **damage})
+    with pytest.raises(ValueError, match="no progress"):
+        Progress.from_json([whole])
     for name in whole:
         with pytest.raises(ValueError, match="no progress"):
             Progress.from_json({key: whole[key] for key in whole if key != name})
@@ -358,3 +361,5 @@ def test_the_progress_of_a_later_version_is_refused_and_not_taken_for_damage():
     content = json.loads(json.dumps(begin({"en": 1.0}, 4).to_json()))
     with pytest.raises(ConfigError, match="stages, which a later version"):
         Progress.from_json({**content, "stages": []})
+    with pytest.raises(ConfigError, match="stage, which a later version"):
+        Progress.from_json({**content, "corpora": [{**content["corpora"][0], "stage": 1}]})

@@ -404,6 +404,17 @@ def test_text_that_changes_and_keeps_its_size_is_packed_anew(
     assert rows[0].tolist() == streams({"a": changed}, tokenizer)[0][:33]
 
 
+def test_rows_are_known_by_their_content_wherever_they_lie(
+    packed, copy, corpus, tokenizer, tmp_path
+):
+    shutil.copytree(Path(corpus).parent, tmp_path / "text")
+    again = pack([f"{tmp_path}/text/*"], tmp_path / "again", tokenizer, 32, num_workers=1)
+    assert packed.identity == Rows(copy).identity == again.identity
+    other = pack([f"{tmp_path}/text/a*"], tmp_path / "other", tokenizer, 32, num_workers=1)
+    longer = pack([f"{tmp_path}/text/*"], tmp_path / "longer", tokenizer, 64, num_workers=1)
+    assert len({packed.identity, other.identity, longer.identity}) == 3
+
+
 def test_only_the_shard_of_changed_text_is_made_anew(
     corpus, documents, tokenizer, packed, tmp_path, monkeypatch
 ):

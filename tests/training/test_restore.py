@@ -163,11 +163,12 @@ def test_other_settings_of_the_data_are_said_with_their_rows_and_recorded(launch
     assert (
         "data: going on at row 20 of the run (5 batches so far); batches of 8 rows from here, 4 "
         "before; new weights from here: en 1 (10 rows taken), zh 0.1 (10 rows taken); the "
-        "validation loss is over 100 rows from here, 64 before; rows 28 to 35 are left out by "
+        "validation loss is over 100 rows from here, 64 before; data.skip [6, 7] means rows 28 to "
+        "35 from here, 24 to 27 before; rows 28 to 35 are left out by "
         "number, and are other text in this mixture"
     ) in said
     (event,) = of_kind(events, DataChanged)
-    assert (event.step, event.position, event.row, len(event.changes)) == (5, 5, 20, 4)
+    assert (event.step, event.position, event.row, len(event.changes)) == (5, 5, 20, 5)
 
 
 def test_windows_of_an_earlier_version_stay_the_same_rows_when_the_batch_size_changes(launch):
