@@ -12,6 +12,7 @@ import sentencepiece
 
 from baichuan_jax import tokenizer as module
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.rows import main as pack_rows
 from baichuan_jax.tokenizer import Tokenizer, main, stats, train_tokenizer
 
 SAMPLE = Path(module.__file__).parent / "data" / "sample"
@@ -249,6 +250,91 @@ def test_a_model_without_end_of_sentence_is_refused(documents, tmp_path):
     (tmp_path / "a.model").write_bytes(model.getvalue())
     with pytest.raises(ConfigError, match="no end-of-sentence piece"):
         Tokenizer(tmp_path / "a.model")
+
+
+def spm_train(path: Path, documents: list[str], **options: object) -> Tokenizer:
+    """A model of SentencePiece's own trainer, with its defaults where no option is given."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter("\n".join(documents).split("\n")),
+        model_writer=model,
+        vocab_size=800,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "kept"),
+    [
+        # Its defaults: nmt_nfkc, white space squeezed, no byte fallback.
+        (
+            {},
+            {"new lines", "tabs", "runs of spaces", "full-width characters", "rare characters"},
+            {"upper case"},
+        ),
+        (
+            {"normalization_rule_name": "identity", "byte_fallback": True},
+            {"runs of spaces", "spaces at the beginning", "spaces at the end"},
+            {"new lines", "tabs", "full-width characters", "rare characters"},
+        ),
+        (
+            {"normalization_rule_name": "nfkc_cf", "remove_extra_whitespaces": False},
+            {"upper case", "ligatures and circled numbers", "full-width characters"},
+            {"runs of spaces"},
+        ),
+        # LLaMA's, as far as its model says: nothing is lost.
+        (
+            {
+                "model_type": "bpe",
+                "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False,
+                "byte_fallback": True,
+            },
+            set(),
+            set(module.PROBES),
+        ),
+    ],
+)
+def test_what_a_tokenizer_loses_is_said(documents, tmp_path, options, lost, kept):
+    tokenizer = spm_train(tmp_path / "a.model", documents, **options)
+    assert lost <= tokenizer.losses.keys()
+    assert not kept & tokenizer.losses.keys()
+    assert len(tokenizer.warnings) == bool(lost)
+    for name in lost:
+        text, back = tokenizer.losses[name]
+        assert f"{name} ({text!r} -> {back!r})" in tokenizer.warnings[0]
+        assert tokenizer.decode(tokenizer.encode(text)) == back != text
+
+
+def test_the_tokenizers_trained_here_lose_nothing(tokenizer):
+    assert tokenizer.losses == {}
+    assert tokenizer.warnings == []
+
+
+def test_every_command_says_what_its_tokenizer_loses(documents, tmp_path, capsys):
+    spm_train(tmp_path / "a.model", documents)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": documents[0]}) + "\n")
+    given = ["--input", str(tmp_path / "text.jsonl")]
+    model, rows = str(tmp_path / "a.model"), str(tmp_path / "rows")
+    assert main(["stats", *given, "--model", model]) == 0
+    assert capsys.readouterr().err.count("does not keep all text. It changes new lines") == 1
+    options = ["--tokenizer", model, "--context_length", "16", "--output", rows]
+    assert pack_rows(["pack", *given, *options]) == 0
+    assert capsys.readouterr().err.count("does not keep all text. It changes new lines") == 1
+    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    assert manifest["tokenizer_loses"][0] == "new lines"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "a.model"):
+        with pytest.raises(SystemExit):
+            main(["train", "--input", "nowhere", "--vocab_size", "300", "--output", str(output)])
+        assert re.search(r"--output: '.*' cannot be written", capsys.readouterr().err)
 
 
 def test_stats_are_sums_over_the_documents_of_a_language(tokenizer, documents):

@@ -21,6 +21,7 @@ from baichuan_jax.evaluate.questions import LETTERS
 from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tables import PUBLISHED, markdown
 from baichuan_jax.evaluate.tasks import Subject, known_subjects, load_subjects
+from baichuan_jax.generate import main as generate
 from baichuan_jax.tokenizer import train_tokenizer
 from baichuan_jax.train import train
 
@@ -235,6 +236,35 @@ def test_training_scores_as_the_command_does(tmp_path):
         run.curve("mmlu_stderr")[4],
         4,
     )
+
+
+def test_a_prompt_longer_than_the_models_rows_is_said(tmp_path, options, checkpoint, capsys):
+    config = json.loads((checkpoint / "config.json").read_text())
+    folder = shutil.copytree(checkpoint, tmp_path / "short")
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    given = [str(folder) if word == str(checkpoint) else word for word in options]
+    assert main([*given, "--output", str(tmp_path / "out")]) == 0
+    assert "the model was trained on rows of 16" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_done_is_refused_before_the_weights_are_read(
+    tmp_path, options, checkpoint, monkeypatch, capsys
+):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("baichuan_jax.evaluate.__main__.load_pretrained", never)
+    monkeypatch.setattr("baichuan_jax.generate.load_pretrained", never)
+    (tmp_path / "a.txt").write_text("a short text")
+    text = ["--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="a window of 4096 tokens does not fit"):
+        main(["perplexity", "--checkpoint", str(checkpoint), *text])
+    with pytest.raises(SystemExit):
+        main([*options, "--output", str(tmp_path / "out"), "--json", str(tmp_path)])
+    assert "--json:" in capsys.readouterr().err
+    for wrong in (["--prompt", ""], ["--prompt", "a", "--temperature", "nan"]):
+        with pytest.raises(ConfigError, match=r"is empty|temperature=nan"):
+            generate(["--checkpoint", str(checkpoint), *wrong])
 
 
 def test_training_refuses_a_test_without_its_files(tmp_path):
