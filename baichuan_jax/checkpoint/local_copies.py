@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items, from_items, names_of
-from baichuan_jax.config.parsing import Count, decode, parse_json, require_type, whole_number
+from baichuan_jax.config.parsing import Count, decode, parse_json, require_keys, whole_number
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.coordination import gather
 from baichuan_jax.resilience.exits import say
@@ -32,6 +32,13 @@ from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import publish
 
 SUFFIX = ".state"
+_HEAD = {
+    "step": Count,
+    "position": Count,
+    "rollbacks": Count,
+    "tokenizer": str,
+    "digest": dict[str, int],
+}
 # Elements that are sent at once: 256 MiB.
 CHUNK = 1 << 26
 
@@ -244,16 +251,7 @@ def _read_head(path: Path) -> tuple[dict[str, Any], int]:
         if length > path.stat().st_size:
             raise ValueError(f"a head of {length} bytes")
         head = parse_json(decode(file.read(length), "its head"), "its head")
-    require_type(head, dict, "its head")
-    for key, kind in (
-        ("step", Count),
-        ("position", Count),
-        ("rollbacks", Count),
-        ("tokenizer", str),
-        ("digest", dict[str, int]),
-    ):
-        require_type(head.get(key), kind, f"its {key}")
-    return head, 8 + length
+    return require_keys(head, _HEAD, "its head"), 8 + length
 
 
 def _is_whole(leaf: Any) -> bool:

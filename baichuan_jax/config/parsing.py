@@ -29,6 +29,7 @@ LARGEST = (1 << 63) - 1
 MOST_VALUES = 100_000
 
 # Seconds since the epoch, up to the year 9999, where Python's dates end.
+Seconds = Annotated[float, (0.0, 1e11)]
 Time = Annotated[float, (0.0, 253402300799.0)]
 Count = Annotated[int, (0, LARGEST)]
 Positive = Annotated[int, (1, LARGEST)]
@@ -111,6 +112,9 @@ def read_yaml(file: Path | str) -> Any:
     try:
         value = yaml.load(text, _EachKeyOnce)
         _refuse_growth(value)
+        # "\ud83d" in double quotes.
+        if "\\" in text:
+            _refuse_half_characters(value)
     except RecursionError:
         raise ConfigError(f"{file} is no YAML that can be read: it is nested too deeply") from None
     # Others than YAMLError: tags whose text is no such value (2001-99-99, !!bool x).
@@ -134,6 +138,16 @@ def whole_number(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 18) or str(int(text)) != text:
         return None
     return int(text)
+
+
+def require_keys(content: Any, kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The object itself, where it has all these keys, each of its kind. Raises ConfigError."""
+    require_type(content, dict, what)
+    if missing := sorted(kinds.keys() - content.keys()):
+        raise ConfigError(f"{what} lacks {', '.join(missing)}")
+    for key, kind in kinds.items():
+        require_type(content[key], kind, f"{what}: {key}")
+    return content
 
 
 Kind = TypeVar("Kind")
@@ -197,6 +211,7 @@ _NAMES = {
     dict: "an object",
     list: "a list",
     types.NoneType: "null",
+    Seconds: "seconds, 0 or more",
     Time: "seconds since the epoch",
     Count: "a whole number, 0 or more",
     Positive: "a whole number, 1 or more",

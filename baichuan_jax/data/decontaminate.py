@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from baichuan_jax.config.parsing import parse_json, read_text
 from baichuan_jax.config.schema import ConfigError, at_least
 from baichuan_jax.documents.files import Slice, find_inputs
 from baichuan_jax.documents.reader import Document, Fields, read_documents
@@ -267,7 +268,7 @@ def _task(path: Path) -> str:
 def _items(path: Path) -> Iterator[list[str]]:
     """Items of an evaluation file, each a list of texts."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if path.suffix == ".csv":
             rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
             if rows and "question" in rows[0]:  # C-Eval has a header, MMLU none
@@ -275,11 +276,11 @@ def _items(path: Path) -> Iterator[list[str]]:
                 rows = [[row[index] for index in wanted if index < len(row)] for row in rows[1:]]
             yield from rows
         elif path.suffix == ".json":
-            yield from _objects(json.loads(text))
+            yield from _objects(parse_json(text, str(path)))
         elif path.suffix == ".jsonl":
-            for line in text.split("\n"):
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
-                    yield from _objects(json.loads(line))
+                    yield from _objects(parse_json(line, f"{path}, line {number}"))
         elif path.suffix == ".txt":
             paragraphs = re.split(r"\n\s*\n", text)
             yield from ([paragraph] for paragraph in paragraphs if paragraph.strip())

@@ -32,6 +32,7 @@ from scipy.optimize import lsq_linear, minimize
 from tqdm import tqdm
 
 from baichuan_jax.config.files import load_config
+from baichuan_jax.config.parsing import read_json, read_text
 from baichuan_jax.config.schema import Config, ConfigError, at_least, require
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.documents.files import Slice, find_files
@@ -252,7 +253,7 @@ def learn(
     prior = np.array(list(config.data.train.values()))
     mixtures = draw_mixtures(prior / prior.sum(), runs, concentration, seed)
     plan = {
-        "config": Path(config_path).read_text(encoding="utf-8"),
+        "config": read_text(config_path),
         "overrides": argv,
         "corpora": corpora,
         "steps": steps,
@@ -273,7 +274,7 @@ def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write a search's plan.json. Raises ConfigError where the folder holds another search."""
     path = folder / "plan.json"
     # Runs of other mixtures under the same names would be taken for this search's.
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+    if path.exists() and read_json(path) != plan:
         raise ConfigError(
             f"{folder} holds a search with other settings; choose another --output, or delete it"
         )

@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from baichuan_jax.config.parsing import read_json, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
 from baichuan_jax.documents.files import Slice, find_files
@@ -184,6 +185,10 @@ def _is_running(line: str) -> bool:
     return len(_FUNCTION_WORD.findall(line)) >= RUNNING * (1 + line.count(" "))
 
 
+# What scoring takes from a language's entry in card.json.
+_ENTRY = {"sha256": str, "slope": float, "intercept": float, "direction": list[float]}
+
+
 @functools.lru_cache(maxsize=4)
 def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Classifiers of a folder, each with its entry in card.json, by language."""
@@ -194,9 +199,10 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             f"{folder} holds no quality model (no card.json); train one: "
             "python -m baichuan_jax.data.quality train --help"
         )
-    described = json.loads(card.read_text(encoding="utf-8"))
+    described = require_keys(read_json(card), {"languages": dict, "bad": Any}, str(card))
     loaded = {}
     for lang, entry in described["languages"].items():
+        require_keys(entry, _ENTRY, f"{card}: {lang}")
         path = Path(folder) / f"{lang}.ftz"
         # A model that was half copied, or is of another card, scores without an error.
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -205,7 +211,13 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again"
             )
         entry = {**entry, "damaged": described["bad"] == DAMAGED}
-        loaded[lang] = (fasttext.load_model(str(path)), entry)
+        classifier = fasttext.load_model(str(path))
+        if classifier.get_dimension() != len(entry["direction"]):
+            raise ConfigError(
+                f"{card}: {lang}: direction has {len(entry['direction'])} numbers and {path} needs "
+                f"{classifier.get_dimension()}; train it again"
+            )
+        loaded[lang] = (classifier, entry)
     return loaded
 
 

@@ -18,7 +18,6 @@ import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import daft  # pyright: ignore[reportMissingImports]
@@ -27,6 +26,7 @@ import numpy as np
 import pyarrow as pa  # pyright: ignore[reportMissingImports]
 from daft.recordbatch import RecordBatch  # pyright: ignore[reportMissingImports]
 
+from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.data.corpus.config import RulesConfig
 
@@ -112,9 +112,9 @@ def limits_of(config: RulesConfig) -> dict[str, float]:
 def blocked_pattern(path: str) -> str:
     """A regular expression for the phrases of a file, one a line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rules.blocked_phrases={path!r} cannot be read: {error}") from None
+        lines = read_text(path).splitlines()
+    except ConfigError as error:
+        raise ConfigError(f"rules.blocked_phrases={path!r}: {error}") from None
     phrases = [re.escape(line.strip()) for line in lines if line.strip()]
     require(bool(phrases), f"rules.blocked_phrases={path!r} holds no phrase; give one a line")
     return f"(?i){'|'.join(phrases)}"

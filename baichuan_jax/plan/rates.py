@@ -1,11 +1,11 @@
 """Rates: the shares of the data sheet that programs reach, by default or measured on one device."""
 
 import difflib
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.config.parsing import read_json
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.hardware.accelerators import HARDWARE, Hardware, Topology
 
@@ -123,11 +123,9 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     writes = "benchmarks/gpu.py writes one"
     require(path.is_file(), f"{where} is no file; {writes}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror}); {writes}") from None
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested too deep
-        raise ConfigError(f"{where} is no JSON ({error}); {writes}") from None
+        found = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}; {writes}") from None
     require(
         isinstance(found, dict) and isinstance(found.get("rates"), dict),
         f'{where} must hold {{"device": ..., "hardware": ..., "date": ..., '

@@ -207,10 +207,16 @@ def goodput(record: Recorded, unit: str, seconds: float) -> go.Figure | None:
                 },
             )
     _add_launches(figure, record, seconds)
+    # No step may have ended after the beginning, where a clock was set back.
+    top = 1.3 * max(y, default=1.0)
     # Two axes of one figure: zooming in time moves both.
     figure.update_layout(
         barmode="overlay",
-        yaxis={"domain": [0.3, 1.0], "range": [0, min(1.05, 1.3 * max(y))], "tickformat": ".0%"},
+        yaxis={
+            "domain": [0.3, 1.0],
+            "range": [0, min(1.05, top)],
+            "tickformat": ".0%",
+        },
         yaxis2={"domain": [0.0, 0.16], "showticklabels": False, "fixedrange": True},
     )
     figure.update_xaxes(rangemode="tozero", anchor="y2")

@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
 from baichuan_jax.config.files import flatten
+from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import TASKS, Config
 from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
@@ -419,7 +420,7 @@ def _settings(page: Page, records: list[Recorded]) -> None:
         page.parts.append(f"<h3>{title}</h3>{inner}")
     for record in known:
         # The file itself, with all settings, as the run can be started again from it.
-        text = html.escape((record.run.path / "config.yaml").read_text(encoding="utf-8"))
+        text = html.escape(read_text(record.run.path / "config.yaml"))
         summary = f"<summary>{record.label}: all settings</summary>"
         page.parts.append(f"<details>{summary}<pre>{text}</pre></details>")
 

@@ -10,11 +10,18 @@ import html
 import json
 import shlex
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal
 
 from baichuan_jax.config.files import flatten
+from baichuan_jax.config.parsing import (
+    Count,
+    Time,
+    read_json,
+    read_yaml,
+    require_keys,
+    require_type,
+    show,
+)
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
 from baichuan_jax.runs.events import Event
@@ -98,10 +105,46 @@ class Recorded:
                 # A step's time is measured by another clock than its end: the share may pass 1.
                 shares.append(min(1.0, good / elapsed))
         spans = self.timeline.spans
-        if spans and spans[-1].end > seconds[-1]:
+        if spans and spans[-1].end > max(seconds, default=0.0):
             seconds.append(spans[-1].end)
-            shares.append(good / seconds[-1])
+            shares.append(min(1.0, good / seconds[-1]))
         return seconds, shares
+
+
+# What the page takes from a step's line, and from the files of `evaluate` and `plan`.
+_STEP = {
+    "time": Time,
+    "loss": float | None,
+    "tokens": Count,
+    "tokens_per_second": float,
+}
+_RESULT = {
+    "task": Literal["mmlu", "ceval", "agieval", "gaokao"],
+    "protocol": str,
+    "average": float,
+    "stderr": float | None,
+    "categories": dict,
+    "subjects": dict,
+    "manifest": dict,
+}
+_SCORE = {"accuracy": float, "stderr": float | None}
+_MANIFEST = {
+    "subjects_of_task": Count,
+    "split": str,
+    "limit": Count | None,
+    "shot_order": str,
+}
+_CURVE = {"context": Count, "perplexity": float, "tail_perplexity": float}
+_PLAN = {
+    "topology": str,
+    "num_devices": Count,
+    "memory_gib": dict[str, float],
+    "peak_gib": float,
+    "capacity_gib": float,
+    "fits": bool,
+    "predicted_step_seconds": float,
+    "predicted_mfu": float,
+}
 
 
 def read_runs(paths: list[Path]) -> list[Recorded]:
@@ -132,7 +175,11 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     _refuse_no_run(path)
     run = Run(path)
     lines, events = run.metrics, run.events
-    every_step = [line for line in lines if "step_seconds" in line]
+    every_step = [
+        require_keys(line, _STEP, f"{path}/metrics.jsonl: a line of step {line['step']}")
+        for line in lines
+        if "step_seconds" in line
+    ]
     # After a restart metrics.jsonl has steps twice; later lines replace earlier ones.
     newest = {line["step"]: line for line in every_step}
     if not newest:
@@ -176,28 +223,48 @@ def _settings(file: Path) -> dict[str, Any]:
     """The run's settings by dotted name; none where its config.yaml is missing."""
     if not file.exists():
         return {}
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {error}") from None
+    tree = read_yaml(file)
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold settings by name and holds {type(tree).__name__}")
-    return flatten(tree)
+    settings = flatten(tree)
+    for name, value in settings.items():
+        require_type(name, str, f"{file}: a setting's name")
+        try:
+            # Shown as JSON, which has no dates, bytes or sets.
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{file}: {name} is {show(value)}, which no setting may be") from None
+    require_type(settings.get("train.num_steps"), Count | None, f"{file}: train.num_steps")
+    return settings
 
 
 def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
     """JSON files below the run's folder: result.json by its folder, plans by their topology."""
     found = {}
     for file in sorted(path.glob(pattern)):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is no JSON: {error}") from None
+        content = read_json(file)
+        if file.name == "result.json":
+            found[file.parent.name] = _check_result(content, str(file))
+            continue
         # A plan of several topologies is a list.
         for item in content if isinstance(content, list) else [content]:
-            result = file.name == "result.json"
-            found[file.parent.name if result else item.get("topology", file.stem)] = item
+            found[require_keys(item, _PLAN, str(file))["topology"]] = item
     return found
+
+
+def _check_result(content: Any, where: str) -> dict[str, Any]:
+    """What `evaluate` wrote: a test's scores, or a curve of perplexity. Raises ConfigError."""
+    if isinstance(content, dict) and "curve" in content:
+        for row in require_type(content["curve"], list[dict], f"{where}: curve"):
+            require_keys(row, _CURVE, f"{where}: a row of curve")
+        return content
+    # C-Eval's test split has no public answers, and its result no scores.
+    if require_keys(content, {"scored": bool}, where)["scored"]:
+        require_keys(content, _RESULT, where)
+        require_keys(content["manifest"], _MANIFEST, f"{where}: manifest")
+        for name, cell in (content["categories"] | content["subjects"]).items():
+            require_keys(cell, _SCORE, f"{where}: {show(name)}")
+    return content
 
 
 def _timeline(launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]]) -> Timeline:

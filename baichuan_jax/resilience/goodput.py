@@ -9,6 +9,7 @@ trainings report the same number: 97 %, after 85 % with earlier models (Gemini T
 
 import dataclasses
 import datetime
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -108,12 +109,15 @@ class Accounting:
 def account(path: Path | str) -> Accounting:
     """The accounting of a run's folder."""
     run = Run(path)
-    events, steps = run.events, [line for line in run.metrics if "loss" in line]
+    events, steps = run.events, [line for line in run.metrics if "step_seconds" in line]
     launches = _last_reports(run.path)
     seconds = _seconds_by_phase(launches.values())
     times = list(launch_spans(run.path).values())
-    total = times[-1][1] - times[0][0] if times else 0.0
-    seconds["restart"] = max(0.0, total - sum(end - begin for begin, end in times))
+    # Between launches. Clocks may be set back, and differ from host to host: no time is negative.
+    seconds["restart"] = sum(
+        max(0.0, begin - end) for (_, end), (begin, _) in itertools.pairwise(times)
+    )
+    total = seconds["restart"] + sum(end - begin for begin, end in times)
     # A step that is in the metrics again later was lost with the launch that first did it.
     newest = {line["step"]: index for index, line in enumerate(steps)}
     lost = [line for index, line in enumerate(steps) if newest[line["step"]] != index]
@@ -140,8 +144,9 @@ def _seconds_by_phase(reports: Iterable[Report]) -> dict[str, float]:
             seconds[_CATEGORY_OF.get(phase, "imports and start")] += spent
         if report.cause in (Cause.HANG, Cause.PEER):
             # The phase in which it stood still was no work.
-            seconds["hang"] += report.age
-            seconds[_CATEGORY_OF.get(report.phase, "imports and start")] -= report.age
+            stood = min(report.age, report.seconds.get(report.phase, 0.0))
+            seconds["hang"] += stood
+            seconds[_CATEGORY_OF.get(report.phase, "imports and start")] -= stood
     return seconds
 
 
@@ -171,8 +176,9 @@ def _faults(path: Path, events: list[Event], steps: list[dict[str, Any]]) -> lis
         reports = launches[verdict.attempt].reports()
         # Process 0's clock and the supervisors' may differ by a moment: no time is negative.
         signs = [_last_good(reports[p]) for p in verdict.processes if p in reports]
-        again = [line["time"] for line in steps if line["time"] > verdict.concluded]
-        recover = again[0] - verdict.detected if again and verdict.restart else None
+        times = [line["time"] for line in steps if "time" in line]
+        again = [time for time in times if time > verdict.concluded]
+        recover = max(0.0, again[0] - verdict.detected) if again and verdict.restart else None
         fault = Fault(
             attempt=verdict.attempt,
             time=verdict.detected,
@@ -182,7 +188,7 @@ def _faults(path: Path, events: list[Event], steps: list[dict[str, Any]]) -> lis
             rule=verdict.rule,
             evidence=verdict.evidence,
             detect=max(0.0, verdict.detected - min(signs)) if signs else None,
-            localise=verdict.concluded - verdict.detected,
+            localise=max(0.0, verdict.concluded - verdict.detected),
             recover=recover,
         )
         faults.append(fault)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from baichuan_jax.config.parsing import (
     Count,
+    Seconds,
     Time,
     build,
     decode,
@@ -119,11 +120,11 @@ class Report(_Record):
     step: Count = 0
     phase: str = "start"
     # Seconds in this phase so far.
-    age: float = 0.0
+    age: Seconds = 0.0
     # A step's median seconds outside of what it does together with the others.
-    own_seconds: float | None = None
+    own_seconds: Seconds | None = None
     # Seconds by phase since the process began.
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, Seconds] = dataclasses.field(default_factory=dict)
     # From here on for an exit report only: why it leaves, and the text of its error.
     cause: Cause | None = None
     error: str | None = None

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.parsing import Count, Time, decode, parse_json, read_bytes, require_type
+from baichuan_jax.config.parsing import (
+    Count,
+    Seconds,
+    Time,
+    decode,
+    parse_json,
+    read_bytes,
+    require_type,
+)
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, latest, parse_event
 from baichuan_jax.runs.files import save_figure
@@ -145,7 +153,7 @@ _METRICS = {
     "step": Count,
     "time": Time,
     "loss": float | None,
-    "step_seconds": float,
+    "step_seconds": Seconds,
     "tokens": Count,
     "tokens_per_second": float,
 }
@@ -162,8 +170,7 @@ def _check_metrics(line: Any, where: str) -> dict[str, Any]:
             usual = type(value) is int or (type(value) is float and name not in _WHOLE)
             if usual and 0 <= value < 1e11:
                 continue
-            # Text too, which a later version may write.
-            require_type(value, _METRICS.get(name, float | bool | str | None), f"its {name}")
+            require_type(value, _METRICS.get(name, float | bool | None), f"its {name}")
     except ConfigError as error:
         raise ConfigError(f"{where} is no line of metrics: {error}; {_REPAIR}") from None
     return line

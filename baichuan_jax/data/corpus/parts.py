@@ -24,6 +24,8 @@ import pyarrow as pa  # pyright: ignore[reportMissingImports]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 
 from baichuan_jax import __version__
+from baichuan_jax.config.parsing import read_json, require_keys
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs.files import publish, write_atomically
 
 # Of the files of all stages. Another number invalidates the finished stages of all users.
@@ -95,11 +97,12 @@ class Stage:
     def record(self, part: int) -> Any:
         """What the finished work on a part returned; None where it is still to be done."""
         try:
-            record = json.loads(self.record_file(part).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = require_keys(read_json(self.record_file(part)), {"key": str}, "it")
+        except (OSError, ConfigError):
             return None
         # The file too: somebody may have deleted final/ and kept stages/.
-        return record["result"] if record["key"] == self.key and self.file(part).exists() else None
+        is_same = record["key"] == self.key and self.file(part).exists()
+        return record.get("result") if is_same else None
 
     def prepare(self) -> int:
         """Make the folders, and remove what a killed run or other settings left in them.

@@ -23,6 +23,8 @@ from daft import DataFrame, Expression, col, lit  # pyright: ignore[reportMissin
 from daft.exceptions import DaftCoreException  # pyright: ignore[reportMissingImports]
 from daft.runners import get_or_infer_runner_type  # pyright: ignore[reportMissingImports]
 
+from baichuan_jax.config.parsing import read_json, require_keys
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
 from baichuan_jax.data.runner import disk_hint
 from baichuan_jax.resilience.causes import SaveFailed
@@ -122,8 +124,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 def is_finished(stage: Stage) -> bool:
     """Whether a stage's one table was made, of what it would be made of now."""
     try:
-        note = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        note = require_keys(read_json(stage.folder / DONE), {"key": str}, "it")
+    except (OSError, ConfigError):
         return False
     return note["key"] == stage.key
 
