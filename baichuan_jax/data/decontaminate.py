@@ -35,7 +35,7 @@ from baichuan_jax.config.schema import ConfigError, at_least
 from baichuan_jax.documents.files import Slice, find_inputs
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -332,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", required=True, metavar="GLOB", help=corpus)
     shown = "documents to show of each task (default: 2)"
     add("--examples", type=at_least(0), default=2, help=shown)
-    add("--json", metavar="FILE", help="save the results")
+    add("--json", type=writable_file, metavar="FILE", help="save the results")
     return parser
 
 

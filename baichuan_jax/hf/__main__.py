@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from baichuan_jax.checkpoint.weights import load_params, save_params
@@ -13,6 +12,7 @@ from baichuan_jax.hf.source import FILE, Source, find_tokenizer, is_hf, read_sou
 from baichuan_jax.hf.weights import export, import_params, refuse_existing
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_output
+from baichuan_jax.runs.files import writable
 from baichuan_jax.tokenizer import Tokenizer
 
 
@@ -29,7 +29,6 @@ def _import(options: argparse.Namespace) -> None:
     # when it writes.
     if Path(options.output).exists():
         raise ConfigError(f"{options.output} exists; import writes a new folder")
-    _require_room(options.output)
     read_config(options.folder)  # for its error: a run's folder is a source too, and not for this
     source = read_source(options.folder)
     tokenizer = _tokenizer(source)
@@ -50,7 +49,6 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     refuse_existing(Path(options.output))
-    _require_room(options.output)
     source = read_source(options.checkpoint)
     if is_hf(source.path):
         raise ConfigError(f"{source.path} is a Hugging Face folder already")
@@ -81,19 +79,6 @@ def _tokenizer(source: Source, given: str | None = None) -> Tokenizer | None:
     return tokenizer
 
 
-def _require_room(output: str) -> None:
-    """Refuse an output whose parent cannot be written."""
-    parent = Path(output).absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{output} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m baichuan_jax.hf", description=(__doc__ or "").split("\n")[0]
@@ -103,12 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         "import", help="a Hugging Face folder -> a checkpoint for --init_from and generate"
     )
     importing.add_argument("folder", help="with config.json and safetensors or .bin files")
-    importing.add_argument("output", help="the checkpoint's new folder")
+    importing.add_argument("output", type=writable, help="the checkpoint's new folder")
     exporting = commands.add_parser(
         "export", help="a run or checkpoint -> a folder that transformers loads"
     )
     exporting.add_argument("checkpoint", help="a run's folder or one of its checkpoints")
-    exporting.add_argument("output", help="the new folder")
+    exporting.add_argument("output", type=writable, help="the new folder")
     exporting.add_argument(
         "--tokenizer",
         metavar="FILE",

@@ -17,7 +17,7 @@ from baichuan_jax.config.schema import require
 from baichuan_jax.kernels.inspect.resources import LENGTH, ROWS, WIDTH, gpu_rows, tpu_rows
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 # What compiles for each target: Triton needs no CUDA for that, libtpu no TPU.
 NEEDED = {"sm_80": "triton", "sm_90": "triton", "v5p": "libtpu"}
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     )
     if options.json:
         every = [row for target in chosen for row in rows[target]]
-        write_atomically(options.json, json.dumps(every, indent=1).encode())
+        write_atomically(Path(options.json), json.dumps(every, indent=1).encode())
     return 0
 
 
@@ -104,7 +104,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="TARGET",
         help=f"of {', '.join(NEEDED)}; default: all",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
+    rows = "write the rows to this file too"
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help=rows)
     return parser.parse_args(argv)
 
 

@@ -27,7 +27,7 @@ from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, re
 from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable, writable_file, write_atomically
 
 # Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -82,9 +82,16 @@ def _make_parser() -> jsonargparse.ArgumentParser:
         default=None,
         help="Weak scaling: the same rows a device on 8 to 4,096 devices.",
     )
-    add("--output", default="plans", metavar="DIR", help="Folder for the report as JSON and PNG.")
-    add("--json", default=None, metavar="FILE", help="Write the report here as well.")
-    add("--hlo", default=None, metavar="FILE", help="Write the compiled program's text here.")
+    add(
+        "--output",
+        type=writable,
+        default="plans",
+        metavar="DIR",
+        help="Folder for the report as JSON and PNG.",
+    )
+    file: dict[str, Any] = {"type": writable_file, "default": None, "metavar": "FILE"}
+    add("--json", **file, help="Write the report here as well.")
+    add("--hlo", **file, help="Write the compiled program's text here.")
     for name in OVERRIDES:
         add(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's.")
     add(

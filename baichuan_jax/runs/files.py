@@ -41,19 +41,27 @@ def require_writable(folder: Path | str, setting: str) -> None:
         ) from None
 
 
-def writable_file(text: str) -> str:
-    """The type of a command's option that names a file to write at its end: refused before that."""
-    path = Path(text)
+def writable(text: str) -> str:
+    """The type of a command's option that names what it writes at its end: refused before that."""
+    path = Path(text).absolute()
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        # argparse names the option before this.
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from None
+        # A disk that is full or fails is no wrong option; the write itself will say so.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+            # argparse names the option before this.
+            reason = f"{text!r} cannot be written: {error.strerror}"
+            raise argparse.ArgumentTypeError(reason) from None
     return text
+
+
+def writable_file(text: str) -> str:
+    """As `writable`, for a file."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+    return writable(text)
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:

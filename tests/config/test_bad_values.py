@@ -116,6 +116,9 @@ def read(*options: str) -> Config:
 def test_every_setting_has_a_wrong_value():
     assert sorted(WRONG) == sorted(LEAVES)
     assert read().train.num_steps == 8  # it is the wrong value alone that is refused
+    # As messages about weights advise.
+    assert read("--model.pad_token_id", "null").model.pad_token_id is None
+    assert read("--model.rms_norm_eps", "1e-06").model.rms_norm_eps == 1e-6
 
 
 @pytest.mark.parametrize("key", WRONG)

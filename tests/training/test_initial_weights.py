@@ -209,3 +209,28 @@ def test_a_hosts_copy_is_of_one_model(tiny_config, tmp_path, capsys):
     for changes in ({"num_heads": 2}, {"rope_theta": 5.0}, {"pad_token_id": None}):
         assert newest(**changes) == {}
     assert "of another tokenizer or model" in capsys.readouterr().err
+
+
+def test_text_of_the_padding_token_is_said(tiny_config, tmp_path):
+    """Without byte fallback <unk> is in texts, and its embedding does not learn."""
+    text = "It was a truth universally acknowledged, that a single man must be in want of a wife."
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text] * 9),
+        model_writer=model,
+        vocab_size=64,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    (tmp_path / "a.txt").write_text(f"{text}🦜" * 20)
+    path = str(tmp_path / "a.model")
+    for padding, count in ((0, 1), (None, 0)):
+        said: list[str] = []
+        config = on_text(tiny_config, tmp_path, tmp_path / "a.txt", "B", tokenizer__path=path)
+        model_config = dataclasses.replace(config.model, pad_token_id=padding)
+        config = dataclasses.replace(config, model=model_config)
+        prepare(config, progress=False, say=said.append)
+        assert sum("has token 0 ('<unk>') 20 times" in line for line in said) == count
+        # And what the tokenizer loses, once.
+        assert sum("does not keep all text" in line for line in said) == 1
