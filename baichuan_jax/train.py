@@ -94,8 +94,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 resources.callback(batches.close)
                 _begin(config, run, before, start.step, output)
                 # Steps after the restored one are done again and written again.
-                losses = run.losses(until=start.step)
-                eval_loss = run.curve("eval_loss").get(start.step)
+                losses, eval_loss = run.losses(start.step), run.curve("eval_loss").get(start.step)
                 recorder = Recorder(output, clock, throughput, losses, eval_loss)
                 guard = NumericsGuard(output, config.resilience, losses, start.step)
                 evaluator = Evaluator(config, steps, prepared, tests, recorder, output)
