@@ -100,8 +100,6 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 throughput = open_throughput(config, steps)
                 choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
                 record_start(config, steps.layout.mesh, prepared, number, choices, output)
-                # Nothing is lost yet, and the run's name on hosts' disks is its first event's time.
-                output.writer.require_events()
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash
@@ -113,13 +111,9 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
-                output.writer.begin(start.step + 1)
-                show_changes(before, config, start.step, output)
-                # Only now: a launch that is killed before this says them again.
-                output.writer.file(run.path / "config.yaml", dump_config(config).encode())
+                _begin(config, run, before, start.step, output)
                 # Steps after the restored one are done again and written again.
-                losses = run.losses(until=start.step)
-                eval_loss = run.curve("eval_loss").get(start.step)
+                losses, eval_loss = run.losses(start.step), run.curve("eval_loss").get(start.step)
                 recorder = Recorder(output, clock, throughput, losses, eval_loss)
                 guard = NumericsGuard(output, config.resilience, losses, start.step)
                 evaluator = Evaluator(config, steps, prepared, tests, recorder, output)
@@ -191,6 +185,14 @@ def _open_run(
         tokenizer = Path(prepared.tokenizer.path).read_bytes()
         writer.file(run.path / "tokenizer.model", tokenizer)
     return Output(writer, display), before
+
+
+def _begin(config: Config, run: Run, before: str | None, step: int, output: Output) -> None:
+    """Open the trackers behind `step`; say what differs from `before`, then keep the settings."""
+    output.writer.begin(step + 1)
+    show_changes(before, config, step, output)
+    # Only now: a launch that is killed before this says them again.
+    output.writer.file(run.path / "config.yaml", dump_config(config).encode())
 
 
 def main(argv: list[str]) -> int:

@@ -228,8 +228,8 @@ def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:
         verb = "exceeds" if length > rows.context_length else "is below"
         raise ConfigError(
             f"train.context_length={length} {verb} the shards' {rows.context_length} in {path}; "
-            f"pack with --context_length {length} (python -m baichuan_jax.data.rows pack --help) "
-            f"or set train.context_length={rows.context_length}"
+            f"re-pack with --context_length {length} (python -m baichuan_jax.data.rows pack "
+            f"--help), or set train.context_length={rows.context_length}"
         )
     if rows.manifest["tokenizer"] != tokenizer.hash:
         raise ConfigError(

@@ -80,6 +80,8 @@ def record_start(
         unigram_entropy=unigram_entropy(prepared.train),
     )
     output.event(event)
+    # Nothing is lost yet, and the run's name on hosts' disks is its first event's time.
+    output.writer.require_events()
 
 
 def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) -> None:

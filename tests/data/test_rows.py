@@ -677,7 +677,7 @@ def test_packed_rows_of_another_length_are_refused(config, packed, length, verb)
         config, train=dataclasses.replace(config.train, context_length=length)
     )
     with pytest.raises(
-        ConfigError, match=f"context_length={length} {verb} the shards' 32 in .*rows; pack with"
+        ConfigError, match=f"context_length={length} {verb} the shards' 32 in .*rows; re-pack with"
     ):
         prepare(config)
 
