@@ -196,7 +196,7 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
                     number += 1
                     yield _document(row, columns, piece.path, number, fields, stem)
     except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from error
+        raise OSError(" ".join(str(error).split())) from error
 
 
 READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
