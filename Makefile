@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps \
-  browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm chaos gpu \
+  browser-deps train bench corpus corpus-scale test test-slow test-chaos test-slurm fuzz chaos gpu \
   gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
 
 help:  ## this list
@@ -64,6 +64,11 @@ test-slow: dev  ## the tests that are left out of `make test`
 
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+# Minutes of `make fuzz`, divided evenly over the formats.
+MINUTES ?= 60
+fuzz: dev  ## damaged files of every format with random seeds, an hour (MINUTES=600)
+	PYTHONPATH=. JAX_PLATFORMS=cpu exec $(BIN)/python -W ignore tests/fuzz --minutes $(MINUTES) $(ARGS)
 
 test-slurm: dev  ## training under a real Slurm here (root; apt-get install slurm-wlm munge)
 	exec unshare --mount --net --pid --fork --mount-proc --kill-child \

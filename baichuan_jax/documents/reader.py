@@ -81,7 +81,9 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
             line = entry.line
             yield entry
     except DAMAGE as error:
-        yield Problem(piece.path, line + 1, UNREADABLE, f"reading stopped: {error}")
+        # On one line: pyarrow's errors have several.
+        reason = " ".join(str(error).split())
+        yield Problem(piece.path, line + 1, UNREADABLE, f"reading stopped: {reason}")
     else:
         # Only the first slice can say so: a later one has no line of its own where a single long
         # line spans it.
@@ -196,7 +198,7 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
                     number += 1
                     yield _document(row, columns, piece.path, number, fields, stem)
     except pyarrow.ArrowException as error:
-        raise OSError(" ".join(str(error).split())) from error
+        raise OSError(str(error)) from error
 
 
 READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {

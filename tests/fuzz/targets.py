@@ -169,7 +169,7 @@ def _exam(task: str) -> Target:
     valid = _made(makers[task])
     names = {"mmlu": ["anatomy"], "ceval": ["accountant"], "agieval": ["logiqa-en", "jec-qa-kd"]}
     only = names.get(task, ["2010-2022_History_MCQs"])
-    split = {"ceval": "val"}.get(task, "test")
+    split = {"mmlu": "test", "ceval": "val"}.get(task)
 
     def read(folder: Path) -> Any:
         return load_subjects(task, folder, split=split, shots=2, only=only, seed=0)
