@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from baichuan_jax.config.parsing import require_type
 from baichuan_jax.config.schema import ConfigError
 
 LETTERS = "ABCD"
@@ -102,6 +103,10 @@ def read_agieval(path: Path) -> File:
                 f"{path}:{line}: a row must have question, options and label: {text[:80]!r}"
             )
         options, label = row["options"], row["label"]
+        where = f"{path}:{line}"
+        require_type(options, list[str] | None, f"{where}: options")
+        require_type(label, str | list[str] | None, f"{where}: label")
+        require_type(row.get("passage"), str | None, f"{where}: passage")
         labels = list(label) if isinstance(label, list) else [label]
         four = isinstance(options, list) and len(options) == len(LETTERS)
         if not four or len(labels) != 1 or len(labels[0] or "") != 1:
@@ -209,6 +214,8 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{where}: no JSON that can be read: nested too deeply") from None
     except ValueError as error:
         raise ConfigError(f"{where}: no JSON: {error}") from None
 

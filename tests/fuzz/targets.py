@@ -167,7 +167,7 @@ def _exam(task: str) -> Target:
         "gaokao": lambda path: exam.make_gaokao(path, 9),
     }
     valid = _made(makers[task])
-    names = {"mmlu": ["anatomy"], "ceval": ["accountant"], "agieval": ["logiqa-en", "jec-qa-kd"]}
+    names = {"mmlu": ["anatomy"], "ceval": ["accountant"], "agieval": ["logiqa-en"]}
     only = names.get(task, ["2010-2022_History_MCQs"])
     split = {"mmlu": "test", "ceval": "val"}.get(task)
 
