@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps \
-  browser-deps train bench corpus corpus-scale test test-slow test-chaos test-disk test-slurm chaos gpu \
+  browser-deps train bench corpus corpus-scale test test-slow test-chaos test-disk test-slurm \
+  fuzz chaos gpu \
   gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
 
 help:  ## this list
@@ -67,6 +68,11 @@ test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 
 test-disk: dev  ## every error of a disk at every call of a training: hours (gcc)
 	FAULTY_DISK_TESTS=all exec $(BIN)/python -m pytest tests/test_disk.py $(ARGS)
+
+# Minutes of `make fuzz`, divided evenly over the formats.
+MINUTES ?= 60
+fuzz: dev  ## damaged files of every format with random seeds, an hour (MINUTES=600)
+	PYTHONPATH=. JAX_PLATFORMS=cpu exec $(BIN)/python -W ignore tests/fuzz --minutes $(MINUTES) $(ARGS)
 
 test-slurm: dev  ## training under a real Slurm here (root; apt-get install slurm-wlm munge)
 	exec unshare --mount --net --pid --fork --mount-proc --kill-child \

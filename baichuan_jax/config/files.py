@@ -19,7 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.parsing import read_yaml
+from baichuan_jax.config.parsing import read_yaml, show
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 
@@ -209,7 +209,11 @@ def _check_file(path: str, known: list[str]) -> None:
     require(
         isinstance(tree, dict), f"{path} must hold settings by name and holds {type(tree).__name__}"
     )
-    _refuse_unknown(list(_file_keys(tree, known)), known, path)
+    try:
+        _refuse_unknown(list(_file_keys(tree, known)), known, path)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from None
 
 
 def _file_keys(tree: Any, known: list[str], prefix: str = "") -> Iterator[str]:
@@ -222,7 +226,7 @@ def _file_keys(tree: Any, known: list[str], prefix: str = "") -> Iterator[str]:
             continue
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{name} is a section of settings and was given {value!r}; "
+                f"{name} is a section of settings and was given {show(value)}; "
                 "write its settings below it"
             )
         yield from _file_keys(value, known, name + ".")

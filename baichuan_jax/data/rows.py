@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from baichuan_jax.config.parsing import Count, Positive, parse_json, read_text, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.documents.files import Slice, count_unread, find_files, make_parts
@@ -58,6 +59,17 @@ COUNTS = (
     "documents_dropped",
     "empty_files",
 )
+# What readers take from a manifest, and from each of its shards.
+_MANIFEST_KEYS = {
+    "tokenizer": str,
+    "vocab_size": Positive,
+    "context_length": Positive,
+    "dtype": Literal["uint16", "uint32"],
+    "rows": Count,
+    "shards": list[dict],
+}
+_SHARD_KEYS = {"file": str, "rows": Count, "bytes": Count, "sha256": str}
+_PACK_AGAIN = "delete the folder and pack again"
 _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
 
 
@@ -143,7 +155,17 @@ class Rows:
     @property
     def counts(self) -> np.ndarray:
         """How often each token occurs in the text: [vocab_size] int64."""
-        return np.load(self.path / "counts.npy")
+        file = self.path / "counts.npy"
+        try:
+            counts = np.load(file)
+        except Exception as error:  # numpy raises many types for a damaged file
+            raise ConfigError(f"{file} cannot be read: {error}; {_PACK_AGAIN}") from None
+        if counts.shape != (self.manifest["vocab_size"],) or counts.dtype != np.int64:
+            raise ConfigError(
+                f"{file} is {counts.dtype} {counts.shape} and not a count of each of "
+                f"{self.manifest['vocab_size']} tokens; {_PACK_AGAIN}"
+            )
+        return counts
 
     def are_of(self, shards: list["Shard"]) -> bool:
         """Whether these shards, as they would be made now, are all that the folder holds."""
@@ -167,7 +189,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{_HOW_TO_PACK}"
         )
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(read_text(file), str(file))
         version = manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -177,6 +199,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} has rows of version {version} and this is {VERSION}; {_HOW_TO_PACK}"
         )
+    try:
+        require_keys(manifest, _MANIFEST_KEYS, "it")
+        for shard in manifest["shards"]:
+            require_keys(shard, _SHARD_KEYS, "a shard")
+        require(sum(s["rows"] for s in manifest["shards"]) == manifest["rows"], "rows are missing")
+    except ConfigError as error:
+        raise ConfigError(f"{file} is no manifest: {error}; {_PACK_AGAIN}") from None
     return manifest
 
 

@@ -116,7 +116,9 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
             line = entry.line
             yield entry
     except DAMAGE as error:
-        yield Problem(piece.shown, line + 1, UNREADABLE, f"reading stopped: {error}")
+        # On one line: pyarrow's errors have several.
+        reason = " ".join(str(error).split())
+        yield Problem(piece.shown, line + 1, UNREADABLE, f"reading stopped: {reason}")
     else:
         # Only the first slice can say so: a later one has no line of its own where a single long
         # line spans it.

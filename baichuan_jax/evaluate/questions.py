@@ -13,13 +13,13 @@ entry in READERS.
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from baichuan_jax.config.parsing import parse_json
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.reader import kind_of_value
 
@@ -101,7 +101,7 @@ def read_agieval(path: Path) -> File:
     found = []
     for index, (line, text) in enumerate(lines):
         where = f"{path}:{line}"
-        row = _json(text, where)
+        row = parse_json(text, where)
         # Rows of other forms have options or label null, and are left out.
         types = {"question": (str,), "options": (list, None), "label": (str, list, None)}
         _require_fields(row, types | {"passage": (str, None)}, where, optional=("passage",))
@@ -124,7 +124,7 @@ def read_agieval(path: Path) -> File:
 
 def read_gaokao(path: Path) -> File:
     """Questions whose answer is one letter."""
-    rows = _json(_text(path), str(path))
+    rows = parse_json(_text(path), str(path))
     rows = rows.get("example") if isinstance(rows, dict) else None
     if not isinstance(rows, list):
         raise ConfigError(f'{path} must be {{"example": [...]}} with a list of questions')
@@ -150,7 +150,7 @@ READERS: dict[str, Callable[[Path], File]] = {
 
 def read_answers(path: Path) -> dict[str, dict[str, str]]:
     """{subject: {id: letter}} of a file of answers."""
-    found = _json(_text(path), str(path))
+    found = parse_json(_text(path), str(path))
     groups = found if isinstance(found, dict) else {"the file": found}
     for name, group in groups.items():
         if not isinstance(group, dict) or not isinstance(found, dict):
@@ -234,20 +234,6 @@ def _text(path: Path) -> str:
         raise ConfigError(
             f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
         ) from None
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        found = json.loads(text)
-        # JSON can hold what UTF-8 cannot, half of an escaped surrogate pair. It would fail where a
-        # prompt is encoded, far from its line.
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: no text: {error}") from None
-    # A line of a hundred thousand brackets exhausts Python's stack.
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: no JSON: {error}") from None
-    return found
 
 
 def _short(row: list[str]) -> str:

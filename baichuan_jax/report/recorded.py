@@ -131,7 +131,7 @@ _SCORE = {"accuracy": float, "stderr": float | None}
 _MANIFEST = {
     "subjects_of_task": Count,
     "split": str,
-    "limit": Count | None,
+    "limit": int | None,
     "shot_order": str,
 }
 _CURVE = {"context": Count, "perplexity": float, "tail_perplexity": float}

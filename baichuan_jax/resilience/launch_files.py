@@ -32,6 +32,7 @@ from baichuan_jax.config.parsing import (
     decode,
     parse_json,
     require_type,
+    show,
     whole_number,
 )
 from baichuan_jax.config.schema import ConfigError, require
@@ -79,6 +80,10 @@ class LaunchPlan(_Record):
 
     def __post_init__(self) -> None:
         require(len(self.hosts) > 0, "it names no host")
+        for host in self.hosts:
+            # Files are named after it: HOST.json, ended-HOST.json.
+            is_name = 0 < len(host) <= 200 and not set("/\0") & set(host)
+            require(is_name, f"its host {show(host)} is no name of a host")
         # All of them are counted below: a damaged number must not fill the memory.
         most = 1024
         require(

@@ -126,7 +126,7 @@ def folders(draw: st.DrawFn, valid: Folder) -> Folder:
             continue
         elif kind == "values" and (parsed := _parsed(name, content)) is not None:
             lines = name.endswith("jsonl")
-            if lines and isinstance(parsed, list):
+            if lines and parsed:
                 number = draw(st.integers(0, len(parsed) - 1))
                 whole = content.split(b"\n")
                 whole[number] = draw(json_text(parsed[number]))
@@ -144,5 +144,5 @@ def _parsed(name: str, content: bytes) -> Any:
         if name.endswith("jsonl"):
             return [json.loads(line) for line in content.split(b"\n") if line]
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
