@@ -49,11 +49,12 @@ ITEMS = ("params", "optimizer", "run")
 SIZES = "sizes.json"
 
 
-# What the JSON item `run` holds; a folder of weights has the last two alone.
+# What the JSON item `run` holds; a folder of weights has the last three alone, and may not know its
+# tokenizer.
 _RUN = {
     "step": Count,
     "position": Count,
-    "tokenizer": str,
+    "tokenizer": str | None,
     "config": dict[str, Any],
     "digest": dict[str, int],
 }

@@ -233,11 +233,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _not_empty("tokenizer", self, "path")
-        require(
-            self.vocab_size > 261,
-            f"tokenizer.vocab_size={self.vocab_size} must exceed 261: 3 control pieces and 256 "
-            "bytes come first",
-        )
+        _positive("tokenizer", self, "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -601,8 +597,13 @@ class Config:
             f"train.num_steps={self.train.num_steps}; the peak learning rate would never be "
             "reached",
         )
-        # Only then is one trained.
-        if self.tokenizer.path is None and self.init_from is None:
+        # Only then is one trained; a model may be used without text.
+        if self.tokenizer.path is None and self.init_from is None and self.data.train:
+            require(
+                self.tokenizer.vocab_size >= 261,
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at least 261: 3 control "
+                "pieces and 256 bytes come first, then a character and a pair",
+            )
             require(
                 self.tokenizer.vocab_size <= self.model.vocab_size,
                 f"model.vocab_size={self.model.vocab_size} is smaller than "

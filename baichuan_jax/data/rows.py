@@ -462,7 +462,8 @@ def _write_manifest(
     ]
     manifest = {
         "version": VERSION,
-        "inputs": patterns,
+        # As text: names on Linux need not be UTF-8, and JSON's readers refuse what is not.
+        "inputs": [Slice(pattern).shown for pattern in patterns],
         "unread": count_unread(patterns),
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,

@@ -125,7 +125,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         found = read_json(path)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}; {writes}") from None
+        raise ConfigError(f"rates_file: {error}; {writes}") from None
     require(
         isinstance(found, dict) and isinstance(found.get("rates"), dict),
         f'{where} must hold {{"device": ..., "hardware": ..., "date": ..., '

@@ -156,7 +156,7 @@ def refuse_beside_supervisors(launches: Launches, run_dir: str) -> None:
         hosts = {host: launches.read_heartbeats().get(host) for host in monitor.alive(LOOK)}
         named = [f"{host} (process {beat.pid})" for host, beat in sorted(hosts.items()) if beat]
         raise ConfigError(
-            f"run_dir={run_dir!r} is kept going by python -m baichuan_jax.launch on "
+            f"run_dir={run_dir!r} is kept going by supervisors (python -m baichuan_jax.launch) on "
             f"{', '.join(named)}; stop that first (Ctrl-C, SIGTERM), or give this run a folder of "
             "its own with --run_dir"
         )

@@ -171,9 +171,9 @@ def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"matches no evaluation file"):
         EvaluationSets([str(tmp_path / "*.csv")])
     for name, content, message in (
-        ("a.json", "{", r"a\.json is no evaluation file that can be read"),
+        ("a.json", "{", r"a\.json is no JSON"),
         ("a.csv", 'x,"un\nclosed', r"a\.csv is no evaluation file"),
-        ("a.txt", b"\xff\xfe\xff", r"a\.txt is no evaluation file"),
+        ("a.txt", b"\xff\xfe\xff", r"a\.txt, line 1 is no UTF-8"),
         ("a.doc", "text", r"expected an evaluation file of kind \.csv"),
         ("b.txt", "only a few words", "hold no sequence of 13"),
     ):

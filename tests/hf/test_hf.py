@@ -155,7 +155,7 @@ def test_export_fills_an_empty_folder_and_brings_the_tokenizer(params, tmp_path)
     (tmp_path / "out").mkdir()
     export(params, read_config(TINY), tmp_path / "out", tokenizer=Tokenizer(EXAM))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == EXAM.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["out"]
     assert_equal(import_params(tmp_path / "out"), import_params(TINY / "bf16"))
 
 

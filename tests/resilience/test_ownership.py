@@ -421,7 +421,9 @@ def test_supervisors_and_launches_without_one_refuse_each_other(config, tmp_path
     argv = ["--config", str(config), "--run_dir", str(run_dir), *LONG]
     alone = run_module("baichuan_jax.train", *argv)
     assert alone.returncode == 78
-    assert "is kept going by python -m baichuan_jax.launch on h (process" in alone.stderr
+    assert (
+        "is kept going by supervisors (python -m baichuan_jax.launch) on h (process" in alone.stderr
+    )
     first.send_signal(signal.SIGTERM)
     assert first.wait(120) == 75
     # A supervisor beside a launch without one.

@@ -13,8 +13,12 @@ from baichuan_jax.resilience.processes import initialize_processes
         (DistributedConfig(num_processes=2), {}, "need all of"),
         (DistributedConfig(), {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "need all of"),
         (
-            DistributedConfig("localhost:1", 2, 2),
-            {},
+            DistributedConfig(),
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+            },
             r"process_id=2 must lie in \[0, num_processes=2\)",
         ),
         (DistributedConfig(), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import pytest
 import sentencepiece
-from conftest import build
+from conftest import build, run_state
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import StateTarget, identity
 from baichuan_jax.config.schema import (
     CheckpointConfig,
@@ -199,11 +200,11 @@ def test_a_hosts_copy_is_of_one_model(tiny_config, tmp_path, capsys):
     def newest(**changes: Any) -> dict[str, Any]:
         model = dataclasses.replace(config.model, **changes)
         target = StateTarget(steps.abstract_state, identity(model))
-        return LocalCopies(tmp_path, 0, "here", "abc", target)._newest()[1]
+        return LocalCopies(tmp_path, 0, "here", "abc", target, Progress.from_json)._newest()[1]
 
     target = StateTarget(steps.abstract_state, identity(config.model))
-    copies = LocalCopies(tmp_path, 0, "here", "abc", target)
-    copies.save(state, 1, 1)
+    copies = LocalCopies(tmp_path, 0, "here", "abc", target, Progress.from_json)
+    copies.save(run_state(state, 1, 1))
     copies.finish()
     assert newest()["step"] == 1
     for changes in ({"num_heads": 2}, {"rope_theta": 5.0}, {"pad_token_id": None}):
