@@ -220,8 +220,8 @@ class CheckpointStore:
             self._output.say(f"checkpoint {step} failed and does not count: {reason}", style="red")
             if must_succeed or jax.process_count() > 1:
                 raise SaveFailed(
-                    f"checkpoint {step} could not be written below --run_dir: {reason}; "
-                    f"{what_to_do(_errno(error))}"
+                    f"checkpoint {step} could not be written in {self._storage.directory}: "
+                    f"{reason}; {what_to_do(_errno(error))}"
                 ) from error
 
 
