@@ -404,9 +404,8 @@ def test_text_that_changes_and_keeps_its_size_is_packed_anew(
     assert rows[0].tolist() == streams({"a": changed}, tokenizer)[0][:33]
 
 
-def test_rows_are_known_by_their_content_wherever_they_lie(
-    packed, copy, corpus, tokenizer, tmp_path
-):
+def test_rows_are_known_by_their_content_wherever_they_lie(packed, corpus, tokenizer, tmp_path):
+    copy = shutil.copytree(packed.path, tmp_path / "copy")
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
     again = pack([f"{tmp_path}/text/*"], tmp_path / "again", tokenizer, 32, num_workers=1)
     assert packed.identity == Rows(copy).identity == again.identity
@@ -915,3 +914,23 @@ def test_a_ray_cluster_packs_the_same_bytes(corpus, packed, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tokens and" in done.stdout
     assert shards(tmp_path / "rows") == shards(packed.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"key": 3}'], ids=repr)
+def test_a_shard_whose_record_is_damaged_is_made_again(
+    packed, corpus, tokenizer, tmp_path, content
+):
+    folder = shutil.copytree(packed.path, tmp_path / "rows")
+    (folder / "manifest.json").unlink()
+    record = folder / "shard-00000.json"
+    whole = json.loads(record.read_text())
+    record.write_bytes(content)
+    again = pack([corpus], folder, tokenizer, 32, num_workers=1)
+    assert again.identity == packed.identity
+    assert json.loads(record.read_text()) == whole
+    # What belongs to another tokenizer is named.
+    (folder / "manifest.json").unlink()
+    for token in ("x", "99999"):
+        record.write_text(json.dumps({**whole, "counts": {token: 1}}))
+        with pytest.raises(ConfigError, match=r"shard-00000\.json: .* is no token"):
+            pack([corpus], folder, tokenizer, 32, num_workers=1)
