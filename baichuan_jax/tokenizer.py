@@ -24,6 +24,7 @@ import sentencepiece
 from rich.console import Console
 from rich.table import Column, Table
 
+from baichuan_jax.config.parsing import read_bytes
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
@@ -76,7 +77,7 @@ class Tokenizer:
                 "train one: python -m baichuan_jax.tokenizer train --help"
             )
         # Read once: the hash is of the bytes that are loaded, whatever happens to the file.
-        content = self.path.read_bytes()
+        content = read_bytes(self.path)
         self.hash = hashlib.sha256(content).hexdigest()
         # From bytes: a path that SentencePiece cannot open ends in an error without its name.
         self._model = sentencepiece.SentencePieceProcessor()

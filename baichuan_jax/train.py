@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
+from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
@@ -179,7 +180,7 @@ def _open_run(
     if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
         settings = run.path / "config.yaml"
-        before = settings.read_text(encoding="utf-8") if settings.exists() else None
+        before = read_text(settings) if settings.exists() else None
         # The run's own copy: generate and export need no other folder, whatever becomes of the
         # cache.
         tokenizer = Path(prepared.tokenizer.path).read_bytes()

@@ -238,7 +238,10 @@ class Checkpoints:
             except ValueError as error:
                 raise CorruptCheckpoint(str(error)) from None
         length = self._config.train.context_length
-        return Progress.of_position(run["position"], run["config"], length)
+        try:
+            return Progress.of_position(run["position"], run["config"], length)
+        except (ValueError, KeyError) as error:
+            raise CorruptCheckpoint(f"no progress in the data: {error!r}") from None
 
     def close(self) -> None:
         """Wait for the save under way, and stop Orbax's threads."""

@@ -15,9 +15,11 @@ the ratios. The formula stands here, since counts of rows must not follow a libr
 import dataclasses
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.parsing import Count, Positive, build, require_keys, show
+from baichuan_jax.config.schema import MOST_APART, ConfigError
 from baichuan_jax.resilience.guard import Window
 
 
@@ -41,7 +43,7 @@ class Corpus:
     name: str
     rows: str | None
     weight: float
-    before: int = 0
+    before: Count = 0
 
 
 class Piece(NamedTuple):
@@ -197,23 +199,22 @@ class Progress:
                 "version of the program wrote; go on with that version, or use another run_dir"
             )
         try:
-            corpora = tuple(Corpus(**corpus) for corpus in content["corpora"])
+            require_keys(content, _KINDS, "it")
+            corpora = tuple(build(Corpus, corpus, "a corpus") for corpus in content["corpora"])
             pieces = tuple(Piece(*piece) for piece in content["pieces"])
-            found = cls(content["seed"], content["row"], corpora, content["since"], pieces)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no progress in the data: {error!r}") from None
-        counts = [found.seed, found.row, found.since, *(corpus.before for corpus in corpora)]
-        counts += [number for piece in pieces for number in piece]
-        weights = [corpus.weight for corpus in corpora]
+        except (ConfigError, TypeError) as error:
+            raise ValueError(f"no progress in the data: {error}") from None
+        found = cls(content["seed"], content["row"], corpora, content["since"], pieces)
+        weights = [corpus.weight for corpus in corpora if corpus.weight]
         if not (
-            all(type(count) is int and count >= 0 for count in counts)
-            and all(type(weight) in (int, float) and weight >= 0 for weight in weights)
+            are_proportions(weights)
             and found.since <= found.row
             and pieces
             and pieces[0].position == 0
             and all(piece.batch_size and piece.row <= found.row for piece in pieces)
+            and all(a.position < b.position and a.row < b.row for a, b in pairwise(pieces))
         ):
-            raise ValueError(f"no progress in the data: {content}")
+            raise ValueError(f"no progress in the data: {show(content)}")
         return found
 
     @classmethod
@@ -221,14 +222,19 @@ class Progress:
         """That of a checkpoint with a position alone, by the configuration that it was made with.
 
         Earlier versions took row p G as the first of position p, whatever came before.
-        `context_length`: today's; rows of another one are others.
+        `context_length`: today's; rows of another one are others. Raises ValueError for a
+        configuration that lacks what it needs.
         """
-        train = config["train"]
+        try:
+            train = require_keys(config.get("train"), _TRAIN, "its train")
+            given = require_keys(config.get("data"), {"train": dict[str, float]}, "its data")
+        except ConfigError as error:
+            raise ValueError(f"no progress in the data by the configuration: {error}") from None
         batch_size = train["global_batch_size"]
         rows = None if train["context_length"] == context_length else ""
-        corpora = tuple(
-            Corpus(name, rows, weight) for name, weight in config["data"]["train"].items()
-        )
+        corpora = tuple(Corpus(name, rows, weight) for name, weight in given["train"].items())
+        if not are_proportions([corpus.weight for corpus in corpora]):
+            raise ValueError(f"no progress in the data by the weights {show(given['train'])}")
         pieces = (Piece(0, 0, batch_size),)
         return cls(train["seed"], position * batch_size, corpora, 0, pieces)
 
@@ -239,6 +245,22 @@ def _unknown(content: Any, cls: type) -> list[str]:
     records = [record for record in records if isinstance(record, dict)]
     names = {field.name for field in dataclasses.fields(cls)}
     return sorted({name for record in records for name in record} - names)
+
+
+# What JSON of a progress holds, and a configuration from which one is made.
+_KINDS = {
+    "seed": Count,
+    "row": Count,
+    "since": Count,
+    "corpora": list[dict],
+    "pieces": list[list[Count]],
+}
+_TRAIN = {"global_batch_size": Positive, "context_length": Count, "seed": Count}
+
+
+def are_proportions(weights: Sequence[float]) -> bool:
+    """Whether weights are greater than 0 and near enough to each other to count rows by."""
+    return not weights or (min(weights) > 0 and max(weights) <= MOST_APART * min(weights))
 
 
 def proportions(weights: Sequence[float]) -> list[int]:

@@ -87,13 +87,16 @@ def decode(content: bytes, file: str) -> str:
         raise ConfigError(f"{file}, line {line} is no UTF-8 (byte {byte:#04x})") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises ConfigError, whose message begins with `where`."""
+def parse_json(text: str, where: str, *, paths: bool = False) -> Any:
+    """The value of a JSON text. Raises ConfigError, whose message begins with `where`.
+
+    `paths`: its texts may be names of files, whose bytes need not be UTF-8.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_each_key_once)
         # Only an escape can make half of a surrogate pair, which no file can hold in UTF-8.
         if "\\u" in text:
-            _refuse_half_characters(value)
+            _refuse_half_characters(value, "surrogateescape" if paths else "strict")
     except RecursionError:
         raise ConfigError(f"{where} is no JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
@@ -101,14 +104,13 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def read_json(file: Path | str) -> Any:
-    """The value of a JSON file. Raises ConfigError."""
-    return parse_json(read_text(file), str(file))
+def read_json(file: Path | str, *, paths: bool = False) -> Any:
+    """The value of a JSON file, as parse_json gives it. Raises ConfigError."""
+    return parse_json(read_text(file), str(file), paths=paths)
 
 
-def read_yaml(file: Path | str) -> Any:
-    """The value of a YAML file. Raises ConfigError."""
-    text = read_text(file)
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises ConfigError, whose message begins with `where`."""
     try:
         value = yaml.load(text, _EachKeyOnce)
         _refuse_growth(value)
@@ -116,11 +118,16 @@ def read_yaml(file: Path | str) -> Any:
         if "\\" in text:
             _refuse_half_characters(value)
     except RecursionError:
-        raise ConfigError(f"{file} is no YAML that can be read: it is nested too deeply") from None
+        raise ConfigError(f"{where} is no YAML that can be read: it is nested too deeply") from None
     # Others than YAMLError: tags whose text is no such value (2001-99-99, !!bool x).
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
     return value
+
+
+def read_yaml(file: Path | str) -> Any:
+    """The value of a YAML file. Raises ConfigError."""
+    return parse_yaml(read_text(file), str(file))
 
 
 def require_type(value: Any, kind: Any, where: str) -> Any:
@@ -246,19 +253,19 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_half_characters(value: Any) -> None:
+def _refuse_half_characters(value: Any, errors: str = "strict") -> None:
     if isinstance(value, str):
         try:
-            value.encode()
+            value.encode("utf-8", errors)
         except UnicodeEncodeError:
             raise ValueError(f"the text {value[:60]!a} has half a character") from None
     elif isinstance(value, dict):
         for key, each in value.items():
-            _refuse_half_characters(key)
-            _refuse_half_characters(each)
+            _refuse_half_characters(key, errors)
+            _refuse_half_characters(each, errors)
     elif isinstance(value, list):
         for each in value:
-            _refuse_half_characters(each)
+            _refuse_half_characters(each, errors)
 
 
 def _refuse_growth(value: Any) -> None:

@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 TASKS = ("mmlu", "ceval", "agieval", "gaokao")  # tests that `evaluate` can score
 
+# Rows are counted by weights as whole multiples of the smallest, a float in between.
+MOST_APART = 1e12
+
 
 class ConfigError(ValueError):
     """A setting or an input that cannot be right.
@@ -273,6 +276,12 @@ class DataConfig:
                 require(
                     path != "", f"data.{name} has an empty name; give files or a folder of rows"
                 )
+            weights = getattr(self, name).values()
+            require(
+                not weights or max(weights) <= MOST_APART * min(weights),
+                f"data.{name}: the weights go from {min(weights, default=0)} to "
+                f"{max(weights, default=0)}; the largest may be {MOST_APART:g} times the smallest",
+            )
         _not_empty("data", self, "text_field", "cache_dir")
         _not_negative("data", self, "num_workers")
         for window in self.skip:

@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_jax.config.parsing import read_json, require_keys
+from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
 from baichuan_jax.documents.files import Slice, find_files
@@ -90,7 +90,7 @@ class Quality:
         if not self.config.enabled:
             return Effects()
         # The card holds the checksums of the classifiers, so it changes when they do.
-        card = (self.model / "card.json").read_text(encoding="utf-8")
+        card = read_text(self.model / "card.json")
         scores, _ = corpus.make_parts("quality", [corpus.documents.key, card], self._score_part)
 
         # Joined with what is left: removed documents have a score of 0 in the part files.

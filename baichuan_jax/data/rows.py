@@ -28,7 +28,14 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from baichuan_jax.config.parsing import Count, Positive, parse_json, read_text, require_keys
+from baichuan_jax.config.parsing import (
+    Count,
+    Positive,
+    read_json,
+    require_keys,
+    show,
+    whole_number,
+)
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.documents.files import Slice, count_unread, find_files, make_parts
@@ -69,6 +76,13 @@ _MANIFEST_KEYS = {
     "shards": list[dict],
 }
 _SHARD_KEYS = {"file": str, "rows": Count, "bytes": Count, "sha256": str}
+_RECORD_KEYS = {
+    "key": dict,
+    "rows": Count,
+    "bytes": Count,
+    "sha256": str,
+    "counts": dict[str, Count],
+}
 _PACK_AGAIN = "delete the folder and pack again"
 _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
 
@@ -189,7 +203,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{_HOW_TO_PACK}"
         )
     try:
-        manifest: dict[str, Any] = parse_json(read_text(file), str(file))
+        manifest: dict[str, Any] = read_json(file, paths=True)
         version = manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -337,8 +351,17 @@ class Shard:
         # The size too: a shard that was cut short after it was finished is made again.
         if not (self.record_file.exists() and self.file.exists()):
             return False
-        record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        try:
+            record = self.record()
+        # Damaged: it is made again.
+        except ConfigError:
+            return False
         return record["key"] == self.key() and record["bytes"] == self.file.stat().st_size
+
+    def record(self) -> dict[str, Any]:
+        """The record of a finished shard. Raises ConfigError."""
+        file = self.record_file
+        return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
 
     def make(self) -> None:
         """Write the shard, then its record."""
@@ -441,11 +464,16 @@ def _write_manifest(
     context_length: int,
     patterns: list[str],
 ) -> None:
-    records = [json.loads(shard.record_file.read_text(encoding="utf-8")) for shard in shards]
+    records = [shard.record() for shard in shards]
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for record in records:
+    for shard, record in zip(shards, records, strict=True):
         for token, count in record["counts"].items():
-            counts[int(token)] += count
+            number = whole_number(token)
+            require(
+                number is not None and number < tokenizer.vocab_size,
+                f"{shard.record_file}: {show(token)} is no token of this tokenizer; delete it",
+            )
+            counts[number] += count
     content = io.BytesIO()
     np.save(content, counts)
     write_atomically(folder / "counts.npy", content.getvalue())

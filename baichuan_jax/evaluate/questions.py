@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from baichuan_jax.config.parsing import parse_json
+from baichuan_jax.config.parsing import parse_json, read_bytes
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.reader import kind_of_value
 
@@ -225,7 +225,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         # -sig: a byte-order mark at the start would become part of the first name.
         return content.decode("utf-8-sig")

@@ -14,6 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from baichuan_jax.config.parsing import (
+    Count,
+    parse_json,
+    read_json,
+    read_text,
+    require_keys,
+    require_type,
+    show,
+)
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import Prompt, Protocol
 from baichuan_jax.evaluate.questions import LETTERS
@@ -23,6 +32,16 @@ from baichuan_jax.resilience.causes import NumericsError
 from baichuan_jax.runs.files import write_atomically
 
 Record = dict[str, Any]
+# What scores and manifest are made of.
+_RECORD = {
+    "subject": str,
+    "index": Count,
+    "prompt_sha256": str,
+    "num_tokens": Count,
+    "shots": Count,
+    "prediction": str,
+    "answer": str | None,
+}
 
 
 def score_prompts(
@@ -166,7 +185,7 @@ class Results:
             return
         if file.exists():
             # Half of one checkpoint's answers and half of another's would look like one result.
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = require_type(read_json(file, paths=True), dict, str(file))
             self._refuse_others(before, settings)
         elif self.folder.exists() and any(map(_is_result, self.folder.iterdir())):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
@@ -179,7 +198,7 @@ class Results:
         )
         if differing:
             changes = "; ".join(
-                f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+                f"{show(key)}: {show(before.get(key))} there, {show(settings.get(key))} now"
                 for key in differing[:4]
             )
             raise ConfigError(
@@ -201,9 +220,20 @@ class Results:
 
     def load(self, subject: str) -> list[Record]:
         """The records of a finished subject."""
-        # split("\n") and not splitlines(): a text may contain other line separators.
-        lines = self._path(subject).read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        file = self._path(subject)
+        try:
+            # split("\n") and not splitlines(): a text may contain other line separators.
+            lines = read_text(file).split("\n")[:-1]
+            places = [f"line {number}" for number in range(1, len(lines) + 1)]
+            return [
+                require_keys(parse_json(line, place), _RECORD, place)
+                for place, line in zip(places, lines, strict=True)
+            ]
+        except ConfigError as error:
+            raise ConfigError(
+                f"{file} is no subject's records: {error}; delete it, to have its questions asked "
+                "again"
+            ) from None
 
     def finish(self, result: dict[str, Any], records: Sequence[Record]) -> None:
         """Write records.jsonl and result.json, and a submission for C-Eval's test split."""

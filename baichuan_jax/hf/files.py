@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from baichuan_jax.config.parsing import read_json, require_type
+from baichuan_jax.config.parsing import read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError
 
 # safetensors' codes of the types that weights are published in, by their names in NumPy. The format
@@ -124,7 +124,14 @@ class TorchFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            for name, tensor in self._load(file).items():
+            tensors = self._load(file)
+            if not isinstance(tensors, dict):
+                raise ConfigError(f"{file} holds {type(tensors).__name__} and must hold weights")
+            for name, tensor in tensors.items():
+                if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+                    raise ConfigError(
+                        f"{file}: {show(name)} is {type(tensor).__name__} and must be a tensor"
+                    )
                 _refuse_second(name, self._files, file)
                 self.shapes[name], self._files[name] = tuple(tensor.shape), file
 
@@ -133,7 +140,8 @@ class TorchFiles:
         try:
             return self._torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many types for a damaged file
-            raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise ConfigError(f"{file} cannot be read: {reason}") from None
 
     def read(self, name: str) -> np.ndarray:
         """A copy of a tensor.

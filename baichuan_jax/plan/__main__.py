@@ -17,6 +17,7 @@ from typing import Any
 import jsonargparse
 
 from baichuan_jax.config.files import make_parser, parse_command
+from baichuan_jax.config.parsing import read_json
 from baichuan_jax.config.schema import Config, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
@@ -226,7 +227,7 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
         code = run_child(changed, config, parse_topology(name))
         if code:
             return code
-        results.append(json.loads(target.read_text(encoding="utf-8")))
+        results.append(read_json(target))
     show_sweep(results)
     # Of one for all: the accelerator and the options are the same.
     show_rates(results[0])

@@ -9,6 +9,7 @@ import dataclasses
 import html
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,20 @@ _MANIFEST = {
     "split": str,
     "limit": int | None,
     "shot_order": str,
+    "shots": Count,
+}
+# What results of earlier versions lack.
+_LEFT_OUT = {
+    "twins": dict,
+    "twins_of_examples": dict[str, list],
+    "left_out": dict[str, Count],
+    "prompts_with_fewer_shots": Count,
+}
+_TWINS = {
+    "examples": dict[str, Count],
+    "questions": dict[str, Count],
+    "subjects": Count,
+    "splits": dict[str, dict[str, Count]],
 }
 _CURVE = {"context": Count, "perplexity": float, "tail_perplexity": float}
 _PLAN = {
@@ -261,10 +276,17 @@ def _check_result(content: Any, where: str) -> dict[str, Any]:
     # C-Eval's test split has no public answers, and its result no scores.
     if require_keys(content, {"scored": bool}, where)["scored"]:
         require_keys(content, _RESULT, where)
-        require_keys(content["manifest"], _MANIFEST, f"{where}: manifest")
+        manifest = require_keys(content["manifest"], _MANIFEST, f"{where}: manifest")
+        _require_kinds(manifest, _LEFT_OUT, f"{where}: manifest")
+        _require_kinds(manifest.get("twins", {}), _TWINS, f"{where}: twins")
         for name, cell in (content["categories"] | content["subjects"]).items():
             require_keys(cell, _SCORE, f"{where}: {show(name)}")
     return content
+
+
+def _require_kinds(content: dict[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for name in kinds.keys() & content.keys():
+        require_type(content[name], kinds[name], f"{where}: {name}")
 
 
 def _timeline(launches: dict[int, tuple[float, float]], lines: list[dict[str, Any]]) -> Timeline:

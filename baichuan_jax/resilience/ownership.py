@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from baichuan_jax.config.parsing import Count, Time, build, decode, parse_json, whole_number
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.coordination import TIMEOUT_SECONDS, agree
@@ -59,20 +60,20 @@ class Owner:
     """A claim's record: the owning process, and its newest sign of life."""
 
     host: str = "?"
-    pid: int = 0
+    pid: Count = 0
     # One kernel, within which flock holds.
     machine: str = ""
     # What tells it from a later process of its number; "" where the system does not say.
     process: str = ""
     command: str = ""
     # Seconds since the epoch, for messages only.
-    since: float = 0.0
+    since: Time = 0.0
     # The launch that it belongs to, where a supervisor planned that; 0: a supervisor itself.
-    launch: int | None = None
+    launch: Count | None = None
     # Whether it holds the flock, so that a free one means that it is dead.
     locked: bool = False
     # Grows while it lives.
-    beat: int = 0
+    beat: Count = 0
     # It was asked to stop, and saves.
     stopping: bool = False
     released: bool = False
@@ -347,25 +348,22 @@ def _numbers(lock: Path) -> list[int]:
     # The folder is not there before the first claim.
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(lock.parent):
-            number = name.removeprefix(beginning).removesuffix(".once")
-            if name.startswith(beginning) and number.isdigit():
-                found.add(int(number))
+            number = whole_number(name.removeprefix(beginning).removesuffix(".once"))
+            if name.startswith(beginning) and number is not None:
+                found.add(number)
     return sorted(found)
 
 
 def _newest(lock: Path) -> tuple[int, Owner | None]:
     """The newest record's number and content; 0 and None where there is none."""
     for number in reversed(_numbers(lock)):
-        content = read_once(_record(lock, number))
+        record = _record(lock, number)
+        content = read_once(record)
         # Removed meanwhile, by the owner of a larger number.
         if content is None:
             continue
         try:
-            fields = json.loads(content)
-            known = {field.name for field in dataclasses.fields(Owner)} & fields.keys()
-            return number, Owner(**{name: fields[name] for name in known})
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{_record(lock, number)} is no owner's record ({error}); delete it"
-            ) from None
+            return number, build(Owner, parse_json(decode(content, "it"), "it"), "it")
+        except ConfigError as error:
+            raise ConfigError(f"{record} is no owner's record ({error}); delete it") from None
     return 0, None

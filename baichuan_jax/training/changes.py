@@ -9,10 +9,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import yaml
 
 from baichuan_jax.config.files import dump_config, flatten
-from baichuan_jax.config.schema import Config, OptimizerConfig, TrainConfig
+from baichuan_jax.config.parsing import Positive, build, parse_yaml, require_type, show
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.output import Output
 
@@ -27,6 +27,9 @@ SCHEDULE = (
 )
 _ROUNDING = "the same sums in another order: losses agree to rounding"
 _NO_NUMBER = "no number of the training"
+# Of messages about the settings of the run's last launch.
+_LAST = "config.yaml in the run's folder"
+_DELETE = "delete it, and the run goes on without a comparison of settings"
 _NOT_COMPARABLE = "results before and after cannot be compared"
 _FROM_HERE = "acts from here on; the steps before had the other"
 # What a change means for the steps to come: of a setting, or of all settings of a section.
@@ -143,10 +146,14 @@ def _schedule(config: Config) -> _Schedule:
 def _schedule_of(text: str) -> _Schedule:
     """The schedule of a config.yaml, which another version may have written."""
     tree = _tree(text)
-    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    known = {key: value for key, value in tree.get("optimizer", {}).items() if key in names}
-    steps = tree.get("train", {}).get("num_steps", TrainConfig.num_steps)
-    return _Schedule(OptimizerConfig(**known), steps)
+    try:
+        optimizer = build(OptimizerConfig, tree.get("optimizer", {}), f"{_LAST}: optimizer")
+        train = require_type(tree.get("train", {}), dict, f"{_LAST}: train")
+        steps = train.get("num_steps", TrainConfig.num_steps)
+        require_type(steps, Positive, f"{_LAST}: train.num_steps")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_DELETE}") from None
+    return _Schedule(optimizer, steps)
 
 
 def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | None:
@@ -191,8 +198,10 @@ def _constant(rate: float) -> str:
 
 
 def _tree(text: str | None) -> dict[str, Any]:
-    tree = None if text is None else yaml.safe_load(text)
-    return tree if isinstance(tree, dict) else {}
+    tree = {} if text is None else parse_yaml(text, _LAST)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{_LAST} holds {show(tree)} and must hold settings; {_DELETE}")
+    return tree
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import random
 
 import grain
@@ -342,6 +343,13 @@ def progress_names(progress: Progress) -> list[str]:
         {"corpora": [{"name": "en"}]},
         {"corpora": [{"name": "en", "rows": "x", "weight": "1"}]},
         {"since": 100},
+        {"row": 1 << 63},
+        {"pieces": [[0, 0, 4, 4]]},
+        {"pieces": [[0, 0, 4], [0, 4, 4]]},
+        {"corpora": ["en"]},
+        {"corpora": [{"name": None, "rows": "x", "weight": 1.0}]},
+        {"corpora": [{"name": "en", "rows": "x", "weight": math.inf}]},
+        {"corpora": [{"name": n, "rows": n, "weight": w} for n, w in (("a", 1e308), ("b", 1e-9))]},
     ],
     ids=str,
 )
@@ -355,6 +363,21 @@ def test_what_is_no_progress_is_refused(damage):
     for name in whole:
         with pytest.raises(ValueError, match="no progress"):
             Progress.from_json({key: whole[key] for key in whole if key != name})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"train": 3}, {"data": {"train": {"en": "1"}}}, {"data": {"train": {"en": -1.0}}}],
+    ids=str,
+)
+def test_what_is_no_configuration_of_an_earlier_version_is_refused(config):
+    whole = {
+        "train": {"global_batch_size": 4, "context_length": 8, "seed": 0},
+        "data": {"train": {"en": 1.0}},
+    }
+    assert Progress.of_position(2, whole, 8).row == 8
+    with pytest.raises(ValueError, match="no progress"):
+        Progress.of_position(2, {**whole, **config} if config else config, 8)
 
 
 def test_the_progress_of_a_later_version_is_refused_and_not_taken_for_damage():

@@ -914,3 +914,23 @@ def test_a_ray_cluster_packs_the_same_bytes(corpus, packed, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tokens and" in done.stdout
     assert shards(tmp_path / "rows") == shards(packed.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"key": 3}'], ids=repr)
+def test_a_shard_whose_record_is_damaged_is_made_again(
+    packed, corpus, tokenizer, tmp_path, content
+):
+    folder = shutil.copytree(packed.path, tmp_path / "rows")
+    (folder / "manifest.json").unlink()
+    record = folder / "shard-00000.json"
+    whole = json.loads(record.read_text())
+    record.write_bytes(content)
+    again = pack([corpus], folder, tokenizer, 32, num_workers=1)
+    assert again.identity == packed.identity
+    assert json.loads(record.read_text()) == whole
+    # What belongs to another tokenizer is named.
+    (folder / "manifest.json").unlink()
+    for token in ("x", "99999"):
+        record.write_text(json.dumps({**whole, "counts": {token: 1}}))
+        with pytest.raises(ConfigError, match=r"shard-00000\.json: .* is no token"):
+            pack([corpus], folder, tokenizer, 32, num_workers=1)

@@ -266,9 +266,14 @@ def test_where_nothing_can_be_written_the_folder_is_named(tmp_path):
 def test_a_newer_versions_record_is_read_and_a_damaged_one_named(tmp_path):
     (tmp_path / "lock-1").write_text('{"host": "h", "colour": "red"}')
     assert owner_of(tmp_path / "lock") == Owner(host="h")
-    (tmp_path / "lock-2").write_text("[]")
-    with pytest.raises(ConfigError, match=r"lock-2 is no owner's record .*; delete it"):
-        owner_of(tmp_path / "lock")
+    # No numbers of records.
+    for name in ("lock-²", "lock-02", "lock-x"):
+        (tmp_path / name).write_text("")
+    damages = ["[]", "", '{"since": null}', '{"since": 1e300}', '{"beat": "x"}', '{"launch": -1}']
+    for damage in [*damages, '{"process": 3}', "[" * 5000, '{"host": "\\ud800"}']:
+        (tmp_path / "lock-2").write_text(damage)
+        with pytest.raises(ConfigError, match=r"lock-2 is no owner's record .*; delete it"):
+            owner_of(tmp_path / "lock")
 
 
 def test_nobody_trains_beside_a_supervisor_that_lives(tmp_path, monkeypatch):

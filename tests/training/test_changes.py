@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from baichuan_jax.config.files import KEYS, dump_config
-from baichuan_jax.config.schema import Config, OptimizerConfig, TrainConfig
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.metrics import Writer
@@ -103,4 +103,12 @@ def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():
     assert compare(dump_config(before), after) == [("data.train: b", 2.0, 3.0)]
     text = dump_config(CONFIG).replace("  z_loss: 0.0\n", "") + "of_another_version: 1\n"
     assert compare(text, CONFIG) == []
-    assert compare("[]", CONFIG) == []
+    assert compare("{}", CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "a: [", "", "optimizer: 3", "optimizer: {beta1: [x]}", "train: {num_steps: x}"]
+)
+def test_damaged_settings_of_the_last_launch_are_named(text, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"^config\.yaml in the run's folder"):
+        said(text, CONFIG, 1, tmp_path, capsys)

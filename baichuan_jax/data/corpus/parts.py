@@ -110,7 +110,7 @@ class Stage:
         Returns how many finished parts of other settings were removed.
         """
         note = self.folder / "key"
-        is_same = note.exists() and note.read_text(encoding="utf-8") == self.key
+        is_same = note.exists() and note.read_bytes() == self.key.encode()
         # Counted, since they are hours of work that a user may not know to have lost.
         outdated = 0 if is_same else len(list(self.folder.glob("part-*.json")))
         for folder in (*self.outputs, self.folder):
