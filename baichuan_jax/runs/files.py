@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections import deque
@@ -230,15 +231,20 @@ def _rename_once(draft: Path, path: Path) -> bool:
 
 
 def read_once(path: Path) -> bytes | None:
-    """The content of a file of create_once, or what replaced it; None where there is none."""
+    """The content of a file of create_once, or what replaced it; None where there is none.
+
+    Raises ConfigError for what is no regular file.
+    """
     for file in (path, _once(path) / path.name):
         try:
+            # A read of a pipe or a device may never end.
+            if not stat.S_ISREG(os.stat(file).st_mode):
+                raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
             return file.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
         except OSError as error:
-            # On NFS, of a file that was replaced while it was read: the next look finds the new.
-            if error.errno != errno.ESTALE:
+            # A link to itself leads to no file. ESTALE: on NFS, of a file that was replaced while
+            # it was read; the next look finds the new one.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
                 raise
     return None
 
