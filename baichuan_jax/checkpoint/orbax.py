@@ -53,7 +53,8 @@ SIZES = "sizes.json"
 _RUN = {
     "step": Count,
     "position": Count,
-    "tokenizer": str,
+    # null: weights that were imported without one.
+    "tokenizer": str | None,
     "config": dict[str, Any],
     "digest": dict[str, int],
 }

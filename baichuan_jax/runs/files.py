@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections import deque
@@ -233,6 +234,9 @@ def read_once(path: Path) -> bytes | None:
     """The content of a file of create_once, or what replaced it; None where there is none."""
     for file in (path, _once(path) / path.name):
         try:
+            # A read of a pipe or a device may never end.
+            if not stat.S_ISREG(os.stat(file).st_mode):
+                raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
             return file.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
