@@ -9,6 +9,7 @@ nearest right one, in a file and on the command line.
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ import yaml
 
 from baichuan_jax.config.parsing import LARGEST, read_yaml, show
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
+
+# jsonargparse opens files in the locale's encoding; settings are UTF-8 under every locale.
+jsonargparse._paths.open = functools.partial(open, encoding="utf-8")  # type: ignore[attr-defined]
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:

@@ -275,7 +275,7 @@ def test_bad_jsonl_and_json_are_named(tmp_path):
     make_agieval(tmp_path, 8)
     with open(tmp_path / "logiqa-en.jsonl", "a", encoding="utf-8") as file:
         file.write('{"question": "q"\n')
-    with pytest.raises(ConfigError, match=r"logiqa-en\.jsonl:9: no JSON"):
+    with pytest.raises(ConfigError, match=r"logiqa-en\.jsonl:9 is no JSON"):
         load_subjects("agieval", tmp_path, only=["logiqa-en"])
     (tmp_path / "2010-2022_History_MCQs.json").write_text(
         '{"example": [{"question": "q", "answer": "A"}]}', encoding="utf-8"
@@ -310,13 +310,13 @@ def test_bad_jsonl_and_json_are_named(tmp_path):
             '{"question": "q", "options": [], "label": "A", "passage": {}}',
             "field 'passage' is an object, expected a string or null",
         ),
-        ('{"question": "\\ud83d", "options": [], "label": "A"}', "no text: .*surrogates"),
+        ('{"question": "\\ud83d", "options": [], "label": "A"}', "half a character"),
         ("[" * 200_000, "no JSON"),
     ],
 )
 def test_a_row_of_other_types_is_named_by_what_it_has(tmp_path, row, message):
     (tmp_path / "sat-math.jsonl").write_text(f"\n{row}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"sat-math\.jsonl:2: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"sat-math\.jsonl:2.*{message}"):
         load_subjects("agieval", tmp_path, only=["sat-math"])
 
 
