@@ -49,11 +49,11 @@ ITEMS = ("params", "optimizer", "run")
 SIZES = "sizes.json"
 
 
-# What the JSON item `run` holds; a folder of weights has the last three alone, and may not know its
-# tokenizer.
+# What the JSON item `run` holds; a folder of weights has the last three alone.
 _RUN = {
     "step": Count,
     "position": Count,
+    # null: weights that were imported without one.
     "tokenizer": str | None,
     "config": dict[str, Any],
     "digest": dict[str, int],

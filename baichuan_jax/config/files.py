@@ -9,6 +9,7 @@ nearest right one, in a file and on the command line.
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.parsing import read_yaml, show
+from baichuan_jax.config.parsing import LARGEST, read_yaml, show
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
+
+# jsonargparse opens files in the locale's encoding; settings are UTF-8 under every locale.
+jsonargparse._paths.open = functools.partial(open, encoding="utf-8")  # type: ignore[attr-defined]
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
@@ -98,11 +102,33 @@ def parse_command(
         config = settings(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    except OverflowError as error:
+        where = " and ".join([*paths, "the command line"])
+        raise ConfigError(f"a number in {where} is too large: {error}") from None
+    for name, value in _leaves(config):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{name}={show(value)} is too large: no count has over 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{name}={show(value)} has the character 0, which no name may have")
     if isinstance(config, Config) and config.run_dir is None:
         # Without run_dir a run is named by its last file.
         name = Path(paths[-1]).stem if paths else "default"
         config = dataclasses.replace(config, run_dir=f"runs/{name}")
     return config, values
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name of the setting, value) of every value of settings, keys of dicts included."""
+    if is_dataclass(value):
+        for item in fields(value):
+            yield from _leaves(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
+    elif isinstance(value, dict | list | tuple):
+        pairs = list(value.items()) if isinstance(value, dict) else enumerate(value)
+        for key, each in pairs:
+            yield name, key
+            yield from _leaves(each, name)
+    else:
+        yield name, value
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:

@@ -55,6 +55,11 @@ def show(value: Any) -> str:
     return _shown.repr(value)
 
 
+def show_path(path: Path | str) -> str:
+    """A path as text that any file can hold: bytes of it that are no UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def read_bytes(file: Path | str) -> bytes:
     """The content of a file.
 

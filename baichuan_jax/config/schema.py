@@ -19,13 +19,19 @@ TASKS = ("mmlu", "ceval", "agieval", "gaokao")  # tests that `evaluate` can scor
 
 # Rows are counted by weights as whole multiples of the smallest, a float in between.
 MOST_APART = 1e12
+# A terminal acts on these: line breaks, and the beginnings of its own commands.
+_ESCAPES = {ord(c): repr(c)[1:-1] for c in [*map(chr, range(32)), *"\x7f\x85\u2028\u2029"]}
 
 
 class ConfigError(ValueError):
     """A setting or an input that cannot be right.
 
-    Commands exit with code 78, and no supervisor restarts them: another launch would fail too.
+    Commands exit with code 78, and no supervisor restarts them: another launch would fail too. The
+    message is one line: names of files and texts in it may have breaks, which are shown as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.translate(_ESCAPES))
 
 
 def require(holds: bool, message: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from baichuan_jax.config.parsing import show_path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.storage import open_binary, pyarrow_for
 
@@ -44,7 +45,7 @@ class Slice:
     @property
     def shown(self) -> str:
         """Its path as text for messages, tables and ids: Linux's names need not be UTF-8."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return show_path(self.path)
 
     @property
     def by_bytes(self) -> bool:

@@ -198,7 +198,7 @@ class Results:
         )
         if differing:
             changes = "; ".join(
-                f"{show(key)}: {show(before.get(key))} there, {show(settings.get(key))} now"
+                f"{key[:60]}: {show(before.get(key))} there, {show(settings.get(key))} now"
                 for key in differing[:4]
             )
             raise ConfigError(

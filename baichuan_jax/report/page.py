@@ -10,8 +10,10 @@ import dataclasses
 import datetime
 import html
 import json
+import os
 import re
 import shlex
+import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
 from baichuan_jax.config.files import flatten
-from baichuan_jax.config.parsing import read_text
+from baichuan_jax.config.parsing import read_text, show_path
 from baichuan_jax.config.schema import TASKS, Config
 from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
@@ -96,7 +98,7 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
         section(page, records)
     names = ", ".join(record.name for record in records)
     dots = "".join(f'<span class="run">{_dot(record)}{record.label}</span> ' for record in records)
-    folders = html.escape(", ".join(str(record.run.path) for record in records))
+    folders = html.escape(", ".join(show_path(record.run.path) for record in records))
     fields = {
         "title": html.escape(f"{names}: training report"),
         "head": f"<h1>{dots}</h1>",
@@ -440,7 +442,12 @@ SECTIONS: tuple[Callable[[Page, list[Recorded]], None], ...] = (
 
 def _quoted(path: Path) -> str:
     """A path as a shell takes it."""
-    return shlex.quote(str(path))
+    if show_path(path) == str(path):
+        return shlex.quote(str(path))
+    # Bytes that are no UTF-8, as bash and zsh take them.
+    plain = (string.ascii_letters + string.digits + "/._-").encode()
+    letters = [chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(path)]
+    return f"$'{''.join(letters)}'"
 
 
 def _dot(record: Recorded) -> str:

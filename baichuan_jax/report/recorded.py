@@ -22,6 +22,7 @@ from baichuan_jax.config.parsing import (
     require_keys,
     require_type,
     show,
+    show_path,
 )
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
@@ -180,10 +181,10 @@ def read_runs(paths: list[Path]) -> list[Recorded]:
 def _names(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that are all different."""
     for depth in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [show_path("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    return list(map(show_path, paths))
 
 
 def _read(path: Path, name: str, colour: str) -> Recorded:

@@ -104,6 +104,8 @@ _STORAGE = frozenset(
 )
 # This user may not do that: a restart would meet it again.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
+# The path itself is wrong, whatever the disk does.
+_NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 
 def cause_of(error: BaseException) -> Cause:
@@ -113,7 +115,7 @@ def cause_of(error: BaseException) -> Cause:
             return cause
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return Cause.STORAGE
-    if isinstance(error, OSError) and error.errno in _REFUSED:
+    if isinstance(error, OSError) and error.errno in _REFUSED | _NO_PATH:
         return Cause.CONFIGURATION
     return Cause.EXCEPTION
 
@@ -132,6 +134,8 @@ def what_to_do(number: int | None) -> str:
         return "make room, and start the same command again"
     if number in _REFUSED:
         return "give this user the right to it, or name another place"
+    if number in _NO_PATH:
+        return "name another place"
     return "mend the disk, or make room, and start the same command again"
 
 

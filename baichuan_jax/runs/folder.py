@@ -1,6 +1,8 @@
 """A run's folder, read back: metrics, events, loss curve. `train()` returns a Run."""
 
+import contextlib
 import io
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +38,16 @@ class Run:
         A step that was repeated after a restart has a line for each time, with the same numbers.
         Raises ConfigError with the number of a damaged one.
         """
-        return [_check_metrics(line, where) for where, line in _lines(self.path / "metrics.jsonl")]
+        return list(_metrics(self.path / "metrics.jsonl"))
 
     @property
     def events(self) -> list[Event]:
         """Lines of events.jsonl in order. Raises ConfigError with the number of a damaged one."""
         events = []
-        for where, line in _lines(self.path / "events.jsonl"):
+        file = self.path / "events.jsonl"
+        for number, text in _lines(file):
+            where = f"{file}, line {number}"
+            line = _parse(text, where)
             try:
                 events.append(parse_event(line))
             except ConfigError as error:
@@ -157,7 +162,37 @@ _METRICS = {
     "tokens": Count,
     "tokens_per_second": float,
 }
-_WHOLE = ("step", "tokens")
+_NUMBERS = frozenset({int, float})
+
+
+def _metrics(file: Path) -> Iterator[dict[str, Any]]:
+    for number, text in _lines(file):
+        # Nearly all lines, of which a run may have millions: a quarter of the full look's time.
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if _is_usual(line, text):
+                yield line
+                continue
+        where = f"{file}, line {number}"
+        yield _check_metrics(_parse(text, where), where)
+
+
+def _is_usual(line: Any, text: str) -> bool:
+    """Whether a line has numbers alone, all of them finite, not negative and of no odd size."""
+    if type(line) is not dict or type(line.get("step")) is not int:
+        return False
+    values = line.values()
+    return (
+        _NUMBERS.issuperset(map(type, values))
+        and type(line.get("tokens", 0)) is int
+        and min(values) >= 0
+        # NaN makes a sum NaN, which is not less than anything.
+        and sum(values) < 1e18
+        and line.get("time", 0) < 1e11
+        and line.get("step_seconds", 0) < 1e11
+        # More quotes than the keys have: a key that comes twice, or an escape.
+        and text.count('"') == 2 * len(line)
+    )
 
 
 def _check_metrics(line: Any, where: str) -> dict[str, Any]:
@@ -166,18 +201,14 @@ def _check_metrics(line: Any, where: str) -> dict[str, Any]:
         require_type(line, dict, "it")
         require("step" in line, "it has no step")
         for name, value in line.items():
-            # Nearly all, and a run may have millions: this look costs a tenth of the full one.
-            usual = type(value) is int or (type(value) is float and name not in _WHOLE)
-            if usual and 0 <= value < 1e11:
-                continue
             require_type(value, _METRICS.get(name, float | bool | None), f"its {name}")
     except ConfigError as error:
         raise ConfigError(f"{where} is no line of metrics: {error}; {_REPAIR}") from None
     return line
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, value) of a JSONL file.
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a JSONL file.
 
     A last line that a killed writer left unfinished is none.
     """
@@ -187,9 +218,11 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     # Cut first: the line that was not finished may end in the middle of a character.
     whole = decode(content[: content.rfind(b"\n") + 1], str(path))
     # split, not splitlines: text in a line may hold other line separators, such as U+2028.
-    for number, line in enumerate(whole.split("\n")[:-1], 1):
-        where = f"{path}, line {number}"
-        try:
-            yield where, parse_json(line, where)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; {_REPAIR}") from None
+    yield from enumerate(whole.split("\n")[:-1], 1)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return parse_json(text, where)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_REPAIR}") from None

@@ -136,6 +136,28 @@ def test_a_wrong_value_is_refused_when_it_is_read(key):
         assert key.rpartition(".")[2] in str(error.value), (value, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"checkpoint: {{every: {10**40}}}", r"^checkpoint\.every=1000.* is too large"),
+        (f"data: {{skip: [[0, {1 << 63}]]}}", r"^data\.skip=9223372036854775808 is too large"),
+        (f"evaluate: {{limit: {1 << 63}}}", r"^evaluate\.limit=.* is too large"),
+        (f"optimizer: {{learning_rate: {10**400}}}", r"a\.yaml .* is too large"),
+        (f"data: {{train: {{a: {10**400}}}}}", r"a\.yaml .* is too large"),
+        ('run_dir: "a\\0b"', r"^run_dir=.* the character 0"),
+        ('data: {train: {"a\\0": 1}}', r"^data\.train=.* the character 0"),
+    ],
+)
+def test_what_no_number_and_no_name_can_be_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_refusal_is_one_line_whatever_it_quotes():
+    assert str(ConfigError("a\nb\x1b[0m\u2028")) == "a\\nb\\x1b[0m\\u2028"
+
+
 def test_a_notebook_is_refused_alike(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {num_steps: 8}\noptimizer: {warmup_steps: 1}\n")
     for override in ("sample.max_new_tokens=0", "optimizer.clip_norm=.inf"):

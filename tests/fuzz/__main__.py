@@ -5,6 +5,7 @@ the command that reads it again. Exits with 1 where there is one.
 """
 
 import argparse
+import contextlib
 import random
 import shutil
 import sys
@@ -19,6 +20,8 @@ from targets import TARGETS, judge, target, try_example, write
 
 # Between two looks at the clock.
 BATCH = 200
+# For a smaller example of a finding.
+SHRINK_SECONDS = 20.0
 
 
 def fuzz(name: str, seconds: float, output: Path) -> tuple[int, list[Path]]:
@@ -27,6 +30,8 @@ def fuzz(name: str, seconds: float, output: Path) -> tuple[int, list[Path]]:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         last: dict[str, bytes] = {}
+        first: float | None = None
+        error: BaseException | None = None
 
         @seed(random.getrandbits(64))
         @settings(
@@ -38,15 +43,25 @@ def fuzz(name: str, seconds: float, output: Path) -> tuple[int, list[Path]]:
         )
         @given(subject.examples)
         def run(files: dict[str, bytes]) -> None:
-            nonlocal count, last
-            count, last = count + 1, files
-            try_example(name, files)
-
-        try:
-            run()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            nonlocal count, first, last, error
+            # Hypothesis would look for a smaller example for five minutes.
+            late = time.monotonic() > (ends if first is None else first + SHRINK_SECONDS)
+            if late:
+                if error is not None and files == last:
+                    raise error
+                return
+            count += 1
+            try:
+                try_example(name, files)
+            except BaseException as found:
+                first, last, error = first or time.monotonic(), files, found
                 raise
+
+        with contextlib.suppress(BaseException):
+            run()
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        if error is not None:
             # The same line of the program is the same finding.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             kind = (type(error), frame.filename, frame.lineno)
@@ -82,7 +97,7 @@ def main() -> int:
         # A reader may write beside what it reads.
         shutil.copytree(options.again, copy)
         try:
-            print(judge(target(name).read, copy))
+            print(judge(target(name), copy))
         finally:
             shutil.rmtree(copy)
         return 0

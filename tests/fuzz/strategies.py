@@ -6,6 +6,7 @@ folder and changes it, so that a reader gets past its first check often enough t
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ ODD = st.recursive(
     max_leaves=4,
 )
 # Text that is no value at all, or one that Python's parser takes and nobody means.
-LITERALS = ("NaN", "-Infinity", "1e400", "9" * 5000, "[" * 2000, "{", '"\\ud800"', "1_0", "tru", "")
+LITERALS = ("NaN", "-Infinity", "1e400", "9" * 5000, "[" * 1100, "{", '"\\ud800"', "1_0", "tru", "")
 PIECES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b'"', b"\xed\xa0\x80", b"{", b"9" * 400)
 
 
@@ -136,6 +137,43 @@ def folders(draw: st.DrawFn, valid: Folder) -> Folder:
         else:
             found[name] = draw(damaged(content))
     return found
+
+
+def spellings(valid: Folder) -> Iterator[Folder]:
+    """The same values: another order of keys, white space, escapes, line ends, a BOM."""
+    for ascii, indent in ((True, None), (False, 2)):
+        yield Folder(
+            {name: _respelled(name, content, ascii, indent) for name, content in valid.items()}
+        )
+    for change in (
+        lambda content: content.replace(b"\n", b"\r\n"),
+        lambda content: b"\xef\xbb\xbf" + content,
+        lambda content: content.rstrip(b"\n") + b"\n",
+    ):
+        kept = {
+            name: change(content) if _parsed(name, content) is not None else content
+            for name, content in valid.items()
+        }
+        yield Folder(kept)
+
+
+def _respelled(name: str, content: bytes, ascii: bool, indent: int | None) -> bytes:
+    parsed = _parsed(name, content)
+    if parsed is None:
+        return content
+    separators = (" ,  ", " : ")
+    write = lambda value, indent: json.dumps(
+        _reversed(value), ensure_ascii=ascii, indent=indent, separators=separators
+    )
+    if name.endswith("jsonl"):
+        return "".join(write(value, None) + "\n" for value in parsed).encode()
+    return write(parsed, indent).encode()
+
+
+def _reversed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _reversed(value[key]) for key in reversed(value)}
+    return [_reversed(each) for each in value] if isinstance(value, list) else value
 
 
 def _parsed(name: str, content: bytes) -> Any:

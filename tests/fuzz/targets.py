@@ -7,8 +7,10 @@ TARGETS.
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -31,9 +33,12 @@ import exam
 from strategies import Folder, folders
 from test_report import add_results, write_faulty_run
 
-from baichuan_jax.config.files import dump_config, load_config
-from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.config.files import KEYS, dump_config, load_config
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig
+from baichuan_jax.resilience.causes import Cause, cause_of, describe
 
+# A section or a setting by its name.
+SETTING = "|".join(re.escape(key) for key in KEYS)
 GOLDEN = Path(__file__).parents[1] / "golden"
 # A reader that takes longer hangs: the examples have some kilobytes.
 SECONDS = 20
@@ -47,6 +52,10 @@ class Target:
 
     valid: Mapping[str, bytes]
     read: Callable[[Path], Any]
+    # What a refusal names where that is no file: a setting.
+    place: str | None = None
+    # Whether JSON and lines that are spelled otherwise, of the same values, give an equal result.
+    respelled: bool = False
 
     @property
     def examples(self) -> st.SearchStrategy[Folder]:
@@ -66,17 +75,22 @@ def write(folder: Path, files: Folder) -> None:
         file.write_bytes(content)
 
 
-def judge(read: Callable[[Path], Any], folder: Path) -> Any:
+def judge(subject: Target, folder: Path) -> Any:
     """What a reader gives; None where it refuses the folder well. Raises AssertionError, others."""
     with _limits():
         try:
-            return read(folder)
+            return subject.read(folder)
         except ConfigError as error:
             text = str(error)
-    # Words of argv are in no file; settings of it are named.
-    if not (folder / "argv.json").exists():
-        assert str(folder) in text or re.search(r"['\"].+['\"]|\w+\.\w+", text), f"no place: {text}"
-    assert "\n" not in text.rstrip("\n"), f"more than one line: {text!r}"
+        except OSError as error:
+            # A path that cannot be, such as one that is too long.
+            if cause_of(error) != Cause.CONFIGURATION:
+                raise
+            text = describe(error)
+    # The file's own path, since a text that the message quotes may look like one.
+    named = str(folder) in text or (subject.place is not None and re.search(subject.place, text))
+    assert named, f"no place: {text}"
+    assert "\n" not in text, f"more than one line: {text!r}"
     assert len(text) < 1500 + len(str(folder)), f"{len(text)} characters: {text[:200]}"
     text.encode("utf-8", "surrogateescape")
     return None
@@ -233,7 +247,7 @@ def _settings() -> Target:
         return config
 
     # JSON is YAML, so that the same changes apply.
-    return Target({"c.yaml": content}, read)
+    return Target({"c.yaml": content}, read, SETTING, respelled=True)
 
 
 def json_of(config: Any) -> Any:
@@ -264,7 +278,8 @@ def _argv() -> Target:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(folder):
             return parse_config(make_parser("train", ""), words)
 
-    return Target({"argv.json": json.dumps(argv).encode()}, read)
+    # Words of argv are in no file, and may be in any message.
+    return Target({"argv.json": json.dumps(argv).encode()}, read, "")
 
 
 def _corpus_settings() -> Target:
@@ -277,7 +292,8 @@ def _corpus_settings() -> Target:
         argv = ["--config", str(folder / "c.yaml")]
         return parse_config(make_parser("pipeline", "", CorpusConfig), argv, CorpusConfig)
 
-    return Target({"c.yaml": content}, read)
+    names = "|".join(f"{item.name}" for item in dataclasses.fields(CorpusConfig))
+    return Target({"c.yaml": content}, read, names, respelled=True)
 
 
 def _run() -> Target:
@@ -449,6 +465,122 @@ def _decontamination() -> Target:
     return Target(valid, read)
 
 
+def _torch() -> Target:
+    from baichuan_jax.hf.files import open_tensors
+
+    content = (GOLDEN / "tiny" / "pytorch_model.bin").read_bytes()
+
+    def read(folder: Path) -> Any:
+        tensors = open_tensors(folder)
+        return {name: tensors.read(name).shape for name in tensors.shapes}
+
+    return Target({"pytorch_model.bin": content}, read)
+
+
+def _owner() -> Target:
+    from baichuan_jax.resilience.ownership import Owner, _Contender, _content, owner_of
+
+    owner = Owner("h", 5, "m", "pid:[1] 7", "python -m x", 1.5, 2, True, 3)
+
+    def read(folder: Path) -> Any:
+        contender = _Contender(folder / "lock", 20.0, 3)
+        with contextlib.closing(contender.file):
+            contender._is_free(owner_of(contender.lock))
+        return str(owner_of(contender.lock))
+
+    valid = {"lock-1": _content(owner), "lock-2": _content(owner)}
+    return Target(valid, read, respelled=True)
+
+
+def _progress() -> Target:
+    from baichuan_jax.checkpoint.progress import Given, Progress
+
+    given = [Given("en", "x", 2.0), Given("zh", "y", 1.0)]
+    whole = Progress(0).follow(0, given, 4).at(8).follow(0, given[:1], 8).at(24)
+
+    def read(folder: Path) -> Any:
+        file = folder / "progress.json"
+        try:
+            found = Progress.from_json(json.loads(file.read_bytes()))
+        # What the checkpoint's reader takes for damage.
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, ConfigError) and "a later version" not in str(error):
+                raise
+            return None
+        assert min(found.taken(), default=0) >= 0
+        followed = found.follow(found.seed, given, 16)
+        assert followed.position >= 0
+        return found, followed.find(followed.row), followed.changes(found)
+
+    return Target({"progress.json": json.dumps(whole.to_json()).encode()}, read, respelled=True)
+
+
+def _evaluation() -> Target:
+    from baichuan_jax.evaluate.results import Results, dump_json
+
+    settings = {"task": "mmlu", "seed": 0, "shots": 5, "files": {"a.csv": "abc"}}
+    record = {"subject": "a", "index": 0, "prompt_sha256": "b", "num_tokens": 3, "shots": 5}
+    record |= {"shot_rows": [1], "logits": [0.5, 1.5], "prediction": "B", "answer": "A"}
+    valid = {"e/settings.json": dump_json(settings), "e/subjects/a.jsonl": _lines(record, record)}
+
+    def read(folder: Path) -> Any:
+        (folder / "e").mkdir(exist_ok=True)
+        results = Results(folder / "e", settings)
+        records = results.load("a") if results.has("a") else []
+        result = {"task": "ceval", "manifest": {"split": "test"}}
+        results.finish(result, records)
+        return records
+
+    return Target(valid, read, respelled=True)
+
+
+def _last_settings() -> Target:
+    from baichuan_jax.config.parsing import read_text
+    from baichuan_jax.training import changes
+
+    # JSON has 1e-05 for 0.00001, which is text to YAML.
+    config = Config(run_dir="x", optimizer=OptimizerConfig(learning_rate=0.5, eps=0.5))
+
+    def read(folder: Path) -> Any:
+        file = folder / "config.yaml"
+        text = read_text(file) if file.exists() else None
+        found = changes.compare(text, config)
+        schedule = None if text is None else changes._schedule_of(text)
+        if schedule is not None:
+            changes.describe_schedules(schedule, changes._schedule(config), 3)
+        return found, schedule
+
+    content = json.dumps(json_of(config)).encode()
+    return Target({"config.yaml": content}, read, r"^config\.yaml in the run", respelled=True)
+
+
+def _shards() -> Target:
+    from baichuan_jax.data.rows import pack
+    from baichuan_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(GOLDEN / "exam" / "tokenizer.model")
+    text = "春眠不覺曉，處處聞啼鳥。" * 20
+
+    def packed(folder: Path) -> Any:
+        file = folder / "a.txt"
+        file.write_text(text, encoding="utf-8")
+        os.utime(file, ns=(0, 0))
+        return pack([str(file)], folder / "rows", tokenizer, 8, num_workers=1, progress=False)
+
+    kept = lambda name: name == "rows/shard-00000.json" or name.endswith((".bin", ".npy"))
+    valid = {name: content for name, content in _made(packed).items() if kept(name)}
+    identity = []
+
+    def read(folder: Path) -> Any:
+        rows = packed(folder)
+        identity.append(rows.identity)
+        # A damaged record or shard is made again: the rows are the same.
+        assert identity[0] == rows.identity
+        return rows.identity
+
+    return Target(valid, read)
+
+
 def _rates() -> Target:
     from baichuan_jax.hardware.accelerators import HARDWARE
     from baichuan_jax.plan.rates import read_rates
@@ -482,6 +614,12 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "quality_model": _quality_model,
     "decontamination": _decontamination,
     "rates": _rates,
+    **({"torch": _torch} if importlib.util.find_spec("torch") else {}),
+    "owner": _owner,
+    "progress": _progress,
+    "evaluation": _evaluation,
+    "last_settings": _last_settings,
+    "shards": _shards,
 }
 
 
@@ -495,4 +633,4 @@ def try_example(name: str, files: Folder) -> Any:
     """Judge one example in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=os.environ.get("TMPDIR")) as folder:
         write(Path(folder), files)
-        return judge(target(name).read, Path(folder))
+        return judge(target(name), Path(folder))

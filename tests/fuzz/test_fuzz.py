@@ -15,16 +15,19 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed (make dev)
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hypothesis import HealthCheck, given, settings
-from targets import TARGETS, judge, target, try_example
+from strategies import spellings
+from targets import TARGETS, Target, judge, target, try_example
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.evaluate import results
 from baichuan_jax.resilience.goodput import account
 from baichuan_jax.runs.folder import Run
 
 # Examples by default; some readers take a tenth of a second.
-FEW = {"run": 8, "quality_model": 4, "hugging_face_import": 4}
+FEW = {"run": 4, "quality_model": 3, "hugging_face_import": 3, "documents.parquet": 8}
+FEW |= {"settings": 3, "argv": 3, "corpus_settings": 5, "shards": 5, "torch": 8, "owner": 8}
 # Of each format among the slow tests: two minutes on two cores, all together.
 SLOW_SECONDS = 4.0
 
@@ -55,13 +58,46 @@ def test_a_valid_folder_is_read_and_damaged_ones_are_refused_well(name):
     fuzz(name, FEW.get(name, 20))
 
 
+@pytest.mark.parametrize("name", [name for name in TARGETS if target(name).respelled])
+def test_the_same_values_in_another_spelling_are_read_alike(name):
+    expected = try_example(name, target(name).valid)
+    for valid in spellings(target(name).valid):
+        assert try_example(name, valid) == expected
+
+
+def test_a_planted_fault_is_found(monkeypatch):
+    """A reader that takes a value for a number without a look at it."""
+
+    def careless(content, kinds, what):
+        return content
+
+    monkeypatch.setattr(results, "require_keys", careless)
+    monkeypatch.setattr(
+        results.Results,
+        "finish",
+        lambda self, result, records: [record["num_tokens"] + 1 for record in records],
+    )
+    with pytest.raises((TypeError, KeyError)):
+        fuzz("evaluation", 300)
+
+
+def test_a_refusal_must_name_its_file(tmp_path):
+    for message in ("'a.json' is no JSON", "it is none", f"{tmp_path}/a.json" + "x" * 2000):
+
+        def refuse(folder, message=message):
+            raise ConfigError(message)
+
+        with pytest.raises(AssertionError):
+            judge(Target({}, refuse), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_damaged_folders_are_refused_well(name):
     fuzz(name, 2000, SLOW_SECONDS)
 
 
-NAMES = [b"a\nb", b"a'b\"", b"[ab]*?", b"%s$HOME", b"-rf", b"x" * 248, b" ", b"{}~#"]
+NAMES = [b"a\nb", b"a'b\"", b"[ab]*?", b"%s$HOME", b"-rf", b"x" * 248, b" ", b"{}~#", b"\xff\xfe"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
@@ -93,7 +129,7 @@ def test_what_is_no_file_is_refused_where_a_file_belongs(tmp_path, kind, name):
             else:
                 target_of = {"dangling": "none", "loop": path.name, "device": "/dev/zero"}[kind]
                 path.symlink_to(target_of)
-            judge(target(name).read, folder)
+            judge(target(name), folder)
 
 
 def test_a_clock_that_was_set_back_gives_no_negative_time(tmp_path):

@@ -1,9 +1,13 @@
 """A run's page: what it shows, what it says of wrong files, and that a browser draws it."""
 
 import dataclasses
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,12 @@ from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tasks import Subject, known_subjects
 from baichuan_jax.report.__main__ import main
 from baichuan_jax.report.figures import CATEGORY_COLOURS, thin
+from baichuan_jax.report.page import _quoted
 from baichuan_jax.report.recorded import read_runs
+from baichuan_jax.resilience.__main__ import main as resilience
 from baichuan_jax.resilience.goodput import CATEGORIES
 from baichuan_jax.resilience.launch_files import Report
+from baichuan_jax.runs.console import lasting_streams
 
 BROWSER = next(
     (
@@ -444,3 +451,26 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
         assert shown.js(visible) is False
         assert shown.complaints == []
         shown.page.context.close()
+
+
+def test_a_run_whose_name_is_no_text_has_a_page(tmp_path):
+    run = write_faulty_run(tmp_path / os.fsdecode(b"a\xff<b>\n"))
+    assert main([str(run), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "a\\xff&lt;b" in page
+    # In commands to copy, as a shell takes it.
+    quoted = f"printf %s {_quoted(run)}"
+    assert subprocess.run(["bash", "-c", quoted], capture_output=True).stdout == os.fsencode(run)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "gb18030"])
+def test_commands_print_in_any_encoding(encoding, tmp_path, monkeypatch):
+    run = write_faulty_run(tmp_path / "春眠")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    with lasting_streams() as stdout:
+        assert resilience([str(run)]) == 0
+        assert main([str(run), "--output", str(tmp_path / "頁.html")]) == 0
+        stdout.flush()
+    assert stdout.error is None
+    assert b"goodput" in shown.getvalue().lower()

@@ -1,6 +1,7 @@
 """One vocabulary for faults: exceptions, exit codes, and the tables that show them."""
 
 import argparse
+import errno
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_a_cause_is_its_word_and_knows_its_code():
         (PeerFailed("x"), Cause.PEER),
         (BadHost("x", (1,)), Cause.BAD_HOST),
         (SaveFailed("x"), Cause.STORAGE),
+        (OSError(errno.ENAMETOOLONG, "x", "f"), Cause.CONFIGURATION),
+        (OSError(errno.ELOOP, "x", "f"), Cause.CONFIGURATION),
         (OSError("x"), Cause.EXCEPTION),
         (RuntimeError("x"), Cause.EXCEPTION),
     ],

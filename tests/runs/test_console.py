@@ -51,6 +51,21 @@ def test_characters_that_an_encoding_lacks_are_shown_as_escapes():
     assert bytes_.getvalue() == b"\xe9 \\u6625"
 
 
+def test_settings_are_utf_8_under_every_locale(tmp_path):
+    (tmp_path / "a.yaml").write_text("run_dir: runs/春眠\n", encoding="utf-8")
+    program = "import sys; from baichuan_jax.config.files import load_config\n"
+    program += "print(ascii(load_config(sys.argv[1]).run_dir))"
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.yaml")],
+        env={**os.environ, **variables, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ascii("runs/春眠")
+
+
 def test_no_stream_at_all_and_a_closed_one(monkeypatch):
     closed = io.StringIO()
     closed.close()
