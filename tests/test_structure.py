@@ -216,3 +216,17 @@ def test_the_package_lists_its_commands():
     from baichuan_jax.__main__ import COMMANDS as listed
 
     assert sorted(name for group in listed.values() for name in group) == sorted(COMMANDS)
+
+
+def test_the_clock_of_the_day_only_says_when_something_happened():
+    """It jumps: what waits, measures or decides takes time.monotonic()."""
+    readers = {
+        "runs.events": "when an event happened",
+        "runs.metrics": "when a line was written, for TensorBoard too",
+        "resilience.watch": "when a report was made",
+        "resilience.ownership": "since when a folder is owned, in messages",
+        "preflight": "when a host was checked",
+        "launch": "when a process ended, when a verdict was reached",
+    }
+    found = {name for name, path in FILES.items() if "time.time()" in path.read_text()}
+    assert found == {f"baichuan_jax.{name}" for name in readers}

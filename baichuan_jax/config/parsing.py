@@ -51,8 +51,9 @@ _shown.maxstring = _shown.maxother = _shown.maxlong = 60
 
 
 def show(value: Any) -> str:
-    """A value for a message, on one line and cut to about 60 characters a part."""
-    return _shown.repr(value)
+    """A value for a message, on one line: 60 characters a part and 300 in all at most."""
+    text = _shown.repr(value)
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def show_path(path: Path | str) -> str:

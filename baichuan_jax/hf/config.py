@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.parsing import Positive, read_json, require_type, show
+from baichuan_jax.config.parsing import LARGEST, Positive, read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.tokenizer import BOS, EOS, Tokenizer
 
@@ -88,19 +88,28 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     """
     file = Path(folder) / "config.json"
     found = require_type(read_json(file), dict, str(file))
+    facts = check_facts(found, file)
+    tokenizer = Path(folder) / "tokenizer_config.json"
+    if tokenizer.is_file():
+        settings = require_type(read_json(tokenizer), dict, str(tokenizer))
+        bos = require_type(
+            settings.get("add_bos_token"), bool | None, f"{tokenizer}: add_bos_token"
+        )
+        if bos:
+            facts["add_bos_token"] = True
+    return facts
+
+
+def check_facts(found: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Those of an object that are FACTS, or add_bos_token. Raises ConfigError for a wrong type."""
     facts = {key: found[key] for key in FACTS if found.get(key) is not None}
     for key, value in facts.items():
         # Models of conversations end a text with any of several tokens.
         several = value if key == "eos_token_id" and isinstance(value, list) else [value]
         least = 1 if key == "max_position_embeddings" else -1
         # bool is an int to Python.
-        if not all(type(each) is int and each >= least for each in several):
-            raise ConfigError(f"{file} has {key}={value!r}, which must be a whole number")
-    tokenizer = Path(folder) / "tokenizer_config.json"
-    if tokenizer.is_file():
-        settings = require_type(read_json(tokenizer), dict, str(tokenizer))
-        if settings.get("add_bos_token") is True:
-            facts["add_bos_token"] = True
+        if not all(type(each) is int and least <= each <= LARGEST for each in several):
+            raise ConfigError(f"{where} has {key}={show(value)}, which must be a whole number")
     return facts
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_jax.checkpoint.weights import describe
+from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
-from baichuan_jax.hf.config import read_config, read_facts
+from baichuan_jax.hf.config import check_facts, read_config, read_facts
 from baichuan_jax.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
@@ -63,9 +64,14 @@ def read_source(path: Path | str) -> Source:
     found = describe(path)
     config = found["config"]
     if "train" in config:
-        facts = {"max_position_embeddings": config["train"]["context_length"]}
+        where = f"{path}: its configuration's train"
+        train = require_keys(config["train"], {"context_length": Positive}, where)
+        facts = {"max_position_embeddings": train["context_length"]}
     else:
-        facts = found.get("facts", {})
+        recorded = require_type(found.get("facts", {}), dict, f"{path}: its facts")
+        facts = check_facts(recorded, path)
+        if recorded.get("add_bos_token") is True:
+            facts["add_bos_token"] = True
     return Source(path, ModelConfig(**config["model"]), found.get("tokenizer"), facts)
 
 

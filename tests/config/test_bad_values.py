@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
+from baichuan_jax.config.parsing import show
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.train import train
@@ -152,6 +153,12 @@ def test_what_no_number_and_no_name_can_be_is_refused(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "a.yaml")
+
+
+def test_a_value_of_any_size_is_shown_by_its_beginning():
+    value = [{f"key {n}": ["x" * 99] * 9 for n in range(9)}] * 9
+    assert len(show(value)) <= 300
+    assert show(3) == "3"
 
 
 def test_a_refusal_is_one_line_whatever_it_quotes():

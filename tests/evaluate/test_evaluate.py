@@ -18,7 +18,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.__main__ import main
 from baichuan_jax.evaluate.questions import LETTERS
-from baichuan_jax.evaluate.results import summarise
+from baichuan_jax.evaluate.results import Results, summarise
 from baichuan_jax.evaluate.tables import PUBLISHED, markdown
 from baichuan_jax.evaluate.tasks import Subject, known_subjects, load_subjects
 from baichuan_jax.generate import main as generate
@@ -312,3 +312,19 @@ def test_subjects_of_the_tasks_are_those_of_their_authors():
         for subject in load_subjects(task, shared / task, only=list(kept))[0]:
             usable = len(subject.questions) + len(subject.examples) + len(subject.twins)
             assert kept[subject.name] in (None, usable), subject.name
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "", '{"a": 1, "a": 1}'], ids=repr)
+def test_damaged_settings_of_an_evaluation_are_named(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"settings\.json is "):
+        Results(tmp_path, {})
+
+
+@pytest.mark.parametrize("line", ["[]", "{", "null", '{"subject": "a", "index": null}'], ids=repr)
+def test_damaged_records_of_a_subject_are_named_with_what_to_do(tmp_path, line):
+    (tmp_path / "subjects").mkdir()
+    (tmp_path / "subjects" / "a.jsonl").write_text(line + "\n")
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"a\.jsonl is no subject's records: line 1.*delete it"):
+        Results(tmp_path, {}).load("a")

@@ -194,12 +194,16 @@ def _exam(task: str) -> Target:
 def _hugging_face(sharded: bool) -> Target:
     from baichuan_jax.hf.config import read_config
     from baichuan_jax.hf.files import open_tensors
+    from baichuan_jax.hf.source import read_source
 
     source = GOLDEN / "tiny" / ("sharded" if sharded else "")
     names = [path for path in source.iterdir() if path.suffix in (".json", ".safetensors")]
     valid = {path.name: path.read_bytes() for path in names}
+    facts = {"add_bos_token": False, "model_max_length": 4096, "bos_token": "<s>"}
+    valid["tokenizer_config.json"] = json.dumps(facts).encode()
 
     def read(folder: Path) -> Any:
+        read_source(folder)
         config = read_config(folder)
         tensors = open_tensors(folder)
         return config, {name: tensors.read(name).shape for name in tensors.shapes}
@@ -369,6 +373,7 @@ def _launch() -> Target:
 def _checkpoint() -> Target:
     from baichuan_jax.checkpoint.orbax import _find_damage
     from baichuan_jax.checkpoint.weights import describe
+    from baichuan_jax.hf.source import read_source
 
     run = {
         "step": 4,
@@ -385,7 +390,9 @@ def _checkpoint() -> Target:
         path = folder / "c" / "4"
         with contextlib.redirect_stderr(io.StringIO()):
             _find_damage(path)
-        return describe(folder / "c")
+        found = describe(folder / "c")
+        read_source(folder / "c")
+        return found
 
     return Target(files, read)
 
@@ -581,6 +588,40 @@ def _shards() -> Target:
     return Target(valid, read)
 
 
+def _pipeline() -> Target:
+    """Every line is kept, or removed for a reason."""
+    from baichuan_jax.data.pipeline import main
+
+    text = "It was a truth universally acknowledged, that a single man must be in want of a wife. "
+    lines = [{"id": str(n), "text": f"{n} {text * 5}", "source": "a"} for n in range(4)]
+
+    def read(folder: Path) -> Any:
+        import pyarrow.parquet
+
+        output = folder / "out"
+        (folder / "b.jsonl").write_bytes(_lines({"text": text}))
+        argv = ["--input", f"{folder}/*.jsonl", "--output", str(output), "--num_workers", "1"]
+        for stage in ("dedup", "sentences", "quality"):
+            argv += [f"--{stage}.enabled", "false"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert main(argv) == 0
+        report = json.loads((output / "report.json").read_bytes())
+        removed = sum(
+            reason["documents"]
+            for stage in report["stages"]
+            for reason in stage["removed"].values()
+        )
+        given = [line for file in folder.glob("*.jsonl") for line in file.read_bytes().split(b"\n")]
+        count = sum(1 for line in given if line.strip())
+        assert report["input"]["documents"] == count, f"{report['input']} of {count} lines"
+        assert count == report["final"]["documents"] + removed, (count, report["final"], removed)
+        kept = [pyarrow.parquet.read_table(file) for file in (output / "final").glob("*.parquet")]
+        assert sum(table.num_rows for table in kept) == report["final"]["documents"]
+        return report["final"]
+
+    return Target({"a.jsonl": _lines(*lines)}, read)
+
+
 def _rates() -> Target:
     from baichuan_jax.hardware.accelerators import HARDWARE
     from baichuan_jax.plan.rates import read_rates
@@ -620,6 +661,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "evaluation": _evaluation,
     "last_settings": _last_settings,
     "shards": _shards,
+    **({"pipeline": _pipeline} if importlib.util.find_spec("daft") else {}),
 }
 
 

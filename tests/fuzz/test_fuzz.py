@@ -27,7 +27,15 @@ from baichuan_jax.runs.folder import Run
 
 # Examples by default; some readers take a tenth of a second.
 FEW = {"run": 4, "quality_model": 3, "hugging_face_import": 3, "documents.parquet": 8}
-FEW |= {"settings": 3, "argv": 3, "corpus_settings": 5, "shards": 5, "torch": 8, "owner": 8}
+FEW |= {
+    "settings": 3,
+    "argv": 3,
+    "corpus_settings": 5,
+    "shards": 5,
+    "torch": 8,
+    "owner": 8,
+    "pipeline": 1,
+}
 # Of each format among the slow tests: two minutes on two cores, all together.
 SLOW_SECONDS = 4.0
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.__main__ import main
-from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.config import read_config, read_facts
 from baichuan_jax.hf.files import open_tensors
 from baichuan_jax.hf.source import find_tokenizer
 from baichuan_jax.hf.weights import export, import_params, load_pretrained
@@ -530,3 +530,22 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
         assert exporting < 2.5
     finally:
         shutil.rmtree(tmp_path / "big", ignore_errors=True)
+
+
+@pytest.mark.parametrize("value", ["true", 1, [True], {}], ids=repr)
+def test_a_statement_about_bos_that_is_none_is_refused(tmp_path, value):
+    shutil.copy(TINY / "config.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": value}))
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: add_bos_token is .* true or"):
+        read_facts(tmp_path)
+
+
+def test_torch_files_that_hold_no_weights_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    for content, reason in (([1], "holds list"), ({"a": 3}, "'a' is int"), ({}, None)):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        if reason is None:
+            assert open_tensors(tmp_path).shapes == {}
+            continue
+        with pytest.raises(ConfigError, match=rf"pytorch_model\.bin.*{reason}"):
+            open_tensors(tmp_path)

@@ -153,3 +153,9 @@ def test_of_racing_processes_one_is_first_whatever_is_killed(tmp_path, how):
         timeout=120,
     )
     assert done.stdout == "done\n", done.stderr
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "verdict.json")
+    with pytest.raises(ConfigError, match=r"verdict\.json is a folder, a pipe or a device"):
+        read_once(tmp_path / "verdict.json")

@@ -174,3 +174,32 @@ def test_the_plot_is_a_png_and_takes_repeated_steps_once(tmp_path):
     assert run.curve("loss") == {1: 3.0, 2: 2.0}
     run.plot()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "step": 2}',
+        '{"step": 1, "a": 1, "\\u0061": 2}',
+        '{"step": 1, "loss": NaN}',
+        '{"step": 1, "loss": 1e999}',
+        '{"step": 1.0}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1, "tokens": 1.5}',
+        '{"step": 1, "loss": "x"}',
+        '{"step": 1, "time": 1e17}',
+        '{"loss": 1}',
+        "[1]",
+        "{",
+    ],
+)
+def test_a_damaged_line_is_refused_beside_whole_ones(tmp_path, line):
+    """The quick look at usual lines takes none that the full one refuses."""
+    whole = '{"step": 1, "loss": 2.5, "time": 1.7e9, "tokens": 4000000000000}'
+    odd = '{"step": 2, "loss": null, "clipped": true, "margin": -0.5}'
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{odd}\n")
+    assert [entry["step"] for entry in Run(tmp_path).metrics] == [1, 2]
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{line}\n{odd}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 .*; repair or delete that line"):
+        _ = Run(tmp_path).metrics
