@@ -191,7 +191,7 @@ class Progress:
         Raises ValueError for what is none, ConfigError for one of a later version.
         """
         if not isinstance(content, dict):
-            raise ValueError(f"no progress in the data: {content!r}")
+            raise ValueError(f"no progress in the data: {show(content)}")
         # Not damage, after which a run goes on from an older checkpoint.
         if later := _unknown(content, cls) or _unknown(content.get("corpora"), Corpus):
             raise ConfigError(

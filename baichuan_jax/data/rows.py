@@ -173,7 +173,9 @@ class Rows:
         try:
             counts = np.load(file)
         except Exception as error:  # numpy raises many types for a damaged file
-            raise ConfigError(f"{file} cannot be read: {error}; {_PACK_AGAIN}") from None
+            # It may quote the file.
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{file} cannot be read: {reason}; {_PACK_AGAIN}") from None
         if counts.shape != (self.manifest["vocab_size"],) or counts.dtype != np.int64:
             raise ConfigError(
                 f"{file} is {counts.dtype} {counts.shape} and not a count of each of "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from baichuan_jax.config.parsing import parse_json, read_bytes
+from baichuan_jax.config.parsing import parse_json, read_bytes, show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.reader import kind_of_value
 
@@ -109,7 +109,7 @@ def read_agieval(path: Path) -> File:
         labels = label if isinstance(label, list) else [label]
         for each in [*(options or []), *labels]:
             if not isinstance(each, str | None):
-                raise ConfigError(f"{where}: options and label must be strings, not {each!r}")
+                raise ConfigError(f"{where}: options and label must be strings, not {show(each)}")
         if options is None or len(options) != len(LETTERS) or None in options:
             continue
         if len(labels) != 1 or len(labels[0] or "") != 1:

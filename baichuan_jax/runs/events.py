@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
-from baichuan_jax.config.parsing import Count, Positive, Time, build
+from baichuan_jax.config.parsing import Count, Positive, Time, build, show
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.files import Appender
 
@@ -348,7 +348,7 @@ def parse_event(content: dict[str, Any]) -> Event:
     if not isinstance(content, dict) or not {"kind", "time"} <= set(content):
         raise ConfigError("an event has a kind and a time")
     kind = content["kind"]
-    require(isinstance(kind, str), f"its kind is {kind!r} and must be text")
+    require(isinstance(kind, str), f"its kind is {show(kind)} and must be text")
     cls = KINDS.get(kind)
     # A newer version of the program may have gone on with this run.
     if cls is None:

@@ -230,6 +230,21 @@ def test_rows_that_leave_out_much_say_so(tokenizer, tmp_path, capsys, monkeypatc
     assert "(0 empty, 19 in no row)" in shown
 
 
+def test_a_damaged_count_of_tokens_is_named_in_one_short_line(copy):
+    """Also where numpy quotes a megabyte of it."""
+    file = copy / "counts.npy"
+    for damaged in (
+        file.read_bytes()[:100],
+        b"\x93NUMPY\x01\x00\x00\x40{" + b"\0" * (1 << 20),
+        b"",
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"counts\.npy cannot be read: .*pack again") as error:
+            _ = Rows(copy).counts
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 400 + 2 * len(str(file))
+
+
 def test_documents_tokens_and_rows_are_counted(packed, documents, tokenizer):
     everything = [document for part in documents.values() for document in part]
     tokens = [token for stream in streams(documents, tokenizer) for token in stream]

@@ -320,6 +320,14 @@ def test_a_row_of_other_types_is_named_by_what_it_has(tmp_path, row, message):
         load_subjects("agieval", tmp_path, only=["sat-math"])
 
 
+def test_a_value_of_any_length_is_shown_by_its_beginning(tmp_path):
+    row = {"question": "q", "options": ["a", "b", "c", {"": 10**4000}], "label": "A"}
+    (tmp_path / "sat-math.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"must be strings") as error:
+        load_subjects("agieval", tmp_path, only=["sat-math"])
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
 def test_settings_are_refused_one_by_one(tmp_path):
     with pytest.raises(ConfigError, match=r"^limit=0 must be 1 or more$"):
         load_subjects("agieval", tmp_path, limit=0)
