@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed (make dev)")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed (make data-deps)")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hypothesis import HealthCheck, given, settings

@@ -317,6 +317,7 @@ def evaluate_there(folder: Path) -> None:
 
 
 def clean_there(folder: Path) -> None:
+    pytest.importorskip("daft", reason="make data-deps")
     pipeline.run(CorpusConfig(input=[str(SHARED / "train-en.jsonl")], output=str(folder)))
 
 
