@@ -40,19 +40,19 @@ CONSEQUENCES = {
     "model.initializer_range": "nothing: no weights are drawn any more",
     "model.remat": "memory and speed only",
     "model.scan_layers": "memory and speed only",
-    "train.context_length": "other rows: the text is packed anew",
-    "train.global_batch_size": "other batches, and another count of tokens a step",
+    "train.context_length": "other rows, counted from 0: text may be read again",
+    "train.global_batch_size": "goes on at the next row; another count of tokens a step",
     "train.micro_batch_size": _ROUNDING,
     "train.loss_chunk_size": _ROUNDING,
     "train.z_loss": "losses before and after cannot be compared",
-    "train.seed": "another order of the data: text may come again, or never",
+    "train.seed": "refused once rows are read: their order follows from it",
     "train.deterministic": _ROUNDING,
     "train.schedule_profile": "speed only",
     "optimizer": _FROM_HERE,
     "tokenizer": "a checkpoint of another tokenizer is refused",
-    "data.train": "another mixture: text may come again, or never",
+    "data.train": "a new mixture; every corpus goes on at its next row",
     "data.validation": _NOT_COMPARABLE,
-    "data.text_field": "other text",
+    "data.text_field": "other rows, counted from 0: text may be read again",
     "data.cache_dir": "nothing: rows are made there where they are missing",
     "data.document_mask": "attention sees other text than in the steps before",
     "data.num_workers": "speed only",
@@ -104,10 +104,11 @@ def compare(before: str | None, config: Config) -> list[tuple[str, Any, Any]]:
     old = flatten(_tree(before))
     if not old:
         return []
+    # A setting that is newer than the run had its default.
+    old = flatten(dataclasses.asdict(Config())) | old
     changes = []
     for name, new in flatten(_tree(dump_config(config))).items():
-        # A setting that is newer than the run had its default.
-        was = old.get(name, flatten(dataclasses.asdict(Config())).get(name))
+        was = old.get(name)
         if was == new:
             continue
         if isinstance(was, dict) and isinstance(new, dict):
