@@ -103,6 +103,9 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
 
 def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None:
     """Text that is not trained on or not validated on, and text that should not be both."""
+    # Every host would look at every file of the text, on storage that they share.
+    if not display.active:
+        return
     for rows, _ in [*prepared.train, *prepared.validation]:
         if rows.warning:
             display.say(rows.warning, style="yellow")
