@@ -69,13 +69,18 @@ def read_bytes(file: Path | str) -> bytes:
     succeed.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
-        return Path(file).read_bytes()
+        return read_regular(file)
     except OSError as error:
         if error.errno not in _OF_THE_PATH:
             raise
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_regular(file: Path | str) -> bytes:
+    """The content of a file. Raises ConfigError for what is no regular file, and OSError."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
+    return Path(file).read_bytes()
 
 
 def read_text(file: Path | str) -> str:

@@ -205,7 +205,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{_HOW_TO_PACK}"
         )
     try:
-        manifest: dict[str, Any] = read_json(file, paths=True)
+        manifest: dict[str, Any] = read_json(file)
         version = manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -507,9 +507,7 @@ def _write_manifest(
     # Before it is written: with more text the same folder can be packed.
     _require_rows(folder, manifest)
     # Last: a folder with a manifest is whole.
-    content = json.dumps(manifest, indent=1, ensure_ascii=False)
-    # A glob need not be UTF-8, as a name of a file: its other bytes are escaped as JSON has it.
-    write_atomically(folder / MANIFEST, content.encode("utf-8", "backslashreplace"))
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
 def _checksum(path: Path) -> str:

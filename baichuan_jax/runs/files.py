@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import shutil
-import stat
 import tempfile
 import uuid
 from collections import deque
@@ -14,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.config.parsing import read_regular
 from baichuan_jax.config.schema import ConfigError
 
 # The disk is full, or the user's share of it.
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+# No wrong setting or option: the same command works once there is room, or the disk is mended.
+_OF_THE_DISK = FULL_DISK | {errno.EIO, errno.ESTALE}
 # What os.link says on a file system without hard links: SMB, exFAT, object storage through FUSE.
 _NO_LINKS = frozenset(
     {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
@@ -33,8 +35,7 @@ def require_writable(folder: Path | str, setting: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # No wrong setting: the same command works once there is room, or the disk is mended.
-        if error.errno in FULL_DISK | {errno.EIO, errno.ESTALE}:
+        if error.errno in _OF_THE_DISK:
             raise
         raise ConfigError(
             f"{setting}={str(folder)!r} cannot be written in {os.getcwd()!r} ({error.strerror}); "
@@ -50,8 +51,8 @@ def writable(text: str) -> str:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        # A disk that is full or fails is no wrong option; the write itself will say so.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+        # Of the disk: the write itself will say so.
+        if error.errno not in _OF_THE_DISK:
             # argparse names the option before this.
             reason = f"{text!r} cannot be written: {error.strerror}"
             raise argparse.ArgumentTypeError(reason) from None
@@ -71,7 +72,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     Makes its folder. Not durable: faster, and a power failure may lose it. Raises OSError, which
     names the file; nothing is left of it then.
     """
-    # By host and process: two that write the same file at once must not share an unfinished one.
+    # By host and process: two that write the same file at once must not share an unfinished one,
     # and in containers the processes of several hosts have the same number.
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     with naming(path):
@@ -237,10 +238,7 @@ def read_once(path: Path) -> bytes | None:
     """
     for file in (path, _once(path) / path.name):
         try:
-            # A read of a pipe or a device may never end.
-            if not stat.S_ISREG(os.stat(file).st_mode):
-                raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
-            return file.read_bytes()
+            return read_regular(file)
         except OSError as error:
             # A link to itself leads to no file. ESTALE: on NFS, of a file that was replaced while
             # it was read; the next look finds the new one.
