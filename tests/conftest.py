@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 
 import dataclasses
 import gc
+import io
 from collections.abc import Iterator
 
 import compile_cache
@@ -18,6 +19,7 @@ import jax
 import launches  # noqa: F401 (makes the folder that the workers of pytest-xdist share)
 import numpy as np
 import pytest
+import sentencepiece
 from jax.experimental.compilation_cache import compilation_cache
 
 from baichuan_jax.checkpoint.progress import Piece, Progress
@@ -135,3 +137,16 @@ def run_state(
     """A state as a run has it: before the batch at `position`."""
     pieces = (Piece(0, 0, batch_size),)
     return RunState(state, step, Progress(seed, position * batch_size, pieces=pieces))
+
+
+def sentencepiece_defaults(text: str) -> bytes:
+    """A model of a text as SentencePiece's own trainer makes it: white space squeezed, no bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text] * 9),
+        model_writer=model,
+        vocab_size=64,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,12 +1,11 @@
 """Every setting refuses a wrong value when it is read, or when a launch begins, not after steps."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
+from conftest import sentencepiece_defaults
 
 from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
 from baichuan_jax.config.parsing import show
@@ -201,15 +200,7 @@ def folder(tmp_path_factory) -> Path:
     lines = [json.dumps({"text": each}) for each in texts]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "file").write_text("")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([text] * 9),
-        model_writer=model,
-        vocab_size=64,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "squeezes.model").write_bytes(model.getvalue())
+    (folder / "squeezes.model").write_bytes(sentencepiece_defaults(text))
     return folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 import sentencepiece
-from conftest import build, run_state
+from conftest import build, run_state, sentencepiece_defaults
 
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.progress import Progress
@@ -215,15 +215,7 @@ def test_a_hosts_copy_is_of_one_model(tiny_config, tmp_path, capsys):
 def test_text_of_the_padding_token_is_said(tiny_config, tmp_path):
     """Without byte fallback <unk> is in texts, and its embedding does not learn."""
     text = "It was a truth universally acknowledged, that a single man must be in want of a wife."
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([text] * 9),
-        model_writer=model,
-        vocab_size=64,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (tmp_path / "a.model").write_bytes(model.getvalue())
+    (tmp_path / "a.model").write_bytes(sentencepiece_defaults(text))
     (tmp_path / "a.txt").write_text(f"{text}🦜" * 20)
     path = str(tmp_path / "a.model")
     for padding, count in ((0, 1), (None, 0)):
