@@ -8,12 +8,10 @@ verdict, so any host may be lost at any moment.
 """
 
 import argparse
-import errno
 import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
@@ -24,18 +22,17 @@ from typing import Any
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.parsing import whole_number
 from baichuan_jax.config.schema import Config, ConfigError, at_least
-from baichuan_jax.resilience.causes import BadHost, Cause, exit_code_table
-from baichuan_jax.resilience.clock import WAIT
+from baichuan_jax.resilience.causes import Cause, exit_code_table
 from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.resilience.heartbeats import BEAT, HostHeartbeats
+from baichuan_jax.resilience.host_processes import HostProcesses, is_free
 from baichuan_jax.resilience.launch_files import (
     Coordinator,
     HostEnd,
     Launches,
     LaunchFolder,
     LaunchPlan,
-    ProcessEnd,
     VerdictRecord,
 )
 from baichuan_jax.resilience.ownership import Claim, owned, owner_of
@@ -66,8 +63,6 @@ TICK = 0.2
 PORTS = 100
 # The exit code of processes that are lost with their host.
 KILLED = -signal.SIGKILL
-# How long a process may take to end once it was killed.
-KILL_SECONDS = 60.0
 
 
 class Supervisor:
@@ -81,7 +76,8 @@ class Supervisor:
         # Twice the processes' own limit: these watch each other, and a late supervisor is no fault.
         patience = 2 * config.resilience.silence_seconds
         self.heartbeats = HostHeartbeats(self.launches, self.host, options.address, patience)
-        self.children: dict[int, subprocess.Popen] = {}
+        # Of the launch under way.
+        self.processes: HostProcesses | None = None
         # Signals so far that ask to stop.
         self.asked = 0
         self._claim: Claim | None = None
@@ -161,12 +157,8 @@ class Supervisor:
         first = self.asked == 1
         what = "saving, then stopping; once more quits unsaved" if first else "quitting"
         say_from_handler(f"{signal.Signals(signum).name}: {what}")
-        self._send(signal.SIGTERM if first else signal.SIGKILL)
-
-    def _send(self, number: int) -> None:
-        for child in self.children.values():
-            if child.poll() is None:
-                child.send_signal(number)
+        if self.processes is not None:
+            self.processes.send(signal.SIGTERM if first else signal.SIGKILL)
 
     def _beat(self) -> None:
         while True:
@@ -247,16 +239,17 @@ class Supervisor:
         # Its processes ended before this supervisor was started (_first_launch).
         if launch.read(HostEnd, self.host) is not None:
             return
+        self.processes = processes = HostProcesses(launch, self.host)
         coordinator = self._coordinator(launch, plan)
         if coordinator is not None:
             if self.host == plan.hosts[0]:
                 hosts = ", ".join(plan.hosts)
                 say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
             for process in plan.processes_of(self.host):
-                self.children[process] = self._start(launch, plan, process, coordinator)
-        exits = self._wait(launch, plan)
-        self.children = {}
-        launch.write(HostEnd(bool(self.asked), exits), self.host)
+                processes.start(self._placement(launch, plan, process), self.argv, coordinator)
+        self._wait(plan, processes)
+        self.processes = None
+        launch.write(HostEnd(bool(self.asked), processes.exits), self.host)
 
     def _coordinator(self, launch: LaunchFolder, plan: LaunchPlan) -> str | None:
         """host:port of process 0: the first free port of its host, which that host writes down.
@@ -286,18 +279,15 @@ class Supervisor:
         """This host's address with the first free port. Raises ConfigError where there is none."""
         begin, end = self.options.port, self.options.port + PORTS
         for port in range(begin, end):
-            if _is_free(port):
+            if is_free(port):
                 return f"{self.options.address}:{port}"
             event = PortTaken(attempt=launch.number, host=self.host, port=port)
             append_event(self.run.path, event)
             say(f"port {port} of {self.host} is taken; trying the next")
         raise ConfigError(f"no free port from {begin} to {end} on {self.host}; set --port")
 
-    def _start(
-        self, launch: LaunchFolder, plan: LaunchPlan, process: int, coordinator: str
-    ) -> subprocess.Popen:
-        """Start one process. Only process 0 writes to this terminal, the others to log-P.txt."""
-        placement = Placement(
+    def _placement(self, launch: LaunchFolder, plan: LaunchPlan, process: int) -> Placement:
+        return Placement(
             host=self.host,
             process=process,
             processes=len(plan.host_of),
@@ -305,70 +295,29 @@ class Supervisor:
             supervisor=os.getpid(),
             full_processes=self.options.hosts * self.options.processes,
         )
-        command = [sys.executable, "-m", "baichuan_jax.train", *self.argv]
-        variables = {**os.environ, **placement.to_environment(coordinator)}
-        # A session of its own: Ctrl-C in the terminal reaches the supervisor only, which passes on
-        # what it means.
-        if process == 0:
-            return subprocess.Popen(command, env=variables, start_new_session=True)
-        with open(launch.path / f"log-{process}.txt", "wb") as log:
-            return subprocess.Popen(
-                command, env=variables, start_new_session=True, stdout=log, stderr=log
-            )
 
-    def _wait(self, launch: LaunchFolder, plan: LaunchPlan) -> dict[int, ProcessEnd]:
-        """How all processes of this host ended. What to do meanwhile: resilience/waiting.py."""
-        exits: dict[int, ProcessEnd] = {}
-        # Process -> when it was killed.
-        killed: dict[int, float] = {}
+    def _wait(self, plan: LaunchPlan, processes: HostProcesses) -> None:
+        """Until all processes of this host have ended. What to do meanwhile: waiting.py."""
+        silence = self.config.resilience.silence_seconds
         seen = Seen()
         while True:
-            for process, child in self.children.items():
-                if process not in exits and (code := child.poll()) is not None:
-                    exits[process] = ProcessEnd(code, process in killed, time.time())
-            codes = [end.code for end in exits.values()] + self._codes_elsewhere(launch, plan)
+            running = processes.poll()
+            codes = [end.code for end in processes.exits.values()]
             status = Status(
-                running=frozenset(set(self.children) - set(exits)),
-                silent=self._silent(launch) if seen.failed is not None else frozenset(),
-                codes=tuple(codes),
+                running=running,
+                silent=processes.silent(silence) if seen.failed is not None else frozenset(),
+                codes=(*codes, *self._codes_elsewhere(processes.launch, plan)),
                 can_grow=self._can_grow(plan),
             )
             # A process that is killed now has ended by the next round.
             action, seen = next_action(status, seen, time.monotonic())
-            for process in action.kill:
-                killed.setdefault(process, time.monotonic())
-                self.children[process].kill()
-            self._refuse_undying(set(killed) - set(exits), killed)
+            processes.kill(action.kill)
             if action.grow:
                 say(f"more hosts are ready: saving, then restarting with them ({self.host})")
-                self._send(signal.SIGTERM)
+                processes.send(signal.SIGTERM)
             if action.done:
-                return exits
+                return
             time.sleep(TICK)
-
-    def _refuse_undying(self, running: set[int], killed: dict[int, float]) -> None:
-        """Raise BadHost where a process does not end although it was killed.
-
-        It waits in the kernel, for a device or a file system. The other hosts go on without this
-        one once its heartbeat ends.
-        """
-        late = [p for p in running if time.monotonic() - killed[p] > KILL_SECONDS]
-        if late:
-            raise BadHost(
-                f"process {late[0]} (number {self.children[late[0]].pid}) on {self.host} has not "
-                f"ended {KILL_SECONDS:.0f} s after SIGKILL: a device or a file system of this host "
-                "does not answer; look at dmesg, and start this supervisor again when it has ended"
-            )
-
-    def _silent(self, launch: LaunchFolder) -> frozenset[int]:
-        """Processes of this host whose heartbeat timed out and that left no exit report."""
-        reports = launch.reports()
-        # Of the clock that counts from the boot of this host: the other one may jump.
-        last = (time.monotonic() - self.config.resilience.silence_seconds) / BEAT
-        mine = [reports[process] for process in self.children if process in reports]
-        # Not before the first step: tracing may hold Python's lock, and with it the heartbeat.
-        working = [report for report in mine if report.cause is None and WAIT in report.seconds]
-        return frozenset(report.process for report in working if report.beat < last)
 
     def _codes_elsewhere(self, launch: LaunchFolder, plan: LaunchPlan) -> list[int]:
         """Exit codes on other hosts of the launch so far; a lost host counts as killed."""
@@ -461,20 +410,6 @@ def _event_of(launch: LaunchFolder, plan: LaunchPlan, record: VerdictRecord) -> 
         checkpoint=record.checkpoint,
         lost=list(record.lost),
     )
-
-
-def _is_free(port: int) -> bool:
-    """Whether process 0 could listen on a port of this host, as jax does: on all addresses."""
-    for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
-        try:
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((address, port))
-        except OSError as error:
-            # Any other error, as on a machine without IPv6, says nothing about the port.
-            if error.errno == errno.EADDRINUSE:
-                return False
-    return True
 
 
 DESCRIPTION = """Run training on this host and keep it going: start its processes, find out which

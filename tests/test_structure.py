@@ -226,7 +226,8 @@ def test_the_clock_of_the_day_only_says_when_something_happened():
         "resilience.watch": "when a report was made",
         "resilience.ownership": "since when a folder is owned, in messages",
         "preflight": "when a host was checked",
-        "launch": "when a process ended, when a verdict was reached",
+        "resilience.host_processes": "when a process ended",
+        "launch": "when a verdict was reached",
     }
     found = {name for name, path in FILES.items() if "time.time()" in path.read_text()}
     assert found == {f"baichuan_jax.{name}" for name in readers}

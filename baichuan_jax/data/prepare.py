@@ -17,7 +17,8 @@ from typing import Any
 
 from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, plan_parts, summary
+from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
+from baichuan_jax.data.shards import plan_parts
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.hf.source import find_tokenizer

@@ -1,32 +1,26 @@
 """Packed rows: documents as tokens, joined with EOS and cut into rows of context_length + 1 tokens.
 
-Input: text files and a tokenizer. Output: a folder of ArrayRecord shards, whose rows can be read in
-any order, with a manifest that counts them. Slices of the input (documents/files.py) become shards,
-whatever the number of processes: a large file several, small files that follow each other one, in
-which rows continue over their borders. The tokens left at a shard's end do not fill a row and are
-dropped, and counted. A killed run continues with the shards that are missing (runner.py).
+Input: text files and a tokenizer. Output: a folder of ArrayRecord shards (shards.py), whose rows
+can be read in any order, with a manifest that counts them. A killed run continues with the shards
+that are missing (runner.py).
 
 `python -m baichuan_jax.data.rows pack|show|verify`
 """
 
 import argparse
 import bisect
-import dataclasses
 import hashlib
 import io
 import itertools
 import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from baichuan_jax.config.parsing import (
     Count,
@@ -38,34 +32,18 @@ from baichuan_jax.config.parsing import (
 )
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
-from baichuan_jax.documents.files import Slice, count_unread, find_files, make_parts
-from baichuan_jax.documents.reader import Document, Problem, read_strictly
+from baichuan_jax.data.shards import COUNTS, Shard, apart, checksum, dtype_of, plan_parts
+from baichuan_jax.documents.files import Slice, count_unread, find_files
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import publish, write_atomically
+from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 VERSION = 1
-# Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
-# Another number moves the shards' borders, and rows that were packed before are not found again.
-SHARD_BYTES = 64 << 20
-# Characters given to the tokenizer in one call: enough for its threads, little memory.
-TEXT_AT_ONCE = 1 << 20
 # More than this share of the tokens is more than the rests of a few shards: the user is warned.
 MANY_DROPPED = 0.01
-# What the manifest counts. The last two are not in the records of earlier versions.
-COUNTS = (
-    "documents",
-    "empty_documents",
-    "text_bytes",
-    "tokens",
-    "tokens_dropped",
-    "rows",
-    "documents_dropped",
-    "empty_files",
-)
 # What readers take from a manifest, and from each of its shards.
 _MANIFEST_KEYS = {
     "tokenizer": str,
@@ -76,13 +54,6 @@ _MANIFEST_KEYS = {
     "shards": list[dict],
 }
 _SHARD_KEYS = {"file": str, "rows": Count, "bytes": Count, "sha256": str}
-_RECORD_KEYS = {
-    "key": dict,
-    "rows": Count,
-    "bytes": Count,
-    "sha256": str,
-    "counts": dict[str, Count],
-}
 _PACK_AGAIN = "delete the folder and pack again"
 _HOW_TO_PACK = "pack it: python -m baichuan_jax.data.rows pack --help"
 
@@ -183,14 +154,14 @@ class Rows:
             )
         return counts
 
-    def are_of(self, shards: list["Shard"]) -> bool:
+    def are_of(self, shards: list[Shard]) -> bool:
         """Whether these shards, as they would be made now, are all that the folder holds."""
         return len(shards) == len(self.manifest["shards"]) and all(s.is_done() for s in shards)
 
     def verify(self) -> None:
         """Compare every shard's checksum with the manifest. Raises ConfigError at a difference."""
         for shard in self._shards:
-            if (found := _checksum(self.path / shard["file"])) != shard["sha256"]:
+            if (found := checksum(self.path / shard["file"])) != shard["sha256"]:
                 raise ConfigError(
                     f"{self.path / shard['file']} has SHA-256 {found} and the manifest says "
                     f"{shard['sha256']}; delete the folder and pack again"
@@ -291,172 +262,11 @@ def pack(
     return rows
 
 
-def plan_parts(files: list[str]) -> list[list[Slice]]:
-    """The slices of files that become one shard each, in order; small files share one."""
-    return make_parts({path: os.path.getsize(path) for path in files}, SHARD_BYTES)
-
-
-def apart(parts: list[list[Slice]]) -> list[list[Slice]]:
-    """The same slices, each a shard of its own: what earlier versions made of them."""
-    return [[piece] for part in parts for piece in part]
-
-
-def _remove_leftovers(folder: Path, shards: list["Shard"]) -> None:
+def _remove_leftovers(folder: Path, shards: list[Shard]) -> None:
     """Delete what a killed run left: unfinished files, and shards that there are no more."""
     kept = {path for shard in shards for path in (shard.file, shard.record_file)}
     for leftover in {*folder.glob("*.tmp"), *folder.glob("shard-*")} - kept:
         leftover.unlink()
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Slices of the input and the shard that they become: a part for the runner."""
-
-    pieces: list[Slice]
-    folder: Path
-    number: int
-    # By path: a shard is pickled to the process that makes it, which loads the model itself.
-    tokenizer: Path
-    tokenizer_hash: str
-    context_length: int
-    text_field: str
-
-    @property
-    def name(self) -> str:
-        """For messages, and of its files."""
-        return f"shard-{self.number:05d}"
-
-    @property
-    def file(self) -> Path:
-        """Its rows."""
-        return self.folder / f"{self.name}.array_record"
-
-    @property
-    def record_file(self) -> Path:
-        """What it was made from, and what it holds; written last."""
-        return self.folder / f"{self.name}.json"
-
-    def key(self) -> dict[str, Any]:
-        """What a finished shard must have been made from to be kept."""
-        first, *others = map(_described, self.pieces)
-        return {
-            # Of one slice as earlier versions wrote it, whose shards are kept.
-            **first,
-            **({"and": others} if others else {}),
-            "tokenizer": self.tokenizer_hash,
-            "context_length": self.context_length,
-            "text_field": self.text_field,
-        }
-
-    def is_done(self) -> bool:
-        """Whether it is there, whole, and made from what it would be made from now."""
-        # The size too: a shard that was cut short after it was finished is made again.
-        if not (self.record_file.exists() and self.file.exists()):
-            return False
-        try:
-            record = self.record()
-        # Damaged: it is made again.
-        except ConfigError:
-            return False
-        return record["key"] == self.key() and record["bytes"] == self.file.stat().st_size
-
-    def record(self) -> dict[str, Any]:
-        """The record of a finished shard. Raises ConfigError."""
-        file = self.record_file
-        return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
-
-    def make(self) -> None:
-        """Write the shard, then its record."""
-        key = self.key()  # as the file is now: one that changes meanwhile is packed again
-        # By host and process: on a cluster a part may be made twice, on two hosts.
-        temporary = self.folder / f"{self.name}.{os.uname().nodename}.{os.getpid()}.tmp"
-        counted = self._write(temporary)
-        record = {
-            "key": key,
-            **counted,
-            "bytes": temporary.stat().st_size,
-            "sha256": _checksum(temporary),
-        }
-        # In this order: a record says that the shard is whole.
-        publish(temporary, self.file)
-        write_atomically(self.record_file, json.dumps(record).encode())
-
-    def _write(self, file: Path) -> dict[str, Any]:
-        """Write the rows. Returns what is counted; `counts` has the tokens that occur."""
-        tokenizer = Tokenizer(self.tokenizer)
-        dtype = _dtype(tokenizer.vocab_size)
-        length = self.context_length + 1
-        counts = np.zeros(tokenizer.vocab_size, np.int64)
-        totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        # Groups of one: rows are read one at a time, in any order.
-        writer = ArrayRecordWriter(str(file), "group_size:1")
-        left = np.zeros(0, dtype)
-        # The last token of the last row.
-        before = tokenizer.eos_id
-        for batch in _batches(read_strictly(self.pieces, self.text_field), totals):
-            # A document is its tokens and EOS, without BOS, as the original's were.
-            pieces = [
-                token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)
-            ]
-            stream = np.asarray(pieces, dtype)
-            counts += np.bincount(stream, minlength=len(counts))
-            # Rows continue over the borders of documents, of batches and of files.
-            stream = np.concatenate([left, stream])
-            whole = len(stream) // length
-            for row in stream[: whole * length].reshape(whole, length):
-                writer.write(row.tobytes())
-            before = int(stream[whole * length - 1]) if whole else before
-            left = stream[whole * length :]
-            totals["rows"] += whole
-            totals["tokens"] += len(pieces)
-        writer.close()
-        totals["tokens_dropped"] = len(left)
-        # Documents of which no token is in a row: all that end in the rest, but for one that began
-        # in the last row.
-        ends = int(np.count_nonzero(left == tokenizer.eos_id))
-        totals["documents_dropped"] = ends - (before != tokenizer.eos_id and ends > 0)
-        return {**totals, "counts": {int(t): int(counts[t]) for t in np.flatnonzero(counts)}}
-
-
-def _described(piece: Slice) -> dict[str, Any]:
-    """A slice of a file as it is now."""
-    state = os.stat(piece.path)
-    return {
-        "path": os.path.abspath(piece.path),
-        "start": piece.start,
-        "stop": piece.stop,
-        "size": state.st_size,
-        # A file that changes in place keeps its path, and may keep its size.
-        "modified_ns": state.st_mtime_ns,
-    }
-
-
-def _batches(entries: Iterator[Document | Problem], totals: dict[str, int]) -> Iterator[list[str]]:
-    """Texts that are not empty, about TEXT_AT_ONCE characters together; all are counted."""
-    batch: list[str] = []
-    size = 0
-    for entry in entries:
-        if isinstance(entry, Problem):
-            totals["empty_files"] += 1
-            continue
-        document = entry.text
-        totals["documents"] += 1
-        totals["text_bytes"] += len(document.encode())
-        # It would be a lone EOS in a row.
-        if not document:
-            totals["empty_documents"] += 1
-            continue
-        batch.append(document)
-        size += len(document)
-        if size >= TEXT_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every token: half the bytes for the usual vocabularies."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def _write_manifest(
@@ -500,7 +310,7 @@ def _write_manifest(
         "eos_id": tokenizer.eos_id,
         "tokenizer_loses": list(tokenizer.losses),
         "context_length": context_length,
-        "dtype": _dtype(tokenizer.vocab_size).name,
+        "dtype": dtype_of(tokenizer.vocab_size).name,
         **{name: sum(record[name] for record in records) for name in names},
         "shards": described,
     }
@@ -508,11 +318,6 @@ def _write_manifest(
     _require_rows(folder, manifest)
     # Last: a folder with a manifest is whole.
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def summary(rows: Rows) -> str:

@@ -23,8 +23,10 @@ from launches import environment
 from baichuan_jax.config.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from baichuan_jax.data import prepare as preparing
 from baichuan_jax.data import rows as module
+from baichuan_jax.data import shards as sharding
 from baichuan_jax.data.prepare import prepare
-from baichuan_jax.data.rows import Rows, Shard, main, pack, summary, unigram_entropy
+from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
+from baichuan_jax.data.shards import Shard, dtype_of
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.resilience import coordination
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
@@ -167,7 +169,7 @@ def test_everything_is_in_a_row_or_counted(tokenizer, tmp_path, monkeypatch, see
         documents += part
     (tmp_path / ".hidden.txt").write_text("not read")
     # Some shards of several files, some of a part of one, and some without a row.
-    monkeypatch.setattr(module, "SHARD_BYTES", int(draw.integers(300, 3000)))
+    monkeypatch.setattr(sharding, "SHARD_BYTES", int(draw.integers(300, 3000)))
     rows = pack([f"{tmp_path}/*.*"], tmp_path / "rows", tokenizer, 150, num_workers=1)
     m = rows.manifest
     tokens = [token for document in documents if document for token in tokenizer.encode(document)]
@@ -283,7 +285,7 @@ def test_any_number_of_processes_writes_the_same_folder(
     corpus, documents, tokenizer, tmp_path, monkeypatch
 ):
     """A large file becomes several shards; its last slice and the files that follow share one."""
-    monkeypatch.setattr(module, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")) // 2)
+    monkeypatch.setattr(sharding, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")) // 2)
     one = pack([corpus], tmp_path / "one", tokenizer, 32, num_workers=1)
     two = pack([corpus], tmp_path / "two", tokenizer, 32, num_workers=2)
     assert content(one.path) == content(two.path)
@@ -296,7 +298,7 @@ def test_a_large_file_becomes_several_shards_that_hold_every_document(
     packed, corpus, documents, tokenizer, tmp_path, monkeypatch
 ):
     size = os.path.getsize(corpus.replace("*", "a"))
-    monkeypatch.setattr(module, "SHARD_BYTES", size // 3)
+    monkeypatch.setattr(sharding, "SHARD_BYTES", size // 3)
     rows = pack([corpus.replace("*", "a")], tmp_path / "rows", tokenizer, 8, num_workers=2)
     assert len(rows.manifest["shards"]) in (3, 4)
     assert rows.manifest["documents"] == len(documents["a.jsonl"])
@@ -308,13 +310,15 @@ def test_a_large_file_becomes_several_shards_that_hold_every_document(
 
 def test_token_ids_of_a_large_vocabulary_are_not_cut(packed):
     assert packed.manifest["dtype"] == "uint16"
-    assert [module._dtype(size).name for size in (1 << 16, (1 << 16) + 1)] == ["uint16", "uint32"]
+    assert [dtype_of(size).name for size in (1 << 16, (1 << 16) + 1)] == ["uint16", "uint32"]
 
 
 def start_pack(corpus, output, tokenizer):
     words = ["pack", "--input", corpus, "--output", str(output), "--tokenizer", str(tokenizer.path)]
     # A shard for each of the test's files, which are small.
-    program = "from baichuan_jax.data import rows; import sys; rows.SHARD_BYTES = 40_000; "
+    program = (
+        "import sys; from baichuan_jax.data import rows, shards; shards.SHARD_BYTES = 40_000; "
+    )
     command = [
         sys.executable,
         "-c",
@@ -350,7 +354,7 @@ def wait_until(holds, seconds=60.0):
 def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(
     documents, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(sharding, "SHARD_BYTES", 40_000)
     (tmp_path / "text").mkdir()
     for i in range(12):
         write(
@@ -433,7 +437,7 @@ def test_only_the_shard_of_changed_text_is_made_anew(
     corpus, documents, tokenizer, packed, tmp_path, monkeypatch
 ):
     # a.jsonl in a shard, and the two smaller files in another.
-    monkeypatch.setattr(module, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")))
+    monkeypatch.setattr(sharding, "SHARD_BYTES", os.path.getsize(corpus.replace("*", "a")))
     shutil.copytree(Path(corpus).parent, tmp_path / "text")
     pack([f"{tmp_path}/text/*"], tmp_path / "rows", tokenizer, 32, num_workers=1)
     (tmp_path / "rows" / "manifest.json").unlink()

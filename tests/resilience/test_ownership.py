@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,12 @@ from launches import (
     write_config,
 )
 
-from baichuan_jax import launch
-from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data import mixture, pipeline, quality
 from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.evaluate import __main__ as evaluate
 from baichuan_jax.hf import __main__ as hf
 from baichuan_jax.resilience import heartbeats, ownership
-from baichuan_jax.resilience.causes import BadHost
 from baichuan_jax.resilience.heartbeats import HostHeartbeats, refuse_beside_supervisors
 from baichuan_jax.resilience.launch_files import Launches
 from baichuan_jax.resilience.ownership import Owner, owned, owner_of
@@ -469,14 +465,3 @@ def test_processes_of_one_run_share_a_claim_and_are_refused_together(config, tmp
     for process in first:
         process.send_signal(signal.SIGTERM)
     assert wait_all(first, 120) == [75, 75]
-
-
-def test_a_process_that_a_kill_does_not_end_makes_its_host_a_bad_one(config, tmp_path):
-    """It waits in the kernel for a device; the supervisor leaves, and the other hosts go on."""
-    options, argv = launch._parse(["--host", "h", "--", "--config", str(config)])
-    supervisor = launch.Supervisor(options, load_config(argv[1]), argv)
-    supervisor.children = {0: types.SimpleNamespace(pid=7)}
-    now = time.monotonic()
-    supervisor._refuse_undying({0}, {0: now})
-    with pytest.raises(BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"):
-        supervisor._refuse_undying({0}, {0: now - 61})

@@ -1,0 +1,80 @@
+"""A supervisor's hold on the processes of its host."""
+
+import socket
+import types
+
+import pytest
+
+from baichuan_jax.resilience import host_processes as module
+from baichuan_jax.resilience.causes import BadHost
+from baichuan_jax.resilience.host_processes import HostProcesses, is_free
+from baichuan_jax.resilience.launch_files import LaunchFolder
+
+
+class Child:
+    """A process that ends when it is told to, or never."""
+
+    pid = 7
+
+    def __init__(self):
+        self.code, self.signals = None, []
+
+    def poll(self):
+        """Its exit code once it has ended."""
+        return self.code
+
+    def kill(self):
+        """SIGKILL, which a process that waits in the kernel does not see."""
+        self.signals.append("kill")
+
+    def send_signal(self, number):
+        """Any signal."""
+        self.signals.append(number)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: found.now)
+    return found
+
+
+@pytest.fixture
+def processes(tmp_path):
+    found = HostProcesses(LaunchFolder(tmp_path / "1"), "h")
+    found._children = {0: Child(), 1: Child()}
+    return found
+
+
+def test_an_end_says_whether_its_process_was_killed(processes):
+    first, second = processes._children.values()
+    processes.kill({1})
+    first.code, second.code = 0, -9
+    assert processes.poll() == frozenset()
+    ends = {process: (end.code, end.stopped) for process, end in processes.exits.items()}
+    assert ends == {0: (0, False), 1: (-9, True)}
+    # Once: its time is when it was seen.
+    before = dict(processes.exits)
+    processes.poll()
+    assert processes.exits == before
+    processes.send(15)
+    assert first.signals == []
+
+
+def test_a_process_that_a_kill_does_not_end_makes_its_host_a_bad_one(processes, clock):
+    """It waits in the kernel for a device; the supervisor leaves, and the other hosts go on."""
+    processes.kill({0})
+    clock.now += 59
+    # Killed again, it has no more time.
+    processes.kill({0})
+    assert processes.poll() == {0, 1}
+    clock.now += 2
+    with pytest.raises(BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"):
+        processes.poll()
+
+
+def test_a_port_on_which_somebody_listens_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not is_free(port)
+    assert is_free(port)
