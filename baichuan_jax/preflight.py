@@ -28,7 +28,11 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.resilience.causes import BadHost, SaveFailed
-from baichuan_jax.resilience.coordination import coordinator_address, gather
+from baichuan_jax.resilience.coordination import (
+    coordinator_address,
+    describe_difference,
+    gather,
+)
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
@@ -108,7 +112,7 @@ def _describe() -> dict[str, Any]:
             **{name: version(name) for name in names},
             "driver": str(device.client.platform_version).splitlines()[0],
         },
-        "devices": [jax.local_device_count(), device.device_kind],
+        "devices": {"their number": jax.local_device_count(), "their kind": device.device_kind},
     }
 
 
@@ -125,10 +129,12 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     for what in ("versions", "devices"):
         for process, host in enumerate(hosts):
             if host[what] != hosts[0][what]:
+                place, advice = (
+                    f"process {process} on {host['host']}",
+                    "install the same everywhere",
+                )
                 raise ConfigError(
-                    f"process {process} on {host['host']} has other {what} than process 0 on "
-                    f"{hosts[0]['host']}: {host[what]} and {hosts[0][what]}; "
-                    "install the same everywhere"
+                    describe_difference(what, hosts[0][what], host[what], place, advice)
                 )
     several = len({host["host"] for host in hosts}) > 1
     if several and coordinator is not None and coordinator.rsplit(":", 1)[0] in LOOPBACK:

@@ -88,8 +88,12 @@ def test_what_differs_between_hosts_is_refused_or_a_warning():
     assert compare_hosts([host("a"), host("b", 0.5)], "a:1234") == []
     (warning,) = compare_hosts([host("a"), host("b", 9.5)], "a:1234")
     assert "differ by up to 9.5 s" in warning
-    with pytest.raises(ConfigError, match="process 1 on b has other versions"):
-        compare_hosts([host("a"), host("b", numpy="1")], "a:1234")
+    with pytest.raises(
+        ConfigError,
+        match=r"^the hosts of this run differ in versions: numpy is '2' for process 0 and '1' for "
+        r"process 1 on b; install the same everywhere$",
+    ):
+        compare_hosts([host("a", numpy="2"), host("b", numpy="1")], "a:1234")
     with pytest.raises(ConfigError, match="is each host's own"):
         compare_hosts([host("a"), host("b")], "127.0.0.1:1234")
     assert compare_hosts([host("a"), host("a")], "127.0.0.1:1234") == []

@@ -257,19 +257,12 @@ def _agreed_name(what: str, files: list[str], *settings: Any) -> str:
     sizes = [os.path.getsize(path) for path in files]
     # A hash in place of the sizes: there may be a hundred thousand.
     seen = {
-        "files": len(files),
-        "bytes": sum(sizes),
-        "sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16],
+        "the number of files": len(files),
+        "the sum of their bytes": sum(sizes),
+        "the hash of their sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16],
     }
-    answer = agree(f"files of {what}", lambda: {**seen, "name": _fingerprint(files, *settings)})
-    first = {key: answer[key] for key in seen}
-    if first != seen:
-        raise ConfigError(
-            f"{what} differs between the hosts of this run: {first} for process 0, and {seen} on "
-            f"{os.uname().nodename}, with {files[0]} as the first file; give all hosts the same "
-            "files"
-        )
-    return answer["name"]
+    require_same(f"the files of {what}", seen)
+    return agree(f"name of {what}", lambda: _fingerprint(files, *settings))
 
 
 def _wait_for(path: Path) -> None:

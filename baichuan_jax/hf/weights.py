@@ -67,9 +67,8 @@ def import_params(
     wanted = list(entries(config, packed))
     _compare(Path(folder), source, {k: v for entry in wanted for k, v in entry.tensors.items()})
     # A process reads its own part only: copies of other weights would be mixed without a word.
-    require_same(
-        f"the weights in {folder}", [[f.name, f.stat().st_size] for f in _weight_files(folder)]
-    )
+    sizes = {file.name: file.stat().st_size for file in _weight_files(folder)}
+    require_same(f"the sizes of the weights in {folder}", sizes)
 
     _, shapes, axes = abstract_model(config)
     arrays: dict[tuple[str, ...], jax.Array] = {}

@@ -7,10 +7,12 @@ Its client is private API of jax; only this file uses it.
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from baichuan_jax.config.parsing import show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.launch_files import Report
@@ -89,19 +91,50 @@ def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
 
 
-def require_same(what: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> None:
+def require_same(
+    what: str,
+    value: Any,
+    advice: str = "give all hosts the same files",
+    seconds: float = TIMEOUT_SECONDS,
+) -> None:
     """Raise ConfigError where this process's value (anything JSON can hold) is not process 0's.
 
     For what processes read from files that each of them sees by itself. Every process must call
-    this with the same `what`, once.
+    this with the same `what`, once. The error names the first difference.
     """
     own = json.loads(json.dumps(value))
     first = agree(what, lambda: own, seconds)
     if own != first:
-        raise ConfigError(
-            f"{what} differs between the hosts of this run: {first} for process 0, and {own} for "
-            f"process {_process_id()}; give all hosts the same files"
-        )
+        process = f"process {_process_id()} on {os.uname().nodename}"
+        raise ConfigError(describe_difference(what, first, own, process, advice))
+
+
+def describe_difference(what: str, first: Any, other: Any, process: str, advice: str) -> str:
+    """Which part of a value is first another one than process 0's, as a message.
+
+    Parts are the items of a dict or a list.
+    """
+    parts, others = _parts_of(first), _parts_of(other)
+    differing = [
+        name
+        for name in {**parts, **others}
+        if name not in parts or name not in others or parts[name] != others[name]
+    ]
+    name = differing[0]
+    known, found = (show(of[name]) if name in of else "missing" for of in (parts, others))
+    number = f" ({len(differing)} differ)" if len(differing) > 1 else ""
+    return (
+        f"the hosts of this run differ in {what}: {name} is {known} for process 0 and {found} for "
+        f"{process}{number}; {advice}"
+    )
+
+
+def _parts_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return {f"number {number}": part for number, part in enumerate(value, 1)}
+    return {"it": value}
 
 
 def coordinator_address() -> str | None:

@@ -7,13 +7,12 @@ restored state is in its data.
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 
 import jax
 
 from baichuan_jax.checkpoint.state import RunState
-from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
@@ -106,16 +105,7 @@ def _refuse_other_settings(config: Config) -> None:
     own["data.train"] = list(config.data.train.values())
     own["data.validation"] = list(config.data.validation.values())
     own["data.document_mask"] = config.data.document_mask
-    own = json.loads(json.dumps(own))
-    first = agree("settings", lambda: own)
-    differing = [name for name in own if own[name] != first.get(name)]
-    if differing:
-        name = differing[0]
-        raise ConfigError(
-            f"the hosts of this run have other settings: {name} is {first.get(name)} for process 0 "
-            f"and {own[name]} for process {jax.process_index()} ({len(differing)} differ); give "
-            "all hosts the same configuration file and options"
-        )
+    require_same("settings", own, "give all hosts the same configuration file and options")
 
 
 def _resolve(config: Config, num_devices: int) -> Config:

@@ -851,7 +851,7 @@ def test_a_host_whose_files_are_others_is_refused_at_once(config, corpus, become
     prepare(config)
     become(1)
     file.write_bytes(file.read_bytes() * 2)
-    with pytest.raises(ConfigError, match=r"differs between the hosts of this run: .*'bytes': "):
+    with pytest.raises(ConfigError, match=r"differ in the files of .*: the sum of their bytes is "):
         prepare(config, writer=False)
 
 
@@ -867,7 +867,7 @@ def test_a_host_whose_packed_rows_are_others_is_refused(
     prepare(config, writer=False)
     shutil.rmtree(tmp_path / "own")
     pack([corpus.replace("*", "b")], tmp_path / "own", tokenizer, 32, progress=False)
-    with pytest.raises(ConfigError, match=r"rows of data\.train differs between the hosts"):
+    with pytest.raises(ConfigError, match=r"differ in rows of data\.train: number 1 is"):
         prepare(config, writer=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience import coordination, waits
 from baichuan_jax.resilience.causes import PeerFailed
-from baichuan_jax.resilience.coordination import agree, gather, require_same
+from baichuan_jax.resilience.coordination import agree, describe_difference, gather, require_same
 from baichuan_jax.resilience.waits import announced, wait_until
 
 
@@ -64,12 +64,31 @@ def test_what_must_be_the_same_is_compared_with_process_0s(become):
     require_same("the tokenizer", ("a", 1))
     become(1)
     require_same("the tokenizer", ("a", 1))
-    with pytest.raises(
-        ConfigError,
-        match=r"^the tokenizer differs between the hosts of this run: \['a', 1\] for process 0, "
-        r"and \['b', 1\] for process 1; give all hosts the same files$",
-    ):
+    with pytest.raises(ConfigError, match=r"differ in the tokenizer: .* process 1 on "):
         require_same("the tokenizer", ("b", 1))
+
+
+@pytest.mark.parametrize(
+    "first, other, said",
+    [
+        ("a", "b", "it is 'a' for process 0 and 'b' for"),
+        (["a", "b", 1], ["a", "c", 1], "number 2 is 'b' for process 0 and 'c' for"),
+        (["a"], ["a", "b"], "number 2 is missing for process 0 and 'b' for"),
+        ({"x": 1, "y": 2}, {"y": 3, "x": 1}, "y is 2 for process 0 and 3 for"),
+        ({"x": None}, {}, "x is None for process 0 and missing for"),
+        ({"x": "a" * 9000}, {"x": 0}, "x is 'aaaa"),
+    ],
+)
+def test_the_first_difference_is_named(first, other, said):
+    text = describe_difference("what", first, other, "process 1", "do this")
+    assert text.startswith(f"the hosts of this run differ in what: {said}")
+    assert text.endswith(" process 1; do this")
+    assert len(text) < 300
+
+
+def test_of_several_differences_the_number_is_said():
+    text = describe_difference("it", [1, 2, 3], [1, 4], "process 1", "do this")
+    assert "number 2 is 2 for process 0 and 4 for process 1 (2 differ); do this" in text
 
 
 def test_waits_for_others_say_so_and_end_with_what_they_waited_for(become, monkeypatch, capsys):
