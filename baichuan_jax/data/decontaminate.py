@@ -32,7 +32,7 @@ from rich.table import Table
 
 from baichuan_jax.config.parsing import parse_json, read_text
 from baichuan_jax.config.schema import ConfigError, at_least
-from baichuan_jax.documents.files import Slice, find_inputs
+from baichuan_jax.documents.files import Slice, State, find_inputs, require_unchanged, states
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import writable_file, write_atomically
@@ -68,8 +68,8 @@ class Decontaminate:
 
     def __init__(self, config: "DecontaminateConfig") -> None:
         """Raises ConfigError where a glob matches no file."""
-        self.patterns = config.files
-        self._files = _find_files(config.files)
+        # Once, for all workers and for the key of what they find.
+        self._files = states(find_evaluation_files(config.files))
 
     def run(self, corpus: "Corpus") -> "Effects":
         import daft  # pyright: ignore[reportMissingImports]
@@ -79,15 +79,15 @@ class Decontaminate:
         from baichuan_jax.data.corpus.parts import stage_key
         from baichuan_jax.data.corpus.tables import read_stage
 
-        if not self.patterns:
+        if not self._files:
             return Effects(notes={"evaluation_sets": {}})
         # A file that changes in place is another evaluation set.
-        stats = [(path, os.stat(path)) for path in self._files]
-        files_key = stage_key([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+        files_key = stage_key([[path, *state] for path, state in self._files.items()])
         grams, _ = corpus.make_parts(
             "evaluation-grams", [corpus.documents.key, files_key], self._find_grams
         )
-        sets = _evaluation_sets(tuple(self.patterns))
+        sets = _evaluation_sets(tuple(self._files.items()))
+        require_unchanged(self._files)
 
         def judge() -> Any:
             rows = read_stage(grams).to_pylist()
@@ -117,7 +117,7 @@ class Decontaminate:
 
         from baichuan_jax.data.corpus.parts import table_of
 
-        sets = _evaluation_sets(tuple(self.patterns))
+        sets = _evaluation_sets(tuple(self._files.items()))
         found = []
         for table in part.read(["doc", "text"]):
             for doc, text in zip(*(column.to_pylist() for column in table.columns), strict=True):
@@ -130,9 +130,9 @@ class Decontaminate:
 
 
 @functools.lru_cache(maxsize=1)
-def _evaluation_sets(patterns: tuple[str, ...]) -> "EvaluationSets":
-    """Once for all parts that a worker process makes."""
-    return EvaluationSets(list(patterns))
+def _evaluation_sets(files: tuple[tuple[str, State], ...]) -> "EvaluationSets":
+    """Once for all parts that a worker process makes; anew where a file has changed."""
+    return EvaluationSets([path for path, _ in files])
 
 
 # What is looked for
@@ -142,17 +142,17 @@ class EvaluationSets:
     """The 13-grams of evaluation files: CSV with or without a header, JSON, JSONL, or plain text.
 
     Items of plain text are its paragraphs. A task is a file's last two names without the split:
-    `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a glob matches nothing, a
-    file is of no known kind or unreadable, or all hold nothing to look for.
+    `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a file is of no known
+    kind or unreadable, or all hold nothing to look for.
     """
 
-    def __init__(self, patterns: list[str]) -> None:
+    def __init__(self, files: list[str]) -> None:
         self.items: collections.Counter[str] = collections.Counter()
         # Items without any text of 13 units, which cannot be found.
         self.short: collections.Counter[str] = collections.Counter()
         texts: list[np.ndarray] = []  # unique 13-grams of each text of an item
         tasks: list[str] = []
-        for path in _find_files(patterns):
+        for path in files:
             task = _task(Path(path))
             for fields in _items(Path(path)):
                 found = [np.unique(grams) for field in fields if len(grams := _grams(field))]
@@ -161,8 +161,9 @@ class EvaluationSets:
                 texts += found
                 tasks += [task] * len(found)
         if not texts:
+            named = ", ".join(files[:4])
             raise ConfigError(
-                f"{patterns} hold no sequence of {UNITS} characters or words to look for"
+                f"{named} hold no sequence of {UNITS} characters or words to look for"
             )
         # By the number of the text.
         self._task = np.array(tasks)
@@ -219,7 +220,8 @@ class EvaluationSets:
         return self._grams[place] == grams
 
 
-def _find_files(patterns: list[str]) -> list[str]:
+def find_evaluation_files(patterns: list[str]) -> list[str]:
+    """Files that globs name, sorted. Raises ConfigError where a glob matches none."""
     files: set[str] = set()
     for pattern in patterns:
         matched = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
@@ -360,7 +362,7 @@ def _look(sets: EvaluationSets, patterns: list[str]) -> tuple[int, dict, dict]:
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
-    sets = EvaluationSets(options.evaluation)
+    sets = EvaluationSets(find_evaluation_files(options.evaluation))
     documents, found, shared = _look(sets, options.input)
     # After all documents are read: only then is it known what is a formula.
     leaked = sets.judge(found)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.rows import MANIFEST, VERSION, Rows, pack, summary
 from baichuan_jax.data.shards import plan_parts
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    each_once,
+    find_files,
+    require_unchanged,
+    states,
+)
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.hf.source import find_tokenizer
 from baichuan_jax.resilience.coordination import agree, require_same
@@ -29,6 +36,8 @@ from baichuan_jax.runs.files import require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 Say = Callable[[str], None]
+# Corpus -> its files, as they were at the launch's only look at them.
+Text = dict[str, dict[str, State]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Prepared:
     tokenizer: Tokenizer
     train: list[tuple[Rows, float]]
     validation: list[tuple[Rows, float]]
+    # The files of each corpus that is a glob of text.
+    text: Text = dataclasses.field(default_factory=dict)
 
 
 def prepare(
@@ -53,11 +64,8 @@ def prepare(
             "data.train names no corpus; give globs of text files or folders of packed rows, with "
             "weights"
         )
-    # All globs first: training a tokenizer and packing may take hours.
-    for path in [*config.data.train, *config.data.validation]:
-        if not _is_packed(path):
-            find_files([path])
-    tokenizer = _find_tokenizer(config, writer, say)
+    text = _look(config)
+    tokenizer = _find_tokenizer(config, text, writer, say)
     require_same("tokenizer", tokenizer.hash)
     for warning in tokenizer.warnings:
         say(warning)
@@ -70,7 +78,7 @@ def prepare(
 
     def rows_of(name: str, corpora: dict[str, float]) -> list[tuple[Rows, float]]:
         find = lambda path: _find_rows(
-            config, f"{name}[{path!r}]", path, tokenizer, writer, progress, say
+            config, f"{name}[{path!r}]", path, text, tokenizer, writer, progress, say
         )
         found = [(find(path), weight) for path, weight in corpora.items()]
         # Other rows would make other batches, on hosts whose packed folders are copies.
@@ -79,7 +87,23 @@ def prepare(
 
     train = rows_of("data.train", config.data.train)
     _say_where_padding_is_text(config, tokenizer, train, say)
-    return Prepared(tokenizer, train, rows_of("data.validation", config.data.validation))
+    validation = rows_of("data.validation", config.data.validation)
+    return Prepared(tokenizer, train, validation, text)
+
+
+def _look(config: Config) -> Text:
+    """The files of every corpus that is a glob of text.
+
+    Once, and before a tokenizer is trained and rows are packed, which may take hours: a file that
+    appears later belongs to the next launch.
+    """
+    corpora = [*config.data.train, *config.data.validation]
+    packed = agree("which corpora are packed", lambda: [_is_packed(path) for path in corpora])
+    return {
+        path: states(find_files([path]))
+        for path, is_packed in zip(corpora, packed, strict=True)
+        if not is_packed
+    }
 
 
 def _say_where_padding_is_text(
@@ -101,7 +125,7 @@ def _is_packed(path: str) -> bool:
     return (Path(path) / MANIFEST).exists()
 
 
-def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
+def _find_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Tokenizer:
     """The tokenizer of the weights that the run goes on from, else tokenizer.path or a new one."""
     given, own = config.tokenizer.path, config.run_path / "tokenizer.model"
     if agree("whether the run has a checkpoint", lambda: has_checkpoint(config.run_path)):
@@ -113,7 +137,7 @@ def _find_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
         tokenizer = find_tokenizer(config.init_from, given, "--tokenizer.path")
         say(f"tokenizer: {tokenizer.path} ({tokenizer.vocab_size} pieces), of init_from's weights")
         return tokenizer
-    return Tokenizer(given) if given is not None else _train_tokenizer(config, writer, say)
+    return Tokenizer(given) if given is not None else _train_tokenizer(config, text, writer, say)
 
 
 def _own_tokenizer(config: Config, file: Path) -> Tokenizer:
@@ -129,16 +153,16 @@ def _own_tokenizer(config: Config, file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _train_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
+def _train_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Tokenizer:
     """A tokenizer of the training text, made at its first use."""
     # Not of the validation text: pieces that were learned on it would lower its loss.
-    corpora = [path for path in config.data.train if not _is_packed(path)]
-    if not corpora:
+    known = {f: s for path in config.data.train for f, s in text.get(path, {}).items()}
+    if not known:
         raise ConfigError(
             "data.train holds packed rows only, so tokenizer.path must name the tokenizer they "
             "were made with"
         )
-    files = find_files(corpora)
+    files = {path: known[path] for path in each_once(known)}
     size = config.tokenizer.vocab_size
     name = _agreed_name("the tokenizer's text", files, size, config.data.text_field)
     path = Path(config.data.cache_dir) / f"tokenizer-{name}.model"
@@ -154,7 +178,7 @@ def _train_tokenizer(config: Config, writer: bool, say: Say) -> Tokenizer:
         # Looked at under the lock: another run on this machine may have just made it.
         if not path.exists():
             began = time.perf_counter()
-            texts = read_texts(map(Slice, files), config.data.text_field)
+            texts = _read_unchanged(files, config.data.text_field)
             used = train_tokenizer(texts, path, size)
             seconds = time.perf_counter() - began
             say(
@@ -169,14 +193,15 @@ def _find_rows(
     config: Config,
     name: str,
     path: str,
+    text: Text,
     tokenizer: Tokenizer,
     writer: bool,
     progress: bool,
     say: Say,
 ) -> Rows:
-    if agree(f"whether {name} is packed", lambda: _is_packed(path)):
+    if path not in text:
         return _packed_rows(path, tokenizer, config.train.context_length)
-    folder = _rows_folder(config, name, find_files([path]), tokenizer)
+    folder = _rows_folder(config, name, text[path], tokenizer)
     if not writer:
         _wait_for(folder / MANIFEST)
     # The name is a hash of everything, so rows under it are the right ones.
@@ -191,12 +216,15 @@ def _find_rows(
         text_field=config.data.text_field,
         num_workers=config.data.num_workers,
         progress=progress,
+        files=text[path],
     )
     say(f"packed {path}: {summary(rows)}")
     return rows
 
 
-def _rows_folder(config: Config, name: str, files: list[str], tokenizer: Tokenizer) -> Path:
+def _rows_folder(
+    config: Config, name: str, files: Mapping[str, State], tokenizer: Tokenizer
+) -> Path:
     """Where the rows of these files are kept: a name for the files and all that packing takes."""
     settings = (tokenizer.hash, config.train.context_length, config.data.text_field)
     cache = Path(config.data.cache_dir)
@@ -209,15 +237,11 @@ def _rows_folder(config: Config, name: str, files: list[str], tokenizer: Tokeniz
     return folder
 
 
-def validation_in_training(config: Config) -> list[str]:
+def validation_in_training(config: Config, text: Text) -> list[str]:
     """Files, and folders of packed rows, that are both in data.train and in data.validation."""
 
     def named(corpora: dict[str, float]) -> set[str]:
-        return {
-            os.path.realpath(file)
-            for path in corpora
-            for file in ([path] if _is_packed(path) else find_files([path]))
-        }
+        return {os.path.realpath(file) for path in corpora for file in text.get(path, [path])}
 
     return sorted(named(config.data.train) & named(config.data.validation))
 
@@ -240,21 +264,25 @@ def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:
     return rows
 
 
-def _fingerprint(files: list[str], *settings: Any) -> str:
-    """A name for what is made from these files as they are now with these settings."""
+def _read_unchanged(files: Mapping[str, State], text_field: str) -> Iterator[str]:
+    """Documents. Raises ConfigError after the last one where a file changed meanwhile."""
+    yield from read_texts(map(Slice, files), text_field)
+    require_unchanged(files)
+
+
+def _fingerprint(files: Mapping[str, State], *settings: Any) -> str:
+    """A name for what is made from these files with these settings."""
     # Size and time in place of content: to hash a corpus takes as long as to pack it.
-    described = [
-        (os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files
-    ]
+    described = [(os.path.abspath(path), *state) for path, state in files.items()]
     return hashlib.sha256(json.dumps([VERSION, described, settings]).encode()).hexdigest()[:16]
 
 
-def _agreed_name(what: str, files: list[str], *settings: Any) -> str:
+def _agreed_name(what: str, files: Mapping[str, State], *settings: Any) -> str:
     """Process 0's _fingerprint, on all processes.
 
     Copies of a file have other times on each host. Raises ConfigError where they have other sizes.
     """
-    sizes = [os.path.getsize(path) for path in files]
+    sizes = [state.size for state in files.values()]
     # A hash in place of the sizes: there may be a hundred thousand.
     seen = {
         "the number of files": len(files),

@@ -20,7 +20,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import Slice, State, find_files, require_unchanged, states
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
@@ -263,11 +263,13 @@ def train(
     """
     folder = Path(folder)
     rng = random.Random(0)
-    good_pieces = _read(good, text_field, rng)
-    bad_pieces = _read(bad, text_field, rng) if bad else {}
+    # Once: what is read is what the card names.
+    good_files, bad_files = (states(find_files(p) if p else []) for p in (good, bad))
+    good_pieces = _read(good_files, text_field, rng)
+    bad_pieces = _read(bad_files, text_field, rng)
     card: dict[str, Any] = {
-        "good": _described(good),
-        "bad": _described(bad) or DAMAGED,
+        "good": _described(good_files),
+        "bad": _described(bad_files) or DAMAGED,
         "languages": {},
     }
     # In a fixed order: all draw from one random generator.
@@ -328,12 +330,13 @@ def _train_language(
     }
 
 
-def _described(patterns: list[str]) -> list[dict[str, Any]]:
-    files = find_files(patterns) if patterns else []
-    return [
+def _described(files: Mapping[str, State]) -> list[dict[str, Any]]:
+    described = [
         {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
         for path in files
     ]
+    require_unchanged(files)
+    return described
 
 
 class _Pieces:
@@ -357,10 +360,10 @@ class _Pieces:
         self._seen += 1
 
 
-def _read(patterns: list[str], text_field: str, rng: random.Random) -> dict[str, _Pieces]:
+def _read(files: Iterable[str], text_field: str, rng: random.Random) -> dict[str, _Pieces]:
     """Pieces of all documents by language. All of a document's pieces are in one part."""
     found: dict[str, _Pieces] = {}
-    for text in read_texts(map(Slice, find_files(patterns)), text_field):
+    for text in read_texts(map(Slice, files), text_field):
         # By the document's hash: pieces of one document in two parts would leak, and a copy of a
         # document lands where the document is.
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -16,6 +16,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,14 @@ from baichuan_jax.config.parsing import (
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.data.shards import COUNTS, Shard, apart, checksum, dtype_of, plan_parts
-from baichuan_jax.documents.files import Slice, count_unread, find_files
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    count_unread,
+    find_files,
+    require_unchanged,
+    states,
+)
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.runs.console import Display
@@ -226,11 +234,13 @@ def pack(
     text_field: str = "text",
     num_workers: int = 0,
     progress: bool = True,
+    files: Mapping[str, State] | None = None,
 ) -> Rows:
     """Tokenize and pack the files that globs name into a folder, on all cores or a Ray cluster.
 
-    What is in the folder depends on the files, the tokenizer and the context length alone. Raises
-    ConfigError, also where the folder already holds rows of other text or settings.
+    What is in the folder depends on the files, the tokenizer and the context length alone. `files`:
+    what the globs named where the caller has looked already. Raises ConfigError, also where the
+    folder already holds rows of other text or settings, and where a file changes meanwhile.
     """
     require(context_length > 0, f"context_length={context_length} must be greater than 0")
     folder = Path(folder)
@@ -239,7 +249,8 @@ def pack(
         made_with = (tokenizer.path, tokenizer.hash, context_length, text_field)
         return [Shard(part, folder, i, *made_with) for i, part in enumerate(parts)]
 
-    parts = plan_parts(find_files(patterns))
+    files = states(find_files(patterns)) if files is None else files
+    parts = plan_parts(files)
     shards = shards_of(parts)
     # The lock lies beside the folder, which may be deleted and made again.
     lock = folder.with_name(folder.name + ".lock")
@@ -251,6 +262,8 @@ def pack(
             _remove_leftovers(folder, shards)
             with Workers(num_workers, progress) as workers:
                 workers.finish(shards, f"packing {folder.name}", unit="shard")
+            # Not with the manifest: the folder would be taken for one of the text as it was.
+            require_unchanged(files)
             _write_manifest(folder, shards, tokenizer, context_length, patterns)
     rows = Rows(folder)
     # A finished folder is not packed again, and may be of other text or settings. Or an earlier

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from baichuan_jax.config.parsing import Count, read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.files import Slice, make_parts
+from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.runs.files import publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
@@ -50,9 +50,9 @@ _RECORD_KEYS = {
 }
 
 
-def plan_parts(files: list[str]) -> list[list[Slice]]:
+def plan_parts(files: Mapping[str, State]) -> list[list[Slice]]:
     """The slices of files that become one shard each, in order; small files share one."""
-    return make_parts({path: os.path.getsize(path) for path in files}, SHARD_BYTES)
+    return make_parts({path: state.size for path, state in files.items()}, SHARD_BYTES)
 
 
 def apart(parts: list[list[Slice]]) -> list[list[Slice]]:

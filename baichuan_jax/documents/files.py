@@ -10,9 +10,10 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from baichuan_jax.config.parsing import show_path
 from baichuan_jax.config.schema import ConfigError
@@ -27,6 +28,7 @@ EXPECTED = (
 INSTALLED = Path(__file__).parents[2]
 # How much larger text is than its .gz or .zst, about. An estimate: it only balances parts.
 INFLATION = 4
+_AGAIN = "start again when nothing writes to it"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Slice:
         return self.stop is not None and kind_of(self.path) != ".parquet"
 
 
+class State(NamedTuple):
+    """What a file was like when it was looked at. Object storage has no time to compare."""
+
+    size: int
+    modified_ns: int | None
+
+
 def kind_of(path: str) -> str:
     """The suffix below .gz or .zst."""
     return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
@@ -66,8 +75,13 @@ def find_files(patterns: list[str]) -> list[str]:
     link or a file of an unknown kind, and where two names are one file, whose text would be read
     twice.
     """
+    return each_once(path for pattern in patterns for path in _matches(pattern))
+
+
+def each_once(paths: Iterable[str]) -> list[str]:
+    """Local files, sorted, each once. Raises ConfigError as find_files does."""
     # Sorted, so that the same globs give the same order on every host.
-    files = sorted({path for pattern in patterns for path in _matches(pattern)})
+    files = sorted(set(paths))
     # By its absolute path: a.txt and ./a.txt are one name.
     named = {os.path.abspath(path): path for path in reversed(files)}
     found: dict[tuple[int, ...], str] = {}
@@ -85,6 +99,29 @@ def find_files(patterns: list[str]) -> list[str]:
                 "name one of them"
             )
     return list(found.values())
+
+
+def states(files: Iterable[str]) -> dict[str, State]:
+    """The local files as they are now: what is made of them is named by this."""
+    found = ((path, os.stat(path)) for path in files)
+    return {path: State(state.st_size, state.st_mtime_ns) for path, state in found}
+
+
+def require_unchanged(files: Mapping[str, State]) -> None:
+    """Raise ConfigError where a local file is not what it was when it was looked at.
+
+    For the end of long work on it: what was made of it is of neither state.
+    """
+    for path, before in files.items():
+        if before.modified_ns is None:
+            continue
+        try:
+            now = states([path])[path]
+        except FileNotFoundError:
+            raise ConfigError(f"{path} was removed while it was read; {_AGAIN}") from None
+        if now != before:
+            size = "" if now.size == before.size else f" from {before.size:,} to {now.size:,} bytes"
+            raise ConfigError(f"{path} changed{size} while it was read; {_AGAIN}")
 
 
 def count_unread(patterns: list[str]) -> dict[str, int]:
@@ -114,22 +151,21 @@ def count_unread(patterns: list[str]) -> dict[str, int]:
     return {"hidden_files": count(hidden), "files_in_folders": count(inside - read)}
 
 
-def find_inputs(patterns: list[str]) -> dict[str, int]:
-    """Size in bytes of every file that globs name, here or as s3://, gs://, hdfs:// addresses.
+def find_inputs(patterns: list[str]) -> dict[str, State]:
+    """Every file that globs name, here or as s3://, gs://, hdfs:// addresses, as it is now.
 
     Local paths are absolute, and all are sorted. Raises ConfigError as find_files does.
     """
-    found: dict[str, int] = {}
+    found: dict[str, State] = {}
     for pattern in patterns:
         if "://" in pattern:
-            remote = dict(_find_remote(pattern))
+            remote = {path: State(size, None) for path, size in _find_remote(pattern)}
             if not remote:
                 raise ConfigError(f"{pattern!r} matches no file")
             found.update(remote)
         else:
             # Absolute: ids are made from paths, whatever the working directory is.
-            for path in map(os.path.abspath, _matches(pattern)):
-                found[path] = os.path.getsize(path)
+            found.update(states(map(os.path.abspath, _matches(pattern))))
     for path in found:
         _require_known(path)
     return dict(sorted(found.items()))

@@ -116,7 +116,7 @@ def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None
             f"validation reads the first {read:,} of {there:,} rows, in turn from every corpus: "
             f"evaluate.num_batches={config.evaluate.num_batches}"
         )
-    if both := validation_in_training(config):
+    if both := validation_in_training(config, prepared.text):
         display.say(
             f"{len(both)} files or folders are both in data.train and in data.validation, such as "
             f"{both[0]}: the validation loss is partly of text that was trained on",

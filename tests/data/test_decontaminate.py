@@ -7,7 +7,7 @@ import random
 import pytest
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.data.decontaminate import FORMULA, EvaluationSets, main
+from baichuan_jax.data.decontaminate import FORMULA, EvaluationSets, find_evaluation_files, main
 
 # 14 words, 22 characters: one and nine more than a sequence has.
 ENGLISH = "Which of the following rivers did the second expedition cross before winter set in"
@@ -69,7 +69,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sets(folder):
-    return EvaluationSets([f"{folder}/**/*.*"])
+    return EvaluationSets(find_evaluation_files([f"{folder}/**/*.*"]))
 
 
 def tasks(sets, text):
@@ -126,7 +126,7 @@ def test_what_is_found_is_what_a_plain_search_finds(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"question": " ".join(item)}) + "\n" for item in items), encoding="utf-8"
     )
-    sets = EvaluationSets([str(tmp_path / "a.jsonl")])
+    sets = EvaluationSets(find_evaluation_files([str(tmp_path / "a.jsonl")]))
     known = {tuple(item[i : i + 13]) for item in items for i in range(28)}
     found = 0
     for _ in range(200):
@@ -153,7 +153,7 @@ def test_a_sequence_of_many_documents_is_a_formula_but_a_whole_question_is_not(t
         "以下是一道很长的题目" + formula + "其余的文字只在考卷里出现而不在别处出现所以它是泄漏"
     )
     (tmp_path / "a.txt").write_text(question, encoding="utf-8")
-    sets = EvaluationSets([str(tmp_path / "a.txt")])
+    sets = EvaluationSets(find_evaluation_files([str(tmp_path / "a.txt")]))
     grams = {"formula": sets.find(f"第一条{formula}"), "whole": sets.find(question)}
     assert len(grams["formula"]) == 3
     few = sets.judge(dict.fromkeys(range(FORMULA), grams["formula"]))
@@ -169,7 +169,7 @@ def test_a_sequence_of_many_documents_is_a_formula_but_a_whole_question_is_not(t
 
 def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"matches no evaluation file"):
-        EvaluationSets([str(tmp_path / "*.csv")])
+        EvaluationSets(find_evaluation_files([str(tmp_path / "*.csv")]))
     for name, content, message in (
         ("a.json", "{", r"a\.json is no JSON"),
         ("a.csv", 'x,"un\nclosed', r"a\.csv is no evaluation file"),
@@ -179,7 +179,7 @@ def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
     ):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ConfigError, match=message):
-            EvaluationSets([str(tmp_path / name)])
+            EvaluationSets(find_evaluation_files([str(tmp_path / name)]))
 
 
 def test_the_command_counts_documents_by_task(folder, tmp_path, capsys):

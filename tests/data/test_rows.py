@@ -27,7 +27,7 @@ from baichuan_jax.data import shards as sharding
 from baichuan_jax.data.prepare import prepare
 from baichuan_jax.data.rows import Rows, main, pack, summary, unigram_entropy
 from baichuan_jax.data.shards import Shard, dtype_of
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import Slice, find_files, states
 from baichuan_jax.resilience import coordination
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -570,8 +570,8 @@ def test_rows_of_earlier_versions_are_found_and_said_to_leave_out_text(
     assert content(packed_apart.path) == before
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "plan_parts", plan_apart)
-        name = preparing._rows_folder(config, "rows", find_files([corpus]), tokenizer)
-    assert preparing._rows_folder(config, "rows", find_files([corpus]), tokenizer) != name
+        name = preparing._rows_folder(config, "rows", states(find_files([corpus])), tokenizer)
+    assert preparing._rows_folder(config, "rows", states(find_files([corpus])), tokenizer) != name
     shutil.copytree(packed_apart.path, name)
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "pack", refuse_to_work)
@@ -591,7 +591,7 @@ def test_the_name_of_rows_of_large_files_did_not_change(config, corpus, tokenize
     settings = [tokenizer.hash, 32, "text"]
     described = json.dumps([1, [[file, state.st_size, state.st_mtime_ns]], settings])
     name = f"rows-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-    assert preparing._rows_folder(config, "rows", [file], tokenizer).name == name
+    assert preparing._rows_folder(config, "rows", states([file]), tokenizer).name == name
     shard = Shard([Slice(file)], Path("folder"), 0, tokenizer.path, tokenizer.hash, 32, "text")
     assert shard.key() == {
         "path": file,
@@ -608,6 +608,11 @@ def test_the_name_of_rows_of_large_files_did_not_change(config, corpus, tokenize
 def test_validation_text_that_is_trained_on_is_found(config, packed, corpus, tmp_path):
     link = tmp_path / "link.jsonl"
     link.symlink_to(corpus.replace("*", "b"))
+
+    def both_of(data):
+        changed = dataclasses.replace(config, data=data)
+        return preparing.validation_in_training(changed, preparing._look(changed))
+
     for validation, number in (
         ({}, 0),
         ({str(link): 1.0}, 1),
@@ -615,10 +620,9 @@ def test_validation_text_that_is_trained_on_is_found(config, packed, corpus, tmp
         ({str(packed.path): 1.0}, 0),
     ):
         data = dataclasses.replace(config.data, validation=validation)
-        both = preparing.validation_in_training(dataclasses.replace(config, data=data))
-        assert len(both) == number
+        assert len(both_of(data)) == number
     data = DataConfig(train={str(packed.path): 1.0}, validation={f"{packed.path}/": 1.0})
-    assert preparing.validation_in_training(dataclasses.replace(config, data=data))
+    assert both_of(data)
 
 
 def test_the_commands_show_and_verify(packed, capsys):
@@ -953,3 +957,63 @@ def test_a_shard_whose_record_is_damaged_is_made_again(
         record.write_text(json.dumps({**whole, "counts": {token: 1}}))
         with pytest.raises(ConfigError, match=r"shard-00000\.json: .* is no token"):
             pack([corpus], folder, tokenizer, 32, num_workers=1)
+
+
+def test_a_file_that_appears_during_a_launch_belongs_to_the_next(
+    config, documents, tmp_path, monkeypatch
+):
+    """The rows' name, their content and the tokenizer are of one look at the text."""
+    for name, text in documents.items():
+        write(tmp_path / name, text)
+    data = dataclasses.replace(
+        config.data, train={f"{tmp_path}/*.jsonl": 1.0}, cache_dir=str(tmp_path / "cache")
+    )
+    config = dataclasses.replace(config, data=data, tokenizer=TokenizerConfig(vocab_size=512))
+    train = preparing.train_tokenizer
+
+    def train_and_add(*arguments):
+        used = train(*arguments)
+        write(tmp_path / "late.jsonl", sample("en", 20))
+        return used
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "train_tokenizer", train_and_add)
+        first = prepare(config)
+    read = [Path(name).name for name in first.text[next(iter(config.data.train))]]
+    assert read == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert first.train[0][0].manifest["documents"] == sum(map(len, documents.values()))
+    second = prepare(config)
+    assert second.train[0][0].path != first.train[0][0].path
+    assert second.tokenizer.path != first.tokenizer.path
+    (tmp_path / "late.jsonl").unlink()
+    again = prepare(config)
+    assert again.train[0][0].path == first.train[0][0].path
+
+
+@pytest.mark.parametrize("what", ["train_tokenizer", "pack"])
+def test_text_that_changes_while_it_is_read_is_refused(
+    config, documents, tmp_path, monkeypatch, what
+):
+    """What is made of it would be kept under the name of another text."""
+    write(tmp_path / "a.jsonl", documents["a.jsonl"])
+    data = dataclasses.replace(
+        config.data, train={f"{tmp_path}/*.jsonl": 1.0}, cache_dir=str(tmp_path / "cache")
+    )
+    config = dataclasses.replace(config, data=data, tokenizer=TokenizerConfig(vocab_size=512))
+    function = getattr(preparing, what)
+
+    def change_then(*arguments, **options):
+        with open(tmp_path / "a.jsonl", "a") as file:
+            file.write('{"text": "more"}\n')
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, what, change_then)
+        with pytest.raises(
+            ConfigError,
+            match=r"a\.jsonl changed from [\d,]+ to [\d,]+ bytes while it was read; start again",
+        ):
+            prepare(config)
+    # Nothing is left under the name of the text as it was.
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    assert prepare(config).train[0][0].manifest["documents"] == len(documents["a.jsonl"]) + 1

@@ -10,7 +10,15 @@ import pytest
 import zstandard
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.files import Slice, count_unread, find_files, split_files
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    count_unread,
+    find_files,
+    require_unchanged,
+    split_files,
+    states,
+)
 from baichuan_jax.documents.reader import (
     Document,
     Fields,
@@ -383,3 +391,17 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
     cut.write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"cut\.parquet, line 1: unreadable"):
         list(read_texts(split(cut, 100_000), "text"))
+
+
+def test_files_that_are_not_as_they_were_are_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("one\n")
+    before = states([str(file)])
+    # Object storage has no times to compare.
+    require_unchanged(before | {"s3://bucket/a.jsonl": State(3, None)})
+    os.utime(file, (1, 1))
+    with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read; start again when"):
+        require_unchanged(before)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"a\.jsonl was removed while it was read"):
+        require_unchanged(before)

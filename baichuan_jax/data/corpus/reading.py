@@ -8,7 +8,6 @@ whose id an earlier one has get another, so that ids name documents in everythin
 
 import collections
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,13 @@ from baichuan_jax.data.corpus.parts import DOCUMENTS, ROW_BITS, ParquetFile, Sta
 from baichuan_jax.data.corpus.report import ProblemCounts, Tally
 from baichuan_jax.data.corpus.stages import Stages
 from baichuan_jax.data.corpus.tables import read_stage
-from baichuan_jax.documents.files import Slice, count_lines, find_inputs, make_parts
+from baichuan_jax.documents.files import (
+    Slice,
+    count_lines,
+    find_inputs,
+    make_parts,
+    require_unchanged,
+)
 from baichuan_jax.documents.reader import Document, Fields, Problem, document_id, read_documents
 
 STAGE = "read"
@@ -49,14 +54,10 @@ class Input:
 
 def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple[Corpus, Input]:
     """Read, clean and judge every document, and give each an id of its own."""
-    sizes = find_inputs(config.input)
-    parts = make_parts(sizes, PART_BYTES)
-    # A file that changes in place is another input. Object storage tells no time that could be
-    # compared between listings.
-    described = [
-        [path, size, None if "://" in path else os.stat(path).st_mtime_ns]
-        for path, size in sizes.items()
-    ]
+    files = find_inputs(config.input)
+    parts = make_parts({path: state.size for path, state in files.items()}, PART_BYTES)
+    # A file that changes in place is another input.
+    described = [[path, *state] for path, state in files.items()]
     input_key = stage_key(described)
     # A problem is reported by its line in the file, which a slice that begins in the middle of a
     # file cannot know. To count newlines first is fast beside cleaning.
@@ -70,11 +71,12 @@ def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple
     )
     documents = stages.stage(STAGE, [input_key, config.read, *cleaner.key, config.on_error])
     results = stages.run_parts(documents, work, list(enumerate(parts)))
+    require_unchanged(files)
     key, repeated = stages.make_table("ids", [documents.key], lambda: _repeated_ids(documents))
     corpus = Corpus(stages, documents, len(parts))
     renamed = repeated.select("doc", _new_id(col("file"), col("line")).alias("id"))
     corpus.apply(STAGE, Effects(key, renamed=renamed))
-    return corpus, Input(len(sizes), len(parts), results, repeated)
+    return corpus, Input(len(files), len(parts), results, repeated)
 
 
 def _count_newlines(slices: list[Slice], file: ParquetFile) -> list[int]:
