@@ -43,7 +43,7 @@ from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import publish, write_atomically
+from baichuan_jax.runs.files import draft_of, publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -368,8 +368,8 @@ class Shard:
     def make(self) -> None:
         """Write the shard, then its record."""
         key = self.key()  # as the file is now: one that changes meanwhile is packed again
-        # By host and process: on a cluster a part may be made twice, on two hosts.
-        temporary = self.folder / f"{self.name}.{os.uname().nodename}.{os.getpid()}.tmp"
+        # On a cluster a part may be made twice, on two hosts.
+        temporary = draft_of(self.file)
         counted = self._write(temporary)
         record = {
             "key": key,
