@@ -16,7 +16,7 @@ import faulty_disk
 import jax
 import numpy as np
 import pytest
-from launches import SAMPLE, SHARED, environment, run, run_module, write_config
+from launches import SAMPLE, SHARED, environment, losses, run, run_module, write_config
 
 from baichuan_jax.checkpoint.weights import load_params
 
@@ -164,6 +164,9 @@ def results(folder, command):
             if file.suffix == ".json":
                 content = TIMES.sub(b"", content)
             found[str(file.relative_to(folder))] = content
+    if (folder / "run").exists():
+        found["losses"] = losses(folder / "run")
+        weights.append(folder / "run")
     for path in weights:
         _, params = load_params(path)
         for place, array in jax.tree_util.tree_leaves_with_path(params):
