@@ -13,7 +13,6 @@ import platform
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +36,7 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.files import draft_of
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
 # Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
@@ -205,7 +205,7 @@ def storage_fault(folder: Path) -> str | None:
     """What is wrong with writing and reading a mebibyte where checkpoints go; None: nothing."""
     # Random, so that no cache or compression can answer from something older.
     content = os.urandom(1 << 20)
-    file = folder / f".preflight-{uuid.uuid4().hex}"
+    file = draft_of(folder / ".preflight")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(file, "wb") as opened:

@@ -95,6 +95,7 @@ def train_trials(library, tmp_path, trials):
         [never, *trials],
         environment(),
         seconds=60 + 60 * len(trials),
+        forked=False,
     )
     wanted = losses(Path(first["folder"]) / "run")
     assert list(wanted) == [1, 2, 3, 4]

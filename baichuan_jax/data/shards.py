@@ -22,7 +22,7 @@ from baichuan_jax.config.parsing import Count, read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
-from baichuan_jax.runs.files import publish, write_atomically
+from baichuan_jax.runs.files import draft_of, publish, write_atomically
 from baichuan_jax.tokenizer import Tokenizer
 
 # Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
@@ -120,8 +120,8 @@ class Shard:
     def make(self) -> None:
         """Write the shard, then its record."""
         key = self.key()  # as the file is now: one that changes meanwhile is packed again
-        # By host and process: on a cluster a part may be made twice, on two hosts.
-        temporary = self.folder / f"{self.name}.{os.uname().nodename}.{os.getpid()}.tmp"
+        # On a cluster a part may be made twice, on two hosts.
+        temporary = draft_of(self.file)
         counted = self._write(temporary)
         record = {
             "key": key,

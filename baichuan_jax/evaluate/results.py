@@ -29,7 +29,7 @@ from baichuan_jax.evaluate.questions import LETTERS
 from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
 from baichuan_jax.evaluate.tasks import Subject
 from baichuan_jax.resilience.causes import NumericsError
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import remove_leftovers, write_atomically
 
 Record = dict[str, Any]
 # What scores and manifest are made of.
@@ -187,6 +187,7 @@ class Results:
             # Half of one checkpoint's answers and half of another's would look like one result.
             before = require_type(read_json(file, paths=True), dict, str(file))
             self._refuse_others(before, settings)
+            remove_leftovers(self.folder / "subjects")
         elif self.folder.exists() and any(map(_is_result, self.folder.iterdir())):
             raise ConfigError(f"{folder} exists and holds no evaluation; choose another --output")
         else:

@@ -12,7 +12,7 @@ from baichuan_jax.hf.source import FILE, Source, find_tokenizer, is_hf, read_sou
 from baichuan_jax.hf.weights import export, import_params, refuse_existing
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_output
-from baichuan_jax.runs.files import writable
+from baichuan_jax.runs.files import new_folder, writable
 from baichuan_jax.tokenizer import Tokenizer
 
 
@@ -25,26 +25,26 @@ def main(argv: list[str]) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-    # Before the weights, whose reading may take minutes. Orbax refuses an existing folder only
-    # when it writes.
-    if Path(options.output).exists():
-        raise ConfigError(f"{options.output} exists; import writes a new folder")
+    # Before the weights, whose reading may take minutes.
+    output = Path(options.output)
+    refuse_existing(output)
     read_config(options.folder)  # for its error: a run's folder is a source too, and not for this
     source = read_source(options.folder)
     tokenizer = _tokenizer(source)
-    with owned_output(Path(options.output), beside=True):
+    with owned_output(output, beside=True):
         # On one device: a checkpoint is restored on any mesh later.
         params = import_params(options.folder, progress=True)
-        save_params(
-            options.output,
-            source.model,
-            params,
-            tokenizer_hash=None if tokenizer is None else tokenizer.hash,
-            facts=source.facts,
-        )
-        # The tokenizer goes with the weights, both ways: `generate` needs it.
-        if tokenizer is not None:
-            shutil.copy(tokenizer.path, Path(options.output) / FILE)
+        with new_folder(output) as draft:
+            save_params(
+                draft,
+                source.model,
+                params,
+                tokenizer_hash=None if tokenizer is None else tokenizer.hash,
+                facts=source.facts,
+            )
+            # The tokenizer goes with the weights, both ways: `generate` needs it.
+            if tokenizer is not None:
+                shutil.copy(tokenizer.path, draft / FILE)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from baichuan_jax.hf.source import FILE, is_hf
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.ownership import owned_output
+from baichuan_jax.runs.files import new_folder
 from baichuan_jax.sharding import Layout
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -158,8 +159,8 @@ def export(
     folder = Path(folder)
     refuse_existing(folder)
     # Two exports of one name would remove each other's files.
-    with owned_output(folder, beside=True):
-        _write(params, config, folder, dtype, form, tokenizer, facts or {}, max_shard_bytes)
+    with owned_output(folder, beside=True), new_folder(folder) as draft:
+        _write(params, config, draft, dtype, form, tokenizer, facts or {}, max_shard_bytes)
 
 
 def _write(
@@ -172,10 +173,7 @@ def _write(
     facts: Mapping[str, Any],
     max_shard_bytes: int,
 ) -> None:
-    # A killed export leaves the temporary name, never half a folder under the right one.
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.mkdir()
     wanted = list(entries(config, packed=form == "baichuan"))
     shapes = {name: shape for entry in wanted for name, shape in entry.tensors.items()}
 
@@ -187,27 +185,26 @@ def _write(
                 array = array[entry.layer]
             yield from entry.split(np.asarray(jax.device_get(array)))
 
-    write_safetensors(temporary, shapes, arrays(), dtype, max_shard_bytes)
+    write_safetensors(folder, shapes, arrays(), dtype, max_shard_bytes)
     contents = {
         "config.json": make_config(config, dtype, form, tokenizer, facts),
         "generation_config.json": make_generation_config(config, tokenizer, facts),
     }
     if tokenizer is not None:
-        shutil.copy(tokenizer.path, temporary / FILE)
+        shutil.copy(tokenizer.path, folder / FILE)
         contents |= {
             "tokenizer_config.json": make_tokenizer_config(config, form, tokenizer, facts),
             "special_tokens_map.json": make_special_tokens(config, tokenizer),
         }
     for name, content in contents.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        (temporary / name).write_text(text, encoding="utf-8")
-    temporary.rename(folder)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise ConfigError where an export's folder exists and is not empty."""
+    """Raise ConfigError where a folder for weights exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; export writes a new folder")
+        raise ConfigError(f"{folder} exists and is not empty; delete it, or choose another output")
 
 
 def load_pretrained(

@@ -35,7 +35,13 @@ from baichuan_jax.resilience.coordination import TIMEOUT_SECONDS, agree
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.heartbeats import BEAT, HeartbeatMonitor
 from baichuan_jax.resilience.waits import wait_until
-from baichuan_jax.runs.files import create_once, read_once, remove_once, write_atomically
+from baichuan_jax.runs.files import (
+    create_once,
+    read_once,
+    remove_leftovers,
+    remove_once,
+    write_atomically,
+)
 
 # As long as a supervisor gives another: twice resilience.silence_seconds by default. A process that
 # compiles may hold Python's lock, and with it the beat, for some seconds.
@@ -275,6 +281,8 @@ def owned(
         if contender.claim is None:
             raise ConfigError(_refusal(contender, what, otherwise, seconds))
         alone.pop_all()
+    # Of owners that were killed.
+    remove_leftovers(lock.parent)
     try:
         yield contender.claim
     finally:
@@ -292,10 +300,15 @@ def _refusal(contender: _Contender, what: str, otherwise: str, seconds: float) -
     return f"{what} is owned by {owner}, which {how} for more than {seconds:.0f} s; {stop}"
 
 
-def owned_output(folder: Path, *, beside: bool = False, seconds: float = STOPPING_SECONDS) -> Any:
+@contextlib.contextmanager
+def owned_output(
+    folder: Path, *, beside: bool = False, seconds: float = STOPPING_SECONDS
+) -> Iterator[Claim]:
     """`owned` for the folder that a command writes. `beside`: nothing else may lie in it."""
     lock = folder.with_name(f".{folder.name}.lock") if beside else folder / "lock"
-    return owned(lock, f"the output {folder}", "choose another output", seconds=seconds)
+    with owned(lock, f"the output {folder}", "choose another output", seconds=seconds) as claim:
+        remove_leftovers(folder)
+        yield claim
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import os
+import re
 import shutil
 import tempfile
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +27,65 @@ _NO_LINKS = frozenset(
 )
 
 
+def draft_of(path: Path) -> Path:
+    """Where this process writes what gets the name `path` once it is whole.
+
+    By host, process numbers' namespace and process: two that write the same file at once must not
+    share an unfinished one, and in containers the processes of several hosts have the same number.
+    """
+    return path.with_name(f"{path.name}.{_namespace()}.{os.getpid()}.tmp")
+
+
+@functools.cache
+def _namespace() -> str:
+    """What a process number is one in: containers have numbers of their own."""
+    try:
+        number = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        number = 0
+    return f"{os.uname().nodename}.{number}"
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the drafts of a file or folder, or of all in a folder, whose process is dead.
+
+    A process that is killed cannot do it. Best effort: it cannot know of those of other hosts.
+    """
+    pattern = re.compile(rf"(.*)\.{re.escape(_namespace())}\.(\d+)\.tmp", re.DOTALL)
+    with contextlib.suppress(OSError):
+        for draft in os.listdir(folder):
+            match = pattern.fullmatch(draft)
+            if match and name in (None, match[1]) and not _is_alive(int(match[2])):
+                _remove(folder / draft)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        # Another user's.
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder. Best effort."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def require_writable(folder: Path | str, setting: str) -> None:
     """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
-    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"
+    probe = draft_of(Path(folder) / ".probe")
     # Tried and not looked up: permission bits do not show a read-only mount.
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        remove_leftovers(probe.parent)
     except OSError as error:
         if error.errno in _OF_THE_DISK:
             raise
@@ -56,6 +108,7 @@ def writable(text: str) -> str:
             # argparse names the option before this.
             reason = f"{text!r} cannot be written: {error.strerror}"
             raise argparse.ArgumentTypeError(reason) from None
+    remove_leftovers(path.parent, path.name)
     return text
 
 
@@ -72,9 +125,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     Makes its folder. Not durable: faster, and a power failure may lose it. Raises OSError, which
     names the file; nothing is left of it then.
     """
-    # By host and process: two that write the same file at once must not share an unfinished one,
-    # and in containers the processes of several hosts have the same number.
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    temporary = draft_of(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -94,12 +145,36 @@ def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
     with naming(path):
         # Without fsync a power failure could keep the new name and lose the content.
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(temporary)
         os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    """Return once a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Where the block makes a folder, which gets its name once all of it is on the disk.
+
+    The caller owns `path`, which is not there or empty. Raises OSError.
+    """
+    draft = draft_of(path)
+    try:
+        draft.mkdir(parents=True)
+        # Inside, so that what a library writes beside it is a part of the draft too.
+        folder = draft / path.name
+        yield folder
+        for file in (folder, *folder.rglob("*")):
+            _flush(file)
+        folder.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
@@ -194,7 +269,7 @@ def create_once(path: Path, content: bytes) -> bool:
     folder cannot be renamed onto one that holds a file. Then the file lies in PATH.once/.
     """
     # Complete and on the disk before it has its name.
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    draft = draft_of(path.with_name(f".{path.name}"))
     try:
         write_atomically(draft / path.name, content)
         try:

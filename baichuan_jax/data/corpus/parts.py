@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 from baichuan_jax import __version__
 from baichuan_jax.config.parsing import read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.runs.files import publish, write_atomically
+from baichuan_jax.runs.files import draft_of, publish, write_atomically
 
 # Of the files of all stages. Another number invalidates the finished stages of all users.
 VERSION = 3
@@ -138,7 +137,7 @@ class ParquetFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         # Two hosts may make the same part: Ray repeats the task of a host that it takes for lost.
-        self._temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        self._temporary = draft_of(path)
         self._writer: Any = None  # a ParquetWriter from the first table on
 
     def __enter__(self) -> "ParquetFile":
