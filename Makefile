@@ -66,8 +66,8 @@ test-slow: dev  ## the tests that are left out of `make test`
 test-chaos: dev  ## the tests of spares and of every kind of fault, many minutes
 	exec $(BIN)/python -m pytest -m chaos $(ARGS)
 
-test-disk: dev  ## every error of a disk at every call of a training: hours (gcc)
-	FAULTY_DISK_TESTS=all exec $(BIN)/python -m pytest tests/test_disk.py $(ARGS)
+test-disk: dev  ## a kill and every error of a disk at every call of every command: days (gcc)
+	FAULTY_DISK_TESTS=all exec $(BIN)/python -m pytest tests/test_disk.py tests/test_restart.py $(ARGS)
 
 # Minutes of `make fuzz`, divided evenly over the formats.
 MINUTES ?= 60

@@ -11,6 +11,7 @@ process 0 before anything is read, and the digest of every array after it is bac
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,11 @@ class Checkpoints:
             "config": self._plain,
             "digest": self._target.digest(items),
         }
-        self._manager.save(step, args=save_arguments(items, run))
+        try:
+            self._manager.save(step, args=save_arguments(items, run))
+        except Exception:
+            self._forget(step)
+            raise
         self._saving = step
 
     def is_saving(self) -> bool:
@@ -120,9 +125,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception:
-            # With several processes the launch ends, and to reload the list would be a barrier.
-            if jax.process_count() == 1:
-                forget_failed_save(self._manager)
+            self._forget(step)
             raise
         # After Orbax has renamed the folder: a kill before this leaves a checkpoint without sizes,
         # which is good all the same.
@@ -132,6 +135,13 @@ class Checkpoints:
             except OSError as error:
                 say(f"checkpoint {step} is saved; its list of sizes is not: {error.strerror}")
         return step
+
+    def _forget(self, step: int) -> None:
+        """Leave nothing of a save that failed: half a checkpoint takes room on a full disk."""
+        # With several processes the launch ends, and to reload the list would be a barrier.
+        if jax.process_count() == 1:
+            forget_failed_save(self._manager)
+            shutil.rmtree(self.directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on storage, oldest first."""

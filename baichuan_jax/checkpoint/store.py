@@ -10,7 +10,6 @@ disk it never does: storage keeps what lasts.
 import contextlib
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Iterator
 
@@ -20,7 +19,7 @@ from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.schedule import Due, Schedule
 from baichuan_jax.checkpoint.state import RunState, StateTarget
-from baichuan_jax.resilience.causes import SaveFailed, what_to_do
+from baichuan_jax.resilience.causes import SaveFailed, errno_of, what_to_do
 from baichuan_jax.resilience.clock import CHECKPOINT, Clock
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
@@ -221,21 +220,12 @@ class CheckpointStore:
             if must_succeed or jax.process_count() > 1:
                 raise SaveFailed(
                     f"checkpoint {step} could not be written in {self._storage.directory}: "
-                    f"{reason}; {what_to_do(_errno(error))}"
+                    f"{reason}; {what_to_do(errno_of(error))}"
                 ) from error
-
-
-# TensorStore ends a page about its layers with the system's own word.
-_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'")
-
-
-def _errno(error: Exception) -> int | None:
-    found = _SYSTEM_ERROR.search(str(error))
-    return getattr(error, "errno", None) if found is None else int(found[1])
 
 
 def _reason(error: Exception) -> str:
     """One line: why a save failed."""
-    if (number := _errno(error)) is not None:
+    if (number := errno_of(error)) is not None:
         return os.strerror(number)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

@@ -17,6 +17,7 @@ from baichuan_jax.checkpoint.orbax import (
     restore_items,
     save_arguments,
 )
+from baichuan_jax.checkpoint.orbax_workarounds import quiet_saves
 from baichuan_jax.checkpoint.state import named_digest
 from baichuan_jax.config.parsing import whole_number
 from baichuan_jax.config.schema import ConfigError, ModelConfig
@@ -115,7 +116,7 @@ def save_params(
         "digest": named_digest(jax.jit(digest), items),
     }
     # No CheckpointManager: weights alone are one checkpoint, without steps.
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with quiet_saves(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=save_arguments(items, run))
 
 

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -36,7 +37,7 @@ from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import owned_output
-from baichuan_jax.runs.files import publish, writable_file, write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -415,7 +416,6 @@ def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
 
     Returns the weights of good less those of bad.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One thread and a fixed seed: the same bytes every time.
     settings = {"lr": 0.3, "dim": 8, "epoch": 5, "wordNgrams": 2, "minCount": 1, "minn": 0}
     settings |= {"maxn": 0, "thread": 1, "seed": 1, "verbose": 0}
@@ -430,10 +430,19 @@ def _fit(fasttext: Any, lines: list[str], path: Path, size: int) -> list[float]:
         # Before quantization, which cannot be asked for it.
         output = dict(zip(classifier.get_labels(), classifier.get_output_matrix(), strict=True))
         classifier.quantize(str(text), qnorm=True, cutoff=size)
-        temporary = path.with_suffix(".tmp")
-        classifier.save_model(str(temporary))
-    publish(temporary, path)
+    write_atomically(path, _content(classifier))
     return (output["__label__good"] - output["__label__bad"]).astype(float).tolist()
+
+
+def _content(classifier: Any) -> bytes:
+    """The file of a fastText model.
+
+    fastText writes to a name only, and takes no notice of what a full disk refuses; memory refuses
+    nothing.
+    """
+    with os.fdopen(os.memfd_create("model"), "rb") as memory:
+        classifier.save_model(f"/proc/self/fd/{memory.fileno()}")
+        return memory.read()
 
 
 def _judged(

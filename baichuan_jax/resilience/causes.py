@@ -10,6 +10,7 @@ tables of exit codes in `launch --help`, both READMEs and docs/operations.md sho
 import enum
 import errno
 import itertools
+import os
 import re
 
 from baichuan_jax.config.schema import ConfigError
@@ -108,24 +109,40 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 _NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 
+# TensorStore ends a page about its layers with the system's own word; it raises ValueError.
+_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'")
+_QUOTED_PATH = re.compile(r'"(/[^"\n]+)"')
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error that Python or TensorStore met; None where there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _SYSTEM_ERROR.search(str(error))
+    return None if found is None else int(found[1])
+
+
 def cause_of(error: BaseException) -> Cause:
-    """The cause that an exception means by its type, or an OSError by its number."""
+    """The cause that an exception means by its type, or by the system's number in it."""
     for kind, cause in EXCEPTIONS.items():
         if isinstance(error, kind):
             return cause
-    if isinstance(error, OSError) and error.errno in _STORAGE:
+    number = errno_of(error)
+    if number in _STORAGE:
         return Cause.STORAGE
-    if isinstance(error, OSError) and error.errno in _REFUSED | _NO_PATH:
+    if number in _REFUSED | _NO_PATH:
         return Cause.CONFIGURATION
     return Cause.EXCEPTION
 
 
 def describe(error: BaseException) -> str:
     """One line: what a command says of an error that is no bug."""
-    if not isinstance(error, OSError) or error.errno is None:
+    number = errno_of(error)
+    if number is None:
         return str(error)
-    what = "a file" if error.filename is None else str(error.filename)
-    return f"{what}: {error.strerror}; {what_to_do(error.errno)}"
+    named = _QUOTED_PATH.search(str(error))
+    file = getattr(error, "filename", None) or (named[1] if named else "a file")
+    return f"{file}: {os.strerror(number)}; {what_to_do(number)}"
 
 
 def what_to_do(number: int | None) -> str:

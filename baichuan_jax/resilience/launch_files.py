@@ -20,7 +20,6 @@ Files appear whole, by a rename. Plan and verdict are written once, by whichever
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -37,7 +36,7 @@ from baichuan_jax.config.parsing import (
 )
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.resilience.causes import Cause
-from baichuan_jax.runs.files import create_once, read_once, write_atomically
+from baichuan_jax.runs.files import create_once, draft_of, read_once, write_atomically
 
 # The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
@@ -327,7 +326,7 @@ class Launches:
         """The folder of a new launch that no supervisor planned."""
         path = self.path / str(self.latest() + 1)
         # Renamed into place with its mark inside: a supervisor that looks must not join it.
-        draft = path.with_name(f".{os.getpid()}")
+        draft = draft_of(path)
         draft.mkdir(parents=True, exist_ok=True)
         (draft / UNSUPERVISED).touch()
         draft.rename(path)

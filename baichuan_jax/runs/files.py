@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import os
 import re
@@ -30,28 +31,33 @@ _NO_LINKS = frozenset(
 def draft_of(path: Path) -> Path:
     """Where this process writes what gets the name `path` once it is whole.
 
-    By host, process numbers' namespace and process: two that write the same file at once must not
-    share an unfinished one, and in containers the processes of several hosts have the same number.
+    Two that write the same file at once must not share an unfinished one, and in containers the
+    processes of several hosts have the same number.
     """
-    return path.with_name(f"{path.name}.{_namespace()}.{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{_numbering()}.{os.getpid()}.tmp")
+
+
+def _numbering() -> str:
+    """Names what a process number counts in: a host since its start, and a container."""
+    known = "\n".join((os.uname().nodename, *_kernel()))
+    return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 @functools.cache
-def _namespace() -> str:
-    """What a process number is one in: containers have numbers of their own."""
+def _kernel() -> tuple[str, str]:
     try:
-        number = os.stat("/proc/self/ns/pid").st_ino
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, os.readlink("/proc/self/ns/pid")
     except OSError:
-        number = 0
-    return f"{os.uname().nodename}.{number}"
+        return "", ""
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the drafts of a file or folder, or of all in a folder, whose process is dead.
+    """Remove the drafts of a file or folder, or of all in a folder, whose process was killed.
 
-    A process that is killed cannot do it. Best effort: it cannot know of those of other hosts.
+    Best effort: whether a process of another host lives is not known here.
     """
-    pattern = re.compile(rf"(.*)\.{re.escape(_namespace())}\.(\d+)\.tmp", re.DOTALL)
+    pattern = re.compile(rf"(.*)\.{_numbering()}\.(\d+)\.tmp", re.DOTALL)
     with contextlib.suppress(OSError):
         for draft in os.listdir(folder):
             match = pattern.fullmatch(draft)

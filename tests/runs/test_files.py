@@ -10,7 +10,15 @@ from launches import environment
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs import files
-from baichuan_jax.runs.files import create_once, read_once, remove_once, write_atomically
+from baichuan_jax.runs.files import (
+    create_once,
+    draft_of,
+    new_folder,
+    read_once,
+    remove_leftovers,
+    remove_once,
+    write_atomically,
+)
 
 
 def lacking(number: int):
@@ -84,6 +92,46 @@ def test_processes_with_one_number_on_two_hosts_share_no_draft(tmp_path, monkeyp
         monkeypatch.setattr(os, "uname", lambda name=name: name)
         write_atomically(tmp_path / "file", b"x")
     assert len(set(drafts)) == 2
+
+
+def test_drafts_of_dead_processes_are_removed_and_no_others(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine = draft_of(tmp_path / "file")
+    file, folder = (
+        mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{dead.pid}.").replace("file", name))
+        for name in ("file", "folder\n[*]")
+    )
+    others = mine.with_name(f"file.{'0' * 8}.{dead.pid}.tmp")
+    kept = {mine, others, tmp_path / "file", tmp_path / f"file.{dead.pid}.tmp"}
+    for path in kept | {file}:
+        path.write_bytes(b"x")
+    (folder / "inside").mkdir(parents=True)
+    remove_leftovers(tmp_path, "file")
+    assert set(tmp_path.iterdir()) == kept | {folder}
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == kept
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    def make_half():
+        with new_folder(tmp_path / "a") as folder:
+            folder.mkdir()
+            (folder / "first").write_bytes(b"x")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        make_half()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "first").write_bytes(b"x")
+        folder.with_name("beside").mkdir()
+        assert list((tmp_path / "a").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "sub" / "first").read_bytes() == b"x"
 
 
 # Rounds of processes that race for a file; some are killed at a random moment. A winner that lives
