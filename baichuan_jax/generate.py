@@ -24,8 +24,8 @@ from flax import nnx
 
 from baichuan_jax.config.files import add_mesh_options, mesh_config
 from baichuan_jax.config.schema import ConfigError, MeshConfig, at_least
-from baichuan_jax.hf.source import find_tokenizer
-from baichuan_jax.hf.weights import load_pretrained
+from baichuan_jax.hf.source import find_tokenizer, read_source
+from baichuan_jax.hf.weights import load_model
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.sharding import make_mesh
@@ -318,7 +318,11 @@ def main(argv: list[str]) -> int:
     # Checked before the model is loaded, which may take minutes.
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
-    tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
+    # Once: of a run that still trains, everything below is of the checkpoint that is newest now.
+    source = read_source(options.checkpoint)
+    if str(source.path) != options.checkpoint:
+        say(f"checkpoint: {source.path}")
+    tokenizer = find_tokenizer(source, options.tokenizer)
     for warning in tokenizer.warnings:
         say(warning)
     # A shell passes \n as two characters.
@@ -326,7 +330,7 @@ def main(argv: list[str]) -> int:
     encode_prompts(tokenizer, [prompt])
     # One device needs no mesh, and compiles faster without.
     mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
-    generator = Generator(load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh))
+    generator = Generator(load_model(source, options.dtype, mesh))
     print(prompt, end="", flush=True)
     generator.generate(
         tokenizer,

@@ -38,7 +38,7 @@ from baichuan_jax.training.numerics import NumericsGuard
 from baichuan_jax.training.profiler import Profiler
 from baichuan_jax.training.recorder import Recorder
 from baichuan_jax.training.restore import (
-    check_initial_weights,
+    find_initial_weights,
     open_store,
     plan_restore,
     restore,
@@ -89,8 +89,8 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             number, config, steps, choices, display = start_devices(config, flags, watch)
         with clock("pack"):
             first = display.active
-            check_initial_weights(config)
-            prepared = prepare(config, writer=first, progress=first, say=display.say)
+            source = find_initial_weights(config)
+            prepared = prepare(config, source, writer=first, progress=first, say=display.say)
             tests = read_tests(config, prepared)
         with clock("start"):
             output, before = _open_run(config, run, prepared, display)

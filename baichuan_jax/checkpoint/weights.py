@@ -56,27 +56,35 @@ def has_checkpoint(path: Path) -> bool:
     return True
 
 
-def describe(path: Path | str) -> dict[str, Any]:
+def choose_checkpoint(path: Path) -> Path:
+    """What find_checkpoint finds on process 0, on all processes.
+
+    The run may still train: what is described, hashed and read has to be this one, whatever it
+    saves meanwhile. Every process must call this with the same path, once.
+    """
+    return path / agree(
+        f"checkpoint of {path}", lambda: str(find_checkpoint(path).relative_to(path))
+    )
+
+
+def describe(folder: Path) -> dict[str, Any]:
     """A checkpoint's `run` item: `config`, `digest`, `tokenizer`; a run's also has `step`.
 
-    Raises ConfigError where there is no checkpoint or it is damaged.
+    Raises ConfigError where the checkpoint is gone or damaged.
     """
-    folder = find_checkpoint(Path(path).absolute())
     try:
         return read_run(folder)
     except CorruptCheckpoint as error:
-        raise _damaged(folder, error) from None
+        raise _unreadable(folder, error) from None
 
 
-def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
-    """The weights, float32, of a run's newest checkpoint or of one checkpoint folder.
+def load_params(folder: Path, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
+    """The weights, float32, of one checkpoint.
 
     They lie as `layout` says; without one on the first device. Raises ConfigError.
     """
-    path = Path(path).absolute()
-    # The run may still train: all processes read the checkpoint that process 0 finds.
-    newest = agree(f"checkpoint of {path}", lambda: str(find_checkpoint(path).relative_to(path)))
-    folder = path / newest
+    # Orbax takes no other.
+    folder = folder.absolute()
     try:
         run = read_run(folder)
         config = ModelConfig(**run["config"]["model"])
@@ -93,7 +101,7 @@ def load_params(path: Path | str, layout: Layout | None = None) -> tuple[ModelCo
         digest_of = lambda items: named_digest(jax.jit(digest), items)
         return config, restore_items(folder, target, run["digest"], digest_of)["params"]
     except CorruptCheckpoint as error:
-        raise _damaged(folder, error) from None
+        raise _unreadable(folder, error) from None
 
 
 def save_params(
@@ -120,5 +128,10 @@ def save_params(
         checkpointer.save(Path(path).absolute(), args=save_arguments(items, run))
 
 
-def _damaged(folder: Path, error: CorruptCheckpoint) -> ConfigError:
+def _unreadable(folder: Path, error: CorruptCheckpoint) -> ConfigError:
+    if not (folder / "params").is_dir():
+        return ConfigError(
+            f"{folder} was deleted meanwhile: its run still trains and keeps few checkpoints "
+            "(checkpoint.keep_last); start again, or give a copy of a checkpoint"
+        )
     return ConfigError(f"{folder} is damaged: {error}; choose another checkpoint of the run")

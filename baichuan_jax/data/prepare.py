@@ -28,7 +28,7 @@ from baichuan_jax.documents.files import (
     states,
 )
 from baichuan_jax.documents.reader import read_texts
-from baichuan_jax.hf.source import find_tokenizer
+from baichuan_jax.hf.source import Source, find_tokenizer, read_source
 from baichuan_jax.resilience.coordination import agree, require_same
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.resilience.waits import wait_until
@@ -49,12 +49,21 @@ class Prepared:
     validation: list[tuple[Rows, float]]
     # The files of each corpus that is a glob of text.
     text: Text = dataclasses.field(default_factory=dict)
+    # The weights that a first launch begins at, where init_from names some.
+    source: Source | None = None
 
 
 def prepare(
-    config: Config, *, writer: bool = True, progress: bool = True, say: Say = lambda _: None
+    config: Config,
+    source: Source | None = None,
+    *,
+    writer: bool = True,
+    progress: bool = True,
+    say: Say = lambda _: None,
 ) -> Prepared:
     """Tokenizer and rows of a configuration; what is missing is made once, for all later runs.
+
+    `source`: init_from's weights, where the caller has looked at them.
 
     Of a run's processes the first is the `writer`; the others take its files, and wait for them,
     CACHE_SECONDS at most. Raises ConfigError, also where hosts see other files.
@@ -65,7 +74,7 @@ def prepare(
             "weights"
         )
     text = _look(config)
-    tokenizer = _find_tokenizer(config, text, writer, say)
+    tokenizer = _find_tokenizer(config, source, text, writer, say)
     require_same("tokenizer", tokenizer.hash)
     for warning in tokenizer.warnings:
         say(warning)
@@ -88,7 +97,7 @@ def prepare(
     train = rows_of("data.train", config.data.train)
     _say_where_padding_is_text(config, tokenizer, train, say)
     validation = rows_of("data.validation", config.data.validation)
-    return Prepared(tokenizer, train, validation, text)
+    return Prepared(tokenizer, train, validation, text, source)
 
 
 def _look(config: Config) -> Text:
@@ -125,7 +134,9 @@ def _is_packed(path: str) -> bool:
     return (Path(path) / MANIFEST).exists()
 
 
-def _find_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Tokenizer:
+def _find_tokenizer(
+    config: Config, source: Source | None, text: Text, writer: bool, say: Say
+) -> Tokenizer:
     """The tokenizer of the weights that the run goes on from, else tokenizer.path or a new one."""
     given, own = config.tokenizer.path, config.run_path / "tokenizer.model"
     if agree("whether the run has a checkpoint", lambda: has_checkpoint(config.run_path)):
@@ -134,7 +145,8 @@ def _find_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Token
         if given is None and own.is_file():
             return _own_tokenizer(config, own)
     elif config.init_from is not None:
-        tokenizer = find_tokenizer(config.init_from, given, "--tokenizer.path")
+        source = read_source(config.init_from) if source is None else source
+        tokenizer = find_tokenizer(source, given, "--tokenizer.path")
         say(f"tokenizer: {tokenizer.path} ({tokenizer.vocab_size} pieces), of init_from's weights")
         return tokenizer
     return Tokenizer(given) if given is not None else _train_tokenizer(config, text, writer, say)

@@ -33,7 +33,7 @@ from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
 from baichuan_jax.generate import add_model_options
 from baichuan_jax.hf.source import Source, find_tokenizer, read_source
-from baichuan_jax.hf.weights import load_pretrained, weights_sha256
+from baichuan_jax.hf.weights import load_model, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.exits import run_command, say
@@ -58,7 +58,11 @@ def main(argv: list[str]) -> int:
     # Before anything asks for devices: from here on jax knows all of them.
     initialize_processes(DistributedConfig())
     # Wrong files and names are refused before the weights are loaded, which may take minutes.
-    tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
+    # Once: of a run that still trains, everything below is of the checkpoint that is newest now.
+    source = read_source(options.checkpoint)
+    if str(source.path) != options.checkpoint and jax.process_index() == 0:
+        say(f"checkpoint: {source.path}")
+    tokenizer = find_tokenizer(source, options.tokenizer)
     # On all processes the same: other text would make other batches.
     require_same("--tokenizer", tokenizer.hash)
     for warning in tokenizer.warnings if jax.process_index() == 0 else ():
@@ -66,10 +70,10 @@ def main(argv: list[str]) -> int:
     command = _perplexity if options.command == "perplexity" else _evaluate
     output = Path(options.output)
     with owned_together(output / "lock", f"the output {output}", "choose another output"):
-        return command(options, tokenizer)
+        return command(options, source, tokenizer)
 
 
-def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
+def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer) -> int:
     """Score a test and write its output folder."""
     plan = Plan(
         options.command,
@@ -96,12 +100,11 @@ def _evaluate(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     def make_scorer() -> Scorer:
         # Loaded only where a subject is left to score.
         nonlocal work
-        model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
+        model = load_model(source, options.dtype, mesh)
         scorer = Scorer(model, mesh, options.batch_tokens)
         work = scorer.work
         return scorer
 
-    source = read_source(options.checkpoint)
     settings = _settings(options, mesh, source)
     # result is empty in processes other than the first, which write nothing.
     result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
@@ -136,9 +139,9 @@ def _settings(options: argparse.Namespace, mesh: Mesh, source: Source) -> dict[s
         context=mesh.shape["context"],
     )
     return {
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": str(source.path),
         # A folder of the same name may hold other weights tomorrow.
-        "weights_sha256": weights_sha256(options.checkpoint),
+        "weights_sha256": weights_sha256(source),
         "dtype": options.dtype,
         "attention": attention,
         "device": device.device_kind,
@@ -176,7 +179,7 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
     display.say(f"results in {output}: table.md, records.jsonl, result.json")
 
 
-def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
+def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenizer) -> int:
     """Measure the curve and write its output folder."""
     contexts = parse_contexts(options.context)
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
@@ -193,9 +196,8 @@ def _perplexity(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     )
     if counts["text_cut"]:
         display.say("the text goes on beyond --max_tokens, and is not read", style="yellow")
-    source = read_source(options.checkpoint)
     settings = _settings(options, mesh, source)
-    model = load_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
+    model = load_model(source, options.dtype, mesh)
     # Each context length reads the whole text once.
     total = len(contexts) * len(tokens)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not first) as bar:

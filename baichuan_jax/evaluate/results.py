@@ -197,6 +197,10 @@ class Results:
         differing = sorted(
             key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)
         )
+        # The name of the same weights: a folder may move, and of a run's folder the newest
+        # checkpoint is meant.
+        if "weights_sha256" in settings and differing == ["checkpoint"]:
+            differing = []
         if differing:
             changes = "; ".join(
                 f"{key[:60]}: {show(before.get(key))} there, {show(settings.get(key))} now"

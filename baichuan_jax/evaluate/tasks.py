@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baichuan_jax.config.schema import ConfigError, require
+from baichuan_jax.documents.files import require_unchanged, states
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.questions import LETTERS, READERS, Question, read_answers
 from baichuan_jax.evaluate.twins import rows_with_twin
@@ -76,6 +77,7 @@ def load_subjects(
     known = known_subjects(task)
     wanted = list(known) if only is None else _choose(task, known, only)
     files = _find_files(task, folder, split, wanted)
+    before = states(str(path) for paths in files.values() for path in paths)
     # Only C-Eval's test split needs them: its authors keep the answers.
     given = read_answers(Path(answers)) if answers is not None else {}
     digest = hashlib.sha256()
@@ -106,6 +108,8 @@ def load_subjects(
         # A file that is named and not used would look like one that decided the scores.
         raise ConfigError(f"answers={answers} has no use: all questions have answers in {folder}")
     _check_answers(task, split, found, files)
+    # What was hashed is what was read.
+    require_unchanged(before)
     return found, digest.hexdigest()
 
 

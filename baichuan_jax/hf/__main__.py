@@ -53,7 +53,8 @@ def _export(options: argparse.Namespace) -> None:
     if is_hf(source.path):
         raise ConfigError(f"{source.path} is a Hugging Face folder already")
     tokenizer = _tokenizer(source, options.tokenizer)
-    config, params = load_params(options.checkpoint)
+    say(f"exporting {source.path}")
+    config, params = load_params(source.path)
     export(
         params,
         config,
@@ -73,7 +74,7 @@ def _tokenizer(source: Source, given: str | None = None) -> Tokenizer | None:
             "generate, evaluate and training from them will ask for it"
         )
         return None
-    tokenizer = find_tokenizer(source.path, given)
+    tokenizer = find_tokenizer(source, given)
     for warning in tokenizer.warnings:
         say(warning)
     return tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.checkpoint.weights import describe
+from baichuan_jax.checkpoint.weights import choose_checkpoint, describe
 from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import check_facts, read_config, read_facts
@@ -24,8 +24,10 @@ FILE = "tokenizer.model"
 class Source:
     """A folder of weights, and what it says of them.
 
-    `tokenizer_hash`: SHA-256 of the tokenizer of their training; None: not recorded. `facts`: see
-    hf/config.py `read_facts`; a run's have max_position_embeddings, its context_length.
+    `path`: a Hugging Face folder, or one checkpoint: of a run's folder, the newest when it was
+    looked at. All that is done with the weights is done with this one. `tokenizer_hash`: SHA-256
+    of the tokenizer of their training; None: not recorded. `facts`: see hf/config.py `read_facts`;
+    a run's have max_position_embeddings, its context_length.
     """
 
     path: Path
@@ -57,10 +59,14 @@ def is_hf(path: Path | str) -> bool:
 
 
 def read_source(path: Path | str) -> Source:
-    """What a folder of weights says of itself. Raises ConfigError where it is none."""
+    """What a folder of weights says of itself. Raises ConfigError where it is none.
+
+    Every process must call this with the same path, once.
+    """
     path = Path(path)
     if is_hf(path):
         return Source(path, read_config(path), None, read_facts(path))
+    path = choose_checkpoint(path)
     found = describe(path)
     config = found["config"]
     if "train" in config:
@@ -76,14 +82,14 @@ def read_source(path: Path | str) -> Source:
 
 
 def find_tokenizer(
-    checkpoint: Path | str, given: Path | str | None = None, option: str = "--tokenizer"
+    source: Source, given: Path | str | None = None, option: str = "--tokenizer"
 ) -> Tokenizer:
-    """The tokenizer `given`, or the tokenizer.model of a checkpoint, in its folder or its run's.
+    """The tokenizer `given`, or the tokenizer.model of weights, in their folder or their run's.
 
     Raises ConfigError where there is none, or it is not the one the checkpoint was trained with.
     `option`: what gives another one, for the messages.
     """
-    source = read_source(checkpoint)
+    checkpoint = source.path
     own = source.tokenizer_file
     known = source.tokenizer_hash
     path = own if given is None else given

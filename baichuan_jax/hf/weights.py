@@ -33,7 +33,7 @@ from baichuan_jax.hf.config import (
 )
 from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
 from baichuan_jax.hf.names import entries
-from baichuan_jax.hf.source import FILE, is_hf
+from baichuan_jax.hf.source import FILE, Source, is_hf, read_source
 from baichuan_jax.model import Params, Transformer, abstract_model
 from baichuan_jax.resilience.coordination import require_same
 from baichuan_jax.resilience.ownership import owned_output
@@ -210,35 +210,43 @@ def refuse_existing(folder: Path) -> None:
 def load_pretrained(
     path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None
 ) -> Transformer:
-    """A model from a Hugging Face folder or a run's checkpoint.
+    """A model from a Hugging Face folder, a run's folder (its newest checkpoint) or a checkpoint.
 
     Call it: model(tokens_BT, attention_mask=None) -> logits_BTV. It computes in `dtype`, on `mesh`
     or one device. bfloat16 keeps a Hugging Face folder's matrices in bfloat16 too; the logits are
     those of float32 ones, which are cast for every product. Raises ConfigError where the path is
-    neither or does not fit.
+    none of them or does not fit.
     """
+    return load_model(read_source(path), dtype, mesh)
+
+
+def load_model(
+    source: Source, dtype: Literal["float32", "bfloat16"] = "float32", mesh: Mesh | None = None
+) -> Transformer:
+    """load_pretrained of a folder that has been looked at."""
     layout = None if mesh is None else Layout(mesh)
-    if is_hf(path):
-        config, params = read_config(path), import_params(path, layout, dtype=dtype)
+    if is_hf(source.path):
+        config, params = source.model, import_params(source.path, layout, dtype=dtype)
     else:
-        config, params = load_params(path, layout)
+        config, params = load_params(source.path, layout)
     # remat has no use without a backward pass.
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     graphdef, _, _ = abstract_model(config)
     return nnx.merge(graphdef, params)
 
 
-def weights_sha256(path: Path | str) -> str:
-    """A hash of the weights that load_pretrained reads.
+def weights_sha256(source: Source) -> str:
+    """A hash of the weights that load_model reads.
 
     It covers a Hugging Face folder's config.json and weight files, or a checkpoint's digests.
     """
+    path = source.path
     if not is_hf(path):
         digests = describe(path)["digest"].items()
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
     digest = hashlib.sha256()
-    for file in (Path(path) / "config.json", *_weight_files(path)):
+    for file in (path / "config.json", *_weight_files(path)):
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

@@ -135,16 +135,20 @@ def restore(
     found = store.restore(rollback)
     if found is None:
         # Step 0, row 0: weights from elsewhere say nothing about this run's schedule and data.
-        found = RunState(_initial_state(config, steps, output), 0, Progress(config.train.seed))
+        state = _initial_state(config, prepared.source, steps, output)
+        found = RunState(state, 0, Progress(config.train.seed))
     return _follow(config, prepared, found, rollback, output)
 
 
-def _initial_state(config: Config, steps: Steps, output: Output) -> TrainState:
+def _initial_state(
+    config: Config, source: Source | None, steps: Steps, output: Output
+) -> TrainState:
     if config.init_from is None:
         return steps.init()
-    source = read_source(config.init_from)
+    # It has not been looked at where all checkpoints of the run turned out to be damaged.
+    source = read_source(config.init_from) if source is None else source
     state = steps.start(_initial_weights(config, source, steps.layout))
-    output.say(f"weights from {config.init_from}, fresh optimiser and schedule", style="green")
+    output.say(f"weights from {source.path}, fresh optimiser and schedule", style="green")
     ours = config.train.context_length
     if source.context_length not in (None, ours):
         # Legal: to train on at another length is how a model learns it.
@@ -153,7 +157,7 @@ def _initial_state(config: Config, steps: Steps, output: Output) -> TrainState:
             f"train.context_length is {ours}",
             style="yellow",
         )
-    output.event(Initialised(source=config.init_from))
+    output.event(Initialised(source=str(source.path)))
     return state
 
 
@@ -254,15 +258,19 @@ def _record_changes(
     output.event(DataChanged(step=step, position=position, row=row, changes=changes))
 
 
-def check_initial_weights(config: Config) -> None:
-    """Refuse weights of another model before anything is prepared for them. Raises ConfigError.
+def find_initial_weights(config: Config) -> Source | None:
+    """The weights that this launch begins at; None: init_from names none, or has had its turn.
 
-    Only the first launch of a run begins at init_from.
+    Only the first launch of a run begins there. Raises ConfigError for weights of another model,
+    before anything is prepared for them.
     """
     if config.init_from is None:
-        return
-    if not agree("whether init_from counts", lambda: has_checkpoint(config.run_path)):
-        _refuse_other_model(read_source(config.init_from), config)
+        return None
+    if agree("whether the run has begun", lambda: has_checkpoint(config.run_path)):
+        return None
+    source = read_source(config.init_from)
+    _refuse_other_model(source, config)
+    return source
 
 
 def _initial_weights(config: Config, source: Source, layout: Layout) -> Params:

@@ -140,9 +140,9 @@ def evaluation(stage: Stage, run_path: Path, folder: Path) -> None:
 def generation(stage: Stage, run_path: Path) -> None:
     """Tokens a second without compilation, and a generated text."""
     from baichuan_jax import Generator, load_pretrained
-    from baichuan_jax.hf.source import find_tokenizer
+    from baichuan_jax.hf.source import find_tokenizer, read_source
 
-    tokenizer, rows = find_tokenizer(str(run_path), None), []
+    tokenizer, rows = find_tokenizer(read_source(run_path)), []
     for dtype in ("bfloat16", "float32"):
         generator = Generator(load_pretrained(run_path, dtype=dtype))
         for prompts in (1, 16) if dtype == "bfloat16" else (1,):

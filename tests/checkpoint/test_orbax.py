@@ -178,7 +178,7 @@ def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(
     checkpoints.save(run_state(saved, 3, 3))
     checkpoints.finish()
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
-        model, params = load_params(path, steps.layout)
+        model, params = load_params(find_checkpoint(path), steps.layout)
         assert model == tiny_config.model
         assert_equal(params, saved.params)
     save_params(tmp_path / "weights", model, params)

@@ -253,8 +253,8 @@ def test_what_cannot_be_done_is_refused_before_the_weights_are_read(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("baichuan_jax.evaluate.__main__.load_pretrained", never)
-    monkeypatch.setattr("baichuan_jax.generate.load_pretrained", never)
+    monkeypatch.setattr("baichuan_jax.evaluate.__main__.load_model", never)
+    monkeypatch.setattr("baichuan_jax.generate.load_model", never)
     (tmp_path / "a.txt").write_text("a short text")
     text = ["--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="a window of 4096 tokens does not fit"):

@@ -390,7 +390,7 @@ def _checkpoint() -> Target:
         path = folder / "c" / "4"
         with contextlib.redirect_stderr(io.StringIO()):
             _find_damage(path)
-        found = describe(folder / "c")
+        found = describe(path)
         read_source(folder / "c")
         return found
 

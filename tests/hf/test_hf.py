@@ -27,7 +27,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.__main__ import main
 from baichuan_jax.hf.config import read_config, read_facts
 from baichuan_jax.hf.files import open_tensors
-from baichuan_jax.hf.source import find_tokenizer
+from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import export, import_params, load_pretrained
 from baichuan_jax.sharding import Layout
 from baichuan_jax.tokenizer import Tokenizer
@@ -254,17 +254,17 @@ def test_transformers_encodes_and_stops_as_the_tokenizer_does(other):
 
 def test_config_json_and_the_tokenizer_beside_it_must_agree(other):
     config = json.loads((other / "config.json").read_text())
-    assert find_tokenizer(other).eos_id == 1
+    assert find_tokenizer(read_source(other)).eos_id == 1
     for eos in ([1, 7], None):
         (other / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
-        assert find_tokenizer(other).eos_id == 1
+        assert find_tokenizer(read_source(other)).eos_id == 1
     for wrong in ("1", [True], {}):
         (other / "config.json").write_text(json.dumps({**config, "eos_token_id": wrong}))
         with pytest.raises(ConfigError, match="which must be a whole number"):
-            find_tokenizer(other)
+            find_tokenizer(read_source(other))
     (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
     with pytest.raises(ConfigError, match=r"has eos_token_id=2 and .*tokenizer\.model has 1"):
-        find_tokenizer(other)
+        find_tokenizer(read_source(other))
 
 
 def test_weights_that_saw_a_bos_say_so(other, tmp_path):
@@ -272,7 +272,7 @@ def test_weights_that_saw_a_bos_say_so(other, tmp_path):
     (other / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
     main(["import", str(other), str(tmp_path / "weights")])
     for folder in (other, tmp_path / "weights"):
-        assert "add_bos_token=true" in find_tokenizer(folder).warnings[0]
+        assert "add_bos_token=true" in find_tokenizer(read_source(folder)).warnings[0]
     main(["export", str(tmp_path / "weights"), str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"]
 
@@ -280,18 +280,18 @@ def test_weights_that_saw_a_bos_say_so(other, tmp_path):
 def test_every_form_of_folder_brings_its_tokenizer_or_is_refused(other, tmp_path, capfd):
     weights = tmp_path / "in" / "weights"
     assert main(["import", str(other), str(weights)]) == 0
-    own = find_tokenizer(weights)
-    assert own.hash == find_tokenizer(other).hash
+    own = find_tokenizer(read_source(weights))
+    assert own.hash == find_tokenizer(read_source(other)).hash
     wrong = make_model(tmp_path / "wrong.model", bos_id=1, eos_id=2, unk_id=0)
     for folder in (other, weights):
         with pytest.raises(ConfigError, match=rf"was trained with tokenizer {own.hash[:12]}"):
-            find_tokenizer(folder, wrong)
-        assert find_tokenizer(folder, own.path).hash == own.hash
+            find_tokenizer(read_source(folder), wrong)
+        assert find_tokenizer(read_source(folder), own.path).hash == own.hash
         (folder / "tokenizer.model").unlink()
     # The hash is recorded, so a file above may serve, and another one is noticed.
     shutil.copy(wrong, tmp_path / "in" / "tokenizer.model")
     with pytest.raises(ConfigError, match="was trained with tokenizer"):
-        find_tokenizer(weights)
+        find_tokenizer(read_source(weights))
     with pytest.raises(ConfigError, match="was trained with tokenizer"):
         main(["export", str(weights), str(tmp_path / "out")])
     (tmp_path / "in" / "tokenizer.model").unlink()
@@ -301,7 +301,7 @@ def test_every_form_of_folder_brings_its_tokenizer_or_is_refused(other, tmp_path
     # Nothing is known of a folder of Hugging Face: a file above it may be of any model.
     shutil.copy(tmp_path / "spm", tmp_path / "tokenizer.model")
     with pytest.raises(ConfigError, match=r"give the one .* with: --tokenizer FILE"):
-        find_tokenizer(other)
+        find_tokenizer(read_source(other))
     capfd.readouterr()
     main(["import", str(other), str(tmp_path / "bare")])
     main(["export", str(tmp_path / "bare"), str(tmp_path / "bare_hf")])

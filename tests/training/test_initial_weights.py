@@ -12,7 +12,9 @@ import jax
 import pytest
 import sentencepiece
 from conftest import build, run_state, sentencepiece_defaults
+from flax import nnx
 
+from baichuan_jax.checkpoint import weights
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import StateTarget, identity
@@ -26,11 +28,15 @@ from baichuan_jax.config.schema import (
 )
 from baichuan_jax.data import prepare as module
 from baichuan_jax.data.prepare import prepare
+from baichuan_jax.evaluate.__main__ import main as evaluate
+from baichuan_jax.evaluate.results import Results
 from baichuan_jax.hf.__main__ import main as hf
+from baichuan_jax.hf.source import read_source
+from baichuan_jax.hf.weights import load_model, weights_sha256
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.tokenizer import Tokenizer
 from baichuan_jax.train import train
-from baichuan_jax.training.restore import check_initial_weights
+from baichuan_jax.training.restore import find_initial_weights
 
 SAMPLE = Path(module.__file__).parent / "sample"
 
@@ -117,7 +123,7 @@ def test_a_tokenizer_comes_with_the_weights(first, tiny_config, form, other):
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_another_model_are_refused_before_the_text_is_read(first, tiny_config, form):
     config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(first / form))
-    check_initial_weights(config)
+    find_initial_weights(config)
     for name, value, wanted in (
         ("rms_norm_eps", 1e-5, "1e-06"),
         ("rope_theta", 500.0, "10000.0"),
@@ -127,7 +133,7 @@ def test_weights_of_another_model_are_refused_before_the_text_is_read(first, tin
     ):
         other = dataclasses.replace(config.model, **{name: value})
         with pytest.raises(ConfigError, match=rf"set --model\.{name} {wanted}$"):
-            check_initial_weights(dataclasses.replace(config, model=other))
+            find_initial_weights(dataclasses.replace(config, model=other))
 
 
 def test_weights_without_a_tokenizer_need_one(first, tiny_config, tmp_path):
@@ -227,3 +233,79 @@ def test_text_of_the_padding_token_is_said(tiny_config, tmp_path):
         assert sum("has token 0 ('<unk>') 20 times" in line for line in said) == count
         # And what the tokenizer loses, once.
         assert sum("does not keep all text" in line for line in said) == 1
+
+
+@pytest.fixture
+def training(first, tmp_path, monkeypatch) -> Path:
+    """Run A when it has one checkpoint; its second one is saved once anybody has looked."""
+    run = tmp_path / "A"
+    shutil.copytree(first / "A", run)
+    (run / "checkpoints" / "2").rename(tmp_path / "later")
+    find = weights.find_checkpoint
+
+    def find_and_go_on(path: Path) -> Path:
+        found = find(path)
+        if (tmp_path / "later").exists():
+            (tmp_path / "later").rename(run / "checkpoints" / "2")
+        return found
+
+    monkeypatch.setattr(weights, "find_checkpoint", find_and_go_on)
+    return run
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    return dict(nnx.to_flat_state(nnx.state(load_model(read_source(path)))))
+
+
+def test_of_a_run_that_trains_the_checkpoint_that_is_read_is_the_one_that_is_hashed(
+    training, first, capsys
+):
+    text = first / "en.jsonl"
+    words = ["perplexity", "--checkpoint", str(training), "--text", str(text), "--context", "16"]
+    assert evaluate([*words, "--max_tokens", "64", "--output", str(training / "out")]) == 0
+    step = training / "checkpoints" / "1"
+    assert f"checkpoint: {step}\n" in capsys.readouterr().err
+    assert (training / "checkpoints" / "2").exists()
+    manifest = json.loads((training / "out" / "result.json").read_text())["manifest"]
+    assert manifest["checkpoint"] == str(step)
+    assert manifest["weights_sha256"] == weights_sha256(read_source(step))
+    assert manifest["weights_sha256"] != weights_sha256(read_source(training))
+
+
+def test_of_a_run_that_trains_one_checkpoint_is_exported(training, tmp_path, capsys):
+    step = training / "checkpoints" / "1"
+    hf(["export", str(training), str(tmp_path / "out"), "--dtype", "float32"])
+    assert f"exporting {step}\n" in capsys.readouterr().err
+    assert (training / "checkpoints" / "2").exists()
+    exported, own, later = map(arrays_of, (tmp_path / "out", step, training))
+    assert all((value[...] == exported[name][...]).all() for name, value in own.items())
+    assert not all((value[...] == exported[name][...]).all() for name, value in later.items())
+
+
+@pytest.mark.slow
+def test_of_a_run_that_trains_one_checkpoint_begins_another(
+    training, first, tiny_config, tmp_path, capsys
+):
+    train(on_text(tiny_config, tmp_path, first / "zh.jsonl", "B", init_from=str(training)))
+    assert (training / "checkpoints" / "2").exists()
+    step = f"{training}/checkpoints/1"
+    assert f"weights from {step}" in "".join(capsys.readouterr().out.split("\n"))
+    (begun,) = (event for event in Run(tmp_path / "B").events if event.kind == "initialised")
+    assert begun.source == step
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_named(training):
+    source = read_source(training)
+    shutil.rmtree(source.path)
+    with pytest.raises(ConfigError, match=r"checkpoints/1 was deleted meanwhile: its run still"):
+        load_model(source)
+    with pytest.raises(ConfigError, match=r"checkpoints/1 was deleted meanwhile"):
+        weights_sha256(source)
+
+
+def test_the_same_weights_by_another_name_go_on_with_an_evaluation(tmp_path):
+    """Of a run's folder the newest checkpoint is meant, and earlier versions recorded the run."""
+    Results(tmp_path / "out", {"checkpoint": "run", "weights_sha256": "a"})
+    Results(tmp_path / "out", {"checkpoint": "run/checkpoints/1", "weights_sha256": "a"})
+    with pytest.raises(ConfigError, match=r"checkpoint: 'run' there, 'run/checkpoints/2' now"):
+        Results(tmp_path / "out", {"checkpoint": "run/checkpoints/2", "weights_sha256": "b"})
