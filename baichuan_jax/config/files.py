@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import itertools
 import os
 import re
 import typing
@@ -21,24 +22,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.parsing import LARGEST, odd_number, read_yaml, require_type, show
+from baichuan_jax.config.parsing import LARGEST, is_odd_number, read_yaml, require_type, show
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 # jsonargparse opens files in the locale's encoding; settings are UTF-8 under every locale.
 jsonargparse._paths.open = functools.partial(open, encoding="utf-8")  # type: ignore[attr-defined]
-
-_load_yaml = jsonargparse.get_loader("yaml")
-
-
-def _load_value(text: str, **unused: Any) -> Any:
-    """The value of an option's text, as jsonargparse reads it."""
-    # As a file's is refused (config/parsing.py): to a setting that takes text it is text.
-    if odd_number(text):
-        raise yaml.YAMLError(f"{text} is a number of base 8 or 60")
-    return _load_yaml(text)
-
-
-jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
@@ -101,11 +89,13 @@ def parse_command(
     paths, options = _split_config(argv)
     for path in paths:
         _check_file(path, known)
-    for option in options:
+    kinds = dict(_kinds(settings))
+    for option, following in itertools.zip_longest(options, options[1:], fillvalue=""):
         if match := re.match(r"--([^=]+)", option):
             key = match[1].rstrip("+")  # --data.skip+ appends to a list
             if key not in ("help", "print_config", *own):
                 _refuse_unknown([key], known, "command line")
+                _refuse_odd_number(key, kinds.get(key), option.partition("=")[2] or following)
     try:
         # The files first: jsonargparse lets a later argument win, and an option given by hand must.
         namespace = parser.parse_args([*(f"--config={path}" for path in paths), *options])
@@ -113,7 +103,7 @@ def parse_command(
         values = {name: namespace.pop(name) for name in own}
         for section in {name.split(".")[0] for name in own if "." in name}:
             namespace.pop(section, None)  # empty now
-        for name, kind in _kinds(settings):
+        for name, kind in kinds.items():
             _require_value(namespace[name], kind, name)
         config = settings(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
@@ -135,6 +125,13 @@ def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _kinds(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
         else:
             yield prefix + item.name, item.type
+
+
+def _refuse_odd_number(name: str, kind: Any, text: str) -> None:
+    """Refuse an option that jsonargparse would read as YAML's number of base 60: 12:30 is 750."""
+    is_text = str in (kind, *typing.get_args(kind))
+    if not is_text and ":" in text and is_odd_number(text):
+        raise ConfigError(f"{name}={text} is a number of base 60, to YAML; give a decimal one")
 
 
 def _require_value(value: Any, kind: Any, name: str) -> None:

@@ -310,7 +310,7 @@ class _EachKeyOnce(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """A number. Raises ConstructorError for one of base 8 or 60: 010 is 8, 12:30 is 750."""
-        if odd_number(node.value):
+        if is_odd_number(node.value):
             raise yaml.constructor.ConstructorError(
                 None, None, f"{node.value} is a number of base 8 or 60", node.start_mark
             )
@@ -318,7 +318,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
 
-def odd_number(text: str) -> bool:
+def is_odd_number(text: str) -> bool:
     """Whether YAML 1.1 takes a text for a number of base 8 or 60, which nobody means."""
     return (
         re.fullmatch(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)", text) is not None

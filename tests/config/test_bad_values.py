@@ -178,7 +178,8 @@ def test_null_is_a_value_where_a_setting_may_be_unset(tmp_path):
     (tmp_path / "a.yaml").write_text("run_dir:\ncheckpoint: {every: }\nmodel: {pad_token_id: }\n")
     assert load_config(tmp_path / "a.yaml").checkpoint.every is None
     assert read("--run_dir=12:30").run_dir == "12:30"
-    assert "base 8 or 60" in refusal("--evaluate.every=12:30")
+    assert "base 60" in refusal("--evaluate.every=12:30")
+    assert "base 60" in refusal("--optimizer.learning_rate", "1:30")
     assert read("--train.num_steps=0x10", "--data.num_workers=1_0").train.num_steps == 16
 
 
