@@ -159,6 +159,16 @@ def whole_number(text: str) -> int | None:
     return int(text)
 
 
+def environment_number(variable: str) -> int | None:
+    """The whole number that an environment variable says; None where it is unset or empty."""
+    text = os.environ.get(variable) or None
+    if text is None:
+        return None
+    found = whole_number(text.strip())
+    require(found is not None, f"{variable}={show(text)} must be a whole number, 0 or more")
+    return found
+
+
 def require_keys(content: Any, kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The object itself, where it has all these keys, each of its kind. Raises ConfigError."""
     require_type(content, dict, what)

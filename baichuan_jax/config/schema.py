@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 TASKS = ("mmlu", "ceval", "agieval", "gaokao")  # tests that `evaluate` can score
 
-# Sizes, steps and positions are 32-bit numbers on devices.
+# Sizes, steps and positions are 32-bit numbers on devices; jax takes seeds of 64.
 MOST = (1 << 31) - 1
+MOST_SEED = (1 << 63) - 1
 # The ends of float32, in which numbers are computed with: beyond them 0 or infinity is left.
-TINIEST, HUGEST = 1e-37, 1e37
+TINIEST, HUGEST = 1e-30, 1e30
 # Rows are counted by weights as whole multiples of the smallest, a float in between.
 MOST_APART = 1e12
 # A terminal acts on these: line breaks, and the beginnings of its own commands.
@@ -44,18 +45,37 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an option of a command that takes whole numbers from `minimum` on."""
+def at_least(minimum: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option of a command that takes whole numbers from `minimum` to `most`."""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = minimum - 1
-        if number < minimum:
+        if not minimum <= number <= most:
             # argparse names the option before this.
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {minimum} or more")
+            raise argparse.ArgumentTypeError(
+                f"{text[:60]!r} must be a whole number, {minimum} or more and {most} at most"
+            )
         return number
+
+    return parse
+
+
+def between(least: float = TINIEST, most: float = HUGEST) -> Callable[[str], float]:
+    """The type of an option of a command that takes any number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:60]!r} must be a number from {least:g} to {most:g}"
+            )
+        return value
 
     return parse
 
@@ -201,8 +221,7 @@ class TrainConfig:
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
         _not_negative("train", self, "z_loss")
-        # jax's keys take no larger one.
-        require(0 <= self.seed < 1 << 63, f"train.seed={self.seed} must be from 0 to 2^63 - 1")
+        require(0 <= self.seed <= MOST_SEED, f"train.seed={self.seed} must be from 0 to 2^63 - 1")
         _not_empty("train", self, "schedule_profile")
 
 

@@ -1,5 +1,6 @@
 """Every setting refuses a wrong value when it is read, or when a launch begins, not after steps."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -12,8 +13,10 @@ import pytest
 from conftest import sentencepiece_defaults
 
 from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
-from baichuan_jax.config.parsing import show
-from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig
+from baichuan_jax.config.parsing import environment_number, show
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, at_least, between
+from baichuan_jax.hardware.accelerators import parse_topology
+from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.train import train
 
@@ -312,3 +315,36 @@ def test_a_launch_refuses_before_its_first_step(folder, tmp_path, options):
     assert AT_A_LAUNCH[options] in str(error.value)
     assert not Run(tmp_path / "run").metrics
     assert not list(Path().glob("$*"))
+
+
+@pytest.mark.parametrize("text", ["abc", "1.5", "-1", str(1 << 31), "9" * 5000, "nan", ""])
+def test_an_option_that_is_no_count_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number"):
+        at_least(0)(text)
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "inf", "1e300", "1e-300", "0", "-1", "0x1"])
+def test_an_option_that_is_no_number_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number from 1e-30 to 1e"):
+        between()(text)
+
+
+@pytest.mark.parametrize("text", ["abc", "1.0", "-1", "9" * 5000])
+def test_a_variable_that_is_no_count_is_refused(monkeypatch, text):
+    """What a scheduler's template leaves in the environment; empty is unset."""
+    monkeypatch.setenv("JAX_PROCESS_ID", "")
+    assert Placement.from_environment().process == 0
+    for variable in ("JAX_PROCESS_ID", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ConfigError, match=f"^{variable}=.* must be a whole number"):
+            environment_number(variable)
+    with pytest.raises(ConfigError, match="^JAX_PROCESS_ID="):
+        Placement.from_environment()
+
+
+@pytest.mark.parametrize(
+    "name", ["a800:9999999x9999999", "a800:1" + "0" * 5000, "v5p:99999x9999x9"]
+)
+def test_a_cluster_that_nobody_has_is_refused(name):
+    with pytest.raises(ConfigError, match="^topology="):
+        parse_topology(name)
