@@ -338,7 +338,7 @@ def test_a_variable_that_is_no_count_is_refused(monkeypatch, text):
         monkeypatch.setenv(variable, text)
         with pytest.raises(ConfigError, match=f"^{variable}=.* must be a whole number"):
             environment_number(variable)
-    with pytest.raises(ConfigError, match="^JAX_PROCESS_ID="):
+    with pytest.raises(ConfigError, match=r"^JAX_PROCESS_ID="):
         Placement.from_environment()
 
 
@@ -346,5 +346,5 @@ def test_a_variable_that_is_no_count_is_refused(monkeypatch, text):
     "name", ["a800:9999999x9999999", "a800:1" + "0" * 5000, "v5p:99999x9999x9"]
 )
 def test_a_cluster_that_nobody_has_is_refused(name):
-    with pytest.raises(ConfigError, match="^topology="):
+    with pytest.raises(ConfigError, match=r"^topology="):
         parse_topology(name)
