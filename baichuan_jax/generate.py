@@ -23,7 +23,16 @@ import numpy as np
 from flax import nnx
 
 from baichuan_jax.config.files import add_mesh_options, mesh_config
-from baichuan_jax.config.schema import ConfigError, MeshConfig, at_least
+from baichuan_jax.config.schema import (
+    MOST_SEED,
+    ConfigError,
+    MeshConfig,
+    at_least,
+    between,
+    require,
+    require_computable,
+)
+from baichuan_jax.hardware.devices import device_bytes
 from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
@@ -197,6 +206,7 @@ class Generator:
         B, T = tokens_BT.shape
         start = _round_up(T)
         length = start + _round_up(max_new_tokens)
+        self._require_room(B, length)
         pad = ((0, 0), (start - T, 0))  # on the left, so that all rows continue at `start`
         prompt, real = np.pad(tokens_BT, pad), np.pad(mask_BT, pad)
         arguments = (self._params, prompt, real, jax.random.key(seed))
@@ -207,6 +217,18 @@ class Generator:
         began = time.perf_counter()
         loop = jax.block_until_ready(self._compiled[B, start, length](*arguments))
         return loop, time.perf_counter() - began
+
+    def _require_room(self, prompts: int, length: int) -> None:
+        """Refuse what the devices cannot hold: keys and values of every position and block."""
+        model = self.config
+        itemsize = 2 if model.dtype == "bfloat16" else 4
+        cache = 2 * itemsize * prompts * length * model.num_layers * model.hidden_size
+        there = device_bytes(jax.local_devices()[0]) * jax.device_count()
+        require(
+            cache <= there,
+            f"max_new_tokens: the keys and values of {prompts} x {length} positions need "
+            f"{cache / 2**30:,.1f} GiB, and the devices have {there / 2**30:,.1f} in all",
+        )
 
     def _run_prefill(self, params, tokens_BT, mask_BT, key, *, length: int) -> _Loop:
         """Run the prompts into a cache of `length` positions."""
@@ -362,14 +384,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--prompt", required=True, help="the text to continue; \\n in it is a new line")
-    add("--max_new_tokens", type=int, default=64, help="length of the continuation")
-    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    add("--top_k", type=int, default=0, help="draw from this many most likely tokens; 0: from all")
+    add("--max_new_tokens", type=at_least(1), default=64, help="length of the continuation")
+    add("--temperature", type=between(0), default=0.8, help="0: always the most likely token")
+    add(
+        "--top_k",
+        type=at_least(0),
+        default=0,
+        help="draw from this many most likely tokens; 0: from all",
+    )
     top_p = "draw from the fewest tokens that hold this probability"
-    add("--top_p", type=float, default=0.9, help=top_p)
+    add("--top_p", type=between(), default=0.9, help=top_p)
     penalty = "above 1: seen tokens become less likely"
-    add("--repetition_penalty", type=float, default=1.0, help=penalty)
-    add("--seed", type=at_least(0), default=0, help="of the draws")
+    add("--repetition_penalty", type=between(), default=1.0, help=penalty)
+    add("--seed", type=at_least(0, MOST_SEED), default=0, help="of the draws")
     add_model_options(parser, MeshConfig(data=1))
     return parser
 
@@ -422,8 +449,8 @@ def _check_sampling(
             "greater than 0",
         ),
     ):
-        if not holds:
-            raise ConfigError(f"{name}={value} must be {expected}")
+        require(holds, f"{name}={value} must be {expected}")
+        require_computable(name, value)
 
 
 def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
-from baichuan_jax.config.parsing import whole_number
-from baichuan_jax.config.schema import Config, ConfigError, at_least
+from baichuan_jax.config.parsing import environment_number, whole_number
+from baichuan_jax.config.schema import Config, ConfigError, at_least, between
 from baichuan_jax.resilience.causes import Cause, exit_code_table
 from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
@@ -439,15 +439,22 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(name, type=kind, default=default, help=text)
 
     one = at_least(1)
-    nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    nodes = environment_number("SLURM_NNODES") or 1
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     add("--hosts", "hosts that train; more are spares (default: 1; in Slurm all nodes)", one, nodes)
     add("--min_hosts", "go on with this many where no spare is left (default: --hosts)", one)
     add("--processes", "training processes on each host (default: 1)", one, 1)
     add("--host", "this host's name in plans and reports (default: its host name)", str, name)
     add("--address", "where other hosts reach this one (default: --host; 127.0.0.1 for one host)")
-    add("--port", "process 0's port, or the next free one (default: 7733)", one, 7733)
-    add("--join_seconds", "the first launch waits this long for hosts (default: 600)", float, 600.0)
+    add(
+        "--port", "process 0's port, or the next free one (default: 7733)", at_least(1, 65535), 7733
+    )
+    add(
+        "--join_seconds",
+        "the first launch waits this long for hosts (default: 600)",
+        between(0, 1e8),
+        600.0,
+    )
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.min_hosts = options.min_hosts or options.hosts

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from baichuan_jax.config.parsing import read_bytes
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, at_least, between
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
@@ -413,17 +413,17 @@ def _parser() -> argparse.ArgumentParser:
     model = "the model to write"
     train.add_argument("--output", required=True, type=writable_file, metavar="FILE", help=model)
     vocab_size = "pieces, with 3 control pieces and 256 bytes among them"
-    train.add_argument("--vocab_size", type=int, required=True, help=vocab_size)
+    train.add_argument("--vocab_size", type=at_least(1), required=True, help=vocab_size)
     train.add_argument(
         "--sample_megabytes",
-        type=float,
+        type=between(),
         default=TRAINING_BYTES / 1e6,
         metavar="MB",
         help="text to train on, evenly from all of the input; training takes about ten times as "
         "much memory (default: 8.4)",
     )
     share = "of the bytes trained on (default: as the input has it)"
-    train.add_argument("--chinese_share", type=float, help=share)
+    train.add_argument("--chinese_share", type=between(0, 1), help=share)
     encode = commands.add_parser("encode", help="print a text's tokens")
     encode.add_argument("text", help="the text, or - to read it from standard input")
     encode.add_argument("--model", required=True, metavar="FILE", help="a SentencePiece model")

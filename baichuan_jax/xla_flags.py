@@ -7,6 +7,7 @@ a800:128x8` prints them as shell lines.
 
 import importlib.metadata
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import jax
 
 from baichuan_jax.config.files import make_parser, parse_command
-from baichuan_jax.config.schema import Config, require
+from baichuan_jax.config.parsing import read_text, show
+from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.hardware.accelerators import Topology, detect_topology, parse_topology
 from baichuan_jax.resilience.exits import run_command
 
@@ -98,10 +100,7 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
     }
     # A profile of another program is harmless: XLA warns of instructions that it does not find.
     if profile := config.train.schedule_profile:
-        require(
-            Path(profile).is_file(),
-            f"train.schedule_profile={profile!r} is no file: python -m baichuan_jax.plan writes it",
-        )
+        _check_profile(profile)
         flags[f"{PROFILE_FLAG}={Path(profile).absolute()}"] = (
             "train.schedule_profile: collectives start by their predicted latency"
         )
@@ -109,6 +108,29 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
             "instructions that the profile lacks are named"
         )
     return flags
+
+
+# What plan/prediction.py writes: a ProfiledInstructionsProto as text, a record a line.
+_RECORD = re.compile(
+    r'costs \{ name: "[^"]*" cost_us: \d+\.\d+ \}'
+    r'|latencies \{ source: "[^"]*" target: "[^"]*" latency_us: \d+\.\d+ \}'
+)
+
+
+def _check_profile(profile: str) -> None:
+    """Raise ConfigError for a file that XLA would pass over with a line in its log."""
+    name, writes = f"train.schedule_profile={profile!r}", "python -m baichuan_jax.plan writes it"
+    require(Path(profile).is_file(), f"{name} is no file: {writes}")
+    # XLA_FLAGS is one text, which XLA cuts at white space.
+    require(
+        re.search(r"[\s'\"]", str(Path(profile).absolute())) is None,
+        f"{name}: XLA takes no path with white space or quotes in it; give it another",
+    )
+    lines = read_text(profile).splitlines()
+    require(bool(lines), f"{name} is empty: {writes}")
+    for number, line in enumerate(lines, 1):
+        if _RECORD.fullmatch(line) is None:
+            raise ConfigError(f"{profile}, line {number} is {show(line)}, no record; {writes}")
 
 
 def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:

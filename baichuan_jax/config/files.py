@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import itertools
 import os
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.parsing import LARGEST, read_yaml, show
+from baichuan_jax.config.parsing import LARGEST, is_odd_number, read_yaml, require_type, show
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 # jsonargparse opens files in the locale's encoding; settings are UTF-8 under every locale.
@@ -87,11 +89,13 @@ def parse_command(
     paths, options = _split_config(argv)
     for path in paths:
         _check_file(path, known)
-    for option in options:
+    kinds = dict(_kinds(settings))
+    for option, following in itertools.zip_longest(options, options[1:], fillvalue=""):
         if match := re.match(r"--([^=]+)", option):
             key = match[1].rstrip("+")  # --data.skip+ appends to a list
             if key not in ("help", "print_config", *own):
                 _refuse_unknown([key], known, "command line")
+                _refuse_odd_number(key, kinds.get(key), option.partition("=")[2] or following)
     try:
         # The files first: jsonargparse lets a later argument win, and an option given by hand must.
         namespace = parser.parse_args([*(f"--config={path}" for path in paths), *options])
@@ -99,17 +103,14 @@ def parse_command(
         values = {name: namespace.pop(name) for name in own}
         for section in {name.split(".")[0] for name in own if "." in name}:
             namespace.pop(section, None)  # empty now
+        for name, kind in kinds.items():
+            _require_value(namespace[name], kind, name)
         config = settings(**parser.instantiate(namespace).as_dict())
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     except OverflowError as error:
         where = " and ".join([*paths, "the command line"])
         raise ConfigError(f"a number in {where} is too large: {error}") from None
-    for name, value in _leaves(config):
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ConfigError(f"{name}={show(value)} is too large: no count has over 64 bits")
-        if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{name}={show(value)} has the character 0, which no name may have")
     if isinstance(config, Config) and config.run_dir is None:
         # Without run_dir a run is named by its last file.
         name = Path(paths[-1]).stem if paths else "default"
@@ -117,18 +118,46 @@ def parse_command(
     return config, values
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name of the setting, value) of every value of settings, keys of dicts included."""
-    if is_dataclass(value):
-        for item in fields(value):
-            yield from _leaves(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
-    elif isinstance(value, dict | list | tuple):
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, annotation) of every setting."""
+    for item in fields(cls):
+        if is_dataclass(item.type):
+            yield from _kinds(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + item.name, item.type
+
+
+def _refuse_odd_number(name: str, kind: Any, text: str) -> None:
+    """Refuse an option that jsonargparse would read as YAML's number of base 60: 12:30 is 750."""
+    is_text = str in (kind, *typing.get_args(kind))
+    if not is_text and ":" in text and is_odd_number(text):
+        raise ConfigError(f"{name}={text} is a number of base 60, to YAML; give a decimal one")
+
+
+def _require_value(value: Any, kind: Any, name: str) -> None:
+    """Refuse what jsonargparse takes and no setting can be: null, NaN, numbers of any length."""
+    for each in _values(value):
+        if isinstance(each, int) and abs(each) > LARGEST:
+            raise ConfigError(f"{name}={show(each)} is too large: no count has over 64 bits")
+        if isinstance(each, str) and "\0" in each:
+            raise ConfigError(f"{name}={show(each)} has the character 0, which no name may have")
+    # A line of YAML without a value is null too.
+    require(
+        value is not None or type(None) in typing.get_args(kind),
+        f"{name} has no value (null); give one, or leave the setting out",
+    )
+    require_type(value, kind, name)
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A setting's value, or all that a list or dict holds, keys included."""
+    if isinstance(value, dict | list | tuple):
         pairs = list(value.items()) if isinstance(value, dict) else enumerate(value)
         for key, each in pairs:
-            yield name, key
-            yield from _leaves(each, name)
+            yield key
+            yield from _values(each)
     else:
-        yield name, value
+        yield value
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 import types
@@ -156,6 +157,16 @@ def whole_number(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 18) or str(int(text)) != text:
         return None
     return int(text)
+
+
+def environment_number(variable: str) -> int | None:
+    """The whole number that an environment variable says; None where it is unset or empty."""
+    text = os.environ.get(variable) or None
+    if text is None:
+        return None
+    found = whole_number(text.strip())
+    require(found is not None, f"{variable}={show(text)} must be a whole number, 0 or more")
+    return found
 
 
 def require_keys(content: Any, kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -306,3 +317,23 @@ class _EachKeyOnce(yaml.SafeLoader):
                 None, None, f"{twice!r} is set twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number. Raises ConstructorError for one of base 8 or 60: 010 is 8, 12:30 is 750."""
+        if is_odd_number(node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} is a number of base 8 or 60", node.start_mark
+            )
+        whole = node.tag.endswith("int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+def is_odd_number(text: str) -> bool:
+    """Whether YAML 1.1 takes a text for a number of base 8 or 60, which nobody means."""
+    return (
+        re.fullmatch(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)", text) is not None
+    )
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    _EachKeyOnce.add_constructor(_tag, _EachKeyOnce.construct_number)

@@ -17,6 +17,11 @@ from typing import Any, Literal
 
 TASKS = ("mmlu", "ceval", "agieval", "gaokao")  # tests that `evaluate` can score
 
+# Sizes, steps and positions are 32-bit numbers on devices; jax takes seeds of 64.
+MOST = (1 << 31) - 1
+MOST_SEED = (1 << 63) - 1
+# The ends of float32, in which numbers are computed with: beyond them 0 or infinity is left.
+TINIEST, HUGEST = 1e-30, 1e30
 # Rows are counted by weights as whole multiples of the smallest, a float in between.
 MOST_APART = 1e12
 # A terminal acts on these: line breaks, and the beginnings of its own commands.
@@ -40,18 +45,37 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an option of a command that takes whole numbers from `minimum` on."""
+def at_least(minimum: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option of a command that takes whole numbers from `minimum` to `most`."""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = minimum - 1
-        if number < minimum:
+        if not minimum <= number <= most:
             # argparse names the option before this.
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {minimum} or more")
+            raise argparse.ArgumentTypeError(
+                f"{text[:60]!r} must be a whole number, {minimum} or more and {most} at most"
+            )
         return number
+
+    return parse
+
+
+def between(least: float = TINIEST, most: float = HUGEST) -> Callable[[str], float]:
+    """The type of an option of a command that takes any number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:60]!r} must be a number from {least:g} to {most:g}"
+            )
+        return value
 
     return parse
 
@@ -59,14 +83,24 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        # An infinite rate or limit is no number to compute with, and NaN compares with nothing.
-        require(0 < value < math.inf, f"{section}.{name}={value} must be greater than 0")
+        require(value > 0, f"{section}.{name}={value} must be greater than 0")
+        require_computable(f"{section}.{name}", value)
 
 
 def _not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0 <= value < math.inf, f"{section}.{name}={value} must not be negative")
+        require(value >= 0, f"{section}.{name}={value} must not be negative")
+        require_computable(f"{section}.{name}", value)
+
+
+def require_computable(name: str, value: float) -> None:
+    """Refuse a number, 0 or more, that devices cannot count to or compute with."""
+    if isinstance(value, int):
+        require(value <= MOST, f"{name}={value} is too large: the most is 2^31 - 1")
+    # NaN compares with nothing.
+    holds = value == 0 or TINIEST <= value <= HUGEST
+    require(holds, f"{name}={value} must lie between {TINIEST:g} and {HUGEST:g}")
 
 
 def _not_empty(section: str, config: Any, *names: str) -> None:
@@ -186,9 +220,8 @@ class TrainConfig:
         _positive("train", self, *sizes)
         if self.micro_batch_size is not None:
             _positive("train", self, "micro_batch_size")
-        _not_negative("train", self, "seed", "z_loss")
-        # jax's keys take no larger one.
-        require(self.seed < 1 << 63, f"train.seed={self.seed} must be less than 2^63")
+        _not_negative("train", self, "z_loss")
+        require(0 <= self.seed <= MOST_SEED, f"train.seed={self.seed} must be from 0 to 2^63 - 1")
         _not_empty("train", self, "schedule_profile")
 
 
@@ -224,7 +257,11 @@ class OptimizerConfig:
         # A decay of 1 would divide by zero in the bias correction.
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+            # As float32, in which it is computed with.
+            require(
+                0 <= value <= 1 - 2**-24,
+                f"optimizer.{name}={value} must lie in [0, 1), and differ from 1 in float32",
+            )
         ratio = self.final_learning_rate_ratio
         require(0 <= ratio <= 1, f"optimizer.final_learning_rate_ratio={ratio} must lie in [0, 1]")
 
@@ -292,8 +329,8 @@ class DataConfig:
         _not_negative("data", self, "num_workers")
         for window in self.skip:
             require(
-                len(window) == 2 and 0 <= window[0] < window[1],
-                f"data.skip: {window} must be [begin, end], 0 <= begin < end",
+                len(window) == 2 and 0 <= window[0] < window[1] <= MOST,
+                f"data.skip: {window} must be [begin, end], 0 <= begin < end < 2^31",
             )
 
 
@@ -318,9 +355,10 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         require(
-            all(size > 0 or size == -1 for size in self.shape) and self.shape.count(-1) <= 1,
-            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive, "
-            "one of them -1 at most",
+            all(0 < size <= MOST or size == -1 for size in self.shape)
+            and self.shape.count(-1) <= 1,
+            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive and less than "
+            "2^31, one of them -1 at most",
         )
 
     def resolve(self, num_devices: int) -> "MeshConfig":
@@ -495,7 +533,8 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]),
+            not self.steps
+            or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1] <= MOST),
             f"profile.steps={self.steps} must be [first, last] with 1 <= first <= last",
         )
 
@@ -539,7 +578,11 @@ class ResilienceConfig:
         return max(30, math.ceil((self.silence_seconds + 7.5) / 0.8))
 
     def __post_init__(self) -> None:
-        _positive("resilience", self, "hang_seconds", "start_seconds", "silence_seconds")
+        for name in ("hang_seconds", "start_seconds", "silence_seconds"):
+            _positive("resilience", self, name)
+            value = getattr(self, name)
+            # Timers of the system and of jax take no longer ones.
+            require(value <= 1e8, f"resilience.{name}={value} must be 1e8 (three years) at most")
         _not_negative("resilience", self, "spike_deviations", "max_skips", "check_every")
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.parsing import read_json, read_text
-from baichuan_jax.config.schema import Config, ConfigError, at_least, require
+from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
@@ -445,7 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     even = commands.add_parser("temperature", help="weights proportional to size^(1/temperature)")
     what = "1: by size; large: all alike"
-    even.add_argument("--temperature", type=float, required=True, help=what)
+    even.add_argument("--temperature", type=between(), required=True, help=what)
     learning = commands.add_parser(
         "learn",
         help="draw mixtures, train a small model with each, fit the validation loss, train with "
@@ -460,8 +460,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=at_least(1), default=16, help=runs)
     add("--steps", type=at_least(1), default=100, help="of each (default: 100)")
     spread = "of the Dirichlet distribution; small: extreme (default: 1)"
-    add("--concentration", type=float, default=1.0, help=spread)
-    add("--seed", type=at_least(0), default=0, help="of the draws (default: 0)")
+    add("--concentration", type=between(), default=1.0, help=spread)
+    add("--seed", type=at_least(0, MOST_SEED), default=0, help="of the draws (default: 0)")
     for command in (even, learning):
         corpora = "the trainer's settings; data.train has the corpora"
         command.add_argument("--config", required=True, metavar="FILE", help=corpora)

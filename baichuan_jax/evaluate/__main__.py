@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import baichuan_jax
 from baichuan_jax.config.files import mesh_config
-from baichuan_jax.config.schema import TASKS, DistributedConfig, MeshConfig, at_least
+from baichuan_jax.config.schema import MOST_SEED, TASKS, DistributedConfig, MeshConfig, at_least
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
@@ -288,7 +288,7 @@ def _add_test(command: argparse.ArgumentParser, task: str) -> None:
     add("--subjects", metavar="A,B", help="only these")
     add("--shots", type=at_least(0), default=5, help="examples in a prompt")
     add("--limit", type=at_least(1), metavar="N", help="only the first N questions of each subject")
-    add("--seed", type=at_least(0), default=0, help="of drawn and shuffled examples")
+    add("--seed", type=at_least(0, MOST_SEED), default=0, help="of drawn and shuffled examples")
     # The two others have neither splits nor a second protocol.
     if task in ("mmlu", "ceval"):
         add("--split", default=SPLITS[task], choices=["val", "test"], help="which questions")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 
+from baichuan_jax.config.parsing import environment_number
 from baichuan_jax.config.schema import ConfigError, require
 
 
@@ -148,13 +149,17 @@ class Topology:
         return f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
 
 
+# More than any cluster has: each of them is described.
+MOST_DEVICES = 1 << 20
+
+
 def parse_topology(name: str) -> Topology:
     """The cluster that a name means: "a800:128x8" (nodes x devices) or "v5p:4x4x8" (a torus).
 
     Raises ConfigError.
     """
     # The name of an accelerator, a colon, and numbers joined by x.
-    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"([a-z0-9]+):([0-9]{1,7}(?:x[0-9]{1,7})*)", name)
     known = ", ".join(HARDWARE)
     if match is None:
         raise ConfigError(
@@ -169,6 +174,10 @@ def parse_topology(name: str) -> Topology:
     require(
         len(shape) in dimensions and 0 not in shape,
         f"topology={name!r}: {hardware.name} takes {counts} numbers greater than 0",
+    )
+    require(
+        math.prod(shape) <= MOST_DEVICES,
+        f"topology={name!r} has {math.prod(shape):,} devices; the most is {MOST_DEVICES:,}",
     )
     return Topology(hardware, shape)
 
@@ -210,7 +219,7 @@ def detect_topology() -> Topology | None:
     visible = os.environ.get("JAX_LOCAL_DEVICE_IDS") or os.environ.get("CUDA_VISIBLE_DEVICES")
     local = len(visible.split(",")) if visible else len(models)
     # jax's own variable first, as in resilience/processes.py.
-    processes = int(os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("SLURM_NTASKS") or 1)
+    processes = environment_number("JAX_NUM_PROCESSES") or environment_number("SLURM_NTASKS") or 1
     devices = local * processes
     node = min(len(models), devices)
     return Topology(hardware, (max(devices // node, 1), node))

@@ -1,6 +1,7 @@
-"""What the devices of this process can do: their peak, measured on a CPU, and the memory used."""
+"""What the devices of this process can do: their peak, measured on a CPU, and their memory."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from baichuan_jax.config.schema import Config
+from baichuan_jax.config.schema import Config, MeshConfig, require
 from baichuan_jax.hardware.accelerators import hardware_of
 
 
@@ -49,6 +50,47 @@ def measure_matmul_flops(size: int = 1024, seconds: float = 0.3) -> float:
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+def require_memory(config: Config, mesh: MeshConfig, device: Any) -> None:
+    """Raise ConfigError for a model or a batch that cannot be in memory; mesh: a resolved one.
+
+    A lower bound: what this refuses no machine of this size can train. What it lets through may
+    still need more, which only the compiled program shows.
+    """
+    least = least_bytes(config, mesh)
+    # Devices of a CPU share its memory.
+    sharing = jax.local_device_count() if device.platform == "cpu" else 1
+    there = device_bytes(device) // sharing
+    largest = max(least, key=lambda what: least[what])
+    require(
+        sum(least.values()) <= there,
+        f"{largest} needs {least[largest] / 2**30:,.1f} GiB at least on each device, and one has "
+        f"{there / 2**30:,.1f}; make it smaller, or take more devices (mesh.fsdp, mesh.tensor)",
+    )
+
+
+def least_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
+    """The bytes on one device of what is there all the time, by what it is."""
+    model, train = config.model, config.train
+    shards = mesh.data * mesh.fsdp * mesh.context
+    tokens = train.global_batch_size * train.context_length
+    return {
+        # Parameters and two moments, in float32.
+        f"the state of {model.num_parameters:,} parameters (model.*)": (
+            12 * model.num_parameters // (mesh.fsdp * mesh.tensor)
+        ),
+        # Inputs and labels, in int32.
+        f"a batch of {tokens:,} tokens (train.global_batch_size, train.context_length)": (
+            8 * tokens // shards
+        ),
+    }
+
+
+def device_bytes(device: Any) -> int:
+    """The memory of a device, as far as it says; that of the machine on a CPU."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_gib() -> float:

@@ -18,7 +18,7 @@ import jsonargparse
 
 from baichuan_jax.config.files import make_parser, parse_command
 from baichuan_jax.config.parsing import read_json
-from baichuan_jax.config.schema import Config, require
+from baichuan_jax.config.schema import Config, between, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import Compiled, described_devices, missing, trace_step
@@ -94,7 +94,7 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     add("--json", **file, help="Write the report here as well.")
     add("--hlo", **file, help="Write the compiled program's text here.")
     for name in OVERRIDES:
-        add(f"--hardware.{name}", type=float, default=None, help="Instead of the data sheet's.")
+        add(f"--hardware.{name}", type=between(), default=None, help="Instead of the data sheet's.")
     add(
         "--rates_file",
         default=None,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from baichuan_jax.config.parsing import show
+from baichuan_jax.config.parsing import parse_json, show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.launch_files import Report
@@ -36,9 +36,14 @@ class ReportService:
 
     def reports(self) -> dict[int, Report]:
         """The newest report of every process that has one."""
-        texts = [text for _, text in self._client.key_value_dir_get("report/")]
-        found = [Report.from_json(json.loads(text)) for text in texts]
-        return {report.process: report for report in found}
+        found = {}
+        for key, text in self._client.key_value_dir_get("report/"):
+            try:
+                report = Report.from_json(parse_json(text, "it"))
+            except ConfigError as error:
+                raise ConfigError(f"{key} of jax's service is no report: {error}") from None
+            found[report.process] = report
+        return found
 
 
 def report_service() -> ReportService | None:

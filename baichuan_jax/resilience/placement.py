@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from baichuan_jax.config.parsing import environment_number
 from baichuan_jax.resilience.launch_files import LaunchFolder
 
 # "ATTEMPT" is the folder of the launch; see launch_files.py.
@@ -39,14 +40,13 @@ class Placement:
         """This process's placement, as far as it is known before jax starts."""
         # JAX_PROCESS_ID may be set without a supervisor too, as Kubernetes does.
         variables = os.environ
-        folder, supervisor = variables.get(FOLDER_VARIABLE), variables.get(SUPERVISOR_VARIABLE)
-        full = variables.get(FULL_VARIABLE)
+        folder = variables.get(FOLDER_VARIABLE)
         return cls(
             host=variables.get(HOST_VARIABLE) or socket.gethostname(),
-            process=int(variables.get("JAX_PROCESS_ID", 0)),
+            process=environment_number("JAX_PROCESS_ID") or 0,
             folder=None if folder is None else LaunchFolder(Path(folder)),
-            supervisor=None if supervisor is None else int(supervisor),
-            full_processes=None if full is None else int(full),
+            supervisor=environment_number(SUPERVISOR_VARIABLE),
+            full_processes=environment_number(FULL_VARIABLE),
         )
 
     def to_environment(self, coordinator: str) -> dict[str, str]:

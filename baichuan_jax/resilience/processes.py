@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig
+from baichuan_jax.config.parsing import environment_number, show, whole_number
+from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig, require
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
@@ -41,11 +42,11 @@ def initialize_processes(
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
     }
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = _integer(config.num_processes, "JAX_NUM_PROCESSES")
-    number = _integer(config.process_id, "JAX_PROCESS_ID")
+    count, number = config.num_processes, config.process_id
+    count = environment_number("JAX_NUM_PROCESSES") if count is None else count
+    number = environment_number("JAX_PROCESS_ID") if number is None else number
     # The devices of this node that are this process's; None: all of them.
-    ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    local_ids = [int(i) for i in ids.split(",")] if ids else None
+    local_ids = _local_devices()
     if address is not None and count is not None and number is not None:
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
@@ -60,7 +61,7 @@ def initialize_processes(
             f"num_processes={count} and process_id={number}, or JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    elif (environment_number("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
         # Under Slurm jax gives a process the one GPU of its local rank. Where a node runs a single
         # process, that would be the first GPU alone: JAX_LOCAL_DEVICE_IDS lists all of them.
         with _in_time("all processes of this run, as Slurm describes it, to come"):
@@ -91,11 +92,15 @@ def _in_time(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _integer(value: int | None, variable: str) -> int | None:
-    """A setting, or the environment variable that stands for it."""
-    if value is not None or variable not in os.environ:
-        return value
-    try:
-        return int(os.environ[variable])
-    except ValueError:
-        raise ConfigError(f"{variable}={os.environ[variable]!r} must be a whole number") from None
+def _local_devices() -> list[int] | None:
+    """The numbers that JAX_LOCAL_DEVICE_IDS lists; None where it is unset."""
+    text = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if not text:
+        return None
+    numbers = [whole_number(each.strip()) for each in text.split(",")]
+    found = [number for number in numbers if number is not None]
+    require(
+        len(found) == len(numbers),
+        f"JAX_LOCAL_DEVICE_IDS={show(text)} must be whole numbers with commas between them",
+    )
+    return found

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from baichuan_jax.config.schema import ResilienceConfig
+from baichuan_jax.config.schema import ConfigError, ResilienceConfig
 from baichuan_jax.resilience.attribution import attribute_fault
 from baichuan_jax.resilience.boards import Board, Channel, Peers, call_within
 from baichuan_jax.resilience.causes import BadHost, Cause, PeerFailed, cause_among_peers
@@ -251,7 +251,9 @@ class Watch:
             say(f"\nprocess {process} on {self.host}: {cause}: {error}; {at}")
             # A supervisor says the verdict itself, with exit codes as evidence too.
             if self._placement.supervisor is None and process == min(reports):
-                say(f"verdict: {self._verdict(reports)}")
+                # A damaged report of another process must not keep this one here.
+                with contextlib.suppress(ConfigError, OSError):
+                    say(f"verdict: {self._verdict(reports)}")
             if process == 0:
                 # Its coordination service ends with it, and jax aborts those that still use it.
                 time.sleep(BEAT)

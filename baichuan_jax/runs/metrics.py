@@ -12,6 +12,7 @@ import json
 import math
 import os
 import queue
+import re
 import struct
 import threading
 import time
@@ -20,7 +21,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.config.parsing import read_text, show
+from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.runs.events import Event
 from baichuan_jax.runs.files import Appender, write_atomically
 from baichuan_jax.runs.folder import Run
@@ -305,4 +307,9 @@ def _identity(file: Path) -> str:
     """The run's name at Weights & Biases: made by its first launch, and kept in its folder."""
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex.encode())
-    return file.read_text(encoding="utf-8")
+    found = read_text(file).strip()
+    require(
+        re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found) is not None,
+        f"{file} holds {show(found)} and no name of a run; delete it, and a new run begins there",
+    )
+    return found

@@ -16,7 +16,7 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
 from baichuan_jax.data.prepare import Prepared
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan
-from baichuan_jax.hardware.devices import peak_flops
+from baichuan_jax.hardware.devices import peak_flops, require_memory
 from baichuan_jax.kernels.attention.api import choose_attention
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
 from baichuan_jax.preflight import preflight
@@ -79,6 +79,8 @@ def start_devices(
     keep_compiled(config, mesh.devices.flat[0].platform)
     # Before the kernels are chosen, which depends on the size of the context axis.
     config = _resolve(config, mesh.size)
+    # Before any step is traced, which takes minutes where there are many blocks.
+    require_memory(config, config.mesh, jax.local_devices()[0])
     # Chosen here for the messages; each operator chooses again by itself, with the same answer.
     choices = Choices(_choose_kernels(config), flags)
     display = Display(active=jax.process_index() == 0)

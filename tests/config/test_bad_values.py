@@ -1,6 +1,11 @@
 """Every setting refuses a wrong value when it is read, or when a launch begins, not after steps."""
 
+import argparse
+import dataclasses
 import json
+import math
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +13,10 @@ import pytest
 from conftest import sentencepiece_defaults
 
 from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
-from baichuan_jax.config.parsing import show
-from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.config.parsing import environment_number, show
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, at_least, between
+from baichuan_jax.hardware.accelerators import parse_topology
+from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.train import train
 
@@ -98,6 +105,11 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
+def parts(kind: Any) -> tuple[Any, ...]:
+    """The kinds that a union has; of another, itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def read(*options: str) -> Config:
     """A small configuration, read as a command reads it; the mesh is one of eight devices."""
     small = {
@@ -118,6 +130,88 @@ def read(*options: str) -> Config:
     }
     first = [f"--{key}={value}" for key, value in small.items()]
     return parse_config(make_parser("train", ""), [*first, *options])
+
+
+def kinds(cls: type, prefix: str = "") -> dict[str, Any]:
+    """The annotation of every setting."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        inner = dataclasses.is_dataclass(item.type)
+        name = f"{prefix}{item.name}"
+        found |= kinds(item.type, f"{name}.") if inner else {name: item.type}
+    return found
+
+
+# By argv and file; what the dataclasses themselves refuse is below.
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {num_steps: }",
+        "model: {scan_layers: }",
+        "model: {dtype: null}",
+        "optimizer: {clip_norm: }",
+        "data: {train: }",
+        "data: {train: {a: }}",
+        "data: {train: {a: .nan}}",
+        "sample: {prompts: [null]}",
+        "resilience: {spike_deviations: .inf}",
+        # YAML 1.1 has numbers of base 60 and of base 8.
+        "train: {context_length: 12:30}",
+        "optimizer: {learning_rate: 1:30.5}",
+        "evaluate: {every: 010}",
+    ],
+)
+def test_a_file_means_what_its_reader_thinks(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "a.yaml")
+    assert "base 8 or 60" in str(error.value) or "010" not in text
+    name = text.replace("{", " ").split()[1].strip(":")
+    said = str(error.value)
+    assert name in said or f"{tmp_path}/a.yaml" in said, said
+
+
+def refusal(*options: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(*options)
+    return str(error.value)
+
+
+def test_null_is_a_value_where_a_setting_may_be_unset(tmp_path):
+    (tmp_path / "a.yaml").write_text("run_dir:\ncheckpoint: {every: }\nmodel: {pad_token_id: }\n")
+    assert load_config(tmp_path / "a.yaml").checkpoint.every is None
+    assert read("--run_dir=12:30").run_dir == "12:30"
+    assert "base 60" in refusal("--evaluate.every=12:30")
+    assert "base 60" in refusal("--optimizer.learning_rate", "1:30")
+    assert read("--train.num_steps=0x10", "--data.num_workers=1_0").train.num_steps == 16
+
+
+SECTIONS = {key: section for key, section in kinds(Config).items() if key.count(".") == 1}
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+def test_a_number_that_no_machine_can_count_to_or_compute_with_is_refused(key):
+    """Sizes and steps up to 2^31 - 1, others within float32."""
+    section, name = key.split(".")
+    wrong: tuple[Any, ...] = ()
+    if int in parts(SECTIONS[key]):
+        wrong = (1 << 31, 1 << 62)
+    elif float in parts(SECTIONS[key]):
+        wrong = (1e300, math.inf, math.nan)
+    elif key in ("profile.steps", "data.skip"):
+        wrong = ([1, 1 << 31],) if key == "profile.steps" else ([[1, 1 << 31]],)
+    for value in wrong if key != "train.seed" else (1 << 63,):
+        with pytest.raises(ConfigError, match=name if section != "mesh" else "mesh"):
+            dataclasses.replace(getattr(Config(), section), **{name: value})
+
+
+def test_a_number_that_float32_rounds_to_0_or_1_is_refused():
+    for key in ("learning_rate", "eps", "clip_norm"):
+        with pytest.raises(ConfigError, match=key):
+            OptimizerConfig(**{key: 1e-300})
+    for key in ("beta1", "beta2"):
+        with pytest.raises(ConfigError, match=key):
+            OptimizerConfig(**{key: 1 - 1e-9})
 
 
 def test_every_setting_has_a_wrong_value():
@@ -167,7 +261,7 @@ def test_a_refusal_is_one_line_whatever_it_quotes():
 def test_a_notebook_is_refused_alike(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {num_steps: 8}\noptimizer: {warmup_steps: 1}\n")
     for override in ("sample.max_new_tokens=0", "optimizer.clip_norm=.inf"):
-        with pytest.raises(ConfigError, match=r"must be greater than 0"):
+        with pytest.raises(ConfigError, match=r"must be (greater than 0|a finite number)"):
             load_config(tmp_path / "a.yaml", [override])
 
 
@@ -221,3 +315,36 @@ def test_a_launch_refuses_before_its_first_step(folder, tmp_path, options):
     assert AT_A_LAUNCH[options] in str(error.value)
     assert not Run(tmp_path / "run").metrics
     assert not list(Path().glob("$*"))
+
+
+@pytest.mark.parametrize("text", ["abc", "1.5", "-1", str(1 << 31), "9" * 5000, "nan", ""])
+def test_an_option_that_is_no_count_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number"):
+        at_least(0)(text)
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "inf", "1e300", "1e-300", "0", "-1", "0x1"])
+def test_an_option_that_is_no_number_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number from 1e-30 to 1e"):
+        between()(text)
+
+
+@pytest.mark.parametrize("text", ["abc", "1.0", "-1", "9" * 5000])
+def test_a_variable_that_is_no_count_is_refused(monkeypatch, text):
+    """What a scheduler's template leaves in the environment; empty is unset."""
+    monkeypatch.setenv("JAX_PROCESS_ID", "")
+    assert Placement.from_environment().process == 0
+    for variable in ("JAX_PROCESS_ID", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ConfigError, match=f"^{variable}=.* must be a whole number"):
+            environment_number(variable)
+    with pytest.raises(ConfigError, match=r"^JAX_PROCESS_ID="):
+        Placement.from_environment()
+
+
+@pytest.mark.parametrize(
+    "name", ["a800:9999999x9999999", "a800:1" + "0" * 5000, "v5p:99999x9999x9"]
+)
+def test_a_cluster_that_nobody_has_is_refused(name):
+    with pytest.raises(ConfigError, match=r"^topology="):
+        parse_topology(name)

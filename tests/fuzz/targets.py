@@ -34,7 +34,7 @@ from strategies import Folder, folders
 from test_report import add_results, write_faulty_run
 
 from baichuan_jax.config.files import KEYS, dump_config, load_config
-from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig
+from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 
 # A section or a setting by its name.
@@ -275,14 +275,25 @@ def _argv() -> Target:
         except (OSError, ValueError, RecursionError):
             return None
         words = [str(word)[:200] for word in words] if isinstance(words, list) else []
-        # No argument of a process holds these.
-        words = [word.replace("\0", "") for word in words]
+        # The bytes that arguments of a process are, and no argument holds a 0.
+        words = [
+            os.fsdecode(word.replace("\0", "").encode(errors="surrogatepass")) for word in words
+        ]
         if {"--help", "-h"} & set(words) or any("print_config" in word for word in words):
             return None
         with contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(folder):
-            return parse_config(make_parser("train", ""), words)
+            try:
+                return parse_config(make_parser("train", ""), words)
+            except ConfigError as error:
+                text = str(error)
+                given = [str(ConfigError(word))[:20] for word in words if word.strip()]
+                # The setting or the word, and more than it: the reason.
+                named = re.search(SETTING, text) or any(word in text for word in given)
+                assert named, f"no option: {text}"
+                assert re.search(r"[a-z]+ [a-z]+", text), f"no reason: {text}"
+                raise
 
-    # Words of argv are in no file, and may be in any message.
+    # Words of argv are in no file; `read` looks for them.
     return Target({"argv.json": json.dumps(argv).encode()}, read, "")
 
 
@@ -634,6 +645,74 @@ def _rates() -> Target:
     return Target({"rates.json": json.dumps(content).encode()}, read)
 
 
+def _mixture_plan() -> Target:
+    from baichuan_jax.data.mixture import _keep_plan
+
+    plan = {"config": "a: 1\n", "overrides": ["--a", "1"], "corpora": ["春", "b"], "steps": 5}
+    plan |= {"mixtures": [[0.5, 0.5], [0.25, 0.75]]}
+
+    def read(folder: Path) -> Any:
+        _keep_plan(folder, plan)
+        kept = json.loads((folder / "plan.json").read_bytes())
+        assert kept == plan
+        return kept
+
+    return Target({"plan.json": json.dumps(plan).encode()}, read, respelled=True)
+
+
+def _schedule_profile() -> Target:
+    from baichuan_jax.hardware.accelerators import parse_topology
+    from baichuan_jax.xla_flags import choose_flags
+
+    lines = ['costs { name: "dot.1" cost_us: 5.000 }']
+    lines += ['latencies { source: "a-start" target: "a-done" latency_us: 0.125 }']
+    topology = parse_topology("a800:1x8")
+
+    def read(folder: Path) -> Any:
+        file = folder / "p.pbtxt"
+        config = Config(train=TrainConfig(schedule_profile=str(file)))
+        flags = choose_flags(config, topology).xla
+        assert any(flag.endswith(str(file)) for flag in flags)
+        return file.read_bytes()
+
+    return Target({"p.pbtxt": ("\n".join(lines) + "\n").encode()}, read)
+
+
+def _wire() -> Target:
+    """Reports on jax's coordination service, where each process reads those of all."""
+    from baichuan_jax.resilience.coordination import ReportService
+    from baichuan_jax.resilience.launch_files import Report
+
+    report = Report(1, "a", 1, 2, 3.0, 4, "wait", 0.5, 0.1, {"wait": 1.0}, Cause.HANG, "x")
+
+    class Client:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+            return [(f"{prefix}1", self.text)]
+
+    def read(folder: Path) -> Any:
+        file = folder / "report.json"
+        text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
+        return ReportService(Client(text)).reports()
+
+    return Target({"report.json": report.to_json().encode()}, read, "^report/1 ", respelled=True)
+
+
+def _wandb_id() -> Target:
+    from baichuan_jax.runs.metrics import _identity
+
+    def read(folder: Path) -> Any:
+        found = _identity(folder / "wandb" / "id.txt")
+        # The next launch goes on with the same one.
+        assert found == _identity(folder / "wandb" / "id.txt")
+        assert re.fullmatch("[A-Za-z0-9_-]+", found)
+        return found
+
+    return Target({"wandb/id.txt": b"0123456789abcdef" * 2}, read)
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     **{
         f"documents{suffix}": functools.partial(_documents, suffix)
@@ -655,6 +734,10 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "quality_model": _quality_model,
     "decontamination": _decontamination,
     "rates": _rates,
+    "mixture_plan": _mixture_plan,
+    "schedule_profile": _schedule_profile,
+    "wire": _wire,
+    "wandb_id": _wandb_id,
     **({"torch": _torch} if importlib.util.find_spec("torch") else {}),
     "owner": _owner,
     "progress": _progress,

@@ -1,9 +1,17 @@
 """FLOPs of a model by the published formula, and what MFU is a share of."""
 
+import jax
 import pytest
 
-from baichuan_jax.config.schema import Config, MetricsConfig, ModelConfig
-from baichuan_jax.hardware.devices import peak_flops
+from baichuan_jax.config.schema import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    MetricsConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from baichuan_jax.hardware.devices import peak_flops, require_memory
 from baichuan_jax.hardware.flops import flops_per_token
 
 
@@ -46,3 +54,31 @@ def test_an_unknown_accelerator_shows_no_mfu_and_names_the_setting():
         Config(metrics=MetricsConfig(peak_tflops=7.0)), Device("gpu", "NVIDIA Z1")
     )
     assert peak == 7e12
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "said"),
+    [
+        (Config(), (1, 1, 1, 1), "state of 7,000,559,616 parameters"),
+        (Config(), (1, 8, 1, 1), None),
+        (Config(), (8, 1, 1, 1), "state of"),
+        (Config(train=TrainConfig(global_batch_size=1 << 28)), (8, 8, 1, 1), "batch of 1,099,511"),
+        (Config(train=TrainConfig(context_length=(1 << 31) - 1)), (1, 64, 1, 1), "batch of"),
+        # Blocks that would be traced one by one for hours.
+        (Config(model=ModelConfig(num_layers=1 << 20, scan_layers=False)), (1, 8, 1, 1), "state"),
+    ],
+)
+def test_what_no_device_can_hold_is_refused(config, mesh, said):
+    device = Device("gpu", "NVIDIA A800-SXM4-80GB")
+    device.memory_stats = lambda: {"bytes_limit": 60 << 30}
+    if said is None:
+        require_memory(config, MeshConfig(*mesh), device)
+        return
+    with pytest.raises(ConfigError, match=said):
+        require_memory(config, MeshConfig(*mesh), device)
+
+
+def test_devices_of_a_cpu_share_its_memory():
+    model = ModelConfig(num_layers=1 << 20)
+    with pytest.raises(ConfigError, match="GiB at least on each device"):
+        require_memory(Config(model=model), MeshConfig(8, 1, 1, 1), jax.devices()[0])
