@@ -18,8 +18,14 @@ import jax
 from baichuan_jax.config.files import make_parser, parse_command
 from baichuan_jax.config.parsing import read_text, show
 from baichuan_jax.config.schema import Config, ConfigError, require
-from baichuan_jax.hardware.accelerators import Topology, detect_topology, parse_topology
+from baichuan_jax.hardware.accelerators import (
+    DRIVER_SECONDS,
+    Topology,
+    detect_topology,
+    parse_topology,
+)
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.waits import announced
 
 # Of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers.
 GPU_MEMORY_FRACTION = 0.92
@@ -254,7 +260,9 @@ def apply_flags(config: Config) -> dict[str, str]:
     What is already set there is kept.
     """
     # By name and not by value: a user's own value of a flag must not be followed by ours.
-    settings = choose_flags(config, detect_topology())
+    with announced(f"the NVIDIA driver to list its GPUs ({DRIVER_SECONDS:.0f} s at most)"):
+        topology = detect_topology()
+    settings = choose_flags(config, topology)
     added = {}
     for variable, flags in (("XLA_FLAGS", settings.xla), ("LIBTPU_INIT_ARGS", settings.libtpu)):
         present = os.environ.get(variable, "")

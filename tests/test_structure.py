@@ -139,49 +139,112 @@ def test_everything_public_has_a_docstring(name):
             assert settings or ast.get_docstring(node), f"{name}.{node.name}"
 
 
-# Every call that may block for long, and what bounds it and says what is waited for. A new one uses
-# `wait_until` or `announced` of resilience/waits.py, or gives its reason here.
+# Calls that may block for long and stand in no `with announced(...)` of resilience/waits.py, with
+# what bounds them and who says what is waited for.
 WAITS = {
-    ("resilience.waits", "sleep"): "wait_until itself",
-    ("resilience.coordination", "blocking_key_value_get"): "announced; `seconds` of agree",
-    ("resilience.coordination", "wait_at_barrier"): "announced; `seconds` of gather",
-    ("resilience.processes", "initialize"): "announced; JOIN_SECONDS",
+    ("resilience.coordination", "blocking_key_value_get"): "announced by _in_time; `seconds`",
+    ("resilience.coordination", "wait_at_barrier"): "announced by _in_time; `seconds` of gather",
+    ("resilience.processes", "initialize"): "announced by _in_time; JOIN_SECONDS",
     ("resilience.ownership", "flock"): "does not block; STOPPING_SECONDS or CACHE_SECONDS",
+    ("resilience.ownership", "wait"): "BEAT, in a thread",
+    ("resilience.boards", "join"): "PUBLISH: the process is leaving",
     ("resilience.watch", "sleep"): "BEAT, or GRACE at most: the process is leaving",
+    ("resilience.watch", "wait"): "BEAT, in threads",
+    ("resilience.watch", "get"): "of a queue that is not empty",
     ("launch", "sleep"): "BEAT of the heartbeat; TICK of loops that say what they wait for",
     ("checkpoint.orbax", "wait_until_finished"): "announced by the store; Orbax's ten minutes",
-    ("checkpoint.orbax", "sync_global_devices"): "the watch's limits, resilience.start_seconds",
     ("checkpoint.orbax_workarounds", "sleep"): "READS_END_SECONDS",
     ("checkpoint.local_copies", "join"): "announced by the store; one write to a disk",
-    ("checkpoint.local_copies", "broadcast_one_to_all"): "the watch's limits",
-    ("data.runner", "as_completed"): "work with a progress bar",
+    ("checkpoint.local_copies", "broadcast_one_to_all"): "announced by its caller; the watch",
+    ("data.loader", "join"): "CLOSE_SECONDS, not more than SAY_SECONDS",
+    ("data.runner", "as_completed"): "announced after STALLED_SECONDS; work with a progress bar",
     ("data.runner", "result"): "of a part that has ended",
     ("data.runner", "join"): "in a thread, for the parent's end",
-    ("data.runner", "wait"): "Ray's tasks: work with a progress bar",
-    ("data.runner", "init"): "announced; Ray's own limit",
-    ("plan.child", "wait"): "a compilation, whose output is passed on",
+    ("data.runner", "wait"): "announced after STALLED_SECONDS; Ray's tasks, with a progress bar",
+    ("data.runner", "get"): "of a task that has ended",
+    ("data.runner", "shutdown"): "does not wait, after an error",
+    ("runs.metrics", "get"): "in the thread that calls Weights & Biases",
+    ("runs.metrics", "put"): "announced by close_files; WANDB_SECONDS",
+    ("runs.metrics", "join"): "announced by close_files; WANDB_SECONDS",
+    ("hardware.accelerators", "run"): "announced by apply_flags; DRIVER_SECONDS",
+    ("plan.child", "wait"): "after Ctrl-C, which the child got too",
 }
 BLOCKING = {
     *("sleep", "flock", "lockf", "communicate", "result", "as_completed", "wait_until_finished"),
     *("blocking_key_value_get", "wait_at_barrier", "sync_global_devices", "broadcast_one_to_all"),
-    *("process_allgather", "urlopen"),
+    *("process_allgather", "urlopen", "wait", "acquire", "shutdown", "waitpid", "get_file_info"),
+    *("recv", "accept", "check_output", "check_call"),
+}
+# What has these names and does not wait.
+NO_WAITS = {
+    ("training.setup", "watch.join()"): "a method of the program",
+    ("data.quality", "space.join(cut)"): "of text",
 }
 
 
-def test_no_wait_is_silent_or_without_a_limit():
+def is_blocking(module: str, call: ast.Call) -> bool:
+    """Whether a call may wait for another thread, process or host."""
+    assert isinstance(call.func, ast.Attribute)
+    name, owner = call.func.attr, call.func.value
+    keywords = {keyword.arg for keyword in call.keywords}
+    if (module, ast.unparse(call)) in NO_WAITS:
+        return False
+    match name:
+        case "join":
+            # Of text, of paths and of tables.
+            lists = (ast.List, ast.ListComp, ast.GeneratorExp)
+            return not (
+                isinstance(owner, ast.Constant | ast.JoinedStr)
+                or any(isinstance(argument, lists) for argument in call.args)
+                or ast.unparse(owner).endswith("path")
+                or "on" in keywords
+            )
+        case "get" | "put":
+            queues = "import queue" in FILES[f"baichuan_jax.{module}"].read_text()
+            # Keys of a dict, and context variables.
+            return ast.unparse(owner) == "ray" or (
+                queues and (not call.args or "timeout" in keywords)
+            )
+        case "init" | "initialize" | "run" | "collect":
+            return ast.unparse(owner) in ("ray", "jax.distributed", "subprocess", "frame")
+    return name in BLOCKING
+
+
+def silent_waits(module: str) -> set[tuple[str, str]]:
+    """Blocking calls of a module that stand in no `with announced(...)`."""
     found = set()
-    for name in FILES:
-        for node in ast.walk(tree_of(name)):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-                continue
-            call, owner = node.func.attr, ast.unparse(node.func.value)
-            # Without a limit; str.join has an argument.
-            endless = call in ("join", "wait", "acquire") and not node.args + node.keywords
-            starts = call in ("init", "initialize", "wait") and owner in ("ray", "jax.distributed")
-            if call in BLOCKING or endless or starts:
-                found.add((name.removeprefix("baichuan_jax."), call))
-    # This one is of a class of the program.
-    assert found - {("training.setup", "join")} == set(WAITS)
+
+    def visit(node: ast.AST, announced: bool) -> None:
+        if isinstance(node, ast.With):
+            announced |= any("announced(" in ast.unparse(item) for item in node.items)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if called and not announced and is_blocking(module, node):
+            found.add((module, node.func.attr))
+        for child in ast.iter_child_nodes(node):
+            visit(child, announced)
+
+    visit(tree_of(f"baichuan_jax.{module}"), False)
+    return found
+
+
+def test_no_wait_is_silent_or_without_a_limit():
+    modules = [name.removeprefix("baichuan_jax.") for name in FILES if name != "baichuan_jax"]
+    assert set().union(*map(silent_waits, modules)) == set(WAITS)
+
+
+def test_a_new_wait_without_a_word_is_found(tmp_path, monkeypatch):
+    file = tmp_path / "new.py"
+    monkeypatch.setitem(FILES, "baichuan_jax.new", file)
+    for line, found in (
+        ("thread.join(5)", {("new", "join")}),
+        ("event.wait(timeout=3)", {("new", "wait")}),
+        ("import queue; calls.get()", {("new", "get")}),
+        ("subprocess.run(command)", {("new", "run")}),
+        ("', '.join(names), table.join(other, on='key'), names.get('a')", set()),
+        ("with announced('it (3 s at most)'): thread.join(3)", set()),
+    ):
+        file.write_text(line)
+        assert silent_waits("new") == found, line
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -28,6 +28,7 @@ from baichuan_jax.config.parsing import Count, decode, parse_json, require_keys,
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.coordination import gather
 from baichuan_jax.resilience.exits import say
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import publish
 
@@ -194,13 +195,14 @@ class LocalCopies:
     def _place(self, path: Path | None, source: int | None) -> dict[str, Any]:
         """A copy's arrays on the devices, one at a time; sent by `source` where there is one."""
         arrays = []
-        for leaf, content in zip(self._leaves, self._read(path), strict=True):
-            whole = content if source is None else _send(content, source)
-            arrays.append(
-                jax.make_array_from_callback(
-                    leaf.shape, leaf.sharding, lambda index, whole=whole: whole[index]
+        with announced(f"a copy in {self.folder} to be read, or to come from another host"):
+            for leaf, content in zip(self._leaves, self._read(path), strict=True):
+                whole = content if source is None else _send(content, source)
+                arrays.append(
+                    jax.make_array_from_callback(
+                        leaf.shape, leaf.sharding, lambda index, whole=whole: whole[index]
+                    )
                 )
-            )
         return jax.tree.unflatten(jax.tree.structure(self._target.items), arrays)
 
     def _gather(self, what: str, value: Any) -> list[Any]:

@@ -42,6 +42,7 @@ from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError, Mo
 from baichuan_jax.resilience.causes import PeerFailed
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
 
@@ -196,7 +197,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 path.rename(corrupt)
             if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
+                with announced(f"the other processes to leave checkpoint {step}"):
+                    multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
             # Its list of steps still has the one that was renamed.
             self._manager.reload()
         return None
@@ -347,7 +349,8 @@ def restore_items(
             damage = None
             try:
                 _compare(path / name, checkpointer.metadata(path / name), target)
-                items[name] = checkpointer.restore(path / name, target)
+                with announced(f"{path / name} to be read"):
+                    items[name] = checkpointer.restore(path / name, target)
             except ConfigError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file

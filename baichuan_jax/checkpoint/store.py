@@ -152,7 +152,7 @@ class CheckpointStore:
         self, tier: Checkpoints | LocalCopies, state: RunState, since_last: float = 0.0
     ) -> None:
         save = _Save(state.step, since_last)
-        with self._blocking(save):
+        with self._blocking(save), announced(f"the save of step {save.step} to begin"):
             tier.save(state)
         self._saving[tier] = save
 

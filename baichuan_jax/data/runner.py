@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ from baichuan_jax.resilience.waits import announced
 DISK_FULL = "; free some space and start again: finished parts are kept"
 # How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
 LOG_SECONDS = 30
+# Parts take about a minute. Longer ones are no error, and storage or a cluster may hang.
+STALLED_SECONDS = 300.0
 
 
 class Part(Protocol):
@@ -88,7 +90,7 @@ class Workers:
         failures = []
         done = len(parts) - len(todo)
         with _bar(len(parts), done, description, unit, self._progress) as bar:
-            for failure in self._outcomes(todo):
+            for failure in _announced(self._outcomes(todo), f"{description}: a {unit} to end"):
                 if failure is None:
                     bar.update()
                 else:
@@ -147,7 +149,8 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            with announced("worker processes to end"):
+                self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def __enter__(self) -> "Workers":
@@ -155,6 +158,17 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _announced(outcomes: Iterator[Failure | None], what: str) -> Iterator[Failure | None]:
+    """The same outcomes; each is waited for without a limit, and not without a word."""
+    done = object()
+    while True:
+        with announced(f"{what}; none has for {STALLED_SECONDS:.0f} s", STALLED_SECONDS):
+            outcome = next(outcomes, done)
+        if outcome is done:
+            return
+        yield cast(Failure | None, outcome)
 
 
 def _attempt(part: Part) -> Failure | None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from baichuan_jax.config.parsing import show_path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.storage import open_binary, pyarrow_for
+from baichuan_jax.resilience.waits import announced
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
 EXPECTED = (
@@ -211,7 +212,10 @@ def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:
     filesystem, root = fs.FileSystem.from_uri(fixed)
     # pyarrow lists paths without the scheme and host that the address had.
     prefix = fixed.removesuffix(root)
-    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+    # The limits of connections are pyarrow's own.
+    with announced(f"{fixed} to be listed"):
+        listed = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    for info in listed:
         scheme = pattern.split("://")[0]
         address = f"{prefix}{info.path}" if prefix else f"{scheme}://{info.path}"
         if info.type == fs.FileType.File and fnmatch.fnmatchcase(address, pattern):

@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from baichuan_jax.config.parsing import environment_number
 from baichuan_jax.config.schema import ConfigError, require
 
+# A driver that has lost a GPU may never answer nvidia-smi.
+DRIVER_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -196,7 +199,7 @@ def _driver_models() -> list[str]:
         return models
     try:
         command = [program, "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []

@@ -29,7 +29,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.sharding import current_layout
+
+# For an assembler or disassembler, which take a second.
+TOOL_SECONDS = 60.0
 
 TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))  # where XLA looks last
 # Context variables, and not globals: jax may trace in several threads at once.
@@ -313,7 +317,12 @@ def ptxas_version() -> str:
 
     12.8.93 and 13.0.88 are known to miscompile Triton's code for sm_90a; 13.1.80 is not.
     """
-    text = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True).stdout
+    command = [ptxas(), "--version"]
+    with announced(f"{ptxas()} --version ({TOOL_SECONDS:.0f} s at most)"):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS
+        )
+    text = done.stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     if found is None:
         raise RuntimeError(f"{ptxas()} --version printed no version: {text.strip()!r}")

@@ -6,6 +6,7 @@ import sys
 
 from baichuan_jax.config.schema import Config
 from baichuan_jax.hardware.accelerators import Topology
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.xla_flags import choose_flags
 
 CHILD = "BAICHUAN_JAX_PLAN"  # set in the process that compiles
@@ -58,10 +59,11 @@ def run_child(argv: list[str], config: Config, topology: Topology) -> int:
         assert child.stderr is not None
         # Line by line, so that the bar of --search and errors are seen as they come.
         try:
-            for line in child.stderr:
-                if not any(noise in line for noise in _NOISE):
-                    sys.stderr.write(line)
-            return child.wait()
+            with announced(f"the compilation for {topology}, minutes for a large model"):
+                for line in child.stderr:
+                    if not any(noise in line for noise in _NOISE):
+                        sys.stderr.write(line)
+                return child.wait()
         except KeyboardInterrupt:  # the child got it too and ends by itself
             child.wait()
             raise

@@ -14,6 +14,8 @@ from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
 from baichuan_jax.runs.files import FULL_DISK
 
+# A user who sees nothing for longer takes the program for dead.
+SAY_SECONDS = 5.0
 # How long the end of Python may last, with nothing left to save: Python waits for every library's
 # threads, and those of Orbax wait ten minutes for a folder that a full disk has refused.
 EXIT_SECONDS = 30.0
@@ -30,16 +32,25 @@ def leave(code: int) -> NoReturn:
     if not saved and peers:
         os._exit(code)
     limit = PEERS_EXIT_SECONDS if peers else EXIT_SECONDS
-    timer = threading.Timer(limit, _end_now, (code,))
-    timer.daemon = True
-    timer.start()
+    what = "the other processes of this run" if peers else "threads of libraries"
+    waits = f"waiting for {what} to end ({limit:.0f} s at most)"
+    # Now: while Python ends it starts no thread.
+    _at_the_end(SAY_SECONDS, lambda: say(waits))
+    _at_the_end(limit, lambda: os._exit(code))
     sys.exit(code)
 
 
-def _end_now(code: int) -> None:
-    # Not where a caller (a test, a notebook) has caught SystemExit and goes on.
-    if not threading.main_thread().is_alive():
-        os._exit(code)
+def _at_the_end(seconds: float, act: Callable[[], object]) -> None:
+    """Act after some seconds where Python has not ended by then."""
+
+    def look() -> None:
+        # Not where a caller (a test, a notebook) has caught SystemExit and goes on.
+        if not threading.main_thread().is_alive():
+            act()
+
+    timer = threading.Timer(seconds, look)
+    timer.daemon = True
+    timer.start()
 
 
 def say(text: str) -> None:

@@ -8,22 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from baichuan_jax.resilience.exits import say
+from baichuan_jax.resilience.exits import SAY_SECONDS, say
 
-# A user who sees nothing for longer takes the program for dead.
-SAY_SECONDS = 5.0
 # Between two looks: often enough that nobody notices, seldom enough for a shared file system.
 LOOK_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def announced(what: str | Callable[[], str]) -> Iterator[None]:
+def announced(what: str | Callable[[], str], after: float | None = None) -> Iterator[None]:
     """Say on stderr what this process waits for, once the block has taken SAY_SECONDS.
 
-    For calls that block by themselves. A callable is asked when it is time to say it.
+    For calls that block by themselves. A callable is asked when it is time to say it. `after`:
+    seconds in place of SAY_SECONDS, where something else shows that work goes on.
     """
     timer = threading.Timer(
-        SAY_SECONDS, lambda: say(f"waiting for {what if isinstance(what, str) else what()}")
+        SAY_SECONDS if after is None else after,
+        lambda: say(f"waiting for {what if isinstance(what, str) else what()}"),
     )
     timer.daemon = True
     timer.start()

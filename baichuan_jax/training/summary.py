@@ -15,9 +15,11 @@ from baichuan_jax.data.prepare import Prepared, validation_in_training
 from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.clock import EVALUATE
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Completed, Failed, Sampled, Started
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.metrics import WANDB_SECONDS
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
 from baichuan_jax.training.changes import consequence_of_more_steps
@@ -233,7 +235,8 @@ def _show_next(display: Display, run: Run, config: Config) -> None:
 
 def close_files(output: Output, ended_well: bool) -> None:
     """Write what still waits for the disk. Raises SaveFailed where something is lost for good."""
-    lost = output.writer.close()
+    with announced(f"Weights & Biases and the disk ({WANDB_SECONDS:.0f} s at most)"):
+        lost = output.writer.close()
     if not lost:
         return
     what = f"lost, since the disk refused it to the end: {'; '.join(lost)}"

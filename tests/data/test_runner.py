@@ -12,6 +12,7 @@ import pytest
 from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data import runner
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.resilience.causes import SaveFailed
 
@@ -129,6 +130,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from test_runner import parts
+from baichuan_jax.data import runner
 from baichuan_jax.data.runner import Workers
 
 print("the script runs", flush=True)
@@ -158,3 +160,12 @@ def test_a_script_needs_no_main_guard(tmp_path, how):
     assert (ran, made) == ("the script runs", "4"), done.stderr
     # The script has its names back.
     assert names.startswith("script.py " + ("None" if how == "file" else "ModuleSpec"))
+
+
+def test_parts_of_which_none_ends_are_waited_for_with_a_word(tmp_path, capsys, monkeypatch):
+    """Storage or a cluster may hang, and a log has no progress bar."""
+    monkeypatch.setattr(runner, "STALLED_SECONDS", 0.1)
+    with Workers(1, progress=False) as workers:
+        assert workers.finish(parts(tmp_path, 3, "wait"), "packing", unit="shard") == 3
+    said = capsys.readouterr().err
+    assert said == "waiting for packing: a shard to end; none has for 0 s\n"

@@ -2,10 +2,12 @@
 
 import argparse
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launches import REPOSITORY
+from launches import REPOSITORY, environment
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.launch import main as launch
@@ -81,6 +83,21 @@ def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own():
     with pytest.raises(SystemExit) as caught:
         run_command(interrupted)
     assert caught.value.code == Cause.INTERRUPTED.exit_code
+
+
+@pytest.mark.parametrize("seconds, said", [(0.6, "waiting for threads of libraries"), (0.0, "")])
+def test_the_end_of_python_is_waited_for_with_a_word(seconds, said):
+    """Its libraries' threads are joined after the last line of a program."""
+    program = (
+        "import threading, time; from baichuan_jax.resilience import exits; "
+        "exits.SAY_SECONDS = 0.1; "
+        f"threading.Thread(target=time.sleep, args=({seconds},)).start(); "
+        "exits.run_command(lambda: 75)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 75
+    assert done.stderr.partition(" to end (")[0] == said
 
 
 def test_a_peer_s_failure_is_told_from_one_s_own():

@@ -28,6 +28,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
 from baichuan_jax.data.runner import disk_hint
 from baichuan_jax.resilience.causes import SaveFailed
+from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.files import write_atomically
 
 # Rows that are grouped in memory on one machine: about 0.2 GB of keys.
@@ -53,7 +54,8 @@ class Tables:
     def keep(self, frame: DataFrame) -> DataFrame:
         """A table computed once: a lazy plan is computed again for everything made from it."""
         # On Ray unions and joins multiply partitions; this gathers them.
-        return (frame.into_partitions(self._num_workers) if self._on_ray else frame).collect()
+        with announced("a table of the corpus to be computed"):
+            return (frame.into_partitions(self._num_workers) if self._on_ray else frame).collect()
 
     def in_buckets(
         self, rows: int, make: Callable[..., DataFrame], *keyed: tuple[DataFrame, str]
@@ -103,7 +105,8 @@ class Tables:
         if not is_finished(stage):
             # Daft names files at random: those of a killed run would be read as well.
             shutil.rmtree(stage.folder, ignore_errors=True)
-            with _disk_errors(stage.folder):
+            # Work of Daft, as long as the corpus is large.
+            with _disk_errors(stage.folder), announced(f"the table {stage.folder.name} to be made"):
                 make().write_parquet(str(stage.folder), compression="zstd")
             # Last: a table without this file is of a killed run.
             write_atomically(stage.folder / DONE, json.dumps({"key": stage.key}).encode())

@@ -31,6 +31,7 @@ from typing import Any
 from baichuan_jax.hardware.accelerators import HARDWARE, Hardware
 from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels.triton_bridge import Launch
+from baichuan_jax.resilience.waits import announced
 
 # Of a multiprocessor, the same on sm_80 and sm_90.
 SHARED_BYTES_PER_CYCLE = 128
@@ -167,7 +168,9 @@ def assemble(launch: Launch, chip: Chip) -> Assembled:
 
 
 def _output(program: Path, *arguments: str) -> str:
-    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    command = [program, *arguments]
+    with announced(f"{program.name} ({bridge.TOOL_SECONDS:.0f} s at most)"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=bridge.TOOL_SECONDS)
     if done.returncode:
         raise RuntimeError(f"{program.name}: {done.stderr.strip()}")
     return done.stdout + done.stderr
