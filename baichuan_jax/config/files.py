@@ -106,7 +106,7 @@ def parse_command(
         for name, kind in kinds.items():
             _require_value(namespace[name], kind, name)
         config = settings(**parser.instantiate(namespace).as_dict())
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     except OverflowError as error:
         where = " and ".join([*paths, "the command line"])

@@ -28,7 +28,7 @@ from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, re
 from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import writable, writable_file, write_atomically
+from baichuan_jax.runs.files import require_writable, writable, writable_file, write_atomically
 
 # Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -42,6 +42,9 @@ OWN = (
 def main(argv: list[str]) -> int:
     """Plan one topology, or with --sweep several; see --help. Returns the exit code."""
     config, options = parse_command(_make_parser(), argv, own=OWN)
+    if options["output"] is None:
+        options["output"] = "plans"
+        require_writable("plans", "output")
     topology = _topology(options)
     rates, sources = _rates(topology, options)
     absent = missing(topology)
@@ -86,9 +89,10 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     add(
         "--output",
         type=writable,
-        default="plans",
+        # jsonargparse would look at a default where another folder is given too.
+        default=None,
         metavar="DIR",
-        help="Folder for the report as JSON and PNG.",
+        help="Folder for the report as JSON and PNG (default: plans).",
     )
     file: dict[str, Any] = {"type": writable_file, "default": None, "metavar": "FILE"}
     add("--json", **file, help="Write the report here as well.")
