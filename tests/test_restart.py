@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from launches import SAMPLE, SHARED, environment, losses, run, run_module, write_config
 
-from baichuan_jax.checkpoint.weights import load_params
+from baichuan_jax.checkpoint.weights import find_checkpoint, load_params
 
 GOLDEN = Path(__file__).parent / "golden"
 ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EPERM")
 # `make test-disk`: every call, instead of a sample.
 ALL = os.environ.get("FAULTY_DISK_TESTS") == "all"
 # Of a JSON file: what it says of the time that the work took.
-TIMES = re.compile(rb'"\w*seconds\w*": [\d.e-]+|"speed": \{[^}]*\}')
+TIMES = re.compile(rb'"\w*seconds\w*": ([\d.e-]+|\{[^}]*\})|"speed": \{[^}]*\}')
 NEVER = (*faulty_disk.NEVER, faulty_disk.KILL)
 
 
@@ -79,6 +79,8 @@ COMMANDS = {
         "baichuan_jax.data.mixture",
         "learn --config {inputs}/config.yaml --output {folder}/mixture --runs 6 --steps 2 "
         "--optimizer.warmup_steps 1",
+        results=("mixture/mixture.*",),
+        sample=3,
     ),
     "train": Command(
         "baichuan_jax.train",
@@ -169,7 +171,7 @@ def results(folder, command):
         found["losses"] = losses(folder / "run")
         weights.append(folder / "run")
     for path in weights:
-        _, params = load_params(path)
+        _, params = load_params(find_checkpoint(path))
         for place, array in jax.tree_util.tree_leaves_with_path(params):
             found[f"{path.name}{jax.tree_util.keystr(place)}"] = np.asarray(array).tobytes()
     return found

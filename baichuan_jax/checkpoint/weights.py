@@ -24,6 +24,7 @@ from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.digests import digest
+from baichuan_jax.runs.files import naming
 from baichuan_jax.sharding import Layout
 
 
@@ -124,7 +125,11 @@ def save_params(
         "digest": named_digest(jax.jit(digest), items),
     }
     # No CheckpointManager: weights alone are one checkpoint, without steps.
-    with quiet_saves(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with (
+        quiet_saves(),
+        naming(Path(path)),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
         checkpointer.save(Path(path).absolute(), args=save_arguments(items, run))
 
 

@@ -37,7 +37,7 @@ from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least,
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.reader import read_texts
-from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.resilience.causes import Cause, PeerFailed, SaveFailed
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.resilience.waits import wait_until
@@ -209,8 +209,14 @@ class Trainings:
             return False
         # The trainer's last line says what was wrong.
         reason = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-        error = ConfigError if code == Cause.CONFIGURATION.exit_code else RuntimeError
-        raise error(f"training {name} ended with code {code}: {reason} (see {log})")
+        ended = f"training {name} ended with code {code}: {reason} (see {log})"
+        if code == Cause.CONFIGURATION.exit_code:
+            raise ConfigError(ended)
+        if code == Cause.STORAGE.exit_code:
+            raise SaveFailed(ended)
+        if code < 0 or any(code == cause.exit_code and cause.restart for cause in Cause):
+            raise PeerFailed(f"{ended}; start the same command again: finished trainings are kept")
+        raise RuntimeError(ended)
 
     def _ended(self, name: str) -> bool:
         done = len(Run(self.folder / name).curve("loss"))

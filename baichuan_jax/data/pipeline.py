@@ -23,12 +23,12 @@ from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus import funnel
 from baichuan_jax.data.corpus.config import CorpusConfig
-from baichuan_jax.data.runner import DISK_FULL, Workers
-from baichuan_jax.resilience.causes import SaveFailed
+from baichuan_jax.data.runner import Workers
+from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of, describe
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import owned_output
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import FULL_DISK, write_atomically
+from baichuan_jax.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from baichuan_jax.data.corpus.filter import Cleaner, Filter
@@ -92,9 +92,9 @@ def run(
             # Its settings may name files whose names are not UTF-8: escaped as JSON has it.
             write_atomically(output / "report.json", content.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if cause_of(error) != Cause.STORAGE:
             raise
-        raise SaveFailed(f"{output}: {error}{DISK_FULL}") from None
+        raise SaveFailed(f"{output}: {describe(error)}: finished parts are kept") from None
     return report
 
 

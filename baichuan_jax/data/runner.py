@@ -23,10 +23,9 @@ from typing import Any, Protocol, cast
 from tqdm import tqdm
 
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of
+from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of, describe
 from baichuan_jax.resilience.waits import announced
 
-DISK_FULL = "; free some space and start again: finished parts are kept"
 # How often, in seconds, a log that is no terminal gets a line of progress, and from when on.
 LOG_SECONDS = 30
 # Parts take about a minute. Longer ones are no error, and storage or a cluster may hang.
@@ -176,20 +175,16 @@ def _attempt(part: Part) -> Failure | None:
     try:
         part.make()
     except Exception as error:
-        hint = disk_hint(str(error))
-        if hint or cause_of(error) == Cause.STORAGE:
-            return Failure(part.name, f"{error}{hint}", SaveFailed)
+        cause = cause_of(error)
+        if cause == Cause.STORAGE:
+            return Failure(part.name, f"{describe(error)}: finished parts are kept", SaveFailed)
+        if cause == Cause.CONFIGURATION:
+            return Failure(part.name, describe(error), ConfigError)
         # Files that are missing or unreadable are the user's to mend.
-        if isinstance(error, ConfigError | OSError):
+        if isinstance(error, OSError):
             return Failure(part.name, str(error), ConfigError)
         return Failure(part.name, traceback.format_exc(), RuntimeError)
     return None
-
-
-def disk_hint(error: str) -> str:
-    """What to do about an error of a full disk; nothing about another."""
-    full = ("No space left", "Disk quota exceeded")
-    return DISK_FULL if any(words in error for words in full) else ""
 
 
 @contextmanager

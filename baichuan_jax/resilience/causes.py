@@ -109,17 +109,20 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 _NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 
-# TensorStore ends a page about its layers with the system's own word; it raises ValueError.
-_SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'")
-_QUOTED_PATH = re.compile(r'"(/[^"\n]+)"')
+# How TensorStore and ArrayRecord name the file.
+_FILE = re.compile(r'"(/[^"\n]+)"|(?:opening|writing) (/[^;\n]+);')
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The system's number of an error that Python or TensorStore met; None where there is none."""
-    if isinstance(error, OSError):
+    """The system's number of a disk's error; None of other errors.
+
+    Libraries in C++ (TensorStore, ArrayRecord, Arrow, Daft) raise errors of Python's other types,
+    which quote the system's words.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _SYSTEM_ERROR.search(str(error))
-    return None if found is None else int(found[1])
+    text = str(error)
+    return next((n for n in sorted(_STORAGE | _REFUSED) if os.strerror(n) in text), None)
 
 
 def cause_of(error: BaseException) -> Cause:
@@ -140,8 +143,8 @@ def describe(error: BaseException) -> str:
     number = errno_of(error)
     if number is None:
         return str(error)
-    named = _QUOTED_PATH.search(str(error))
-    file = getattr(error, "filename", None) or (named[1] if named else "a file")
+    named = _FILE.search(str(error))
+    file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")
     return f"{file}: {os.strerror(number)}; {what_to_do(number)}"
 
 

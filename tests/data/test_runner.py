@@ -89,7 +89,11 @@ def test_processes_live_from_one_call_to_the_next_and_one_worker_needs_none(tmp_
     "fails, error, message",
     [
         ("setting", ConfigError, "^line 2 of the input is wrong$"),
-        ("disk", SaveFailed, "No space left on device; free some space and start again"),
+        (
+            "disk",
+            SaveFailed,
+            "No space left on device; make room, and start the same command again",
+        ),
         ("bug", RuntimeError, r"^part 2: Traceback(.|\n)*in make(.|\n)*ZeroDivisionError: a bug"),
     ],
 )

@@ -26,8 +26,7 @@ from daft.runners import get_or_infer_runner_type  # pyright: ignore[reportMissi
 from baichuan_jax.config.parsing import read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ROW_BITS, Stage
-from baichuan_jax.data.runner import disk_hint
-from baichuan_jax.resilience.causes import SaveFailed
+from baichuan_jax.resilience.causes import Cause, SaveFailed, cause_of, describe
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.files import write_atomically
 
@@ -115,12 +114,12 @@ class Tables:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Raises SaveFailed where the disk is full, which is no fault of the program."""
+    """Raises SaveFailed where the disk is full or fails, which is no fault of the program."""
     try:
         yield
     except (OSError, DaftCoreException) as error:
-        if hint := disk_hint(str(error)):
-            raise SaveFailed(f"{folder}: {error}{hint}") from None
+        if cause_of(error) == Cause.STORAGE:
+            raise SaveFailed(f"{folder}: {describe(error)}: finished parts are kept") from None
         raise
 
 
