@@ -18,7 +18,7 @@ from baichuan_jax.checkpoint.orbax import (
     save_arguments,
 )
 from baichuan_jax.checkpoint.state import named_digest
-from baichuan_jax.config.parsing import whole_number
+from baichuan_jax.config.parsing import require_plain, whole_number
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.coordination import agree
@@ -60,6 +60,7 @@ def describe(path: Path | str) -> dict[str, Any]:
 
     Raises ConfigError where there is no checkpoint or it is damaged.
     """
+    require_plain(Path(path).absolute(), "the checkpoint")
     folder = find_checkpoint(Path(path).absolute())
     try:
         return read_run(folder)

@@ -288,7 +288,7 @@ def _argv() -> Target:
                 text = str(error)
                 given = [str(ConfigError(word))[:20] for word in words if word.strip()]
                 # The setting or the word, and more than it: the reason.
-                named = re.search(SETTING, text) or any(word in text for word in given)
+                named = re.search(SETTING, text) or any(word in text for word in [*given, "''"])
                 assert named, f"no option: {text}"
                 assert re.search(r"[a-z]+ [a-z]+", text), f"no reason: {text}"
                 raise
