@@ -75,10 +75,10 @@ def require_utf8(path: Path | str, what: str) -> None:
 def require_plain(path: Path | str, what: str) -> None:
     """Raise ConfigError for a folder whose path libraries take for a pattern, or cannot take.
 
-    Orbax and daft expand *, ? and [, and ArrayRecord finds no file behind a line break.
+    Orbax and daft expand *, ?, [ and {, and ArrayRecord finds no file behind a line break.
     """
     require_utf8(path, what)
-    odd = re.search(r"[\x00-\x1f*?\[\]]", os.fspath(path))
+    odd = re.search(r"[\x00-\x1f*?\[\]{}\\]", os.fspath(path))
     require(
         odd is None,
         f"{what}: {show_path(path)!r} has {odd[0] if odd else ''!r} in it, which libraries that "

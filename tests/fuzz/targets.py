@@ -694,7 +694,7 @@ def _wire() -> Target:
 
     def read(folder: Path) -> Any:
         file = folder / "report.json"
-        text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
+        text = file.read_bytes().decode("utf-8-sig", "replace") if file.exists() else ""
         return ReportService(Client(text)).reports()
 
     return Target({"report.json": report.to_json().encode()}, read, "^report/1 ", respelled=True)
