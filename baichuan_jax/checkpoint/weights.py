@@ -19,7 +19,7 @@ from baichuan_jax.checkpoint.orbax import (
 )
 from baichuan_jax.checkpoint.orbax_workarounds import quiet_saves
 from baichuan_jax.checkpoint.state import named_digest
-from baichuan_jax.config.parsing import whole_number
+from baichuan_jax.config.parsing import require_plain, whole_number
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.model import Params, abstract_model
 from baichuan_jax.resilience.coordination import agree
@@ -63,6 +63,7 @@ def choose_checkpoint(path: Path) -> Path:
     The run may still train: what is described, hashed and read has to be this one, whatever it
     saves meanwhile. Every process must call this with the same path, once.
     """
+    require_plain(path.absolute(), "the checkpoint")
     return path / agree(
         f"checkpoint of {path}", lambda: str(find_checkpoint(path).relative_to(path))
     )

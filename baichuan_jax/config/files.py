@@ -22,7 +22,14 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from baichuan_jax.config.parsing import LARGEST, is_odd_number, read_yaml, require_type, show
+from baichuan_jax.config.parsing import (
+    LARGEST,
+    is_odd_number,
+    read_yaml,
+    require_type,
+    require_utf8,
+    show,
+)
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 
 # jsonargparse opens files in the locale's encoding; settings are UTF-8 under every locale.
@@ -91,6 +98,7 @@ def parse_command(
         _check_file(path, known)
     kinds = dict(_kinds(settings))
     for option, following in itertools.zip_longest(options, options[1:], fillvalue=""):
+        require_utf8(option, "command line")
         if match := re.match(r"--([^=]+)", option):
             key = match[1].rstrip("+")  # --data.skip+ appends to a list
             if key not in ("help", "print_config", *own):
@@ -107,7 +115,9 @@ def parse_command(
             _require_value(namespace[name], kind, name)
         config = settings(**parser.instantiate(namespace).as_dict())
     except (jsonargparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        text = " ".join(str(error).split())
+        # Of an argument that is empty.
+        raise ConfigError(f"{text} ''" if text.endswith(":") else text) from None
     except OverflowError as error:
         where = " and ".join([*paths, "the command line"])
         raise ConfigError(f"a number in {where} is too large: {error}") from None

@@ -62,6 +62,30 @@ def show_path(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def require_utf8(path: Path | str, what: str) -> None:
+    """Raise ConfigError for a path that libraries written in C++ cannot take, and no YAML hold."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder"
+        ) from None
+
+
+def require_plain(path: Path | str, what: str) -> None:
+    """Raise ConfigError for a folder whose path libraries take for a pattern, or cannot take.
+
+    Orbax and daft expand *, ?, [ and {, and ArrayRecord finds no file behind a line break.
+    """
+    require_utf8(path, what)
+    odd = re.search(r"[\x00-\x1f*?\[\]{}\\]", os.fspath(path))
+    require(
+        odd is None,
+        f"{what}: {show_path(path)!r} has {odd[0] if odd else ''!r} in it, which libraries that "
+        "write there do not take in a name; rename that folder",
+    )
+
+
 def read_bytes(file: Path | str) -> bytes:
     """The content of a file.
 

@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 
 from baichuan_jax.config.files import make_parser, parse_command
-from baichuan_jax.config.parsing import read_json
+from baichuan_jax.config.parsing import read_json, require_plain
 from baichuan_jax.config.schema import Config, between, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
     if options["output"] is None:
         options["output"] = "plans"
         require_writable("plans", "output")
+    # jax's compiler is handed the path of the profile.
+    require_plain(Path(options["output"]).absolute(), "--output")
     topology = _topology(options)
     rates, sources = _rates(topology, options)
     absent = missing(topology)

@@ -28,7 +28,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from baichuan_jax.config.parsing import Count, Time, build, decode, parse_json, whole_number
+from baichuan_jax.config.parsing import (
+    Count,
+    Time,
+    build,
+    decode,
+    parse_json,
+    require_plain,
+    show_path,
+    whole_number,
+)
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.coordination import TIMEOUT_SECONDS, agree
@@ -260,6 +269,7 @@ def owned(
     sign of life and is not dead for certain, is waited for. `seconds` limits all waits. `what` and
     `otherwise` are the message's beginning and its end: what is owned, and what to do instead.
     """
+    require_plain(lock.absolute(), what)
     try:
         contender = _Contender(lock, silence, launch)
     except OSError as error:
@@ -340,7 +350,9 @@ def _flock(file: IO[str]) -> bool | None:
 
 
 def _content(owner: Owner) -> bytes:
-    return json.dumps(dataclasses.asdict(owner), ensure_ascii=False).encode()
+    # An argument of the command may be the name of a file, whose bytes need not be UTF-8.
+    content = {**dataclasses.asdict(owner), "command": show_path(owner.command)}
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _record(lock: Path, number: int) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.config.parsing import read_regular
+from baichuan_jax.config.parsing import read_regular, require_plain
 from baichuan_jax.config.schema import ConfigError
 
 # The disk is full, or the user's share of it.
@@ -85,6 +85,7 @@ def _remove(path: Path) -> None:
 
 def require_writable(folder: Path | str, setting: str) -> None:
     """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
+    require_plain(Path(folder).absolute(), setting)
     probe = draft_of(Path(folder) / ".probe")
     # Tried and not looked up: permission bits do not show a read-only mount.
     try:
@@ -104,6 +105,10 @@ def require_writable(folder: Path | str, setting: str) -> None:
 def writable(text: str) -> str:
     """The type of a command's option that names what it writes at its end: refused before that."""
     path = Path(text).absolute()
+    try:
+        require_plain(path, "the output")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -288,7 +288,7 @@ def _argv() -> Target:
                 text = str(error)
                 given = [str(ConfigError(word))[:20] for word in words if word.strip()]
                 # The setting or the word, and more than it: the reason.
-                named = re.search(SETTING, text) or any(word in text for word in given)
+                named = re.search(SETTING, text) or any(word in text for word in [*given, "''"])
                 assert named, f"no option: {text}"
                 assert re.search(r"[a-z]+ [a-z]+", text), f"no reason: {text}"
                 raise
@@ -694,7 +694,7 @@ def _wire() -> Target:
 
     def read(folder: Path) -> Any:
         file = folder / "report.json"
-        text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
+        text = file.read_bytes().decode("utf-8-sig", "replace") if file.exists() else ""
         return ReportService(Client(text)).reports()
 
     return Target({"report.json": report.to_json().encode()}, read, "^report/1 ", respelled=True)

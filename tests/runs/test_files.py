@@ -1,5 +1,6 @@
 """Files of which there is one: who is first, with hard links and without, whatever is killed."""
 
+import argparse
 import errno
 import os
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import pytest
 from launches import environment
 
+from baichuan_jax.checkpoint.weights import describe
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.resilience.ownership import owned
 from baichuan_jax.runs import files
 from baichuan_jax.runs.files import (
     create_once,
@@ -17,6 +20,8 @@ from baichuan_jax.runs.files import (
     read_once,
     remove_leftovers,
     remove_once,
+    require_writable,
+    writable,
     write_atomically,
 )
 
@@ -207,3 +212,31 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "verdict.json")
     with pytest.raises(ConfigError, match=r"verdict\.json is a folder, a pipe or a device"):
         read_once(tmp_path / "verdict.json")
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"\xff", b"[x]", b"a*", b"a?", b"{a}", b"a\\\\b"])
+def test_a_folder_that_libraries_cannot_write_in_is_refused_before_anything_is_made(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    for refuse in (
+        lambda: require_writable(path / "run", "run_dir"),
+        lambda: owned(path / "lock", "the output", "choose another").__enter__(),
+        lambda: describe(path / "checkpoints"),
+    ):
+        with pytest.raises(ConfigError, match=r"is no UTF-8|do not take in a name"):
+            refuse()
+    with pytest.raises(argparse.ArgumentTypeError):
+        writable(str(path / "out"))
+    assert not path.exists()
+
+
+def test_a_folder_of_any_other_name_is_taken(tmp_path):
+    path = tmp_path / "-春 '\"$H#%s~;&" / "run"
+    require_writable(path, "run_dir")
+    with owned(path / "lock", "the output", "choose another"):
+        assert path.exists()
+
+
+def test_the_record_of_an_owner_holds_arguments_of_any_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", os.fsdecode(b"\xff")])
+    with owned(tmp_path / "lock", "the output", "choose another"):
+        assert list(tmp_path.glob("lock-*"))
