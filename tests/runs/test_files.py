@@ -9,7 +9,7 @@ import sys
 import pytest
 from launches import environment
 
-from baichuan_jax.checkpoint.weights import describe
+from baichuan_jax.checkpoint.weights import choose_checkpoint
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.ownership import owned
 from baichuan_jax.runs import files
@@ -220,7 +220,7 @@ def test_a_folder_that_libraries_cannot_write_in_is_refused_before_anything_is_m
     for refuse in (
         lambda: require_writable(path / "run", "run_dir"),
         lambda: owned(path / "lock", "the output", "choose another").__enter__(),
-        lambda: describe(path / "checkpoints"),
+        lambda: choose_checkpoint(path / "checkpoints"),
     ):
         with pytest.raises(ConfigError, match=r"is no UTF-8|do not take in a name"):
             refuse()
