@@ -43,7 +43,7 @@ class Command:
     # What it makes; other files are its notes on the way.
     results: tuple[str, ...] = ("**/*",)
     # Calls to try in the slow tests, at most.
-    sample: int = 12
+    sample: int = 8
 
 
 COMMANDS = {
@@ -56,6 +56,13 @@ COMMANDS = {
         "pack --input {inputs}/*.jsonl --output {folder}/rows --context_length 64 "
         "--tokenizer {inputs}/tokenizer.model --num_workers 1",
         {"baichuan_jax.data.shards.SHARD_BYTES": 20_000},
+    ),
+    "rows, two workers": Command(
+        "baichuan_jax.data.rows",
+        "pack --input {inputs}/*.jsonl --output {folder}/rows --context_length 64 "
+        "--tokenizer {inputs}/tokenizer.model --num_workers 2",
+        {"baichuan_jax.data.shards.SHARD_BYTES": 20_000},
+        sample=4,
     ),
     "pipeline": Command(
         "baichuan_jax.data.pipeline",
@@ -80,7 +87,7 @@ COMMANDS = {
         "learn --config {inputs}/config.yaml --output {folder}/mixture --runs 6 --steps 2 "
         "--optimizer.warmup_steps 1",
         results=("mixture/mixture.*",),
-        sample=3,
+        sample=2,
     ),
     "train": Command(
         "baichuan_jax.train",
@@ -105,7 +112,8 @@ COMMANDS = {
     "plan": Command(
         "baichuan_jax.plan",
         "--config {inputs}/config.yaml --topology h100:1x2 --json {folder}/new/plan.json",
-        sample=1,
+        needs="jax_cuda12_plugin",
+        sample=2,
     ),
 }
 
