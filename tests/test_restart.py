@@ -25,8 +25,10 @@ GOLDEN = Path(__file__).parent / "golden"
 ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EPERM")
 # `make test-disk`: every call, instead of a sample.
 ALL = os.environ.get("FAULTY_DISK_TESTS") == "all"
-# Of a JSON file: what it says of the time that the work took.
-TIMES = re.compile(rb'"\w*seconds\w*": ([\d.e-]+|\{[^}]*\})|"speed": \{[^}]*\}')
+# Of JSON and HTML: what they say of the time that the work took, and of when it was done.
+TIMES = re.compile(
+    rb'"\w*seconds\w*": ([\d.e-]+|\{[^}]*\})|"speed": \{[^}]*\}|made \d{4}-\d\d-\d\d \d\d:\d\d'
+)
 NEVER = (*faulty_disk.NEVER, faulty_disk.KILL)
 
 
@@ -172,7 +174,7 @@ def results(folder, command):
         inside = any(path in file.parents for path in weights) and file.suffix != ".model"
         if file.is_file() and not re.search(r"lock(-\d+)?$", file.name) and not inside:
             content = file.read_bytes()
-            if file.suffix == ".json":
+            if file.suffix in (".json", ".html"):
                 content = TIMES.sub(b"", content)
             found[str(file.relative_to(folder))] = content
     if (folder / "run").exists():
