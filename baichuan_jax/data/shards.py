@@ -7,10 +7,12 @@ counted. Output: an ArrayRecord file, then a record of what it was made from and
 shard with a record is whole, and one that is of the same text and settings is not made again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,10 @@ COUNTS = (
     "rows",
     "documents_dropped",
     "empty_files",
+)
+# Names of a shard and its record, and of all that is unfinished (draft_of).
+_OWN = re.compile(
+    r"shard-\d{5,}\.(array_record|json)|(shard-\d{5,}\.\w+|counts\.npy|manifest\.json)(\..+)?\.tmp"
 )
 _RECORD_KEYS = {
     "key": dict,
@@ -114,8 +120,7 @@ class Shard:
 
     def record(self) -> dict[str, Any]:
         """The record of a finished shard. Raises ConfigError."""
-        file = self.record_file
-        return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
+        return _read_record(self.record_file)
 
     def make(self) -> None:
         """Write the shard, then its record."""
@@ -168,6 +173,26 @@ class Shard:
         ends = int(np.count_nonzero(left == tokenizer.eos_id))
         totals["documents_dropped"] = ends - (before != tokenizer.eos_id and ends > 0)
         return {**totals, "counts": {int(t): int(counts[t]) for t in np.flatnonzero(counts)}}
+
+
+def has_records(folder: Path) -> bool:
+    """Whether a folder holds a finished shard, of whatever text and settings."""
+    for file in folder.glob("shard-*.json"):
+        with contextlib.suppress(OSError, ConfigError):
+            _read_record(file)
+            return True
+    return False
+
+
+def leftovers(folder: Path, shards: list[Shard]) -> list[Path]:
+    """What a killed run left in its folder: drafts, and shards that there are no more."""
+    kept = {path for shard in shards for path in (shard.file, shard.record_file)}
+    # By their exact names: others may keep files of like names there.
+    return [path for path in folder.iterdir() if _OWN.fullmatch(path.name) and path not in kept]
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
 
 
 def _described(piece: Slice) -> dict[str, Any]:
