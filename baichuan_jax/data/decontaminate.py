@@ -32,7 +32,14 @@ from rich.table import Table
 
 from baichuan_jax.config.parsing import parse_json, read_text
 from baichuan_jax.config.schema import ConfigError, at_least
-from baichuan_jax.documents.files import Slice, State, find_inputs, require_unchanged, states
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    each_once,
+    find_inputs,
+    require_unchanged,
+    states,
+)
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import writable_file, write_atomically
@@ -221,7 +228,11 @@ class EvaluationSets:
 
 
 def find_evaluation_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted. Raises ConfigError where a glob matches none."""
+    """Files that globs name, sorted, each once.
+
+    Raises ConfigError where a glob matches none, and where two names are one file, whose items
+    would count twice.
+    """
     files: set[str] = set()
     for pattern in patterns:
         matched = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
@@ -230,7 +241,7 @@ def find_evaluation_files(patterns: list[str]) -> list[str]:
                 f"{pattern!r} matches no evaluation file (working directory: {os.getcwd()})"
             )
         files.update(matched)
-    return sorted(files)
+    return each_once(files)
 
 
 def _units(text: str) -> list[str]:

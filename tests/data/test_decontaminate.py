@@ -180,6 +180,9 @@ def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ConfigError, match=message):
             EvaluationSets(find_evaluation_files([str(tmp_path / name)]))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    with pytest.raises(ConfigError, match="are the same file, by a link"):
+        find_evaluation_files([f"{tmp_path}/*.txt"])
 
 
 def test_the_command_counts_documents_by_task(folder, tmp_path, capsys):
