@@ -215,13 +215,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _require_rows(folder: Path, manifest: dict[str, Any]) -> None:
-    if manifest["rows"] == 0:
-        raise ConfigError(
-            f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its "
-            f"text is {manifest['tokens']:,} ({manifest['documents']:,} documents) in "
-            f"{len(manifest['shards'])} shards of fewer each; give more text, or a smaller "
-            "context_length"
-        )
+    if manifest["rows"]:
+        return
+    if not manifest["tokens"]:
+        raise ConfigError(f"{folder} holds no row: its text is empty; name files with text")
+    number = len(manifest["shards"])
+    shards = "1 shard" if number == 1 else f"{number} shards of fewer each"
+    raise ConfigError(
+        f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its text is "
+        f"{manifest['tokens']:,} ({manifest['documents']:,} documents) in {shards}; give more "
+        "text, or a smaller context_length"
+    )
 
 
 def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
@@ -360,6 +364,7 @@ def summary(rows: Rows) -> str:
         (m.get("empty_files"), "empty files"),
         (unread.get("hidden_files"), "hidden files not read"),
         (unread.get("files_in_folders"), "files in matched folders not read"),
+        (m.get("space_marks"), "characters U+2581, each turned into a space"),
     ]
     files = [f", {count:,} {what}" for count, what in counted if count]
     return (

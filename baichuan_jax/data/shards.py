@@ -25,14 +25,14 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.runs.files import draft_of, publish, write_atomically
-from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
 # Another number moves the shards' borders, and rows that were packed before are not found again.
 SHARD_BYTES = 64 << 20
 # Characters given to the tokenizer in one call: enough for its threads, little memory.
 TEXT_AT_ONCE = 1 << 20
-# What the manifest counts. The last two are not in the records of earlier versions.
+# What the manifest counts. The last three are not in the records of earlier versions.
 COUNTS = (
     "documents",
     "empty_documents",
@@ -42,6 +42,7 @@ COUNTS = (
     "rows",
     "documents_dropped",
     "empty_files",
+    "space_marks",
 )
 # Names of a shard and its record, and of all that is unfinished (draft_of).
 _OWN = re.compile(
@@ -219,6 +220,7 @@ def _batches(entries: Iterator[Document | Problem], totals: dict[str, int]) -> I
         document = entry.text
         totals["documents"] += 1
         totals["text_bytes"] += len(document.encode())
+        totals["space_marks"] += document.count(SPACE_MARK)
         # It would be a lone EOS in a row.
         if not document:
             totals["empty_documents"] += 1

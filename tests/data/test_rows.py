@@ -493,9 +493,12 @@ def test_an_error_of_a_worker_is_raised_and_the_next_pack_goes_on(tokenizer, tmp
 
 def test_text_without_a_whole_row_is_refused(tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", ["few", "", "words"])
-    wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shards"
+    wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shard;"
     with pytest.raises(ConfigError, match=wanted):
         pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match="its text is empty; name files with text"):
+        pack([f"{tmp_path}/empty.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
     # What the message advises, in the same folder.
     assert len(pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 2, num_workers=1)) > 0
     write(tmp_path / "a.jsonl", ["many words " * 99])
@@ -1071,3 +1074,12 @@ def test_a_link_to_a_folder_and_the_folder_have_one_lock(tokenizer, tmp_path, mo
     assert (tmp_path / "here.lock").exists()
     with pytest.raises(ConfigError, match=r"^/ is the root of a file system"):
         pack([f"{tmp_path}/a.jsonl"], "/", tokenizer, 8, num_workers=1)
+
+
+def test_the_character_that_tokenizers_turn_into_a_space_is_counted(tokenizer, tmp_path, packed):
+    write(tmp_path / "a.jsonl", ["many words " * 20, "a\u2581b\u2581"])
+    rows = pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=1)
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+    assert rows.manifest["space_marks"] == 2
+    assert "2 characters U+2581, each turned into a space" in summary(rows)
+    assert "U+2581" not in summary(packed)
