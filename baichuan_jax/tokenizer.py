@@ -40,9 +40,11 @@ FIRST_PIECES = 3 + 256  # control pieces, then one piece for every byte
 TRAINING_BYTES = 8 << 20
 # SentencePiece silently leaves out lines of more than 4,192 bytes; a character has at most 4.
 MAX_LINE_CHARACTERS = 1000
+# What SentencePiece writes for a space; packing counts where text itself has it.
+SPACE_MARK = "\u2581"
 # Texts that should come back from their tokens, by what they have in them. SentencePiece's own
 # defaults (nmt_nfkc, white space squeezed, no byte fallback) lose all of it but upper case. U+2581
-# is not among them: every model turns it into a space.
+# (SPACE_MARK) is not among them: every model turns it into a space.
 PROBES = {
     "new lines": "a\nb\n\nc",
     "carriage returns": "a\r\nb",
@@ -115,7 +117,7 @@ class Tokenizer:
             *self.notes,
             f"warning: the tokenizer {self.path} does not keep all text. It changes {lost}. "
             "Corpora, prompts and tests are all changed like this, and a model never learns what "
-            "is lost. Models of python -m baichuan_jax.tokenizer train keep everything; with "
+            "is lost. Models of python -m baichuan_jax.tokenizer train keep all but U+2581; with "
             "SentencePiece's own trainer set normalization_rule_name=identity, "
             "remove_extra_whitespaces=false and byte_fallback=true",
         ]

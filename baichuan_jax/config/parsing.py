@@ -136,8 +136,15 @@ def parse_json(text: str, where: str, *, paths: bool = False) -> Any:
     except RecursionError:
         raise ConfigError(f"{where} is no JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{where} is no JSON: {error}") from None
+        raise ConfigError(f"{where} is no JSON: {json_reason(error)}") from None
     return value
+
+
+def json_reason(error: Exception) -> str:
+    """What is wrong in a JSON text: in one line by its character, as its reader names the line."""
+    if isinstance(error, json.JSONDecodeError) and "\n" not in error.doc.rstrip():
+        return f"{error.msg} at character {error.pos + 1}"
+    return str(error)
 
 
 def read_json(file: Path | str, *, paths: bool = False) -> Any:

@@ -32,7 +32,14 @@ from rich.table import Table
 
 from baichuan_jax.config.parsing import parse_json, read_text
 from baichuan_jax.config.schema import ConfigError, at_least
-from baichuan_jax.documents.files import Slice, State, find_inputs, require_unchanged, states
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    each_once,
+    find_inputs,
+    require_unchanged,
+    states,
+)
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import writable_file, write_atomically
@@ -51,7 +58,7 @@ FORMULA = 10
 # From this share of a text's sequences on it is leaked all the same, where it has as many as UNITS.
 COVERED = 0.5
 # Fields of an item that are compared. Answers and explanations are not: they are no questions.
-FIELDS = ("passage", "context", "question", "options", "choices", "A", "B", "C", "D", "E")
+FIELDS = ("passage", "context", "article", "question", "options", "choices", *"ABCDE")
 _UNIT = re.compile(
     r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
 )
@@ -84,7 +91,7 @@ class Decontaminate:
         # A file that changes in place is another evaluation set.
         files_key = stage_key([[path, *state] for path, state in self._files.items()])
         grams, _ = corpus.make_parts(
-            "evaluation-grams", [corpus.documents.key, files_key], self._find_grams
+            "evaluation-grams", [corpus.documents.key, files_key, FIELDS], self._find_grams
         )
         sets = _evaluation_sets(tuple(self._files.items()))
         require_unchanged(self._files)
@@ -101,10 +108,7 @@ class Decontaminate:
             )
 
         key, leaked = corpus.make_table("decontaminate", [grams.key], judge)
-        items = {
-            task: {"items": count, "too_short": sets.short[task]}
-            for task, count in sorted(sets.items.items())
-        }
+        items = {task: sets.counts(task) for task in sorted(sets.items)}
         removed = leaked.select("doc", col("task").alias("reason"))
         return Effects(key, removed=removed, notes={"evaluation_sets": items})
 
@@ -150,11 +154,16 @@ class EvaluationSets:
         self.items: collections.Counter[str] = collections.Counter()
         # Items without any text of 13 units, which cannot be found.
         self.short: collections.Counter[str] = collections.Counter()
+        # By task, fields that hold text to look for and are not compared.
+        self.not_compared: dict[str, set[str]] = {}
         texts: list[np.ndarray] = []  # unique 13-grams of each text of an item
         tasks: list[str] = []
         for path in files:
             task = _task(Path(path))
-            for fields in _items(Path(path)):
+            # A file without an item is shown too.
+            self.items[task] += 0
+            ignored = self.not_compared.setdefault(task, set())
+            for fields in _items(Path(path), ignored):
                 found = [np.unique(grams) for field in fields if len(grams := _grams(field))]
                 self.items[task] += 1
                 self.short[task] += not found
@@ -172,6 +181,14 @@ class EvaluationSets:
         order = np.argsort(np.concatenate(texts), kind="stable")
         self._grams = np.concatenate(texts)[order]
         self._text = np.repeat(np.arange(len(texts)), self._size)[order]
+
+    def counts(self, task: str) -> dict[str, Any]:
+        """What was read of a task, and what of it is not looked for, for reports."""
+        return {
+            "items": self.items[task],
+            "too_short": self.short[task],
+            "not_compared": sorted(self.not_compared[task]),
+        }
 
     def find(self, text: str) -> np.ndarray:
         """Hashes of the 13-grams that a document and any item share: uint64, sorted, each once."""
@@ -221,7 +238,11 @@ class EvaluationSets:
 
 
 def find_evaluation_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted. Raises ConfigError where a glob matches none."""
+    """Files that globs name, sorted, each once.
+
+    Raises ConfigError where a glob matches none, and where two names are one file, whose items
+    would count twice.
+    """
     files: set[str] = set()
     for pattern in patterns:
         matched = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
@@ -230,7 +251,7 @@ def find_evaluation_files(patterns: list[str]) -> list[str]:
                 f"{pattern!r} matches no evaluation file (working directory: {os.getcwd()})"
             )
         files.update(matched)
-    return sorted(files)
+    return each_once(files)
 
 
 def _units(text: str) -> list[str]:
@@ -267,22 +288,26 @@ def _task(path: Path) -> str:
     return "/".join(re.sub(r"_(dev|val|test)$", "", name) for name in names[-2:])
 
 
-def _items(path: Path) -> Iterator[list[str]]:
-    """Items of an evaluation file, each a list of texts."""
+def _items(path: Path, ignored: set[str]) -> Iterator[list[str]]:
+    """Items of an evaluation file, each a list of texts.
+
+    Adds to `ignored` the names of fields that hold other text, which could be looked for too.
+    """
     try:
         text = read_text(path)
         if path.suffix == ".csv":
             rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
             if rows and "question" in rows[0]:  # C-Eval has a header, MMLU none
-                wanted = [index for index, name in enumerate(rows[0]) if name in FIELDS]
-                rows = [[row[index] for index in wanted if index < len(row)] for row in rows[1:]]
+                header, *rows = rows
+                objects = [dict(zip(header, row, strict=False)) for row in rows]
+                rows = [_question(each, ignored) for each in objects]
             yield from rows
         elif path.suffix == ".json":
-            yield from _objects(parse_json(text, str(path)))
+            yield from _objects(parse_json(text, str(path)), ignored)
         elif path.suffix == ".jsonl":
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
-                    yield from _objects(parse_json(line, f"{path}, line {number}"))
+                    yield from _objects(parse_json(line, f"{path}, line {number}"), ignored)
         elif path.suffix == ".txt":
             paragraphs = re.split(r"\n\s*\n", text)
             yield from ([paragraph] for paragraph in paragraphs if paragraph.strip())
@@ -296,18 +321,48 @@ def _items(path: Path) -> Iterator[list[str]]:
         raise ConfigError(f"{path} is no evaluation file that can be read: {error}") from None
 
 
-def _objects(value: Any) -> list[list[str]]:
+def _objects(value: Any, ignored: set[str]) -> list[list[str]]:
     """Items inside parsed JSON: the objects that have a question; where none has, every text."""
-    return list(_questions(value)) or [[text] for text in _strings(value)]
+    if not _has_question(value):
+        return [[text] for text in _strings(value)]
+    return list(_questions(value, "", ignored))
 
 
-def _questions(value: Any) -> Iterator[list[str]]:
+def _has_question(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "question" in value or any(map(_has_question, value.values()))
+    return isinstance(value, list) and any(map(_has_question, value))
+
+
+def _questions(value: Any, name: str, ignored: set[str]) -> Iterator[list[str]]:
     # Not searched further: what lies inside an item is part of it.
     if isinstance(value, dict) and "question" in value:
-        yield [text for name in FIELDS if name in value for text in _strings(value[name])]
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _questions(inner)
+        yield _question(value, ignored)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _questions(inner, key, ignored)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _questions(inner, name, ignored)
+    elif isinstance(value, str) and name in FIELDS:
+        # A passage that lies around its questions.
+        yield [value]
+    else:
+        _note(name, value, ignored)
+
+
+def _question(fields: dict[str, Any], ignored: set[str]) -> list[str]:
+    """The texts of an item that are compared."""
+    for name, value in fields.items():
+        if name not in FIELDS:
+            _note(name, value, ignored)
+    return [text for name in FIELDS if name in fields for text in _strings(fields[name])]
+
+
+def _note(name: str, value: Any, ignored: set[str]) -> None:
+    """Add to `ignored` a field's name where a text of it is long enough to be found."""
+    if name not in ignored and any(len(_units(text)) >= UNITS for text in _strings(value)):
+        ignored.add(name)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -372,6 +427,10 @@ def main(argv: list[str]) -> int:
         table.add_row(task, f"{sets.items[task]:,}", f"{sets.short[task]:,}", f"{len(keys):,}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    for task in places:
+        if names := sets.counts(task)["not_compared"]:
+            fields = f"fields with text that are not compared: {', '.join(names)}"
+            console.print(f"{task}: {fields} (compared: {', '.join(FIELDS)})", markup=False)
     evidence = lambda key, task: shared[key][leaked[key][task]]
     for task, keys in places.items():
         for file, line in keys[: options.examples]:
@@ -385,8 +444,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         tasks = {
             task: {
-                "items": sets.items[task],
-                "too_short": sets.short[task],
+                **sets.counts(task),
                 "documents": len(keys),
                 "places": [
                     {"file": key[0], "line": key[1], "shared": evidence(key, task)} for key in keys

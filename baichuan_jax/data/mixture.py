@@ -17,9 +17,11 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,10 @@ from scipy.optimize import lsq_linear, minimize
 from tqdm import tqdm
 
 from baichuan_jax.config.files import load_config
-from baichuan_jax.config.parsing import read_json, read_text
+from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import Slice, State, find_files, require_unchanged, states
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause, PeerFailed, SaveFailed
 from baichuan_jax.resilience.exits import run_command, signals
@@ -258,12 +260,14 @@ def learn(
     # The given weights need not sum to 1.
     prior = np.array(list(config.data.train.values()))
     mixtures = draw_mixtures(prior / prior.sum(), runs, concentration, seed)
+    files = _files_read(config)
     plan = {
         "config": read_text(config_path),
         "overrides": argv,
         "corpora": corpora,
         "steps": steps,
         "mixtures": mixtures.tolist(),
+        "files": {Slice(path).shown: list(state) for path, state in files.items()},
     }
     # The training of a killed search has inherited its lock, and may take long to end.
     with owned_output(folder, seconds=CACHE_SECONDS) as lock:
@@ -271,20 +275,45 @@ def learn(
         trainings = Trainings(config_path, argv, folder, steps, lock.fileno(), runs + 1)
         try:
             with signals(trainings.stop, lambda: None):
-                return _search(trainings, corpora, mixtures)
+                return _search(trainings, corpora, mixtures, files)
         finally:
             trainings.close()
+
+
+def _files_read(config: Config) -> dict[str, State]:
+    """All files that the trainings read, as they are now: of packed rows the manifests."""
+    read = [config.tokenizer.path] if config.tokenizer.path is not None else []
+    for path in (*config.data.train, *config.data.validation):
+        manifest = Path(path) / MANIFEST
+        read += [str(manifest)] if manifest.exists() else find_files([path])
+    return states(sorted({os.path.abspath(path) for path in read}))
 
 
 def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write a search's plan.json. Raises ConfigError where the folder holds another search."""
     path = folder / "plan.json"
+    advice = "choose another --output, or delete it"
     # Runs of other mixtures under the same names would be taken for this search's.
-    if path.exists() and read_json(path) != plan:
-        raise ConfigError(
-            f"{folder} holds a search with other settings; choose another --output, or delete it"
-        )
+    if path.exists():
+        # Earlier versions did not record the files.
+        before = {"files": plan["files"], **require_keys(read_json(path), {}, str(path))}
+        if before != plan:
+            what = _difference(require_keys(before, {"files": dict}, str(path)), plan)
+            raise ConfigError(f"{folder} holds a search with other {what}; {advice}")
+    elif run := next(folder.glob("run-*"), None):
+        raise ConfigError(f"{folder} holds {run.name} of no search (no plan.json); {advice}")
     write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
+
+
+def _difference(before: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What of a plan is another one, with the first file that is."""
+    names = {**plan, **before}.keys() - {"files"}
+    settings = sorted(name for name in names if before.get(name) != plan.get(name))
+    if settings:
+        return f"settings ({', '.join(settings)})"
+    files = {**before["files"], **plan["files"]}
+    changed = [path for path in files if before["files"].get(path) != plan["files"].get(path)]
+    return f"text: {changed[0]} has changed, was added or was removed"
 
 
 def _training_options(steps: int, overrides: list[str]) -> list[str]:
@@ -316,12 +345,14 @@ def _settings(argv: list[str]) -> list[str]:
 
 
 def _search(
-    trainings: Trainings, corpora: list[str], mixtures: np.ndarray
+    trainings: Trainings, corpora: list[str], mixtures: np.ndarray, files: Mapping[str, State]
 ) -> dict[str, Any] | None:
     losses = []
     for number, weights in enumerate(mixtures):
         named = dict(zip(corpora, weights.tolist(), strict=True))
         loss = trainings.loss(f"run-{number:03d}", named)
+        # A law of two texts would be one of neither.
+        require_unchanged(files)
         if loss is None:
             return None
         losses.append(loss)
@@ -332,6 +363,7 @@ def _search(
     # A name of its weights, so that no other law's best mixture is taken for it.
     name = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:8]
     measured = trainings.loss(f"best-{name}", chosen)
+    require_unchanged(files)
     if measured is None:
         return None
     error = float(np.sqrt(np.square(left_out - losses).mean()))

@@ -64,7 +64,7 @@ def run(
     # Here, so that a missing package becomes a message that says how to install it.
     try:
         from baichuan_jax.data.corpus.plan import clean_corpus
-        from baichuan_jax.data.corpus.stages import Stages
+        from baichuan_jax.data.corpus.stages import REPORT, Stages, require_own_output
         from baichuan_jax.data.corpus.tables import Tables
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -72,6 +72,7 @@ def run(
             "pip install -r requirements-data.txt"
         ) from None
     output = Path(config.output)
+    require_own_output(output)
     try:
         # Two pipelines in one folder would remove each other's unfinished files.
         with owned_output(output), Workers(config.num_workers, progress) as workers:
@@ -90,7 +91,7 @@ def run(
             write_atomically(output / "funnel.html", funnel.page(report).encode())
             content = json.dumps(report, indent=1, ensure_ascii=False)
             # Its settings may name files whose names are not UTF-8: escaped as JSON has it.
-            write_atomically(output / "report.json", content.encode("utf-8", "backslashreplace"))
+            write_atomically(output / REPORT, content.encode("utf-8", "backslashreplace"))
     except OSError as error:
         if cause_of(error) != Cause.STORAGE:
             raise

@@ -12,6 +12,7 @@ The package brings a small model (quality_model/; card.json names the text it wa
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -282,8 +283,19 @@ def train(
         lines = _labelled(kept, others, lang, rng)
         card["languages"][lang] = _train_language(lines, folder / f"{lang}.ftz", size, kept.every)
     require(bool(card["languages"]), f"{good} hold no text")
+    # Before the new card: where this is killed, the old one names what is missing.
+    for lang in _described_languages(folder) - card["languages"].keys():
+        (folder / f"{lang}.ftz").unlink(missing_ok=True)
     write_atomically(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False).encode())
     return card
+
+
+def _described_languages(folder: Path) -> set[str]:
+    """Languages of the classifiers that an earlier training wrote, by its card."""
+    with contextlib.suppress(OSError, ConfigError):
+        card = require_keys(read_json(folder / "card.json"), {"languages": dict}, "it")
+        return {lang for lang in LANGUAGES if lang in card["languages"]}
+    return set()
 
 
 def _labelled(

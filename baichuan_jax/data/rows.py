@@ -13,10 +13,11 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,16 @@ from baichuan_jax.config.parsing import (
 )
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.runner import Workers
-from baichuan_jax.data.shards import COUNTS, Shard, apart, checksum, dtype_of, plan_parts
+from baichuan_jax.data.shards import (
+    COUNTS,
+    Shard,
+    apart,
+    checksum,
+    dtype_of,
+    has_records,
+    leftovers,
+    plan_parts,
+)
 from baichuan_jax.documents.files import (
     Slice,
     State,
@@ -43,7 +53,7 @@ from baichuan_jax.documents.files import (
     states,
 )
 from baichuan_jax.resilience.exits import run_command, say
-from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
+from baichuan_jax.resilience.ownership import CACHE_SECONDS, actual, owned, require_own
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.tokenizer import Tokenizer
@@ -205,13 +215,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _require_rows(folder: Path, manifest: dict[str, Any]) -> None:
-    if manifest["rows"] == 0:
-        raise ConfigError(
-            f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its "
-            f"text is {manifest['tokens']:,} ({manifest['documents']:,} documents) in "
-            f"{len(manifest['shards'])} shards of fewer each; give more text, or a smaller "
-            "context_length"
-        )
+    if manifest["rows"]:
+        return
+    if not manifest["tokens"]:
+        raise ConfigError(f"{folder} holds no row: its text is empty; name files with text")
+    number = len(manifest["shards"])
+    shards = "1 shard" if number == 1 else f"{number} shards of fewer each"
+    raise ConfigError(
+        f"{folder} holds no row: a row is {manifest['context_length'] + 1} tokens, and its text is "
+        f"{manifest['tokens']:,} ({manifest['documents']:,} documents) in {shards}; give more "
+        "text, or a smaller context_length"
+    )
 
 
 def unigram_entropy(sources: list[tuple[Rows, float]]) -> float:
@@ -240,7 +254,8 @@ def pack(
 
     What is in the folder depends on the files, the tokenizer and the context length alone. `files`:
     what the globs named where the caller has looked already. Raises ConfigError, also where the
-    folder already holds rows of other text or settings, and where a file changes meanwhile.
+    folder holds files that packing has not made, or rows of other text or settings, and where a
+    file changes meanwhile.
     """
     require(context_length > 0, f"context_length={context_length} must be greater than 0")
     folder = Path(folder)
@@ -253,15 +268,20 @@ def pack(
     parts = plan_parts(files)
     shards = shards_of(parts)
     # The lock lies beside the folder, which may be deleted and made again.
-    lock = folder.with_name(folder.name + ".lock")
+    real = actual(folder)
+    lock = real.with_name(real.name + ".lock")
+    if not (folder / MANIFEST).exists():
+        require_own([folder], lock, lambda: has_records(folder))
+        _require_outside(files, real)
     other = "choose another folder"
     with owned(lock, f"{folder}", other, shared=True, seconds=CACHE_SECONDS):
-        folder.mkdir(parents=True, exist_ok=True)
+        real.mkdir(parents=True, exist_ok=True)
         # Looked at under the lock: another process may have packed the folder meanwhile.
         if not (folder / MANIFEST).exists():
-            _remove_leftovers(folder, shards)
+            for leftover in leftovers(folder, shards):
+                leftover.unlink()
             with Workers(num_workers, progress) as workers:
-                workers.finish(shards, f"packing {folder.name}", unit="shard")
+                workers.finish(shards, f"packing {real.name}", unit="shard")
             # Not with the manifest: the folder would be taken for one of the text as it was.
             require_unchanged(files)
             _write_manifest(folder, shards, tokenizer, context_length, patterns)
@@ -275,11 +295,11 @@ def pack(
     return rows
 
 
-def _remove_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Delete what a killed run left: unfinished files, and shards that there are no more."""
-    kept = {path for shard in shards for path in (shard.file, shard.record_file)}
-    for leftover in {*folder.glob("*.tmp"), *folder.glob("shard-*")} - kept:
-        leftover.unlink()
+def _require_outside(files: Iterable[str], real: Path) -> None:
+    """Raise ConfigError where the text lies in the folder of its rows, which might replace it."""
+    for file in files:
+        if Path(os.path.realpath(file)).parent == real:
+            raise ConfigError(f"{file} lies in the folder of its rows, {real}; choose another one")
 
 
 def _write_manifest(
@@ -344,6 +364,7 @@ def summary(rows: Rows) -> str:
         (m.get("empty_files"), "empty files"),
         (unread.get("hidden_files"), "hidden files not read"),
         (unread.get("files_in_folders"), "files in matched folders not read"),
+        (m.get("space_marks"), "characters U+2581, each turned into a space"),
     ]
     files = [f", {count:,} {what}" for count, what in counted if count]
     return (

@@ -7,10 +7,12 @@ counted. Output: an ArrayRecord file, then a record of what it was made from and
 shard with a record is whole, and one that is of the same text and settings is not made again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,14 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
 from baichuan_jax.runs.files import draft_of, publish, write_atomically
-from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
 # Another number moves the shards' borders, and rows that were packed before are not found again.
 SHARD_BYTES = 64 << 20
 # Characters given to the tokenizer in one call: enough for its threads, little memory.
 TEXT_AT_ONCE = 1 << 20
-# What the manifest counts. The last two are not in the records of earlier versions.
+# What the manifest counts. The last three are not in the records of earlier versions.
 COUNTS = (
     "documents",
     "empty_documents",
@@ -40,6 +42,11 @@ COUNTS = (
     "rows",
     "documents_dropped",
     "empty_files",
+    "space_marks",
+)
+# Names of a shard and its record, and of all that is unfinished (draft_of).
+_OWN = re.compile(
+    r"shard-\d{5,}\.(array_record|json)|(shard-\d{5,}\.\w+|counts\.npy|manifest\.json)(\..+)?\.tmp"
 )
 _RECORD_KEYS = {
     "key": dict,
@@ -114,8 +121,7 @@ class Shard:
 
     def record(self) -> dict[str, Any]:
         """The record of a finished shard. Raises ConfigError."""
-        file = self.record_file
-        return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
+        return _read_record(self.record_file)
 
     def make(self) -> None:
         """Write the shard, then its record."""
@@ -170,6 +176,26 @@ class Shard:
         return {**totals, "counts": {int(t): int(counts[t]) for t in np.flatnonzero(counts)}}
 
 
+def has_records(folder: Path) -> bool:
+    """Whether a folder holds a finished shard, of whatever text and settings."""
+    for file in folder.glob("shard-*.json"):
+        with contextlib.suppress(OSError, ConfigError):
+            _read_record(file)
+            return True
+    return False
+
+
+def leftovers(folder: Path, shards: list[Shard]) -> list[Path]:
+    """What a killed run left in its folder: drafts, and shards that there are no more."""
+    kept = {path for shard in shards for path in (shard.file, shard.record_file)}
+    # By their exact names: others may keep files of like names there.
+    return [path for path in folder.iterdir() if _OWN.fullmatch(path.name) and path not in kept]
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    return require_keys(read_json(file, paths=True), _RECORD_KEYS, str(file))
+
+
 def _described(piece: Slice) -> dict[str, Any]:
     """A slice of a file as it is now."""
     state = os.stat(piece.path)
@@ -194,6 +220,7 @@ def _batches(entries: Iterator[Document | Problem], totals: dict[str, int]) -> I
         document = entry.text
         totals["documents"] += 1
         totals["text_bytes"] += len(document.encode())
+        totals["space_marks"] += document.count(SPACE_MARK)
         # It would be a lone EOS in a row.
         if not document:
             totals["empty_documents"] += 1

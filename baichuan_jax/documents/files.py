@@ -76,18 +76,17 @@ def find_files(patterns: list[str]) -> list[str]:
     link or a file of an unknown kind, and where two names are one file, whose text would be read
     twice.
     """
-    return each_once(path for pattern in patterns for path in _matches(pattern))
+    return _known(each_once(path for pattern in patterns for path in _matches(pattern)))
 
 
 def each_once(paths: Iterable[str]) -> list[str]:
-    """Local files, sorted, each once. Raises ConfigError as find_files does."""
+    """Local files, sorted, each once. Raises ConfigError where two names are one file."""
     # Sorted, so that the same globs give the same order on every host.
     files = sorted(set(paths))
     # By its absolute path: a.txt and ./a.txt are one name.
     named = {os.path.abspath(path): path for path in reversed(files)}
     found: dict[tuple[int, ...], str] = {}
     for path in files:
-        _require_known(path)
         if named[os.path.abspath(path)] != path:
             continue
         state = os.stat(path)
@@ -158,6 +157,7 @@ def find_inputs(patterns: list[str]) -> dict[str, State]:
     Local paths are absolute, and all are sorted. Raises ConfigError as find_files does.
     """
     found: dict[str, State] = {}
+    local: list[str] = []
     for pattern in patterns:
         if "://" in pattern:
             remote = {path: State(size, None) for path, size in _find_remote(pattern)}
@@ -166,10 +166,9 @@ def find_inputs(patterns: list[str]) -> dict[str, State]:
             found.update(remote)
         else:
             # Absolute: ids are made from paths, whatever the working directory is.
-            found.update(states(map(os.path.abspath, _matches(pattern))))
-    for path in found:
-        _require_known(path)
-    return dict(sorted(found.items()))
+            local += map(os.path.abspath, _matches(pattern))
+    found |= states(each_once(local))
+    return {path: found[path] for path in _known(sorted(found))}
 
 
 def _own(pattern: str) -> str:
@@ -199,10 +198,13 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def _require_known(path: str) -> None:
-    if kind_of(path) not in KINDS:
-        # Names differ in case too: .TXT is another kind to this program.
-        raise ConfigError(f"{path}: its kind is {kind_of(path) or 'not named'!r}; {EXPECTED}")
+def _known(files: list[str]) -> list[str]:
+    """The files again. Raises ConfigError at one whose kind nothing reads."""
+    for path in files:
+        if kind_of(path) not in KINDS:
+            # Names differ in case too: .TXT is another kind to this program.
+            raise ConfigError(f"{path}: its kind is {kind_of(path) or 'not named'!r}; {EXPECTED}")
+    return files
 
 
 def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:

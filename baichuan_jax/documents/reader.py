@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from baichuan_jax.config.parsing import json_reason
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines, kind_of
 from baichuan_jax.documents.storage import DAMAGE, open_binary, pyarrow_for
@@ -287,7 +288,7 @@ def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Do
         return Problem(path, number, "broken_utf8", str(error), source=stem)
     # A line of a hundred thousand brackets exhausts Python's stack.
     except (ValueError, RecursionError) as error:
-        detail = str(error) or "nested too deeply"
+        detail = json_reason(error) or "nested too deeply"
         return Problem(path, number, "no_json", detail, source=stem)
     if not isinstance(record, dict):
         detail = f"{type(record).__name__} instead of an object"

@@ -49,14 +49,17 @@ def pyarrow_for(path: str) -> Any:
     return pyarrow
 
 
-def _open_remote(path: str) -> BinaryIO:
+def _open_remote(path: str) -> io.BufferedReader:
     # The limits of connections are pyarrow's own.
     with announced(f"{path} to be opened"):
         filesystem, name = pyarrow_for(path).fs.FileSystem.from_uri(path)
         return io.BufferedReader(filesystem.open_input_file(name))  # type: ignore[return-value]
 
 
-def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:
+def _decompressed(path: str, raw: io.BufferedReader) -> BinaryIO:
+    # Of no content there is a header: a file without a byte was never written.
+    if path.endswith((".gz", ".zst")) and not raw.peek(1):
+        raise EOFError("the compressed file has 0 bytes")
     if path.endswith(".gz"):
         return gzip.open(raw, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):

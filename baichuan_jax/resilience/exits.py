@@ -99,10 +99,22 @@ def _code_of(command: Callable[[], int]) -> int:
         say("interrupted: nothing was saved after the last checkpoint")
         return Cause.INTERRUPTED.exit_code
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and _has_no_folder():
+            say("error: the working directory was deleted; start from one that is there")
+            return Cause.CONFIGURATION.exit_code
         cause = cause_of(error)
         # All but one name what is wrong and what to do; a traceback would hide it.
         say(traceback.format_exc() if cause == Cause.EXCEPTION else f"error: {describe(error)}")
         return cause.exit_code
+
+
+def _has_no_folder() -> bool:
+    """Whether the working directory was deleted: no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -315,10 +315,39 @@ def owned_output(
     folder: Path, *, beside: bool = False, seconds: float = STOPPING_SECONDS
 ) -> Iterator[Claim]:
     """`owned` for the folder that a command writes. `beside`: nothing else may lie in it."""
-    lock = folder.with_name(f".{folder.name}.lock") if beside else folder / "lock"
+    real = actual(folder)
+    lock = real.with_name(f".{real.name}.lock") if beside else folder / "lock"
     with owned(lock, f"the output {folder}", "choose another output", seconds=seconds) as claim:
         remove_leftovers(folder)
         yield claim
+
+
+def actual(folder: Path) -> Path:
+    """A folder's own path, behind links and `.`: beside it lies its lock, one for all its names.
+
+    Raises ConfigError for the root, which has nothing beside it.
+    """
+    real = Path(os.path.realpath(folder))
+    if not real.name:
+        raise ConfigError(f"{folder} is the root of a file system; choose a folder in it")
+    return real
+
+
+def require_own(folders: Iterable[Path], lock: Path, begun: Callable[[], bool]) -> None:
+    """Refuse folders in which a command would remove and replace what others made.
+
+    Before the lock is taken: where there is one, the command has worked. `begun`: whether a version
+    has that had no lock, or on a copy. Raises ConfigError naming what lies there.
+    """
+    for folder in folders:
+        # In this order: an owner makes its lock before all else.
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        held = next((name for name in names if not name.startswith(".")), None)
+        if held is not None and not lock.exists() and not begun():
+            raise ConfigError(
+                f"{folder} holds {held!r}, which no earlier run of this command made, and would "
+                "lose it; choose another output"
+            )
 
 
 @contextlib.contextmanager

@@ -180,6 +180,35 @@ def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ConfigError, match=message):
             EvaluationSets(find_evaluation_files([str(tmp_path / name)]))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    with pytest.raises(ConfigError, match="are the same file, by a link"):
+        find_evaluation_files([f"{tmp_path}/*.txt"])
+
+
+def test_fields_that_are_not_compared_are_named_and_empty_files_shown(folder, tmp_path, capsys):
+    passages = [
+        {"article": CHINESE, "question": ENGLISH, "Article": CHINESE, "id": 1, "note": "short"},
+        {"context": f"{CHINESE[::-1]}", "title": ENGLISH, "qas": [{"question": "why"}]},
+    ]
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in passages)
+    (tmp_path / "own" / "race.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "own" / "nothing.jsonl").touch()
+    sets = EvaluationSets(find_evaluation_files([f"{folder}/**/*.*"]))
+    assert {task: names for task, names in sets.not_compared.items() if names} == {
+        "agieval/mixed": {"other"},
+        "ceval/history": {"explanation"},
+        "gaokao/2010_MCQs": {"analysis"},
+        "own/race": {"Article", "title"},
+    }
+    assert tasks(sets, CHINESE[::-1]) == ["own/race"]
+    assert tasks(sets, CHINESE) == ["ceval/history", "own/race"]
+    assert sets.counts("own/nothing") == {"items": 0, "too_short": 0, "not_compared": []}
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Nothing here.")
+    assert main(["--evaluation", f"{folder}/own/*.*", "--input", str(corpus)]) == 0
+    shown = capsys.readouterr().out
+    assert "own/race: fields with text that are not compared: Article, title (compared:" in shown
+    assert "own/nothing" in shown
 
 
 def test_the_command_counts_documents_by_task(folder, tmp_path, capsys):

@@ -14,6 +14,7 @@ import pytest
 from launches import REPOSITORY, environment, write_config
 
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data import mixture
 from baichuan_jax.data.mixture import (
     LEAST_SHARE,
     Law,
@@ -127,6 +128,41 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             main([*learn, *words])
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_search_is_of_one_text(tmp_path, monkeypatch):
+    """A file that changes between two trainings, or between two searches, is named."""
+    texts = [tmp_path / f"{name}.jsonl" for name in "abv"]
+    for text in texts:
+        text.write_text('{"text": "some words"}\n')
+    config = tmp_path / "config.yaml"
+    train = f"{{train: {{{texts[0]}: 1, {texts[1]}: 1}}, validation: {{{texts[2]}: 1}}}}"
+    config.write_text(f"data: {train}\n")
+    change = lambda: texts[1].write_text('{"text": "other words"}\n')
+    losses = iter(range(100))
+    monkeypatch.setattr(mixture.Trainings, "loss", lambda *_: 3.0 + next(losses) % 7 / 10)
+    settings = {"runs": 6, "steps": 10, "concentration": 1.0, "seed": 0}
+    learn = lambda folder: mixture.learn(str(config), [], tmp_path / folder, **settings)
+    assert learn("out")
+    assert learn("out")
+    plan = tmp_path / "out" / "plan.json"
+    given = json.loads(plan.read_text())
+    change()
+    with pytest.raises(ConfigError, match=r"with other text: .*b\.jsonl has changed, was added"):
+        learn("out")
+    with pytest.raises(ConfigError, match=r"a search with other settings \(steps\); choose"):
+        mixture._keep_plan(tmp_path / "out", {**given, "steps": 7})
+    # Of an earlier version.
+    plan.write_text(json.dumps({name: given[name] for name in given if name != "files"}))
+    assert learn("out")
+    assert list(json.loads(plan.read_text())["files"]) == list(map(str, texts))
+    texts[1].write_text('{"text": "the words that are there at first"}\n')
+    monkeypatch.setattr(mixture.Trainings, "loss", lambda *_: change() and 3.0)
+    with pytest.raises(ConfigError, match=r"b\.jsonl changed from .* while it was read"):
+        learn("new")
+    (tmp_path / "runs" / "run-000").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds run-000 of no search \(no plan\.json\)"):
+        learn("runs")
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ pytest.importorskip("daft")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from baichuan_jax.data.pipeline import main
+from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.corpus.config import CorpusConfig
+from baichuan_jax.data.pipeline import main, run
 
 EMAIL, PHONE, IDENTITY = "someone@example.org", "13812345678", "11010519491231002X"
 
@@ -401,3 +403,83 @@ def test_ten_kills_give_the_same_bytes(corpus, result, tmp_path):
         process.wait()
     pipeline(corpus, tmp_path)
     assert content(tmp_path) == content(result)
+
+
+# Outputs that others use too. In this process, and with no filter but the rules.
+
+
+def clean(patterns: list[Path | str], output: Path) -> list[str]:
+    """Run the pipeline; what it says."""
+    config = CorpusConfig(input=list(map(str, patterns)), output=str(output), num_workers=1)
+    for stage in (config.quality, config.dedup, config.sentences):
+        object.__setattr__(stage, "enabled", False)
+    said: list[str] = []
+    run(config, progress=False, say=said.append)
+    return said
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    write_jsonl(tmp_path / "in.jsonl", [{"text": sample("train-en", 1)[0][:3000]}])
+    return tmp_path / "in.jsonl"
+
+
+@pytest.mark.parametrize(
+    "place", ["final/thesis.txt", "removed/part-00000.parquet", "stages/read/notes.txt"]
+)
+def test_an_output_that_holds_other_files_is_refused_and_keeps_them(small, tmp_path, place):
+    kept = tmp_path / "project" / place
+    kept.parent.mkdir(parents=True)
+    kept.write_text("a year of work")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"holds .+, which no earlier run of this command"):
+            clean([small], tmp_path / "project")
+    assert kept.read_text() == "a year of work"
+
+
+def test_input_that_lies_in_the_output_is_refused_and_kept(small, tmp_path):
+    output = tmp_path / "out"
+    clean([small], output)
+    write_jsonl(output / "final" / "more.jsonl", [{"text": "more"}])
+    (tmp_path / "link.jsonl").symlink_to(output / "final" / "more.jsonl")
+    before = content(output)
+    for pattern in (output / "final/*.jsonl", output / "final/*.parquet", output / "*.json"):
+        with pytest.raises(ConfigError, match="lies in what is written to the output"):
+            clean([pattern], output)
+    with pytest.raises(ConfigError, match=r"link\.jsonl lies in what is written to"):
+        clean([tmp_path / "link.jsonl"], output)
+    assert content(output) == before
+    # Of another input too it loses only what it made itself.
+    write_jsonl(small, [{"text": sample("train-en", 1)[0][:2000]}])
+    clean([small], output)
+    assert content(output).keys() == before.keys()
+    assert content(output) != before
+    assert (output / "final" / "more.jsonl").is_file()
+
+
+def test_a_result_that_is_damaged_is_made_again(small, tmp_path):
+    output = tmp_path / "out"
+    clean([small], output)
+    before = content(output)
+    assert "was complete" in clean([small], output)[-1]
+    (output / "removed" / "part-00000.parquet").unlink()
+    assert clean([small], output) == []
+    assert content(output) == before
+    for damaged in (*output.glob("final/part-*"), *output.glob("stages/ids/*.parquet")):
+        os.truncate(damaged, damaged.stat().st_size - 10)
+    assert clean([small], output) == []
+    assert content(output) == before
+    # Records of earlier versions have no sizes.
+    for record in output.glob("stages/*/*.json"):
+        fields = json.loads(record.read_text())
+        assert fields.pop("bytes", None) or fields.pop("files", None)
+        record.write_text(json.dumps(fields))
+    assert "was complete" in clean([small], output)[-1]
+
+
+def test_a_file_and_its_link_are_one_input(small, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(small)
+    os.link(small, tmp_path / "hard.jsonl")
+    for other in ("link.jsonl", "hard.jsonl"):
+        with pytest.raises(ConfigError, match="are the same file, by a link"):
+            clean([small, tmp_path / other], tmp_path / "out")

@@ -109,6 +109,22 @@ def test_training_twice_gives_the_same_bytes(trained, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_classifier_that_the_card_names_no_more_is_removed(trained, tmp_path, monkeypatch):
+    """Others' files stay, also those of a language."""
+    _, good, card = trained
+    for folder, languages in (("used", ["en", "zh"]), ("foreign", ["en"])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "zh.ftz").write_bytes(b"another")
+        described = {"languages": {lang: {} for lang in languages}}
+        (tmp_path / folder / "card.json").write_text(json.dumps(described))
+        monkeypatch.setattr(quality, "_labelled", lambda *_: {})
+        fit = lambda lines, path, size, every: card["languages"][path.stem]
+        monkeypatch.setattr(quality, "_train_language", fit)
+        assert quality.train([good], [], tmp_path / folder, size=5000) == card
+    assert not (tmp_path / "used" / "zh.ftz").exists()
+    assert (tmp_path / "foreign" / "zh.ftz").read_bytes() == b"another"
+
+
 def test_chosen_bad_text_is_what_a_model_learns_to_refuse(tmp_path):
     good = write(tmp_path / "good.jsonl", documents("train-en", 60))
     bad = write(

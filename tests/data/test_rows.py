@@ -493,9 +493,12 @@ def test_an_error_of_a_worker_is_raised_and_the_next_pack_goes_on(tokenizer, tmp
 
 def test_text_without_a_whole_row_is_refused(tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", ["few", "", "words"])
-    wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shards"
+    wanted = r"holds no row: a row is 101 tokens, and its text is \d+ \(3 documents\) in 1 shard;"
     with pytest.raises(ConfigError, match=wanted):
         pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match="its text is empty; name files with text"):
+        pack([f"{tmp_path}/empty.jsonl"], tmp_path / "rows", tokenizer, 100, num_workers=1)
     # What the message advises, in the same folder.
     assert len(pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 2, num_workers=1)) > 0
     write(tmp_path / "a.jsonl", ["many words " * 99])
@@ -945,6 +948,8 @@ def test_a_shard_whose_record_is_damaged_is_made_again(
 ):
     folder = shutil.copytree(packed.path, tmp_path / "rows")
     (folder / "manifest.json").unlink()
+    # Beside it lies the lock of who packed it.
+    (tmp_path / "rows.lock").touch()
     record = folder / "shard-00000.json"
     whole = json.loads(record.read_text())
     record.write_bytes(content)
@@ -1017,3 +1022,64 @@ def test_text_that_changes_while_it_is_read_is_refused(
     # Nothing is left under the name of the text as it was.
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
     assert prepare(config).train[0][0].manifest["documents"] == len(documents["a.jsonl"]) + 1
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-one.jsonl", "shard-00000.json", "shard-00000.array_record"]
+)
+def test_a_folder_that_holds_other_files_is_refused_and_keeps_them(tokenizer, tmp_path, name):
+    """Also where they have names that packing gives, and where the text itself lies there."""
+    for folder in ("apart", "within"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, ["many words " * 20])
+        (tmp_path / folder / "notes.tmp").write_text("notes")
+    write(tmp_path / "a.jsonl", ["many words " * 20])
+    within = tmp_path / "within"
+    inputs = {tmp_path / "apart": tmp_path / "a.jsonl"}
+    if not name.endswith("record"):
+        inputs[within] = within / name
+    for folder, text in inputs.items():
+        before = content(folder)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"holds 'notes\.tmp', which no earlier run of"):
+                pack([str(text)], folder, tokenizer, 8, num_workers=1)
+        assert content(folder) == before
+
+
+def test_a_killed_packs_folder_loses_only_what_packing_made(tokenizer, tmp_path):
+    write(tmp_path / "a.jsonl", ["many words " * 20])
+    folder = pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=1).path
+    (folder / "manifest.json").unlink()
+    own = ["shard-00007.json", "shard-00007.array_record", "counts.npy.0123abcd.77.tmp"]
+    foreign = ["shard-one.jsonl", "notes.tmp", "shard-00000.parquet"]
+    for name in (*own, *foreign):
+        (folder / name).write_text("old")
+    with pytest.raises(ConfigError, match=r"shard-one\.jsonl lies in the folder of its rows"):
+        pack([f"{folder}/shard-one.jsonl"], folder, tokenizer, 8, num_workers=1)
+    pack([f"{tmp_path}/a.jsonl"], folder, tokenizer, 8, num_workers=1)
+    assert not {path.name for path in folder.iterdir()} & set(own)
+    assert {path.name for path in folder.iterdir()} > set(foreign)
+
+
+def test_a_link_to_a_folder_and_the_folder_have_one_lock(tokenizer, tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", ["many words " * 20])
+    (tmp_path / "link").symlink_to("rows")
+    link = pack([f"{tmp_path}/a.jsonl"], tmp_path / "link", tokenizer, 8, num_workers=1)
+    assert (tmp_path / "rows" / "manifest.json").is_file()
+    assert {path.name for path in tmp_path.glob("*.lock")} == {"rows.lock"}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    here = pack([f"{tmp_path}/a.jsonl"], ".", tokenizer, 8, num_workers=1)
+    assert here.identity == link.identity
+    assert (tmp_path / "here.lock").exists()
+    with pytest.raises(ConfigError, match=r"^/ is the root of a file system"):
+        pack([f"{tmp_path}/a.jsonl"], "/", tokenizer, 8, num_workers=1)
+
+
+def test_the_character_that_tokenizers_turn_into_a_space_is_counted(tokenizer, tmp_path, packed):
+    write(tmp_path / "a.jsonl", ["many words " * 20, "a\u2581b\u2581"])
+    rows = pack([f"{tmp_path}/a.jsonl"], tmp_path / "rows", tokenizer, 8, num_workers=1)
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+    assert rows.manifest["space_marks"] == 2
+    assert "2 characters U+2581, each turned into a space" in summary(rows)
+    assert "U+2581" not in summary(packed)

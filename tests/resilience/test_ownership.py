@@ -18,6 +18,7 @@ from launches import (
     fork_server,
     kill,
     lines,
+    run_here,
     run_module,
     start,
     start_all,
@@ -346,6 +347,37 @@ def test_every_command_refuses_an_output_that_another_process_writes(
         pytest.raises(ConfigError, match=r"^the output .*out is owned by process .* at work; wait"),
     ):
         write(tmp_path / "out")
+
+
+def test_all_names_of_an_output_have_one_owner(tmp_path, monkeypatch):
+    """A link, a link to nothing yet, and `.`; the root has no place for a lock beside it."""
+    monkeypatch.setattr(ownership, "BEAT", 0.05)
+    (tmp_path / "link").symlink_to("out")
+    for made in (False, True):
+        if made:
+            (tmp_path / "out").mkdir()
+            monkeypatch.chdir(tmp_path / "out")
+        for name in ("link", "out/."):
+            with (
+                ownership.owned_output(tmp_path / "out", beside=True),
+                pytest.raises(ConfigError, match="is owned by process"),
+                ownership.owned_output(Path("." if made else tmp_path / name), beside=True),
+            ):
+                pass
+    with (
+        pytest.raises(ConfigError, match=r"^/ is the root of a file system"),
+        ownership.owned_output(Path("/"), beside=True),
+    ):
+        pass
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run_here(lambda: quality.main(["train", "--good", "a.jsonl", "--output", "."]))
+    assert done.returncode == 78
+    assert "error: the working directory was deleted; start from one that is there" in done.stderr
 
 
 def test_an_export_refuses_an_output_that_another_process_writes(tmp_path, monkeypatch):

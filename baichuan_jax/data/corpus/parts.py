@@ -12,6 +12,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from baichuan_jax.runs.files import draft_of, publish, write_atomically
 # Of the files of all stages. Another number invalidates the finished stages of all users.
 VERSION = 3
 ROW_BITS = 32
+# Names of a part's file in final/ and removed/, whole or not, where others may keep files too.
+_OUTPUT = re.compile(r"part-\d{5,}\.parquet(?P<draft>(\..+)?\.tmp)?")
 # Light compression: most of a part's files are written once and read two or three times. Statistics
 # and the Arrow schema are left out, since nothing reads them.
 PARQUET = {
@@ -93,14 +97,21 @@ class Stage:
     def record_file(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"
 
+    def sizes(self, part: int) -> list[int]:
+        """Bytes of each of a part's files. Raises OSError where one is missing."""
+        files = [self.file(part, output) for output in range(len(self.outputs) or 1)]
+        return [file.stat().st_size for file in files]
+
     def record(self, part: int) -> Any:
         """What the finished work on a part returned; None where it is still to be done."""
         try:
             record = require_keys(read_json(self.record_file(part)), {"key": str}, "it")
+            # Somebody may have deleted final/ and kept stages/, or a copy may be cut short.
+            sizes = self.sizes(part)
         except (OSError, ConfigError):
             return None
-        # The file too: somebody may have deleted final/ and kept stages/.
-        is_same = record["key"] == self.key and self.file(part).exists()
+        # Earlier versions did not record them.
+        is_same = record["key"] == self.key and record.get("bytes", sizes) == sizes
         return record.get("result") if is_same else None
 
     def prepare(self) -> int:
@@ -112,12 +123,19 @@ class Stage:
         is_same = note.exists() and note.read_bytes() == self.key.encode()
         # Counted, since they are hours of work that a user may not know to have lost.
         outdated = 0 if is_same else len(list(self.folder.glob("part-*.json")))
-        for folder in (*self.outputs, self.folder):
-            if not is_same:
-                shutil.rmtree(folder, ignore_errors=True)
+        # First: without its note, what is left of the outputs is outdated too.
+        if not is_same:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        for folder in self.outputs:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
+            for name in os.listdir(folder):
+                # By name, and not the folder: others may keep files in it.
+                match = _OUTPUT.fullmatch(name)
+                if match and not (is_same and match["draft"] is None):
+                    (folder / name).unlink()
         write_atomically(note, self.key.encode())
         return outdated
 
@@ -218,8 +236,10 @@ class StagePart:
     def make(self) -> None:
         with ParquetFile(self.stage.file(self.number)) as file:
             result = self.work(self.argument, file)
-        record = json.dumps({"key": self.stage.key, "result": result}, ensure_ascii=False)
-        write_atomically(self.stage.record_file(self.number), record.encode())
+        sizes = self.stage.sizes(self.number)
+        record = {"key": self.stage.key, "bytes": sizes, "result": result}
+        content = json.dumps(record, ensure_ascii=False)
+        write_atomically(self.stage.record_file(self.number), content.encode())
 
 
 def hash_of(content: bytes) -> int:

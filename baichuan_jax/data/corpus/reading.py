@@ -22,7 +22,7 @@ from baichuan_jax.data.corpus.effects import Effects
 from baichuan_jax.data.corpus.filter import Cleaner, Corpus
 from baichuan_jax.data.corpus.parts import DOCUMENTS, ROW_BITS, ParquetFile, Stage, stage_key
 from baichuan_jax.data.corpus.report import ProblemCounts, Tally
-from baichuan_jax.data.corpus.stages import Stages
+from baichuan_jax.data.corpus.stages import Stages, require_outside
 from baichuan_jax.data.corpus.tables import read_stage
 from baichuan_jax.documents.files import (
     Slice,
@@ -55,6 +55,7 @@ class Input:
 def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple[Corpus, Input]:
     """Read, clean and judge every document, and give each an id of its own."""
     files = find_inputs(config.input)
+    require_outside(files, stages.output)
     parts = make_parts({path: state.size for path, state in files.items()}, PART_BYTES)
     # A file that changes in place is another input.
     described = [[path, *state] for path, state in files.items()]

@@ -1,14 +1,39 @@
 """Makes the stages of one corpus, each once: parts in worker processes, tables with Daft."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from daft import DataFrame  # pyright: ignore[reportMissingImports]
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.parts import ParquetFile, Stage, StagePart, stage_key
 from baichuan_jax.data.corpus.tables import Tables, is_finished
 from baichuan_jax.data.runner import Workers
+from baichuan_jax.resilience.ownership import require_own
+
+# What a run replaces in its output: the folders, and the file that is a kind of text too.
+FOLDERS = ("final", "removed", "stages")
+REPORT = "report.json"
+
+
+def require_own_output(output: Path) -> None:
+    """Raise ConfigError where the output has folders of these names that no earlier run made."""
+    begun = lambda: any(output.glob("stages/*/key"))
+    require_own([output / name for name in FOLDERS], output / "lock", begun)
+
+
+def require_outside(files: Iterable[str], output: Path) -> None:
+    """Raise ConfigError where a file of the input lies in what a run replaces in its output."""
+    own = [os.path.realpath(output / name) for name in (*FOLDERS, REPORT)]
+    for file in files:
+        real = os.path.realpath(file)
+        if any(real == path or real.startswith(f"{path}{os.sep}") for path in own):
+            raise ConfigError(
+                f"{file} lies in what is written to the output {output}, and would be lost; choose "
+                "another output"
+            )
 
 
 class Stages:

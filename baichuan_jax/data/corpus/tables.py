@@ -108,7 +108,8 @@ class Tables:
             with _disk_errors(stage.folder), announced(f"the table {stage.folder.name} to be made"):
                 make().write_parquet(str(stage.folder), compression="zstd")
             # Last: a table without this file is of a killed run.
-            write_atomically(stage.folder / DONE, json.dumps({"key": stage.key}).encode())
+            done = {"key": stage.key, "files": _sizes(stage.folder)}
+            write_atomically(stage.folder / DONE, json.dumps(done).encode())
         return read_stage(stage)
 
 
@@ -124,12 +125,18 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def is_finished(stage: Stage) -> bool:
-    """Whether a stage's one table was made, of what it would be made of now."""
+    """Whether a stage's one table is there, made of what it would be made of now."""
     try:
         note = require_keys(read_json(stage.folder / DONE), {"key": str}, "it")
     except (OSError, ConfigError):
         return False
-    return note["key"] == stage.key
+    # Earlier versions did not record the files.
+    sizes = _sizes(stage.folder)
+    return note["key"] == stage.key and note.get("files", sizes) == sizes
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.glob("*.parquet")}
 
 
 def read_stage(stage: Stage) -> DataFrame:
