@@ -269,6 +269,43 @@ def test_what_cannot_be_done_is_refused_before_the_weights_are_read(
     assert "--temperature: 'nan' must be a number" in capsys.readouterr().err
 
 
+@pytest.fixture
+def curve(tmp_path, checkpoint):
+    """Measure a short curve of a text: curve(output, *options)."""
+    (tmp_path / "a.txt").write_text("It was a truth universally acknowledged. " * 20)
+    words = ["perplexity", "--checkpoint", str(checkpoint), "--text", str(tmp_path / "a.txt")]
+    words += ["--max_tokens", "64", "--context", "16"]
+    return lambda output, *options: main([*words, "--output", str(output), *options])
+
+
+def test_a_curve_takes_no_others_place(tmp_path, curve, options):
+    """As the results of a test."""
+    assert curve(tmp_path / "out") == 0
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    # The same curve may be measured again.
+    assert curve(tmp_path / "out") == 0
+    for changes, message in (
+        (["--context", "8"], r"contexts: \[16\] there, \[8\] now"),
+        (["--max_tokens", "48"], r"text_sha256"),
+        (["--dtype", "bfloat16"], r"dtype: 'float32' there, 'bfloat16' now"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"holds results of another evaluation \(.*{message}"
+        ):
+            curve(tmp_path / "out", *changes)
+    with pytest.raises(ConfigError, match=r"holds results of another evaluation \("):
+        main([*options, "--output", str(tmp_path / "out"), "--limit", "1"])
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+    Results(tmp_path / "test", {"task": "mmlu"})
+    with pytest.raises(ConfigError, match=r"holds results of another evaluation \("):
+        curve(tmp_path / "test")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "result.json").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and holds no evaluation"):
+        curve(tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "result.json").read_text() == "mine"
+
+
 def test_training_refuses_a_test_without_its_files(tmp_path):
     settings = [f"run_dir={tmp_path / 'run'}", f"evaluate.tasks={{mmlu: {tmp_path / 'nowhere'}}}"]
     with pytest.raises(ConfigError, match="holds none of mmlu's data"):
