@@ -20,6 +20,7 @@ from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.hf.source import refuse_weights_folder
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import Clock
@@ -76,7 +77,8 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
     """Whether the run is complete now, by this process's loop: process 0 may still be writing."""
     if _is_complete(config, run):
         return True
-    # Before jax starts and anything is packed: what cannot be written is found in a second.
+    # Before jax starts and anything is packed: what cannot be used or written is found in a second.
+    refuse_weights_folder(run.path)
     require_writable(run.path, "run_dir")
     with (
         Watch(config.resilience, clock, run.path / "attempts") as watch,

@@ -31,30 +31,52 @@ from baichuan_jax.sharding import Layout
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that a path means: itself, or the newest of a run's folder.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, and where weights lie beside a run's checkpoints.
     """
-    # A run's folder, then its checkpoints/ folder, then one checkpoint in it.
-    for folder in (path / "checkpoints", path):
-        if (folder / "params").is_dir():
-            return folder
-        # Only numbers: a damaged checkpoint is STEP.corrupt, an unfinished one has Orbax's suffix.
-        entries = folder.iterdir() if folder.is_dir() else []
-        found = (whole_number(entry.name) for entry in entries if entry.is_dir())
-        if steps := [step for step in found if step is not None]:
-            return folder / str(max(steps))
-    raise ConfigError(
-        f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with "
-        "params/)"
-    )
+    checkpoints = path / "checkpoints"
+    newest = max(_steps(checkpoints), default=None)
+    own = weights_in(checkpoints) if newest is None else checkpoints / str(newest)
+    given = weights_in(path)
+    if own is not None and given is not None:
+        raise ConfigError(
+            f"{path} holds weights ({given.relative_to(path) / 'params'}) and a run's checkpoints; "
+            f"name {checkpoints} for the run's newest, or move the weights to a folder of their own"
+        )
+    found = own or given
+    if found is None:
+        raise ConfigError(
+            f"{path} is neither a run's folder with checkpoints nor a checkpoint (a folder with "
+            "params/)"
+        )
+    return found
 
 
-def has_checkpoint(path: Path) -> bool:
-    """Whether find_checkpoint finds one."""
-    try:
-        find_checkpoint(path)
-    except ConfigError:
-        return False
-    return True
+def weights_in(folder: Path) -> Path | None:
+    """Weights in the folder itself: it, where it is a checkpoint, or the newest checkpoint in it.
+
+    None where there are none: a folder with a number for a name is not yet a checkpoint.
+    """
+    if (folder / "params").is_dir():
+        return folder
+    steps = _steps(folder)
+    if any((folder / str(step) / "params").is_dir() for step in steps):
+        return folder / str(max(steps))
+    return None
+
+
+def has_checkpoint(run_path: Path) -> bool:
+    """Whether a run has saved a checkpoint, damaged or not.
+
+    Only in checkpoints/: what else lies in the folder says nothing about the run.
+    """
+    return bool(_steps(run_path / "checkpoints"))
+
+
+def _steps(folder: Path) -> list[int]:
+    # Only numbers: a damaged checkpoint is STEP.corrupt, an unfinished one has Orbax's suffix.
+    entries = folder.iterdir() if folder.is_dir() else []
+    found = (whole_number(entry.name) for entry in entries if entry.is_dir())
+    return [step for step in found if step is not None]
 
 
 def choose_checkpoint(path: Path) -> Path:

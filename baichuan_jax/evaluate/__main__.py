@@ -28,14 +28,14 @@ from baichuan_jax.evaluate.perplexity import (
     perplexity_curve,
     read_stream,
 )
-from baichuan_jax.evaluate.results import dump_json
+from baichuan_jax.evaluate.results import Results, dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS
 from baichuan_jax.generate import add_model_options
 from baichuan_jax.hf.source import Source, find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
-from baichuan_jax.resilience.coordination import require_same
+from baichuan_jax.resilience.coordination import agree, require_same
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_together
 from baichuan_jax.resilience.processes import initialize_processes
@@ -185,7 +185,8 @@ def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenize
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
     tokens, counts = read_stream(documents, tokenizer, options.max_tokens)
-    require_same("--text", hashlib.sha256(tokens.tobytes()).hexdigest())
+    text_hash = hashlib.sha256(tokens.tobytes()).hexdigest()
+    require_same("--text", text_hash)
     check_contexts(contexts, tokens)
     mesh = make_mesh(mesh_config(options))
     first = jax.process_index() == 0
@@ -196,7 +197,15 @@ def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenize
     )
     if counts["text_cut"]:
         display.say("the text goes on beyond --max_tokens, and is not read", style="yellow")
-    settings = _settings(options, mesh, source)
+    settings = _settings(options, mesh, source) | {
+        "task": "perplexity",
+        "contexts": contexts,
+        "tokenizer_sha256": tokenizer.hash,
+        # Hashes of what was read: a path says nothing about its content.
+        "text_sha256": text_hash,
+    }
+    # Process 0 decides for all. One folder holds one curve, and no test's results.
+    agree("the output's settings", lambda: Results(options.output, settings) and None)
     model = load_model(source, options.dtype, mesh)
     # Each context length reads the whole text once.
     total = len(contexts) * len(tokens)
@@ -211,11 +220,8 @@ def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenize
         )
     if not first:
         return 0
-    # Hashes of what was read: a path says nothing about its content.
     manifest = settings | {
-        "tokenizer_sha256": tokenizer.hash,
         "context_length": source.context_length,
-        "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "text_tokens": len(tokens),
         **counts,
         "version": baichuan_jax.__version__,

@@ -183,7 +183,7 @@ def evaluate(
             bar.set_description(subject.name[:32])
             end = bar.n + len(subject.questions)
             if scorer is None or finished[number]:
-                records += results.load(subject.name) if first else []
+                records += results.load(subject) if first else []
             else:
                 # An answer of several tokens makes several requests of one question.
                 on_done = lambda count, end=end: bar.update(min(count, end - bar.n))

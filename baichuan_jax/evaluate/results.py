@@ -25,7 +25,7 @@ from baichuan_jax.config.parsing import (
 )
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import Prompt, Protocol
-from baichuan_jax.evaluate.questions import LETTERS
+from baichuan_jax.evaluate.questions import LETTERS, Question
 from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
 from baichuan_jax.evaluate.tasks import Subject
 from baichuan_jax.resilience.causes import NumericsError
@@ -223,17 +223,28 @@ class Results:
         if self._writes:
             write_atomically(self._path(subject), _lines(records))
 
-    def load(self, subject: str) -> list[Record]:
-        """The records of a finished subject."""
-        file = self._path(subject)
+    def load(self, subject: Subject) -> list[Record]:
+        """The records of a finished subject.
+
+        Raises ConfigError where they are not those of its questions, each one once, in their order.
+        """
+        file = self._path(subject.name)
         try:
             # split("\n") and not splitlines(): a text may contain other line separators.
             lines = read_text(file).split("\n")[:-1]
             places = [f"line {number}" for number in range(1, len(lines) + 1)]
-            return [
+            records = [
                 require_keys(parse_json(line, place), _RECORD, place)
                 for place, line in zip(places, lines, strict=True)
             ]
+            for place, record, question in zip(places, records, subject.questions, strict=False):
+                _require_record_of(question, subject.name, record, place)
+            if len(records) != len(subject.questions):
+                raise ConfigError(
+                    f"it has {len(records)} lines and the subject {len(subject.questions)} "
+                    "questions"
+                )
+            return records
         except ConfigError as error:
             raise ConfigError(
                 f"{file} is no subject's records: {error}; delete it, to have its questions asked "
@@ -254,6 +265,25 @@ class Results:
             write_atomically(self.folder / "submission.json", dump_json(submission))
         # Last: where result.json is, the records are complete.
         write_atomically(self.folder / "result.json", dump_json(result))
+
+
+def _require_record_of(question: Question, subject: str, record: Record, place: str) -> None:
+    """Raise ConfigError where a record is not of this question, or gives no letter."""
+    wanted = {
+        "subject": subject,
+        "index": question.row,
+        "id": question.id,
+        "answer": question.answer,
+    }
+    for key, value in wanted.items():
+        # A question without an id has a record without one.
+        if (found := record.get(key, "")) != value:
+            raise ConfigError(f"{place}: {key} is {show(found)} and its question's {show(value)}")
+    # A tuple: `"AB" in "ABCD"` holds.
+    if record["prediction"] not in tuple(LETTERS):
+        raise ConfigError(
+            f"{place}: prediction is {show(record['prediction'])} and must be one of A, B, C, D"
+        )
 
 
 def _is_result(path: Path) -> bool:

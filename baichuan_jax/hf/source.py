@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baichuan_jax.checkpoint.weights import choose_checkpoint, describe
+from baichuan_jax.checkpoint.weights import (
+    choose_checkpoint,
+    describe,
+    has_checkpoint,
+    weights_in,
+)
 from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import check_facts, read_config, read_facts
@@ -65,6 +70,11 @@ def read_source(path: Path | str) -> Source:
     """
     path = Path(path)
     if is_hf(path):
+        if has_checkpoint(path):
+            raise ConfigError(
+                f"{path} holds weights of Hugging Face (config.json) and a run's checkpoints; name "
+                f"{path / 'checkpoints'} for the run's newest, or move that folder away"
+            )
         return Source(path, read_config(path), None, read_facts(path))
     path = choose_checkpoint(path)
     found = describe(path)
@@ -79,6 +89,28 @@ def read_source(path: Path | str) -> Source:
         if recorded.get("add_bos_token") is True:
             facts["add_bos_token"] = True
     return Source(path, ModelConfig(**config["model"]), found.get("tokenizer"), facts)
+
+
+def refuse_weights_folder(run_path: Path) -> None:
+    """Raise ConfigError where a run's folder holds weights that are not the run's.
+
+    generate, evaluate and hf export would read these, and nobody would see that they are not the
+    trained ones.
+    """
+    for folder in (run_path, run_path / "checkpoints"):
+        # In checkpoints/ the numbered folders are the run's.
+        weights = weights_in(folder) if folder == run_path else folder
+        if is_hf(folder):
+            found = folder / "config.json"
+        elif weights is not None and (weights / "params").is_dir():
+            found = weights / "params"
+        else:
+            continue
+        raise ConfigError(
+            f"run_dir={str(run_path)!r} holds weights already ({found.relative_to(run_path)}), and "
+            "what reads the run would take them for the trained ones; give the run a folder of its "
+            "own with --run_dir, or move the weights to another"
+        )
 
 
 def find_tokenizer(

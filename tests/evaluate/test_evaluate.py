@@ -17,7 +17,7 @@ from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.__main__ import main
-from baichuan_jax.evaluate.questions import LETTERS
+from baichuan_jax.evaluate.questions import LETTERS, Question
 from baichuan_jax.evaluate.results import Results, summarise
 from baichuan_jax.evaluate.tables import PUBLISHED, markdown
 from baichuan_jax.evaluate.tasks import Subject, known_subjects, load_subjects
@@ -262,9 +262,48 @@ def test_what_cannot_be_done_is_refused_before_the_weights_are_read(
     with pytest.raises(SystemExit):
         main([*options, "--output", str(tmp_path / "out"), "--json", str(tmp_path)])
     assert "--json:" in capsys.readouterr().err
-    for wrong in (["--prompt", ""], ["--prompt", "a", "--temperature", "nan"]):
-        with pytest.raises(ConfigError, match=r"is empty|temperature=nan"):
-            generate(["--checkpoint", str(checkpoint), *wrong])
+    with pytest.raises(ConfigError, match="is empty"):
+        generate(["--checkpoint", str(checkpoint), "--prompt", ""])
+    with pytest.raises(SystemExit):
+        generate(["--checkpoint", str(checkpoint), "--prompt", "a", "--temperature", "nan"])
+    assert "--temperature: 'nan' must be a number" in capsys.readouterr().err
+
+
+@pytest.fixture
+def curve(tmp_path, checkpoint):
+    """Measure a short curve of a text: curve(output, *options)."""
+    (tmp_path / "a.txt").write_text("It was a truth universally acknowledged. " * 20)
+    words = ["perplexity", "--checkpoint", str(checkpoint), "--text", str(tmp_path / "a.txt")]
+    words += ["--max_tokens", "64", "--context", "16"]
+    return lambda output, *options: main([*words, "--output", str(output), *options])
+
+
+def test_a_curve_takes_no_others_place(tmp_path, curve, options):
+    """As the results of a test."""
+    assert curve(tmp_path / "out") == 0
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    # The same curve may be measured again.
+    assert curve(tmp_path / "out") == 0
+    for changes, message in (
+        (["--context", "8"], r"contexts: \[16\] there, \[8\] now"),
+        (["--max_tokens", "48"], r"text_sha256"),
+        (["--dtype", "bfloat16"], r"dtype: 'float32' there, 'bfloat16' now"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"holds results of another evaluation \(.*{message}"
+        ):
+            curve(tmp_path / "out", *changes)
+    with pytest.raises(ConfigError, match=r"holds results of another evaluation \("):
+        main([*options, "--output", str(tmp_path / "out"), "--limit", "1"])
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+    Results(tmp_path / "test", {"task": "mmlu"})
+    with pytest.raises(ConfigError, match=r"holds results of another evaluation \("):
+        curve(tmp_path / "test")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "result.json").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and holds no evaluation"):
+        curve(tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "result.json").read_text() == "mine"
 
 
 def test_training_refuses_a_test_without_its_files(tmp_path):
@@ -321,10 +360,57 @@ def test_damaged_settings_of_an_evaluation_are_named(tmp_path, content):
         Results(tmp_path, {})
 
 
+ASKED = Subject(
+    "logic",
+    "logic",
+    "zh",
+    ("STEM",),
+    [],
+    [Question(row, "?", ("1", "2", "3", "4"), "A", id=f"q{row}") for row in (0, 2)],
+    0,
+)
+
+
+def finished(folder: Path) -> tuple[Results, list[str]]:
+    """An evaluation with one finished subject, and the lines of its file."""
+    record = {"subject": "logic", "prompt_sha256": "", "num_tokens": 1, "shots": 0, "answer": "A"}
+    records = [
+        record | {"index": each.row, "id": each.id, "prediction": letter}
+        for each, letter in zip(ASKED.questions, "AB", strict=True)
+    ]
+    results = Results(folder, {})
+    results.save("logic", records)
+    assert results.load(ASKED) == records
+    return results, (folder / "subjects" / "logic.jsonl").read_text().splitlines()
+
+
 @pytest.mark.parametrize("line", ["[]", "{", "null", '{"subject": "a", "index": null}'], ids=repr)
 def test_damaged_records_of_a_subject_are_named_with_what_to_do(tmp_path, line):
-    (tmp_path / "subjects").mkdir()
-    (tmp_path / "subjects" / "a.jsonl").write_text(line + "\n")
-    (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"a\.jsonl is no subject's records: line 1.*delete it"):
-        Results(tmp_path, {}).load("a")
+    results, _ = finished(tmp_path)
+    (tmp_path / "subjects" / "logic.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"logic\.jsonl is no subject's records: line 1.*delete"):
+        results.load(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda one, two: [one], "it has 1 lines and the subject 2 questions; delete it"),
+        (lambda one, two: [], "it has 0 lines and the subject 2 questions; delete it"),
+        (lambda one, two: [one, two, two], "it has 3 lines and the subject 2 questions"),
+        (lambda one, two: [two], r"line 1: index is 2 and its question's 0"),
+        (lambda one, two: [one, one], r"line 2: index is 0 and its question's 2"),
+        (lambda one, two: [one, two.replace("logic", "law")], r"line 2: subject is 'law' and"),
+        (lambda one, two: [one, two.replace("q2", "q0")], r"line 2: id is 'q0' and its"),
+        (lambda one, two: [one.replace('"answer": "A"', '"answer": "C"'), two], "answer is 'C'"),
+        (lambda one, two: [one, two.replace('"B"', '"Z"')], r"line 2: prediction is 'Z' and must"),
+        (lambda one, two: [one, two.replace('"B"', '""')], r"line 2: prediction is '' and must"),
+    ],
+)
+def test_records_that_are_not_those_of_the_questions_are_refused(tmp_path, damage, message):
+    """They would be scored as a whole subject."""
+    results, lines = finished(tmp_path)
+    text = "".join(line + "\n" for line in damage(*lines))
+    (tmp_path / "subjects" / "logic.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        results.load(ASKED)

@@ -534,19 +534,29 @@ def _progress() -> Target:
 
 
 def _evaluation() -> Target:
-    from baichuan_jax.evaluate.results import Results, dump_json
+    from baichuan_jax.evaluate.questions import Question
+    from baichuan_jax.evaluate.results import Results, dump_json, summarise
+    from baichuan_jax.evaluate.tasks import Subject
 
     settings = {"task": "mmlu", "seed": 0, "shots": 5, "files": {"a.csv": "abc"}}
     record = {"subject": "a", "index": 0, "prompt_sha256": "b", "num_tokens": 3, "shots": 5}
     record |= {"shot_rows": [1], "logits": [0.5, 1.5], "prediction": "B", "answer": "A"}
-    valid = {"e/settings.json": dump_json(settings), "e/subjects/a.jsonl": _lines(record, record)}
+    other = record | {"index": 2, "prediction": "A"}
+    valid = {"e/settings.json": dump_json(settings), "e/subjects/a.jsonl": _lines(record, other)}
+    asked = [Question(row, "?", ("1", "2", "3", "4"), "A") for row in (0, 2)]
+    subject = Subject("a", "a", "en", ("c",), [], asked, 0)
 
     def read(folder: Path) -> Any:
         (folder / "e").mkdir(exist_ok=True)
         results = Results(folder / "e", settings)
-        records = results.load("a") if results.has("a") else []
-        result = {"task": "ceval", "manifest": {"split": "test"}}
-        results.finish(result, records)
+        if not results.has("a"):
+            return []
+        records = results.load(subject)
+        # Lost and foreign records would be scored as the whole subject.
+        found = summarise("ceval", "original", [subject], records)
+        assert found["questions"] == 2
+        assert found["average"] in (0, 0.5, 1)
+        results.finish({"task": "ceval", "manifest": {"split": "test"}}, records)
         return records
 
     return Target(valid, read, respelled=True)

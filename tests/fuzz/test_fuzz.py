@@ -86,7 +86,7 @@ def test_a_planted_fault_is_found(monkeypatch):
         "finish",
         lambda self, result, records: [record["num_tokens"] + 1 for record in records],
     )
-    with pytest.raises((TypeError, KeyError)):
+    with pytest.raises((TypeError, KeyError, AttributeError)):
         fuzz("evaluation", 300)
 
 

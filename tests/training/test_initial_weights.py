@@ -166,6 +166,55 @@ def test_a_run_goes_on_with_its_own_tokenizer(first, tiny_config, tmp_path, caps
     assert (tmp_path / "B" / "tokenizer.model").read_bytes() == own
 
 
+def test_a_folder_with_a_number_for_a_name_is_no_checkpoint_of_the_run(
+    first, tiny_config, tmp_path
+):
+    """The first launch begins at init_from with its tokenizer, whatever lies in run_dir."""
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(first / "A"))
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "B"))
+    (tmp_path / "B" / "1" / "state").mkdir(parents=True)
+    assert find_initial_weights(config) is not None
+    own = Tokenizer(first / "A" / "tokenizer.model")
+    assert prepare(config, progress=False).tokenizer.hash == own.hash
+    with pytest.raises(ConfigError, match="neither a run's folder"):
+        read_source(tmp_path / "B")
+    # What the run itself saved, and that alone, says that it has begun.
+    (tmp_path / "B" / "checkpoints" / "1").mkdir(parents=True)
+    assert find_initial_weights(config) is None
+
+
+@pytest.mark.parametrize(
+    ("form", "place", "found"),
+    [
+        ("llama", "", "config.json"),
+        ("baichuan", "checkpoints", "checkpoints/config.json"),
+        ("weights", "", "params"),
+        ("weights", "checkpoints", "checkpoints/params"),
+        ("A/checkpoints", "", "2/params"),
+    ],
+)
+def test_a_run_in_a_folder_of_weights_is_refused(first, tiny_config, tmp_path, form, place, found):
+    """What reads the run would read the weights that were there before."""
+    run = tmp_path / "B"
+    shutil.copytree(first / form, run / place)
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B", init_from=str(run / place))
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ConfigError, match=rf"run_dir='.*/B' holds weights already \({found}\)"):
+        train(dataclasses.replace(config, run_dir=str(run)))
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", ["llama", "weights"])
+def test_weights_beside_a_runs_checkpoints_are_told_apart(first, tmp_path, form):
+    """A run that an earlier version trained in place."""
+    both = tmp_path / "both"
+    shutil.copytree(first / form, both)
+    shutil.copytree(first / "A" / "checkpoints", both / "checkpoints")
+    with pytest.raises(ConfigError, match=r"and a run's checkpoints; name .*both/checkpoints for"):
+        read_source(both)
+    assert read_source(both / "checkpoints").path == both / "checkpoints" / "2"
+
+
 def resumed(first: Path, tmp_path: Path, config: Config, **changes: Any) -> Config:
     """The configuration of a copy of run A that has one step more to do."""
     shutil.copytree(first / "A", tmp_path / "A", dirs_exist_ok=True)
