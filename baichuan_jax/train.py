@@ -163,12 +163,21 @@ def _closing(
 
 
 def _is_complete(config: Config, run: Run) -> bool:
-    """Whether the run has all its steps; then say so, without starting jax."""
+    """Whether the run has all its steps; then say so, without starting jax.
+
+    Raises ConfigError where the settings are of another run.
+    """
     completed = latest(run.events, Completed)
     if completed is None or run.status != "completed" or completed.step < config.train.num_steps:
         return False
-    show_complete(Display(), run, completed, config)
+    show_complete(Display(), run, completed, _settings_before(run), config)
     return True
+
+
+def _settings_before(run: Run) -> str | None:
+    """The settings of the run's last launch, as YAML; None for a fresh run."""
+    settings = run.path / "config.yaml"
+    return read_text(settings) if settings.exists() else None
 
 
 def _open_run(
@@ -179,8 +188,7 @@ def _open_run(
     before = None
     if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
-        settings = run.path / "config.yaml"
-        before = read_text(settings) if settings.exists() else None
+        before = _settings_before(run)
         # The run's own copy: generate and export need no other folder, whatever becomes of the
         # cache.
         tokenizer = Path(prepared.tokenizer.path).read_bytes()
