@@ -15,23 +15,25 @@ from pathlib import Path
 
 import jax
 
+from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.evaluate.evaluation import Evaluation
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, lasting_streams
-from baichuan_jax.runs.events import Completed, latest
+from baichuan_jax.runs.events import Completed, Measured, latest
 from baichuan_jax.runs.files import require_writable
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
-from baichuan_jax.training.changes import show_changes
+from baichuan_jax.training.changes import show_changes, show_other_tests
 from baichuan_jax.training.evaluator import Evaluator
 from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
@@ -112,7 +114,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
-                _begin(config, run, before, start.step, output)
+                _begin(config, run, before, prepared, tests, start, output)
                 # Steps after the restored one are done again and written again.
                 losses, eval_loss = run.losses(start.step), run.curve("eval_loss").get(start.step)
                 recorder = Recorder(output, clock, throughput, losses, eval_loss)
@@ -196,10 +198,24 @@ def _open_run(
     return Output(writer, display), before
 
 
-def _begin(config: Config, run: Run, before: str | None, step: int, output: Output) -> None:
-    """Open the trackers behind `step`; say what differs from `before`, then keep the settings."""
-    output.writer.begin(step + 1)
-    show_changes(before, config, step, output)
+def _begin(
+    config: Config,
+    run: Run,
+    before: str | None,
+    prepared: Prepared,
+    tests: list[Evaluation],
+    start: RunState,
+    output: Output,
+) -> None:
+    """Open the trackers behind `start`; say what differs from `before`, then keep the settings."""
+    output.writer.begin(start.step + 1)
+    show_changes(before, config, start.step, output)
+    validation = zip(config.data.validation, prepared.validation, strict=True)
+    measured = Measured(
+        validation={name: rows.identity for name, (rows, _) in validation},
+        tasks={test.plan.task: test.settings["data_sha256"] for test in tests},
+    )
+    show_other_tests(run, measured, start.step, start.progress, output)
     # Only now: a launch that is killed before this says them again.
     output.writer.file(run.path / "config.yaml", dump_config(config).encode())
 

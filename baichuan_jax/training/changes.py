@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import SAME_ARRAYS
 from baichuan_jax.config.files import dump_config, flatten
 from baichuan_jax.config.parsing import Positive, build, parse_yaml, require_type, show
 from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import DataChanged, Measured, latest
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.output import Output
 
 # Characters of a value in the table.
@@ -101,6 +104,41 @@ def show_changes(before: str | None, config: Config, step: int, output: Output) 
         warning = describe_schedules(_schedule_of(before), _schedule(config), step)
         if warning is not None:
             output.say(warning, style="yellow")
+
+
+def show_other_tests(
+    run: Run, measured: Measured, step: int, progress: Progress, output: Output
+) -> None:
+    """Say and record where validation text or tests are others than before, under the same names.
+
+    On process 0; the others say nothing. `measured`: those of this launch, which `step` steps and
+    `progress` come before.
+    """
+    if not output.display.active:
+        return
+    before = latest(run.events, Measured) or Measured()
+    if before.fields == measured.fields:
+        return
+    changes = []
+    # Of step 0 there is nothing to compare: every step so far is done again.
+    if step:
+        changes += [
+            f"data.validation: the rows of {name} are others than before, so {_NOT_COMPARABLE}"
+            for name, rows in measured.validation.items()
+            if before.validation.get(name, rows) != rows
+        ]
+        changes += [
+            f"evaluate.tasks: the questions of {name} are others than before, so {_NOT_COMPARABLE}"
+            for name, files in measured.tasks.items()
+            if before.tasks.get(name, files) != files
+        ]
+    if changes:
+        output.say("; ".join(changes), style="yellow")
+        output.event(
+            DataChanged(step=step, position=progress.position, row=progress.row, changes=changes)
+        )
+    # Last: a launch that is killed before this says them again.
+    output.event(measured)
 
 
 def show_unused_changes(before: str | None, config: Config, display: Display) -> None:

@@ -285,7 +285,8 @@ def _initial_weights(config: Config, source: Source, layout: Layout) -> Params:
 def _refuse_other_model(source: Source, config: Config) -> None:
     # All at once: a user who is told of one sets it and is refused for the next.
     theirs, ours = (
-        {name: getattr(model, name) for name in OF_WEIGHTS} for model in (source.model, config.model)
+        {name: getattr(model, name) for name in OF_WEIGHTS}
+        for model in (source.model, config.model)
     )
     shown = {
         name: "null" if value is None else value

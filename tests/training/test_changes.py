@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.config.files import KEYS, dump_config
 from baichuan_jax.config.schema import (
     Config,
@@ -15,7 +16,15 @@ from baichuan_jax.config.schema import (
 )
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.events import Completed, Started, append_event
+from baichuan_jax.runs.events import (
+    Completed,
+    DataChanged,
+    Measured,
+    Started,
+    append_event,
+    of_kind,
+)
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer
 from baichuan_jax.runs.output import Output
 from baichuan_jax.train import train
@@ -24,6 +33,7 @@ from baichuan_jax.training.changes import (
     consequence,
     consequence_of_more_steps,
     show_changes,
+    show_other_tests,
 )
 
 CONFIG = Config(
@@ -149,6 +159,33 @@ def test_a_warning_needs_a_rate_that_changes(tmp_path, capsys):
     fresh = said(dump_config(CONFIG), lower, 0, tmp_path, capsys)
     assert "the run begins anew" in fresh
     assert "learning rate at step" not in fresh
+
+
+def test_other_validation_text_and_tests_under_the_same_names_are_said_and_recorded(
+    tmp_path, capsys
+):
+    output = Output(Writer(tmp_path, CONFIG, print), Display())
+    run, progress = Run(tmp_path), Progress(seed=42).follow(42, [Given("en", "r", 1.0)], 8).at(40)
+
+    def launch(step: int, validation: dict[str, str], tasks: dict[str, str]) -> str:
+        show_other_tests(run, Measured(validation=validation, tasks=tasks), step, progress, output)
+        return " ".join(capsys.readouterr().out.split())
+
+    # Of an earlier version, whose launches recorded nothing: from the second on it is compared.
+    assert launch(5, {"v": "a", "w": "b"}, {"mmlu": "c"}) == ""
+    assert launch(5, {"v": "a", "w": "b"}, {"mmlu": "c"}) == ""
+    assert len(of_kind(run.events, Measured)) == 1
+    said = launch(5, {"v": "a", "w": "B"}, {"mmlu": "C"})
+    assert "data.validation: the rows of w are others than before, so results" in said
+    assert "evaluate.tasks: the questions of mmlu are others than before" in said
+    (changed,) = of_kind(run.events, DataChanged)
+    assert (changed.step, changed.position, changed.row, len(changed.changes)) == (5, 5, 40, 2)
+    # Other names are other settings, which the table names; at step 0 there is nothing to compare.
+    assert launch(5, {"x": "y"}, {}) == ""
+    assert launch(0, {"x": "z"}, {}) == ""
+    assert launch(5, {}, {}) == ""
+    assert len(of_kind(run.events, DataChanged)) == 1
+    assert output.writer.close() == []
 
 
 def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():
