@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import Config
-from baichuan_jax.data.prepare import Prepared, validation_in_training
+from baichuan_jax.data.prepare import Prepared, shared_in_training, validation_in_training
 from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.clock import EVALUATE
@@ -122,6 +122,12 @@ def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None
         display.say(
             f"{len(both)} files or folders are both in data.train and in data.validation, such as "
             f"{both[0]}: the validation loss is partly of text that was trained on",
+            style="yellow",
+        )
+    if shared := shared_in_training(config, prepared.text):
+        display.say(
+            f"{len(shared)} files or folders are in more than one corpus of data.train, such as "
+            f"{shared[0]}: their text is read for each; if that is not meant, name them once",
             style="yellow",
         )
 
