@@ -77,7 +77,13 @@ def run_command(command: Callable[[], int], result_is_shown: bool = False) -> No
     result itself is shown, a disk that refuses it is an error.
     """
     with lasting_streams() as stdout:
-        code = _code_of(command)
+        try:
+            code = _code_of(command)
+        except SystemExit as end:
+            if end.code:
+                raise
+            # --help and --print_config: what they print is all that was asked for.
+            code, result_is_shown = 0, True
         stdout.flush()
         lost = stdout.error
         # A reader that has ended, as in `| head`, wants no more.
