@@ -238,8 +238,8 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _find(path: str) -> str:
     """A file of settings: the path itself, or that of a configuration given by name (tiny)."""
-    # A bare word is a name, unless a file or folder of that name exists.
-    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
+    # A bare word is a name, unless a file of that name exists. A folder may have it by chance.
+    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).is_file():
         return path
     known = shipped()
     require(
