@@ -50,8 +50,8 @@ def make_parser(
     # Help texts are the docstrings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
-    # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, --train.num_step
-    # would pass for --train.num_steps today and be ambiguous after the next setting is added.
+    # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, the beginning of a
+    # name would pass for it today and be ambiguous after the next setting is added.
     parser = jsonargparse.ArgumentParser(
         prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
     )
