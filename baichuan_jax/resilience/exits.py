@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
 from baichuan_jax.runs.files import FULL_DISK
@@ -95,6 +96,7 @@ def run_command(command: Callable[[], int], result_is_shown: bool = False) -> No
 
 def _code_of(command: Callable[[], int]) -> int:
     try:
+        _require_working_directory()
         return command()
     except SystemExit as end:
         if end.code != USAGE_ERROR:
@@ -109,6 +111,17 @@ def _code_of(command: Callable[[], int]) -> int:
         # All but one name what is wrong and what to do; a traceback would hide it.
         say(traceback.format_exc() if cause == Cause.EXCEPTION else f"error: {describe(error)}")
         return cause.exit_code
+
+
+def _require_working_directory() -> None:
+    """Raise ConfigError where it was deleted: then no path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError(
+            "the working directory was deleted; change into one that is there, and start the same "
+            "command again"
+        ) from None
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -162,8 +162,8 @@ def test_a_folder_with_the_name_of_a_configuration_hides_nothing(tmp_path, monke
     with pytest.raises(ConfigError, match="there is no configuration 'mine'; give a file, or one"):
         parse("--config", "mine")
     (tmp_path / "tiny").rmdir()
-    (tmp_path / "tiny").write_text("train: {num_steps: 7}")
-    assert parse("--config", "tiny").train.num_steps == 7
+    (tmp_path / "tiny").write_text("train: {num_steps: 7000}")
+    assert parse("--config", "tiny").train.num_steps == 7000
 
 
 def test_an_override_without_a_value_is_refused():

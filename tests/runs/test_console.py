@@ -172,6 +172,23 @@ def test_a_terminal_that_closes_asks_to_save_and_nohup_goes_on():
 
 
 @pytest.mark.parametrize(
+    ("command", "argv"),
+    [(train.main, ["--config", "tiny"]), (pipeline.main, ["--input", "a", "--output", "b"])],
+)
+def test_a_working_directory_that_was_deleted_is_one_line(
+    command, argv, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: command(argv))
+    assert end.value.code == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the working directory was deleted; change into one")
+
+
+@pytest.mark.parametrize(
     ("number", "code", "said"),
     [
         (28, 74, "make room"),
