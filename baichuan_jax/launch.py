@@ -158,7 +158,10 @@ class Supervisor:
         what = "saving, then stopping; once more quits unsaved" if first else "quitting"
         say_from_handler(f"{signal.Signals(signum).name}: {what}")
         if self.processes is not None:
-            self.processes.send(signal.SIGTERM if first else signal.SIGKILL)
+            self._pass_on(self.processes)
+
+    def _pass_on(self, processes: HostProcesses) -> None:
+        processes.send(signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
 
     def _beat(self) -> None:
         while True:
@@ -241,12 +244,16 @@ class Supervisor:
             return
         self.processes = processes = HostProcesses(launch, self.host)
         coordinator = self._coordinator(launch, plan)
-        if coordinator is not None:
+        # Asked to stop since the plan was made: there is nothing yet to save.
+        if coordinator is not None and not self.asked:
             if self.host == plan.hosts[0]:
                 hosts = ", ".join(plan.hosts)
                 say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
             for process in plan.processes_of(self.host):
                 processes.start(self._placement(launch, plan, process), self.argv, coordinator)
+            # A signal that came meanwhile has reached only those that had started.
+            if self.asked:
+                self._pass_on(processes)
         self._wait(plan, processes)
         self.processes = None
         launch.write(HostEnd(bool(self.asked), processes.exits), self.host)

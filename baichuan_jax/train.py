@@ -15,11 +15,13 @@ from pathlib import Path
 
 import jax
 
+from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
+from baichuan_jax.evaluate.evaluation import Evaluation
 from baichuan_jax.hf.source import refuse_weights_folder
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.checkpoint_interval import fault_history
@@ -27,12 +29,12 @@ from baichuan_jax.resilience.clock import Clock
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, lasting_streams
-from baichuan_jax.runs.events import Completed, latest
+from baichuan_jax.runs.events import Completed, Measured, latest
 from baichuan_jax.runs.files import require_writable
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
-from baichuan_jax.training.changes import show_changes
+from baichuan_jax.training.changes import show_changes, show_other_tests
 from baichuan_jax.training.evaluator import Evaluator
 from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
@@ -114,7 +116,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             with clock("start"):
                 batches = open_loader(config, prepared, steps, start)
                 resources.callback(batches.close)
-                _begin(config, run, before, start.step, output)
+                _begin(config, run, before, prepared, tests, start, output)
                 # Steps after the restored one are done again and written again.
                 losses, eval_loss = run.losses(start.step), run.curve("eval_loss").get(start.step)
                 recorder = Recorder(output, clock, throughput, losses, eval_loss)
@@ -165,12 +167,21 @@ def _closing(
 
 
 def _is_complete(config: Config, run: Run) -> bool:
-    """Whether the run has all its steps; then say so, without starting jax."""
+    """Whether the run has all its steps; then say so, without starting jax.
+
+    Raises ConfigError where the settings are of another run.
+    """
     completed = latest(run.events, Completed)
     if completed is None or run.status != "completed" or completed.step < config.train.num_steps:
         return False
-    show_complete(Display(), run, completed, config)
+    show_complete(Display(), run, completed, _settings_before(run), config)
     return True
+
+
+def _settings_before(run: Run) -> str | None:
+    """The settings of the run's last launch, as YAML; None for a fresh run."""
+    settings = run.path / "config.yaml"
+    return read_text(settings) if settings.exists() else None
 
 
 def _open_run(
@@ -181,8 +192,7 @@ def _open_run(
     before = None
     if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
-        settings = run.path / "config.yaml"
-        before = read_text(settings) if settings.exists() else None
+        before = _settings_before(run)
         # The run's own copy: generate and export need no other folder, whatever becomes of the
         # cache.
         tokenizer = Path(prepared.tokenizer.path).read_bytes()
@@ -190,10 +200,24 @@ def _open_run(
     return Output(writer, display), before
 
 
-def _begin(config: Config, run: Run, before: str | None, step: int, output: Output) -> None:
-    """Open the trackers behind `step`; say what differs from `before`, then keep the settings."""
-    output.writer.begin(step + 1)
-    show_changes(before, config, step, output)
+def _begin(
+    config: Config,
+    run: Run,
+    before: str | None,
+    prepared: Prepared,
+    tests: list[Evaluation],
+    start: RunState,
+    output: Output,
+) -> None:
+    """Open the trackers behind `start`; say what differs from `before`, then keep the settings."""
+    output.writer.begin(start.step + 1)
+    show_changes(before, config, start.step, output)
+    validation = zip(config.data.validation, prepared.validation, strict=True)
+    measured = Measured(
+        validation={name: rows.identity for name, (rows, _) in validation},
+        tasks={test.plan.task: test.settings["data_sha256"] for test in tests},
+    )
+    show_other_tests(run, measured, start.step, start.progress, output)
     # Only now: a launch that is killed before this says them again.
     output.writer.file(run.path / "config.yaml", dump_config(config).encode())
 

@@ -9,7 +9,9 @@ import shlex
 import pytest
 from launches import REPOSITORY, losses, run, run_here, run_module, write_config
 
+from baichuan_jax.config.files import KEYS, _kinds
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.data.rows import main as rows_command
 from baichuan_jax.data.rows import pack
 from baichuan_jax.runs.folder import Run
@@ -161,16 +163,20 @@ def test_damaged_rows_are_found_by_the_command_that_the_error_names(tmp_path):
 
 def test_settings_and_requirements_that_messages_name_exist():
     """`--section.setting` and `section.setting=` of the training, `pip install -r FILE`."""
-    from baichuan_jax.config.files import KEYS
-
-    sections = {key.split(".")[0] for key in KEYS if "." in key} - {"data"}
+    cleaning = [key for key, _ in _kinds(CorpusConfig)]
+    looked_at = 0
     for file in sorted(PACKAGE.rglob("*.py")):
         # The pipeline has settings of its own.
-        if "data" in file.parts:
-            continue
+        known = {*KEYS, *(cleaning if file.is_relative_to(PACKAGE / "data") else [])}
+        sections = {key.split(".")[0] for key in known if "." in key}
         text = file.read_text(encoding="utf-8")
-        for section, name in re.findall(r"--(\w+)\.(\w+)", text):
+        # Not of a name that is put in, of which this is the beginning.
+        named = re.findall(r"--(\w+)\.(\w+)\b(?!\{)", text)
+        named += re.findall(r"(?<![\w.])(\w+)\.(\w+)=", text)
+        for section, name in named:
             if section in sections:
-                assert any(key.startswith(f"{section}.{name}") for key in KEYS), (file, name)
+                assert f"{section}.{name}" in known, (file, section, name)
+                looked_at += 1
         for requirements in re.findall(r"pip install -r ([\w.-]+\.txt)", text):
             assert (REPOSITORY / requirements).exists(), (file, requirements)
+    assert looked_at > 60

@@ -57,8 +57,8 @@ def make_parser(
     # Help texts are the docstrings below the fields.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{prog} --config FILE [--SETTING VALUE ...]"
-    # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, --train.num_step
-    # would pass for --train.num_steps today and be ambiguous after the next setting is added.
+    # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, the beginning of a
+    # name would pass for it today and be ambiguous after the next setting is added.
     parser = jsonargparse.ArgumentParser(
         prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
     )
@@ -248,8 +248,8 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _find(path: str) -> str:
     """A file of settings: the path itself, or that of a configuration given by name (tiny)."""
-    # A bare word is a name, unless a file or folder of that name exists.
-    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).exists():
+    # A bare word is a name, unless a file of that name exists. A folder may have it by chance.
+    if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).is_file():
         return path
     known = shipped()
     require(

@@ -6,7 +6,9 @@ time) and the settings, so every later run with the same ones finds it, and a ch
 meets rows of its old text. One process of a run writes; the others wait for its files.
 """
 
+import contextlib
 import dataclasses
+import filecmp
 import hashlib
 import json
 import os
@@ -250,12 +252,53 @@ def _rows_folder(
 
 
 def validation_in_training(config: Config, text: Text) -> list[str]:
-    """Files, and folders of packed rows, that are both in data.train and in data.validation."""
+    """Files, and folders of packed rows, that are both in data.train and in data.validation.
 
-    def named(corpora: dict[str, float]) -> set[str]:
-        return {os.path.realpath(file) for path in corpora for file in text.get(path, [path])}
+    By whatever name or link, and copies of the same content.
+    """
+    trained: dict[int, list[tuple[str, os.stat_result]]] = {}
+    for path in config.data.train:
+        for file, state in _files_of(path, text):
+            trained.setdefault(state.st_size, []).append((file, state))
+    found = [
+        file
+        for path in config.data.validation
+        for file, state in _files_of(path, text)
+        if any(
+            # A copy is read to its first difference, and few files have the size of another.
+            _same(state, theirs) or filecmp.cmp(file, other, shallow=False)
+            for other, theirs in trained.get(state.st_size, [])
+        )
+    ]
+    return sorted(set(found))
 
-    return sorted(named(config.data.train) & named(config.data.validation))
+
+def shared_in_training(config: Config, text: Text) -> list[str]:
+    """Files, and folders of packed rows, that more than one corpus of data.train names."""
+    first: dict[tuple[int, ...], str] = {}
+    found = set()
+    for path in config.data.train:
+        for file, state in _files_of(path, text):
+            if first.setdefault(_identity(state), path) != path:
+                found.add(file)
+    return sorted(found)
+
+
+def _files_of(path: str, text: Text) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a corpus as they are now; of packed rows the manifest, which names the rest."""
+    for file in text.get(path, [os.path.join(path, MANIFEST)]):
+        # One that was removed since the launch looked at it is nobody's any more.
+        with contextlib.suppress(OSError):
+            yield file, os.stat(file)
+
+
+def _identity(state: os.stat_result) -> tuple[int, ...]:
+    # Size and time too: some network file systems give several files one number.
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return _identity(one) == _identity(other)
 
 
 def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:

@@ -4,11 +4,11 @@ import argparse
 import datetime
 import sys
 from pathlib import Path
+from typing import Any
 
-from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import require_writable, write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 
 def main(argv: list[str]) -> int:
@@ -20,22 +20,16 @@ def main(argv: list[str]) -> int:
         "is in RUN/evaluations/NAME (evaluate --output) and RUN/plans (plan --output).",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the run's folder")
-    default = Path("report.html")
-    output = f"default: {default}"
-    parser.add_argument("-o", "--output", type=Path, default=default, metavar="FILE", help=output)
+    # Looked at before the runs are read, which may take a while.
+    file: dict[str, Any] = {"type": writable_file, "default": "report.html", "metavar": "FILE"}
+    parser.add_argument("-o", "--output", **file, help="default: %(default)s")
     options = parser.parse_args(argv)
-    if options.output.is_dir():
-        raise ConfigError(
-            f"{options.output} is a folder; name a file: -o {options.output / 'report.html'}"
-        )
     # Imported late: plotly takes half a second, which --help need not wait for.
     from baichuan_jax.report.page import make_page
     from baichuan_jax.report.recorded import read_runs
 
-    # Before the runs are read, which may take a while.
-    require_writable(options.output.parent, "output")
     text = make_page(read_runs(options.runs), datetime.datetime.now())
-    write_atomically(options.output, text.encode())
+    write_atomically(Path(options.output), text.encode())
     Display().say(f"{options.output} ({len(text) / 1e6:.1f} MB): open it in a browser")
     return 0
 

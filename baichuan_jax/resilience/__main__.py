@@ -10,7 +10,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.files import writable_file, write_atomically
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
         "for its time: goodput, restarts, steps done twice.",
     )
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    what = "also write the numbers to FILE"
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help=what)
     options = parser.parse_args(argv)
     if not (options.run / "events.jsonl").exists():
         raise ConfigError(
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     show_accounting(Display(), accounting)
     if options.json is not None:
         numbers = {**dataclasses.asdict(accounting), "goodput": accounting.goodput}
-        write_atomically(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
+        write_atomically(Path(options.json), (json.dumps(numbers, indent=1) + "\n").encode())
     return 0
 
 

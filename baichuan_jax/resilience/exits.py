@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
 from baichuan_jax.runs.files import FULL_DISK
@@ -77,7 +78,13 @@ def run_command(command: Callable[[], int], result_is_shown: bool = False) -> No
     result itself is shown, a disk that refuses it is an error.
     """
     with lasting_streams() as stdout:
-        code = _code_of(command)
+        try:
+            code = _code_of(command)
+        except SystemExit as end:
+            if end.code:
+                raise
+            # --help and --print_config: what they print is all that was asked for.
+            code, result_is_shown = 0, True
         stdout.flush()
         lost = stdout.error
         # A reader that has ended, as in `| head`, wants no more.
@@ -89,6 +96,7 @@ def run_command(command: Callable[[], int], result_is_shown: bool = False) -> No
 
 def _code_of(command: Callable[[], int]) -> int:
     try:
+        _require_working_directory()
         return command()
     except SystemExit as end:
         if end.code != USAGE_ERROR:
@@ -99,22 +107,21 @@ def _code_of(command: Callable[[], int]) -> int:
         say("interrupted: nothing was saved after the last checkpoint")
         return Cause.INTERRUPTED.exit_code
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and _has_no_folder():
-            say("error: the working directory was deleted; start from one that is there")
-            return Cause.CONFIGURATION.exit_code
         cause = cause_of(error)
         # All but one name what is wrong and what to do; a traceback would hide it.
         say(traceback.format_exc() if cause == Cause.EXCEPTION else f"error: {describe(error)}")
         return cause.exit_code
 
 
-def _has_no_folder() -> bool:
-    """Whether the working directory was deleted: no relative path leads anywhere."""
+def _require_working_directory() -> None:
+    """Raise ConfigError where it was deleted: then no path means anything."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        return True
-    return False
+        raise ConfigError(
+            "the working directory was deleted; change into one that is there, and start the same "
+            "command again"
+        ) from None
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

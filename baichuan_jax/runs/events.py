@@ -115,6 +115,17 @@ class DataChanged(Event):
     changes: list[str] = dataclasses.field(default_factory=list)
 
 
+@_event("measured")
+class Measured(Event):
+    """What losses and scores are of from here on: hashes of the validation rows and of the tests.
+
+    Written where they are new, so the newest one counts.
+    """
+
+    validation: dict[str, str] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
 @_event("compiled")
 class Compiled(Event):
     """The training step is compiled: its seconds, and the seconds since the process began."""

@@ -9,6 +9,8 @@ import io
 import os
 import re
 import shutil
+import stat
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -103,7 +105,15 @@ def require_writable(folder: Path | str, setting: str) -> None:
 
 
 def writable(text: str) -> str:
-    """The type of a command's option that names what it writes at its end: refused before that."""
+    """The type of a command's option that names what it writes at its end: refused before that.
+
+    Of a link its target: that is replaced, and not the link.
+    """
+    if _is_written_itself(Path(text)):
+        if not os.access(text, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: Permission denied")
+        return text
+    text = os.path.realpath(text) if os.path.islink(text) else text
     path = Path(text).absolute()
     try:
         require_plain(path, "the output")
@@ -133,11 +143,15 @@ def writable_file(text: str) -> str:
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file under another name, then rename it: nobody ever sees half of it.
 
-    Makes its folder. Not durable: faster, and a power failure may lose it. Raises OSError, which
-    names the file; nothing is left of it then.
+    Makes its folder. Not durable: faster, and a power failure may lose it. A device, a pipe and
+    stdout are written as they are. Raises OSError, which names the file; nothing is left of it
+    then.
     """
     temporary = draft_of(path)
     with naming(path):
+        if _is_written_itself(path):
+            _write_itself(path, content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
@@ -150,6 +164,45 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def _is_written_itself(path: Path) -> bool:
+    """Whether a path is no file that can be replaced: a device, a pipe, or where stdout goes.
+
+    A rename would put a file in the place of /dev/stdout, for every program on the machine.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    kind = found.st_mode
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or _stream_of(found) is not None
+
+
+def _stream_of(found: os.stat_result) -> int | None:
+    """The descriptor of stdout or stderr that goes to this file, or None."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return number
+    return None
+
+
+def _write_itself(path: Path, content: bytes) -> None:
+    """Write to a device, a pipe or a stream. One whose reader has ended wants no more."""
+    number = _stream_of(os.stat(path))
+    for stream in (sys.stdout, sys.stderr):
+        if number is not None and stream is not None:
+            # What was printed before stands before it.
+            stream.flush()
+    target = path if number is None else number
+    with (
+        contextlib.suppress(BrokenPipeError),
+        open(target, "wb", buffering=0, closefd=number is None) as file,
+    ):
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 In: the settings of the run's last launch and of this one, and the step from which it goes on. Out:
 a table of what differs, with the consequence of each, and a warning with numbers where the learning
-rate bends. What cannot go on is refused elsewhere, by whoever owns it.
+rate bends. What cannot go on is refused elsewhere, by whoever owns it; of a complete run, which
+loads nothing, here.
 """
 
 import dataclasses
@@ -10,14 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from baichuan_jax.checkpoint.progress import Progress
+from baichuan_jax.checkpoint.state import SAME_ARRAYS
 from baichuan_jax.config.files import dump_config, flatten
 from baichuan_jax.config.parsing import Positive, build, parse_yaml, require_type, show
 from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
 from baichuan_jax.optimizer import learning_rate
+from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import DataChanged, Measured, latest
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.output import Output
 
 # Characters of a value in the table.
 VALUE_CHARACTERS = 40
+# Fields of ModelConfig that weights are of: with another they do not load, or they load and compute
+# or learn something else.
+OF_WEIGHTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *(name for name in SAME_ARRAYS if name != "num_heads"),
+)
 # Settings on which the learning rate of a step depends.
 SCHEDULE = (
     "train.num_steps",
@@ -84,19 +96,86 @@ def show_changes(before: str | None, config: Config, step: int, output: Output) 
         return
     # Every step of the run so far is done again.
     fresh = "nothing: the run begins anew, since no checkpoint is saved"
-    rows = [
-        [name, _shown(old), _shown(new), consequence(name) if step else fresh]
-        for name, old, new in changes
-    ]
-    columns = ["setting", "before", "now", "what follows"]
-    output.display.table(
-        f"Settings differ from this run's last launch (step {step})", columns, rows
-    )
+    follows = {name: consequence(name) if step else fresh for name, _, _ in changes}
+    title = f"Settings differ from this run's last launch (step {step})"
+    _show_table(output.display, title, changes, follows)
     # Steps that are all done bend nothing any more.
     if before is not None and 0 < step < config.train.num_steps:
         warning = describe_schedules(_schedule_of(before), _schedule(config), step)
         if warning is not None:
             output.say(warning, style="yellow")
+
+
+def show_other_tests(
+    run: Run, measured: Measured, step: int, progress: Progress, output: Output
+) -> None:
+    """Say and record where validation text or tests are others than before, under the same names.
+
+    On process 0; the others say nothing. `measured`: those of this launch, which `step` steps and
+    `progress` come before.
+    """
+    if not output.display.active:
+        return
+    before = latest(run.events, Measured) or Measured()
+    if before.fields == measured.fields:
+        return
+    changes = []
+    # Of step 0 there is nothing to compare: every step so far is done again.
+    if step:
+        changes += [
+            f"data.validation: the rows of {name} are others than before, so {_NOT_COMPARABLE}"
+            for name, rows in measured.validation.items()
+            if before.validation.get(name, rows) != rows
+        ]
+        changes += [
+            f"evaluate.tasks: the questions of {name} are others than before, so {_NOT_COMPARABLE}"
+            for name, files in measured.tasks.items()
+            if before.tasks.get(name, files) != files
+        ]
+    if changes:
+        output.say("; ".join(changes), style="yellow")
+        output.event(
+            DataChanged(step=step, position=progress.position, row=progress.row, changes=changes)
+        )
+    # Last: a launch that is killed before this says them again.
+    output.event(measured)
+
+
+def show_unused_changes(before: str | None, config: Config, display: Display) -> None:
+    """Say what differs from a complete run's settings, none of which acts any more.
+
+    Raises ConfigError where the run would be another one: such settings are refused of a run that
+    goes on too.
+    """
+    # What a launch resolves by its devices stands in config.yaml as a number.
+    changes = [
+        (name, old, new)
+        for name, old, new in compare(before, config)
+        if not (name.startswith("mesh.") and new == -1)
+        and not (name == "train.micro_batch_size" and new is None)
+    ]
+    refused = {*(f"model.{name}" for name in OF_WEIGHTS), "train.seed"}
+    # Given weights, and a file, bring a tokenizer of whatever size.
+    if config.init_from is None and config.tokenizer.path is None:
+        refused.add("tokenizer.vocab_size")
+    if others := [change for change in changes if change[0] in refused]:
+        given = ", ".join(f"{name}={show(new)}" for name, _, new in others)
+        own = " ".join(f"--{name} {_option(old)}" for name, old, _ in others)
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} holds a complete run of other settings than {given}: give "
+            f"the new run a folder of its own with --run_dir, or set {own}"
+        )
+    if changes:
+        title = "Settings differ from those of this run, which is complete"
+        done = "nothing: all steps are done"
+        _show_table(display, title, changes, dict.fromkeys([name for name, _, _ in changes], done))
+
+
+def _show_table(
+    display: Display, title: str, changes: list[tuple[str, Any, Any]], follows: dict[str, str]
+) -> None:
+    rows = [[name, _shown(old), _shown(new), follows[name]] for name, old, new in changes]
+    display.table(title, ["setting", "before", "now", "what follows"], rows)
 
 
 def compare(before: str | None, config: Config) -> list[tuple[str, Any, Any]]:
@@ -160,9 +239,11 @@ def _schedule_of(text: str) -> _Schedule:
 def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | None:
     """Both learning rates after `step` steps and at the end; None where they are the same."""
     first, last = step + 1, now.num_steps
-    rates = before.rate(first), now.rate(first)
+    # Of a finished run its last: the cosine goes no further.
+    rates = before.rate(min(first, before.num_steps)), now.rate(first)
     ends = before.rate(before.num_steps), now.rate(last)
-    if np.allclose(rates, rates[0], 1e-6) and np.allclose(ends, ends[0], 1e-6):
+    # Options hold six digits of a rate.
+    if np.allclose(rates, rates[0], 1e-5) and np.allclose(ends, ends[0], 1e-5):
         return None
     reason = ""
     if before.num_steps != last:
@@ -172,15 +253,18 @@ def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | No
         f"learning rate at step {first}: {rates[0]:.6g} before, {rates[1]:.6g} now{reason}; at the "
         f"last step: {ends[0]:.6g} before, at step {before.num_steps}, {ends[1]:.6g} now, at {last}"
     )
-    if rates[1] <= rates[0] * (1 + 1e-6):
+    if rates[1] <= rates[0] * (1 + 1e-5):
         return text
     return f"{text}. To keep it at {rates[0]:.6g}: {_constant(rates[0])}"
 
 
-def consequence_of_more_steps(config: Config) -> str:
-    """What a larger train.num_steps does to the learning rate of a finished run, in numbers."""
-    done = config.train.num_steps
-    now = _schedule(config)
+def consequence_of_more_steps(config: Config, before: str | None = None) -> str:
+    """What a larger train.num_steps does to the learning rate of a finished run, in numbers.
+
+    `before`: the run's own config.yaml, where this launch's settings may be others.
+    """
+    now = _schedule(config) if before is None else _schedule_of(before)
+    done = now.num_steps
     rate = now.rate(done)
     longer = dataclasses.replace(now, num_steps=2 * done).rate(done + 1)
     return (
@@ -203,6 +287,11 @@ def _tree(text: str | None) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{_LAST} holds {show(tree)} and must hold settings; {_DELETE}")
     return tree
+
+
+def _option(value: Any) -> str:
+    """A value as an option takes it."""
+    return "null" if value is None else str(value)
 
 
 def _shown(value: Any) -> str:

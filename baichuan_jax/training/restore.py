@@ -13,7 +13,7 @@ from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.checkpoint.schedule import Schedule
-from baichuan_jax.checkpoint.state import SAME_ARRAYS, RunState, StateTarget, identity
+from baichuan_jax.checkpoint.state import RunState, StateTarget, identity
 from baichuan_jax.checkpoint.store import CheckpointStore
 from baichuan_jax.checkpoint.weights import has_checkpoint, load_params
 from baichuan_jax.config.schema import Config, ConfigError
@@ -37,6 +37,7 @@ from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import Layout
 from baichuan_jax.step import Steps, TrainState
+from baichuan_jax.training.changes import OF_WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,13 +283,19 @@ def _initial_weights(config: Config, source: Source, layout: Layout) -> Params:
 
 
 def _refuse_other_model(source: Source, config: Config) -> None:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    # Some of these change no shape: such weights would load, and compute or learn something else.
-    for name in dict.fromkeys((*sizes, *SAME_ARRAYS)):
-        theirs, ours = getattr(source.model, name), getattr(config.model, name)
-        if theirs != ours:
-            value = "null" if theirs is None else theirs
-            raise ConfigError(
-                f"init_from={source.path} has {name}={value} and model.{name}={ours}; "
-                f"set --model.{name} {value}"
-            )
+    # All at once: a user who is told of one sets it and is refused for the next.
+    theirs, ours = (
+        {name: getattr(model, name) for name in OF_WEIGHTS}
+        for model in (source.model, config.model)
+    )
+    shown = {
+        name: "null" if value is None else value
+        for name, value in theirs.items()
+        if value != ours[name]
+    }
+    if shown:
+        given = ", ".join(f"model.{name}={ours[name]}" for name in shown)
+        raise ConfigError(
+            f"init_from={source.path} has {', '.join(f'{n}={v}' for n, v in shown.items())} and "
+            f"this run has {given}; set {' '.join(f'--model.{n} {v}' for n, v in shown.items())}"
+        )

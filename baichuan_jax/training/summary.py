@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import Config
-from baichuan_jax.data.prepare import Prepared, validation_in_training
+from baichuan_jax.data.prepare import Prepared, shared_in_training, validation_in_training
 from baichuan_jax.data.rows import unigram_entropy
 from baichuan_jax.resilience.causes import SaveFailed
 from baichuan_jax.resilience.clock import EVALUATE
@@ -22,7 +22,7 @@ from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import WANDB_SECONDS
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
-from baichuan_jax.training.changes import consequence_of_more_steps
+from baichuan_jax.training.changes import consequence_of_more_steps, show_unused_changes
 from baichuan_jax.training.loop import Launch
 
 # Steps whose mean loss is the result: single steps differ by their data.
@@ -124,6 +124,12 @@ def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None
             f"{both[0]}: the validation loss is partly of text that was trained on",
             style="yellow",
         )
+    if shared := shared_in_training(config, prepared.text):
+        display.say(
+            f"{len(shared)} files or folders are in more than one corpus of data.train, such as "
+            f"{shared[0]}: their text is read for each; if that is not meant, name them once",
+            style="yellow",
+        )
 
 
 def conclude(launch: Launch, run: Run, end: RunState, entropy: float) -> None:
@@ -208,16 +214,22 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def show_complete(display: Display, run: Run, completed: Completed, config: Config) -> None:
-    """That a run has all its steps and needs no further launch."""
+def show_complete(
+    display: Display, run: Run, completed: Completed, before: str | None, config: Config
+) -> None:
+    """That a run has all its steps and needs no further launch.
+
+    `before`: its config.yaml. Raises ConfigError where this launch's settings are of another run.
+    """
+    show_unused_changes(before, config, display)
     validation = "" if completed.eval_loss is None else f", validation {completed.eval_loss:.3f}"
     display.say(
         f"{run.path} is complete: {completed.step} steps, loss {_loss(completed.loss)}{validation}."
     )
-    _show_next(display, run, config)
+    _show_next(display, run, config, before)
 
 
-def _show_next(display: Display, run: Run, config: Config) -> None:
+def _show_next(display: Display, run: Run, config: Config, before: str | None = None) -> None:
     """The run's folder, and the commands to try, quoted so that they can be pasted."""
     path, page = shlex.quote(str(run.path)), shlex.quote(str(run.path / "report.html"))
     has_curves = (run.path / "tensorboard").exists()
@@ -230,7 +242,7 @@ def _show_next(display: Display, run: Run, config: Config) -> None:
         f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48",
         style="bold",
     )
-    display.say("or train on with more steps. " + consequence_of_more_steps(config))
+    display.say("or train on with more steps. " + consequence_of_more_steps(config, before))
 
 
 def close_files(output: Output, ended_well: bool) -> None:

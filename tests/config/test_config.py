@@ -152,6 +152,20 @@ def test_a_missing_file_is_named():
         load_config("nowhere.yaml")
 
 
+def test_a_folder_with_the_name_of_a_configuration_hides_nothing(tmp_path, monkeypatch):
+    """As a user may call the folder of a run."""
+    monkeypatch.chdir(tmp_path)
+    named = parse("--config", "tiny")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert parse("--config", "tiny") == named
+    with pytest.raises(ConfigError, match="there is no configuration 'mine'; give a file, or one"):
+        parse("--config", "mine")
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").write_text("train: {num_steps: 7000}")
+    assert parse("--config", "tiny").train.num_steps == 7000
+
+
 def test_an_override_without_a_value_is_refused():
     with pytest.raises(ConfigError, match="name=value"):
         load_config(TINY, ["train.num_steps"])

@@ -624,8 +624,32 @@ def test_validation_text_that_is_trained_on_is_found(config, packed, corpus, tmp
     ):
         data = dataclasses.replace(config.data, validation=validation)
         assert len(both_of(data)) == number
-    data = DataConfig(train={str(packed.path): 1.0}, validation={f"{packed.path}/": 1.0})
-    assert both_of(data)
+    for copied in (os.link, shutil.copyfile):
+        name = f"by {copied.__name__}.jsonl"
+        copied(corpus.replace("*", "b"), tmp_path / name)
+        (tmp_path / "other.jsonl").write_bytes(b"x" * os.path.getsize(corpus.replace("*", "b")))
+        validation = {f"{tmp_path}/{name}": 1.0, f"{tmp_path}/other.jsonl": 1.0}
+        (both,) = both_of(dataclasses.replace(config.data, validation=validation))
+        assert both.endswith(name)
+    shutil.copytree(packed.path, tmp_path / "copy")
+    for validation in (f"{packed.path}/", str(tmp_path / "copy")):
+        data = DataConfig(train={str(packed.path): 1.0}, validation={validation: 1.0})
+        assert both_of(data)
+
+
+def test_text_of_two_training_corpora_is_found(config, packed, corpus, tmp_path):
+    os.link(corpus.replace("*", "b"), tmp_path / "link.jsonl")
+
+    def shared_of(*train):
+        changed = dataclasses.replace(config, data=DataConfig(train=dict.fromkeys(train, 1.0)))
+        return preparing.shared_in_training(changed, preparing._look(changed))
+
+    assert shared_of(corpus) == []
+    assert shared_of(corpus.replace("*", "a"), corpus.replace("*", "[ab]")) == [
+        corpus.replace("*", "a")
+    ]
+    assert shared_of(corpus, str(tmp_path / "link.jsonl")) == [str(tmp_path / "link.jsonl")]
+    assert len(shared_of(str(packed.path), f"{packed.path}/")) == 1
 
 
 def test_the_commands_show_and_verify(packed, capsys):

@@ -411,7 +411,7 @@ def test_files_that_are_not_as_they_were_are_named(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_a_compressed_file_without_a_byte_is_damaged_and_not_empty(tmp_path, suffix):
     (tmp_path / f"a.jsonl.{suffix}").touch()
-    with pytest.raises(ConfigError, match="line 1: unreadable: .*the compressed file has 0 bytes"):
+    with pytest.raises(ConfigError, match=r"line 1: unreadable: .*the compressed file has 0 bytes"):
         list(read_texts([Slice(str(tmp_path / f"a.jsonl.{suffix}"))], "text"))
 
 

@@ -322,8 +322,6 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         ("broken configuration", "config.yaml is no YAML"),
         ("twice", "a run is given twice"),
         ("too many", "9 runs were given and a page shows at most 8"),
-        ("folder as output", "is a folder; name a file"),
-        ("no place for the output", "cannot be written in"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
@@ -346,13 +344,18 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
         (path / "evaluations" / "mmlu" / "result.json").write_text("{")
     elif case == "broken configuration":
         (path / "config.yaml").write_text("a: [")
-    elif case == "folder as output":
-        output = tmp_path
-    elif case == "no place for the output":
-        output = path / "config.yaml" / "report.html"
     with pytest.raises(ConfigError, match=re.escape(words)):
         main([*map(str, runs), "-o", str(output)])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_runs_are_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x", "File exists")):
+        with pytest.raises(SystemExit) as end:
+            main([str(tmp_path / "none"), "-o", str(output)])
+        assert end.value.code == 2
+        assert f"-o/--output: {str(output)!r} cannot be written: {why}" in capsys.readouterr().err
 
 
 def test_every_category_of_time_has_a_colour():

@@ -1,14 +1,17 @@
 """A supervisor's hold on the processes of its host."""
 
+import signal
 import socket
 import types
 
 import pytest
 
+from baichuan_jax import launch
+from baichuan_jax.config.schema import Config
 from baichuan_jax.resilience import host_processes as module
 from baichuan_jax.resilience.causes import BadHost
 from baichuan_jax.resilience.host_processes import HostProcesses, is_free
-from baichuan_jax.resilience.launch_files import LaunchFolder
+from baichuan_jax.resilience.launch_files import HostEnd, LaunchFolder, LaunchPlan
 
 
 class Child:
@@ -71,6 +74,45 @@ def test_a_process_that_a_kill_does_not_end_makes_its_host_a_bad_one(processes, 
     clock.now += 2
     with pytest.raises(BadHost, match=r"process 0 \(number 7\) on h has not ended 60 s after"):
         processes.poll()
+
+
+@pytest.mark.parametrize("moment", ["plan", "coordinator", "start", "second start"])
+def test_a_signal_before_the_processes_run_stops_them_all_the_same(moment, tmp_path, monkeypatch):
+    """It would be kept, and nothing would be stopped until the run's last step."""
+
+    class Ending(Child):
+        """It saves and stops when it is asked to, and else trains on for some looks."""
+
+        def poll(self):
+            self.looks = getattr(self, "looks", 0) + 1
+            return 75 if self.signals else 0 if self.looks > 20 else None
+
+    begun: list[Ending] = []
+
+    class Starting(HostProcesses):
+        def start(self, placement, argv, coordinator):
+            if moment == ["start", "second start"][placement.process]:
+                supervisor._on_signal(signal.SIGTERM, None)
+            begun.append(Ending())
+            self._children[placement.process] = begun[-1]
+
+    config = Config(run_dir=str(tmp_path / "run"))
+    supervisor = launch.Supervisor(launch._parse(["--host", "h"])[0], config, [])
+    monkeypatch.setattr(launch, "HostProcesses", Starting)
+    monkeypatch.setattr(launch, "TICK", 0.0)
+    if moment == "plan":
+        supervisor._on_signal(signal.SIGTERM, None)
+    elif moment == "coordinator":
+        asks = lambda port: supervisor._on_signal(signal.SIGTERM, None) or True
+        monkeypatch.setattr(launch, "is_free", asks)
+    first = supervisor.launches[1]
+    supervisor._take_part(first, LaunchPlan(("h",), 2))
+    end = first.read(HostEnd, "h")
+    assert end is not None
+    assert end.asked
+    codes = [] if moment in ("plan", "coordinator") else [75, 75]
+    assert [exit.code for exit in end.exits.values()] == codes
+    assert len(begun) == len(codes)
 
 
 def test_a_port_on_which_somebody_listens_is_taken():

@@ -18,7 +18,6 @@ from launches import (
     fork_server,
     kill,
     lines,
-    run_here,
     run_module,
     start,
     start_all,
@@ -369,15 +368,6 @@ def test_all_names_of_an_output_have_one_owner(tmp_path, monkeypatch):
         ownership.owned_output(Path("/"), beside=True),
     ):
         pass
-
-
-def test_a_working_directory_that_was_deleted_is_named(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    done = run_here(lambda: quality.main(["train", "--good", "a.jsonl", "--output", "."]))
-    assert done.returncode == 78
-    assert "error: the working directory was deleted; start from one that is there" in done.stderr
 
 
 def test_an_export_refuses_an_output_that_another_process_writes(tmp_path, monkeypatch):

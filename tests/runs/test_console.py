@@ -1,7 +1,9 @@
 """Nothing that is shown can end a command: closed pipes and terminals, full disks, encodings."""
 
+import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import sys
 import pytest
 from launches import REPOSITORY, environment
 
+from baichuan_jax import train
+from baichuan_jax.data import pipeline
 from baichuan_jax.resilience.exits import run_command, signals, stop_signals
 from baichuan_jax.runs.console import Display, Stream, lasting_streams
 
@@ -115,6 +119,41 @@ def test_a_command_ends_with_its_own_code(tmp_path, redirect, code, shown, expec
     assert ("the result cannot be written to stdout" in done.stderr) == (expected == 74)
 
 
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (train.main, ["--config", "tiny", "--print_config"]),
+        (pipeline.main, ["--help"]),
+    ],
+)
+def test_what_was_asked_for_alone_is_not_lost_on_a_full_disk(command, argv, monkeypatch, capsys):
+    full = open("/dev/full", "w")  # noqa: SIM115 (its end fails)
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: command(argv))
+    with contextlib.suppress(OSError):
+        full.close()
+    assert end.value.code == 74
+    assert "the result cannot be written to stdout" in capsys.readouterr().err
+
+
+def test_commands_whose_result_is_nowhere_else_end_with_an_error_on_a_full_disk():
+    """The others write it into a folder, and only say where."""
+    shown, last = (
+        set(),
+        re.compile(r"^    run_command\(lambda: main\(sys.argv\[1:\]\)(.*)\)$", re.M),
+    )
+    package = REPOSITORY / "baichuan_jax"
+    for file in package.rglob("*.py"):
+        if (found := last.search(file.read_text(encoding="utf-8"))) and found[1]:
+            assert found[1] == ", result_is_shown=True"
+            shown.add(".".join(file.relative_to(package).with_suffix("").parts))
+    assert shown == {
+        *("tokenizer", "kernels.__main__", "xla_flags", "resilience.__main__", "generate"),
+        *("data.rows", "data.decontaminate", "data.quality", "data.mixture", "preflight"),
+    }
+
+
 def test_a_terminal_that_closes_asks_to_save_and_nohup_goes_on():
     asked = []
     with signals(asked.append, lambda: None):
@@ -130,6 +169,23 @@ def test_a_terminal_that_closes_asks_to_save_and_nohup_goes_on():
     finally:
         signal.signal(signal.SIGHUP, before)
     assert asked == ["SIGHUP"]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [(train.main, ["--config", "tiny"]), (pipeline.main, ["--input", "a", "--output", "b"])],
+)
+def test_a_working_directory_that_was_deleted_is_one_line(
+    command, argv, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: command(argv))
+    assert end.value.code == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the working directory was deleted; change into one")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launches import environment
@@ -22,6 +23,7 @@ from baichuan_jax.runs.files import (
     remove_once,
     require_writable,
     writable,
+    writable_file,
     write_atomically,
 )
 
@@ -78,6 +80,43 @@ def test_a_file_system_that_lacks_both_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=rf"^{tmp_path} lies on a file system without hard links"):
         create_once(tmp_path / "plan.json", b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    """As /dev/stdout, which root could replace for the whole machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        assert writable_file(str(path)) == str(path)
+        write_atomically(path, b"result\n")
+        assert os.read(reader, 100) == b"result\n"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+
+
+def test_where_stdout_goes_the_result_stands_between_what_is_printed(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    code = (
+        "import sys; from pathlib import Path; from baichuan_jax.runs.files import *\n"
+        "print('before'); write_atomically(Path(sys.argv[1]), b'result\\n'); print('after')"
+    )
+    with open(tmp_path / "log", "wb") as log:
+        argv = [sys.executable, "-c", code, str(tmp_path / "stdout")]
+        subprocess.run(argv, stdout=log, env=environment(), check=True, timeout=60)
+    assert (tmp_path / "log").read_text() == "before\nresult\nafter\n"
+    assert (tmp_path / "stdout").is_symlink()
+
+
+def test_of_a_link_that_an_option_names_the_target_is_written(tmp_path):
+    target, link = tmp_path / "results" / "today.json", tmp_path / "latest.json"
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        write_atomically(Path(writable_file(str(link))), content)
+        assert target.read_bytes() == content
+        assert link.is_symlink()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

@@ -5,17 +5,35 @@ import dataclasses
 import numpy as np
 import pytest
 
+from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.config.files import KEYS, dump_config
-from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
+from baichuan_jax.config.schema import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.events import (
+    Completed,
+    DataChanged,
+    Measured,
+    Started,
+    append_event,
+    of_kind,
+)
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer
 from baichuan_jax.runs.output import Output
+from baichuan_jax.train import train
 from baichuan_jax.training.changes import (
     compare,
     consequence,
     consequence_of_more_steps,
     show_changes,
+    show_other_tests,
 )
 
 CONFIG = Config(
@@ -63,7 +81,8 @@ def test_more_steps_say_both_learning_rates_and_how_to_keep_the_low_one(tmp_path
     longer = with_options(CONFIG, ["--train.num_steps", "100"])
     text = said(dump_config(CONFIG), longer, 50, tmp_path, capsys)
     assert "train.num_steps │ 50 │ 100 │ another learning rate, see below" in text
-    old, new = rate(CONFIG, 51), rate(longer, 51)
+    # A finished run's last: the step after it was never done.
+    old, new = rate(CONFIG, 50), rate(longer, 51)
     assert f"learning rate at step 51: {old:.6g} before, {new:.6g} now" in text
     assert "train.num_steps 50 -> 100 stretches the cosine" in text
     assert f"{rate(CONFIG, 50):.6g} before, at step 50, {rate(longer, 100):.6g} now, at 100" in text
@@ -80,6 +99,52 @@ def test_a_finished_run_says_what_more_steps_do():
     assert rate(kept, 60) == pytest.approx(rate(CONFIG, 50), rel=1e-4)
 
 
+def test_the_options_that_a_finished_run_advises_are_not_warned_of(tmp_path, capsys):
+    """Six digits of a rate, of whatever size, are that rate."""
+    for high in (3e-3, 1.234567e-4, 0.7654321):
+        config = with_options(CONFIG, ["--optimizer.learning_rate", str(high)])
+        options = consequence_of_more_steps(config).split("add ")[1].split()[:6]
+        longer = with_options(config, ["--train.num_steps", "75", *options])
+        text = said(dump_config(config), longer, 50, tmp_path, capsys)
+        assert "optimizer.final_learning_rate_ratio" in text
+        assert "learning rate at step" not in text
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """A complete run of CONFIG, with a mesh that its launch resolved."""
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"))
+    for event in (Started(attempt=1), Completed(step=50, loss=3.25)):
+        append_event(tmp_path / "run", event)
+    resolved = dataclasses.replace(config, mesh=MeshConfig(8, 1, 1, 1))
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(resolved))
+    return config
+
+
+def test_a_complete_run_says_which_settings_no_longer_act(complete, capsys):
+    train(complete)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "is complete: 50 steps, loss 3.250" in text
+    assert "Settings differ" not in text
+    own = consequence_of_more_steps(CONFIG)
+    assert own in text
+    other = ["--train.num_steps", "20", "--optimizer.learning_rate", "0.5"]
+    train(with_options(complete, other))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train.num_steps │ 50 │ 20 │ nothing: all steps are done" in text
+    assert "optimizer.learning_rate │ 0.003 │ 0.5 │ nothing" in text
+    # What more steps would do follows from the rate that it was trained with.
+    assert own in text
+
+
+def test_settings_of_another_run_are_refused_of_a_complete_one(complete):
+    other = ["--train.seed", "7", "--model.hidden_size", "8192", "--train.num_steps", "40"]
+    with pytest.raises(ConfigError) as error:
+        train(with_options(complete, other))
+    assert "complete run of other settings than " in str(error.value)
+    assert str(error.value).endswith("--run_dir, or set --model.hidden_size 4096 --train.seed 42")
+
+
 def test_a_warning_needs_a_rate_that_changes(tmp_path, capsys):
     other = with_options(CONFIG, ["--evaluate.num_batches", "3"])
     text = said(dump_config(CONFIG), other, 5, tmp_path, capsys)
@@ -94,6 +159,33 @@ def test_a_warning_needs_a_rate_that_changes(tmp_path, capsys):
     fresh = said(dump_config(CONFIG), lower, 0, tmp_path, capsys)
     assert "the run begins anew" in fresh
     assert "learning rate at step" not in fresh
+
+
+def test_other_validation_text_and_tests_under_the_same_names_are_said_and_recorded(
+    tmp_path, capsys
+):
+    output = Output(Writer(tmp_path, CONFIG, print), Display())
+    run, progress = Run(tmp_path), Progress(seed=42).follow(42, [Given("en", "r", 1.0)], 8).at(40)
+
+    def launch(step: int, validation: dict[str, str], tasks: dict[str, str]) -> str:
+        show_other_tests(run, Measured(validation=validation, tasks=tasks), step, progress, output)
+        return " ".join(capsys.readouterr().out.split())
+
+    # Of an earlier version, whose launches recorded nothing: from the second on it is compared.
+    assert launch(5, {"v": "a", "w": "b"}, {"mmlu": "c"}) == ""
+    assert launch(5, {"v": "a", "w": "b"}, {"mmlu": "c"}) == ""
+    assert len(of_kind(run.events, Measured)) == 1
+    said = launch(5, {"v": "a", "w": "B"}, {"mmlu": "C"})
+    assert "data.validation: the rows of w are others than before, so results" in said
+    assert "evaluate.tasks: the questions of mmlu are others than before" in said
+    (changed,) = of_kind(run.events, DataChanged)
+    assert (changed.step, changed.position, changed.row, len(changed.changes)) == (5, 5, 40, 2)
+    # Other names are other settings, which the table names; at step 0 there is nothing to compare.
+    assert launch(5, {"x": "y"}, {}) == ""
+    assert launch(0, {"x": "z"}, {}) == ""
+    assert launch(5, {}, {}) == ""
+    assert len(of_kind(run.events, DataChanged)) == 1
+    assert output.writer.close() == []
 
 
 def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():

@@ -134,6 +134,12 @@ def test_weights_of_another_model_are_refused_before_the_text_is_read(first, tin
         other = dataclasses.replace(config.model, **{name: value})
         with pytest.raises(ConfigError, match=rf"set --model\.{name} {wanted}$"):
             find_initial_weights(dataclasses.replace(config, model=other))
+    # All that differ, so that the advised options are enough.
+    other = dataclasses.replace(config.model, num_heads=2, num_layers=1, pad_token_id=None)
+    with pytest.raises(ConfigError) as error:
+        find_initial_weights(dataclasses.replace(config, model=other))
+    advised = str(error.value).split("; set ")[1]
+    assert advised == "--model.num_layers 2 --model.num_heads 4 --model.pad_token_id 0"
 
 
 def test_weights_without_a_tokenizer_need_one(first, tiny_config, tmp_path):
