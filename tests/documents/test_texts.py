@@ -411,15 +411,13 @@ def test_files_that_are_not_as_they_were_are_named(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_a_compressed_file_without_a_byte_is_damaged_and_not_empty(tmp_path, suffix):
     (tmp_path / f"a.jsonl.{suffix}").touch()
-    with pytest.raises(ConfigError, match=r"line 1: unreadable: .*the compressed file has 0 bytes"):
+    with pytest.raises(ConfigError, match=r"1: unreadable: .*the compressed file has 0 bytes"):
         list(read_texts([Slice(str(tmp_path / f"a.jsonl.{suffix}"))], "text"))
 
 
 def test_a_message_about_a_line_names_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n[\n')
-    with pytest.raises(
-        ConfigError, match=r"a\.jsonl, line 2: no_json: [\w ]+ at character 3; mend"
-    ):
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: no_json: [\w ]+ at character 3;"):
         list(read_texts([Slice(str(tmp_path / "a.jsonl"))], "text"))
     with pytest.raises(ConfigError, match=r"^it, line 9 is no JSON: [\w ]+ at character 2$"):
         parse_json("[", "it, line 9")
