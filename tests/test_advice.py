@@ -132,6 +132,8 @@ def test_more_steps_with_the_options_that_a_finished_run_prints_keep_its_learnin
     more = ["--train.num_steps", "12"]
     output = run(config, folder / "my run", *options, *argv, *more)
     assert "going on from checkpoint 8" in output
+    # What was advised is not warned of.
+    assert "learning rate at step" not in output
     rates = Run(folder / "my run").curve("learning_rate")
     assert [rates[step] for step in (9, 12)] == pytest.approx([rates[8]] * 2, rel=1e-4)
     assert sorted(losses(folder / "my run")) == list(range(1, 13))
