@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,8 +299,7 @@ def _items(path: Path, ignored: set[str]) -> Iterator[list[str]]:
             rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
             if rows and "question" in rows[0]:  # C-Eval has a header, MMLU none
                 header, *rows = rows
-                objects = [dict(zip(header, row, strict=False)) for row in rows]
-                rows = [_question(each, ignored) for each in objects]
+                rows = [_question(zip(header, row, strict=False), ignored) for row in rows]
             yield from rows
         elif path.suffix == ".json":
             yield from _objects(parse_json(text, str(path)), ignored)
@@ -329,15 +328,20 @@ def _objects(value: Any, ignored: set[str]) -> list[list[str]]:
 
 
 def _has_question(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "question" in value or any(map(_has_question, value.values()))
-    return isinstance(value, list) and any(map(_has_question, value))
+    if isinstance(value, dict) and "question" in value:
+        return True
+    # A loop: what is nested deeply would take two levels of Python's stack for each of its own.
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            if _has_question(inner):
+                return True
+    return False
 
 
 def _questions(value: Any, name: str, ignored: set[str]) -> Iterator[list[str]]:
     # Not searched further: what lies inside an item is part of it.
     if isinstance(value, dict) and "question" in value:
-        yield _question(value, ignored)
+        yield _question(value.items(), ignored)
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _questions(inner, key, ignored)
@@ -351,12 +355,15 @@ def _questions(value: Any, name: str, ignored: set[str]) -> Iterator[list[str]]:
         _note(name, value, ignored)
 
 
-def _question(fields: dict[str, Any], ignored: set[str]) -> list[str]:
+def _question(fields: Iterable[tuple[str, Any]], ignored: set[str]) -> list[str]:
     """The texts of an item that are compared."""
-    for name, value in fields.items():
-        if name not in FIELDS:
+    texts: list[str] = []
+    for name, value in fields:
+        if name in FIELDS:
+            texts += _strings(value)
+        else:
             _note(name, value, ignored)
-    return [text for name in FIELDS if name in fields for text in _strings(fields[name])]
+    return texts
 
 
 def _note(name: str, value: Any, ignored: set[str]) -> None:

@@ -23,6 +23,7 @@ from baichuan_jax.data.corpus.parts import DocumentPart, ParquetFile, stage_key
 from baichuan_jax.data.corpus.plan import clean_corpus
 from baichuan_jax.data.corpus.stages import Stages
 from baichuan_jax.data.corpus.tables import Tables, read_stage
+from baichuan_jax.data.decontaminate import FIELDS
 from baichuan_jax.data.rules import Rules
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.documents.reader import document_id
@@ -213,7 +214,7 @@ def test_a_part_depends_on_its_settings_and_on_all_before_it(corpus, tmp_path):
     ids = key("ids", read)
     quality = key("quality", read, card)
     low = key("low-quality", quality, config.quality.least)
-    grams = key("evaluation-grams", read, questions)
+    grams = key("evaluation-grams", read, questions, FIELDS)
     leaked = key("decontaminate", grams)
     signatures = key("signatures", read, quality, config.dedup)
     kept = [ids, low, leaked]

@@ -478,7 +478,7 @@ def _decontamination() -> Target:
 
     def read(folder: Path) -> Any:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return [list(_items(path)) for path in files]
+        return [list(_items(path, set())) for path in files]
 
     return Target(valid, read)
 
