@@ -67,7 +67,7 @@ OTHER = [
     (question("1 1", "a", "b", "c", "d"), question("11", "a", "b", "c", "d")),
     (question("q", "a", "b", "c", "d"), question("q", "e", "b", "c", "d")),
     (question("(1999)?", "a", "b", "c", "d"), question("(2000)?", "a", "b", "c", "d")),
-    (question("q", "a", "a", "b", "c"), question("q", "a", "b", "b", "c")),
+    (question("q", "a", "a", "b", "c"), question("q", "b", "a", "b", "c")),
     (question("q", *ONE_OF_FOUR), question("q", "a", "b", "c", "e", answer="B")),
     (
         question("1.5的一半(  )\nA．1 B．2 C．3 D．4"),
