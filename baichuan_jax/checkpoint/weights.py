@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from baichuan_jax.checkpoint.orbax import (
@@ -105,7 +106,8 @@ def describe(folder: Path) -> dict[str, Any]:
 def load_params(folder: Path, layout: Layout | None = None) -> tuple[ModelConfig, Params]:
     """The weights, float32, of one checkpoint.
 
-    They lie as `layout` says; without one on the first device. Raises ConfigError.
+    They lie as `layout` says; without one on the first device. Raises ConfigError, also where a
+    weight is not finite.
     """
     # Orbax takes no other.
     folder = folder.absolute()
@@ -123,9 +125,23 @@ def load_params(folder: Path, layout: Layout | None = None) -> tuple[ModelConfig
 
         target = {"params": jax.tree.map(place, shapes, axes)}
         digest_of = lambda items: named_digest(jax.jit(digest), items)
-        return config, restore_items(folder, target, run["digest"], digest_of)["params"]
+        params = restore_items(folder, target, run["digest"], digest_of)["params"]
     except CorruptCheckpoint as error:
         raise _unreadable(folder, error) from None
+    require_finite(folder, params)
+    return config, params
+
+
+def require_finite(path: Path | str, params: Params) -> None:
+    """Raise ConfigError where a weight is NaN or infinite: all that is computed would be NaN."""
+    all_finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))
+    found = jax.tree_util.tree_leaves_with_path(jax.device_get(all_finite(params)))
+    wrong = [jax.tree_util.keystr(key, simple=True, separator="/") for key, ok in found if not ok]
+    if wrong:
+        raise ConfigError(
+            f"the weights of {path} are not finite ({', '.join(wrong[:4])}: {len(wrong)} of "
+            f"{len(found)} arrays have NaN or infinite numbers); choose other weights"
+        )
 
 
 def save_params(

@@ -35,6 +35,7 @@ from baichuan_jax.evaluate.tasks import (
     load_subjects,
 )
 from baichuan_jax.evaluate.twins import count_twins
+from baichuan_jax.resilience.causes import NumericsError
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -188,7 +189,14 @@ def evaluate(
                 # An answer of several tokens makes several requests of one question.
                 on_done = lambda count, end=end: bar.update(min(count, end - bar.n))
                 prompts = evaluation.prompts(number)
-                found = score_prompts(scorer, prompts, evaluation.plan.protocol, on_done)
+                try:
+                    found = score_prompts(scorer, prompts, evaluation.plan.protocol, on_done)
+                except NumericsError as error:
+                    # In training a rollback may help; here the same numbers would come again.
+                    raise ConfigError(
+                        f"{error}: the weights of {settings.get('checkpoint')} are damaged, or "
+                        f"overflow in {settings.get('dtype')}; choose other weights, or float32"
+                    ) from None
                 results.save(subject.name, found)
                 records += found
             bar.update(end - bar.n)

@@ -81,7 +81,8 @@ def perplexity_curve(
 
     Keys: context, windows, tokens (predicted), tokens_left_out (of the text's end, which fill no
     window), loss (nats), perplexity, tail_perplexity. on_done is called with the number of newly
-    predicted tokens. Raises ConfigError where the text is shorter than a window.
+    predicted tokens. Raises ConfigError where the text is shorter than a window, or the perplexity
+    is not finite.
     """
     layout = None if mesh is None else Layout(mesh)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -102,18 +103,32 @@ def perplexity_curve(
             if on_done is not None:
                 on_done(int((labels != IGNORE).sum()))
         count, tail_count = len(windows) * (context - 1), len(windows) * min(TAIL, context - 1)
+        loss, tail_loss = total / count, tail / tail_count
+        _require_finite(context, {"of all": loss, f"of the last {TAIL}": tail_loss})
         rows.append(
             {
                 "context": context,
                 "windows": len(windows),
                 "tokens": count,
                 "tokens_left_out": len(tokens) - windows.size,
-                "loss": total / count,
-                "perplexity": math.exp(total / count),
-                "tail_perplexity": math.exp(tail / tail_count),
+                "loss": loss,
+                "perplexity": math.exp(loss),
+                "tail_perplexity": math.exp(tail_loss),
             }
         )
     return rows
+
+
+def _require_finite(context: int, losses: dict[str, float]) -> None:
+    """Raise ConfigError where a loss has no perplexity."""
+    for what, loss in losses.items():
+        # exp(709.8) is the largest float.
+        if not loss < 709:
+            raise ConfigError(
+                f"context={context}: the loss {what} is {loss:.6g} nats a token, which has no "
+                "finite perplexity: the weights are damaged, or overflow in this dtype; choose "
+                "other weights, or --dtype float32"
+            )
 
 
 def _make_loss_sums(model: Transformer, layout: Layout | None) -> tuple[Callable, Params]:

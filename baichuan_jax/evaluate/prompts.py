@@ -19,7 +19,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.questions import LETTERS, Question
 from baichuan_jax.evaluate.subjects import CEVAL_LM_EVAL
 from baichuan_jax.evaluate.tasks import Subject, order_key
-from baichuan_jax.evaluate.twins import twin_key
+from baichuan_jax.evaluate.twins import without_twins
 from baichuan_jax.tokenizer import Tokenizer
 
 Protocol = Literal["original", "lm-eval"]
@@ -171,7 +171,7 @@ def _shots(
     if question.row in subject.twins:
         # Its answer would stand in its own prompt. The other examples keep their order, and a test
         # that has a spare one shows that.
-        examples = [each for each in examples if twin_key(each) != twin_key(question)]
+        examples = without_twins(question, examples)
     return examples[:shots]
 
 

@@ -292,9 +292,13 @@ def _is_result(path: Path) -> bool:
 
 
 def dump_json(content: Any) -> bytes:
-    """A JSON file as this package writes it: indented, Chinese unescaped."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    """A JSON file as this package writes it: indented, Chinese unescaped.
+
+    Raises ValueError for NaN and infinities, which JSON has not.
+    """
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _lines(records: Sequence[Record]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    dump = lambda record: json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return "".join(dump(record) + "\n" for record in records).encode()

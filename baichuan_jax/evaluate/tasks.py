@@ -89,6 +89,8 @@ def load_subjects(
             digest.update(f"{path.relative_to(folder)} {content}\n".encode())
         read = _read(task, name, files[name], shots, seed)
         unanswered += sum(question.answer is None for question in read.questions)
+        if task == "ceval" and split == "test":
+            _require_distinct_ids(files[name][-1], read.questions)
         questions = [
             _answered(question, given.get(name, {}), name, answers) for question in read.questions
         ]
@@ -273,6 +275,19 @@ def _answered(
             "A, B, C, D"
         )
     return dataclasses.replace(question, answer=letter)
+
+
+def _require_distinct_ids(file: Path, questions: list[Question]) -> None:
+    """A submission and a file of answers have one letter for each id."""
+    rows: dict[str, int] = {}
+    for question in questions:
+        name = question.id or str(question.row)
+        if name in rows:
+            raise ConfigError(
+                f"{file}: rows {rows[name]} and {question.row} (from 0) both have the id {name!r}, "
+                "and a submission holds one answer for each; correct the ids"
+            )
+        rows[name] = question.row
 
 
 def _check_answers(

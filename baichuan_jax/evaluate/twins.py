@@ -3,49 +3,77 @@
 Published files hold questions twice, and a question whose twin stands among its examples is asked
 with its answer shown. Input: questions. Output: a key that twins have in common, and their counts.
 
-Two questions are twins where text and options are the same but for white space, the width of
-characters (full-width letters and marks), a leading number, and the order of the options. Case,
-other marks and super- and subscripts may change a question's meaning, so they count.
+Two questions are twins where the text is the same, and so are the options, whatever their order, or
+at least the right one. What pages and typists change does not count: white space, width and case of
+characters, super- and subscripts, quotes, the length of a blank, a mark at the end, and a number or
+a source in front. So two questions that differ in these alone pass for twins. That costs a prompt
+one example; a twin that is missed shows an answer.
 """
 
 import collections
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from baichuan_jax.evaluate.questions import Question
+from baichuan_jax.evaluate.questions import LETTERS, Question
 
-# The ASCII characters' full-width forms, U+FF01 to U+FF5E. Not NFKC, to which x² and x2 are one.
-_WIDTHS = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 # Zero-width characters too, which pages leave in text. Between two digits white space counts.
 _SPACE = r"[\s\u200b\ufeff]+"
 _REMOVED = re.compile(rf"(?<!\d){_SPACE}|{_SPACE}(?!\d)")
-# A question's number, and its marks, as in "12.(4分)": they differ between the papers of a year.
-_NUMBER = re.compile(r"(\d+[.、](?!\d))?(\(\d+分\))?")
+_QUOTES = str.maketrans(dict.fromkeys("‘’`´′", "'") | dict.fromkeys("“”„«»″", '"'))
+_BLANK = re.compile(r"_+")
+_END = re.compile(r"[.。,、;:?!]+$")
+# A question's number, and its marks or its source, as in "12.(4分)" and "(2011·北京)": they differ
+# between the papers of a year and the books that print them.
+_FRONT = re.compile(r"(\d+[.、](?!\d))?(\(\d+分\)|\((?:19|20)\d\d[^()]{1,30}\))*")
 # Where one of the options begins in a text that holds them.
-_OPTION = re.compile(r"[A-D][.、]")
+_OPTION = re.compile(r"[a-d][.、]")
 
 
 def twin_key(question: Question) -> tuple[str, ...]:
-    """What twins have in common: the text, then the options in an order of their own."""
-    text, options = _plain(question.question), [_plain(choice) for choice in question.choices]
-    if not options:
-        # Gaokao's options are in the text. Where it is not clear which they are, it stays whole.
-        text = _NUMBER.sub("", text, count=1)
-        parts = _OPTION.split(text)
-        if len(parts) == 5:
-            text, *options = parts
+    """The text, then the options in an order of their own: what is the same in all parts."""
+    text, options = _parts(question)
     return (text, *sorted(options))
 
 
+def _parts(question: Question) -> tuple[str, list[str]]:
+    """Text and options, as they are compared."""
+    text, options = _plain(question.question), [_plain(choice) for choice in question.choices]
+    text = _FRONT.sub("", text, count=1)
+    if not options:
+        # Gaokao's options are in the text. Where it is not clear which they are, it stays whole.
+        parts = _OPTION.split(text)
+        if len(parts) == 5:
+            text, *options = parts
+    return _END.sub("", text), [_END.sub("", option) for option in options]
+
+
 def _plain(text: str) -> str:
-    return re.sub(_SPACE, " ", _REMOVED.sub("", text.translate(_WIDTHS)))
+    text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).casefold()
+    return _BLANK.sub("_", re.sub(_SPACE, " ", _REMOVED.sub("", text)))
+
+
+def _keys(question: Question) -> set[tuple[str, ...]]:
+    """What twins have one in common of: the whole question, and its text with the right option."""
+    text, options = _parts(question)
+    keys: set[tuple[str, ...]] = {(text, *sorted(options))}
+    # A wrong option may be another one: the answer is shown all the same.
+    if question.answer is not None and options:
+        keys.add((text, options[LETTERS.index(question.answer)]))
+    return keys
+
+
+def without_twins(question: Question, examples: Iterable[Question]) -> list[Question]:
+    """The examples that are not the same question, in their order."""
+    keys = _keys(question)
+    return [example for example in examples if not keys & _keys(example)]
 
 
 def rows_with_twin(questions: Iterable[Question], examples: list[Question]) -> tuple[int, ...]:
     """Rows of the questions that are the same question as one of the examples."""
-    shown = {twin_key(example) for example in examples}
-    return tuple(question.row for question in questions if twin_key(question) in shown)
+    shown = {key for example in examples for key in _keys(example)}
+    return tuple(question.row for question in questions if shown & _keys(question))
 
 
 def count_twins(

@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
 
 def _import(options: argparse.Namespace) -> None:
     # Before the weights, whose reading may take minutes.
-    output = Path(options.output)
-    refuse_existing(output)
+    output = refuse_existing(Path(options.output))
     read_config(options.folder)  # for its error: a run's folder is a source too, and not for this
     source = read_source(options.folder)
     tokenizer = _tokenizer(source)

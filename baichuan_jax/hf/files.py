@@ -23,6 +23,8 @@ from baichuan_jax.config.schema import ConfigError
 # with.
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+
 
 class Tensors(Protocol):
     """Named tensors of a folder: shapes known at once, each read when asked for."""
@@ -39,17 +41,25 @@ def open_tensors(folder: Path) -> Tensors:
 
     Raises ConfigError that names the file and what is wrong with it.
     """
-    # safetensors first: a folder that has both forms has the same weights twice, and only torch's
-    # needs torch.
-    for kind, whole in ((Safetensors, "model.safetensors"), (TorchFiles, "pytorch_model.bin")):
+    whole, files = weight_files(folder)
+    return Safetensors(files) if whole == SAFETENSORS else TorchFiles(files)
+
+
+def weight_files(folder: Path) -> tuple[str, list[Path]]:
+    """The form of a folder's weights, by the name of its whole file, and the files that are read.
+
+    transformers' order: a folder may hold several forms, and they may differ. Raises ConfigError
+    where there is none.
+    """
+    # safetensors first: only torch's form needs torch.
+    for whole in (SAFETENSORS, TORCH):
+        if (folder / whole).is_file():
+            return whole, [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            return kind(_shards(index))
-        if (folder / whole).is_file():
-            return kind([folder / whole])
+            return whole, _shards(index)
     raise ConfigError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin, "
-        "whole or with an index of shards"
+        f"{folder} has neither {SAFETENSORS} nor {TORCH}, whole or with an index of shards"
     )
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from baichuan_jax.checkpoint.weights import describe, load_params
+from baichuan_jax.checkpoint.weights import describe, load_params, require_finite
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import (
     make_config,
@@ -31,7 +31,7 @@ from baichuan_jax.hf.config import (
     make_tokenizer_config,
     read_config,
 )
-from baichuan_jax.hf.files import Tensors, open_tensors, write_safetensors
+from baichuan_jax.hf.files import Tensors, open_tensors, weight_files, write_safetensors
 from baichuan_jax.hf.names import entries
 from baichuan_jax.hf.source import FILE, Source, is_hf, read_source
 from baichuan_jax.model import Params, Transformer, abstract_model
@@ -53,7 +53,7 @@ def import_params(
 
     Each is put on the mesh as it is read. Names and shapes are compared before anything is read.
     Host memory: about two of the largest tensor, beside what is on a CPU's devices. Raises
-    ConfigError that names the tensor or file.
+    ConfigError that names the tensor or file, also where a weight is not finite.
     """
     config = read_config(folder)
     source = open_tensors(Path(folder))
@@ -68,7 +68,7 @@ def import_params(
     wanted = list(entries(config, packed))
     _compare(Path(folder), source, {k: v for entry in wanted for k, v in entry.tensors.items()})
     # A process reads its own part only: copies of other weights would be mixed without a word.
-    sizes = {file.name: file.stat().st_size for file in _weight_files(folder)}
+    sizes = {file.name: file.stat().st_size for file in weight_files(Path(folder))[1]}
     require_same(f"the sizes of the weights in {folder}", sizes)
 
     _, shapes, axes = abstract_model(config)
@@ -91,7 +91,9 @@ def import_params(
         arrays[entry.path] = _write_layer(arrays[entry.path], part, entry.layer)
         # Wait: an array that is still being copied would be held beside the next ones.
         arrays[entry.path].block_until_ready()
-    return nnx.traversals.unflatten_mapping(arrays)
+    params = nnx.traversals.unflatten_mapping(arrays)
+    require_finite(folder, params)
+    return params
 
 
 # Donated, so that the stack is updated in place and exists once.
@@ -156,8 +158,7 @@ def export(
     it. `facts`: as of hf/config.py `read_facts`. Everything is written under a temporary name and
     renamed at the end. Raises ConfigError where the folder exists and is not empty.
     """
-    folder = Path(folder)
-    refuse_existing(folder)
+    folder = refuse_existing(Path(folder))
     # Two exports of one name would remove each other's files.
     with owned_output(folder, beside=True), new_folder(folder) as draft:
         _write(params, config, draft, dtype, form, tokenizer, facts or {}, max_shard_bytes)
@@ -201,10 +202,20 @@ def _write(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise ConfigError where a folder for weights exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def refuse_existing(folder: Path) -> Path:
+    """Where a link leads to, else the folder itself: a new folder cannot replace a link.
+
+    Raises ConfigError where a folder for weights exists and is not empty.
+    """
+    try:
+        target = folder.resolve()
+        used = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    # RuntimeError: of a link that leads to itself.
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{folder} cannot be an output: {error}; choose another") from None
+    if used:
         raise ConfigError(f"{folder} exists and is not empty; delete it, or choose another output")
+    return target
 
 
 def load_pretrained(
@@ -246,12 +257,7 @@ def weights_sha256(source: Source) -> str:
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
     digest = hashlib.sha256()
-    for file in (path / "config.json", *_weight_files(path)):
+    for file in (path / "config.json", *weight_files(path)[1]):
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def _weight_files(folder: Path | str) -> list[Path]:
-    """The files that open_tensors reads: safetensors where both forms are there."""
-    return sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))

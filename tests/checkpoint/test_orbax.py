@@ -183,6 +183,11 @@ def test_weights_alone_are_read_from_a_run_a_checkpoint_and_a_weights_folder(
         assert_equal(params, saved.params)
     save_params(tmp_path / "weights", model, params)
     assert_equal(load_params(tmp_path / "weights")[1], saved.params)
+    broken = jax.tree.map(lambda leaf: leaf, params)
+    broken["final_norm"] = broken["final_norm"].at[1].set(np.inf)
+    save_params(tmp_path / "broken", model, broken)
+    with pytest.raises(ConfigError, match=r"broken are not finite \(final_norm: 1 of"):
+        load_params(tmp_path / "broken")
     flipped(biggest_file(tmp_path / "weights" / "params"))
     with pytest.raises(ConfigError, match="weights is damaged"):
         load_params(tmp_path / "weights")

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from exam import make_ceval, make_mmlu
 from launches import start_module, write_config
+from safetensors.numpy import load_file, save_file
 
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.__main__ import main
 from baichuan_jax.evaluate.questions import LETTERS, Question
-from baichuan_jax.evaluate.results import Results, summarise
+from baichuan_jax.evaluate.results import Results, dump_json, summarise
 from baichuan_jax.evaluate.tables import PUBLISHED, markdown
 from baichuan_jax.evaluate.tasks import Subject, known_subjects, load_subjects
 from baichuan_jax.generate import main as generate
+from baichuan_jax.resilience.causes import NumericsError
 from baichuan_jax.tokenizer import train_tokenizer
 from baichuan_jax.train import train
 
@@ -278,8 +280,12 @@ def curve(tmp_path, checkpoint):
     return lambda output, *options: main([*words, "--output", str(output), *options])
 
 
-def test_a_curve_takes_no_others_place(tmp_path, curve, options):
+def test_a_curve_takes_no_others_place(tmp_path, curve, options, monkeypatch):
     """As the results of a test."""
+    row = {"context": 16, "windows": 4, "tokens_left_out": 0}
+    row |= {"perplexity": 2.0, "tail_perplexity": 2.0}
+    monkeypatch.setattr("baichuan_jax.evaluate.__main__.load_model", lambda *_: None)
+    monkeypatch.setattr("baichuan_jax.evaluate.__main__.perplexity_curve", lambda *_, **__: [row])
     assert curve(tmp_path / "out") == 0
     before = (tmp_path / "out" / "result.json").read_bytes()
     # The same curve may be measured again.
@@ -304,6 +310,48 @@ def test_a_curve_takes_no_others_place(tmp_path, curve, options):
     with pytest.raises(ConfigError, match="exists and holds no evaluation"):
         curve(tmp_path / "foreign")
     assert (tmp_path / "foreign" / "result.json").read_text() == "mine"
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, curve, options, checkpoint):
+    """By every command that computes with them."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    folder = tmp_path / "nan"
+    shutil.copytree(checkpoint, folder)
+    save_file(tensors, folder / "model.safetensors")
+    message = r"weights of .*nan are not finite \(layers/w_up: 1 of \d+ arrays"
+    with pytest.raises(ConfigError, match=message):
+        curve(tmp_path / "out", "--checkpoint", str(folder))
+    assert not (tmp_path / "out" / "result.json").exists()
+    with pytest.raises(ConfigError, match=message):
+        main([*options, "--output", str(tmp_path / "test"), "--checkpoint", str(folder)])
+    with pytest.raises(ConfigError, match=message):
+        generate(["--checkpoint", str(folder), "--prompt", "a"])
+
+
+def test_numbers_that_overflow_end_an_evaluation_as_a_wrong_input(tmp_path, options, monkeypatch):
+    """A restart, which may help a training run, would meet them again."""
+
+    def overflow(*_: object, **__: object) -> None:
+        raise NumericsError("logic, question 0: the logits [inf] are not finite")
+
+    monkeypatch.setattr("baichuan_jax.evaluate.evaluation.score_prompts", overflow)
+    with pytest.raises(ConfigError, match=r"logic, question 0.*the weights of .* are damaged, or"):
+        main([*options, "--output", str(tmp_path / "out")])
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            dump_json({"perplexity": number})
+
+
+def test_ids_of_a_submission_are_distinct(tmp_path, options):
+    """It would hold fewer answers than there are questions."""
+    file = tmp_path / "ceval" / "test" / "law_test.csv"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    assert lines[4].startswith("3,")
+    file.write_text("\n".join([*lines[:4], "1" + lines[4][1:], *lines[5:]]), encoding="utf-8")
+    message = r"law_test\.csv: rows 1 and 3 \(from 0\) both have the id '1'"
+    with pytest.raises(ConfigError, match=message):
+        main([*options, "--output", str(tmp_path / "out"), "--split", "test"])
 
 
 def test_training_refuses_a_test_without_its_files(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_jax.config.schema import MeshConfig, ModelConfig
+from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
@@ -148,6 +148,14 @@ def test_perplexity_is_the_mean_over_windows_on_any_mesh(model):
     mesh = make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])
     for one, other in zip(rows, perplexity_curve(model, tokens, [300, 64], mesh=mesh), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_a_loss_without_a_finite_perplexity_is_refused(model):
+    tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 64).astype(np.int32)
+    graphdef, state = nnx.split(model)
+    state["lm_head"] = jax.tree.map(lambda leaf: leaf * 1e6, state["lm_head"])
+    with pytest.raises(ConfigError, match=r"context=16: the loss of all is \d.* nats"):
+        perplexity_curve(nnx.merge(graphdef, state), tokens, [16])
 
 
 def test_dots_stand_for_the_steps_between():

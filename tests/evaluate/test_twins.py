@@ -1,6 +1,7 @@
 """No question is asked with its answer among the examples, and every row of a file is counted."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from baichuan_jax.evaluate.questions import Question
 from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tables import markdown
 from baichuan_jax.evaluate.tasks import load_subjects
-from baichuan_jax.evaluate.twins import count_twins, twin_key
+from baichuan_jax.evaluate.twins import count_twins, rows_with_twin, twin_key, without_twins
 from baichuan_jax.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "exam" / "tokenizer.model"
@@ -46,28 +47,62 @@ SAME = [
         question("题（　）\nA．丁\nB．丙\nC．乙\nD．甲"),
     ),
 ]
+ONE_OF_FOUR = ("a", "b", "c", "d")
+# What pages and typists change.
+SAME += [
+    (question(one, *ONE_OF_FOUR), question(other, *ONE_OF_FOUR))
+    for one, other in (
+        ("x²?", "x2?"),
+        ("The Polish ____ is", "the polish ______ is"),
+        ("秦统一于____。", "秦统一于__"),
+        ("“it’s” is", '"it\'s" is'),
+        ("(2011·北京)秦统一于", "秦统一于"),
+        ("3．（2011·北京卷）秦统一于", "秦统一于"),
+    )
+]
+SAME += [
+    (question("q", "A man.", "b", "c", "d"), question("q", "d", "a man", "b", "c", answer="B"))
+]
 OTHER = [
-    (question("x²?", "a", "b", "c", "d"), question("x2?", "a", "b", "c", "d")),
     (question("1 1", "a", "b", "c", "d"), question("11", "a", "b", "c", "d")),
-    (question("Polish", "a", "b", "c", "d"), question("polish", "a", "b", "c", "d")),
-    (question("q", "a", "b", "c", "d"), question("q", "a", "b", "c", "e")),
-    (question("q", "a", "a", "b", "c"), question("q", "a", "b", "b", "c")),
+    (question("q", "a", "b", "c", "d"), question("q", "e", "b", "c", "d")),
+    (question("(1999)?", "a", "b", "c", "d"), question("(2000)?", "a", "b", "c", "d")),
+    (question("q", "a", "a", "b", "c"), question("q", "b", "a", "b", "c")),
+    (question("q", *ONE_OF_FOUR), question("q", "a", "b", "c", "e", answer="B")),
     (
         question("1.5的一半(  )\nA．1 B．2 C．3 D．4"),
         question("2.5的一半(  )\nA．1 B．2 C．3 D．4"),
     ),
-    (question("q\nA．1 B．2 C．3 D．4"), question("q\nA．1 B．2 C．3 D．5")),
+    (question("q\nA．1 B．2 C．3 D．4"), question("q\nA．5 B．2 C．3 D．4")),
 ]
 
 
 @pytest.mark.parametrize("one, other", SAME)
 def test_white_space_width_numbers_and_the_order_of_options_make_no_other_question(one, other):
     assert twin_key(one) == twin_key(other)
+    assert rows_with_twin([one], [other]) == (0,)
+    assert without_twins(one, [other]) == []
 
 
 @pytest.mark.parametrize("one, other", OTHER)
 def test_what_may_change_the_meaning_makes_another_question(one, other):
     assert twin_key(one) != twin_key(other)
+    assert rows_with_twin([one], [other]) == ()
+    assert without_twins(one, [other]) == [other]
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (question("q", *ONE_OF_FOUR), question("q", "e", "b", "c", "a", answer="D")),
+        (question("q\nA．1 B．2 C．3 D．4"), question("q\nA．1 B．2 C．3 D．5")),
+    ],
+)
+def test_an_example_with_another_wrong_option_shows_the_answer(one, other):
+    assert rows_with_twin([one], [other]) == (0,)
+    assert without_twins(one, [other]) == []
+    # Without a public answer only the whole question tells.
+    assert rows_with_twin([dataclasses.replace(one, answer=None)], [other]) == ()
 
 
 def test_twins_among_examples_questions_and_subjects_are_counted():

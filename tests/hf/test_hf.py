@@ -28,7 +28,7 @@ from baichuan_jax.hf.__main__ import main
 from baichuan_jax.hf.config import read_config, read_facts
 from baichuan_jax.hf.files import open_tensors
 from baichuan_jax.hf.source import find_tokenizer, read_source
-from baichuan_jax.hf.weights import export, import_params, load_pretrained
+from baichuan_jax.hf.weights import export, import_params, load_pretrained, weights_sha256
 from baichuan_jax.sharding import Layout
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -69,6 +69,40 @@ def test_shards_hold_the_same_as_the_whole(params, tmp_path):
         TINY / "sharded", tmp_path / "safetensors", ignore=shutil.ignore_patterns("*.bin*")
     )
     assert_equal(import_params(tmp_path / "safetensors"), params)
+
+
+def test_of_several_forms_the_one_that_transformers_takes_is_read_and_hashed(params, tmp_path):
+    """The whole file before an index; and the hash is of what is read, not of what lies there."""
+    shutil.copytree(TINY / "sharded", tmp_path, dirs_exist_ok=True)
+    sharded = weights_sha256(read_source(tmp_path))
+    whole = load_file(TINY / "model.safetensors")
+    whole["model.norm.weight"] = whole["model.norm.weight"] + 1
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    found = import_params(tmp_path)
+    np.testing.assert_array_equal(found["final_norm"], params["final_norm"] + 1)
+    found_hash = weights_sha256(read_source(tmp_path))
+    assert found_hash != sharded
+    for name in ("adapter.safetensors", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"no weights of this model")
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    assert weights_sha256(read_source(tmp_path)) == found_hash
+
+
+def test_an_export_goes_where_a_link_leads(params, tmp_path):
+    """A new folder cannot replace a link: all would be written, and lost."""
+    config = read_config(TINY)
+    (tmp_path / "empty").mkdir()
+    for name, target in (("to_empty", "empty"), ("to_nothing", "new"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    for name, target in (("to_empty", "empty"), ("to_nothing", "new")):
+        export(params, config, tmp_path / name, dtype="float32")
+        assert (tmp_path / name).is_symlink()
+        assert read_config(tmp_path / target) == config
+    with pytest.raises(ConfigError, match="loop cannot be an output"):
+        export(params, config, tmp_path / "loop")
+    with pytest.raises(ConfigError, match="to_empty exists and is not empty"):
+        main(["import", str(TINY), str(tmp_path / "to_empty")])
 
 
 def test_torch_files_hold_the_same(params, tmp_path):
