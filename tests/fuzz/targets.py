@@ -659,7 +659,7 @@ def _mixture_plan() -> Target:
     from baichuan_jax.data.mixture import _keep_plan
 
     plan = {"config": "a: 1\n", "overrides": ["--a", "1"], "corpora": ["春", "b"], "steps": 5}
-    plan |= {"mixtures": [[0.5, 0.5], [0.25, 0.75]]}
+    plan |= {"mixtures": [[0.5, 0.5], [0.25, 0.75]], "files": {"春.jsonl": [3, 4]}}
 
     def read(folder: Path) -> Any:
         _keep_plan(folder, plan)
