@@ -55,14 +55,20 @@ def test_every_call_of_the_small_files_may_fail(library, tmp_path):
     argv = ["{folder}"]
     run = list(
         faulty_disk.run_trials(
-            library, "test_disk", argv, tmp_path / "count", [(*faulty_disk.NEVER, 0)], python_path()
+            library,
+            "test_disk",
+            argv,
+            tmp_path / "count",
+            [(*faulty_disk.NEVER, 0)],
+            python_path(),
+            forked=False,
         )
     )
     calls = run[0]["calls"]
     assert calls > 15
     trials = [(k, last, errno.ENOSPC) for k in range(1, calls + 1) for last in (k, 1 << 60)]
     for done in faulty_disk.run_trials(
-        library, "test_disk", argv, tmp_path / "runs", trials, python_path()
+        library, "test_disk", argv, tmp_path / "runs", trials, python_path(), forked=False
     ):
         folder = Path(done["folder"])
         assert "Traceback" not in done["output"] + done["said"], done

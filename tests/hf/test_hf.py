@@ -101,7 +101,7 @@ def test_an_export_goes_where_a_link_leads(params, tmp_path):
         assert read_config(tmp_path / target) == config
     with pytest.raises(ConfigError, match="loop cannot be an output"):
         export(params, config, tmp_path / "loop")
-    with pytest.raises(ConfigError, match="to_empty exists and is not empty"):
+    with pytest.raises(ConfigError, match="empty exists and is not empty"):
         main(["import", str(TINY), str(tmp_path / "to_empty")])
 
 
