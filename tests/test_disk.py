@@ -123,6 +123,7 @@ def train_trials(library, tmp_path, trials):
     return others
 
 
+@pytest.mark.slow
 def test_a_training_whose_disk_fails_ends_as_documented(library, tmp_path):
     # Before anything, in the first checkpoint, in the last one and from there on.
     trials = [(3, 3, errno.ENOSPC), (100, 100, errno.EDQUOT), (300, 1 << 60, errno.ENOSPC)]

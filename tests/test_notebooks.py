@@ -55,6 +55,7 @@ def test_quickstart_trains_plots_and_samples(tmp_path, monkeypatch, steps):
     assert (tmp_path / "run" / "checkpoints" / str(steps)).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.notebook
 def test_look_inside_shows_attention_positions_and_shards(tmp_path, monkeypatch):
     notebook = nbformat.read(REPOSITORY / "notebooks" / "look_inside.ipynb", as_version=4)

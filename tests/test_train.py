@@ -219,6 +219,7 @@ def test_a_second_ctrl_c_quits_unsaved(config, tmp_path):
     assert process.wait(60) in (130, 75)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path):
     folder = tmp_path / "run"
     options = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--checkpoint.every", "30")
@@ -320,6 +321,7 @@ def test_a_profile_is_written_for_the_steps_asked_for(config, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_packages_that_only_draw_or_unpack_may_be_missing(config, tmp_path):
     """A run ends well without them, and says what it left out and how to get it."""
     hidden = ("matplotlib", "plotly", "tensorboardX", "zstandard")

@@ -168,6 +168,7 @@ def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):
     assert _send(np.float32(-0.0).reshape(()), 0).tobytes() == np.float32(-0.0).tobytes()
 
 
+@pytest.mark.slow
 def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(tmp_path):
     """The same losses as undisturbed, from steps that no checkpoint has."""
     config = write_config(tmp_path)

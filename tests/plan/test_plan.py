@@ -193,6 +193,7 @@ def test_a_thousand_a800s_beat_the_original(tmp_path):
     assert result["predicted_mfu"] > 0.583
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_eight_v5p_chips_run_splash_attention(tmp_path):
     done, result = plan(
