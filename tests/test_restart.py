@@ -89,7 +89,7 @@ COMMANDS = {
         "learn --config {inputs}/config.yaml --output {folder}/mixture --runs 6 --steps 2 "
         "--optimizer.warmup_steps 1",
         results=("mixture/mixture.*",),
-        sample=2,
+        sample=1,
     ),
     "train": Command(
         "baichuan_jax.train",
@@ -97,6 +97,7 @@ COMMANDS = {
         "--optimizer.warmup_steps 1 --checkpoint.every 2 --evaluate.every 4 "
         "--metrics.tensorboard true --data.cache_dir {folder}/cache",
         results=("cache/**/*",),
+        sample=4,
     ),
     "mmlu": Command(
         "baichuan_jax.evaluate",
@@ -115,7 +116,7 @@ COMMANDS = {
         "baichuan_jax.plan",
         "--config {inputs}/config.yaml --topology h100:1x2 --json {folder}/new/plan.json",
         needs="jax_cuda12_plugin",
-        sample=2,
+        sample=1,
     ),
 }
 
@@ -239,7 +240,8 @@ def test_any_command_that_was_killed_at_any_write_makes_the_same_bytes(
 ):
     most = COMMANDS[name].sample
     done = try_calls(library, inputs, tmp_path, name, faulty_disk.KILL, most)
-    assert -9 in [trial["code"] for trial in done]
+    # 76: a training of a search was killed, and the search says so.
+    assert {-9, 76} & {trial["code"] for trial in done}
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def cause_of(error: BaseException) -> Cause:
 def describe(error: BaseException) -> str:
     """One line: what a command says of an error that is no bug."""
     number = errno_of(error)
-    if number is None:
+    # Ours say what to do, and quote the system too.
+    if number is None or isinstance(error, tuple(EXCEPTIONS)):
         return str(error)
     named = _FILE.search(str(error))
     file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")

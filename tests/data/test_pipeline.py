@@ -365,7 +365,7 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_that_is_finished(corpus, res
     try:
         full = pipeline(corpus, disk / "o", expect=74)
         assert "No space left on device" in full.stderr
-        assert "start again" in full.stderr
+        assert "start the same command again: finished parts are kept" in full.stderr
         assert not list(disk.glob("o/final/*.parquet"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         pipeline(corpus, disk / "o")

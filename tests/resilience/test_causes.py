@@ -19,6 +19,7 @@ from baichuan_jax.resilience.causes import (
     SaveFailed,
     cause_among_peers,
     cause_of,
+    describe,
     exit_code_table,
 )
 from baichuan_jax.resilience.exits import run_command
@@ -156,3 +157,20 @@ def test_the_supervisor_s_help_shows_them_too(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for code, _, restart, meaning in exit_code_table():
         assert f" {code} {restart} {meaning} " in said
+
+
+def test_what_a_disk_refuses_is_described_once_whichever_library_met_it():
+    """In ours stands more than the system's words."""
+    ours = SaveFailed("the run x: No space left on device; make room: finished parts are kept")
+    assert describe(ours) == str(ours)
+    assert cause_of(ours) == "storage"
+    store = ValueError(
+        "Error writing: Failed to open: \"/a b/c\": No space left on device [os_error_code='28' x]"
+    )
+    rows = RuntimeError("open() failed: Read-only file system; opening /a b/c.tmp; Failed to")
+    assert describe(store).startswith("/a b/c: No space left on device; make room")
+    assert describe(rows).startswith("/a b/c.tmp: Read-only file system; mend the disk")
+    assert [cause_of(error) for error in (store, rows)] == ["storage", "storage"]
+    refused = RuntimeError("write() failed: Operation not permitted; writing /a; at byte 0")
+    assert cause_of(refused) == "configuration"
+    assert cause_of(RuntimeError("a bug")) == "exception"
