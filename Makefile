@@ -57,7 +57,7 @@ corpus-scale: data-deps  ## cost of the data pipeline by corpus size, 25 to 400 
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: dev  ## the tests, five minutes on two cores
+test: dev  ## the tests, six minutes on two cores
 	exec $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not chaos" $(ARGS)
 
 test-slow: dev  ## the tests that are left out of `make test`

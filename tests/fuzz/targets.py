@@ -289,6 +289,8 @@ def _argv() -> Target:
                 given = [str(ConfigError(word))[:20] for word in words if word.strip()]
                 # The setting or the word, and more than it: the reason.
                 named = re.search(SETTING, text) or any(word in text for word in [*given, "''"])
+                # Its bytes are shown as escapes.
+                named = named or re.match("command line: '.*' is no UTF-8", text)
                 assert named, f"no option: {text}"
                 assert re.search(r"[a-z]+ [a-z]+", text), f"no reason: {text}"
                 raise
