@@ -237,6 +237,12 @@ class Results:
                 require_keys(parse_json(line, place), _RECORD, place)
                 for place, line in zip(places, lines, strict=True)
             ]
+            for place, record in zip(places, records, strict=True):
+                try:
+                    # records.jsonl holds all of it, and takes no NaN.
+                    json.dumps(record, allow_nan=False)
+                except ValueError:
+                    raise ConfigError(f"{place} has a number that is not finite") from None
             for place, record, question in zip(places, records, subject.questions, strict=False):
                 _require_record_of(question, subject.name, record, place)
             if len(records) != len(subject.questions):

@@ -453,6 +453,10 @@ def test_damaged_records_of_a_subject_are_named_with_what_to_do(tmp_path, line):
         (lambda one, two: [one.replace('"answer": "A"', '"answer": "C"'), two], "answer is 'C'"),
         (lambda one, two: [one, two.replace('"B"', '"Z"')], r"line 2: prediction is 'Z' and must"),
         (lambda one, two: [one, two.replace('"B"', '""')], r"line 2: prediction is '' and must"),
+        (
+            lambda one, two: [one[:-1] + ', "logits": [NaN, 0.5]}', two],
+            "line 1 has a number that is not finite",
+        ),
     ],
 )
 def test_records_that_are_not_those_of_the_questions_are_refused(tmp_path, damage, message):
