@@ -26,6 +26,7 @@ from baichuan_jax.documents.files import (
     State,
     each_once,
     find_files,
+    identity_of,
     require_unchanged,
     states,
 )
@@ -266,7 +267,7 @@ def validation_in_training(config: Config, text: Text) -> list[str]:
         for file, state in _files_of(path, text)
         if any(
             # A copy is read to its first difference, and few files have the size of another.
-            _same(state, theirs) or filecmp.cmp(file, other, shallow=False)
+            identity_of(state) == identity_of(theirs) or filecmp.cmp(file, other, shallow=False)
             for other, theirs in trained.get(state.st_size, [])
         )
     ]
@@ -279,7 +280,7 @@ def shared_in_training(config: Config, text: Text) -> list[str]:
     found = set()
     for path in config.data.train:
         for file, state in _files_of(path, text):
-            if first.setdefault(_identity(state), path) != path:
+            if first.setdefault(identity_of(state), path) != path:
                 found.add(file)
     return sorted(found)
 
@@ -290,15 +291,6 @@ def _files_of(path: str, text: Text) -> Iterator[tuple[str, os.stat_result]]:
         # One that was removed since the launch looked at it is nobody's any more.
         with contextlib.suppress(OSError):
             yield file, os.stat(file)
-
-
-def _identity(state: os.stat_result) -> tuple[int, ...]:
-    # Size and time too: some network file systems give several files one number.
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return _identity(one) == _identity(other)
 
 
 def _packed_rows(path: str, tokenizer: Tokenizer, length: int) -> Rows:

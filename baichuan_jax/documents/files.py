@@ -89,16 +89,19 @@ def each_once(paths: Iterable[str]) -> list[str]:
     for path in files:
         if named[os.path.abspath(path)] != path:
             continue
-        state = os.stat(path)
-        # Size and time too: some network file systems give several files one number.
-        identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-        other = found.setdefault(identity, path)
+        other = found.setdefault(identity_of(os.stat(path)), path)
         if other != path:
             raise ConfigError(
                 f"{other} and {path} are the same file, by a link: its text would be read twice; "
                 "name one of them"
             )
     return list(found.values())
+
+
+def identity_of(state: os.stat_result) -> tuple[int, ...]:
+    """The same for all names and links of one file."""
+    # Size and time too: some network file systems give several files one number.
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def states(files: Iterable[str]) -> dict[str, State]:

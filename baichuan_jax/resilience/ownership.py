@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
 import json
 import os
 import socket
@@ -45,6 +44,7 @@ from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.heartbeats import BEAT, HeartbeatMonitor
 from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.files import (
+    boot_id,
     create_once,
     read_once,
     remove_leftovers,
@@ -99,13 +99,9 @@ class Owner:
         return f"process {self.pid} on {self.host}{launch}, since {since} ({self.command})"
 
 
-@functools.cache
 def _machine() -> str:
     """What names this kernel: the same for all containers on it, another after a reboot."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
+    return boot_id() or socket.gethostname()
 
 
 def _process(pid: int) -> str:

@@ -41,17 +41,20 @@ def draft_of(path: Path) -> Path:
 
 def _numbering() -> str:
     """Names what a process number counts in: a host since its start, and a container."""
-    known = "\n".join((os.uname().nodename, *_kernel()))
+    container = ""
+    with contextlib.suppress(OSError):
+        container = os.readlink("/proc/self/ns/pid")
+    known = "\n".join((os.uname().nodename, boot_id(), container))
     return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 @functools.cache
-def _kernel() -> tuple[str, str]:
+def boot_id() -> str:
+    """Names this kernel until its next start, for all containers on it; "" where nothing says."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return "", ""
+        return ""
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
