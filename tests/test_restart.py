@@ -114,7 +114,8 @@ COMMANDS = {
     "report": Command("baichuan_jax.report", "{inputs}/run -o {folder}/new/report.html"),
     "plan": Command(
         "baichuan_jax.plan",
-        "--config {inputs}/config.yaml --topology h100:1x2 --json {folder}/new/plan.json",
+        "--config {inputs}/config.yaml --topology h100:1x2 --output {folder}/plans "
+        "--json {folder}/new/plan.json",
         needs="jax_cuda12_plugin",
         sample=1,
     ),
@@ -217,6 +218,8 @@ def try_calls(library, inputs, tmp_path, name, number, most):
     assert whole["code"] == 0, whole
     calls = range(1, whole["calls"] + 1)
     if not ALL and len(calls) > most:
+        # A time of fewer digits may need one write less: the last calls are not made each time.
+        calls = calls[: 1 + len(calls) * 9 // 10]
         calls = sorted(random.Random(f"{name}{number}").sample(calls, most))
     chosen = [(call, call, number) for call in calls]
     first, *others = trials(library, inputs, tmp_path / "tried", name, chosen)

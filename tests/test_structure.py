@@ -253,6 +253,7 @@ def test_every_command_explains_itself_without_starting_jax(command):
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout.lower()
     assert f"python -m baichuan_jax.{command}" in done.stdout
+    assert not re.search(" at 0x[0-9a-f]+", done.stdout)
     assert done.stderr == ""
 
 

@@ -50,6 +50,15 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
 KEYS = _keys(Config)
 
 
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """An option whose type is a function has the help that it was given, and no more."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.type is None or isinstance(action.type, type):
+            return super()._get_help_string(action)
+        return action.help or ""
+
+
 def make_parser(
     prog: str, description: str, settings: type = Config
 ) -> jsonargparse.ArgumentParser:
@@ -60,7 +69,12 @@ def make_parser(
     # exit_on_error: a wrong value becomes a ConfigError. allow_abbrev: with it, the beginning of a
     # name would pass for it today and be ambiguous after the next setting is added.
     parser = jsonargparse.ArgumentParser(
-        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        usage=usage,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.add_argument(
         "--config",

@@ -46,6 +46,8 @@ from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.files import (
     boot_id,
     create_once,
+    has_ended,
+    process_stat,
     read_once,
     remove_leftovers,
     remove_once,
@@ -106,14 +108,14 @@ def _machine() -> str:
 
 def _process(pid: int) -> str:
     """What names a living process of this container; "" where there is none or nothing says."""
+    stat = process_stat(pid)
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        # Numbers mean something within a namespace. Field 22 of all is the start, in ticks.
+        # Numbers mean something within a namespace.
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
-    # A zombie has ended; its parent has only not asked yet.
-    return "" if state in "ZX" else f"{namespace} {fields[18]}"
+    # Field 22 of all is the start, in ticks.
+    return f"{namespace} {stat[19]}" if stat and not has_ended(stat) else ""
 
 
 def owner_of(lock: Path) -> Owner | None:

@@ -70,6 +70,20 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 _remove(folder / draft)
 
 
+def process_stat(pid: int) -> list[str]:
+    """What /proc/PID/stat says behind the name, from field 3 on. [] where nothing says."""
+    try:
+        # A name may hold spaces and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def has_ended(stat: list[str]) -> bool:
+    """Whether a process is a zombie. Where nobody asks for its end it stays one for good."""
+    return stat[:1] in (["Z"], ["X"])
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -78,7 +92,7 @@ def _is_alive(pid: int) -> bool:
     except (OSError, OverflowError):
         # Another user's.
         return True
-    return True
+    return not has_ended(process_stat(pid))
 
 
 def _remove(path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from baichuan_jax.config.parsing import read_text, show
 from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.runs.events import Event
-from baichuan_jax.runs.files import Appender, write_atomically
+from baichuan_jax.runs.files import Appender, process_stat, write_atomically
 from baichuan_jax.runs.folder import Run
 
 # How long the end of a launch waits for Weights & Biases to send what it has.
@@ -36,11 +36,8 @@ WANDB_QUEUE = 10_000
 def seconds_since_process_start() -> float:
     """Age of this process where the system tells (Linux), else 0: the time that imports took."""
     try:
-        # Field 22: the start, in ticks since boot. Counted from behind the program's name, which
-        # stands in parentheses and may hold spaces.
-        started = int(
-            Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
-        ) / os.sysconf("SC_CLK_TCK")
+        # Field 22 of all: the start, in ticks since boot.
+        started = int(process_stat(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")
         return float(Path("/proc/uptime").read_text().split()[0]) - started
     except (OSError, ValueError, IndexError):
         return 0.0

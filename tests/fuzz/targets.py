@@ -288,6 +288,7 @@ def _argv() -> Target:
                 text = str(error)
                 given = [str(ConfigError(word))[:20] for word in words if word.strip()]
                 # The setting or the word, and more than it: the reason.
+                given += [repr(word)[1:-1] for word in given]
                 named = re.search(SETTING, text) or any(word in text for word in [*given, "''"])
                 # Its bytes are shown as escapes.
                 named = named or re.match("command line: '.*' is no UTF-8", text)

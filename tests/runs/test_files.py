@@ -138,9 +138,13 @@ def test_processes_with_one_number_on_two_hosts_share_no_draft(tmp_path, monkeyp
     assert len(set(drafts)) == 2
 
 
-def test_drafts_of_dead_processes_are_removed_and_no_others(tmp_path):
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_drafts_of_dead_processes_are_removed_and_no_others(tmp_path, is_zombie):
+    """A zombie is dead: where a container's first process asks for no child, it stays one."""
     dead = subprocess.Popen(["true"])
-    dead.wait()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    if not is_zombie:
+        dead.wait()
     mine = draft_of(tmp_path / "file")
     file, folder = (
         mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{dead.pid}.").replace("file", name))
@@ -156,6 +160,7 @@ def test_drafts_of_dead_processes_are_removed_and_no_others(tmp_path):
     remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == kept
     remove_leftovers(tmp_path / "nowhere")
+    dead.wait()
 
 
 def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
