@@ -42,44 +42,51 @@ Baichuan-7B pre-training in JAX, version {__version__}. Each command explains it
 Start with: baichuan-jax train --config tiny"""
 
 
-def main(argv: list[str]) -> int:
-    """Run a command, or print the list of commands. Returns the exit code; 78: no such command."""
-    names = [name for group in COMMANDS.values() for name in group]
-    if not argv or argv[0] in ("-h", "--help"):
+NAMES = [name for group in COMMANDS.values() for name in group]
+
+
+def main(argv: list[str]) -> None:
+    """Run a command, or answer in its place. Raises SystemExit."""
+    # A user may copy the whole name from a line of `python -m`.
+    name = argv[0].removeprefix("baichuan_jax.") if argv else ""
+    if name in NAMES:
+        # Every command reads sys.argv[1:] itself.
+        sys.argv = [sys.argv[0], *argv[1:]]
+        # As `python -m`: the module is __main__, which spawned processes import again by its name.
+        runpy.run_module(f"baichuan_jax.{name}", run_name="__main__", alter_sys=True)
+        return
+    # Not above: nothing else is imported before a command.
+    from baichuan_jax.resilience.exits import run_command
+
+    run_command(lambda: answer(argv), result_is_shown=True)
+
+
+def answer(argv: list[str]) -> int:
+    """What no command answers: the list of them, or the version. Raises ConfigError at others."""
+    if argv and argv[0] == "--version":
+        print(__version__)
+    elif not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         for title, group in COMMANDS.items():
             print(f"\n{title}")
             for name, what in group.items():
                 print(f"  {name:<20}{what}")
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    # A user may copy the whole name from a line of `python -m`.
-    name = argv[0].removeprefix("baichuan_jax.")
-    if name not in names:
-        # cutoff 0: there is always a nearest name, however far it is.
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        print(
-            f"error: there is no command {argv[0]!r}; the nearest is {near!r}. "
-            "baichuan-jax --help lists all commands",
-            file=sys.stderr,
-        )
-        # Not above: nothing else is imported before a command that exists.
-        from baichuan_jax.resilience.causes import Cause
+    else:
+        from baichuan_jax.config.schema import ConfigError
 
-        return Cause.CONFIGURATION.exit_code
-    # Every command reads sys.argv[1:] itself.
-    sys.argv = [sys.argv[0], *argv[1:]]
-    # As `python -m`: the module is __main__, which spawned processes import again by its name.
-    runpy.run_module(f"baichuan_jax.{name}", run_name="__main__", alter_sys=True)
+        # cutoff 0: there is always a nearest name, however far it is.
+        near = difflib.get_close_matches(argv[0], NAMES, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"there is no command {argv[0]!r}; the nearest is {near!r}. baichuan-jax --help lists "
+            "all commands"
+        )
     return 0
 
 
-def console() -> int:
+def console() -> None:
     """The entry point of `baichuan-jax`."""
-    return main(sys.argv[1:])
+    main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    console()

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from rich.console import Console
-from rich.table import Column, Table
 
 from baichuan_jax.config.parsing import read_bytes
 from baichuan_jax.config.schema import ConfigError, at_least, between
@@ -30,6 +28,7 @@ from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command, say
+from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import writable_file, write_atomically
 
 # Control pieces of the original's tokenizer and of those that are trained here. Another model may
@@ -368,35 +367,31 @@ def _stats(options: argparse.Namespace) -> int:
     results = {
         path: stats(tokenizer, _documents(options)) for path, tokenizer in tokenizers.items()
     }
-    # No line is broken: a table that goes to a file stays readable by programs.
-    console = Console(soft_wrap=True)
-    console.print(_language_table(results))
+    display = Display()
+    _show_languages(results, display)
     # A column for each tokenizer, rows for rate and size.
-    layout = Table(
-        "Model",
-        *(Column(path, justify="right", overflow="fold") for path in options.model),
-        title="as in the original's README",
-    )
     rates = [results[path].get("all", {}).get("compression_rate", math.nan) for path in tokenizers]
     sizes = [tokenizer.vocab_size for tokenizer in tokenizers.values()]
-    layout.add_row("Compress Rate", *(f"{rate:.3f}" for rate in rates))
-    layout.add_row("Vocab Size", *(f"{size:,}" for size in sizes))
-    console.print(layout)
+    rows = [
+        ["Compress Rate", *(f"{rate:.3f}" for rate in rates)],
+        ["Vocab Size", *(f"{size:,}" for size in sizes)],
+    ]
+    display.table("as in the original's README", ["Model", *options.model], rows)
     if options.json:
         write_atomically(Path(options.json), json.dumps(results, indent=1).encode())
     return 0
 
 
-def _language_table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
+def _show_languages(results: dict[str, dict[str, dict[str, float]]], display: Display) -> None:
     """A row for each tokenizer and language."""
-    heads = ("lang", "docs", "tokens", "bytes/\ntoken", "chars/\ntoken", "compr.\nrate")
-    table = Table(Column("tokenizer", overflow="fold"), *heads)
+    rows = []
     for path, languages in results.items():
         for name, counts in languages.items():
             rates = ("bytes_per_token", "characters_per_token", "compression_rate")
             cells = [f"{counts['documents']:,}", f"{counts['tokens']:,}"]
-            table.add_row(path, name, *cells, *(f"{counts[rate]:.3f}" for rate in rates))
-    return table
+            rows.append([path, name, *cells, *(f"{counts[rate]:.3f}" for rate in rates)])
+    heads = ["lang", "docs", "tokens", "bytes/\ntoken", "chars/\ntoken", "compr.\nrate"]
+    display.table(None, ["tokenizer", *heads], rows)
 
 
 def _documents(options: argparse.Namespace) -> Iterator[str]:

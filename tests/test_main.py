@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launches import REPOSITORY, environment
 
-from baichuan_jax.__main__ import COMMANDS, main
+from baichuan_jax.__main__ import COMMANDS, answer
 from baichuan_jax.data.rows import Rows
 
 # What an installer writes into bin/baichuan-jax.
@@ -90,9 +90,18 @@ def test_only_the_modules_of_the_chosen_command_are_imported():
 
 def test_help_lists_every_command_and_a_wrong_name_the_nearest(capsys):
     for argv in ([], ["--help"]):
-        assert main(argv) == 0
+        assert answer(argv) == 0
         text = capsys.readouterr().out
         assert all(f"\n  {name} " in text for group in COMMANDS.values() for name in group)
         assert all(len(line) <= 100 for line in text.splitlines())
-    assert main(["trian", "--config", "x"]) == 78
-    assert "no command 'trian'; the nearest is 'train'" in capsys.readouterr().err
+    done = run("-m", "baichuan_jax", "trian", "--config", "x")
+    assert done.returncode == 78
+    assert "error: there is no command 'trian'; the nearest is 'train'" in done.stderr
+
+
+def test_help_that_a_full_disk_refuses_is_an_error():
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-m", "baichuan_jax", "--help"]
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 74
+    assert "cannot be written to stdout" in done.stderr

@@ -383,7 +383,7 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert json.loads(numbers.read_text()) == dict.fromkeys(
         (model, other), stats(tokenizer, documents)
     )
-    row = rf"{re.escape(other)} +│ zh +│ 1 +│ {len(tokenizer.encode(documents[1])):,} +│"
+    row = rf"{re.escape(other)} +│ zh +│ +1 │ +{len(tokenizer.encode(documents[1])):,} │"
     printed = capsys.readouterr().out
     assert re.search(row, printed)
     rate = f"{stats(tokenizer, documents)['all']['compression_rate']:.3f}"

@@ -257,11 +257,14 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
         found, options = finder.parse_known_args(argv)
     except argparse.ArgumentError:
         raise ConfigError("--config needs a file, or the name of a configuration (tiny)") from None
-    return [_find(path) for path in found.config], options
+    return [find_config(path) for path in found.config], options
 
 
-def _find(path: str) -> str:
-    """A file of settings: the path itself, or that of a configuration given by name (tiny)."""
+def find_config(path: str) -> str:
+    """A file of settings: the path itself, or that of a configuration given by name (tiny).
+
+    Raises ConfigError where no configuration has that name.
+    """
     # A bare word is a name, unless a file of that name exists. A folder may have it by chance.
     if Path(path).suffix or len(Path(path).parts) != 1 or Path(path).is_file():
         return path

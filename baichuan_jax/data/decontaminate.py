@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from baichuan_jax.config.parsing import parse_json, read_text
 from baichuan_jax.config.schema import ConfigError, at_least
@@ -42,6 +40,7 @@ from baichuan_jax.documents.files import (
 )
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import writable_file, write_atomically
 
 if TYPE_CHECKING:
@@ -429,22 +428,23 @@ def main(argv: list[str]) -> int:
     # After all documents are read: only then is it known what is a formula.
     leaked = sets.judge(found)
     places = {task: [key for key, tasks in leaked.items() if task in tasks] for task in sets.items}
-    table = Table("task", "items", "too short", "documents with its text")
-    for task, keys in places.items():
-        table.add_row(task, f"{sets.items[task]:,}", f"{sets.short[task]:,}", f"{len(keys):,}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    display = Display()
+    rows = [
+        [task, f"{sets.items[task]:,}", f"{sets.short[task]:,}", f"{len(keys):,}"]
+        for task, keys in places.items()
+    ]
+    display.table(None, ["task", "items", "too short", "documents with its text"], rows)
     for task in places:
         if names := sets.counts(task)["not_compared"]:
             fields = f"fields with text that are not compared: {', '.join(names)}"
-            console.print(f"{task}: {fields} (compared: {', '.join(FIELDS)})", markup=False)
+            display.say(f"{task}: {fields} (compared: {', '.join(FIELDS)})")
     evidence = lambda key, task: shared[key][leaked[key][task]]
     for task, keys in places.items():
         for file, line in keys[: options.examples]:
             text = evidence((file, line), task)
-            console.print(f"{task}: {file}, line {line}: {text}", markup=False)
+            display.say(f"{task}: {file}, line {line}: {text}")
     formulas = len(found) - len(leaked)
-    console.print(
+    display.say(
         f"{len(leaked):,} of {documents:,} documents hold text of an evaluation set; "
         f"{formulas:,} more hold formulas only"
     )

@@ -28,12 +28,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from scipy.optimize import lsq_linear, minimize
 from tqdm import tqdm
 
-from baichuan_jax.config.files import load_config
+from baichuan_jax.config.files import find_config, load_config
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
 from baichuan_jax.data.rows import MANIFEST, Rows
@@ -43,6 +41,7 @@ from baichuan_jax.resilience.causes import Cause, PeerFailed, SaveFailed
 from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.resilience.waits import wait_until
+from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
 
@@ -262,7 +261,7 @@ def learn(
     mixtures = draw_mixtures(prior / prior.sum(), runs, concentration, seed)
     files = _files_read(config)
     plan = {
-        "config": read_text(config_path),
+        "config": read_text(find_config(config_path)),
         "overrides": argv,
         "corpora": corpora,
         "steps": steps,
@@ -420,27 +419,26 @@ def _sizes(config: Config) -> np.ndarray:
     return np.array(sizes)
 
 
-def _show(results: dict[str, Any], console: Console) -> None:
+def _show(results: dict[str, Any], display: Display) -> None:
     names = (Path(path).name for path in results["corpora"])
-    table = Table("mixture", *names, "predicted", "measured")
+    rows = []
     for number, run in enumerate(results["runs"]):
         name = f"run {number}" + (" (given)" if number == 0 else "")
         losses = (f"{run[key]:.4f}" for key in ("left_out", "loss"))
-        table.add_row(name, *_cells(run["weights"]), *losses)
-    table.add_section()
+        rows.append([name, *_cells(run["weights"]), *losses])
     for name in ("given", "best_drawn", "best"):
         entry = results[name]
         predicted = f"{entry['predicted']:.4f}" if "predicted" in entry else "-"
         measured = f"{entry['measured']:.4f}"
-        table.add_row(name.replace("_", " "), *_cells(entry["weights"]), predicted, measured)
-    console.print(table)
+        rows.append([name.replace("_", " "), *_cells(entry["weights"]), predicted, measured])
+    display.table(None, ["mixture", *names, "predicted", "measured"], rows)
     left_out = results["leave_one_out"]
-    console.print(
+    display.say(
         "a run's loss predicted from the others: root mean square error "
         f"{left_out['rmse']:.4f}, correlation {left_out['correlation']:.3f}"
     )
     gain = results["given"]["measured"] - results["best"]["measured"]
-    console.print(f"the best mixture's loss is {gain:.4f} below that of the given one")
+    display.say(f"the best mixture's loss is {gain:.4f} below that of the given one")
 
 
 def _cells(weights: list[float]) -> list[str]:
@@ -522,16 +520,17 @@ def _overrides(argv: list[str]) -> list[str]:
 
 
 def _by_temperature(
-    options: argparse.Namespace, overrides: list[str], console: Console
+    options: argparse.Namespace, overrides: list[str], display: Display
 ) -> dict[str, Any]:
     config = load_config(options.config, _settings(overrides))
     require(bool(config.data.train), "data.train names no corpus")
     sizes = _sizes(config)
     weights = temperature_weights(sizes, options.temperature)
-    table = Table("corpus", "size", "share", "weight")
-    for path, size, weight in zip(config.data.train, sizes, weights, strict=True):
-        table.add_row(path, f"{size:,}", f"{size / sizes.sum():.4f}", f"{weight:.4f}")
-    console.print(table)
+    rows = [
+        [path, f"{size:,}", f"{size / sizes.sum():.4f}", f"{weight:.4f}"]
+        for path, size, weight in zip(config.data.train, sizes, weights, strict=True)
+    ]
+    display.table(None, ["corpus", "size", "share", "weight"], rows)
     return {
         "corpora": list(config.data.train),
         "sizes": sizes.tolist(),
@@ -544,27 +543,28 @@ def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options, others = _parser().parse_known_args(argv)
     overrides = _overrides(others)
-    console = Console(highlight=False, soft_wrap=True)
+    display = Display()
     if options.command == "temperature":
-        results = _by_temperature(options, overrides, console)
+        results = _by_temperature(options, overrides, display)
         weights = results["weights"]
     else:
         names = ("runs", "steps", "concentration", "seed")
         settings = {name: getattr(options, name) for name in names}
         found = learn(options.config, overrides, options.output, **settings)
         if found is None:
-            console.print(f"stopped; the same command continues from what {options.output} holds")
+            display.say(f"stopped; the same command continues from what {options.output} holds")
             return Cause.PREEMPTED.exit_code
         results = found
         weights = results["best"]["weights"]
-        _show(results, console)
-        _plot(results, options.output / "mixture.png")
-    rounded = np.round(weights, 4).tolist()
-    fragment = dict(zip(results["corpora"], rounded, strict=True))
-    console.print(f"--data.train '{json.dumps(fragment, ensure_ascii=False)}'", markup=False)
     if options.json:
         content = json.dumps(results, indent=1, ensure_ascii=False)
         write_atomically(Path(options.json), content.encode())
+    if options.command == "learn":
+        _show(results, display)
+        _plot(results, options.output / "mixture.png")
+    rounded = np.round(weights, 4).tolist()
+    fragment = dict(zip(results["corpora"], rounded, strict=True))
+    display.say(f"--data.train '{json.dumps(fragment, ensure_ascii=False)}'")
     return 0
 
 

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
@@ -38,6 +36,7 @@ from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import owned_output
+from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import writable_file, write_atomically
 
 if TYPE_CHECKING:
@@ -549,16 +548,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show_card(card: dict[str, Any], console: Console) -> None:
-    measures = ("texts", "accuracy", "AUC", "calibration error", "file")
-    table = Table("held out", *measures, title_justify="left")
+def _show_card(card: dict[str, Any], display: Display) -> None:
+    rows = []
     for lang, entry in card["languages"].items():
         h = entry["held_out"]
         values = [f"{h[name]:.4f}" for name in ("accuracy", "auc", "calibration_error")]
-        table.add_row(lang, f"{h['texts']:,}", *values, f"{entry['bytes']:,} bytes")
-    console.print(table)
+        rows.append([lang, f"{h['texts']:,}", *values, f"{entry['bytes']:,} bytes"])
+    measures = ["texts", "accuracy", "AUC", "calibration error", "file"]
+    display.table(None, ["held out", *measures], rows)
     names = ("texts", "predicted", "good")
-    table = Table("score", *(f"{lang} {name}" for lang in card["languages"] for name in names))
+    rows = []
     for b in range(10):
         cells: list[str] = []
         for entry in card["languages"].values():
@@ -569,13 +568,14 @@ def _show_card(card: dict[str, Any], console: Console) -> None:
             else:
                 shares = [f"{found[name]:.3f}" for name in ("predicted", "good")]
                 cells += [f"{found['texts']:,}", *shares]
-        table.add_row(f"{b / 10:.1f} - {(b + 1) / 10:.1f}", *cells)
-    console.print(table)
+        rows.append([f"{b / 10:.1f} - {(b + 1) / 10:.1f}", *cells])
+    heads = (f"{lang} {name}" for lang in card["languages"] for name in names)
+    display.table(None, ["score", *heads], rows)
 
 
-def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _score_files(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
-    table = Table("file", "texts", "mean", *(f"{q:.0%}" for q in quantiles))
+    rows: list[list[str]] = []
     results: dict[str, Any] = {}
     worst: dict[str, list[tuple[float, str]]] = {}
     for path in find_files(options.input):
@@ -586,20 +586,20 @@ def _score_files(options: argparse.Namespace, console: Console) -> dict[str, Any
             lowest = sorted([*lowest, *zip(found.tolist(), batch, strict=True)])[: options.worst]
         # In the table too: a file that is missing there would look like a file that is fine.
         if not scores:
-            table.add_row(path, "0", *("-" for _ in ("mean", *quantiles)))
+            rows.append([path, "0", *("-" for _ in ("mean", *quantiles))])
             results[path] = {"texts": 0}
             continue
         values = np.concatenate(scores)
         mean = float(values.mean())
         spread = np.quantile(values, quantiles).tolist()
-        table.add_row(path, f"{len(values):,}", *(f"{value:.3f}" for value in (mean, *spread)))
+        rows.append([path, f"{len(values):,}", *(f"{value:.3f}" for value in (mean, *spread))])
         named = dict(zip(map(str, quantiles), spread, strict=True))
         results[path] = {"texts": len(values), "mean": mean, "quantiles": named}
         worst[path] = lowest
-    console.print(table)
+    display.table(None, ["file", "texts", "mean", *(f"{q:.0%}" for q in quantiles)], rows)
     for path, lowest in worst.items():
         for value, text in lowest:
-            console.print(f"{path} {value:.3f} {' '.join(text.split())[:160]!r}", markup=False)
+            display.say(f"{path} {value:.3f} {' '.join(text.split())[:160]!r}")
     return results
 
 
@@ -628,14 +628,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    display = Display()
     if options.command == "train":
         settings = {"text_field": options.text_field, "size": options.size}
         with owned_output(Path(options.output), beside=True):
             results = train(options.good, options.bad, options.output, **settings)
-        _show_card(results, console)
+        _show_card(results, display)
     else:
-        results = _score_files(options, console)
+        results = _score_files(options, display)
     if options.json:
         content = json.dumps(results, indent=1, ensure_ascii=False)
         write_atomically(Path(options.json), content.encode())

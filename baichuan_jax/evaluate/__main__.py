@@ -109,6 +109,10 @@ def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer)
     # result is empty in processes other than the first, which write nothing.
     result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
     if result:
+        if options.json:
+            # Not in result.json, which must not depend on whether an evaluation was interrupted.
+            content = dump_json(result | {"speed": vars(work)})
+            write_atomically(Path(options.json), content)
         _show(display, result, Path(options.output), work)
         longest, trained = result["manifest"]["longest_prompt_tokens"], source.context_length
         if trained is not None and longest > trained:
@@ -117,10 +121,6 @@ def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer)
                 f"{trained}: it has not learnt such distances",
                 style="yellow",
             )
-        if options.json:
-            # Not in result.json, which must not depend on whether an evaluation was interrupted.
-            content = dump_json(result | {"speed": vars(work)})
-            write_atomically(Path(options.json), content)
     return 0
 
 

@@ -123,24 +123,27 @@ class Display:
     def __init__(self, active: bool = True) -> None:
         self.active = active
         width = None if sys.stdout.isatty() else FILE_COLUMNS
-        # No highlighting: rich would colour every number and path.
-        self._console = Console(highlight=False, soft_wrap=True, width=width)
+        # Text is shown as it is: rich would colour numbers and paths, and take [x] and :fire: in a
+        # name for its own signs.
+        self._console = Console(
+            highlight=False, markup=False, emoji=False, soft_wrap=True, width=width
+        )
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One message, above the progress bar where one is shown."""
         if self.active:
             with tqdm.external_write_mode():
-                # No markup: a text with [brackets] is shown as it is.
-                self._console.print(text, style=style, markup=False)
+                self._console.print(text, style=style)
 
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    def table(self, title: str | None, columns: list[str], rows: list[list[str]]) -> None:
         """A table; columns of numbers align at the right."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             numbers = all(_NUMBER.fullmatch(row[index]) for row in rows)
-            table.add_column(column, justify="right" if numbers else "left")
+            # fold: a long path is broken, and not cut.
+            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         with tqdm.external_write_mode():

@@ -260,6 +260,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Write a matplotlib figure, whole or not at all; the format is that of the path's suffix."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        # A folder may be named a$b^$: no formula, and as one an error.
+        text.set_parse_math(False)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:] or "png", dpi=dpi)
     write_atomically(path, content.getvalue())

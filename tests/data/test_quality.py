@@ -252,7 +252,7 @@ def test_a_file_without_a_text_is_in_the_table_of_scores(tmp_path, capsys):
     full = write(tmp_path / "full.jsonl", documents("train-en", 1))
     files = ["--input", full, str(tmp_path / "empty.jsonl")]
     assert quality.main(["score", *files, "--json", str(tmp_path / "scores.json")]) == 0
-    assert re.search(r"│ 0 +│ - +│", capsys.readouterr().out)
+    assert re.search(r"│ +0 │ +- │", capsys.readouterr().out)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {Path(name).name: found["texts"] for name, found in scores.items()} == {
         "empty.jsonl": 0,

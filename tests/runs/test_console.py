@@ -209,3 +209,15 @@ def test_an_error_of_a_disk_is_one_line_with_the_documented_code(number, code, s
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: /shared/run/file: {os.strerror(number)}; ")
     assert said in line
+
+
+def test_names_are_shown_as_they_are_and_whole(capsys):
+    """In a table too, where rich would take [b] for a style, :fire: for a sign, and cut a path."""
+    name, path = "data/[b]x[/i]:fire:春.jsonl", "data/" + 70 * "ab春" + ".jsonl"
+    display = Display()
+    display.say(name)
+    display.table(None, ["file [b]", "texts"], [[name, "1"], [path, "2"]])
+    shown = capsys.readouterr().out
+    assert shown.count(name) == 2
+    assert "file [b]" in shown
+    assert path in "".join(line.split("│")[1].strip() for line in shown.splitlines() if "│" in line)
