@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from baichuan_jax.config.parsing import show_path
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.storage import open_binary, pyarrow_for
+from baichuan_jax.documents.storage import open_binary, open_parquet, pyarrow_for
 from baichuan_jax.resilience.waits import announced
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
@@ -265,11 +265,10 @@ def _row_groups(path: str, slice_bytes: int) -> list[Slice]:
 
     A file that cannot be opened is left whole: its reader reports it, with all other problems.
     """
-    pyarrow = pyarrow_for(path)
     try:
-        with open_binary(path) as file:
-            metadata = pyarrow.parquet.read_metadata(file)
-    except (OSError, pyarrow.ArrowException):
+        with open_parquet(path) as table:
+            metadata = table.metadata
+    except OSError:
         return [Slice(path, size=slice_bytes)]
     slices = []
     start = row = weight = rows = 0

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 from baichuan_jax.config.parsing import json_reason
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines, kind_of
-from baichuan_jax.documents.storage import DAMAGE, open_binary, pyarrow_for
+from baichuan_jax.documents.storage import DAMAGE, open_binary, open_parquet
 
 # Problems of a whole file. All other problems stand for one document each.
 EMPTY = "empty_file"
@@ -227,32 +227,27 @@ def _read_text(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
 
 
 def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
-    pyarrow = pyarrow_for(piece.path)
     path, stem = piece.shown, _stem(piece.shown)
     number = piece.first_line - 1
-    try:
-        with open_binary(piece.path) as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            columns = table.schema_arrow.names
-            if len(set(columns)) < len(columns):
-                raise OSError(f"two columns have the same name: {sorted(columns)}")
-            # Of a column that is a struct only the field that is asked for is read. pyarrow takes
-            # the same dotted names, and leaves out those that the file has not.
-            wanted = [name for name in (fields.text, fields.id, fields.source) if name]
-            stop = table.num_row_groups if piece.stop is None else piece.stop
-            groups = list(range(piece.start, stop))
-            # Columns that are not asked for are not read, which is most of the time saved.
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted):
-                for row in _rows(batch):
-                    number += 1
-                    if isinstance(row, Exception):
-                        broken = isinstance(row, UnicodeDecodeError)
-                        reason = "broken_utf8" if broken else "no_text"
-                        yield Problem(path, number, reason, str(row), source=stem)
-                    else:
-                        yield _document(row, columns, path, number, fields, stem)
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from error
+    with open_parquet(piece.path) as table:
+        columns = table.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise OSError(f"two columns have the same name: {sorted(columns)}")
+        # Of a column that is a struct only the field that is asked for is read. pyarrow takes
+        # the same dotted names, and leaves out those that the file has not.
+        wanted = [name for name in (fields.text, fields.id, fields.source) if name]
+        stop = table.num_row_groups if piece.stop is None else piece.stop
+        groups = list(range(piece.start, stop))
+        # Columns that are not asked for are not read, which is most of the time saved.
+        for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted):
+            for row in _rows(batch):
+                number += 1
+                if isinstance(row, Exception):
+                    broken = isinstance(row, UnicodeDecodeError)
+                    reason = "broken_utf8" if broken else "no_text"
+                    yield Problem(path, number, reason, str(row), source=stem)
+                else:
+                    yield _document(row, columns, path, number, fields, stem)
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:

@@ -114,3 +114,19 @@ class _Zstd(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+@contextlib.contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile.
+
+    Raises ConfigError where pyarrow is not installed, OSError where the file is damaged, also from
+    inside.
+    """
+    pyarrow = pyarrow_for(path)
+    try:
+        with open_binary(path) as file:
+            yield pyarrow.parquet.ParquetFile(file)
+    # UnicodeDecodeError: a column's name.
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise OSError(str(error)) from error

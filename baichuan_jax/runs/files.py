@@ -29,14 +29,17 @@ _NO_LINKS = frozenset(
     {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
 )
 
+# Linux numbers processes up to this.
+LARGEST_PROCESS = 1 << 22
 
-def draft_of(path: Path) -> Path:
+
+def draft_of(path: Path, process: int | None = None) -> Path:
     """Where this process writes what gets the name `path` once it is whole.
 
     Two that write the same file at once must not share an unfinished one, and in containers the
     processes of several hosts have the same number.
     """
-    return path.with_name(f"{path.name}.{_numbering()}.{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{_numbering()}.{process or os.getpid()}.tmp")
 
 
 def _numbering() -> str:
@@ -140,6 +143,9 @@ def writable(text: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        # A name of 255 bytes is one, and its draft's is not.
+        with contextlib.suppress(FileNotFoundError):
+            draft_of(path, LARGEST_PROCESS).lstat()
     except OSError as error:
         # Of the disk: the write itself will say so.
         if error.errno not in _OF_THE_DISK:

@@ -394,6 +394,18 @@ def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
         list(read_texts(split(cut, 100_000), "text"))
 
 
+@pytest.mark.parametrize("name", [b"text", b"meta"])
+def test_a_parquet_column_whose_name_is_no_utf_8_is_damage(tmp_path, name):
+    """Of the column that is read, and of another one: pyarrow decodes both as it opens the file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "meta": ["b"]}), path)
+    path.write_bytes(path.read_bytes().replace(name, b"\xf4" + name[1:]))
+    with pytest.raises(ConfigError, match=r"a\.parquet, line 1: unreadable"):
+        list(read_texts(split(path, 100_000), "text"))
+
+
 def test_files_that_are_not_as_they_were_are_named(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("one\n")

@@ -119,6 +119,18 @@ def test_of_a_link_that_an_option_names_the_target_is_written(tmp_path):
         assert link.is_symlink()
 
 
+def test_a_name_that_has_no_room_for_its_draft_is_refused_before_the_work(tmp_path):
+    for length in range(200, 300):
+        path = tmp_path / ("a" * length)
+        try:
+            writable_file(str(path))
+        except argparse.ArgumentTypeError as error:
+            assert "File name too long" in str(error)
+        else:
+            write_atomically(path, b"x")
+    assert 200 < len(list(tmp_path.iterdir())) + 200 < 255
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_other_errors_are_not_taken_for_a_missing_feature(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "link", lacking(number))
