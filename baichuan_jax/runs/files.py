@@ -158,7 +158,8 @@ def writable(text: str) -> str:
 
 def writable_file(text: str) -> str:
     """As `writable`, for a file."""
-    if Path(text).is_dir():
+    # Not Path.is_dir, which raises at a name that is too long.
+    if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
     return writable(text)
 
