@@ -130,6 +130,9 @@ def parse_command(
         config = settings(**parser.instantiate(namespace).as_dict())
     except (jsonargparse.ArgumentError, argparse.ArgumentTypeError) as error:
         text = " ".join(str(error).split())
+        if len(text) > 600:
+            # The setting stands at its beginning, the reason at its end; between them any value.
+            text = f"{text[:400]} ... {text[-150:]}"
         # Of an argument that is empty.
         raise ConfigError(f"{text} ''" if text.endswith(":") else text) from None
     except OverflowError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 
 from baichuan_jax.config.files import make_parser, parse_command
-from baichuan_jax.config.parsing import read_json, require_plain
+from baichuan_jax.config.parsing import read_json
 from baichuan_jax.config.schema import Config, between, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
@@ -28,7 +28,7 @@ from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, re
 from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import require_writable, writable, writable_file, write_atomically
+from baichuan_jax.runs.files import require_writable, writable_file, write_atomically
 
 # Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -42,11 +42,8 @@ OWN = (
 def main(argv: list[str]) -> int:
     """Plan one topology, or with --sweep several; see --help. Returns the exit code."""
     config, options = parse_command(_make_parser(), argv, own=OWN)
-    if options["output"] is None:
-        options["output"] = "plans"
-        require_writable("plans", "output")
-    # jax's compiler is handed the path of the profile.
-    require_plain(Path(options["output"]).absolute(), "--output")
+    # jax's compiler is handed the path of the profile, too.
+    require_writable(options["output"], "output")
     topology = _topology(options)
     rates, sources = _rates(topology, options)
     absent = missing(topology)
@@ -90,11 +87,10 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     )
     add(
         "--output",
-        type=writable,
-        # jsonargparse would look at a default where another folder is given too.
-        default=None,
+        type=str,
+        default="plans",
         metavar="DIR",
-        help="Folder for the report as JSON and PNG (default: plans).",
+        help="Folder for the report as JSON and PNG.",
     )
     file: dict[str, Any] = {"type": writable_file, "default": None, "metavar": "FILE"}
     add("--json", **file, help="Write the report here as well.")

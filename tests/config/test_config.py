@@ -171,6 +171,14 @@ def test_an_override_without_a_value_is_refused():
         load_config(TINY, ["train.num_steps"])
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" + "1, " * 5000 + "x]", '"' + "春 " * 5000])
+def test_a_message_about_a_long_value_is_short(value):
+    for name in ("data.validation", "data.skip", "train.seed", "mesh.data"):
+        with pytest.raises(ConfigError, match=name.split(".")[1]) as caught:
+            parse(f"--{name}", value)
+        assert len(str(caught.value)) < 700
+
+
 def test_mesh_fills_in_what_is_left_or_names_both_numbers():
     assert MeshConfig(-1, 2, 1, 2).resolve(8).shape == (2, 2, 1, 2)
     with pytest.raises(ConfigError, match="there are 6"):
