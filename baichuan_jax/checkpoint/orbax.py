@@ -10,11 +10,13 @@ process 0 before anything is read, and the digest of every array after it is bac
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -38,8 +40,14 @@ from baichuan_jax.checkpoint.state import (
 )
 from baichuan_jax.config.files import dump_config
 from baichuan_jax.config.parsing import Count, build, read_json, require_type
-from baichuan_jax.config.schema import CheckpointConfig, Config, ConfigError, ModelConfig
-from baichuan_jax.resilience.causes import PeerFailed
+from baichuan_jax.config.schema import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    require,
+)
+from baichuan_jax.resilience.causes import PeerFailed, errno_of
 from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
@@ -170,7 +178,8 @@ class Checkpoints:
         files' sizes, or all find by the digests, leads to the checkpoint before. Damage that one
         process alone meets while it reads ends it with PeerFailed, since the others wait for it
         inside Orbax; the next launch then uses the checkpoint before. Raises ConfigError for a
-        checkpoint that is whole but of another configuration.
+        checkpoint that is whole but of another configuration, and where all are damaged; OSError
+        where the system refuses to read one, which may be whole.
         """
         # Process 0's list: a process that missed the newest step would wait for the others.
         for step in reversed(agree("checkpoints", self.steps)):
@@ -201,6 +210,16 @@ class Checkpoints:
                     multihost_utils.sync_global_devices(f"corrupt checkpoint {step}")
             # Its list of steps still has the one that was renamed.
             self._manager.reload()
+        # Also those of earlier launches: whoever starts again must not lose all steps by that.
+        damaged = agree(
+            "damaged checkpoints",
+            lambda: sorted(path.name for path in self.directory.glob("*.corrupt*")),
+        )
+        require(
+            not damaged,
+            f"{self.directory} holds damaged checkpoints only ({', '.join(damaged[:3])}); to begin "
+            "again at the first step, delete it, or give another run_dir",
+        )
         return None
 
     def _restore(self, step: int) -> RunState:
@@ -285,8 +304,18 @@ def _unused(path: Path) -> Path:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(path)): file.stat().st_size for file in files}
+    return {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
+
+
+def _files(path: Path) -> list[Path]:
+    """All files below a folder. Raises OSError; Path.rglob leaves out what it may not list."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    return sorted(
+        Path(folder) / name for folder, _, names in os.walk(path, onerror=fail) for name in names
+    )
 
 
 def _write_sizes(path: Path) -> None:
@@ -315,7 +344,7 @@ def _find_damage(path: Path) -> str | None:
 def read_run(path: Path) -> dict[str, Any]:
     """The JSON item of a checkpoint, with all that its readers take from it checked.
 
-    Raises CorruptCheckpoint.
+    Raises CorruptCheckpoint, and OSError where the system refuses to read it.
     """
     file = path / "run" / "metadata"
     try:
@@ -329,8 +358,34 @@ def read_run(path: Path) -> dict[str, Any]:
             raise ConfigError(f"its config.model has {', '.join(unknown)}, which no model has here")
         build(ModelConfig, model, "its config.model")
     except (OSError, ConfigError) as error:
-        raise CorruptCheckpoint(f"{file}: {error}") from None
+        raise _failed_read(path, f"{file}: {error}", error) from None
     return run
+
+
+# The system's errors that are damage: a file is gone, no file, or on a bad sector.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+
+
+def _failed_read(path: Path, what: str, error: Exception) -> Exception:
+    """What a failed read is: damage, or an error of the system, behind which all may be whole.
+
+    Nothing is renamed and no older checkpoint used for want of a right, of memory, of a server.
+    """
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return error.with_traceback(None)
+    number = errno_of(error)
+    if number is not None and number not in _DAMAGE:
+        # A new one: the other holds the reads that failed.
+        return OSError(number, os.strerror(number), getattr(error, "filename", None) or str(path))
+    try:
+        # Looked at again: Orbax puts errors of its own in the place of the system's.
+        for file in _files(path):
+            with open(file, "rb") as content:
+                content.read(1)
+    except OSError as refused:
+        if refused.errno not in _DAMAGE:
+            return refused.with_traceback(None)
+    return CorruptCheckpoint(what)
 
 
 def restore_items(
@@ -339,14 +394,14 @@ def restore_items(
     digests: dict[str, int],
     digest_of: Callable[[dict[str, Any]], dict[str, int]],
 ) -> dict[str, Any]:
-    """The arrays of a checkpoint. Raises ConfigError for another model, CorruptCheckpoint.
+    """The arrays of a checkpoint. Raises ConfigError for another model, CorruptCheckpoint, OSError.
 
     Names, shapes and dtypes are compared before anything is read, digests after.
     """
     items = {}
-    with quiet_reads(CorruptCheckpoint), ocp.StandardCheckpointer() as checkpointer:
+    with quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
         for name, target in targets.items():
-            damage = None
+            failed = None
             try:
                 _compare(path / name, checkpointer.metadata(path / name), target)
                 with announced(f"{path / name} to be read"):
@@ -354,10 +409,11 @@ def restore_items(
             except ConfigError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-                damage = f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                text = " ".join(str(error).split())[:200]
+                failed = _failed_read(path, f"{name}: {type(error).__name__}: {text}", error)
             # Raised here: inside `except` it would keep the failed reads alive through __context__.
-            if damage is not None:
-                raise CorruptCheckpoint(damage)
+            if failed is not None:
+                raise failed
     changed = [name for name, value in digest_of(items).items() if digests.get(name) != value]
     if changed:
         error = CorruptCheckpoint(
@@ -372,6 +428,8 @@ def restore_items(
 
 def _compare(path: Path, metadata: Any, target: Any) -> None:
     # Orbax would load arrays of another model without an error (orbax#2972).
+    if metadata.item_metadata is None:
+        raise FileNotFoundError("no arrays that Orbax finds")
     tree = metadata.item_metadata.tree
     saved = dict(zip(names_of(tree), jax.tree.leaves(tree), strict=True))
     wanted = dict(zip(names_of(target), jax.tree.leaves(target), strict=True))

@@ -99,13 +99,13 @@ def _is_late(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
+def quiet_reads() -> Iterator[None]:
     """Keep the tracebacks of a damaged file's reads off the screen; other output is passed on.
 
     When one array cannot be read, `asyncio.run` closes its event loop while the reads of other
     arrays go on in TensorStore's threads. Each of them prints a traceback ("Event loop is closed",
     "coroutine was never awaited") from a destructor, pages of them. No report of it is known. The
-    failure itself arrives here as `damaged` and is raised again.
+    failure itself is raised again.
     """
     # Destructors report through the hook, asyncio through a logger, TensorStore on stderr.
     hook, level, printed = sys.unraisablehook, logging.getLogger("absl").level, io.StringIO()
@@ -115,7 +115,8 @@ def quiet_reads(damaged: type[Exception]) -> Iterator[None]:
         with contextlib.redirect_stderr(printed):
             try:
                 yield
-            except damaged:
+            # Not a ConfigError, of a checkpoint that is whole.
+            except (RuntimeError, OSError, MemoryError):
                 time.sleep(READS_END_SECONDS)
                 # Coroutines that never started print when they are collected.
                 gc.collect()

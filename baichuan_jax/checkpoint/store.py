@@ -144,9 +144,7 @@ class CheckpointStore:
 
     def _report(self, event: CheckpointCorrupt | LocalCopyCorrupt) -> None:
         self._output.event(event)
-        self._output.say(
-            f"{event.kind}: {event.path}: {event.reason}; trying the one before it", style="yellow"
-        )
+        self._output.say(f"{event.kind}: {event.path}: {event.reason}", style="yellow")
 
     def _start(
         self, tier: Checkpoints | LocalCopies, state: RunState, since_last: float = 0.0

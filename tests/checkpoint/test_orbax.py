@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import build, run_state
 
@@ -13,6 +14,7 @@ from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.state import StateTarget
 from baichuan_jax.checkpoint.weights import find_checkpoint, load_params, save_params
 from baichuan_jax.config.schema import CheckpointConfig, ConfigError
+from baichuan_jax.resilience.causes import errno_of
 from baichuan_jax.resilience.digests import digest
 
 
@@ -128,6 +130,63 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert "Traceback" not in capfd.readouterr().err
     checkpoints.save(run_state(state(steps), 2, 2))  # the step is free again
     assert checkpoints.finish() == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, os.strerror(number)) for number in (13, 12, 24, 116)),
+        ValueError('PERMISSION_DENIED: Error reading "/run/d/1": Permission denied'),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_system_refuses_to_read_is_not_damaged(
+    tiny_config, opened, state, monkeypatch, error
+):
+    """Renamed, a whole checkpoint would be lost to every later launch."""
+    checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
+    for step in (1, 2):
+        checkpoints.save(run_state(state(steps, seed=step), step, step))
+    checkpoints.finish()
+
+    def refuse(*_, wrong=error):
+        raise wrong
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointer, "restore", refuse)
+        with pytest.raises((OSError, RuntimeError, MemoryError)) as caught:
+            checkpoints.restore(refuse_reports)
+    assert errno_of(caught.value) == errno_of(error)
+    assert checkpoints.steps() == [1, 2]
+    # Orbax says something else of a file that it may not open, and leaves out such a folder.
+    real = open
+
+    def closed(file, *rest, **options):
+        if "/2/" in str(file) and "metadata" in str(file).lower():
+            raise PermissionError(13, os.strerror(13), str(file))
+        return real(file, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", closed)
+        patch.setattr(ocp.StandardCheckpointer, "restore", lambda *_: refuse(wrong=KeyError()))
+        with pytest.raises(PermissionError):
+            checkpoints.restore(refuse_reports)
+    assert checkpoints.restore(refuse_reports).step == 2
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tiny_config, opened, state):
+    checkpoints, steps = opened(tiny_config, (1, 1, 1, 1))
+    for step in (1, 2):
+        checkpoints.save(run_state(state(steps, seed=step), step, step))
+    checkpoints.finish()
+    for step in ("1", "2"):
+        truncated(biggest_file(checkpoints.directory / step / "params"))
+    # Now, and when somebody starts the same command again.
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"damaged checkpoints only \(1.corrupt, 2.corrupt\)"):
+            checkpoints.restore(lambda _: None)
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(tiny_config, opened, state):
