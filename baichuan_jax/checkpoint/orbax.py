@@ -375,7 +375,7 @@ def _failed_read(path: Path, what: str, error: Exception) -> Exception:
         return error.with_traceback(None)
     number = errno_of(error)
     if number is not None and number not in _DAMAGE:
-        # A new one: the other holds the reads that failed.
+        # A new one, as below: the other holds on to the reads that failed.
         return OSError(number, os.strerror(number), getattr(error, "filename", None) or str(path))
     try:
         # Looked at again: Orbax puts errors of its own in the place of the system's.
@@ -384,7 +384,7 @@ def _failed_read(path: Path, what: str, error: Exception) -> Exception:
                 content.read(1)
     except OSError as refused:
         if refused.errno not in _DAMAGE:
-            return refused.with_traceback(None)
+            return OSError(refused.errno, refused.strerror, refused.filename)
     return CorruptCheckpoint(what)
 
 

@@ -2,8 +2,9 @@
 
 Input: a configuration. Output: the tokenizer, and rows with weights. What has to be trained or
 packed is kept in data.cache_dir under a name that hashes the files as they are now (path, size,
-time) and the settings, so every later run with the same ones finds it, and a changed file never
-meets rows of its old text. One process of a run writes; the others wait for its files.
+time of change) and the settings, so every later run with the same ones finds it, and a file whose
+size or time changes never meets rows of its old text. One process of a run writes; the others wait
+for its files.
 """
 
 import contextlib
