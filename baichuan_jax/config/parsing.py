@@ -217,7 +217,8 @@ def build(kind: type[Kind], content: Any, what: str) -> Kind:
     """The dataclass that an object describes.
 
     A field that `kind` does not have is dropped, since versions may differ. Raises ConfigError,
-    whose message begins with `what`, for one that is missing or of another type.
+    whose message begins with `what`, for one that is missing, of another type, or refused by `kind`
+    itself.
     """
     require(isinstance(content, Mapping), f"{what} is {show(content)} and must be an object")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -228,7 +229,10 @@ def build(kind: type[Kind], content: Any, what: str) -> Kind:
     known = {field.name: field.type for field in fields if field.name in content}
     for name, annotation in known.items():
         require_type(content[name], annotation, f"{what}'s {name}")
-    return kind(**{name: content[name] for name in known})
+    try:
+        return kind(**{name: content[name] for name in known})
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -199,7 +199,11 @@ def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "a: [", "", "optimizer: 3", "optimizer: {beta1: [x]}", "train: {num_steps: x}"]
+    "text",
+    [
+        *("[]", "a: [", "", "optimizer: 3", "optimizer: {beta1: [x]}", "train: {num_steps: x}"),
+        "optimizer: {learning_rate: 0}",
+    ],
 )
 def test_damaged_settings_of_the_last_launch_are_named(text, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"^config\.yaml in the run's folder"):
