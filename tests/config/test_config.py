@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import jax
 import pytest
 
 from baichuan_jax.config.files import KEYS, dump_config, load_config, make_parser, parse_config
+from baichuan_jax.config.parsing import given_text
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig
 from baichuan_jax.model import abstract_model
 
