@@ -69,7 +69,8 @@ def require_utf8(path: Path | str, what: str) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder"
+            f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder, or "
+            "set LC_ALL=C.UTF-8 where the locale is another"
         ) from None
 
 

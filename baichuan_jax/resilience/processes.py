@@ -90,8 +90,8 @@ def _check_slurm() -> None:
     missing = [name for name in _SLURM if not os.environ.get(name)]
     require(
         not missing,
-        f"Slurm says SLURM_NTASKS={tasks} processes, and {', '.join(missing)} is missing: start "
-        "the command with srun, which sets it for each process; for one process alone, unset "
+        f"Slurm says SLURM_NTASKS={tasks} processes, and does not set {', '.join(missing)}: start "
+        "the command with srun, which does for each process; for one process alone, unset "
         "SLURM_NTASKS",
     )
     numbers = {name: environment_number(name) for name in _SLURM if name != "SLURM_STEP_NODELIST"}

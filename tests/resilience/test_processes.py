@@ -40,7 +40,7 @@ SLURM = {
             (
                 DistributedConfig(),
                 {key: value for key, value in SLURM.items() if key != name},
-                rf"SLURM_NTASKS=2 processes, and {name} is missing: start the command with srun",
+                rf"SLURM_NTASKS=2 processes, and does not set {name}: start the command with srun",
             )
             for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
         ),
