@@ -440,5 +440,5 @@ if __name__ == "__main__":
     run_command(
         lambda: main(sys.argv[1:]),
         result_is_shown=True,
-        interrupted="finished parts are kept, and the same command goes on after them",
+        interrupted="what pack has finished is kept, and the same command goes on after it",
     )
