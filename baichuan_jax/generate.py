@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from baichuan_jax.config.files import add_mesh_options, mesh_config
+from baichuan_jax.config.parsing import given_text
 from baichuan_jax.config.schema import (
     MOST_SEED,
     ConfigError,
@@ -32,7 +33,7 @@ from baichuan_jax.config.schema import (
     require,
     require_computable,
 )
-from baichuan_jax.hardware.devices import device_bytes
+from baichuan_jax.hardware.devices import device_bytes, require_devices
 from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
@@ -340,6 +341,9 @@ def main(argv: list[str]) -> int:
     # Checked before the model is loaded, which may take minutes.
     _check_sampling(options.max_new_tokens, **sampling)
     mesh_shape = mesh_config(options)
+    # A shell passes \n as two characters.
+    prompt = given_text(options.prompt, "--prompt").replace("\\n", "\n")
+    require_devices()
     # Once: of a run that still trains, everything below is of the checkpoint that is newest now.
     source = read_source(options.checkpoint)
     if str(source.path) != options.checkpoint:
@@ -347,8 +351,6 @@ def main(argv: list[str]) -> int:
     tokenizer = find_tokenizer(source, options.tokenizer)
     for warning in tokenizer.warnings:
         say(warning)
-    # A shell passes \n as two characters.
-    prompt = options.prompt.replace("\\n", "\n")
     encode_prompts(tokenizer, [prompt])
     # One device needs no mesh, and compiles faster without.
     mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)

@@ -481,4 +481,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(
+        lambda: main(sys.argv[1:]), interrupted="nothing was saved after the last checkpoint"
+    )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from baichuan_jax.config.parsing import read_bytes
+from baichuan_jax.config.parsing import decode, given_text, read_bytes, require_text
 from baichuan_jax.config.schema import ConfigError, at_least, between
 from baichuan_jax.documents.files import Slice, find_files
 from baichuan_jax.documents.language import language
@@ -67,12 +67,13 @@ class Tokenizer:
     """A SentencePiece model; `hash` is the SHA-256 of its file.
 
     `notes`: what a user should hear of it, beside what it loses; `warnings` has both. Raises
-    ConfigError where the file is no model, or has no end-of-sentence piece, which joins documents.
+    ConfigError where the file is no model, or has no end-of-sentence piece, which joins documents;
+    `remedy` ends that message with what to do.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, remedy: str = "give another file") -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise ConfigError(
                 f"there is no tokenizer {str(path)!r}; "
                 "train one: python -m baichuan_jax.tokenizer train --help"
@@ -86,7 +87,7 @@ class Tokenizer:
             self._model.LoadFromSerializedProto(content)
             self.vocab_size: int = self._model.GetPieceSize()
         except Exception as error:
-            raise ConfigError(f"{path} is no SentencePiece model: {error}") from None
+            raise ConfigError(f"{path} is no SentencePiece model: {error}; {remedy}") from None
         # -1 where the model has no such piece.
         self.eos_id: int = self._model.eos_id()
         self.bos_id: int = self._model.bos_id()
@@ -97,7 +98,7 @@ class Tokenizer:
         if self.vocab_size == 0 or self.eos_id < 0:
             raise ConfigError(
                 f"{path} has {self.vocab_size} pieces and no end-of-sentence piece, "
-                "which joins documents"
+                f"which joins documents; {remedy}"
             )
 
     @functools.cached_property
@@ -122,7 +123,11 @@ class Tokenizer:
         ]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without begin or end of sentence."""
+        """Token ids of a text, without begin or end of sentence.
+
+        Raises ConfigError for a text that no UTF-8 can write.
+        """
+        require_text(text, "the text")
         return self._model.EncodeAsIds(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -352,7 +357,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _encode(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer(options.model)
-    text = sys.stdin.read() if options.text == "-" else options.text
+    # As bytes: Python's own reader takes the locale's encoding, and changes the ends of lines.
+    if options.text == "-":
+        # None: a process whose input was closed.
+        text = decode(sys.stdin.buffer.read() if sys.stdin else b"", "standard input")
+    else:
+        text = given_text(options.text, "the text")
     for token in tokenizer.encode(text):
         print(f"{token}\t{tokenizer.piece(token)}")
     return 0

@@ -34,7 +34,7 @@ from baichuan_jax.runs.files import require_writable
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
-from baichuan_jax.training.changes import show_changes, show_other_tests
+from baichuan_jax.training.changes import REMEDY, show_changes, show_other_tests
 from baichuan_jax.training.evaluator import Evaluator
 from baichuan_jax.training.loop import Launch, StopRequest, train_loop
 from baichuan_jax.training.numerics import NumericsGuard
@@ -181,7 +181,10 @@ def _is_complete(config: Config, run: Run) -> bool:
 def _settings_before(run: Run) -> str | None:
     """The settings of the run's last launch, as YAML; None for a fresh run."""
     settings = run.path / "config.yaml"
-    return read_text(settings) if settings.exists() else None
+    try:
+        return read_text(settings) if settings.exists() else None
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {REMEDY}") from None
 
 
 def _open_run(
@@ -237,4 +240,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(
+        lambda: main(sys.argv[1:]), interrupted="nothing was saved after the last checkpoint"
+    )

@@ -58,6 +58,8 @@ def test_prompts_of_unequal_length_do_not_disturb_each_other(model):
 def test_the_command_refuses_before_it_prints(capsys):
     with pytest.raises(ConfigError, match="top_p"):
         main(["--checkpoint", "nowhere", "--prompt", "a", "--top_p", "1.5"])
+    with pytest.raises(ConfigError, match=r"--prompt must be UTF-8, and has '\\udcff' at char"):
+        main(["--checkpoint", "nowhere", "--prompt", "a\udcff"])
     assert capsys.readouterr().out == ""
 
 

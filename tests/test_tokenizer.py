@@ -227,15 +227,15 @@ def test_a_vocabulary_too_large_or_too_small_is_refused_and_nothing_written(tmp_
 def test_a_file_that_is_no_tokenizer_is_refused(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=r"there is no tokenizer '.*nowhere\.model'"):
         Tokenizer(tmp_path / "nowhere.model")
-    with pytest.raises(ConfigError, match="there is no tokenizer"):
+    with pytest.raises(ConfigError, match="is a folder, a pipe or a device"):
         Tokenizer(tmp_path)
     content = tokenizer.path.read_bytes()
     for bad in (b"", b"no model at all", b"\x00" * 4096, content[: len(content) // 2 + 1]):
         (tmp_path / "bad.model").write_bytes(bad)
         with pytest.raises(
-            ConfigError, match=r"bad\.model (is no SentencePiece model|has 0 pieces)"
+            ConfigError, match=r"bad\.model (is no SentencePiece model|has 0 pieces).*; delete it$"
         ):
-            Tokenizer(tmp_path / "bad.model")
+            Tokenizer(tmp_path / "bad.model", "delete it")
 
 
 def test_a_model_without_end_of_sentence_is_refused(documents, tmp_path):
@@ -374,9 +374,27 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert main(["encode", "--model", model, "Emma 1812"]) == 0
     printed = capsys.readouterr().out
     assert printed == "".join(f"{i}\t{tokenizer.piece(i)}\n" for i in tokenizer.encode("Emma 1812"))
-    monkeypatch.setattr("sys.stdin", io.StringIO("Emma 1812"))
+    give = lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    give(b"Emma 1812")
     assert main(["encode", "--model", model, "-"]) == 0
     assert capsys.readouterr().out == printed
+    # As it is: Python's reader of text would give one line break.
+    give(b"a\r\nb")
+    assert main(["encode", "--model", model, "-"]) == 0
+    ids = tokenizer.encode("a\r\nb")
+    assert capsys.readouterr().out == "".join(f"{i}\t{tokenizer.piece(i)}\n" for i in ids)
+    give(b"Emma\n\xff")
+    with pytest.raises(ConfigError, match=r"standard input, line 2 is no UTF-8 \(byte 0xff\)"):
+        main(["encode", "--model", model, "-"])
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["encode", "--model", model, "-"]) == 0
+    with pytest.raises(
+        ConfigError, match=r"the text must be UTF-8, and has '\\udcff' at character"
+    ):
+        main(["encode", "--model", model, "Emma\udcff"])
+    with pytest.raises(ConfigError, match="the text must be UTF-8"):
+        tokenizer.encode("\ud83d")
+    capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "300")
     numbers, other = tmp_path / "numbers.json", str(tokenizer.path)
     assert main(["stats", "--model", model, other, *source, "--json", str(numbers)]) == 0

@@ -283,7 +283,7 @@ def find_config(path: str) -> str:
 def _check_file(path: str, known: list[str]) -> None:
     """Refuse a file that is missing, is no YAML or sets something that does not exist."""
     file = Path(path)
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(
             f"there is no configuration file {path!r} (working directory: {os.getcwd()}); those "
             f"that come with the program are given by name: --config {' | '.join(shipped())}"

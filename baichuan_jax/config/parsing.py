@@ -6,6 +6,7 @@ dataclass of an object, whose fields' annotations say what it must hold. What Py
 and nobody means is refused: keys that come twice, half characters, numbers that are none.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -68,8 +69,32 @@ def require_utf8(path: Path | str, what: str) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder"
+            f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder, or "
+            "set LC_ALL=C.UTF-8 where the locale is another"
         ) from None
+
+
+def require_text(text: str, what: str) -> None:
+    """Raise ConfigError for a text that no UTF-8 can write: half a character, a byte of none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} must be UTF-8, and has {text[error.start]!a} at character {error.start + 1}"
+        ) from None
+
+
+def given_text(text: str, what: str) -> str:
+    """The text of an argument, whose bytes are UTF-8 in every locale. Raises ConfigError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Python keeps bytes that the locale's encoding lacks (all but ASCII in LC_ALL=C) as halves
+        # of characters.
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(text).decode()
+        require_text(text, what)
+    return text
 
 
 def require_plain(path: Path | str, what: str) -> None:
@@ -104,7 +129,10 @@ def read_bytes(file: Path | str) -> bytes:
 def read_regular(file: Path | str) -> bytes:
     """The content of a file. Raises ConfigError for what is no regular file, and OSError."""
     if not stat.S_ISREG(os.stat(file).st_mode):
-        raise ConfigError(f"{file} is a folder, a pipe or a device, and must be a file")
+        raise ConfigError(
+            f"{file} is a folder, a pipe or a device, and must be a file (save in one what comes "
+            "through a pipe)"
+        )
     return Path(file).read_bytes()
 
 

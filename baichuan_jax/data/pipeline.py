@@ -122,4 +122,7 @@ def _join_input(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(
+        lambda: main(sys.argv[1:]),
+        interrupted="finished parts are kept, and the same command goes on after them",
+    )

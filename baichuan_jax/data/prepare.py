@@ -158,7 +158,10 @@ def _find_tokenizer(
 
 def _own_tokenizer(config: Config, file: Path) -> Tokenizer:
     """The tokenizer in the run's folder. Raises ConfigError where the settings want another."""
-    tokenizer = Tokenizer(file)
+    remedy = "delete it: the next launch writes it anew, and compares it with the checkpoint's"
+    if config.init_from is not None:
+        remedy = "give the tokenizer of init_from's weights with --tokenizer.path"
+    tokenizer = Tokenizer(file, remedy)
     # A run that began at given weights has their tokenizer, of whatever size.
     if config.init_from is None and tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ConfigError(
@@ -186,8 +189,9 @@ def _train_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Toke
     if not writer:
         _wait_for(path)
     # Not locked, so that a cache that may only be read serves.
+    remedy = "delete it, and start again: the same one is trained from the same text"
     if path.exists():
-        return Tokenizer(path)
+        return Tokenizer(path, remedy)
     require_writable(config.data.cache_dir, "data.cache_dir")
     lock, other = path.with_suffix(".lock"), "name another data.cache_dir"
     with owned(lock, f"{path}", other, shared=True, seconds=CACHE_SECONDS):
@@ -202,7 +206,7 @@ def _train_tokenizer(config: Config, text: Text, writer: bool, say: Say) -> Toke
                 f"s (one line in {used['sampled_one_line_in']}; {used['coverage']:.3%} of the "
                 "characters' occurrences have a piece, the others are spelt in bytes)"
             )
-    return Tokenizer(path)
+    return Tokenizer(path, remedy)
 
 
 def _find_rows(

@@ -437,4 +437,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]), result_is_shown=True)
+    run_command(
+        lambda: main(sys.argv[1:]),
+        result_is_shown=True,
+        interrupted="what pack has finished is kept, and the same command goes on after it",
+    )

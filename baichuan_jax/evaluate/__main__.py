@@ -308,4 +308,8 @@ def _add_test(command: argparse.ArgumentParser, task: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(
+        lambda: main(sys.argv[1:]),
+        interrupted="finished subjects of a test are kept, and the same command goes on after "
+        "them; a curve of perplexity begins again",
+    )

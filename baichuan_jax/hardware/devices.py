@@ -10,8 +10,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from baichuan_jax.config.schema import Config, MeshConfig, require
+from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, require
 from baichuan_jax.hardware.accelerators import hardware_of
+
+
+def require_devices() -> None:
+    """Let jax start on its devices. Raises ConfigError where it cannot.
+
+    Among several processes the error stays as it is, with a note: it may be one host's, or say that
+    another process is gone.
+    """
+    try:
+        jax.local_devices()
+    # jax checks with assert that a plugin which it has loaded can be used.
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "no device of it was found"
+        advice = (
+            f"jax cannot start with JAX_PLATFORMS={wanted}: {reason}; unset JAX_PLATFORMS, or name "
+            "a platform whose devices this machine has (cpu, cuda, tpu)"
+        )
+        if jax.distributed.is_initialized():
+            error.add_note(advice)
+            raise
+        raise ConfigError(advice) from None
 
 
 def peak_flops(config: Config, device: Any) -> tuple[float | None, str]:

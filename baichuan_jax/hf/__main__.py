@@ -7,7 +7,8 @@ from pathlib import Path
 
 from baichuan_jax.checkpoint.weights import load_params, save_params
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.hf.config import read_config
+from baichuan_jax.hardware.devices import require_devices
+from baichuan_jax.hf.config import read_config, require_form
 from baichuan_jax.hf.source import FILE, Source, find_tokenizer, is_hf, read_source
 from baichuan_jax.hf.weights import export, import_params, refuse_existing
 from baichuan_jax.resilience.exits import run_command, say
@@ -19,6 +20,7 @@ from baichuan_jax.tokenizer import Tokenizer
 def main(argv: list[str]) -> int:
     """Import or export; see --help. Returns the exit code."""
     options = _parser().parse_args(argv)
+    require_devices()
     {"import": _import, "export": _export}[options.command](options)
     print(f"wrote {options.output}")
     return 0
@@ -53,6 +55,8 @@ def _export(options: argparse.Namespace) -> None:
         raise ConfigError(f"{source.path} is a Hugging Face folder already")
     tokenizer = _tokenizer(source, options.tokenizer)
     say(f"exporting {source.path}")
+    # Before the weights, whose reading may take minutes.
+    require_form(source.model, options.form)
     config, params = load_params(source.path)
     export(
         params,

@@ -28,6 +28,7 @@ _TYPES = {
     "rms_norm_eps": float,
     "rope_theta": float,
     "initializer_range": float,
+    "partial_rotary_factor": float | None,
     "pad_token_id": int | None,
     "num_key_value_heads": int | None,
     "architectures": list[str] | None,
@@ -45,6 +46,9 @@ FACTS = ("max_position_embeddings", "bos_token_id", "eos_token_id")
 # The length of the original's training, which weights that were imported without it get.
 ORIGINAL_LENGTH = 4096
 
+# A constant of the original's code, whose config.json does not have it.
+ORIGINAL_THETA = 10000.0
+
 
 def read_config(folder: Path | str) -> ModelConfig:
     """The ModelConfig of a Hugging Face folder.
@@ -61,23 +65,33 @@ def read_config(folder: Path | str) -> ModelConfig:
     for key, kind in _TYPES.items():
         if key in found:
             require_type(found[key], kind, f"{file}: {key}")
-    rope = found.get("rope_parameters") or {}
-    theta = require_type(rope.get("rope_theta", 10000.0), float, f"{file}: rope_parameters' theta")
     _refuse_other_models(file, found)
-    # transformers 5 moved rope_theta into rope_parameters. The original's file has neither: it is a
-    # constant of the code there.
-    theta = found.get("rope_theta", theta)
+    theta = _theta(file, found)
     padding = found.get("pad_token_id")
     try:
         return ModelConfig(
             **{ours: found[theirs] for theirs, ours in KEYS.items()},
-            rope_theta=float(theta),
+            rope_theta=theta,
             initializer_range=found.get("initializer_range", 0.02),
             # LLaMA's -1: none.
             pad_token_id=None if padding is not None and padding < 0 else padding,
         )
     except ConfigError as error:
         raise ConfigError(f"{file} describes no model that can be built: {error}") from None
+
+
+def _theta(file: Path, found: dict[str, Any]) -> float:
+    """The base of the rotary embedding. Raises ConfigError where two places say two."""
+    given = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    # transformers 5 moved it into rope_parameters, for which it also takes rope_scaling.
+    for key in ("rope_parameters", "rope_scaling"):
+        if "rope_theta" in (rope := found.get(key) or {}):
+            place = f"{key}.rope_theta"
+            given[place] = require_type(rope["rope_theta"], float, f"{file}: {place}")
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"{place}={theta}" for place, theta in given.items())
+        raise ConfigError(f"{file} has {said}, which must be one number; correct the wrong one")
+    return float(next(iter(given.values()), ORIGINAL_THETA))
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
@@ -128,6 +142,7 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
         ("attention_bias", (False,)),
         ("mlp_bias", (False,)),
         ("head_dim", (None, found["hidden_size"] // heads)),
+        ("partial_rotary_factor", (1, None)),
     ):
         if found.get(key, only[0]) not in only:
             allowed = " or ".join(map(repr, only))
@@ -136,14 +151,34 @@ def _refuse_other_models(file: Path, found: dict[str, Any]) -> None:
         if name not in ARCHITECTURES:
             allowed = " or ".join(ARCHITECTURES)
             raise ConfigError(f"{file} has architecture {show(name)} and this model is {allowed}")
+    # Its weights have other numbers than their names say, or other names.
+    for key in ("quantization_config", "compression_config"):
+        if found.get(key) is not None:
+            raise ConfigError(
+                f"{file} has {key}={show(found[key])}, and this program does not compute with "
+                "quantised weights; give those before quantisation"
+            )
     # Older files have rope_scaling, newer ones rope_parameters, which also holds the plain base.
     for key in ("rope_scaling", "rope_parameters"):
         rope = found.get(key) or {}
-        plain = rope.keys() <= {"rope_theta", "rope_type"}
-        if not plain or rope.get("rope_type", "default") != "default":
+        plain = rope.keys() <= {"rope_theta", "rope_type", "partial_rotary_factor"}
+        whole = rope.get("partial_rotary_factor") in (1, None)
+        if not (plain and whole) or rope.get("rope_type", "default") != "default":
             raise ConfigError(
                 f"{file} has {key}={show(rope)} and this model's rotary embedding is not scaled"
             )
+
+
+def require_form(config: ModelConfig, form: str) -> None:
+    """Raise ConfigError where the original's code would compute another model: its base is fixed.
+
+    All else that a ModelConfig says of a model it reads from config.json.
+    """
+    if form == "baichuan" and config.rope_theta != ORIGINAL_THETA:
+        raise ConfigError(
+            f"model.rope_theta={config.rope_theta:g} is {ORIGINAL_THETA:g} in the original's code, "
+            "which reads none from config.json; export with --form llama"
+        )
 
 
 def make_config(
@@ -156,8 +191,10 @@ def make_config(
     """The content of config.json for transformers' Llama ("llama") or the original ("baichuan").
 
     `facts`: as of read_facts; they give way to the tokenizer, which has its own special tokens.
+    Raises ConfigError for a model that the original's code cannot be, in its form.
     """
     facts = facts or {}
+    require_form(config, form)
     # The original's configuration class does not know these two, and transformers does not know
     # its classes: they are files of the folder (auto_map).
     heads = {"num_key_value_heads": config.num_heads, "head_dim": config.head_dim}

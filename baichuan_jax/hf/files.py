@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from baichuan_jax.config.parsing import read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError
 
-# safetensors' codes of the types that weights are published in, by their names in NumPy. The format
-# has more, such as integers and 8-bit floats: quantised weights, which this model does not compute
-# with.
+# safetensors' codes of the types that weights are published in, by their names in NumPy and torch.
+# Both formats have more, such as integers and 8-bit floats: quantised weights, which this model
+# does not compute with.
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -96,9 +96,7 @@ class Safetensors:
             for name in tensors.keys():  # noqa: SIM118, a handle has no iterator
                 header = tensors.get_slice(name)
                 dtype, shape = header.get_dtype(), tuple(header.get_shape())
-                if dtype not in CODES.values():
-                    expected = ", ".join(CODES.values())
-                    raise ConfigError(f"{file}: {name} is {dtype}; expected one of {expected}")
+                _require_weights(file, name, dtype)
                 _refuse_second(name, self._files, file)
                 self.shapes[name], self._files[name] = shape, file
 
@@ -120,7 +118,11 @@ def _open_safetensors(file: Path) -> Any:
 
 
 class TorchFiles:
-    """Tensors of torch's .bin files. Raises ConfigError as Safetensors does, or without torch."""
+    """Tensors of torch's .bin files in float32, float16 or bfloat16.
+
+    Raises ConfigError as Safetensors does, for a tensor without a number for each element (sparse,
+    meta, nested), and without torch.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         try:
@@ -142,6 +144,13 @@ class TorchFiles:
                     raise ConfigError(
                         f"{file}: {show(name)} is {type(tensor).__name__} and must be a tensor"
                     )
+                _require_weights(file, name, str(tensor.dtype).removeprefix("torch."))
+                # map_location leaves a meta tensor, which has a shape and no numbers, as it is.
+                if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+                    raise ConfigError(
+                        f"{file}: {name} is a sparse, nested or meta tensor, and must be a dense "
+                        "one, with a number for each element; save it as such"
+                    )
                 _refuse_second(name, self._files, file)
                 self.shapes[name], self._files[name] = tuple(tensor.shape), file
 
@@ -158,11 +167,22 @@ class TorchFiles:
 
         Each time out of a new memory map: one kept for all tensors would grow to the file's size.
         """
-        tensor = self._load(self._files[name])[name]
+        # A parameter with a gradient, or a negated view, does not convert to NumPy either.
+        tensor = self._load(self._files[name])[name].detach().resolve_neg()
         if tensor.dtype == self._torch.bfloat16:  # which torch does not convert to NumPy
             bits = tensor.contiguous().view(self._torch.int16).numpy()
             return bits.view(ml_dtypes.bfloat16).copy()
         return tensor.numpy().copy()
+
+
+def _require_weights(file: Path, name: str, dtype: str) -> None:
+    """Raise ConfigError for a tensor of a type that weights are not published in."""
+    if dtype not in (*CODES, *CODES.values()):
+        expected = ", ".join(f"{known} ({code})" for known, code in CODES.items())
+        raise ConfigError(
+            f"{file}: {name} is {dtype}; expected one of {expected}: quantised weights are not "
+            "computed with; give those before quantisation"
+        )
 
 
 def _refuse_second(name: str, files: dict[str, Path], file: Path) -> None:
@@ -180,7 +200,7 @@ def write_safetensors(
     """Write arrays, in the order of `shapes`, one at a time into one file or shards with an index.
 
     The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON
-    header, then the tensors' bytes.
+    header, then the tensors' bytes. Raises ConfigError where a number is not finite in `dtype`.
     """
     # Names and index as transformers writes them.
     shards = _split(shapes, dtype, max_shard_bytes)
@@ -200,8 +220,8 @@ def write_safetensors(
         encoded += b" " * (-len(encoded) % 8)
         with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
-            for _ in sizes:
-                array = next(arrays).astype(np.dtype(dtype), order="C")
+            for name in sizes:
+                array = _cast(next(arrays), dtype, name)
                 # Not tofile, whose error has no number: a full disk would not be known as one.
                 stream.write(array.reshape(-1).view(np.uint8).data)
     if len(shards) > 1:
@@ -210,6 +230,20 @@ def write_safetensors(
         index = {"metadata": {"total_size": total}, "weight_map": weights}
         content = json.dumps(index, indent=2)
         (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+
+
+def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """A contiguous copy in `dtype`. Raises ConfigError where a number of it is not finite there."""
+    # Refused below, and by its name.
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(np.dtype(dtype), order="C")
+    if not np.isfinite(cast).all():
+        most = float(ml_dtypes.finfo(dtype).max)
+        raise ConfigError(
+            f"{name} has numbers up to {np.abs(array).max():.4g}, and those beyond {most:.4g} are "
+            f"infinite in {dtype}; choose another --dtype (bfloat16, float32)"
+        )
+    return cast
 
 
 def _split(

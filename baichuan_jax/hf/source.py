@@ -131,7 +131,8 @@ def find_tokenizer(
             f"there is no {FILE} in {checkpoint}; give the one that these weights were trained "
             f"with{which}: {option} FILE"
         )
-    tokenizer = Tokenizer(path)
+    at_weights = f"put the one that {checkpoint} was trained with there, or give it: {option} FILE"
+    tokenizer = Tokenizer(path, at_weights if given is None else "give another file")
     if known is None and own is not None:
         known = hashlib.sha256(own.read_bytes()).hexdigest()
     # Another tokenizer would give fluent nonsense, and nobody would see why.

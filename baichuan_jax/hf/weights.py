@@ -30,6 +30,7 @@ from baichuan_jax.hf.config import (
     make_special_tokens,
     make_tokenizer_config,
     read_config,
+    require_form,
 )
 from baichuan_jax.hf.files import Tensors, open_tensors, weight_files, write_safetensors
 from baichuan_jax.hf.names import entries
@@ -156,8 +157,11 @@ def export(
 
     llama: W_pack is split. baichuan: transformers reads it with the original's Python files beside
     it. `facts`: as of hf/config.py `read_facts`. Everything is written under a temporary name and
-    renamed at the end. Raises ConfigError where the folder exists and is not empty.
+    renamed at the end. Raises ConfigError where the folder exists and is not empty, where a number
+    is not finite in `dtype`, and for a model that `form` has no place for.
     """
+    # Before the weights are written, which may take minutes.
+    require_form(config, form)
     folder = refuse_existing(Path(folder))
     # Two exports of one name would remove each other's files.
     with owned_output(folder, beside=True), new_folder(folder) as draft:

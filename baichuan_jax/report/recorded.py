@@ -239,9 +239,14 @@ def _settings(file: Path) -> dict[str, Any]:
     """The run's settings by dotted name; none where its config.yaml is missing."""
     if not file.exists():
         return {}
-    tree = read_yaml(file)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} must hold settings by name and holds {type(tree).__name__}")
+    try:
+        tree = read_yaml(file)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file} must hold settings by name and holds {type(tree).__name__}")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; repair it, or delete it: the run's next launch writes it anew"
+        ) from None
     settings = flatten(tree)
     for name, value in settings.items():
         require_type(name, str, f"{file}: a setting's name")

@@ -71,15 +71,18 @@ def say_from_handler(text: str) -> None:
 USAGE_ERROR = 2
 
 
-def run_command(command: Callable[[], int], result_is_shown: bool = False) -> NoReturn:
+def run_command(
+    command: Callable[[], int], result_is_shown: bool = False, interrupted: str = ""
+) -> NoReturn:
     """Run a command's main function; exit with its code, or with that of its error's cause.
 
     Nothing that it shows can end it: a closed pipe or terminal, a full disk under a log. Where the
-    result itself is shown, a disk that refuses it is an error.
+    result itself is shown, a disk that refuses it is an error. `interrupted`: what Ctrl-C leaves of
+    the command's work, for its user.
     """
     with lasting_streams() as stdout:
         try:
-            code = _code_of(command)
+            code = _code_of(command, interrupted)
         except SystemExit as end:
             if end.code:
                 raise
@@ -94,7 +97,7 @@ def run_command(command: Callable[[], int], result_is_shown: bool = False) -> No
     leave(code)
 
 
-def _code_of(command: Callable[[], int]) -> int:
+def _code_of(command: Callable[[], int], interrupted: str) -> int:
     try:
         _require_working_directory()
         return command()
@@ -104,7 +107,7 @@ def _code_of(command: Callable[[], int]) -> int:
         # Schedulers know the codes of the table only, and would start such a command again.
         return Cause.CONFIGURATION.exit_code
     except KeyboardInterrupt:
-        say("interrupted: nothing was saved after the last checkpoint")
+        say(f"interrupted: {interrupted}" if interrupted else "interrupted")
         return Cause.INTERRUPTED.exit_code
     except Exception as error:
         cause = cause_of(error)

@@ -1,11 +1,12 @@
 """Joins the processes of one run: which address, how many, which one this is.
 
 `train`, `preflight` and `evaluate` call `initialize_processes` before anything asks jax for its
-devices. A description comes from the settings, from the environment, or from Slurm; a single
-process needs none.
+devices, and it starts them. A description comes from the settings, from the environment, or from
+Slurm; a single process needs none.
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import jax
 
 from baichuan_jax.config.parsing import environment_number, show, whole_number
 from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig, require
+from baichuan_jax.hardware.devices import require_devices
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
@@ -24,16 +26,24 @@ JOIN_SECONDS = 300
 # How long a process waits at its end for the others. jax's own 300 s would hide a fault for that
 # long: a supervisor sees the exit code of a process only after it has ended.
 SHUTDOWN_SECONDS = 30
+# What jax reads of Slurm, where a job has several processes.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def initialize_processes(
     config: DistributedConfig, resilience: ResilienceConfig | None = None
 ) -> None:
-    """Join the run's other processes; do nothing where this is the only one.
+    """Join the run's other processes, if there are any, and start jax on the devices.
 
     Read in this order: the settings, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, then Slurm. Raises ConfigError where only some of the three values are given.
+    JAX_PROCESS_ID, then Slurm. Raises ConfigError where a part of that is missing or wrong, and
+    where jax has no device to start on.
     """
+    _join(config, resilience)
+    require_devices()
+
+
+def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> None:
     resilience = resilience or ResilienceConfig()
     timeouts: Any = {
         # Later than this program's own limit, after which jax aborts with a page of its stack.
@@ -42,6 +52,8 @@ def initialize_processes(
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
     }
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    # For its error: jax would wait for an address that cannot be.
+    dataclasses.replace(config, coordinator_address=address)
     count, number = config.num_processes, config.process_id
     count = environment_number("JAX_NUM_PROCESSES") if count is None else count
     number = environment_number("JAX_PROCESS_ID") if number is None else number
@@ -62,12 +74,29 @@ def initialize_processes(
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
     elif (environment_number("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
+        _check_slurm()
         # Under Slurm jax gives a process the one GPU of its local rank. Where a node runs a single
         # process, that would be the first GPU alone: JAX_LOCAL_DEVICE_IDS lists all of them.
         with _in_time("all processes of this run, as Slurm describes it, to come"):
             jax.distributed.initialize(
                 cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
             )
+
+
+def _check_slurm() -> None:
+    """Raise ConfigError where Slurm's variables do not say what jax reads of them."""
+    tasks = os.environ["SLURM_NTASKS"]
+    # A batch script has the job's number of processes, and is none of them itself.
+    missing = [name for name in _SLURM if not os.environ.get(name)]
+    require(
+        not missing,
+        f"Slurm says SLURM_NTASKS={tasks} processes, and does not set {', '.join(missing)}: start "
+        "the command with srun, which does for each process; for one process alone, unset "
+        "SLURM_NTASKS",
+    )
+    numbers = {name: environment_number(name) for name in _SLURM if name != "SLURM_STEP_NODELIST"}
+    number, count = numbers["SLURM_PROCID"] or 0, numbers["SLURM_NTASKS"] or 0
+    require(number < count, f"SLURM_PROCID={number} must lie in [0, SLURM_NTASKS={count})")
 
 
 @contextlib.contextmanager

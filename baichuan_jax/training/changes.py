@@ -15,7 +15,13 @@ from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import SAME_ARRAYS
 from baichuan_jax.config.files import dump_config, flatten
 from baichuan_jax.config.parsing import Positive, build, parse_yaml, require_type, show
-from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, TrainConfig
+from baichuan_jax.config.schema import (
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    TrainConfig,
+    require,
+)
 from baichuan_jax.optimizer import learning_rate
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import DataChanged, Measured, latest
@@ -41,7 +47,8 @@ _ROUNDING = "the same sums in another order: losses agree to rounding"
 _NO_NUMBER = "no number of the training"
 # Of messages about the settings of the run's last launch.
 _LAST = "config.yaml in the run's folder"
-_DELETE = "delete it, and the run goes on without a comparison of settings"
+# Where it is damaged.
+REMEDY = "delete it, and the run goes on without a comparison of settings"
 _NOT_COMPARABLE = "results before and after cannot be compared"
 _FROM_HERE = "acts from here on; the steps before had the other"
 # What a change means for the steps to come: of a setting, or of all settings of a section.
@@ -232,7 +239,7 @@ def _schedule_of(text: str) -> _Schedule:
         steps = train.get("num_steps", TrainConfig.num_steps)
         require_type(steps, Positive, f"{_LAST}: train.num_steps")
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_DELETE}") from None
+        raise ConfigError(f"{error}; {REMEDY}") from None
     return _Schedule(optimizer, steps)
 
 
@@ -283,9 +290,13 @@ def _constant(rate: float) -> str:
 
 
 def _tree(text: str | None) -> dict[str, Any]:
-    tree = {} if text is None else parse_yaml(text, _LAST)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{_LAST} holds {show(tree)} and must hold settings; {_DELETE}")
+    try:
+        tree = {} if text is None else parse_yaml(text, _LAST)
+        require(
+            isinstance(tree, dict), f"{_LAST} holds {show(tree)} and must hold settings by name"
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {REMEDY}") from None
     return tree
 
 

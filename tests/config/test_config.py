@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import jax
 import pytest
 
 from baichuan_jax.config.files import KEYS, dump_config, load_config, make_parser, parse_config
+from baichuan_jax.config.parsing import given_text
 from baichuan_jax.config.schema import Config, ConfigError, MeshConfig
 from baichuan_jax.model import abstract_model
 
@@ -150,6 +152,29 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"no configuration file 'nowhere.yaml'"):
         load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("given", ["--config", "--config="])
+def test_settings_through_a_pipe_are_refused_with_the_reason(given):
+    reader, writer = os.pipe()
+    try:
+        path = f"/dev/fd/{reader}"
+        argv = [given, path] if given == "--config" else [given + path]
+        with pytest.raises(ConfigError, match=rf"{path} is a folder, a pipe or a device, and must"):
+            parse(*argv)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_an_argument_is_utf8_in_every_locale(monkeypatch):
+    """LC_ALL=C: Python reads an argument's bytes as ASCII, and keeps the others as halves."""
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert given_text("春".encode().decode("ascii", "surrogateescape") + "a", "--prompt") == "春a"
+    assert given_text("春", "--prompt") == "春"
+    for text in ("a\udcff", "\ud83d"):
+        with pytest.raises(ConfigError, match="--prompt must be UTF-8"):
+            given_text(text, "--prompt")
 
 
 def test_a_folder_with_the_name_of_a_configuration_hides_nothing(tmp_path, monkeypatch):

@@ -6,13 +6,17 @@ import pytest
 from baichuan_jax.config.schema import (
     Config,
     ConfigError,
+    DistributedConfig,
     MeshConfig,
     MetricsConfig,
     ModelConfig,
     TrainConfig,
 )
-from baichuan_jax.hardware.devices import peak_flops, require_memory
+from baichuan_jax.generate import main as generate
+from baichuan_jax.hardware.devices import peak_flops, require_devices, require_memory
 from baichuan_jax.hardware.flops import flops_per_token
+from baichuan_jax.hf.__main__ import main as hf
+from baichuan_jax.resilience.processes import initialize_processes
 
 
 def test_7b_flops_follow_the_published_formula():
@@ -82,3 +86,33 @@ def test_devices_of_a_cpu_share_its_memory():
     model = ModelConfig(num_layers=1 << 20)
     with pytest.raises(ConfigError, match="GiB at least on each device"):
         require_memory(Config(model=model), MeshConfig(8, 1, 1, 1), jax.devices()[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        # jax's own: of a plugin without a driver, and of a platform that it does not have.
+        (AssertionError(), "no device of it was found; unset JAX_PLATFORMS, or name"),
+        (RuntimeError("Unable to initialize backend 'x':\n not known"), "backend 'x': not known;"),
+    ],
+    ids=["assertion", "error"],
+)
+def test_a_platform_without_devices_is_a_wrong_setting(error, reason, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "x")
+    # `train`, `preflight` and `evaluate` join their processes; the others are one.
+    for start in (
+        lambda: initialize_processes(DistributedConfig()),
+        lambda: generate(["--checkpoint", "nowhere", "--prompt", "a"]),
+        lambda: hf(["export", "nowhere", "out"]),
+    ):
+        with pytest.raises(ConfigError, match=f"JAX_PLATFORMS=x: .*{reason}"):
+            start()
+    # Among several processes one host's devices may be at fault, or a lost peer.
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(type(error)) as caught:
+        require_devices()
+    assert any("unset JAX_PLATFORMS" in note for note in caught.value.__notes__)

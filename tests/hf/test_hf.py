@@ -3,6 +3,7 @@
 Every published form imports alike, what is wrong with one is named, and an export comes back.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -420,7 +421,7 @@ def test_a_damaged_header_is_named(copy):
     header["model.norm.weight"]["data_offsets"][0] += 4
     header["model.norm.weight"]["dtype"] = "I32"
     write_header(file, header, data)
-    wrong_type = r"model\.safetensors: model\.norm\.weight is I32; expected one of F32, F16, BF16"
+    wrong_type = r"model\.safetensors: model\.norm\.weight is I32; expected one of float32 \(F32\)"
     with pytest.raises(ConfigError, match=wrong_type):
         import_params(copy)
 
@@ -463,6 +464,22 @@ def test_a_missing_shard_is_named(tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
             "rope_parameters",
         ),
+        (
+            {"rope_theta": 10000, "rope_parameters": {"rope_theta": 5e5}},
+            r"rope_theta=10000 and rope_parameters\.rope_theta=500000",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"rope_theta": 5e5}},
+            r"rope_theta=10000.0 and rope_scaling\.rope_theta=500000",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": "a"}},
+            r"rope_parameters\.rope_theta is 'a' and must be",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 and this model has 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters=.*not scaled"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.*before quantisation"),
+        ({"compression_config": {}}, "compression_config=.*before quantisation"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 32}, "head_dim=32"),
         # Baichuan-13B, Baichuan2.
@@ -485,6 +502,39 @@ def test_a_damaged_configuration_is_named(copy, content):
     (copy / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(copy)
+
+
+def test_one_base_in_two_places_is_one(copy):
+    config = json.loads((copy / "config.json").read_text())
+    rope = {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 1.0}
+    for theta, both in ((5e5, {}), (500000, {"rope_scaling": rope}), (None, {})):
+        changed = {**config, **both, "rope_theta": theta, "rope_parameters": rope}
+        changed = {key: value for key, value in changed.items() if value is not None}
+        (copy / "config.json").write_text(json.dumps(changed))
+        assert read_config(copy).rope_theta == 5e5
+
+
+def test_the_original_s_form_has_no_other_base(params, tmp_path):
+    config = dataclasses.replace(read_config(TINY), rope_theta=5e5)
+    with pytest.raises(
+        ConfigError, match=r"rope_theta=500000 is 10000 in the original's code.*llama"
+    ):
+        export(params, config, tmp_path / "out", form="baichuan")
+    assert not any(tmp_path.iterdir())
+    export(params, config, tmp_path / "out")
+    assert read_config(tmp_path / "out") == config
+
+
+def test_a_number_that_the_type_does_not_have_is_refused(params, tmp_path):
+    wide = jax.tree.map(lambda leaf: leaf, params)
+    wide["final_norm"] = wide["final_norm"].at[3].set(-1e5)
+    with pytest.raises(
+        ConfigError, match=r"model\.norm\.weight .*up to 1e\+05.*6\.55e\+04 are infinite in float16"
+    ):
+        export(wide, read_config(TINY), tmp_path / "out", dtype="float16")
+    # No half of a folder, under any name.
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    export(wide, read_config(TINY), tmp_path / "out", dtype="bfloat16")
 
 
 def test_a_negative_padding_token_is_none(copy):
@@ -583,3 +633,32 @@ def test_torch_files_that_hold_no_weights_are_refused(tmp_path):
             continue
         with pytest.raises(ConfigError, match=rf"pytorch_model\.bin.*{reason}"):
             open_tensors(tmp_path)
+
+
+def test_torch_tensors_that_are_no_weights_are_refused_and_parameters_are_read(params, tmp_path):
+    """The same types as of safetensors: any other would be cast to numbers that mean nothing."""
+    torch = pytest.importorskip("torch")
+    shutil.copy(TINY / "config.json", tmp_path)
+    file, name = tmp_path / "pytorch_model.bin", "model.norm.weight"
+    tensors = torch.load(TINY / "pytorch_model.bin")
+    norm = tensors[name]
+    for wrong, reason in (
+        ((norm * 1000).to(torch.int8), "int8"),
+        (norm > 0, "bool"),
+        (norm.to(torch.complex64), "complex64"),
+        (norm.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (norm.double(), "float64"),
+        (norm.to_sparse(), "a sparse, nested or meta tensor"),
+        (norm.to("meta"), "a sparse, nested or meta tensor"),
+    ):
+        torch.save(tensors | {name: wrong}, file)
+        with pytest.raises(
+            ConfigError, match=rf"pytorch_model\.bin: model\.norm\.weight is {reason}"
+        ):
+            import_params(tmp_path)
+    # Of a training that saved its parameters themselves; a view that is negated when it is read.
+    negated = torch.complex(norm, -norm).conj().imag
+    assert negated.is_neg()
+    for same in (torch.nn.Parameter(norm), negated):
+        torch.save(tensors | {name: same}, file)
+        assert_equal(import_params(tmp_path), params)

@@ -320,6 +320,7 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         ),
         ("broken result", "result.json is no JSON"),
         ("broken configuration", "config.yaml is no YAML"),
+        ("listed configuration", "holds list; repair it, or delete it: the run's next launch"),
         ("twice", "a run is given twice"),
         ("too many", "9 runs were given and a page shows at most 8"),
     ],
@@ -344,6 +345,8 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
         (path / "evaluations" / "mmlu" / "result.json").write_text("{")
     elif case == "broken configuration":
         (path / "config.yaml").write_text("a: [")
+    elif case == "listed configuration":
+        (path / "config.yaml").write_text("[]")
     with pytest.raises(ConfigError, match=re.escape(words)):
         main([*map(str, runs), "-o", str(output)])
     assert not (tmp_path / "report.html").exists()

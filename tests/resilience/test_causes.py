@@ -72,7 +72,7 @@ def test_wrong_argv_exits_with_the_code_of_a_wrong_setting(capsys):
     assert "unrecognized arguments: --unknown" in capsys.readouterr().err
 
 
-def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own():
+def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own(capsys):
     for code in (0, 2, 75):
         with pytest.raises(SystemExit) as caught:
             run_command(lambda code=code: code)
@@ -81,9 +81,12 @@ def test_a_command_exits_with_the_code_that_it_returns_and_ctrl_c_has_its_own():
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as caught:
-        run_command(interrupted)
-    assert caught.value.code == Cause.INTERRUPTED.exit_code
+    # Not every command has checkpoints: each says what it keeps.
+    for kept, said in (("", "interrupted\n"), ("all is kept", "interrupted: all is kept\n")):
+        with pytest.raises(SystemExit) as caught:
+            run_command(interrupted, interrupted=kept)
+        assert caught.value.code == Cause.INTERRUPTED.exit_code
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("seconds, said", [(0.6, "waiting for threads of libraries"), (0.0, "")])

@@ -6,6 +6,14 @@ import pytest
 from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig
 from baichuan_jax.resilience.processes import initialize_processes
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
 
 @pytest.mark.parametrize(
     ("settings", "variables", "message"),
@@ -22,6 +30,22 @@ from baichuan_jax.resilience.processes import initialize_processes
             r"process_id=2 must lie in \[0, num_processes=2\)",
         ),
         (DistributedConfig(), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
+        (
+            DistributedConfig(num_processes=2, process_id=0),
+            {"JAX_COORDINATOR_ADDRESS": "localhost"},
+            "coordinator_address='localhost' must be host:port",
+        ),
+        # A batch script: the job has several processes, and it is none of them.
+        *(
+            (
+                DistributedConfig(),
+                {key: value for key, value in SLURM.items() if key != name},
+                rf"SLURM_NTASKS=2 processes, and does not set {name}: start the command with srun",
+            )
+            for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
+        ),
+        (DistributedConfig(), SLURM | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' must be a whole"),
+        (DistributedConfig(), SLURM | {"SLURM_PROCID": "2"}, r"SLURM_PROCID=2 must lie in \[0"),
     ],
 )
 def test_half_a_description_of_the_processes_is_refused(settings, variables, message, monkeypatch):
@@ -49,7 +73,7 @@ def test_half_a_description_of_the_processes_is_refused(settings, variables, mes
         ),
         (
             DistributedConfig(),
-            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            SLURM,
             ((), {"cluster_detection_method": "slurm", "local_device_ids": None}),
         ),
     ],

@@ -27,7 +27,7 @@ from baichuan_jax.runs.events import (
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import Writer
 from baichuan_jax.runs.output import Output
-from baichuan_jax.train import train
+from baichuan_jax.train import _settings_before, train
 from baichuan_jax.training.changes import (
     compare,
     consequence,
@@ -206,5 +206,11 @@ def test_a_mapping_s_entries_and_settings_of_another_version_are_compared():
     ],
 )
 def test_damaged_settings_of_the_last_launch_are_named(text, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"^config\.yaml in the run's folder"):
+    with pytest.raises(ConfigError, match=r"^config\.yaml in the run's folder.*; delete it, and"):
         said(text, CONFIG, 1, tmp_path, capsys)
+
+
+def test_settings_of_the_last_launch_that_are_no_text_say_what_to_do(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 1 is no UTF-8 .*; delete it, and"):
+        _settings_before(Run(tmp_path))

@@ -31,7 +31,7 @@ from baichuan_jax.data.prepare import prepare
 from baichuan_jax.evaluate.__main__ import main as evaluate
 from baichuan_jax.evaluate.results import Results
 from baichuan_jax.hf.__main__ import main as hf
-from baichuan_jax.hf.source import read_source
+from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model, weights_sha256
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.tokenizer import Tokenizer
@@ -170,6 +170,31 @@ def test_a_run_goes_on_with_its_own_tokenizer(first, tiny_config, tmp_path, caps
     assert train(more).status == "completed"
     own = (first / "A" / "tokenizer.model").read_bytes()
     assert (tmp_path / "B" / "tokenizer.model").read_bytes() == own
+
+
+def test_a_damaged_tokenizer_says_what_to_do_and_that_helps(first, tiny_config, tmp_path):
+    """The run's own, which generation and training read, and that of the cache."""
+    config = resumed(first, tmp_path, tiny_config)
+    own = tmp_path / "A" / "tokenizer.model"
+    content = own.read_bytes()
+    own.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"A/tokenizer\.model is no .*; put the one that .*A/ch"):
+        find_tokenizer(read_source(tmp_path / "A"))
+    with pytest.raises(
+        ConfigError, match=r"A/tokenizer\.model is no .*; delete it: the next launch"
+    ):
+        train(config)
+    begun = dataclasses.replace(config, init_from="weights")
+    with pytest.raises(ConfigError, match=r"init_from's weights with --tokenizer\.path"):
+        prepare(begun, progress=False)
+    own.unlink()
+    cached = Path(prepare(config, progress=False).tokenizer.path)
+    cached.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=rf"{cached.name} is no .*; delete it, and start again"):
+        train(config)
+    cached.unlink()
+    assert train(config).status == "completed"
+    assert own.read_bytes() == cached.read_bytes() == content
 
 
 def test_a_folder_with_a_number_for_a_name_is_no_checkpoint_of_the_run(
