@@ -35,7 +35,14 @@ from baichuan_jax.config.files import find_config, load_config
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.documents.files import Slice, State, find_files, require_unchanged, states
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    find_files,
+    require_unchanged,
+    say_unread,
+    states,
+)
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause, PeerFailed, SaveFailed
 from baichuan_jax.resilience.exits import run_command, signals
@@ -284,7 +291,11 @@ def _files_read(config: Config) -> dict[str, State]:
     read = [config.tokenizer.path] if config.tokenizer.path is not None else []
     for path in (*config.data.train, *config.data.validation):
         manifest = Path(path) / MANIFEST
-        read += [str(manifest)] if manifest.exists() else find_files([path])
+        if manifest.exists():
+            read.append(str(manifest))
+        else:
+            say_unread([path])
+            read += find_files([path])
     return states(sorted({os.path.abspath(path) for path in read}))
 
 
@@ -299,8 +310,8 @@ def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
         if before != plan:
             what = _difference(require_keys(before, {"files": dict}, str(path)), plan)
             raise ConfigError(f"{folder} holds a search with other {what}; {advice}")
-    elif run := next(folder.glob("run-*"), None):
-        raise ConfigError(f"{folder} holds {run.name} of no search (no plan.json); {advice}")
+    elif found := next((p for name in ("run-*", "mixture.*") for p in folder.glob(name)), None):
+        raise ConfigError(f"{folder} holds {found.name} of no search (no plan.json); {advice}")
     write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
 
 
@@ -413,6 +424,7 @@ def _sizes(config: Config) -> np.ndarray:
         return np.array([Rows(path).manifest["tokens"] for path in config.data.train])
     sizes = []
     for path in config.data.train:
+        say_unread([path])
         texts = read_texts(map(Slice, find_files([path])), config.data.text_field)
         sizes.append(sum(len(text.encode()) for text in texts))
         require(sizes[-1] > 0, f"{path} holds no text")
