@@ -191,9 +191,10 @@ def find_unread(patterns: list[str], kinds: Kinds) -> tuple[list[str], list[str]
     for pattern in patterns:
         if "://" in pattern:
             continue
-        shown = set(glob.glob(_own(pattern), recursive=True))
-        hidden |= set(glob.glob(_own(pattern), recursive=True, include_hidden=True)) - shown
-        read |= {os.path.abspath(path) for path in shown}
+        shown = glob.glob(_own(pattern), recursive=True)
+        all_names = glob.glob(_own(pattern), recursive=True, include_hidden=True)
+        hidden |= set(map(os.path.abspath, all_names))
+        read |= set(map(os.path.abspath, shown))
         # With ** all files below are matched where they are meant.
         folders = [path for path in shown if os.path.isdir(path)] if "**" not in pattern else []
         for folder in folders:
@@ -202,7 +203,7 @@ def find_unread(patterns: list[str], kinds: Kinds) -> tuple[list[str], list[str]
                 shown_names = (name for name in names if not name.startswith("."))
                 inside |= {os.path.abspath(os.path.join(parent, name)) for name in shown_names}
     known = lambda paths: sorted(p for p in paths if kinds.has(p) and os.path.isfile(p))
-    return known(hidden), known(inside - read)
+    return known(hidden - read), known(inside - read)
 
 
 def find_inputs(patterns: list[str]) -> dict[str, State]:

@@ -348,7 +348,7 @@ def require_own(paths: Iterable[Path], lock: Path, begun: Callable[[], bool]) ->
             names = sorted(name for name in os.listdir(path) if not name.startswith("."))
             folder, held = path, names[0] if names else None
         else:
-            folder, held = path.parent, path.name if os.path.lexists(path) else None
+            folder, held = path.parent, path.name if path.exists() else None
         if held is not None and not lock.exists() and not begun():
             raise ConfigError(
                 f"{folder} holds {held!r}, which no earlier run of this command made, and would "
