@@ -252,9 +252,9 @@ def find_evaluation_files(patterns: list[str]) -> list[str]:
     hidden, inside = find_unread(patterns, EVALUATION)
     if inside:
         raise ConfigError(
-            f"{show_path(inside[0])} lies in a folder that a glob matches, and no glob matches the "
-            f"file ({len(inside):,} such files): its questions would not be looked for; name it "
-            "too, such as 'FOLDER/*/*.csv'"
+            f"{show_path(inside[0])} is in a folder that a glob matches, and no glob matches it "
+            f"({len(inside):,} such files): its questions would not be looked for; name it too, "
+            "such as 'FOLDER/*/*.csv'"
         )
     if hidden:
         say(f"{len(hidden):,} {UNREAD['hidden_files']} among the evaluation files")

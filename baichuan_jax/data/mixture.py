@@ -51,6 +51,7 @@ from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.tokenizer import Tokenizer
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -288,7 +289,10 @@ def learn(
 
 def _files_read(config: Config) -> dict[str, State]:
     """All files that the trainings read, as they are now: of packed rows the manifests."""
-    read = [config.tokenizer.path] if config.tokenizer.path is not None else []
+    read = []
+    if config.tokenizer.path is not None:
+        # Loaded, so that one that is none is refused now and not by the first training.
+        read.append(str(Tokenizer(config.tokenizer.path).path))
     for path in (*config.data.train, *config.data.validation):
         manifest = Path(path) / MANIFEST
         if manifest.exists():

@@ -120,7 +120,7 @@ def each_once(paths: Iterable[str]) -> list[str]:
     for path in files:
         if named[os.path.abspath(path)] != path:
             continue
-        other = found.setdefault(identity_of(os.stat(path)), path)
+        other = found.setdefault(identity_of(_stat(path)), path)
         if other != path:
             raise ConfigError(
                 f"{other} and {path} are the same file, by a link: its text would be read twice; "
@@ -137,7 +137,7 @@ def identity_of(state: os.stat_result) -> tuple[int, ...]:
 
 def states(files: Iterable[str]) -> dict[str, State]:
     """The local files as they are now: what is made of them is named by this."""
-    found = ((path, os.stat(path)) for path in files)
+    found = ((path, _stat(path)) for path in files)
     return {path: State(state.st_size, state.st_mtime_ns) for path, state in found}
 
 
@@ -149,13 +149,17 @@ def require_unchanged(files: Mapping[str, State]) -> None:
     for path, before in files.items():
         if before.modified_ns is None:
             continue
-        try:
-            now = states([path])[path]
-        except FileNotFoundError:
-            raise removed(path) from None
+        now = states([path])[path]
         if now != before:
             size = "" if now.size == before.size else f" from {before.size:,} to {now.size:,} bytes"
             raise ConfigError(f"{path} changed{size} while it was read; {_AGAIN}")
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        raise removed(path) from None
 
 
 def removed(path: str) -> ConfigError:
@@ -184,10 +188,14 @@ def say_unread(patterns: list[str]) -> None:
 
 
 def find_unread(patterns: list[str], kinds: Kinds) -> tuple[list[str], list[str]]:
-    """The files of these kinds that `count_unread` counts: hidden ones, and those in folders."""
+    """The files of these kinds that `count_unread` counts: hidden ones, and those in folders.
+
+    A matched folder that cannot be looked into stands for the files in it.
+    """
     hidden: set[str] = set()
     inside: set[str] = set()
     read: set[str] = set()
+    closed: list[str] = []
     for pattern in patterns:
         if "://" in pattern:
             continue
@@ -198,12 +206,14 @@ def find_unread(patterns: list[str], kinds: Kinds) -> tuple[list[str], list[str]
         # With ** all files below are matched where they are meant.
         folders = [path for path in shown if os.path.isdir(path)] if "**" not in pattern else []
         for folder in folders:
-            for parent, inner, names in os.walk(folder):
+            for parent, inner, names in os.walk(
+                folder, onerror=lambda error: closed.append(error.filename)
+            ):
                 inner[:] = [name for name in inner if not name.startswith(".")]
                 shown_names = (name for name in names if not name.startswith("."))
                 inside |= {os.path.abspath(os.path.join(parent, name)) for name in shown_names}
     known = lambda paths: sorted(p for p in paths if kinds.has(p) and os.path.isfile(p))
-    return known(hidden - read), known(inside - read)
+    return known(hidden - read), known(inside - read) + closed
 
 
 def find_inputs(patterns: list[str]) -> dict[str, State]:

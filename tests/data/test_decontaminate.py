@@ -197,7 +197,7 @@ def test_what_a_glob_of_evaluation_files_leaves_out_is_refused_or_said(tmp_path,
     for name in ("a.txt", ".h.txt", "more/b.txt"):
         (tmp_path / "c" / name).write_text(ENGLISH)
     argv = ["--input", f"{tmp_path}/c/*", "--evaluation", f"{tmp_path}/d/*"]
-    with pytest.raises(ConfigError, match=r"x_test\.csv lies in a folder that .* \(1 such files\)"):
+    with pytest.raises(ConfigError, match=r"x_test\.csv is in a folder that .* \(1 such files\)"):
         main(argv)
     (tmp_path / "d" / "test" / ".y_test.csv").write_text("hidden")
     (tmp_path / "d" / ".z_test.csv").write_text("hidden")

@@ -124,6 +124,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
         (["--train.context_length"], "expected pairs of --SETTING VALUE"),
         (["--train.contextlength", "7"], "there is no setting 'train.contextlength'"),
         (["--data.validation", "{}"], r"data\.validation names no corpus"),
+        (["--tokenizer.path", "gone.model"], r"there is no tokenizer 'gone\.model'"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([*learn, *words])

@@ -517,7 +517,7 @@ def test_evaluation_files_in_a_matched_folder_are_refused(small, tmp_path):
         lambda: main([*argv, "--decontaminate.files", json.dumps([f"{tmp_path}/sets/*"])])
     )
     assert done.returncode == 78
-    assert "x_test.csv lies in a folder that a glob matches" in done.stderr
+    assert "x_test.csv is in a folder that a glob matches" in done.stderr
 
 
 def test_a_result_that_is_damaged_is_made_again(small, tmp_path):
