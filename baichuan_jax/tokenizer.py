@@ -24,7 +24,7 @@ import sentencepiece
 
 from baichuan_jax.config.parsing import decode, given_text, read_bytes, require_text
 from baichuan_jax.config.schema import ConfigError, at_least, between
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import Slice, find_files, say_unread
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command, say
@@ -406,6 +406,7 @@ def _show_languages(results: dict[str, dict[str, dict[str, float]]], display: Di
 
 def _documents(options: argparse.Namespace) -> Iterator[str]:
     """The texts of all input files, one at a time."""
+    say_unread(options.input)
     return read_texts(map(Slice, find_files(options.input)), options.text_field)
 
 

@@ -329,6 +329,19 @@ def test_every_command_says_what_its_tokenizer_loses(documents, tmp_path, capsys
     assert manifest["tokenizer_loses"][0] == "new lines"
 
 
+def test_what_the_globs_leave_out_is_said(documents, tokenizer, tmp_path, capsys):
+    for name in ("a.jsonl", ".b.jsonl", "c/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": "\n".join(documents)}) + "\n")
+    source = ["--input", f"{tmp_path}/*"]
+    training = ["train", *source, "--vocab_size", "300", "--output", str(tmp_path / "m")]
+    for argv in (training, ["stats", *source, "--model", str(tokenizer.path)]):
+        assert main(argv) == 0
+        shown = "1 hidden files not read, 1 files in matched folders not read"
+        assert shown in capsys.readouterr().err
+        (tmp_path / "m").unlink(missing_ok=True)
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output in (tmp_path, tmp_path / "file" / "a.model"):

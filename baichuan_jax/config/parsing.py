@@ -7,8 +7,10 @@ and nobody means is refused: keys that come twice, half characters, numbers that
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import reprlib
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -149,6 +151,27 @@ def decode(content: bytes, file: str) -> str:
         line = content[: error.start].count(b"\n") + 1
         byte = content[error.start]
         raise ConfigError(f"{file}, line {line} is no UTF-8 (byte {byte:#04x})") from None
+
+
+def csv_rows(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, fields) of every row of a CSV text; a quoted field may span lines.
+
+    Raises ConfigError at a row whose quotes are not in pairs: it would swallow those after it. A
+    quote in the middle of a field without quotes is a character, as in the files of MMLU.
+    """
+    # newline="": the reader must see line breaks inside quoted fields.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(
+            f"{where}:{line}: the row that begins here is no CSV: {error}; a field that begins "
+            "with a quote ends with one, and quotes in it are doubled"
+        ) from None
 
 
 def parse_json(text: str, where: str, *, paths: bool = False) -> Any:

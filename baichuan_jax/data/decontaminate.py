@@ -12,13 +12,9 @@ Thirteen units, and what counts as a formula that many documents share, follow G
 
 import argparse
 import collections
-import csv
 import functools
-import glob
 import hashlib
-import io
 import json
-import os
 import re
 import sys
 import unicodedata
@@ -28,18 +24,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from baichuan_jax.config.parsing import parse_json, read_text
+from baichuan_jax.config.parsing import csv_rows, parse_json, read_text, show_path
 from baichuan_jax.config.schema import ConfigError, at_least
 from baichuan_jax.documents.files import (
+    UNREAD,
+    Kinds,
     Slice,
     State,
-    each_once,
+    find_files,
     find_inputs,
+    find_unread,
     require_unchanged,
+    say_unread,
     states,
 )
 from baichuan_jax.documents.reader import Document, Fields, read_documents
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import writable_file, write_atomically
 
@@ -56,6 +56,12 @@ UNITS = 13
 FORMULA = 10
 # From this share of a text's sequences on it is leaked all the same, where it has as many as UNITS.
 COVERED = 0.5
+# What the evaluation files are. None is compressed.
+EVALUATION = Kinds(
+    (".csv", ".json", ".jsonl", ".txt"),
+    "expected an evaluation file of kind .csv, .json, .jsonl or .txt, not compressed",
+    compressed=False,
+)
 # Fields of an item that are compared. Answers and explanations are not: they are no questions.
 FIELDS = ("passage", "context", "article", "question", "options", "choices", *"ABCDE")
 _UNIT = re.compile(
@@ -73,7 +79,7 @@ class Decontaminate:
     name = "decontaminate"
 
     def __init__(self, config: "DecontaminateConfig") -> None:
-        """Raises ConfigError where a glob matches no file."""
+        """Raises as find_evaluation_files does."""
         # Once, for all workers and for the key of what they find.
         self._files = states(find_evaluation_files(config.files))
 
@@ -145,8 +151,8 @@ class EvaluationSets:
     """The 13-grams of evaluation files: CSV with or without a header, JSON, JSONL, or plain text.
 
     Items of plain text are its paragraphs. A task is a file's last two names without the split:
-    `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a file is of no known
-    kind or unreadable, or all hold nothing to look for.
+    `ceval/logic` for ceval/val/logic_val.csv. Raises ConfigError where a file is not what its
+    name says, or all hold nothing to look for, and OSError.
     """
 
     def __init__(self, files: list[str]) -> None:
@@ -237,20 +243,22 @@ class EvaluationSets:
 
 
 def find_evaluation_files(patterns: list[str]) -> list[str]:
-    """Files that globs name, sorted, each once.
+    """Files that globs name, sorted, each once. Says how many hidden files they leave out.
 
-    Raises ConfigError where a glob matches none, and where two names are one file, whose items
-    would count twice.
+    Raises as find_files does, and ConfigError where a glob matches a folder that holds more of
+    them: a corpus would be called clean of questions that nobody looked for.
     """
-    files: set[str] = set()
-    for pattern in patterns:
-        matched = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-        if not matched:
-            raise ConfigError(
-                f"{pattern!r} matches no evaluation file (working directory: {os.getcwd()})"
-            )
-        files.update(matched)
-    return each_once(files)
+    files = find_files(patterns, EVALUATION)
+    hidden, inside = find_unread(patterns, EVALUATION)
+    if inside:
+        raise ConfigError(
+            f"{show_path(inside[0])} is in a folder that a glob matches, and no glob matches it "
+            f"({len(inside):,} such files): its questions would not be looked for; name it too, "
+            "such as 'FOLDER/*/*.csv'"
+        )
+    if hidden:
+        say(f"{len(hidden):,} {UNREAD['hidden_files']} among the evaluation files")
+    return files
 
 
 def _units(text: str) -> list[str]:
@@ -292,31 +300,22 @@ def _items(path: Path, ignored: set[str]) -> Iterator[list[str]]:
 
     Adds to `ignored` the names of fields that hold other text, which could be looked for too.
     """
-    try:
-        text = read_text(path)
-        if path.suffix == ".csv":
-            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-            if rows and "question" in rows[0]:  # C-Eval has a header, MMLU none
-                header, *rows = rows
-                rows = [_question(zip(header, row, strict=False), ignored) for row in rows]
-            yield from rows
-        elif path.suffix == ".json":
-            yield from _objects(parse_json(text, str(path)), ignored)
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    yield from _objects(parse_json(line, f"{path}, line {number}"), ignored)
-        elif path.suffix == ".txt":
-            paragraphs = re.split(r"\n\s*\n", text)
-            yield from ([paragraph] for paragraph in paragraphs if paragraph.strip())
-        else:
-            raise ConfigError(
-                f"{path}: expected an evaluation file of kind .csv, .json, .jsonl or .txt"
-            )
-    except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is no evaluation file that can be read: {error}") from None
+    text = read_text(path)
+    if path.suffix == ".csv":
+        rows = [row for _, row in csv_rows(text, str(path))]
+        if rows and "question" in rows[0]:  # C-Eval has a header, MMLU none
+            header, *rows = rows
+            rows = [_question(zip(header, row, strict=False), ignored) for row in rows]
+        yield from rows
+    elif path.suffix == ".json":
+        yield from _objects(parse_json(text, str(path)), ignored)
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield from _objects(parse_json(line, f"{path}, line {number}"), ignored)
+    else:
+        paragraphs = re.split(r"\n\s*\n", text)
+        yield from ([paragraph] for paragraph in paragraphs if paragraph.strip())
 
 
 def _objects(value: Any, ignored: set[str]) -> list[list[str]]:
@@ -424,6 +423,7 @@ def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
     sets = EvaluationSets(find_evaluation_files(options.evaluation))
+    say_unread(options.input)
     documents, found, shared = _look(sets, options.input)
     # After all documents are read: only then is it known what is a formula.
     leaked = sets.judge(found)

@@ -35,7 +35,14 @@ from baichuan_jax.config.files import find_config, load_config
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
 from baichuan_jax.data.rows import MANIFEST, Rows
-from baichuan_jax.documents.files import Slice, State, find_files, require_unchanged, states
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    find_files,
+    require_unchanged,
+    say_unread,
+    states,
+)
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.causes import Cause, PeerFailed, SaveFailed
 from baichuan_jax.resilience.exits import run_command, signals
@@ -44,6 +51,7 @@ from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.tokenizer import Tokenizer
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -281,10 +289,17 @@ def learn(
 
 def _files_read(config: Config) -> dict[str, State]:
     """All files that the trainings read, as they are now: of packed rows the manifests."""
-    read = [config.tokenizer.path] if config.tokenizer.path is not None else []
+    read = []
+    if config.tokenizer.path is not None:
+        # Loaded, so that one that is none is refused now and not by the first training.
+        read.append(str(Tokenizer(config.tokenizer.path).path))
     for path in (*config.data.train, *config.data.validation):
         manifest = Path(path) / MANIFEST
-        read += [str(manifest)] if manifest.exists() else find_files([path])
+        if manifest.exists():
+            read.append(str(manifest))
+        else:
+            say_unread([path])
+            read += find_files([path])
     return states(sorted({os.path.abspath(path) for path in read}))
 
 
@@ -299,8 +314,8 @@ def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
         if before != plan:
             what = _difference(require_keys(before, {"files": dict}, str(path)), plan)
             raise ConfigError(f"{folder} holds a search with other {what}; {advice}")
-    elif run := next(folder.glob("run-*"), None):
-        raise ConfigError(f"{folder} holds {run.name} of no search (no plan.json); {advice}")
+    elif found := next((p for name in ("run-*", "mixture.*") for p in folder.glob(name)), None):
+        raise ConfigError(f"{folder} holds {found.name} of no search (no plan.json); {advice}")
     write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
 
 
@@ -413,6 +428,7 @@ def _sizes(config: Config) -> np.ndarray:
         return np.array([Rows(path).manifest["tokens"] for path in config.data.train])
     sizes = []
     for path in config.data.train:
+        say_unread([path])
         texts = read_texts(map(Slice, find_files([path])), config.data.text_field)
         sizes.append(sum(len(text.encode()) for text in texts))
         require(sizes[-1] > 0, f"{path} holds no text")

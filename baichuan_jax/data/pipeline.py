@@ -64,7 +64,13 @@ def run(
     # Here, so that a missing package becomes a message that says how to install it.
     try:
         from baichuan_jax.data.corpus.plan import clean_corpus
-        from baichuan_jax.data.corpus.stages import REPORT, Stages, require_own_output
+        from baichuan_jax.data.corpus.stages import (
+            PAGE,
+            PICTURE,
+            REPORT,
+            Stages,
+            require_own_output,
+        )
         from baichuan_jax.data.corpus.tables import Tables
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -87,8 +93,8 @@ def run(
                 say(f"{output} was complete: every part was there already, none was made again")
             report["settings"] = dataclasses.asdict(config)
             # report.json last: it is what others wait for.
-            write_atomically(output / "funnel.png", funnel.picture(report))
-            write_atomically(output / "funnel.html", funnel.page(report).encode())
+            write_atomically(output / PICTURE, funnel.picture(report))
+            write_atomically(output / PAGE, funnel.page(report).encode())
             content = json.dumps(report, indent=1, ensure_ascii=False)
             # Its settings may name files whose names are not UTF-8: escaped as JSON has it.
             write_atomically(output / REPORT, content.encode("utf-8", "backslashreplace"))

@@ -294,7 +294,7 @@ def _files_of(path: str, text: Text) -> Iterator[tuple[str, os.stat_result]]:
     """The files of a corpus as they are now; of packed rows the manifest, which names the rest."""
     for file in text.get(path, [os.path.join(path, MANIFEST)]):
         # One that was removed since the launch looked at it is nobody's any more.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             yield file, os.stat(file)
 
 

@@ -31,11 +31,18 @@ import numpy as np
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
-from baichuan_jax.documents.files import Slice, State, find_files, require_unchanged, states
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    find_files,
+    require_unchanged,
+    say_unread,
+    states,
+)
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.resilience.ownership import owned_output
+from baichuan_jax.resilience.ownership import lock_beside, owned_output, require_own
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import writable_file, write_atomically
 
@@ -289,9 +296,16 @@ def train(
     return card
 
 
+def _require_own(folder: Path) -> None:
+    """Raise ConfigError where the output has files of these names that no training made."""
+    names = ("card.json", *(f"{lang}.ftz" for lang in LANGUAGES))
+    begun = lambda: bool(_described_languages(folder))
+    require_own([folder / name for name in names], lock_beside(folder), begun)
+
+
 def _described_languages(folder: Path) -> set[str]:
     """Languages of the classifiers that an earlier training wrote, by its card."""
-    with contextlib.suppress(OSError, ConfigError):
+    with contextlib.suppress(ConfigError):
         card = require_keys(read_json(folder / "card.json"), {"languages": dict}, "it")
         return {lang for lang in LANGUAGES if lang in card["languages"]}
     return set()
@@ -578,6 +592,7 @@ def _score_files(options: argparse.Namespace, display: Display) -> dict[str, Any
     rows: list[list[str]] = []
     results: dict[str, Any] = {}
     worst: dict[str, list[tuple[float, str]]] = {}
+    say_unread(options.input)
     for path in find_files(options.input):
         scores, lowest = [], []
         for batch in _batches(_texts(path, options.text_field, options.lines)):
@@ -630,7 +645,9 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     display = Display()
     if options.command == "train":
+        say_unread([*options.good, *options.bad])
         settings = {"text_field": options.text_field, "size": options.size}
+        _require_own(Path(options.output))
         with owned_output(Path(options.output), beside=True):
             results = train(options.good, options.bad, options.output, **settings)
         _show_card(results, display)

@@ -9,6 +9,7 @@ that are missing (runner.py).
 
 import argparse
 import bisect
+import errno
 import hashlib
 import io
 import itertools
@@ -45,6 +46,7 @@ from baichuan_jax.data.shards import (
     plan_parts,
 )
 from baichuan_jax.documents.files import (
+    UNREAD,
     Slice,
     State,
     count_unread,
@@ -52,6 +54,7 @@ from baichuan_jax.documents.files import (
     require_unchanged,
     states,
 )
+from baichuan_jax.resilience.causes import errno_of
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, actual, owned, require_own
 from baichuan_jax.runs.console import Display
@@ -110,7 +113,10 @@ class Rows:
         return self.manifest["rows"]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Raises IndexError, and ConfigError naming the shard that is damaged or missing."""
+        """Raises IndexError, ConfigError naming the shard that is damaged or missing, and OSError.
+
+        OSError names the shard that the system cannot read now.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
         expected = self._dtype.itemsize * (self.context_length + 1)
@@ -121,6 +127,7 @@ class Rows:
                 raise ValueError(f"{len(content)} bytes instead of {expected}")
         except Exception as error:
             shard = self.path / self._shards[bisect.bisect_right(self._ends, index)]["file"]
+            _raise_of_system(error, shard)
             raise ConfigError(
                 f"row {index} of {self.path} cannot be read from {shard}: {error}; find all that "
                 "is damaged with python -m baichuan_jax.data.rows verify "
@@ -162,6 +169,7 @@ class Rows:
         try:
             counts = np.load(file)
         except Exception as error:  # numpy raises many types for a damaged file
+            _raise_of_system(error, file)
             # It may quote the file.
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{file} cannot be read: {reason}; {_PACK_AGAIN}") from None
@@ -184,6 +192,13 @@ class Rows:
                     f"{self.path / shard['file']} has SHA-256 {found} and the manifest says "
                     f"{shard['sha256']}; delete the folder and pack again"
                 )
+
+
+def _raise_of_system(error: Exception, file: Path) -> None:
+    """Raise OSError with the file's name where the system could not read it: it may be whole."""
+    number = errno_of(error)
+    if number not in (None, errno.ENOENT):
+        raise OSError(number, os.strerror(number), str(file)) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -362,8 +377,7 @@ def summary(rows: Rows) -> str:
     unread = m.get("unread", {})
     counted = [
         (m.get("empty_files"), "empty files"),
-        (unread.get("hidden_files"), "hidden files not read"),
-        (unread.get("files_in_folders"), "files in matched folders not read"),
+        *((unread.get(name), words) for name, words in UNREAD.items()),
         (m.get("space_marks"), "characters U+2581, each turned into a space"),
     ]
     files = [f", {count:,} {what}" for count, what in counted if count]

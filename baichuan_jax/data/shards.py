@@ -24,7 +24,7 @@ from baichuan_jax.config.parsing import Count, read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
-from baichuan_jax.runs.files import draft_of, publish, write_atomically
+from baichuan_jax.runs.files import draft_of, naming, publish, write_atomically
 from baichuan_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
@@ -179,7 +179,7 @@ class Shard:
 def has_records(folder: Path) -> bool:
     """Whether a folder holds a finished shard, of whatever text and settings."""
     for file in folder.glob("shard-*.json"):
-        with contextlib.suppress(OSError, ConfigError):
+        with contextlib.suppress(ConfigError):
             _read_record(file)
             return True
     return False
@@ -240,5 +240,5 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

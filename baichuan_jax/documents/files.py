@@ -6,10 +6,12 @@ size asked for, never on the number of workers, so what is made of a slice can b
 again. A compressed or .txt file cannot be entered in the middle and is one slice.
 """
 
+import errno
 import fnmatch
 import glob
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +19,46 @@ from typing import NamedTuple
 
 from baichuan_jax.config.parsing import show_path
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.storage import open_binary, open_parquet, pyarrow_for
+from baichuan_jax.documents.storage import (
+    of_storage,
+    open_binary,
+    open_parquet,
+    pyarrow_for,
+)
+from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
 
-KINDS = (".jsonl", ".json", ".txt", ".parquet")
-EXPECTED = (
+
+class Kinds(NamedTuple):
+    """Which files a command reads, by the ends of their names, and that in words."""
+
+    names: tuple[str, ...]
+    expected: str
+    # Whether .gz or .zst may follow.
+    compressed: bool = True
+
+    def has(self, path: str) -> bool:
+        """Whether a file is of one of these kinds."""
+        return (kind_of(path) if self.compressed else Path(path).suffix) in self.names
+
+
+TEXT = Kinds(
+    (".jsonl", ".json", ".txt", ".parquet"),
     "expected .jsonl or .json (a document a line) or .txt (a document a file), also with .gz or "
-    ".zst; or .parquet"
+    ".zst; or .parquet",
 )
+# What globs leave out, as `count_unread` counts it, in words.
+UNREAD = {
+    "hidden_files": "hidden files not read",
+    "files_in_folders": "files in matched folders not read",
+}
 # The folder that the package lies in: a checkout, or site-packages.
 INSTALLED = Path(__file__).parents[2]
 # How much larger text is than its .gz or .zst, about. An estimate: it only balances parts.
 INFLATION = 4
+# What the system says of a path that leads to nothing: a link to a file that is gone or to itself,
+# a file in place of a folder. Any other error hides what is there.
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _AGAIN = "start again when nothing writes to it"
 
 
@@ -68,15 +98,16 @@ def kind_of(path: str) -> str:
     return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def find_files(patterns: list[str]) -> list[str]:
+def find_files(patterns: list[str], kinds: Kinds = TEXT) -> list[str]:
     """Local files that globs name, sorted, each once.
 
     baichuan_jax/... means the files that come with the program, wherever it is installed and
     whatever the working directory is. Raises ConfigError where a glob matches no file, a broken
     link or a file of an unknown kind, and where two names are one file, whose text would be read
-    twice.
+    twice; OSError where a folder cannot be looked into, whose files would be missing.
     """
-    return _known(each_once(path for pattern in patterns for path in _matches(pattern)))
+    files = each_once(path for pattern in patterns for path in _matches(pattern))
+    return _require_known(files, kinds)
 
 
 def each_once(paths: Iterable[str]) -> list[str]:
@@ -89,7 +120,7 @@ def each_once(paths: Iterable[str]) -> list[str]:
     for path in files:
         if named[os.path.abspath(path)] != path:
             continue
-        other = found.setdefault(identity_of(os.stat(path)), path)
+        other = found.setdefault(identity_of(_stat(path)), path)
         if other != path:
             raise ConfigError(
                 f"{other} and {path} are the same file, by a link: its text would be read twice; "
@@ -106,7 +137,7 @@ def identity_of(state: os.stat_result) -> tuple[int, ...]:
 
 def states(files: Iterable[str]) -> dict[str, State]:
     """The local files as they are now: what is made of them is named by this."""
-    found = ((path, os.stat(path)) for path in files)
+    found = ((path, _stat(path)) for path in files)
     return {path: State(state.st_size, state.st_mtime_ns) for path, state in found}
 
 
@@ -118,13 +149,22 @@ def require_unchanged(files: Mapping[str, State]) -> None:
     for path, before in files.items():
         if before.modified_ns is None:
             continue
-        try:
-            now = states([path])[path]
-        except FileNotFoundError:
-            raise ConfigError(f"{path} was removed while it was read; {_AGAIN}") from None
+        now = states([path])[path]
         if now != before:
             size = "" if now.size == before.size else f" from {before.size:,} to {now.size:,} bytes"
             raise ConfigError(f"{path} changed{size} while it was read; {_AGAIN}")
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        raise removed(path) from None
+
+
+def removed(path: str) -> ConfigError:
+    """What is raised where a file is gone that was there when it was looked at."""
+    return ConfigError(f"{show_path(path)} was removed while it was read; {_AGAIN}")
 
 
 def count_unread(patterns: list[str]) -> dict[str, int]:
@@ -134,30 +174,52 @@ def count_unread(patterns: list[str]) -> dict[str, int]:
     that a glob matches, of which it matches no file. Neither is refused: a folder may be what an
     earlier run wrote beside its input.
     """
+    hidden, inside = find_unread(patterns, TEXT)
+    return {"hidden_files": len(hidden), "files_in_folders": len(inside)}
+
+
+def say_unread(patterns: list[str]) -> None:
+    """Say on stderr what `count_unread` counts: for commands whose result does not hold it."""
+    counted = [f"{n:,} {UNREAD[name]}" for name, n in count_unread(patterns).items() if n]
+    if counted:
+        others = f" and {len(patterns) - 1:,} more" if len(patterns) > 1 else ""
+        named = f"{show_path(patterns[0])}{others}"
+        say(f"{named}: {', '.join(counted)}; a glob that matches them has them read")
+
+
+def find_unread(patterns: list[str], kinds: Kinds) -> tuple[list[str], list[str]]:
+    """The files of these kinds that `count_unread` counts: hidden ones, and those in folders.
+
+    A matched folder that cannot be looked into stands for the files in it.
+    """
     hidden: set[str] = set()
     inside: set[str] = set()
     read: set[str] = set()
+    closed: list[str] = []
     for pattern in patterns:
         if "://" in pattern:
             continue
-        shown = set(glob.glob(_own(pattern), recursive=True))
-        hidden |= set(glob.glob(_own(pattern), recursive=True, include_hidden=True)) - shown
-        read |= {os.path.abspath(path) for path in shown}
+        shown = glob.glob(_own(pattern), recursive=True)
+        all_names = glob.glob(_own(pattern), recursive=True, include_hidden=True)
+        hidden |= set(map(os.path.abspath, all_names))
+        read |= set(map(os.path.abspath, shown))
         # With ** all files below are matched where they are meant.
         folders = [path for path in shown if os.path.isdir(path)] if "**" not in pattern else []
         for folder in folders:
-            for parent, inner, names in os.walk(folder):
+            for parent, inner, names in os.walk(
+                folder, onerror=lambda error: closed.append(error.filename)
+            ):
                 inner[:] = [name for name in inner if not name.startswith(".")]
                 shown_names = (name for name in names if not name.startswith("."))
                 inside |= {os.path.abspath(os.path.join(parent, name)) for name in shown_names}
-    count = lambda paths: sum(kind_of(path) in KINDS and os.path.isfile(path) for path in paths)
-    return {"hidden_files": count(hidden), "files_in_folders": count(inside - read)}
+    known = lambda paths: sorted(p for p in paths if kinds.has(p) and os.path.isfile(p))
+    return known(hidden - read), known(inside - read) + closed
 
 
 def find_inputs(patterns: list[str]) -> dict[str, State]:
     """Every file that globs name, here or as s3://, gs://, hdfs:// addresses, as it is now.
 
-    Local paths are absolute, and all are sorted. Raises ConfigError as find_files does.
+    Local paths are absolute, and all are sorted. Raises as find_files does.
     """
     found: dict[str, State] = {}
     local: list[str] = []
@@ -171,7 +233,7 @@ def find_inputs(patterns: list[str]) -> dict[str, State]:
             # Absolute: ids are made from paths, whatever the working directory is.
             local += map(os.path.abspath, _matches(pattern))
     found |= states(each_once(local))
-    return {path: found[path] for path in _known(sorted(found))}
+    return {path: found[path] for path in _require_known(sorted(found), TEXT)}
 
 
 def _own(pattern: str) -> str:
@@ -183,10 +245,11 @@ def _own(pattern: str) -> str:
 
 def _matches(pattern: str) -> list[str]:
     found, folders = [], []
-    for path in glob.glob(_own(pattern), recursive=True):
-        if os.path.isdir(path):
+    for path in _expand(_own(pattern)):
+        mode = _mode(path)
+        if stat.S_ISDIR(mode):
             folders.append(path)
-        elif os.path.isfile(path):
+        elif stat.S_ISREG(mode):
             found.append(path)
         else:
             # Of a link whose target is gone only the name is left.
@@ -201,12 +264,95 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def _known(files: list[str]) -> list[str]:
-    """The files again. Raises ConfigError at one whose kind nothing reads."""
+def _expand(pattern: str, folders: bool = False) -> Iterator[str]:
+    """What glob.glob(pattern, recursive=True) gives; only the folders where that is asked for.
+
+    glob.glob leaves out in silence what lies in a folder that it may not enter, or that the disk
+    fails to list. Here that raises OSError.
+    """
+    parent, name = os.path.split(pattern)
+    if not glob.has_magic(pattern):
+        if _is_there(pattern):
+            yield pattern
+        return
+    for folder in _expand(parent, folders=True) if glob.has_magic(parent) else [parent]:
+        if name == "**":
+            # Itself is one of the folders, with a slash at its end.
+            if folder or folders:
+                yield os.path.join(folder, "")
+            yield from _below(folder, folders)
+        elif glob.has_magic(name):
+            for entry in _entries(folder):
+                if _fits(entry.name, name) and (not folders or _is_folder(entry)):
+                    yield os.path.join(folder, entry.name)
+        elif _is_there(path := os.path.join(folder, name)):
+            yield path
+
+
+def _fits(found: str, name: str) -> bool:
+    # As in a shell: only a pattern that begins with a dot matches what is hidden.
+    hidden = found.startswith(".") and not name.startswith(".")
+    return not hidden and fnmatch.fnmatchcase(found, name)
+
+
+def _below(folder: str, folders: bool) -> Iterator[str]:
+    """All that lies in a folder and in those in it, or the folders alone; nothing hidden."""
+    for entry in _entries(folder):
+        if entry.name.startswith("."):
+            continue
+        path, inner = os.path.join(folder, entry.name), _is_folder(entry)
+        if inner or not folders:
+            yield path
+        if inner:
+            yield from _below(path, folders)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing where it is none."""
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            return list(entries)
+    except OSError as error:
+        if error.errno not in _NOTHING:
+            raise
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Of what is no link the kind is known without another look.
+    return stat.S_ISDIR(_mode(entry.path)) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is a file, a folder or a link of this name; one in `x/` must be a folder."""
+    if path.endswith(os.sep):
+        return stat.S_ISDIR(_mode(path))
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in _NOTHING:
+            raise
+        return False
+    return True
+
+
+def _mode(path: str) -> int:
+    """The mode of what a path leads to; 0 where it leads to nothing."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno not in _NOTHING:
+            raise
+        return 0
+
+
+def _require_known(files: list[str], kinds: Kinds) -> list[str]:
+    """The files again. Raises ConfigError at one that is of none of these kinds."""
     for path in files:
-        if kind_of(path) not in KINDS:
+        if not kinds.has(path):
             # Names differ in case too: .TXT is another kind to this program.
-            raise ConfigError(f"{path}: its kind is {kind_of(path) or 'not named'!r}; {EXPECTED}")
+            kind = kind_of(path) or "not named"
+            raise ConfigError(f"{path}: its kind is {kind!r}; {kinds.expected}")
     return files
 
 
@@ -214,12 +360,12 @@ def _find_remote(pattern: str) -> Iterator[tuple[str, int]]:
     """(address, size) of what matches a glob in object storage: one listing of its fixed folder."""
     fs = pyarrow_for(pattern).fs
     fixed = pattern.split("*")[0].split("?")[0].split("[")[0].rsplit("/", 1)[0]
-    filesystem, root = fs.FileSystem.from_uri(fixed)
+    # The limits of connections are pyarrow's own.
+    with announced(f"{fixed} to be listed"), of_storage(fixed):
+        filesystem, root = fs.FileSystem.from_uri(fixed)
+        listed = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     # pyarrow lists paths without the scheme and host that the address had.
     prefix = fixed.removesuffix(root)
-    # The limits of connections are pyarrow's own.
-    with announced(f"{fixed} to be listed"):
-        listed = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     for info in listed:
         scheme = pattern.split("://")[0]
         address = f"{prefix}{info.path}" if prefix else f"{scheme}://{info.path}"
@@ -263,12 +409,14 @@ def make_parts(sizes: Mapping[str, int], part_bytes: int) -> list[list[Slice]]:
 def _row_groups(path: str, slice_bytes: int) -> list[Slice]:
     """Consecutive row groups of a Parquet file, about slice_bytes together.
 
-    A file that cannot be opened is left whole: its reader reports it, with all other problems.
+    A damaged file is left whole: its reader reports it, with all other problems.
     """
     try:
         with open_parquet(path) as table:
             metadata = table.metadata
-    except OSError:
+    except OSError as error:
+        if error.errno is not None:
+            raise
         return [Slice(path, size=slice_bytes)]
     slices = []
     start = row = weight = rows = 0

@@ -6,7 +6,7 @@ pipeline counts problems as removed documents (`read_documents`); training raise
 first (`read_texts`), since rows that lack a document would look like rows that have them all.
 
 A file's kind decides which function reads it (`READERS`). A new kind is a function there that
-yields documents and problems in order, and its suffix in files.KINDS.
+yields documents and problems in order, and its suffix in files.TEXT.
 
 A field is named by its name, and one inside another by both with a dot: data.text is the text of
 {"data": {"text": ...}}. A field whose own name has the dot comes first.
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from baichuan_jax.config.parsing import json_reason
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.files import Slice, count_lines, kind_of
+from baichuan_jax.documents.files import Slice, count_lines, kind_of, removed
 from baichuan_jax.documents.storage import DAMAGE, open_binary, open_parquet
 
 # Problems of a whole file. All other problems stand for one document each.
@@ -108,7 +108,8 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
     """Everything in a slice, in order.
 
     Reasons: no_json, no_text, broken_utf8, line_too_long (one document each), unreadable (the rest
-    of a damaged file), empty_file. Raises ConfigError where a package is missing, nothing else.
+    of a damaged file), empty_file. Raises ConfigError where a package is missing or the file was
+    removed, and OSError where the system cannot read it now: no word about what it holds.
     """
     read = READERS[kind_of(piece.path)]
     line = piece.first_line - 1
@@ -116,7 +117,12 @@ def read_documents(piece: Slice, fields: Fields) -> Iterator[Document | Problem]
         for entry in read(piece, fields):
             line = entry.line
             yield entry
+    except FileNotFoundError:
+        raise removed(piece.path) from None
     except DAMAGE as error:
+        # Of a disk, a right, a network: another try may read the whole file.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         # On one line: pyarrow's errors have several.
         reason = " ".join(str(error).split())
         yield Problem(piece.shown, line + 1, UNREADABLE, f"reading stopped: {reason}")

@@ -2,21 +2,26 @@
 
 Input: a path, or an address in object storage (s3://, gs://, hdfs://). Output: a binary stream of
 the decompressed content. A damaged or truncated file raises an OSError or EOFError while it is
-read, never an early end that looks like a whole file.
+read, never an early end that looks like a whole file. An OSError with an errno is the system's, and
+says nothing about the file: it may not be read, or not now.
 """
 
 import contextlib
+import errno
 import gzip
 import importlib.util
 import io
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.waits import announced
+from baichuan_jax.runs.files import naming
 
-# What a damaged or truncated file raises while it is read; gzip lets zlib's own error through.
+# What a damaged or truncated file raises while it is read; gzip lets zlib's own error through. An
+# OSError of damage has no errno.
 DAMAGE = (EOFError, OSError, zlib.error)
 
 
@@ -24,9 +29,10 @@ DAMAGE = (EOFError, OSError, zlib.error)
 def open_binary(path: str) -> Iterator[BinaryIO]:
     """The content of a file, decompressed as the end of its name says.
 
-    Raises ConfigError where the package that reads it is not installed.
+    Raises ConfigError where the package that reads it is not installed. An OSError of the system
+    has the file's name.
     """
-    with contextlib.ExitStack() as stack:
+    with naming(Path(path)), contextlib.ExitStack() as stack:
         raw = _open_remote(path) if "://" in path else open(path, "rb")  # noqa: SIM115
         # gzip and zstandard do not close the file below them.
         stack.callback(raw.close)
@@ -51,9 +57,51 @@ def pyarrow_for(path: str) -> Any:
 
 def _open_remote(path: str) -> io.BufferedReader:
     # The limits of connections are pyarrow's own.
-    with announced(f"{path} to be opened"):
+    with announced(f"{path} to be opened"), of_storage(path):
         filesystem, name = pyarrow_for(path).fs.FileSystem.from_uri(path)
-        return io.BufferedReader(filesystem.open_input_file(name))  # type: ignore[return-value]
+        file = filesystem.open_input_file(name)
+    return io.BufferedReader(_Remote(path, file))
+
+
+@contextlib.contextmanager
+def of_storage(path: str) -> Iterator[None]:
+    """Give an error of object storage an errno: most have none, as if the file were damaged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # On one line.
+        reason = " ".join(str(error).split())
+        raise OSError(errno.EREMOTEIO, f"the storage fails ({reason})", path) from error
+
+
+class _Remote(io.RawIOBase):
+    """A file in object storage, whose errors are those of a system."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        with of_storage(self._path):
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with of_storage(self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _decompressed(path: str, raw: io.BufferedReader) -> BinaryIO:

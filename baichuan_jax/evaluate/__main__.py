@@ -18,7 +18,7 @@ from tqdm import tqdm
 import baichuan_jax
 from baichuan_jax.config.files import mesh_config
 from baichuan_jax.config.schema import MOST_SEED, TASKS, DistributedConfig, MeshConfig, at_least
-from baichuan_jax.documents.files import Slice, find_files
+from baichuan_jax.documents.files import Slice, find_files, say_unread
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
@@ -182,6 +182,8 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
 def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenizer) -> int:
     """Measure the curve and write its output folder."""
     contexts = parse_contexts(options.context)
+    if jax.process_index() == 0:
+        say_unread(options.text)
     documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
     tokens, counts = read_stream(documents, tokenizer, options.max_tokens)

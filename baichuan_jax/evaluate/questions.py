@@ -11,15 +11,13 @@ one right answer) are left out; `load_subjects` counts them. A new layout is a r
 entry in READERS.
 """
 
-import csv
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from baichuan_jax.config.parsing import parse_json, read_bytes, show
+from baichuan_jax.config.parsing import csv_rows, parse_json, read_bytes, show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.reader import kind_of_value
 
@@ -49,7 +47,8 @@ class File(NamedTuple):
 
 def read_mmlu(path: Path) -> File:
     """A CSV file of six columns."""
-    rows = list(_csv_rows(path))
+    # Not pandas, which turns the options "None" and "1.0" into other things than their text.
+    rows = list(csv_rows(_text(path), str(path)))
     found = []
     for number, (line, row) in enumerate(rows):
         if len(row) != 6:
@@ -64,7 +63,7 @@ def read_mmlu(path: Path) -> File:
 def read_ceval(path: Path) -> File:
     """A CSV file whose header names its columns; `answer` may be missing or empty."""
     # An empty file has an empty header, and is refused with it.
-    (line, header), *rows = list(_csv_rows(path)) or [(1, [])]
+    (line, header), *rows = list(csv_rows(_text(path), str(path))) or [(1, [])]
     needed = ["id", "question", *LETTERS]
     missing = [column for column in needed if column not in header]
     twice = sorted({column for column in header if header.count(column) > 1})
@@ -205,21 +204,6 @@ def _letter(text: str, path: Path, line: int | str) -> str:
     if text not in tuple(LETTERS):
         raise ConfigError(f"{path}:{line}: the answer is {text!r} and must be one of A, B, C, D")
     return text
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where it begins, fields) of every row; a quoted field may span lines."""
-    # Not pandas, which turns the options "None" and "1.0" into other things than their text.
-    # newline="": the reader must see line breaks inside quoted fields.
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
-    line = 1
-    try:
-        for row in reader:
-            if row:
-                yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ConfigError(f"{path}:{line}: {error}") from None
 
 
 def _text(path: Path) -> str:

@@ -99,10 +99,20 @@ EXCEPTIONS: dict[type[BaseException], Cause] = {
 }
 
 
+# More files are open than the process, or the host, may have.
+_MANY_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 # A disk is full, over quota, read-only or failing: a restart may find it mended.
-_STORAGE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-)
+_STORAGE = _MANY_FILES | {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EREMOTEIO,
+}
+# So does a file system of a network; where the error names no file, it is of another connection.
+_NETWORK = frozenset({errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN})
 # This user may not do that: a restart would meet it again.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
 # The path itself is wrong, whatever the disk does.
@@ -131,7 +141,7 @@ def cause_of(error: BaseException) -> Cause:
         if isinstance(error, kind):
             return cause
     number = errno_of(error)
-    if number in _STORAGE:
+    if number in _STORAGE or (number in _NETWORK and getattr(error, "filename", None)):
         return Cause.STORAGE
     if number in _REFUSED | _NO_PATH:
         return Cause.CONFIGURATION
@@ -146,13 +156,17 @@ def describe(error: BaseException) -> str:
         return str(error)
     named = _FILE.search(str(error))
     file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")
-    return f"{file}: {os.strerror(number)}; {what_to_do(number)}"
+    # Object storage has errors of its own words, without a number.
+    own = error.strerror if isinstance(error, OSError) and number == errno.EREMOTEIO else None
+    return f"{file}: {own or os.strerror(number)}; {what_to_do(number)}"
 
 
 def what_to_do(number: int | None) -> str:
     """What helps against an error of a disk, by its errno; None where that is not known."""
     if number in FULL_DISK:
         return "make room, and start the same command again"
+    if number in _MANY_FILES:
+        return "raise the limit of open files (ulimit -n), and start the same command again"
     if number in _REFUSED:
         return "give this user the right to it, or name another place"
     if number in _NO_PATH:

@@ -313,11 +313,16 @@ def owned_output(
     folder: Path, *, beside: bool = False, seconds: float = STOPPING_SECONDS
 ) -> Iterator[Claim]:
     """`owned` for the folder that a command writes. `beside`: nothing else may lie in it."""
-    real = actual(folder)
-    lock = real.with_name(f".{real.name}.lock") if beside else folder / "lock"
+    lock = lock_beside(folder) if beside else folder / "lock"
     with owned(lock, f"the output {folder}", "choose another output", seconds=seconds) as claim:
         remove_leftovers(folder)
         yield claim
+
+
+def lock_beside(folder: Path) -> Path:
+    """The lock of a folder in which nothing else may lie, one for all its names."""
+    real = actual(folder)
+    return real.with_name(f".{real.name}.lock")
 
 
 def actual(folder: Path) -> Path:
@@ -331,16 +336,19 @@ def actual(folder: Path) -> Path:
     return real
 
 
-def require_own(folders: Iterable[Path], lock: Path, begun: Callable[[], bool]) -> None:
-    """Refuse folders in which a command would remove and replace what others made.
+def require_own(paths: Iterable[Path], lock: Path, begun: Callable[[], bool]) -> None:
+    """Refuse folders, and files, in which a command would remove and replace what others made.
 
     Before the lock is taken: where there is one, the command has worked. `begun`: whether a version
     has that had no lock, or on a copy. Raises ConfigError naming what lies there.
     """
-    for folder in folders:
+    for path in paths:
         # In this order: an owner makes its lock before all else.
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        held = next((name for name in names if not name.startswith(".")), None)
+        if path.is_dir():
+            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+            folder, held = path, names[0] if names else None
+        else:
+            folder, held = path.parent, path.name if path.exists() else None
         if held is not None and not lock.exists() and not begun():
             raise ConfigError(
                 f"{folder} holds {held!r}, which no earlier run of this command made, and would "

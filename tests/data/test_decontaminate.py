@@ -1,6 +1,7 @@
 """Text of evaluation files of every layout is found in a corpus; formulas are not taken for it."""
 
 import csv
+import errno
 import json
 import random
 
@@ -168,13 +169,14 @@ def test_a_sequence_of_many_documents_is_a_formula_but_a_whole_question_is_not(t
 
 
 def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"matches no evaluation file"):
+    with pytest.raises(ConfigError, match=r"\*\.csv' matches no file"):
         EvaluationSets(find_evaluation_files([str(tmp_path / "*.csv")]))
     for name, content, message in (
         ("a.json", "{", r"a\.json is no JSON"),
-        ("a.csv", 'x,"un\nclosed', r"a\.csv is no evaluation file"),
+        ("a.csv", 'x,"un\nclosed', r"a\.csv:1: the row that begins here is no CSV"),
         ("a.txt", b"\xff\xfe\xff", r"a\.txt, line 1 is no UTF-8"),
         ("a.doc", "text", r"expected an evaluation file of kind \.csv"),
+        ("a.json.gz", "text", r"expected an evaluation file of kind \.csv"),
         ("b.txt", "only a few words", "hold no sequence of 13"),
     ):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -183,6 +185,41 @@ def test_files_that_hold_nothing_to_look_for_are_refused(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
     with pytest.raises(ConfigError, match="are the same file, by a link"):
         find_evaluation_files([f"{tmp_path}/*.txt"])
+
+
+def test_what_a_glob_of_evaluation_files_leaves_out_is_refused_or_said(tmp_path, capsys):
+    """A corpus is not clean of questions that nobody looked for."""
+    (tmp_path / "d" / "test").mkdir(parents=True)
+    (tmp_path / "d" / "README.txt").write_text(CHINESE)
+    question = tmp_path / "d" / "test" / "x_test.csv"
+    question.write_text(f"{ENGLISH}?,1,2,3,4,A\n")
+    (tmp_path / "c" / "more").mkdir(parents=True)
+    for name in ("a.txt", ".h.txt", "more/b.txt"):
+        (tmp_path / "c" / name).write_text(ENGLISH)
+    argv = ["--input", f"{tmp_path}/c/*", "--evaluation", f"{tmp_path}/d/*"]
+    with pytest.raises(ConfigError, match=r"x_test\.csv is in a folder that .* \(1 such files\)"):
+        main(argv)
+    (tmp_path / "d" / "test" / ".y_test.csv").write_text("hidden")
+    (tmp_path / "d" / ".z_test.csv").write_text("hidden")
+    assert main([*argv, f"{tmp_path}/d/*/*"]) == 0
+    shown = capsys.readouterr()
+    assert "1 of 1 documents hold text" in shown.out
+    assert "2 hidden files not read among the evaluation files" in shown.err
+    assert "c/*: 1 hidden files not read, 1 files in matched folders not read;" in shown.err
+    (tmp_path / "d" / "gone.csv").symlink_to("nowhere.csv")
+    with pytest.raises(ConfigError, match=r"gone\.csv is a broken link"):
+        main([*argv, f"{tmp_path}/d/*/*"])
+
+
+def test_an_evaluation_file_that_the_disk_refuses_is_no_damaged_one(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("q")
+
+    def fail(path):
+        raise OSError(errno.EIO, "it", str(path))
+
+    monkeypatch.setattr("baichuan_jax.config.parsing.read_regular", fail)
+    with pytest.raises(OSError, match=r"a\.csv"):
+        EvaluationSets([str(tmp_path / "a.csv")])
 
 
 def test_fields_that_are_not_compared_are_named_and_empty_files_shown(folder, tmp_path, capsys):

@@ -124,13 +124,14 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
         (["--train.context_length"], "expected pairs of --SETTING VALUE"),
         (["--train.contextlength", "7"], "there is no setting 'train.contextlength'"),
         (["--data.validation", "{}"], r"data\.validation names no corpus"),
+        (["--tokenizer.path", "gone.model"], r"there is no tokenizer 'gone\.model'"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([*learn, *words])
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
-def test_a_search_is_of_one_text(tmp_path, monkeypatch):
+def test_a_search_is_of_one_text(tmp_path, monkeypatch, capsys):
     """A file that changes between two trainings, or between two searches, is named."""
     texts = [tmp_path / f"{name}.jsonl" for name in "abv"]
     for text in texts:
@@ -145,6 +146,12 @@ def test_a_search_is_of_one_text(tmp_path, monkeypatch):
     learn = lambda folder: mixture.learn(str(config), [], tmp_path / folder, **settings)
     assert learn("out")
     assert learn("out")
+    assert "not read" not in capsys.readouterr().err
+    (tmp_path / ".a.jsonl").touch()
+    star = {f"{tmp_path}/a*": 1, f"{tmp_path}/*.jsonl": 1}
+    weights = ["--data.train", json.dumps(star), "--data.validation", "{}"]
+    assert main(["temperature", "--config", str(config), "--temperature", "2", *weights]) == 0
+    assert f"{tmp_path}/*.jsonl: 1 hidden files not read" in capsys.readouterr().err
     plan = tmp_path / "out" / "plan.json"
     given = json.loads(plan.read_text())
     change()
@@ -163,6 +170,10 @@ def test_a_search_is_of_one_text(tmp_path, monkeypatch):
     (tmp_path / "runs" / "run-000").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds run-000 of no search \(no plan\.json\)"):
         learn("runs")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mixture.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds mixture\.json of no search"):
+        learn("own")
 
 
 @pytest.mark.slow

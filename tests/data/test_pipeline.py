@@ -1,6 +1,7 @@
 """The data pipeline as a real program: what it removes, bad input, any number of workers, kills."""
 
 import collections
+import errno
 import gzip
 import json
 import os
@@ -21,6 +22,8 @@ import pyarrow.parquet as pq
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.data.pipeline import main, run
+from baichuan_jax.documents import storage
+from baichuan_jax.resilience.causes import SaveFailed, cause_of
 
 EMAIL, PHONE, IDENTITY = "someone@example.org", "13812345678", "11010519491231002X"
 
@@ -425,7 +428,15 @@ def small(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "place", ["final/thesis.txt", "removed/part-00000.parquet", "stages/read/notes.txt"]
+    "place",
+    [
+        "final/thesis.txt",
+        "removed/part-00000.parquet",
+        "stages/read/notes.txt",
+        "report.json",
+        "funnel.html",
+        "funnel.png",
+    ],
 )
 def test_an_output_that_holds_other_files_is_refused_and_keeps_them(small, tmp_path, place):
     kept = tmp_path / "project" / place
@@ -455,6 +466,58 @@ def test_input_that_lies_in_the_output_is_refused_and_kept(small, tmp_path):
     assert content(output).keys() == before.keys()
     assert content(output) != before
     assert (output / "final" / "more.jsonl").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_the_system_cannot_read_now_is_read_next_time(small, tmp_path, monkeypatch, number):
+    write_jsonl(tmp_path / "other.jsonl", [{"text": sample("train-en", 2)[1][:3000]}])
+    output, files = tmp_path / "out", [small, tmp_path / "other.jsonl"]
+
+    def fail(path, mode):
+        if path.endswith("other.jsonl"):
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "open", fail, raising=False)
+        with pytest.raises((ConfigError, SaveFailed), match=r"other\.jsonl: .*; ") as caught:
+            clean(files, output)
+        assert cause_of(caught.value).exit_code == (78 if number == errno.EACCES else 74)
+    clean(files, output)
+    report = json.loads((output / "report.json").read_text())
+    assert (report["input"]["documents"], report["problems"]) == (2, [])
+
+
+def test_what_an_earlier_version_could_not_read_is_read_now(small, tmp_path):
+    """It kept such a part for good, as if the file were damaged."""
+    output = tmp_path / "out"
+    clean([small], output)
+    before = content(output)
+    record = output / "stages" / "read" / "part-00000.json"
+    found = json.loads(record.read_text())
+    for detail, message in (
+        ("[Errno 13] Permission denied: 'b'", "the system"),
+        ("cut", "was comp"),
+    ):
+        problem = {"file": "b.jsonl", "reason": "unreadable", "count": 1, "lines": [1]}
+        found["result"]["problems"] = [problem | {"detail": f"reading stopped: {detail}"}]
+        record.write_text(json.dumps(found))
+        assert message in clean([small], output)[0]
+    assert content(output) == before
+    (kept,) = json.loads((output / "report.json").read_text())["problems"]
+    assert kept["detail"] == "reading stopped: cut"
+
+
+def test_evaluation_files_in_a_matched_folder_are_refused(small, tmp_path):
+    (tmp_path / "sets" / "test").mkdir(parents=True)
+    (tmp_path / "sets" / "README.txt").write_text("about")
+    (tmp_path / "sets" / "test" / "x_test.csv").write_text("q,1,2,3,4,A\n")
+    argv = ["--input", str(small), "--output", str(tmp_path / "out")]
+    done = run_here(
+        lambda: main([*argv, "--decontaminate.files", json.dumps([f"{tmp_path}/sets/*"])])
+    )
+    assert done.returncode == 78
+    assert "x_test.csv is in a folder that a glob matches" in done.stderr
 
 
 def test_a_result_that_is_damaged_is_made_again(small, tmp_path):

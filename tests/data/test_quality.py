@@ -247,6 +247,24 @@ def test_the_commands_show_figures(trained, tmp_path, capsys):
     assert printed.index("of of a the to the of") < printed.index("A line that is fine.")
 
 
+def test_an_output_with_files_of_others_is_refused_and_keeps_them(tmp_path):
+    good = write(tmp_path / "good.jsonl", ["One short text."])
+    for name in ("card.json", "en.ftz"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(ConfigError, match=rf"holds '{name}', which no earlier run"):
+            quality.main(["train", "--good", good, "--output", str(folder)])
+        assert (folder / name).read_text() == "mine"
+
+
+def test_what_the_globs_leave_out_is_said(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", documents("train-en", 1))
+    write(tmp_path / ".b.jsonl", ["b"])
+    assert quality.main(["score", "--input", f"{tmp_path}/*"]) == 0
+    assert "1 hidden files not read" in capsys.readouterr().err
+
+
 def test_a_file_without_a_text_is_in_the_table_of_scores(tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     full = write(tmp_path / "full.jsonl", documents("train-en", 1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import itertools
@@ -546,6 +547,29 @@ def test_a_shard_that_is_cut_short_while_open_is_named(copy):
     for index in (-1, len(rows)):
         with pytest.raises(IndexError, match=f"row {index} of {len(rows)}"):
             rows[index]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_disk_that_fails_is_no_damaged_shard(copy, monkeypatch, number):
+    """As ArrayRecord says it: a restart may read the same rows."""
+    rows = Rows(copy)
+
+    class Source:
+        def __getitem__(self, index):
+            raise RuntimeError(f"INTERNAL: Failed to read {copy}/x; {os.strerror(number)}")
+
+    monkeypatch.setattr(rows, "_source", Source())
+    with pytest.raises(OSError) as caught:
+        rows[20]
+    assert caught.value.errno == number
+    assert caught.value.filename == f"{copy}/shard-00000.array_record"
+
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(OSError, match=r"counts\.npy"):
+        _ = rows.counts
 
 
 @pytest.mark.parametrize("content", ["", '{"version": 1', "[]", "{}"])

@@ -1,22 +1,30 @@
 """The strict reader: every document once from every kind of file; the first problem is named."""
 
+import errno
+import glob
 import gzip
+import io
 import json
 import os
 import re
 import sys
+import types
 
 import pytest
 import zstandard
 
 from baichuan_jax.config.parsing import parse_json
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.documents import storage
 from baichuan_jax.documents.files import (
     Slice,
     State,
+    _expand,
     count_unread,
     find_files,
+    find_inputs,
     require_unchanged,
+    say_unread,
     split_files,
     states,
 )
@@ -28,6 +36,7 @@ from baichuan_jax.documents.reader import (
     read_documents,
     read_texts,
 )
+from baichuan_jax.resilience.causes import Cause, cause_of, describe
 
 DOCUMENTS = [
     "春眠不覺曉，\n處處聞啼鳥。",
@@ -368,6 +377,171 @@ def test_files_that_a_glob_leaves_out_are_counted(tmp_path):
     assert counted("a.jsonl") == (0, 0)
 
 
+def test_a_matched_folder_that_cannot_be_looked_into_is_counted(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b").mkdir()
+    assert count_unread([f"{tmp_path}/*"])["files_in_folders"] == 0
+    fail_at(monkeypatch, "scandir", errno.EACCES, tmp_path / "b")
+    assert count_unread([f"{tmp_path}/*"])["files_in_folders"] == 1
+
+
+def test_what_a_glob_leaves_out_is_said(tmp_path, capsys):
+    for name in ("a.jsonl", ".b.jsonl", "c/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    say_unread([f"{tmp_path}/*", f"{tmp_path}/a*"])
+    said = capsys.readouterr().err
+    assert said == (
+        f"{tmp_path}/* and 1 more: 1 hidden files not read, 1 files in matched folders not read; a "
+        "glob that matches them has them read\n"
+    )
+    say_unread([f"{tmp_path}/*.jsonl", f"{tmp_path}/.*", f"{tmp_path}/c/*"])
+    assert capsys.readouterr().err == ""
+
+
+PATTERNS = ["*", "**", "**/*", "**/*.txt", "*/*", "*/b.txt", "a/**", "./**/b*", ".*", "**/.*"]
+PATTERNS += ["a/", "*/", "a/../*", "[[]x]/*", "*/**/b.txt", "gone/*", "a/b.txt/*", "loop/*", "l*/*"]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "TOP/**/*", "TOP/*/b.txt", "", "**/**/b.txt"])
+def test_globs_mean_what_pythons_mean(tmp_path, monkeypatch, pattern):
+    for name in ("a/b.txt", "a/c/b.txt", ".h/b.txt", "a/.i/d.txt", "[x]/e", "b.txt", "n\nl/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target in (("link", "a"), ("broken", "gone"), ("loop", "loop"), ("file", "b.txt")):
+        (tmp_path / link).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    pattern = pattern.replace("TOP", glob.escape(str(tmp_path)))
+    assert sorted(_expand(pattern)) == sorted(glob.glob(pattern, recursive=True))
+
+
+def fail_at(monkeypatch, name, number, path):
+    """Let a call of os fail at a path."""
+    real = getattr(os, name)
+
+    def fail(where, *arguments, **options):
+        if os.path.normpath(where) == str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(where, *arguments, **options)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "**", "*/x.jsonl", "b/*", "b/x*"])
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(
+    tmp_path, monkeypatch, number, pattern
+):
+    for name in ("a/x.jsonl", "b/x.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    expected = [f"{tmp_path}/{name}/x.jsonl" for name in "ab"]
+    assert find_files([f"{tmp_path}/{pattern}"]) == expected[pattern[0] == "b" :]
+    # A folder's names, and, without the right to enter it, what they name.
+    call, path = ("lstat", "b/x.jsonl") if "/x.jsonl" in pattern else ("scandir", "b")
+    fail_at(monkeypatch, call, number, tmp_path / path)
+    for find in (find_files, find_inputs):
+        with pytest.raises(OSError) as caught:
+            find([f"{tmp_path}/{pattern}"])
+        assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / path))
+
+
+def test_a_file_that_cannot_be_looked_at_is_no_broken_link(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").touch()
+    fail_at(monkeypatch, "stat", errno.EACCES, tmp_path / "x.jsonl")
+    with pytest.raises(PermissionError, match=r"x\.jsonl"):
+        find_files([f"{tmp_path}/*"])
+
+
+class Failing(io.RawIOBase):
+    """A file whose disk fails at some place."""
+
+    def __init__(self, content, place, error):
+        self.file, self.place, self.error = io.BytesIO(content), place, error
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *arguments):
+        return self.file.seek(*arguments)
+
+    def tell(self):
+        return self.file.tell()
+
+    def readinto(self, buffer):
+        if self.file.tell() + len(buffer) > self.place:
+            raise self.error
+        return self.file.readinto(buffer)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_disk_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch, kind, number):
+    path = tmp_path / f"a.{kind}"
+    lines = "".join(json.dumps({"text": os.urandom(50).hex()}) + "\n" for _ in range(3000))
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pyarrow.table({"text": lines.split("\n")}), path, compression="none"
+        )
+    else:
+        path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](lines.encode()))
+    content, pieces = path.read_bytes(), split(path, 1 << 30)
+    for place in (0, len(content) // 2):
+        fail = lambda *_, at=place: io.BufferedReader(Failing(content, at, OSError(number, "it")))
+        monkeypatch.setattr(storage, "open", fail, raising=False)
+        # A Parquet file is opened where it is cut into slices too.
+        look = lambda: list(read_texts(pieces, "text"))
+        for act in (look, *([lambda: split(path, 1 << 30)] if kind == "parquet" else [])):
+            with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+                act()
+            assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENFILE])
+def test_a_file_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch, number):
+    (tmp_path / "a.jsonl").write_text(JSONL)
+
+    def refuse(path, mode):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(storage, "open", refuse, raising=False)
+    with pytest.raises(OSError, match=r"a\.jsonl") as caught:
+        list(read_documents(Slice(str(tmp_path / "a.jsonl")), Fields()))
+    assert caught.value.errno == number
+
+
+def test_a_file_that_is_gone_is_named_with_what_to_do(tmp_path):
+    for kind in ("jsonl", "txt", "jsonl.gz"):
+        with pytest.raises(ConfigError, match=rf"gone\.{kind} was removed while it was read"):
+            read(tmp_path / f"gone.{kind}")
+
+
+def test_object_storage_that_fails_is_no_damage_of_the_file(monkeypatch):
+    """Its errors have no number, as those of a damaged file."""
+    error = OSError("When reading: AWS Error NETWORK_CONNECTION\nduring GetObject")
+    opened = lambda name: Failing(JSONL.encode() * 9, 50, error)
+
+    def listed(selector):
+        raise error
+
+    filesystem = types.SimpleNamespace(open_input_file=opened, get_file_info=listed)
+    from_uri = lambda uri: (filesystem, uri.removeprefix("s3://"))
+    fs = types.SimpleNamespace(
+        FileSystem=types.SimpleNamespace(from_uri=from_uri), FileSelector=lambda *_, **__: None
+    )
+    for module in (storage, sys.modules[find_inputs.__module__]):
+        monkeypatch.setattr(module, "pyarrow_for", lambda _: types.SimpleNamespace(fs=fs))
+    for look in (lambda: read("s3://b/a.jsonl"), lambda: find_inputs(["s3://b/*.jsonl"])):
+        with pytest.raises(OSError, match="NETWORK_CONNECTION during GetObject") as caught:
+            look()
+        assert cause_of(caught.value) == Cause.STORAGE
+        assert "NETWORK_CONNECTION during GetObject" in describe(caught.value)
+
+
 def test_parquet_reads_whole_whatever_its_row_groups(tmp_path):
     """Slices are runs of row groups; one after the other they are the file."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -416,8 +590,9 @@ def test_files_that_are_not_as_they_were_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read; start again when"):
         require_unchanged(before)
     file.unlink()
-    with pytest.raises(ConfigError, match=r"a\.jsonl was removed while it was read"):
-        require_unchanged(before)
+    for look in (lambda: require_unchanged(before), lambda: states([str(file)])):
+        with pytest.raises(ConfigError, match=r"a\.jsonl was removed while it was read"):
+            look()
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

@@ -280,7 +280,7 @@ def curve(tmp_path, checkpoint):
     return lambda output, *options: main([*words, "--output", str(output), *options])
 
 
-def test_a_curve_takes_no_others_place(tmp_path, curve, options, monkeypatch):
+def test_a_curve_takes_no_others_place(tmp_path, curve, options, monkeypatch, capsys):
     """As the results of a test."""
     row = {"context": 16, "windows": 4, "tokens_left_out": 0}
     row |= {"perplexity": 2.0, "tail_perplexity": 2.0}
@@ -289,7 +289,9 @@ def test_a_curve_takes_no_others_place(tmp_path, curve, options, monkeypatch):
     assert curve(tmp_path / "out") == 0
     before = (tmp_path / "out" / "result.json").read_bytes()
     # The same curve may be measured again.
-    assert curve(tmp_path / "out") == 0
+    (tmp_path / ".hidden.txt").touch()
+    assert curve(tmp_path / "out", "--text", f"{tmp_path}/*.txt") == 0
+    assert "1 hidden files not read" in capsys.readouterr().err
     for changes, message in (
         (["--context", "8"], r"contexts: \[16\] there, \[8\] now"),
         (["--max_tokens", "48"], r"text_sha256"),

@@ -8,6 +8,7 @@ from exam import make_agieval, make_ceval, make_gaokao, make_mmlu, write_csv
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.prompts import make_prompts
+from baichuan_jax.evaluate.questions import READERS
 from baichuan_jax.evaluate.tasks import load_subjects
 
 
@@ -269,6 +270,22 @@ def test_bad_ceval_files_are_named(tmp_path, content, message):
     (tmp_path / "val" / "logic_val.csv").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_subjects("ceval", tmp_path, only=["logic"])
+
+
+@pytest.mark.parametrize("task", ["mmlu", "ceval"])
+def test_a_quote_without_its_pair_does_not_make_two_questions_one(tmp_path, task):
+    """One in the middle of a field is a character: a file of MMLU has one."""
+    header, start = ("id,question,A,B,C,D,answer\n", "7,") if task == "ceval" else ("", "")
+    path = tmp_path / "x.csv"
+    rows = [f'{start}Nietzsche\'s "Will" to Truth?",1,2,3,4,A\n', f"{start}second?,1,2,3,4,B\n"]
+    path.write_text(header + "".join(rows))
+    found = READERS[task](path)
+    assert [question.question[-8:] for question in found.questions] == [' Truth?"', "second?"]
+    for text in ('"Which,1,2,3,4,A\nsecond question" is it,1,2,3,4,B\n', '"open,1,2,3,4,A\n'):
+        path.write_text(f"{header}{rows[1]}{start}{text}")
+        line = 3 if header else 2
+        with pytest.raises(ConfigError, match=rf"x\.csv:{line}: the row that .* is no CSV"):
+            READERS[task](path)
 
 
 def test_bad_jsonl_and_json_are_named(tmp_path):

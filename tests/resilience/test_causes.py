@@ -44,6 +44,11 @@ def test_a_cause_is_its_word_and_knows_its_code():
         (SaveFailed("x"), Cause.STORAGE),
         (OSError(errno.ENAMETOOLONG, "x", "f"), Cause.CONFIGURATION),
         (OSError(errno.ELOOP, "x", "f"), Cause.CONFIGURATION),
+        (OSError(errno.EMFILE, "x", "f"), Cause.STORAGE),
+        (RuntimeError("INTERNAL: open(): Too many open files"), Cause.STORAGE),
+        (OSError(errno.ETIMEDOUT, "x", "f"), Cause.STORAGE),
+        # Of a connection.
+        (OSError(errno.ETIMEDOUT, "x"), Cause.EXCEPTION),
         (OSError("x"), Cause.EXCEPTION),
         (RuntimeError("x"), Cause.EXCEPTION),
     ],

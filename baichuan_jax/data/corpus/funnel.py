@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from baichuan_jax.documents.files import UNREAD
 from baichuan_jax.runs.console import Display
 
 LEFT, REMOVED = "#9dbfe0", "#d0d7de"
@@ -38,8 +39,7 @@ def show(report: dict[str, Any], display: Display) -> None:
     given = report["input"]
     counted = [
         (given["files"], "files read"),
-        (given["hidden_files"], "hidden files not read"),
-        (given["files_in_folders"], "files in matched folders not read"),
+        *((given[name], words) for name, words in UNREAD.items()),
         (given["documents"], "documents"),
         (given["without_id"], "documents without an id of their own"),
     ]

@@ -98,7 +98,7 @@ class Stage:
         return self.folder / f"part-{part:05d}.json"
 
     def sizes(self, part: int) -> list[int]:
-        """Bytes of each of a part's files. Raises OSError where one is missing."""
+        """Bytes of each of a part's files. Raises FileNotFoundError where one is missing."""
         files = [self.file(part, output) for output in range(len(self.outputs) or 1)]
         return [file.stat().st_size for file in files]
 
@@ -108,7 +108,7 @@ class Stage:
             record = require_keys(read_json(self.record_file(part)), {"key": str}, "it")
             # Somebody may have deleted final/ and kept stages/, or a copy may be cut short.
             sizes = self.sizes(part)
-        except (OSError, ConfigError):
+        except (FileNotFoundError, ConfigError):
             return None
         # Earlier versions did not record them.
         is_same = record["key"] == self.key and record.get("bytes", sizes) == sizes

@@ -31,7 +31,14 @@ from baichuan_jax.documents.files import (
     make_parts,
     require_unchanged,
 )
-from baichuan_jax.documents.reader import Document, Fields, Problem, document_id, read_documents
+from baichuan_jax.documents.reader import (
+    UNREADABLE,
+    Document,
+    Fields,
+    Problem,
+    document_id,
+    read_documents,
+)
 
 STAGE = "read"
 # Of text, about, that a part holds: some ten seconds of work, so that little is lost by a kill and
@@ -71,6 +78,9 @@ def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple
         _read_part, fields=fields, cleaner=cleaner, fail=config.on_error == "fail"
     )
     documents = stages.stage(STAGE, [input_key, config.read, *cleaner.key, config.on_error])
+    if missed := _unread_by_system(documents, len(parts)):
+        why = f"an earlier version has left out {missed}, which the system could not read then"
+        stages.forget(documents, why)
     results = stages.run_parts(documents, work, list(enumerate(parts)))
     require_unchanged(files)
     key, repeated = stages.make_table("ids", [documents.key], lambda: _repeated_ids(documents))
@@ -78,6 +88,19 @@ def read_corpus(stages: Stages, config: CorpusConfig, cleaner: Cleaner) -> tuple
     renamed = repeated.select("doc", _new_id(col("file"), col("line")).alias("id"))
     corpus.apply(STAGE, Effects(key, renamed=renamed))
     return corpus, Input(len(files), len(parts), results, repeated)
+
+
+def _unread_by_system(documents: Stage, parts: int) -> str | None:
+    """A file that is missing in the finished parts through an error of the system.
+
+    Earlier versions kept them as if the file were damaged, and it was never read again.
+    """
+    for number in range(parts):
+        for problem in (documents.record(number) or {"problems": []})["problems"]:
+            of_system = problem["detail"].startswith("reading stopped: [Errno ")
+            if problem["reason"] == UNREADABLE and of_system:
+                return problem["file"]
+    return None
 
 
 def _count_newlines(slices: list[Slice], file: ParquetFile) -> list[int]:

@@ -1,6 +1,7 @@
 """Makes the stages of one corpus, each once: parts in worker processes, tables with Daft."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ from baichuan_jax.data.corpus.tables import Tables, is_finished
 from baichuan_jax.data.runner import Workers
 from baichuan_jax.resilience.ownership import require_own
 
-# What a run replaces in its output: the folders, and the file that is a kind of text too.
+# What a run replaces in its output.
 FOLDERS = ("final", "removed", "stages")
-REPORT = "report.json"
+REPORT, PICTURE, PAGE = "report.json", "funnel.png", "funnel.html"
+OWN = (*FOLDERS, REPORT, PICTURE, PAGE)
 
 
 def require_own_output(output: Path) -> None:
-    """Raise ConfigError where the output has folders of these names that no earlier run made."""
+    """Raise ConfigError where the output has files of these names that no earlier run made."""
     begun = lambda: any(output.glob("stages/*/key"))
-    require_own([output / name for name in FOLDERS], output / "lock", begun)
+    require_own([output / name for name in OWN], output / "lock", begun)
 
 
 def require_outside(files: Iterable[str], output: Path) -> None:
     """Raise ConfigError where a file of the input lies in what a run replaces in its output."""
-    own = [os.path.realpath(output / name) for name in (*FOLDERS, REPORT)]
+    own = [os.path.realpath(output / name) for name in OWN]
     for file in files:
         real = os.path.realpath(file)
         if any(real == path or real.startswith(f"{path}{os.sep}") for path in own):
@@ -50,6 +52,17 @@ class Stages:
     def stage(self, name: str, key: list[Any], outputs: tuple[Path, ...] = ()) -> Stage:
         """The stage of a name; `key` is all that its files depend on."""
         return Stage(self.output / "stages" / name, stage_key(name, *key), outputs)
+
+    def forget(self, last: Stage, why: str) -> None:
+        """Remove all finished work: what was made from wrong parts has the keys of right ones.
+
+        `last`: the stage that shows why, which is removed when all others are.
+        """
+        self._say(f"{self.output}: {why}; everything is made again")
+        for folder in (self.output / "stages").iterdir():
+            if folder not in (last.folder, self.tables.scratch):
+                shutil.rmtree(folder)
+        shutil.rmtree(last.folder)
 
     def run_parts(
         self, stage: Stage, work: Callable[[Any, ParquetFile], Any], arguments: list[Any]

@@ -128,7 +128,7 @@ def is_finished(stage: Stage) -> bool:
     """Whether a stage's one table is there, made of what it would be made of now."""
     try:
         note = require_keys(read_json(stage.folder / DONE), {"key": str}, "it")
-    except (OSError, ConfigError):
+    except ConfigError:
         return False
     # Earlier versions did not record the files.
     sizes = _sizes(stage.folder)
