@@ -327,8 +327,9 @@ def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
         if before != plan:
             what = _difference(require_keys(before, {"files": dict}, str(path)), plan)
             raise ConfigError(f"{folder} holds a search with other {what}; {advice}")
-    elif run := next(folder.glob("run-*"), None):
-        raise ConfigError(f"{folder} holds {run.name} of no search (no plan.json); {advice}")
+    for pattern in ("run-*", "mixture.json", "mixture.png") if not path.exists() else ():
+        if found := next(folder.glob(pattern), None):
+            raise ConfigError(f"{folder} holds {found.name} of no search (no plan.json); {advice}")
     write_atomically(path, json.dumps(plan, indent=1, ensure_ascii=False).encode())
 
 

@@ -263,6 +263,12 @@ def train(
     give the same bytes: one thread, a fixed order. Raises ConfigError.
     """
     folder = Path(folder)
+    card_file = folder / "card.json"
+    if card_file.exists() and not _described_languages(folder):
+        raise ConfigError(
+            f"{card_file} is no card of classifiers, and would be replaced; choose another output, "
+            "or move that file"
+        )
     rng = random.Random(0)
     # Once: what is read is what the card names.
     good_files, bad_files = (states(find_files(p) if p else []) for p in (good, bad))
@@ -285,7 +291,7 @@ def train(
     # Before the new card: where this is killed, the old one names what is missing.
     for lang in _described_languages(folder) - card["languages"].keys():
         (folder / f"{lang}.ftz").unlink(missing_ok=True)
-    write_atomically(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False).encode())
+    write_atomically(card_file, json.dumps(card, indent=1, ensure_ascii=False).encode())
     return card
 
 

@@ -182,6 +182,10 @@ def test_a_search_is_of_one_text(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture.Trainings, "loss", lambda *_: change() and 3.0)
     with pytest.raises(ConfigError, match=r"b\.jsonl changed from .* while it was read"):
         learn("new")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mixture.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds mixture\.json of no search"):
+        learn("mine")
     (tmp_path / "runs" / "run-000").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds run-000 of no search \(no plan\.json\)"):
         learn("runs")

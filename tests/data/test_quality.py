@@ -213,6 +213,15 @@ def test_what_cannot_be_is_refused(trained, tmp_path, monkeypatch):
         quality.train([good], [], tmp_path / "m")
 
 
+def test_a_card_that_is_none_is_not_replaced(trained, tmp_path):
+    _, good, _ = trained
+    (tmp_path / "card.json").write_text('{"title": "mine"}')
+    with pytest.raises(ConfigError, match=r"card\.json is no card of classifiers, and would be"):
+        train([good], [], tmp_path)
+    assert (tmp_path / "card.json").read_text() == '{"title": "mine"}'
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_commands_show_figures(trained, tmp_path, capsys):
     _, good, card = trained
     words = [

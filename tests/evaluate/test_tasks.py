@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from exam import make_agieval, make_ceval, make_gaokao, make_mmlu, write_csv
