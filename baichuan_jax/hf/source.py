@@ -67,11 +67,12 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """What no result may replace: the files of the weights' run, or those of the folder."""
+        """What no result may replace: the files of the folder, and those of a run above it."""
+        found = [file for pattern in _PATTERNS for file in self.path.glob(pattern)]
         for folder in self.path.absolute().parents[:2]:
             if (folder / "events.jsonl").exists():
-                return Run(folder).own
-        return [file for pattern in _PATTERNS for file in self.path.glob(pattern)]
+                found += Run(folder).own
+        return found
 
 
 def is_hf(path: Path | str) -> bool:

@@ -217,7 +217,7 @@ def test_a_card_that_is_none_is_not_replaced(trained, tmp_path):
     _, good, _ = trained
     (tmp_path / "card.json").write_text('{"title": "mine"}')
     with pytest.raises(ConfigError, match=r"card\.json is no card of classifiers, and would be"):
-        train([good], [], tmp_path)
+        quality.train([good], [], tmp_path)
     assert (tmp_path / "card.json").read_text() == '{"title": "mine"}'
     assert len(list(tmp_path.iterdir())) == 1
 
