@@ -29,7 +29,7 @@ from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
 
 # Control pieces of the original's tokenizer and of those that are trained here. Another model may
 # have others: `Tokenizer.eos_id` is a model's own.
@@ -344,8 +344,11 @@ def main(argv: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    files = find_files(options.input)
+    refuse_inputs({"--output": [options.output]}, {"--input": files})
+    say_unread(options.input)
     used = train_tokenizer(
-        _documents(options),
+        read_texts(map(Slice, files), options.text_field),
         options.output,
         options.vocab_size,
         sample_bytes=round(1e6 * options.sample_megabytes),
@@ -369,13 +372,17 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    files = find_files(options.input)
+    refuse_inputs({"--json": [options.json]}, {"--input": files, "--model": options.model})
+    say_unread(options.input)
     # All are loaded before the first is measured: a wrong file is named at once.
     tokenizers = {path: Tokenizer(path) for path in options.model}
     for tokenizer in tokenizers.values():
         for warning in tokenizer.warnings:
             say(warning)
     results = {
-        path: stats(tokenizer, _documents(options)) for path, tokenizer in tokenizers.items()
+        path: stats(tokenizer, read_texts(map(Slice, files), options.text_field))
+        for path, tokenizer in tokenizers.items()
     }
     display = Display()
     _show_languages(results, display)
@@ -402,12 +409,6 @@ def _show_languages(results: dict[str, dict[str, dict[str, float]]], display: Di
             rows.append([path, name, *cells, *(f"{counts[rate]:.3f}" for rate in rates)])
     heads = ["lang", "docs", "tokens", "bytes/\ntoken", "chars/\ntoken", "compr.\nrate"]
     display.table(None, ["tokenizer", *heads], rows)
-
-
-def _documents(options: argparse.Namespace) -> Iterator[str]:
-    """The texts of all input files, one at a time."""
-    say_unread(options.input)
-    return read_texts(map(Slice, find_files(options.input)), options.text_field)
 
 
 def _parser() -> argparse.ArgumentParser:

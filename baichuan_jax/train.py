@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from baichuan_jax.checkpoint.state import RunState
+from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
 from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
@@ -31,7 +32,7 @@ from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, lasting_streams
 from baichuan_jax.runs.events import Completed, Measured, latest
 from baichuan_jax.runs.files import require_writable
-from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.folder import Run, refuse_other_files
 from baichuan_jax.runs.metrics import Writer, seconds_since_process_start
 from baichuan_jax.runs.output import Output
 from baichuan_jax.training.changes import REMEDY, show_changes, show_other_tests
@@ -81,6 +82,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
         return True
     # Before jax starts and anything is packed: what cannot be used or written is found in a second.
     refuse_weights_folder(run.path)
+    refuse_other_files(run.path, config.tokenizer.path, has_checkpoint(run.path))
     require_writable(run.path, "run_dir")
     with (
         Watch(config.resilience, clock, run.path / "attempts") as watch,
@@ -97,7 +99,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
             prepared = prepare(config, source, writer=first, progress=first, say=display.say)
             tests = read_tests(config, prepared)
         with clock("start"):
-            output, before = _open_run(config, run, prepared, display)
+            output, before = _open_run(config, run, display)
             # Before `started` is written: this launch is no fault yet.
             history = fault_history(run.events)
         with _closing(config, run, clock, watch, output) as resources:
@@ -105,6 +107,7 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
                 throughput = open_throughput(config, steps)
                 choices = dataclasses.replace(choices, mfu_of=throughput.mfu_of)
                 record_start(config, steps.layout.mesh, prepared, number, choices, output)
+                _keep_tokenizer(run, prepared, output)
             with clock("restore"):
                 plan = plan_restore(config, run)
                 tokenizer = prepared.tokenizer.hash
@@ -187,20 +190,24 @@ def _settings_before(run: Run) -> str | None:
         raise ConfigError(f"{error}; {REMEDY}") from None
 
 
-def _open_run(
-    config: Config, run: Run, prepared: Prepared, display: Display
-) -> tuple[Output, str | None]:
-    """Make the run's folder with its tokenizer; also the settings of its last launch, as YAML."""
+def _open_run(config: Config, run: Run, display: Display) -> tuple[Output, str | None]:
+    """Make the run's folder; also the settings of its last launch, as YAML."""
     writer = Writer(run.path, config, lambda text: display.say(text, "yellow"), display.active)
     before = None
     if display.active:
         run.path.mkdir(parents=True, exist_ok=True)
         before = _settings_before(run)
-        # The run's own copy: generate and export need no other folder, whatever becomes of the
-        # cache.
-        tokenizer = Path(prepared.tokenizer.path).read_bytes()
-        writer.file(run.path / "tokenizer.model", tokenizer)
     return Output(writer, display), before
+
+
+def _keep_tokenizer(run: Run, prepared: Prepared, output: Output) -> None:
+    """The run's own copy: generate and export need no other folder, whatever becomes of the cache.
+
+    After `started`: a file of this name in a folder without that event is none of the run's.
+    """
+    if output.display.active:
+        content = Path(prepared.tokenizer.path).read_bytes()
+        output.writer.file(run.path / "tokenizer.model", content)
 
 
 def _begin(
@@ -214,7 +221,7 @@ def _begin(
 ) -> None:
     """Open the trackers behind `start`; say what differs from `before`, then keep the settings."""
     output.writer.begin(start.step + 1)
-    show_changes(before, config, start.step, output)
+    show_changes(run, before, config, start.step, output)
     validation = zip(config.data.validation, prepared.validation, strict=True)
     measured = Measured(
         validation={name: rows.identity for name, (rows, _) in validation},

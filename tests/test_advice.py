@@ -5,11 +5,15 @@ import importlib
 import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from launches import REPOSITORY, losses, run, run_here, run_module, write_config
 
 from baichuan_jax.config.files import KEYS, _kinds
+from baichuan_jax.config.parsing import quote_path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data.corpus.config import CorpusConfig
 from baichuan_jax.data.rows import main as rows_command
@@ -124,6 +128,16 @@ def test_the_commands_that_a_finished_run_prints_work(finished, monkeypatch):
         done = run_here(lambda name=name, argv=argv: importlib.import_module(name).main(argv))
         assert done.returncode == 0, done.stderr
     assert (folder / "my run" / "report.html").exists()
+
+
+def test_paths_in_commands_are_taken_for_no_option(tmp_path, monkeypatch):
+    """A folder named -x; and what a shell takes apart."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("-x", "--prompt", "a b", "it's", "-春", os.fsdecode(b"-\xff")):
+        Path(name).mkdir()
+        script = "import os, sys; os.chdir(sys.argv[1])\nassert sys.argv[1][0] != '-'"
+        argv = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {quote_path(name)}"
+        assert subprocess.run(["bash", "-c", argv], timeout=60).returncode == 0, name
 
 
 def test_more_steps_with_the_options_that_a_finished_run_prints_keep_its_learning_rate(finished):

@@ -1,14 +1,21 @@
 """`baichuan-jax COMMAND` is the same as `python -m baichuan_jax.COMMAND`."""
 
+import ast
+import importlib
+import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launches import REPOSITORY, environment
+from exam import make_mmlu
+from launches import REPOSITORY, environment, run_here
 
 from baichuan_jax.__main__ import COMMANDS, answer
 from baichuan_jax.data.rows import Rows
+from baichuan_jax.runs.events import Started, append_event
 
 # What an installer writes into bin/baichuan-jax.
 CONSOLE = "import sys\nfrom baichuan_jax.__main__ import console\nsys.exit(console())\n"
@@ -105,3 +112,139 @@ def test_help_that_a_full_disk_refuses_is_an_error():
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 74
     assert "cannot be written to stdout" in done.stderr
+
+
+# By command and option: a command line whose output is a file that it reads or keeps, and that
+# file. A second name of the file stands for a link to it.
+OUTPUTS = {
+    ("tokenizer", "--output"): (
+        ("train --vocab_size 400 --input *.jsonl --output m.jsonl", "m.jsonl"),
+        ("train --vocab_size 400 --input m.jsonl --output link", "m.jsonl"),
+    ),
+    ("tokenizer", "--json"): (
+        ("stats --model s.model --input m.jsonl --json s.model", "s.model"),
+        ("stats --model s.model --input m.jsonl --json m.jsonl", "m.jsonl"),
+    ),
+    ("data.decontaminate", "--json"): (
+        ("--evaluation mmlu/*/*.csv --input m.jsonl --json link", "m.jsonl"),
+        ("--evaluation e.jsonl --input m.jsonl --json e.jsonl", "e.jsonl"),
+    ),
+    ("data.quality", "--output"): (("train --good q/card.json --output q", "q/card.json"),),
+    ("data.quality", "--json"): (
+        ("train --good e.jsonl --bad m.jsonl --output new --json m.jsonl", "m.jsonl"),
+        ("train --good m.jsonl --output q --json q/card.json", "q/card.json"),
+        ("score --input m.jsonl --json link", "m.jsonl"),
+        ("score --input m.jsonl --model q --json q/card.json", "q/card.json"),
+    ),
+    ("data.mixture", "--output"): (
+        ("learn --config mx/plan.json --output mx --runs 6", "mx/plan.json"),
+    ),
+    ("data.mixture", "--json"): (
+        ("temperature --config b.yaml --temperature 2 --json b.yaml", "b.yaml"),
+        ("temperature --config b.yaml --temperature 2 --json link", "m.jsonl"),
+        ("learn --config b.yaml --output mx --runs 6 --json mx/plan.json", "mx/plan.json"),
+        ("learn --config b.yaml --output mx --runs 6 --json mx/run-000/x.json", "b.yaml"),
+    ),
+    ("evaluate", "--output"): (
+        ("mmlu --checkpoint hf --data mmlu --output out --tokenizer out/result.json", "s.model"),
+    ),
+    ("evaluate", "--json"): (
+        ("mmlu --checkpoint hf --data mmlu --output new --json {}", "hf/config.json"),
+        ("mmlu --checkpoint hf --data mmlu --output new --json {}", "mmlu/dev/anatomy_dev.csv"),
+        ("mmlu --checkpoint hf --data mmlu --output new --json new/settings.json", "b.yaml"),
+        ("perplexity --checkpoint hf --text m.jsonl --output new --json link", "m.jsonl"),
+    ),
+    ("plan", "--output"): (
+        ("--config b.yaml --topology h100:1x2 --output . --rates_file {}", "h100-1x2.json"),
+    ),
+    ("plan", "--json"): (("--config b.yaml --topology h100:1x2 --json b.yaml", "b.yaml"),),
+    ("plan", "--hlo"): (
+        ("--config b.yaml --topology h100:1x2 --hlo b.yaml", "b.yaml"),
+        ("--config b.yaml --topology h100:1x2 --hlo both --json ./both", "b.yaml"),
+    ),
+    ("report", "-o"): (
+        ("R -o R/events.jsonl", "R/events.jsonl"),
+        ("R -o R/checkpoints/5/page.html", "b.yaml"),
+        ("R -o R/evaluations/mmlu/result.json", "R/evaluations/mmlu/result.json"),
+    ),
+    ("report", "--output"): (("R --output R/metrics.jsonl", "R/metrics.jsonl"),),
+    ("resilience", "--json"): (("R --json R/attempts/1.json", "b.yaml"),),
+}
+# Outputs that need no such look, and why.
+OTHERS = {
+    ("kernels", "--json"): "reads no file",
+    ("data.rows", "--output"): "a folder of its own: tests/data/test_rows.py",
+    ("hf", "output"): "is new; of a run's folder, see tests/hf/test_hf.py",
+}
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """A folder with all that the command lines of OUTPUTS read."""
+    folder = tmp_path_factory.mktemp("read")
+    golden = REPOSITORY / "tests" / "golden"
+    for name in ("q", "mx", "out", "R/evaluations/mmlu", "R/attempts"):
+        (folder / name).mkdir(parents=True)
+    for name in ("m.jsonl", "e.jsonl", "q/card.json"):
+        (folder / name).write_text(json.dumps({"text": name * 20}) + "\n")
+    (folder / "link").symlink_to("m.jsonl")
+    for name in ("s.model", "out/result.json"):
+        shutil.copy(golden / "exam" / "tokenizer.model", folder / name)
+    shutil.copytree(golden / "tiny", folder / "hf")
+    shutil.copy(folder / "s.model", folder / "hf" / "tokenizer.model")
+    make_mmlu(folder / "mmlu", ["anatomy"], 3)
+    data = {"train": {"m.jsonl": 1, "e.jsonl": 1}, "validation": {"m.jsonl": 1}}
+    for name in ("b.yaml", "mx/plan.json"):
+        (folder / name).write_text(json.dumps({"data": data}))
+    (folder / "h100-1x2.json").write_text("{}")
+    append_event(folder / "R", Started(attempt=1))
+    for name in ("metrics.jsonl", "evaluations/mmlu/result.json"):
+        (folder / "R" / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "file"),
+    [(key[0], *case) for key, cases in OUTPUTS.items() for case in cases],
+)
+def test_an_output_that_is_an_input_is_refused_before_the_work(
+    read, monkeypatch, command, words, file
+):
+    monkeypatch.chdir(read)
+    if words.startswith("mmlu"):
+        words += " --subjects anatomy"
+    words, before = words.format(file), (read / file).read_bytes()
+    name = f"baichuan_jax.{command}"
+    if (REPOSITORY / name.replace(".", "/") / "__main__.py").exists():
+        name += ".__main__"
+    argv = []
+    for word in shlex.split(words):
+        argv += sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
+    done = run_here(lambda: importlib.import_module(name).main(argv))
+    assert done.returncode == 78, done.stderr
+    refused = ("would replace", "would be written into", "are one file")
+    assert any(what in done.stderr for what in refused), done.stderr
+    assert (read / file).read_bytes() == before
+
+
+def test_every_command_with_an_output_looks_whether_it_is_an_input():
+    """A new option that names an output needs a line in OUTPUTS."""
+    found = set()
+    for name in (name for group in COMMANDS.values() for name in group):
+        module = REPOSITORY / "baichuan_jax" / name.replace(".", "/")
+        file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+        text = file.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(text)))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        for call in calls:
+            named = [each.value for each in call.args if isinstance(each, ast.Constant)]
+            found |= {
+                (name, option)
+                for option in named
+                if option in ("output", "--output", "--json", "--hlo", "-o")
+                and ast.unparse(call.func).split(".")[-1] in ("add", "add_argument")
+            }
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        looks = any(ast.unparse(call.func) == "refuse_inputs" for call in calls)
+        assert looks or name == "kernels" or not names & {"writable", "writable_file"}, name
+    assert found == OUTPUTS.keys() | OTHERS.keys()

@@ -263,6 +263,11 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
     return [find_config(path) for path in found.config], options
 
 
+def config_files(argv: list[str]) -> list[str]:
+    """The files of settings that --config names in argv. Raises ConfigError."""
+    return _split_config(argv)[0]
+
+
 def find_config(path: str) -> str:
     """A file of settings: the path itself, or that of a configuration given by name (tiny).
 

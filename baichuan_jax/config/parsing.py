@@ -16,7 +16,9 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import stat
+import string
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -63,6 +65,18 @@ def show(value: Any) -> str:
 def show_path(path: Path | str) -> str:
     """A path as text that any file can hold: bytes of it that are no UTF-8 as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def quote_path(path: Path | str) -> str:
+    """A path as a shell and a command's parser take it, for commands that messages advise."""
+    # What begins with - would be an option.
+    text = os.path.join(".", path) if os.fspath(path).startswith("-") else os.fspath(path)
+    if show_path(text) == text:
+        return shlex.quote(text)
+    # Bytes that are no UTF-8, as bash and zsh take them.
+    plain = (string.ascii_letters + string.digits + "/._-").encode()
+    letters = [chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(text)]
+    return f"$'{''.join(letters)}'"
 
 
 def require_utf8(path: Path | str, what: str) -> None:

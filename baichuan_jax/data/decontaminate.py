@@ -41,7 +41,7 @@ from baichuan_jax.documents.files import (
 from baichuan_jax.documents.reader import Document, Fields, read_documents
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _look(sets: EvaluationSets, patterns: list[str]) -> tuple[int, dict, dict]:
+def _look(sets: EvaluationSets, files: Iterable[str]) -> tuple[int, dict, dict]:
     """How many documents there are; by (file, line) the grams that are shared, and their texts.
 
     Raises ConfigError at the first problem: a count that leaves documents out would look like a
@@ -407,7 +407,7 @@ def _look(sets: EvaluationSets, patterns: list[str]) -> tuple[int, dict, dict]:
     documents = 0
     found: dict[tuple[str, int], np.ndarray] = {}
     shared: dict[tuple[str, int], dict[int, str]] = {}
-    for path in find_inputs(patterns):
+    for path in files:
         for entry in read_documents(Slice(path), Fields()):
             if not isinstance(entry, Document):
                 raise ConfigError(str(entry))
@@ -422,9 +422,11 @@ def _look(sets: EvaluationSets, patterns: list[str]) -> tuple[int, dict, dict]:
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
-    sets = EvaluationSets(find_evaluation_files(options.evaluation))
+    evaluation, files = find_evaluation_files(options.evaluation), find_inputs(options.input)
+    refuse_inputs({"--json": [options.json]}, {"--evaluation": evaluation, "--input": files})
     say_unread(options.input)
-    documents, found, shared = _look(sets, options.input)
+    sets = EvaluationSets(evaluation)
+    documents, found, shared = _look(sets, files)
     # After all documents are read: only then is it known what is a formula.
     leaked = sets.judge(found)
     places = {task: [key for key, tasks in leaked.items() if task in tasks] for task in sets.items}

@@ -18,10 +18,11 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,15 @@ from tqdm import tqdm
 
 from baichuan_jax.config.files import find_config, load_config
 from baichuan_jax.config.parsing import read_json, read_text, require_keys
-from baichuan_jax.config.schema import MOST_SEED, Config, ConfigError, at_least, between, require
+from baichuan_jax.config.schema import (
+    MOST_SEED,
+    Config,
+    ConfigError,
+    DataConfig,
+    at_least,
+    between,
+    require,
+)
 from baichuan_jax.data.rows import MANIFEST, Rows
 from baichuan_jax.documents.files import (
     Slice,
@@ -49,7 +58,7 @@ from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import save_figure, writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -303,6 +312,25 @@ def _files_read(config: Config) -> dict[str, State]:
     return states(sorted({os.path.abspath(path) for path in read}))
 
 
+def _refuse_inputs(options: argparse.Namespace, config: Config) -> None:
+    """Raise ConfigError where --json would replace what the command reads or keeps."""
+    outputs: dict[str, list[Path | str | None]] = {"--json": [options.json]}
+    read: dict[str, list[Path | str]] = {"--config": [find_config(options.config)]}
+    for name, corpora in (("train", config.data.train), ("validation", config.data.validation)):
+        for path in corpora:
+            # Of packed rows all that lies in the folder.
+            files = [path] if (Path(path) / MANIFEST).exists() else find_files([path])
+            read.setdefault(f"data.{name}", []).extend(files)
+    if config.tokenizer.path is not None:
+        read["tokenizer.path"] = [config.tokenizer.path]
+    if options.command == "learn":
+        folder = options.output
+        names = ("plan.json", "mixture.json", "mixture.png")
+        outputs = {"--output": [folder / name for name in names], **outputs}
+        read["--output"] = [*folder.glob("run-*"), *folder.glob("best-*")]
+    refuse_inputs(outputs, read)
+
+
 def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write a search's plan.json. Raises ConfigError where the folder holds another search."""
     path = folder / "plan.json"
@@ -540,8 +568,16 @@ def _by_temperature(
 ) -> dict[str, Any]:
     config = load_config(options.config, _settings(overrides))
     require(bool(config.data.train), "data.train names no corpus")
+    _refuse_inputs(options, config)
     sizes = _sizes(config)
     weights = temperature_weights(sizes, options.temperature)
+    try:
+        DataConfig(train=_as_setting(config.data.train, weights))
+    except ConfigError as error:
+        raise ConfigError(
+            f"--temperature {options.temperature:g} makes weights that training refuses: {error}; "
+            "give a larger temperature, or leave the smallest corpus out"
+        ) from None
     rows = [
         [path, f"{size:,}", f"{size / sizes.sum():.4f}", f"{weight:.4f}"]
         for path, size, weight in zip(config.data.train, sizes, weights, strict=True)
@@ -555,6 +591,11 @@ def _by_temperature(
     }
 
 
+def _as_setting(corpora: Iterable[str], weights: Iterable[float]) -> dict[str, float]:
+    """data.train with four digits of each weight that count: 0 would be refused."""
+    return {path: float(f"{weight:.4g}") for path, weight in zip(corpora, weights, strict=True)}
+
+
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options, others = _parser().parse_known_args(argv)
@@ -566,6 +607,8 @@ def main(argv: list[str]) -> int:
     else:
         names = ("runs", "steps", "concentration", "seed")
         settings = {name: getattr(options, name) for name in names}
+        argv = _training_options(options.steps, overrides)
+        _refuse_inputs(options, load_config(options.config, _settings(argv)))
         found = learn(options.config, overrides, options.output, **settings)
         if found is None:
             display.say(f"stopped; the same command continues from what {options.output} holds")
@@ -578,9 +621,8 @@ def main(argv: list[str]) -> int:
     if options.command == "learn":
         _show(results, display)
         _plot(results, options.output / "mixture.png")
-    rounded = np.round(weights, 4).tolist()
-    fragment = dict(zip(results["corpora"], rounded, strict=True))
-    display.say(f"--data.train '{json.dumps(fragment, ensure_ascii=False)}'")
+    setting = json.dumps(_as_setting(results["corpora"], weights), ensure_ascii=False)
+    display.say(f"--data.train {shlex.quote(setting)}")
     return 0
 
 

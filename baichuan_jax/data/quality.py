@@ -44,7 +44,7 @@ from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.ownership import lock_beside, owned_output, require_own
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
 
 if TYPE_CHECKING:
     # At run time these need pyarrow and daft, which the command does without.
@@ -640,10 +640,23 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def _refuse_inputs(options: argparse.Namespace) -> None:
+    """Raise ConfigError where a result would replace a text or a classifier."""
+    read = ("good", "bad") if options.command == "train" else ("input",)
+    texts = {f"--{name}": find_files(getattr(options, name)) for name in read}
+    folder = Path(options.output if options.command == "train" else options.model)
+    model = [folder / "card.json", *(folder / f"{lang}.ftz" for lang in LANGUAGES)]
+    if options.command == "train":
+        refuse_inputs({"--output": model, "--json": [options.json]}, texts)
+    else:
+        refuse_inputs({"--json": [options.json]}, texts | {"--model": model})
+
+
 def main(argv: list[str]) -> int:
     """The command. Returns its exit code."""
     options = _parser().parse_args(argv)
     display = Display()
+    _refuse_inputs(options)
     if options.command == "train":
         say_unread([*options.good, *options.bad])
         settings = {"text_field": options.text_field, "size": options.size}

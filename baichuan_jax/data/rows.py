@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from baichuan_jax.config.parsing import (
     Count,
     Positive,
+    quote_path,
     read_json,
     require_keys,
     show,
@@ -131,7 +131,7 @@ class Rows:
             raise ConfigError(
                 f"row {index} of {self.path} cannot be read from {shard}: {error}; find all that "
                 "is damaged with python -m baichuan_jax.data.rows verify "
-                f"{shlex.quote(str(self.path))}, then delete the folder and pack again"
+                f"{quote_path(self.path)}, then delete the folder and pack again"
             ) from error
         # int32, which the embedding takes, whatever the type on the disk.
         return np.frombuffer(content, self._dtype).astype(np.int32)

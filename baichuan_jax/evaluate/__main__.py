@@ -8,6 +8,7 @@ manifest of what decides it. Several processes and meshes work as in training.
 import argparse
 import hashlib
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from baichuan_jax.evaluate.perplexity import (
 )
 from baichuan_jax.evaluate.results import Results, dump_json
 from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
-from baichuan_jax.evaluate.tasks import SPLITS
+from baichuan_jax.evaluate.tasks import SPLITS, subject_files
 from baichuan_jax.generate import add_model_options
 from baichuan_jax.hf.source import Source, find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model, weights_sha256
@@ -40,7 +41,7 @@ from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_together
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 
@@ -90,6 +91,12 @@ def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer)
     )
     evaluation = Evaluation(plan, tokenizer)
     require_same("--data", evaluation.settings["data_sha256"])
+    split, subjects = evaluation.settings["split"], evaluation.settings["subjects"]
+    groups = subject_files(plan.task, Path(options.data), split, subjects).values()
+    read = {"--data": [file for files in groups for file in files]}
+    if plan.answers is not None:
+        read["--answers"] = [Path(plan.answers)]
+    _refuse_inputs(options, source, read)
     mesh = make_mesh(mesh_config(options))
     display = Display(active=jax.process_index() == 0)
     display.say(
@@ -122,6 +129,25 @@ def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer)
                 style="yellow",
             )
     return 0
+
+
+def _refuse_inputs(
+    options: argparse.Namespace, source: Source, read: Mapping[str, Iterable[Path | str]]
+) -> None:
+    """Raise ConfigError where --json would replace what is read, or a file of the output."""
+    output = Path(options.output)
+    names = ("settings.json", "result.json", "records.jsonl", "submission.json", "table.md")
+    figures = ("chart.png", "perplexity.png")
+    refuse_inputs(
+        {"--output": [output / name for name in (*names, *figures)], "--json": [options.json]},
+        {
+            **read,
+            "--checkpoint": source.files,
+            "--tokenizer": [] if options.tokenizer is None else [options.tokenizer],
+            # Finished subjects, from which it goes on.
+            "--output": [output / "subjects"],
+        },
+    )
 
 
 def _settings(options: argparse.Namespace, mesh: Mesh, source: Source) -> dict[str, Any]:
@@ -182,9 +208,11 @@ def _show(display: Display, result: dict[str, Any], output: Path, work: Work) ->
 def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenizer) -> int:
     """Measure the curve and write its output folder."""
     contexts = parse_contexts(options.context)
+    files = find_files(options.text)
+    _refuse_inputs(options, source, {"--text": files})
     if jax.process_index() == 0:
         say_unread(options.text)
-    documents = read_texts(map(Slice, find_files(options.text)), options.text_field)
+    documents = read_texts(map(Slice, files), options.text_field)
     # Every process reads the whole text; the mesh splits the batches.
     tokens, counts = read_stream(documents, tokenizer, options.max_tokens)
     text_hash = hashlib.sha256(tokens.tobytes()).hexdigest()

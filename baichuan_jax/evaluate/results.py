@@ -39,6 +39,7 @@ _RECORD = {
     "prompt_sha256": str,
     "num_tokens": Count,
     "shots": Count,
+    "logits": list[float],
     "prediction": str,
     "answer": str | None,
 }
@@ -109,9 +110,13 @@ def _record(prompt: Prompt, logits: list[float]) -> Record:
         "shots": len(prompt.shots),
         "shot_rows": list(prompt.shots),
         "logits": logits,
-        "prediction": LETTERS[int(np.argmax(logits))],
+        "prediction": _prediction(logits),
         "answer": prompt.answer,
     }
+
+
+def _prediction(logits: Sequence[float]) -> str:
+    return LETTERS[int(np.argmax(logits))]
 
 
 def summarise(
@@ -274,7 +279,7 @@ class Results:
 
 
 def _require_record_of(question: Question, subject: str, record: Record, place: str) -> None:
-    """Raise ConfigError where a record is not of this question, or gives no letter."""
+    """Raise ConfigError where a record is not of this question, or is no result of its logits."""
     wanted = {
         "subject": subject,
         "index": question.row,
@@ -285,11 +290,11 @@ def _require_record_of(question: Question, subject: str, record: Record, place: 
         # A question without an id has a record without one.
         if (found := record.get(key, "")) != value:
             raise ConfigError(f"{place}: {key} is {show(found)} and its question's {show(value)}")
-    # A tuple: `"AB" in "ABCD"` holds.
-    if record["prediction"] not in tuple(LETTERS):
-        raise ConfigError(
-            f"{place}: prediction is {show(record['prediction'])} and must be one of A, B, C, D"
-        )
+    logits, given = record["logits"], record["prediction"]
+    if len(logits) != len(LETTERS):
+        raise ConfigError(f"{place} has {len(logits)} logits and not one for each of A, B, C, D")
+    if given != (right := _prediction(logits)):
+        raise ConfigError(f"{place}: prediction is {show(given)} and by its logits {right}")
 
 
 def _is_result(path: Path) -> bool:

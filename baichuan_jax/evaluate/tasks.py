@@ -17,6 +17,7 @@ are asked: all are, and one that stands in dev/ too is asked without that exampl
 import dataclasses
 import difflib
 import hashlib
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from baichuan_jax.evaluate import subjects as names
 from baichuan_jax.evaluate.questions import LETTERS, READERS, Question, read_answers
 from baichuan_jax.evaluate.twins import rows_with_twin
 
+# Folders in which files are looked for that are not where they were said to be.
+FOLDERS = 200
 # The split that is asked by default. The answers of C-Eval's test split are not public.
 SPLITS = {"mmlu": "test", "ceval": "val", "agieval": "all", "gaokao": "all"}
 
@@ -76,7 +79,7 @@ def load_subjects(
     require(limit is None or limit >= 1, f"limit={limit} must be 1 or more")
     known = known_subjects(task)
     wanted = list(known) if only is None else _choose(task, known, only)
-    files = _find_files(task, folder, split, wanted)
+    files = subject_files(task, folder, split, wanted)
     before = states(str(path) for paths in files.values() for path in paths)
     # Only C-Eval's test split needs them: its authors keep the answers.
     given = read_answers(Path(answers)) if answers is not None else {}
@@ -218,7 +221,7 @@ def _read(task: str, name: str, files: list[Path], shots: int, seed: int) -> _Re
     return _Read(file.rows, len(file.questions), examples, questions, twins)
 
 
-def _find_files(task: str, folder: Path, split: str, wanted: list[str]) -> dict[str, list[Path]]:
+def subject_files(task: str, folder: Path, split: str, wanted: list[str]) -> dict[str, list[Path]]:
     """{subject: [examples' file,] questions' file}. Raises ConfigError naming what is missing."""
     if task in ("mmlu", "ceval"):
         paths = {
@@ -252,12 +255,12 @@ def _where_instead(folder: Path, missing: set[Path]) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     # An archive often unpacks into a folder of its own.
-    ends = {path.relative_to(folder).parts for path in missing}
-    depth = len(next(iter(ends)))
-    alike = folder.rglob(f"*{next(iter(missing)).suffix}")
-    nested = sorted(path for path in alike if path.parts[-depth:] in ends)
-    if nested:
-        return f"it is in {nested[0].parents[depth - 1]}"
+    ends = sorted(path.relative_to(folder) for path in missing)
+    # No deeper and no more of them: the folder may be / by mistake, or lie on slow storage.
+    inner = itertools.islice(itertools.chain(folder.glob("*/"), folder.glob("*/*/")), FOLDERS)
+    for nested in sorted(inner):
+        if any((nested / end).is_file() for end in ends):
+            return f"it is in {nested}"
     inside = sorted(path.name for path in folder.iterdir())[:8]
     return f"there are {', '.join(inside) or 'no files'}"
 

@@ -13,7 +13,7 @@ from baichuan_jax.hf.source import FILE, Source, find_tokenizer, is_hf, read_sou
 from baichuan_jax.hf.weights import export, import_params, refuse_existing
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_output
-from baichuan_jax.runs.files import new_folder, writable
+from baichuan_jax.runs.files import new_folder, refuse_inputs, writable
 from baichuan_jax.tokenizer import Tokenizer
 
 
@@ -53,6 +53,7 @@ def _export(options: argparse.Namespace) -> None:
     source = read_source(options.checkpoint)
     if is_hf(source.path):
         raise ConfigError(f"{source.path} is a Hugging Face folder already")
+    refuse_inputs({"output": [options.output]}, {"checkpoint": source.files})
     tokenizer = _tokenizer(source, options.tokenizer)
     say(f"exporting {source.path}")
     # Before the weights, whose reading may take minutes.

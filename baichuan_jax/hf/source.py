@@ -20,9 +20,17 @@ from baichuan_jax.checkpoint.weights import (
 from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import check_facts, read_config, read_facts
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
+# The files of a folder of weights: others may lie there too, such as results.
+_PATTERNS = (
+    *("*config.json", "*.index.json", "*.safetensors", "*.bin", "*.py"),
+    *("tokenizer*", "special_tokens_map.json"),
+    # Of checkpoint/weights.py `save_params`.
+    *("params", "run", "_*"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,15 @@ class Source:
         above = () if self.tokenizer_hash is None else path.parents[:2]
         files = (folder / FILE for folder in (path, *above))
         return next((file for file in files if file.is_file()), None)
+
+    @property
+    def files(self) -> list[Path]:
+        """What no result may replace: the files of the folder, and those of a run above it."""
+        found = [file for pattern in _PATTERNS for file in self.path.glob(pattern)]
+        for folder in self.path.absolute().parents[:2]:
+            if (folder / "events.jsonl").exists():
+                found += Run(folder).own
+        return found
 
 
 def is_hf(path: Path | str) -> bool:

@@ -16,8 +16,8 @@ from typing import Any
 
 import jsonargparse
 
-from baichuan_jax.config.files import make_parser, parse_command
-from baichuan_jax.config.parsing import read_json
+from baichuan_jax.config.files import config_files, make_parser, parse_command
+from baichuan_jax.config.parsing import quote_path, read_json
 from baichuan_jax.config.schema import Config, between, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
@@ -28,7 +28,7 @@ from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, re
 from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
-from baichuan_jax.runs.files import require_writable, writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, require_writable, writable_file, write_atomically
 
 # Numbers of the table of accelerators that an option can replace.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     # jax's compiler is handed the path of the profile, too.
     require_writable(options["output"], "output")
     topology = _topology(options)
+    _refuse_inputs(argv, config, topology, options)
     rates, sources = _rates(topology, options)
     absent = missing(topology)
     require(
@@ -111,6 +112,29 @@ def _make_parser() -> jsonargparse.ArgumentParser:
             help="Instead of the default or the rates file's (a share, or us).",
         )
     return parser
+
+
+def _refuse_inputs(
+    argv: list[str], config: Config, topology: Topology, options: dict[str, Any]
+) -> None:
+    """Raise ConfigError where the report would replace what the plan is made of."""
+    suffixes = [".json", ".png"]
+    profile, rates = config.train.schedule_profile, options["rates_file"]
+    if profile is None:
+        suffixes.append(".pbtxt")
+    outputs: dict[str, list[Path | str | None]] = {
+        "--output": [_output(options, topology, suffix) for suffix in suffixes],
+        "--json": [options["json"]],
+        "--hlo": [options["hlo"]],
+    }
+    if options["sweep"]:
+        outputs["--output"] = list(_sweep_files(topology, options).values())
+    read: dict[str, list[Path | str]] = {
+        "--config": [*config_files(argv)],
+        "--rates_file": [] if rates is None else [rates],
+        "train.schedule_profile": [] if profile is None else [profile],
+    }
+    refuse_inputs(outputs, read)
 
 
 def _topology(options: dict[str, Any]) -> Topology:
@@ -203,7 +227,8 @@ def _save(result: dict[str, Any], topology: Topology, options: dict[str, Any]) -
         plot(result, target.with_suffix(".png"))
         print(f"saved: {target} and .png")
     if "schedule_profile" in result:
-        print(f"train with this schedule: --train.schedule_profile {result['schedule_profile']}")
+        profile = quote_path(result["schedule_profile"])
+        print(f"train with this schedule: --train.schedule_profile {profile}")
 
 
 def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[str, Any]) -> int:
@@ -219,10 +244,9 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
     kept = list(_without(argv, replaced))
     results = []
     # Each size in its own child: the flags depend on the number of nodes.
-    for nodes in [2**n for n in range(10) if 8 <= per_node * 2**n <= 4096]:
+    # A file for each size: the user's --json gets all of them, once they are there.
+    for nodes, target in _sweep_files(topology, options).items():
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
-        # A file for each size: the user's --json gets all of them, once they are there.
-        target = Path(options["output"]) / f"sweep-{nodes}x{per_node}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = f"--train.global_batch_size={share * nodes * per_node}"
         changed = [*kept, "--topology", name, "--json", str(target), rows]
@@ -236,6 +260,16 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
     if options["json"]:
         write_atomically(Path(options["json"]), (json.dumps(results, indent=1) + "\n").encode())
     return 0
+
+
+def _sweep_files(topology: Topology, options: dict[str, Any]) -> dict[int, Path]:
+    """The report of each number of nodes, for 8 to 4,096 devices."""
+    per_node = topology.shape[1]
+    return {
+        2**n: Path(options["output"]) / f"sweep-{2**n}x{per_node}.json"
+        for n in range(10)
+        if 8 <= per_node * 2**n <= 4096
+    }
 
 
 def _without(argv: list[str], names: tuple[str, ...]) -> Iterator[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
+from baichuan_jax.runs.folder import Run
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +27,12 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported late: plotly takes half a second, which --help need not wait for.
     from baichuan_jax.report.page import make_page
-    from baichuan_jax.report.recorded import read_runs
+    from baichuan_jax.report.recorded import PLANS, TESTS, read_runs
 
+    read = [file for run in options.runs for file in Run(run).own]
+    # What `evaluate` and `plan` left there.
+    read += [file for run in options.runs for kind in (TESTS, PLANS) for file in run.glob(kind)]
+    refuse_inputs({"--output": [options.output]}, {"RUN": read})
     text = make_page(read_runs(options.runs), datetime.datetime.now())
     write_atomically(Path(options.output), text.encode())
     Display().say(f"{options.output} ({len(text) / 1e6:.1f} MB): open it in a browser")

@@ -10,10 +10,7 @@ import dataclasses
 import datetime
 import html
 import json
-import os
 import re
-import shlex
-import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
 from baichuan_jax.config.files import flatten
-from baichuan_jax.config.parsing import read_text, show_path
+from baichuan_jax.config.parsing import quote_path, read_text, show_path
 from baichuan_jax.config.schema import TASKS, Config
 from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
@@ -299,7 +296,7 @@ def _memory(page: Page, records: list[Recorded]) -> None:
     if not any(record.plans for record in records):
         page.say(
             "No memory plan is in the folder: python -m baichuan_jax.plan --config CONFIG "
-            f"--topology a800:128x8 --output {_quoted(records[0].run.path / 'plans')}",
+            f"--topology a800:128x8 --output {quote_path(records[0].run.path / 'plans')}",
             "none",
         )
 
@@ -320,8 +317,8 @@ def _tests(page: Page, records: list[Recorded]) -> None:
     if not names and not during:
         run = records[0].run.path
         page.say(
-            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {_quoted(run)} "
-            f"--data DIR --output {_quoted(run / 'evaluations' / 'mmlu')}, or evaluate.tasks "
+            f"None was asked: python -m baichuan_jax.evaluate mmlu --checkpoint {quote_path(run)} "
+            f"--data DIR --output {quote_path(run / 'evaluations' / 'mmlu')}, or evaluate.tasks "
             "during a run.",
             "none",
         )
@@ -380,7 +377,7 @@ def _samples(page: Page, records: list[Recorded]) -> None:
             page.say(
                 f"{record.name}: none. A run writes them at its end for sample.prompts; at any "
                 "time: python -m baichuan_jax.generate --checkpoint "
-                f"{_quoted(record.run.path)} --prompt '春'",
+                f"{quote_path(record.run.path)} --prompt '春'",
                 "none",
             )
         # A page of one run needs no colours for its samples.
@@ -438,16 +435,6 @@ SECTIONS: tuple[Callable[[Page, list[Recorded]], None], ...] = (
     _samples,
     _settings,
 )
-
-
-def _quoted(path: Path) -> str:
-    """A path as a shell takes it."""
-    if show_path(path) == str(path):
-        return shlex.quote(str(path))
-    # Bytes that are no UTF-8, as bash and zsh take them.
-    plain = (string.ascii_letters + string.digits + "/._-").encode()
-    letters = [chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(path)]
-    return f"$'{''.join(letters)}'"
 
 
 def _dot(record: Recorded) -> str:

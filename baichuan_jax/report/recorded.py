@@ -8,7 +8,6 @@ once, so that a page of a run that still trains agrees with itself.
 import dataclasses
 import html
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from baichuan_jax.config.files import flatten
 from baichuan_jax.config.parsing import (
     Count,
     Time,
+    quote_path,
     read_json,
     read_yaml,
     require_keys,
@@ -32,6 +32,8 @@ from baichuan_jax.runs.folder import Run
 # One a run. Distinct on light and on dark ground, also to people who see few colours.
 COLOURS = ("#3b82d6", "#e0701e", "#2f9e6e", "#b163c9", "#d1495b", "#a3861a", "#2aa5b5", "#8a7a6a")
 MAX_RUNS = len(COLOURS)
+# Results of `evaluate` and of `plan` in a run's folder.
+TESTS, PLANS = "evaluations/*/result.json", "plans/*.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
     if not newest:
         raise ConfigError(
             f"{path}/metrics.jsonl has no finished step yet, so there is nothing to draw; what "
-            f"happened so far: python -m baichuan_jax.resilience {shlex.quote(str(path))}"
+            f"happened so far: python -m baichuan_jax.resilience {quote_path(path)}"
         )
     steps = [newest[step] for step in sorted(newest)]
     tokens, total = {}, 0
@@ -220,8 +222,8 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
         tokens=tokens,
         accounting=account(path),
         timeline=_timeline(launch_spans(path), every_step),
-        tests=_results(path, "evaluations/*/result.json"),
-        plans=_results(path, "plans/*.json"),
+        tests=_results(path, TESTS),
+        plans=_results(path, PLANS),
     )
 
 

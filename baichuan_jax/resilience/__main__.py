@@ -10,7 +10,8 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import writable_file, write_atomically
+from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
+from baichuan_jax.runs.folder import Run
 
 
 def main(argv: list[str]) -> int:
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
             f"{options.run} has no events.jsonl, so it is not a run's folder; "
             "name a folder that training wrote (--run_dir)"
         )
+    refuse_inputs({"--json": [options.json]}, {"RUN": Run(options.run).own})
     accounting = account(options.run)
     show_accounting(Display(), accounting)
     if options.json is not None:

@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,65 @@ def writable_file(text: str) -> str:
     if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
     return writable(text)
+
+
+def refuse_inputs(
+    outputs: Mapping[str, Iterable[Path | str | None]], inputs: Mapping[str, Iterable[Path | str]]
+) -> None:
+    """Refuse to write over what a command reads, or to write two results into one file.
+
+    Every command that has an output calls this before its work, with what it will write and what
+    it reads, by option. None: an output that was not asked for. A folder that is read stands for
+    all in it. Links to a file are that file. Raises ConfigError.
+    """
+    written: dict[Any, str] = {}
+    for option, paths in outputs.items():
+        for path in paths:
+            # A device or a pipe loses nothing.
+            if path is None or _is_written_itself(Path(path)):
+                continue
+            shown = f"{option} {path}"
+            for name in _names_of(path):
+                if (other := written.setdefault(name, shown)) != shown:
+                    raise ConfigError(f"{shown} and {other} are one file; give each its own")
+    places = [name for name in written if isinstance(name, str)]
+    for option, paths in inputs.items() if written else ():
+        for path in paths:
+            if lost := next((written[name] for name in _names_of(path) if name in written), None):
+                raise ConfigError(
+                    f"{lost} would replace {path}, which {option} names; name another file"
+                )
+            if not os.path.isdir(path):
+                continue
+            # By its place, since it may be a new file, and as a link that lies elsewhere.
+            inside = f"{os.path.realpath(path)}{os.sep}"
+            found = [written[name] for name in places if name.startswith(inside)]
+            # Looked for only where an output is there already.
+            if len(places) < len(written):
+                found += [written[name] for name in _linked_in(path) if name in written]
+            for lost in found:
+                raise ConfigError(
+                    f"{lost} would be written into {path}, which {option} names; name another file"
+                )
+
+
+def _names_of(path: Path | str) -> Iterator[Any]:
+    """What a file is known by: its path without links and, where it is there, the file itself."""
+    yield os.path.realpath(path)
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            # Size and time too: some network file systems give several files one number.
+            yield found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _linked_in(folder: Path | str) -> Iterator[Any]:
+    """What the files in a folder are known by that have a second name."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                if os.stat(file := os.path.join(parent, name)).st_nlink > 1:
+                    yield from _names_of(file)
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:

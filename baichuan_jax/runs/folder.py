@@ -14,12 +14,22 @@ from baichuan_jax.config.parsing import (
     Time,
     decode,
     parse_json,
+    quote_path,
     read_bytes,
     require_type,
 )
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.events import Completed, Event, Interrupted, Started, latest, parse_event
 from baichuan_jax.runs.files import save_figure
+
+# What a launch writes in the folder. Of these names, the first four may be a user's file that lay
+# there before.
+_ALIKE = ("config.yaml", "tokenizer.model", "loss.png", "memory.prof")
+_OWN = (
+    *_ALIKE,
+    *("metrics.jsonl", "events.jsonl"),
+    *("checkpoints", "attempts", "tensorboard", "profile", "wandb"),
+)
 
 
 class Run:
@@ -53,6 +63,11 @@ class Run:
             except ConfigError as error:
                 raise ConfigError(f"{where} is no event: {error}; {_REPAIR}") from None
         return events
+
+    @property
+    def own(self) -> list[Path]:
+        """The files and folders that training writes there, whether they are there yet or not."""
+        return [self.path / name for name in _OWN]
 
     @property
     def status(self) -> str:
@@ -124,6 +139,31 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status}, {len(self.curve('loss'))} steps)"
+
+
+def refuse_other_files(path: Path, tokenizer: str | None, begun: bool) -> None:
+    """Raise ConfigError where a run would replace files that it did not make.
+
+    `path`: the run's folder; `tokenizer`: the file that the settings name, if any; `begun`: whether
+    the run has a checkpoint. Called by every process before the first of them writes there.
+    """
+    # In this order: on network storage this process may see a new file late, and the event that
+    # came before it then too.
+    there = [path / name for name in _ALIKE if (path / name).exists()]
+    # A run's first event is on the disk before any of these files.
+    if begun or not there or latest(Run(path).events, Started) is not None:
+        return
+    for file in there:
+        named = ""
+        if file.name == "tokenizer.model":
+            # What the run keeps there is a copy of this.
+            if tokenizer is not None and read_bytes(tokenizer) == read_bytes(file):
+                continue
+            named = f" (name it with --tokenizer.path {quote_path(file)} to train with it)"
+        raise ConfigError(
+            f"run_dir={str(path)!r} holds a {file.name} and no run, which would replace that "
+            f"file{named}; give the run another folder with --run_dir, or move the file"
+        )
 
 
 def _make_figure(**settings: Any) -> Any:

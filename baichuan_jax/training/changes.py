@@ -93,7 +93,7 @@ CONSEQUENCES = {
 }
 
 
-def show_changes(before: str | None, config: Config, step: int, output: Output) -> None:
+def show_changes(run: Run, before: str | None, config: Config, step: int, output: Output) -> None:
     """Say what differs from the run's last launch, and what follows, before the next step.
 
     `before`: that launch's config.yaml, None for a fresh run; `step`: how many steps are done.
@@ -108,7 +108,10 @@ def show_changes(before: str | None, config: Config, step: int, output: Output) 
     _show_table(output.display, title, changes, follows)
     # Steps that are all done bend nothing any more.
     if before is not None and 0 < step < config.train.num_steps:
-        warning = describe_schedules(_schedule_of(before), _schedule(config), step)
+        was = _schedule_of(before)
+        # A finished run's last: the cosine goes no further.
+        rate = was.rate(step + 1) if step < was.num_steps else _rate_of(run, step, was)
+        warning = describe_schedules(was, rate, _schedule(config), step)
         if warning is not None:
             output.say(warning, style="yellow")
 
@@ -243,12 +246,15 @@ def _schedule_of(text: str) -> _Schedule:
     return _Schedule(optimizer, steps)
 
 
-def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | None:
-    """Both learning rates after `step` steps and at the end; None where they are the same."""
+def describe_schedules(before: _Schedule, rate: float, now: _Schedule, step: int) -> str | None:
+    """Both learning rates after `step` steps and at the end; None where they are the same.
+
+    `rate`: that of the next step before.
+    """
     first, last = step + 1, now.num_steps
-    # Of a finished run its last: the cosine goes no further.
-    rates = before.rate(min(first, before.num_steps)), now.rate(first)
-    ends = before.rate(before.num_steps), now.rate(last)
+    rates = rate, now.rate(first)
+    end = max(step, before.num_steps)
+    ends = rate if step == end else before.rate(end), now.rate(last)
     # Options hold six digits of a rate.
     if np.allclose(rates, rates[0], 1e-5) and np.allclose(ends, ends[0], 1e-5):
         return None
@@ -258,27 +264,37 @@ def describe_schedules(before: _Schedule, now: _Schedule, step: int) -> str | No
         reason = f" (train.num_steps {before.num_steps} -> {last} {bent} the cosine)"
     text = (
         f"learning rate at step {first}: {rates[0]:.6g} before, {rates[1]:.6g} now{reason}; at the "
-        f"last step: {ends[0]:.6g} before, at step {before.num_steps}, {ends[1]:.6g} now, at {last}"
+        f"last step: {ends[0]:.6g} before, at step {end}, {ends[1]:.6g} now, at {last}"
     )
     if rates[1] <= rates[0] * (1 + 1e-5):
         return text
     return f"{text}. To keep it at {rates[0]:.6g}: {_constant(rates[0])}"
 
 
-def consequence_of_more_steps(config: Config, before: str | None = None) -> str:
+def more_steps(run: Run, config: Config, done: int, before: str | None = None) -> str:
     """What a larger train.num_steps does to the learning rate of a finished run, in numbers.
 
-    `before`: the run's own config.yaml, where this launch's settings may be others.
+    `done`: its steps; `before`: the run's own config.yaml, where this launch's settings may be
+    others.
     """
     now = _schedule(config) if before is None else _schedule_of(before)
-    done = now.num_steps
-    rate = now.rate(done)
+    rate = _rate_of(run, done, now)
     longer = dataclasses.replace(now, num_steps=2 * done).rate(done + 1)
     return (
         f"A larger --train.num_steps stretches the learning rate's cosine: with {2 * done} steps "
         f"it goes from {rate:.6g} to {longer:.6g} at step {done + 1}. To keep it, add "
         f"{_constant(rate)}"
     )
+
+
+def _rate_of(run: Run, step: int, schedule: _Schedule) -> float:
+    """The learning rate of a step that is done, and the last of the run's last launch or beyond."""
+    if step > schedule.num_steps:
+        # That launch asked for fewer steps than were done: an earlier one had another schedule.
+        recorded = run.curve("learning_rate").get(step)
+        if recorded is not None:
+            return recorded
+    return schedule.rate(min(step, schedule.num_steps))
 
 
 def _constant(rate: float) -> str:

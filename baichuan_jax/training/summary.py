@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import math
-import shlex
 import statistics
 
 import jax
 from jax.sharding import Mesh
 
 from baichuan_jax.checkpoint.state import RunState
+from baichuan_jax.config.parsing import quote_path
 from baichuan_jax.config.schema import Config
 from baichuan_jax.data.prepare import Prepared, shared_in_training, validation_in_training
 from baichuan_jax.data.rows import unigram_entropy
@@ -22,7 +22,7 @@ from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import WANDB_SECONDS
 from baichuan_jax.runs.output import Output
 from baichuan_jax.sharding import crosses_nodes
-from baichuan_jax.training.changes import consequence_of_more_steps, show_unused_changes
+from baichuan_jax.training.changes import more_steps, show_unused_changes
 from baichuan_jax.training.loop import Launch
 
 # Steps whose mean loss is the result: single steps differ by their data.
@@ -207,7 +207,7 @@ def _show_result(
         )
     if (run.path / "loss.png").exists():
         display.say(f"\nloss curve: {run.path / 'loss.png'}")
-    _show_next(display, run, config)
+    _show_next(display, run, config, completed.step)
 
 
 def _loss(value: float | None) -> str:
@@ -226,12 +226,14 @@ def show_complete(
     display.say(
         f"{run.path} is complete: {completed.step} steps, loss {_loss(completed.loss)}{validation}."
     )
-    _show_next(display, run, config, before)
+    _show_next(display, run, config, completed.step, before)
 
 
-def _show_next(display: Display, run: Run, config: Config, before: str | None = None) -> None:
+def _show_next(
+    display: Display, run: Run, config: Config, step: int, before: str | None = None
+) -> None:
     """The run's folder, and the commands to try, quoted so that they can be pasted."""
-    path, page = shlex.quote(str(run.path)), shlex.quote(str(run.path / "report.html"))
+    path, page = quote_path(run.path), quote_path(run.path / "report.html")
     has_curves = (run.path / "tensorboard").exists()
     curves = f"  (curves: tensorboard --logdir {path})" if has_curves else ""
     display.say(f"the run's folder: {run.path}{curves}")
@@ -242,7 +244,7 @@ def _show_next(display: Display, run: Run, config: Config, before: str | None = 
         f"  python -m baichuan_jax.generate --checkpoint {path} --prompt '春' --max_new_tokens 48",
         style="bold",
     )
-    display.say("or train on with more steps. " + consequence_of_more_steps(config, before))
+    display.say("or train on with more steps. " + more_steps(run, config, step, before))
 
 
 def close_files(output: Output, ended_well: bool) -> None:

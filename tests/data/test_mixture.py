@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from launches import REPOSITORY, environment, write_config
 
+from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data import mixture
 from baichuan_jax.data.mixture import (
@@ -112,7 +114,27 @@ def test_temperature_of_a_configuration_counts_text(tmp_path, capsys):
     ]
     assert figures["sizes"] == sizes
     assert figures["weights"] == pytest.approx((np.sqrt(sizes) / np.sqrt(sizes).sum()).tolist())
-    assert "--data.train '{" in capsys.readouterr().out
+    # The printed weights are those, in four digits, as a shell and the trainer take them.
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[0] == "--data.train"
+    again = load_config(config, [f"{words[0]}={words[1]}"]).data.train
+    assert list(again.values()) == pytest.approx(figures["weights"], rel=1e-4)
+
+
+def test_printed_weights_of_a_small_corpus_are_taken_by_the_trainer(tmp_path, capsys):
+    """1 of 20,000 bytes is no weight of 0; a name with a quote is quoted."""
+    small, big = tmp_path / "it's small.jsonl", tmp_path / "big.jsonl"
+    small.write_text('{"text": "a"}\n')
+    big.write_text(json.dumps({"text": "a" * 200_000}) + "\n")
+    config = tmp_path / "b.yaml"
+    config.write_text(json.dumps({"data": {"train": {str(small): 1, str(big): 1}}}))
+    argv = ["temperature", "--config", str(config), "--temperature"]
+    assert main([*argv, "1"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    again = load_config(config, [f"{words[0]}={words[1]}"]).data.train
+    assert again == {str(small): pytest.approx(1 / 200_001, rel=1e-3), str(big): 1.0}
+    with pytest.raises(ConfigError, match=r"--temperature 0\.1 makes weights .* give a larger"):
+        main([*argv, "0.1"])
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path):
@@ -167,6 +189,10 @@ def test_a_search_is_of_one_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mixture.Trainings, "loss", lambda *_: change() and 3.0)
     with pytest.raises(ConfigError, match=r"b\.jsonl changed from .* while it was read"):
         learn("new")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mixture.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds mixture\.json of no search"):
+        learn("mine")
     (tmp_path / "runs" / "run-000").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds run-000 of no search \(no plan\.json\)"):
         learn("runs")

@@ -425,8 +425,10 @@ def finished(folder: Path) -> tuple[Results, list[str]]:
     """An evaluation with one finished subject, and the lines of its file."""
     record = {"subject": "logic", "prompt_sha256": "", "num_tokens": 1, "shots": 0, "answer": "A"}
     records = [
-        record | {"index": each.row, "id": each.id, "prediction": letter}
-        for each, letter in zip(ASKED.questions, "AB", strict=True)
+        record | {"index": each.row, "id": each.id, "logits": logits, "prediction": letter}
+        for each, letter, logits in zip(
+            ASKED.questions, "AB", ([0.5, 0.25, -1.0, 0.5], [-3.0, 2.0, 1.0, 0.0]), strict=True
+        )
     ]
     results = Results(folder, {})
     results.save("logic", records)
@@ -453,12 +455,18 @@ def test_damaged_records_of_a_subject_are_named_with_what_to_do(tmp_path, line):
         (lambda one, two: [one, two.replace("logic", "law")], r"line 2: subject is 'law' and"),
         (lambda one, two: [one, two.replace("q2", "q0")], r"line 2: id is 'q0' and its"),
         (lambda one, two: [one.replace('"answer": "A"', '"answer": "C"'), two], "answer is 'C'"),
-        (lambda one, two: [one, two.replace('"B"', '"Z"')], r"line 2: prediction is 'Z' and must"),
-        (lambda one, two: [one, two.replace('"B"', '""')], r"line 2: prediction is '' and must"),
+        (lambda one, two: [one, two.replace('"B"', '"Z"')], r"line 2: prediction is 'Z' and by"),
+        (lambda one, two: [one, two.replace('"B"', '""')], r"line 2: prediction is '' and by its"),
+        # The answer in the place of what the model said.
         (
-            lambda one, two: [one[:-1] + ', "logits": [NaN, 0.5]}', two],
-            "line 1 has a number that is not finite",
+            lambda one, two: [one, two.replace('"B"', '"A"')],
+            "is 'A' and by its logits B",
         ),
+        (lambda one, two: [one, two.replace("-3.0", "9.0")], "is 'B' and by its logits A"),
+        (lambda one, two: [one, two.replace("-3.0, ", "")], r"line 2 has 3 logits and not one for"),
+        (lambda one, two: [one.replace("0.25", '"0.25"'), two], r"line 1.*logits"),
+        (lambda one, two: [one.replace('"logits"', '"log"'), two], r"line 1.*logits"),
+        (lambda one, two: [one.replace("0.25", "NaN"), two], r"line 1.*(logits|not finite)"),
     ],
 )
 def test_records_that_are_not_those_of_the_questions_are_refused(tmp_path, damage, message):

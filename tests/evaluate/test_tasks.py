@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from exam import make_agieval, make_ceval, make_gaokao, make_mmlu, write_csv
@@ -356,6 +357,14 @@ def test_a_folder_that_is_another_or_is_incomplete_is_named(tmp_path):
     make_mmlu(tmp_path / "data", ["virology", "marketing"], 3)
     with pytest.raises(ConfigError, match=r"holds none of mmlu's data .* it is in .*data"):
         load_subjects("mmlu", tmp_path)
+    make_mmlu(tmp_path / "one" / "two" / "three", ["virology"], 3)
+    with pytest.raises(ConfigError, match=r"it is in .*/one/two/three$"):
+        load_subjects("mmlu", tmp_path / "one")
+    # Not at any cost: the folder may be / by mistake.
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"holds none of mmlu's data .*: there are one$"):
+        load_subjects("mmlu", tmp_path)
+    make_mmlu(tmp_path / "data", ["virology", "marketing"], 3)
     with pytest.raises(ConfigError, match="no such folder"):
         load_subjects("mmlu", tmp_path / "nowhere")
     with pytest.raises(

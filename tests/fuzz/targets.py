@@ -578,7 +578,7 @@ def _last_settings() -> Target:
         found = changes.compare(text, config)
         schedule = None if text is None else changes._schedule_of(text)
         if schedule is not None:
-            changes.describe_schedules(schedule, changes._schedule(config), 3)
+            changes.describe_schedules(schedule, schedule.rate(3), changes._schedule(config), 3)
         return found, schedule
 
     content = json.dumps(json_of(config)).encode()

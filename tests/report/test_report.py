@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from launches import run, write_config
 
+from baichuan_jax.config.parsing import quote_path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.evaluate.evaluation import FILTERS
 from baichuan_jax.evaluate.results import summarise
 from baichuan_jax.evaluate.tasks import Subject, known_subjects
 from baichuan_jax.report.__main__ import main
 from baichuan_jax.report.figures import CATEGORY_COLOURS, thin
-from baichuan_jax.report.page import _quoted
 from baichuan_jax.report.recorded import read_runs
 from baichuan_jax.resilience.__main__ import main as resilience
 from baichuan_jax.resilience.goodput import CATEGORIES
@@ -465,7 +465,7 @@ def test_a_run_whose_name_is_no_text_has_a_page(tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "a\\xff&lt;b" in page
     # In commands to copy, as a shell takes it.
-    quoted = f"printf %s {_quoted(run)}"
+    quoted = f"printf %s {quote_path(run)}"
     assert subprocess.run(["bash", "-c", quoted], capture_output=True).stdout == os.fsencode(run)
 
 

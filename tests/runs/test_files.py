@@ -19,6 +19,7 @@ from baichuan_jax.runs.files import (
     draft_of,
     new_folder,
     read_once,
+    refuse_inputs,
     remove_leftovers,
     remove_once,
     require_writable,
@@ -117,6 +118,33 @@ def test_of_a_link_that_an_option_names_the_target_is_written(tmp_path):
         write_atomically(Path(writable_file(str(link))), content)
         assert target.read_bytes() == content
         assert link.is_symlink()
+
+
+def test_an_output_that_is_an_input_by_any_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, folder = tmp_path / "text.jsonl", tmp_path / "rows"
+    (folder / "inner").mkdir(parents=True)
+    for file in (text, folder / "inner" / "shard", tmp_path / "other"):
+        file.write_text("{}")
+    (tmp_path / "link").symlink_to(text)
+    (tmp_path / "hard").hardlink_to(text)
+    (tmp_path / "shard").hardlink_to(folder / "inner" / "shard")
+    (tmp_path / "by").symlink_to(folder)
+    inputs = {"--model": ["missing"], "--input": [tmp_path / "other.txt", text]}
+    for same in ("text.jsonl", "./rows/../text.jsonl", text, "link", "hard"):
+        with pytest.raises(ConfigError, match=r"^--json .* would replace .*/text\.jsonl, which"):
+            refuse_inputs({"--json": [same]}, inputs)
+    # One that is not there yet.
+    with pytest.raises(ConfigError, match=r"would replace missing, which --model names; name ano"):
+        refuse_inputs({"--json": [tmp_path / "missing"]}, inputs)
+    for inside in ("rows/inner/shard", "rows/new.json", "by/inner/new", "shard"):
+        with pytest.raises(ConfigError, match="would be written into rows, which --input names"):
+            refuse_inputs({"--json": [inside]}, {"--input": ["rows"]})
+    with pytest.raises(ConfigError, match=r"--hlo ./new and --json new are one file"):
+        refuse_inputs({"--json": ["new"], "--hlo": ["./new"]}, {})
+    # Any other file is the user's to name, and a device loses nothing.
+    for other in ("other", "rows.json", "new", None, os.devnull):
+        refuse_inputs({"--json": [other], "--hlo": [os.devnull]}, {**inputs, "--data": ["rows"]})
 
 
 def test_a_name_that_has_no_room_for_its_draft_is_refused_before_the_work(tmp_path):

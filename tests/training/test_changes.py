@@ -31,7 +31,7 @@ from baichuan_jax.train import _settings_before, train
 from baichuan_jax.training.changes import (
     compare,
     consequence,
-    consequence_of_more_steps,
+    more_steps,
     show_changes,
     show_other_tests,
 )
@@ -55,7 +55,7 @@ def with_options(config: Config, options: list[str]) -> Config:
 
 def said(before: str | None, config: Config, step: int, tmp_path, capsys) -> str:
     output = Output(Writer(tmp_path, config, print, active=False), Display())
-    show_changes(before, config, step, output)
+    show_changes(Run(tmp_path), before, config, step, output)
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -91,8 +91,8 @@ def test_more_steps_say_both_learning_rates_and_how_to_keep_the_low_one(tmp_path
     assert [rate(kept, step) for step in (51, 75, 100)] == pytest.approx([old] * 3, rel=1e-4)
 
 
-def test_a_finished_run_says_what_more_steps_do():
-    text = consequence_of_more_steps(CONFIG)
+def test_a_finished_run_says_what_more_steps_do(tmp_path):
+    text = more_steps(Run(tmp_path), CONFIG, 50)
     longer = with_options(CONFIG, ["--train.num_steps", "100"])
     assert f"goes from {rate(CONFIG, 50):.6g} to {rate(longer, 51):.6g} at step 51" in text
     kept = with_options(longer, text.split("add ")[1].split()[:6])
@@ -103,11 +103,29 @@ def test_the_options_that_a_finished_run_advises_are_not_warned_of(tmp_path, cap
     """Six digits of a rate, of whatever size, are that rate."""
     for high in (3e-3, 1.234567e-4, 0.7654321):
         config = with_options(CONFIG, ["--optimizer.learning_rate", str(high)])
-        options = consequence_of_more_steps(config).split("add ")[1].split()[:6]
+        options = more_steps(Run(tmp_path), config, 50).split("add ")[1].split()[:6]
         longer = with_options(config, ["--train.num_steps", "75", *options])
         text = said(dump_config(config), longer, 50, tmp_path, capsys)
         assert "optimizer.final_learning_rate_ratio" in text
         assert "learning rate at step" not in text
+
+
+def test_a_run_that_was_ended_early_says_what_more_steps_do_from_the_step_reached(tmp_path, capsys):
+    """60 of 1000 steps were done, then 50 asked for: the next one is 61, at the rate of step 60."""
+    first = with_options(CONFIG, ["--train.num_steps", "1000"])
+    writer = Writer(tmp_path, CONFIG, print)
+    writer.metrics(60, {"learning_rate": rate(first, 60)})
+    writer.close()
+    text = more_steps(Run(tmp_path), CONFIG, 60, dump_config(CONFIG))
+    longer = with_options(CONFIG, ["--train.num_steps", "120"])
+    reached = f"with 120 steps it goes from {rate(first, 60):.6g} to {rate(longer, 61):.6g} at"
+    assert f"{reached} step 61. To keep it" in text
+    kept = with_options(longer, text.split("add ")[1].split()[:6])
+    assert rate(kept, 61) == pytest.approx(rate(first, 60), rel=1e-4)
+    # Going on as advised is not warned of, and otherwise the rate of step 60 is what was before.
+    assert "learning rate at step" not in said(dump_config(CONFIG), kept, 60, tmp_path, capsys)
+    text = said(dump_config(CONFIG), longer, 60, tmp_path, capsys)
+    assert f"learning rate at step 61: {rate(first, 60):.6g} before, {rate(longer, 61):.6g}" in text
 
 
 @pytest.fixture
@@ -126,7 +144,7 @@ def test_a_complete_run_says_which_settings_no_longer_act(complete, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "is complete: 50 steps, loss 3.250" in text
     assert "Settings differ" not in text
-    own = consequence_of_more_steps(CONFIG)
+    own = more_steps(Run(complete.run_dir), CONFIG, 50)
     assert own in text
     other = ["--train.num_steps", "20", "--optimizer.learning_rate", "0.5"]
     train(with_options(complete, other))

@@ -18,6 +18,7 @@ from baichuan_jax.checkpoint import weights
 from baichuan_jax.checkpoint.local_copies import LocalCopies
 from baichuan_jax.checkpoint.progress import Progress
 from baichuan_jax.checkpoint.state import StateTarget, identity
+from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import (
     CheckpointConfig,
     Config,
@@ -33,7 +34,8 @@ from baichuan_jax.evaluate.results import Results
 from baichuan_jax.hf.__main__ import main as hf
 from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model, weights_sha256
-from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.events import Failed, Started, append_event
+from baichuan_jax.runs.folder import Run, refuse_other_files
 from baichuan_jax.tokenizer import Tokenizer
 from baichuan_jax.train import train
 from baichuan_jax.training.restore import find_initial_weights
@@ -233,6 +235,83 @@ def test_a_run_in_a_folder_of_weights_is_refused(first, tiny_config, tmp_path, f
     with pytest.raises(ConfigError, match=rf"run_dir='.*/B' holds weights already \({found}\)"):
         train(dataclasses.replace(config, run_dir=str(run)))
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("config.yaml", ""),
+        ("loss.png", ""),
+        ("tokenizer.model", r" \(name it with --tokenizer.path .*/B/tokenizer.model to train with"),
+    ],
+)
+def test_a_run_replaces_no_file_that_lay_in_its_folder(first, tiny_config, tmp_path, name, advice):
+    """A user's tokenizer would be ignored and lost, and the comments of a user's settings."""
+    run = tmp_path / "B"
+    run.mkdir()
+    (run / name).write_text("mine")
+    config = on_text(tiny_config, first, first / "zh.jsonl", "B")
+    with pytest.raises(ConfigError, match=rf"/B' holds a {name} and no run, .*{advice}"):
+        train(dataclasses.replace(config, run_dir=str(run)))
+    # A launch that was refused makes no run of it.
+    append_event(run, Failed(step=0, error="x"))
+    with pytest.raises(ConfigError, match=rf"holds a {name} and no run"):
+        train(dataclasses.replace(config, run_dir=str(run)))
+    assert sorted(path.name for path in run.iterdir()) == sorted([name, "events.jsonl"])
+    assert (run / name).read_text() == "mine"
+    # Of a run that has begun they are its own; so they are of a copy without its events.
+    append_event(run, Started(attempt=1))
+    refuse_other_files(run, None, begun=False)
+    (run / "events.jsonl").unlink()
+    refuse_other_files(run, None, begun=True)
+
+
+def test_the_tokenizer_that_the_settings_name_may_lie_in_the_folder(first, tmp_path, other):
+    own = tmp_path / "tokenizer.model"
+    shutil.copy(other, own)
+    for path in (own, other):
+        refuse_other_files(tmp_path, str(path), begun=False)
+    with pytest.raises(ConfigError, match=r"holds a tokenizer.model and no run"):
+        refuse_other_files(tmp_path, str(first / "A" / "tokenizer.model"), begun=False)
+    # A complete run's own settings are of that run.
+    assert train(load_config(first / "A" / "config.yaml")).status == "completed"
+
+
+@pytest.mark.slow
+def test_a_run_in_the_folder_of_its_settings_and_of_the_tokenizer_that_they_name(
+    first, tiny_config, tmp_path, other, capsys
+):
+    run = tmp_path / "B"
+    run.mkdir()
+    own = run / "tokenizer.model"
+    shutil.copy(other, own)
+    config = on_text(tiny_config, first, first / "en.jsonl", "B", tokenizer__path=str(own))
+    config = dataclasses.replace(config, run_dir=str(run))
+    train(config)
+    assert own.read_bytes() == other.read_bytes()
+    # The run's own settings go on with it.
+    again = load_config(run / "config.yaml", ["train.num_steps=3"])
+    assert train(again).status == "completed"
+    assert "going on from checkpoint 2" in capsys.readouterr().out
+    # Another folder that has a copy of them is not their run's.
+    (tmp_path / "C").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "C")
+    with pytest.raises(ConfigError, match=r"/C' holds a config.yaml and no run"):
+        train(dataclasses.replace(again, run_dir=str(tmp_path / "C")))
+
+
+def test_results_do_not_go_into_the_files_of_a_run_or_of_weights(first):
+    run = read_source(first / "A")
+    assert {first / "A" / "events.jsonl", first / "A" / "checkpoints"} <= set(run.files)
+    with pytest.raises(ConfigError, match=r"written into .*/A/checkpoints, which checkpoint names"):
+        hf(["export", str(first / "A"), str(first / "A" / "checkpoints" / "9")])
+    for form, names in (
+        ("llama", {"config.json", "model.safetensors", "tokenizer.model"}),
+        ("weights", {"params", "run", "tokenizer.model"}),
+    ):
+        folder = first / form
+        assert {folder / name for name in names} <= set(read_source(folder).files)
+        assert folder / "figures.json" not in read_source(folder).files
 
 
 @pytest.mark.parametrize("form", ["llama", "weights"])
