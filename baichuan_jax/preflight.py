@@ -36,7 +36,7 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import draft_of
+from baichuan_jax.runs.files import draft_of, remove_leftovers
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
 # Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
@@ -208,6 +208,8 @@ def storage_fault(folder: Path) -> str | None:
     file = draft_of(folder / ".preflight")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a launch that was killed here.
+        remove_leftovers(folder, ".preflight")
         with open(file, "wb") as opened:
             opened.write(content)
             opened.flush()

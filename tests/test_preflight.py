@@ -15,6 +15,7 @@ from baichuan_jax.preflight import (
     storage_fault,
 )
 from baichuan_jax.resilience.causes import BadHost
+from baichuan_jax.runs.files import LARGEST_PROCESS, draft_of
 
 
 def test_right_devices_pass_and_a_wrong_product_is_seen():
@@ -29,8 +30,13 @@ def test_right_devices_pass_and_a_wrong_product_is_seen():
 
 
 def test_storage_that_cannot_be_written_is_reported(tmp_path):
-    assert storage_fault(tmp_path / "new" / "folder") is None
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    # Of a launch that was killed while it wrote.
+    draft_of(folder / ".preflight", LARGEST_PROCESS).write_text("half")
+    assert storage_fault(folder) is None
+    assert list(folder.iterdir()) == []
+    assert storage_fault(tmp_path / "another" / "folder") is None
     (tmp_path / "file").write_text("")
     assert "cannot save in" in (storage_fault(tmp_path / "file") or "")
     assert "cannot save in" in (storage_fault(tmp_path / "file" / "below") or "")
