@@ -213,16 +213,6 @@ def test_what_cannot_be_is_refused(trained, tmp_path, monkeypatch):
         quality.train([good], [], tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", ["card.json", "en.ftz"])
-def test_a_file_that_no_training_made_is_not_replaced(trained, tmp_path, name):
-    _, good, _ = trained
-    (tmp_path / name).write_text('{"title": "mine"}')
-    with pytest.raises(ConfigError, match=f"'{name}', which no earlier run of this command made"):
-        quality.main(["train", "--good", good, "--output", str(tmp_path)])
-    assert (tmp_path / name).read_text() == '{"title": "mine"}'
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_the_commands_show_figures(trained, tmp_path, capsys):
     _, good, card = trained
     words = [
