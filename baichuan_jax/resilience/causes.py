@@ -32,7 +32,7 @@ class Cause(enum.StrEnum):
 
     COMPLETED = "completed", 0, False, "complete"
     EXCEPTION = "exception", 70, False, "an error of the program, or of one host alone"
-    STORAGE = "storage", 74, True, "a file cannot be written, or the disk fails; make room"
+    STORAGE = "storage", 74, True, "a file cannot be read or written, or the disk fails; make room"
     PREEMPTED = "preempted", 75, True, "asked to stop (Ctrl-C, SIGTERM, SIGHUP), and saved"
     HANG = "hang", 76, True, "a phase took longer than its limit"
     SILENT = "silent", 76, True, "a heartbeat timed out"
