@@ -543,7 +543,7 @@ def _evaluation() -> Target:
 
     settings = {"task": "mmlu", "seed": 0, "shots": 5, "files": {"a.csv": "abc"}}
     record = {"subject": "a", "index": 0, "prompt_sha256": "b", "num_tokens": 3, "shots": 5}
-    record |= {"shot_rows": [1], "logits": [0.5, 1.5], "prediction": "B", "answer": "A"}
+    record |= {"shot_rows": [1], "logits": [1.5, 0.5, -1.0, 0.25], "prediction": "B", "answer": "A"}
     other = record | {"index": 2, "prediction": "A"}
     valid = {"e/settings.json": dump_json(settings), "e/subjects/a.jsonl": _lines(record, other)}
     asked = [Question(row, "?", ("1", "2", "3", "4"), "A") for row in (0, 2)]
