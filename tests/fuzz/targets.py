@@ -543,8 +543,8 @@ def _evaluation() -> Target:
 
     settings = {"task": "mmlu", "seed": 0, "shots": 5, "files": {"a.csv": "abc"}}
     record = {"subject": "a", "index": 0, "prompt_sha256": "b", "num_tokens": 3, "shots": 5}
-    record |= {"shot_rows": [1], "logits": [1.5, 0.5, -1.0, 0.25], "prediction": "B", "answer": "A"}
-    other = record | {"index": 2, "prediction": "A"}
+    record |= {"shot_rows": [1], "logits": [0.5, 1.5, -1.0, 0.25], "prediction": "B", "answer": "A"}
+    other = record | {"index": 2, "logits": [1.5, 0.5, -1.0, 0.25], "prediction": "A"}
     valid = {"e/settings.json": dump_json(settings), "e/subjects/a.jsonl": _lines(record, other)}
     asked = [Question(row, "?", ("1", "2", "3", "4"), "A") for row in (0, 2)]
     subject = Subject("a", "a", "en", ("c",), [], asked, 0)
