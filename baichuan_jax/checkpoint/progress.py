@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from baichuan_jax.config.parsing import Count, Positive, build, require_keys, show
-from baichuan_jax.config.schema import MOST_APART, ConfigError
+from baichuan_jax.config.schema import HUGEST, MOST_APART, TINIEST, ConfigError
 from baichuan_jax.resilience.guard import Window
 
 
@@ -259,8 +259,11 @@ _TRAIN = {"global_batch_size": Positive, "context_length": Count, "seed": Count}
 
 
 def are_proportions(weights: Sequence[float]) -> bool:
-    """Whether weights are greater than 0 and near enough to each other to count rows by."""
-    return not weights or (min(weights) > 0 and max(weights) <= MOST_APART * min(weights))
+    """Whether weights are numbers to compute with, near enough to each other to count rows by."""
+    if not weights:
+        return True
+    least, most = min(weights), max(weights)
+    return least >= TINIEST and most <= min(HUGEST, MOST_APART * least)
 
 
 def proportions(weights: Sequence[float]) -> list[int]:

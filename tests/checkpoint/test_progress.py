@@ -360,6 +360,10 @@ def test_what_is_no_progress_is_refused(damage):
         Progress.from_json({**whole, **damage})
     with pytest.raises(ValueError, match="no progress"):
         Progress.from_json([whole])
+    for weight in (1e-320, 1e308):
+        corpora = [{**whole["corpora"][0], "weight": weight}]
+        with pytest.raises(ValueError, match="no progress"):
+            Progress.from_json({**whole, "corpora": corpora})
     for name in whole:
         with pytest.raises(ValueError, match="no progress"):
             Progress.from_json({key: whole[key] for key in whole if key != name})
@@ -367,7 +371,8 @@ def test_what_is_no_progress_is_refused(damage):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"train": 3}, {"data": {"train": {"en": "1"}}}, {"data": {"train": {"en": -1.0}}}],
+    [{}, {"train": 3}, {"data": {"train": {"en": "1"}}}, {"data": {"train": {"en": -1.0}}}]
+    + [{"data": {"train": {"en": weight}}} for weight in (1e-320, 1e308)],
     ids=str,
 )
 def test_what_is_no_configuration_of_an_earlier_version_is_refused(config):
