@@ -2,9 +2,9 @@
 
 Input: a configuration. Output: the tokenizer, and rows with weights. What has to be trained or
 packed is kept in data.cache_dir under a name that hashes the files as they are now (path, size,
-time of change) and the settings, so every later run with the same ones finds it, and a file whose
-size or time changes never meets rows of its old text. One process of a run writes; the others wait
-for its files.
+modification time) and the settings, so every later run with the same ones finds it, and a file
+whose size or time changes never meets rows of its old text. One process of a run writes; the others
+wait for its files.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from baichuan_jax.documents.files import (
     State,
     each_once,
     find_files,
-    identity_of,
     require_unchanged,
     states,
 )
@@ -36,7 +35,7 @@ from baichuan_jax.hf.source import Source, find_tokenizer, read_source
 from baichuan_jax.resilience.coordination import agree, require_same
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned
 from baichuan_jax.resilience.waits import wait_until
-from baichuan_jax.runs.files import require_writable
+from baichuan_jax.runs.files import identity_of, require_writable
 from baichuan_jax.tokenizer import Tokenizer, train_tokenizer
 
 Say = Callable[[str], None]

@@ -27,6 +27,7 @@ from baichuan_jax.documents.storage import (
 )
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
+from baichuan_jax.runs.files import identity_of
 
 
 class Kinds(NamedTuple):
@@ -127,12 +128,6 @@ def each_once(paths: Iterable[str]) -> list[str]:
                 "name one of them"
             )
     return list(found.values())
-
-
-def identity_of(state: os.stat_result) -> tuple[int, ...]:
-    """The same for all names and links of one file."""
-    # Size and time too: some network file systems give several files one number.
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def states(files: Iterable[str]) -> dict[str, State]:

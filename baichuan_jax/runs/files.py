@@ -204,14 +204,19 @@ def refuse_inputs(
                 )
 
 
+def identity_of(state: os.stat_result) -> tuple[int, ...]:
+    """The same for all names and links of one file."""
+    # Size and time too: some network file systems give several files one number.
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def _names_of(path: Path | str) -> Iterator[Any]:
     """What a file is known by: its path without links and, where it is there, the file itself."""
     yield os.path.realpath(path)
     with contextlib.suppress(OSError):
         found = os.stat(path)
         if not stat.S_ISDIR(found.st_mode):
-            # Size and time too: some network file systems give several files one number.
-            yield found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+            yield identity_of(found)
 
 
 def _linked_in(folder: Path | str) -> Iterator[Any]:
