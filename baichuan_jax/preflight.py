@@ -36,7 +36,8 @@ from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import draft_of, remove_leftovers
+from baichuan_jax.runs.files import draft_of, new_draft, remove_leftovers
+from baichuan_jax.runs.private import trusted_folder
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
 # Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
@@ -79,6 +80,7 @@ def preflight(config: Config) -> Findings:
     _refuse(faults)
     # A host whose own disk fails is left out, also where all of them fail: nothing else would help.
     if (local := config.checkpoint.local_path) is not None:
+        _refuse_folder(gather("preflight/local folder", _folder_fault(local)))
         _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
     if jax.process_count() > 1:
@@ -157,6 +159,25 @@ def _refuse(faults: Sequence[str | None]) -> None:
         raise BadHost(f"preflight: {'; '.join(listed)}", tuple(bad))
 
 
+def _refuse_folder(faults: Sequence[str | None]) -> None:
+    """Raise ConfigError, on all processes, where one must not use the folder of the settings."""
+    for process, fault in enumerate(faults):
+        if fault:
+            raise ConfigError(f"{fault} (process {process})")
+
+
+def _folder_fault(folder: Path) -> str | None:
+    """Why other users of this host could replace what is written in a folder; None: they cannot."""
+    try:
+        trusted_folder(folder, "checkpoint.local_dir")
+    except ConfigError as error:
+        return str(error)
+    except OSError:
+        # The disk: `storage_fault` says it, and the host is left out.
+        return None
+    return None
+
+
 def _device_fault() -> str | None:
     """What is wrong with this process's devices; None: nothing."""
     # The first fault is enough: the host is left out as a whole.
@@ -210,7 +231,7 @@ def storage_fault(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         # Of a launch that was killed here.
         remove_leftovers(folder, ".preflight")
-        with open(file, "wb") as opened:
+        with new_draft(file) as opened:
             opened.write(content)
             opened.flush()
             os.fsync(opened.fileno())  # a full or broken disk reports it here at the latest

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from results import Results
 
-from baichuan_jax.checkpoint.local_copies import LocalCopies
+from baichuan_jax.checkpoint.local_copies import RECORD, LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.state import RunState, StateTarget, as_items
 from baichuan_jax.config.schema import Config, MeshConfig, ModelConfig, OptimizerConfig
@@ -108,8 +108,7 @@ def measure(config: Config, folder: Path) -> Table:
     target = StateTarget(steps.abstract_state)
     digest = lambda state: target.digest(as_items(state))
     checkpoints = Checkpoints(folder / "checkpoints", config, "", target)
-    at = checkpoints.progress_at
-    copies = LocalCopies(folder / "local", 0, "here", "", target, at)
+    copies = LocalCopies(folder / "local", folder / RECORD, 0, "here", "", target)
     # Compiles it, before anything is timed.
     digest(state)
     plain = {

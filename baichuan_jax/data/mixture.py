@@ -60,6 +60,7 @@ from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import refuse_inputs, save_figure, writable_file, write_atomically
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.private import without_links
 from baichuan_jax.tokenizer import Tokenizer
 
 # Strengths that are tried for the law's coefficients; the least leave-one-out error decides.
@@ -207,7 +208,7 @@ class Trainings:
     def _train(self, name: str, weights: dict[str, float]) -> bool:
         log = self.folder / f"{name}.log"
         own = ["--run_dir", str(self.folder / name), "--data.train", json.dumps(weights)]
-        with log.open("ab") as output:
+        with open(log, "ab", opener=without_links) as output:
             # In a session of its own, so that Ctrl-C reaches it once, through stop(). It inherits
             # the folder's lock: where this process is killed, a later start waits for the training
             # instead of training beside it.

@@ -24,7 +24,7 @@ from baichuan_jax.config.parsing import Count, read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, State, make_parts
 from baichuan_jax.documents.reader import Document, Problem, read_strictly
-from baichuan_jax.runs.files import draft_of, naming, publish, write_atomically
+from baichuan_jax.runs.files import draft_of, naming, new_draft, publish, write_atomically
 from baichuan_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # Bytes of uncompressed text that become one shard: a minute of work, which a kill costs at most.
@@ -147,6 +147,8 @@ class Shard:
         counts = np.zeros(tokenizer.vocab_size, np.int64)
         totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
         # Groups of one: rows are read one at a time, in any order.
+        # The library would follow a link that stands there.
+        new_draft(file).close()
         writer = ArrayRecordWriter(str(file), "group_size:1")
         left = np.zeros(0, dtype)
         # The last token of the last row.

@@ -156,8 +156,9 @@ def describe(error: BaseException) -> str:
         return str(error)
     named = _FILE.search(str(error))
     file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")
-    # Object storage has errors of its own words, without a number.
-    own = error.strerror if isinstance(error, OSError) and number == errno.EREMOTEIO else None
+    # Object storage has errors of its own words, without a number. A planted link has ours.
+    worded = isinstance(error, OSError) and number in (errno.EREMOTEIO, errno.ELOOP)
+    own = error.strerror if worded else None
     return f"{file}: {own or os.strerror(number)}; {what_to_do(number)}"
 
 

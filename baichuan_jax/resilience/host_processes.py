@@ -16,6 +16,7 @@ from baichuan_jax.resilience.clock import WAIT
 from baichuan_jax.resilience.heartbeats import BEAT
 from baichuan_jax.resilience.launch_files import LaunchFolder, ProcessEnd
 from baichuan_jax.resilience.placement import Placement
+from baichuan_jax.runs.private import without_links
 
 # How long a process may take to end once it was killed.
 KILL_SECONDS = 60.0
@@ -42,7 +43,8 @@ class HostProcesses:
         if process == 0:
             child = subprocess.Popen(command, env=variables, start_new_session=True)
         else:
-            with open(self.launch.path / f"log-{process}.txt", "wb") as log:
+            file = self.launch.path / f"log-{process}.txt"
+            with open(file, "wb", opener=without_links) as log:
                 child = subprocess.Popen(
                     command, env=variables, start_new_session=True, stdout=log, stderr=log
                 )

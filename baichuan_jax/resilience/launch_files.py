@@ -36,7 +36,13 @@ from baichuan_jax.config.parsing import (
 )
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.resilience.causes import Cause
-from baichuan_jax.runs.files import create_once, draft_of, read_once, write_atomically
+from baichuan_jax.runs.files import (
+    create_once,
+    draft_of,
+    new_draft_folder,
+    read_once,
+    write_atomically,
+)
 
 # The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
@@ -327,7 +333,7 @@ class Launches:
         path = self.path / str(self.latest() + 1)
         # Renamed into place with its mark inside: a supervisor that looks must not join it.
         draft = draft_of(path)
-        draft.mkdir(parents=True, exist_ok=True)
+        new_draft_folder(draft)
         (draft / UNSUPERVISED).touch()
         draft.rename(path)
         return LaunchFolder(path)

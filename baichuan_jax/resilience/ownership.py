@@ -53,6 +53,7 @@ from baichuan_jax.runs.files import (
     remove_once,
     write_atomically,
 )
+from baichuan_jax.runs.private import without_links
 
 # As long as a supervisor gives another: twice resilience.silence_seconds by default. A process that
 # compiles may hold Python's lock, and with it the beat, for some seconds.
@@ -180,7 +181,7 @@ class _Contender:
         self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
         # Not "w", which would change the file of another owner.
-        self.file = open(lock, "a")  # noqa: SIM115 (closed by the claim, or by `owned`)
+        self.file = open(lock, "a", opener=without_links)  # noqa: SIM115 (closed by the claim, or by `owned`)
         self.claim: Claim | None = None
         self.owner: Owner | None = None
         self._locked: bool | None = False

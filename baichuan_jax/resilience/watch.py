@@ -38,6 +38,7 @@ from baichuan_jax.resilience.limits import PhaseLimits
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.resilience.stragglers import Stragglers
 from baichuan_jax.runs.events import StragglerFound
+from baichuan_jax.runs.private import without_links
 
 # Seconds in one phase, after which the others are listened to. Most steps are shorter, so a healthy
 # run reads nothing, and hundreds of processes do not all read hundreds of reports each second.
@@ -156,7 +157,7 @@ class Watch:
         file = folder.path / f"stacks-{self._placement.process}.txt"
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            self._stacks = open(file, "w")  # noqa: SIM115 (closed in __exit__)
+            self._stacks = open(file, "w", opener=without_links)  # noqa: SIM115 (closed in __exit__)
         except OSError as error:
             # They explain a fault, and no fault has happened.
             say(f"{file} cannot be written ({error.strerror}); a crash leaves no stacks")

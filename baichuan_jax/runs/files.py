@@ -15,10 +15,11 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from baichuan_jax.config.parsing import read_regular, require_plain
 from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.runs.private import is_of_others, refuse_planted_links, without_links
 
 # The disk is full, or the user's share of it.
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -40,6 +41,21 @@ def draft_of(path: Path, process: int | None = None) -> Path:
     processes of several hosts have the same number.
     """
     return path.with_name(f"{path.name}.{_numbering()}.{process or os.getpid()}.tmp")
+
+
+def new_draft(draft: Path) -> BinaryIO:
+    """Open a draft for writing, anew: a file or a link that has its name is not written through.
+
+    Close it at once where a library opens the draft by its name. Raises OSError.
+    """
+    draft.unlink(missing_ok=True)
+    return open(draft, "xb")
+
+
+def new_draft_folder(draft: Path) -> None:
+    """Make a draft that is a folder, anew, and its parents. Raises OSError."""
+    _remove(draft)
+    draft.mkdir(parents=True)
 
 
 def _numbering() -> str:
@@ -108,11 +124,12 @@ def _remove(path: Path) -> None:
 def require_writable(folder: Path | str, setting: str) -> None:
     """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
     require_plain(Path(folder).absolute(), setting)
+    refuse_planted_links(Path(folder), setting)
     probe = draft_of(Path(folder) / ".probe")
     # Tried and not looked up: permission bits do not show a read-only mount.
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        new_draft(probe).close()
         probe.unlink()
         remove_leftovers(probe.parent)
     except OSError as error:
@@ -129,6 +146,10 @@ def writable(text: str) -> str:
 
     Of a link its target: that is replaced, and not the link.
     """
+    try:
+        refuse_planted_links(Path(text), "the output")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if _is_written_itself(Path(text)):
         if not os.access(text, os.W_OK):
             raise argparse.ArgumentTypeError(f"{text!r} cannot be written: Permission denied")
@@ -242,7 +263,8 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content)
+            with new_draft(temporary) as file:
+                file.write(content)
             if durable:
                 publish(temporary, path)
             else:
@@ -257,8 +279,11 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
 def _is_written_itself(path: Path) -> bool:
     """Whether a path is no file that can be replaced: a device, a pipe, or where stdout goes.
 
-    A rename would put a file in the place of /dev/stdout, for every program on the machine.
+    A rename would put a file in the place of /dev/stdout, for every program on the machine. Another
+    user's link or pipe is replaced: it leads where that user likes.
     """
+    if is_of_others(path):
+        return False
     try:
         found = os.stat(path)
     except OSError:
@@ -318,7 +343,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     draft = draft_of(path)
     try:
-        draft.mkdir(parents=True)
+        new_draft_folder(draft)
         # Inside, so that what a library writes beside it is a part of the draft too.
         folder = draft / path.name
         yield folder
@@ -400,7 +425,7 @@ class Appender:
 
     def _open(self) -> io.FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        file = open(self.path, "a+b", buffering=0, opener=without_links)  # noqa: SIM115
         try:
             if self._end is None:
                 # What a killed writer left of its last line: the next one would be appended to it,
@@ -426,6 +451,7 @@ def create_once(path: Path, content: bytes) -> bool:
     # Complete and on the disk before it has its name.
     draft = draft_of(path.with_name(f".{path.name}"))
     try:
+        new_draft_folder(draft)
         write_atomically(draft / path.name, content)
         try:
             # Also where links work again: a host that lacked them may have been first.

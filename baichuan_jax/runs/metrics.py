@@ -26,6 +26,7 @@ from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.runs.events import Event
 from baichuan_jax.runs.files import Appender, process_stat, write_atomically
 from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.private import require_file
 
 # How long the end of a launch waits for Weights & Biases to send what it has.
 WANDB_SECONDS = 60.0
@@ -65,6 +66,8 @@ class Writer:
         self._failing: set[Path] = set()
         if not active:
             return
+        for file in self._appenders():
+            require_file(file.path)
         if config.metrics.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"metrics.wandb_project={config.metrics.wandb_project!r} needs the wandb package: "

@@ -9,7 +9,7 @@ the settings of this launch, and what that means is said.
 import dataclasses
 from typing import Any
 
-from baichuan_jax.checkpoint.local_copies import LocalCopies
+from baichuan_jax.checkpoint.local_copies import RECORD, LocalCopies
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.progress import Given, Progress
 from baichuan_jax.checkpoint.schedule import Schedule
@@ -106,8 +106,8 @@ def open_store(
     local = None
     if (folder := config.checkpoint.local_path) is not None:
         own = folder / plan.run_name
-        at = storage.progress_at
-        local = LocalCopies(own, plan.rollbacks, host, tokenizer_hash, target, at)
+        record = run.path / RECORD
+        local = LocalCopies(own, record, plan.rollbacks, host, tokenizer_hash, target)
     per_fault = seconds_per_fault(steps.layout.mesh.size, history.run_seconds, history.faults)
     schedule = Schedule(config, per_fault)
     return CheckpointStore(storage, local, schedule, target, clock, output)

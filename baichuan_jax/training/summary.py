@@ -18,6 +18,7 @@ from baichuan_jax.resilience.clock import EVALUATE
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Completed, Failed, Sampled, Started
+from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.metrics import WANDB_SECONDS
 from baichuan_jax.runs.output import Output
@@ -280,7 +281,7 @@ def explain_failure(
     reason, where = text.splitlines()[0][:200], ""
     with output.leaving_out("the profile of the memory"):
         profile = run.path / "memory.prof"
-        jax.profiler.save_device_memory_profile(str(profile))
+        write_atomically(profile, jax.profiler.device_memory_profile())
         where = f"; profile in {profile}"
     return f"out of memory at step {step} ({reason}){where}. {_what_would_fit(config)}"
 

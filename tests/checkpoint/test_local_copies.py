@@ -1,7 +1,11 @@
 """Copies on the hosts' own disks: bit-exact, newest first, damage found, missing ones sent."""
 
+import json
 import os
+import resource
 import shutil
+import stat
+import struct
 
 import jax
 import numpy as np
@@ -9,9 +13,9 @@ import pytest
 from conftest import build, run_state
 from launches import kill, lines, losses, run, start_all, wait_all, wait_for_step, write_config
 
-from baichuan_jax.checkpoint.local_copies import LocalCopies, _send
-from baichuan_jax.checkpoint.progress import Piece, Progress
+from baichuan_jax.checkpoint.local_copies import RECORD, LocalCopies, _send
 from baichuan_jax.checkpoint.state import StateTarget
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.placement import HOST_VARIABLE
 
 
@@ -26,18 +30,13 @@ def filled(steps, seed):
     return jax.device_put(signed, steps.state_shardings)
 
 
-def earlier(position):
-    """The progress of a copy that says its position alone."""
-    return Progress(0, position * 16, pieces=(Piece(0, 0, 16),))
-
-
 @pytest.fixture
 def opened(tiny_config, tmp_path):
     def open_(shape, rollbacks=0):
         _, steps = build(tiny_config, shape)
         target = StateTarget(steps.abstract_state)
-        folder = tmp_path / "local"
-        return LocalCopies(folder, rollbacks, "here", "abc", target, earlier), steps
+        folder, record = tmp_path / "local", tmp_path / "run" / RECORD
+        return LocalCopies(folder, record, rollbacks, "here", "abc", target), steps
 
     return open_
 
@@ -142,11 +141,146 @@ def test_a_full_disk_is_told_and_the_copy_before_stays(opened, tmp_path):
     copies, steps = opened((1, 1, 1, 1))
     copies.save(run_state(filled(steps, 0), 1, 1))
     copies.finish()
-    (tmp_path / "local" / f"2.state.{os.getpid()}").symlink_to("/dev/full")
-    copies.save(run_state(filled(steps, 1), 2, 2))
-    with pytest.raises(OSError, match="No space left"):
-        copies.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        copies.save(run_state(filled(steps, 1), 2, 2))
+        with pytest.raises(OSError, match="File too large"):
+            copies.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "local").iterdir()] == ["1.state"]
     assert copies.restore(0, refuse_reports).step == 1
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_copies_are_this_user_s_alone(opened, tmp_path):
+    """Also those that an earlier version left open to all, and folders of any umask."""
+    copies, steps = opened((1, 1, 1, 1))
+    assert mode(tmp_path / "local") == 0o700
+    (tmp_path / "local").chmod(0o777)
+    (tmp_path / "local" / f"1.state.{os.getpid()}").symlink_to(tmp_path / "elsewhere")
+    copies.save(run_state(filled(steps, 0), 1, 1))
+    copies.finish()
+    assert mode(tmp_path / "local") == 0o700
+    assert mode(tmp_path / "local" / "1.state") == 0o600
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def planted(path, change_head=lambda head: None, change=lambda arrays: arrays):
+    """Another copy that agrees with itself: whoever owns the folder can write its digests."""
+    content = path.read_bytes()
+    begin = 8 + struct.unpack("<Q", content[:8])[0]
+    head = json.loads(content[8:begin])
+    change_head(head)
+    text = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + change(content[begin:]))
+
+
+def swapped(arrays):
+    """Other numbers of the same digest on devices: two of them change by amounts that cancel."""
+    bits = np.frombuffer(arrays, np.uint32).copy()
+    # 2^31 times two odd numbers is 0 modulo 2^32.
+    bits[0] += np.uint32(1 << 31)
+    bits[2] += np.uint32(1 << 31)
+    return bits.tobytes()
+
+
+@pytest.mark.parametrize("how", ["head", "arrays"])
+def test_a_copy_that_another_user_made_is_not_trained_on(opened, tmp_path, how):
+    copies, steps = opened((1, 1, 1, 1))
+    copies.save(run_state(filled(steps, 0), 7, 7))
+    copies.finish()
+    if how == "head":
+        change = lambda head: head["progress"].update(row=10**6)
+        planted(tmp_path / "local" / "7.state", change)
+    else:
+        planted(tmp_path / "local" / "7.state", change=swapped)
+    reports = []
+    assert copies.restore(0, lambda event: reports.append(event.reason)) is None
+    assert reports == ["not the bits that were saved, on processes [0]"]
+    assert not list((tmp_path / "local").iterdir())
+
+
+def test_a_copy_of_a_step_that_the_run_did_not_record_is_not_read(opened, tmp_path, capfd):
+    copies, steps = opened((1, 1, 1, 1))
+    copies.save(run_state(filled(steps, 0), 7, 7))
+    copies.finish()
+    (tmp_path / "local" / "9.state").write_bytes(b"\xff" * 100)
+    assert copies.restore(0, refuse_reports).step == 7
+    assert "9.state is not a copy to go on from" in capfd.readouterr().err
+    for damage in ("[", '{"7": 1}'):
+        (tmp_path / "run" / RECORD).write_text(damage)
+        assert opened((1, 1, 1, 1))[0].restore(0, refuse_reports) is None
+        assert "without it no copy on a host's disk counts" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["hashed", "recorded", "written", "named"])
+def test_killed_at_any_moment_a_copy_with_its_digest_is_there(opened, tmp_path, monkeypatch, at):
+    copies, steps = opened((1, 1, 1, 1))
+    copies.save(run_state(filled(steps, 4), 4, 4))
+    copies.finish()
+    with monkeypatch.context() as patch:
+        if at == "hashed":
+            patch.setattr(LocalCopies, "_agree_on", lambda *_: None)
+        if at in ("hashed", "recorded"):
+            patch.setattr(LocalCopies, "_write_file", lambda *_: None)
+        copies.save(run_state(filled(steps, 8), 8, 8))
+        copies._thread.join()
+        if at == "named":
+            copies.finish()
+    # Another process, after a kill.
+    again, _ = opened((1, 1, 1, 1))
+    found = again.restore(0, refuse_reports)
+    assert found.step == (8 if at == "named" else 4)
+    assert bits(found.state) == bits(filled(steps, found.step))
+    again.save(run_state(filled(steps, 12), 12, 12))
+    again.finish()
+    assert [path.name for path in (tmp_path / "local").iterdir()] == ["12.state"]
+    recorded = json.loads((tmp_path / "run" / RECORD).read_text())
+    assert list(recorded) == (["4", "12"] if at == "hashed" else ["4", "8", "12"])
+
+
+def test_a_host_with_other_bits_than_process_0_keeps_its_older_copy(opened, monkeypatch):
+    import baichuan_jax.checkpoint.local_copies
+
+    copies, steps = opened((1, 1, 1, 1))
+    for answer, reason in (
+        ({"digest": "0" * 64, "failed": None}, "other bits of the state than process 0"),
+        ({"digest": "", "failed": "No space left on device"}, "could not be written: No space"),
+    ):
+        monkeypatch.setattr(
+            baichuan_jax.checkpoint.local_copies, "agree", lambda *_, answer=answer: answer
+        )
+        copies.save(run_state(filled(steps, 1), 2, 2))
+        with pytest.raises(RuntimeError, match=reason):
+            copies.finish()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+@pytest.mark.parametrize("how", ["owner", "parent", "link", "writable parent"])
+def test_a_folder_that_another_user_could_replace_is_refused_by_name(opened, tmp_path, how):
+    """As /dev/shm/baichuan may be: everybody may make it, and root would follow its links."""
+    folder = tmp_path / "local"
+    if how == "link":
+        (tmp_path / "theirs").mkdir()
+        folder.symlink_to(tmp_path / "theirs")
+        os.lchown(folder, 65534, 65534)
+    elif how == "owner":
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+    elif how == "parent":
+        os.chown(tmp_path, 65534, 65534)
+    else:
+        tmp_path.chmod(0o777)
+    name = "" if how == "writable parent" else "nobody"
+    named = tmp_path if "parent" in how else folder
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.local_dir: .*{named} .*{name}"):
+        opened((1, 1, 1, 1))
+    assert not list(folder.iterdir()) if folder.exists() else True
 
 
 def test_arrays_are_sent_in_pieces_that_fit(monkeypatch):

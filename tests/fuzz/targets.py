@@ -416,18 +416,20 @@ def _local_copy() -> Target:
 
     from baichuan_jax.checkpoint.local_copies import _read_head
 
-    head = {"step": 4, "position": 4, "rollbacks": 0, "tokenizer": "abc", "digest": {"params/x": 1}}
+    head = {"step": 4, "rollbacks": 0, "progress": {}, "tokenizer": "abc", "model": {}}
+    head["digest"] = {"params/x": 1}
 
     def read(folder: Path) -> Any:
         text = (folder / "head.json").read_bytes() if (folder / "head.json").exists() else b""
         (folder / "4.state").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
         try:
-            found, start = _read_head(folder / "4.state")
+            with open(folder / "4.state", "rb") as file:
+                found, prefix = _read_head(file)
         # What `_newest` reports and passes over.
         except (OSError, ValueError, KeyError, struct.error):
             return None
         assert isinstance(found["step"], int)
-        return found, start
+        return found, len(prefix)
 
     return Target({"head.json": json.dumps(head).encode()}, read)
 

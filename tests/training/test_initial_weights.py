@@ -15,8 +15,7 @@ from conftest import build, run_state, sentencepiece_defaults
 from flax import nnx
 
 from baichuan_jax.checkpoint import weights
-from baichuan_jax.checkpoint.local_copies import LocalCopies
-from baichuan_jax.checkpoint.progress import Progress
+from baichuan_jax.checkpoint.local_copies import RECORD, LocalCopies
 from baichuan_jax.checkpoint.state import StateTarget, identity
 from baichuan_jax.config.files import load_config
 from baichuan_jax.config.schema import (
@@ -362,18 +361,20 @@ def test_a_hosts_copy_is_of_one_model(tiny_config, tmp_path, capsys):
     state = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), shapes)
     state = jax.device_put(state, steps.state_shardings)
 
-    def newest(**changes: Any) -> dict[str, Any]:
+    def newest(**changes: Any) -> int | None:
         model = dataclasses.replace(config.model, **changes)
         target = StateTarget(steps.abstract_state, identity(model))
-        return LocalCopies(tmp_path, 0, "here", "abc", target, Progress.from_json)._newest()[1]
+        copies = LocalCopies(tmp_path / "local", tmp_path / RECORD, 0, "here", "abc", target)
+        found = copies.restore(0, lambda event: None)
+        return None if found is None else found.step
 
     target = StateTarget(steps.abstract_state, identity(config.model))
-    copies = LocalCopies(tmp_path, 0, "here", "abc", target, Progress.from_json)
+    copies = LocalCopies(tmp_path / "local", tmp_path / RECORD, 0, "here", "abc", target)
     copies.save(run_state(state, 1, 1))
     copies.finish()
-    assert newest()["step"] == 1
+    assert newest() == 1
     for changes in ({"num_heads": 2}, {"rope_theta": 5.0}, {"pad_token_id": None}):
-        assert newest(**changes) == {}
+        assert newest(**changes) is None
     assert "of another tokenizer or model" in capsys.readouterr().err
 
 

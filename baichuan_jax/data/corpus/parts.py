@@ -27,7 +27,7 @@ import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 from baichuan_jax import __version__
 from baichuan_jax.config.parsing import read_json, require_keys
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.runs.files import draft_of, publish, write_atomically
+from baichuan_jax.runs.files import draft_of, new_draft, publish, write_atomically
 
 # Of the files of all stages. Another number invalidates the finished stages of all users.
 VERSION = 3
@@ -165,6 +165,8 @@ class ParquetFile:
         """One row group; an empty table gives the file its columns and no row group."""
         # The first table gives the file its columns.
         if self._writer is None:
+            # The library would follow a link that stands there.
+            new_draft(self._temporary).close()
             self._writer = pq.ParquetWriter(self._temporary, table.schema, **PARQUET)
         if len(table):
             self._writer.write_table(table)
