@@ -5,6 +5,7 @@ backends, `plan` compiles with them, and `python -m baichuan_jax.xla_flags --con
 a800:128x8` prints them as shell lines.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -26,6 +27,7 @@ from baichuan_jax.hardware.accelerators import (
 )
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.resilience.waits import announced
+from baichuan_jax.runs.private import why_not_run
 
 # Of the card; the rest holds the CUDA context, cuBLAS's workspaces and NCCL's buffers.
 GPU_MEMORY_FRACTION = 0.92
@@ -278,16 +280,32 @@ def apply_flags(config: Config) -> dict[str, str]:
     return added
 
 
-def keep_compiled(config: Config, platform: str) -> None:
+def keep_compiled(config: Config, platform: str) -> str | None:
     """Keep compiled programs in data.cache_dir, so that a restart compiles nothing again.
 
     Process 0 writes them, all read. Not on a CPU, unless JAX_COMPILATION_CACHE_DIR asks for it:
     there jax's keys differ by process, so that only process 0 would profit while the others wait,
-    and every program that is read prints pages about features of the machine.
+    and every program that is read prints pages about features of the machine. Returns why none are
+    kept where another user chooses what lies there; users who share data.cache_dir have a folder
+    each.
     """
-    if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(config.data.cache_dir).absolute() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if platform == "cpu" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return None
+    found = []
+    for name in ("compiled", f"compiled-{os.geteuid()}"):
+        folder = Path(config.data.cache_dir).absolute() / name
+        # Where it cannot be made, jax says so and goes on.
+        with contextlib.suppress(OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
+        if (why := why_not_run(folder)) is None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            return None
+        found.append(why)
+    return (
+        f"programs are compiled anew at every start: {' and '.join(found)}; set "
+        "JAX_COMPILATION_CACHE_DIR to a folder of your own"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -12,14 +12,14 @@ import pytest
 from launches import REPOSITORY, environment, run_module
 
 from baichuan_jax.config.files import load_config
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import Config, ConfigError, DataConfig
 from baichuan_jax.hardware.accelerators import (
     Topology,
     detect_topology,
     hardware_of,
     parse_topology,
 )
-from baichuan_jax.xla_flags import apply_flags, choose_flags
+from baichuan_jax.xla_flags import apply_flags, choose_flags, keep_compiled
 
 A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
 
@@ -203,3 +203,27 @@ def test_gpus_are_found_where_a_container_hides_proc(tmp_path, monkeypatch):
     assert detect_topology() is None
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert detect_topology() is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_users_of_one_cache_have_compiled_programs_of_their_own(tmp_path, monkeypatch):
+    """Whoever writes compiled programs decides what those who read them run."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    used = []
+    monkeypatch.setattr("jax.config.update", lambda name, value: used.append(value))
+    config = Config(data=DataConfig(cache_dir=str(tmp_path)))
+    assert keep_compiled(config, "cpu") is None
+    assert not used
+    for _ in range(2):
+        assert keep_compiled(config, "gpu") is None
+    assert (tmp_path / "compiled").stat().st_mode & 0o777 == 0o700
+    os.chown(tmp_path / "compiled", 65534, 65534)
+    assert keep_compiled(config, "gpu") is None
+    own = tmp_path / f"compiled-{os.geteuid()}"
+    assert used == [str(tmp_path / "compiled")] * 2 + [str(own)]
+    own.chmod(0o777)
+    assert keep_compiled(config, "gpu") == (
+        f"programs are compiled anew at every start: {tmp_path}/compiled belongs to nobody and "
+        f"every user may write {own}; set JAX_COMPILATION_CACHE_DIR to a folder of your own"
+    )
+    assert len(used) == 3

@@ -157,8 +157,8 @@ def describe(error: BaseException) -> str:
     named = _FILE.search(str(error))
     file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")
     # Object storage has errors of its own words, without a number. A planted link has ours.
-    worded = isinstance(error, OSError) and number in (errno.EREMOTEIO, errno.ELOOP)
-    own = error.strerror if worded else None
+    worded = number in (errno.EREMOTEIO, errno.ELOOP)
+    own = error.strerror if isinstance(error, OSError) and worded else None
     return f"{file}: {own or os.strerror(number)}; {what_to_do(number)}"
 
 

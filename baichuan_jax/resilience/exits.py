@@ -14,6 +14,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
 from baichuan_jax.runs.files import FULL_DISK
+from baichuan_jax.runs.private import refuse_programs_of_others
 
 # A user who sees nothing for longer takes the program for dead.
 SAY_SECONDS = 5.0
@@ -100,6 +101,7 @@ def run_command(
 def _code_of(command: Callable[[], int], interrupted: str) -> int:
     try:
         _require_working_directory()
+        refuse_programs_of_others()
         return command()
     except SystemExit as end:
         if end.code != USAGE_ERROR:

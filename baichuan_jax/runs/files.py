@@ -48,14 +48,21 @@ def new_draft(draft: Path) -> BinaryIO:
 
     Close it at once where a library opens the draft by its name. Raises OSError.
     """
-    draft.unlink(missing_ok=True)
-    return open(draft, "xb")
+    # Tried first: on network storage each call is a message, and there is hardly ever one.
+    try:
+        return open(draft, "xb")
+    except FileExistsError:
+        draft.unlink(missing_ok=True)
+        return open(draft, "xb")
 
 
 def new_draft_folder(draft: Path) -> None:
     """Make a draft that is a folder, anew, and its parents. Raises OSError."""
-    _remove(draft)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+    except FileExistsError:
+        _remove(draft)
+        draft.mkdir(parents=True)
 
 
 def _numbering() -> str:

@@ -18,6 +18,8 @@ from baichuan_jax.config.schema import ConfigError
 
 # As many as Linux follows.
 MOST_LINKS = 40
+# Where jax, Triton and the CUDA driver keep compiled programs.
+PROGRAMS = ("JAX_COMPILATION_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
 def trusted_folder(path: Path, setting: str) -> Path:
@@ -159,21 +161,35 @@ def is_of_others(path: Path | str) -> bool:
     return not (_trusts(found) or stat.S_ISREG(kind) or stat.S_ISCHR(kind) or stat.S_ISDIR(kind))
 
 
-def why_not_run(folder: Path) -> str | None:
+def why_not_run(folder: Path | str) -> str | None:
     """Why compiled programs of a folder must not be run; None: nothing is wrong with it.
 
     Whoever writes there chooses what this process executes. A group that works together may share
-    one. Raises OSError.
+    one.
     """
     try:
-        found = os.stat(folder)
-    except FileNotFoundError:
+        # A link is judged too: its owner chooses the folder.
+        for found in (os.lstat(folder), os.stat(folder)):
+            if not _trusts(found):
+                return f"{folder} belongs to {owner_name(found.st_uid)}"
+            if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+                return f"every user may write {folder}"
+    except OSError:
+        # None yet, or none that can be read.
         return None
-    if not _trusts(found):
-        return f"{folder} belongs to {owner_name(found.st_uid)}"
-    if found.st_mode & stat.S_IWOTH:
-        return f"every user may write {folder}"
     return None
+
+
+def refuse_programs_of_others() -> None:
+    """Raise ConfigError where the environment names a folder of other users' compiled programs."""
+    for variable in PROGRAMS:
+        folder = os.environ.get(variable, "")
+        # Object storage has rights of its own.
+        if folder and "://" not in folder and (why := why_not_run(folder)) is not None:
+            raise ConfigError(
+                f"{variable}: {why}, and compiled programs are code that this process would run; "
+                "name a folder that only you, or your group, may write"
+            )
 
 
 def owner_name(uid: int) -> str:

@@ -76,7 +76,7 @@ def start_devices(
     """
     mesh = make_mesh(config.mesh)
     # Only now is the platform known, and a CPU keeps no programs.
-    keep_compiled(config, mesh.devices.flat[0].platform)
+    not_kept = keep_compiled(config, mesh.devices.flat[0].platform)
     # Before the kernels are chosen, which depends on the size of the context axis.
     config = _resolve(config, mesh.size)
     # Before any step is traced, which takes minutes where there are many blocks.
@@ -88,7 +88,7 @@ def start_devices(
     # From here on the other processes are watched: the checks below are the first collectives.
     number = watch.join()
     _refuse_other_settings(config)
-    for warning in preflight(config).warnings:
+    for warning in [*filter(None, [not_kept]), *preflight(config).warnings]:
         display.say(warning, style="yellow")
     return number, config, steps, choices, display
 
