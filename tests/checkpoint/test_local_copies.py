@@ -11,7 +11,17 @@ import jax
 import numpy as np
 import pytest
 from conftest import build, run_state
-from launches import kill, lines, losses, run, start_all, wait_all, wait_for_step, write_config
+from launches import (
+    kill,
+    lines,
+    losses,
+    run,
+    start,
+    start_all,
+    wait_all,
+    wait_for_step,
+    write_config,
+)
 
 from baichuan_jax.checkpoint.local_copies import RECORD, LocalCopies, _send
 from baichuan_jax.checkpoint.state import StateTarget
@@ -355,3 +365,43 @@ def test_a_state_that_lies_across_processes_is_refused(tmp_path):
 def test_one_of_the_two_settings_alone_is_refused(tmp_path):
     said = run(write_config(tmp_path), tmp_path / "run", "--checkpoint.local_every", "4", expect=78)
     assert "set both or neither" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["planted", "unrecorded"])
+def test_a_run_goes_on_with_the_same_numbers_whatever_lies_on_its_disk(tmp_path, how):
+    config = write_config(tmp_path)
+    straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
+    options = ["--train.num_steps", "30", "--checkpoint.every", "5", "--evaluate.every", "1000"]
+    run(config, straight, *options)
+    local = ["--checkpoint.local_dir", f"{tmp_path}/disk", "--checkpoint.local_every", "4"]
+    process = start(config, disturbed, *options, *local)
+    wait_for_step(process, disturbed, 14)
+    kill(process)
+    (copy,) = (tmp_path / "disk").glob("*/*.state")
+    if how == "planted":
+        # Newer than all checkpoints, and with a head of today's.
+        planted(copy, lambda head: head.update(step=24), swapped)
+        copy.rename(copy.with_name("24.state"))
+    else:
+        (disturbed / RECORD).unlink()
+    said = run(config, disturbed, *options, *local)
+    assert f"{RECORD} has no digest of it" in said
+    assert losses(disturbed) == losses(straight)
+    (restored,) = [event for event in lines(disturbed, "events") if event["kind"] == "restored"]
+    assert not restored["local"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_one_host_whose_folder_is_another_user_s_ends_all_with_its_name(tmp_path):
+    config = write_config(tmp_path)
+    options = ["--checkpoint.local_dir", f"{tmp_path}/disk-$BAICHUAN_JAX_HOST"]
+    options += ["--checkpoint.local_every", "4"]
+    (tmp_path / "disk-b").mkdir()
+    os.chown(tmp_path / "disk-b", 65534, 65534)
+    processes = start_all(config, tmp_path / "run", *options, processes=2, devices=1, hosts="ab")
+    assert wait_all(processes) == [78, 78]
+    for process in (0, 1):
+        said = (tmp_path / f"run.{process}.log").read_text()
+        assert "disk-b belongs to nobody" in said
+        assert "(process 1)" in said
