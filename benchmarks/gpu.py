@@ -355,8 +355,8 @@ def parse() -> argparse.Namespace:
     options.output = options.output.absolute()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / ".tmp").touch()
-        (options.output / ".tmp").unlink()
+        with tempfile.TemporaryFile(dir=options.output):
+            pass
     except OSError as error:
         parser.error(f"--output {options.output} cannot be written: {error.strerror}")
     if any(options.output.iterdir()):

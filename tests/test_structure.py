@@ -154,7 +154,7 @@ WAITS = {
     ("launch", "sleep"): "BEAT of the heartbeat; TICK of loops that say what they wait for",
     ("checkpoint.orbax", "wait_until_finished"): "announced by the store; Orbax's ten minutes",
     ("checkpoint.orbax_workarounds", "sleep"): "READS_END_SECONDS",
-    ("checkpoint.local_copies", "join"): "announced by the store; a write, and RECORD_SECONDS",
+    ("checkpoint.local_copies", "join"): "announced by the store; a write, and TIMEOUT_SECONDS",
     ("checkpoint.local_copies", "shutdown"): "of threads that hash one part each",
     ("checkpoint.local_copies", "broadcast_one_to_all"): "announced by its caller; the watch",
     ("data.loader", "join"): "CLOSE_SECONDS, not more than SAY_SECONDS",

@@ -69,8 +69,6 @@ LARGEST_HEAD = 1 << 24
 CHUNK = 1 << 26
 # Bytes that one thread hashes at once. One core hashes 1.9 GB/s (EPYC, 2026-11), a disk is faster.
 PART = 1 << 26
-# How long a host whose copy is whole waits for process 0's record of it.
-RECORD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ class LocalCopies:
     def _agree_on(self, step: int, digest: str) -> None:
         """Have process 0 record a digest. Before the copy is written: it counts by its name."""
         name = f"the digest of the copies of step {step}"
-        found = agree(name, lambda: self._note(step, digest), RECORD_SECONDS)
+        found = agree(name, lambda: self._note(step, digest))
         if found["failed"] is not None:
             raise RuntimeError(f"{self._record} could not be written: {found['failed']}")
         if found["digest"] != digest:
@@ -296,7 +294,7 @@ class LocalCopies:
         try:
             where = str(self._record)
             return require_type(parse_json(read_text(self._record), where), dict[str, str], where)
-        except ConfigError as error:
+        except (OSError, ConfigError) as error:
             say(f"{error}; without it no copy on a host's disk counts")
             return {}
 
@@ -402,7 +400,7 @@ class _Digest:
 
     def __enter__(self) -> Self:
         # Cores beside the one that feeds the devices; more would not be faster than memory.
-        self._pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         return self
 
     def __exit__(self, *_: object) -> None:

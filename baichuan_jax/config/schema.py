@@ -404,8 +404,8 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps are kept for good."""
     # Storage is slow and shared; a host's own disk is fast, and lost with the host.
     local_dir: str | None = None
-    """Folder on each host's own disk, or /dev/shm, for copies of the newest state beside the
-    checkpoints; $VARIABLES are replaced by the host's environment."""
+    """Folder of your own on each host's disk, or in /dev/shm, for copies of the newest state beside
+    the checkpoints; $VARIABLES are replaced by the host's environment."""
     local_every: int | None = None
     """Steps between copies in local_dir. A start takes the newest state there is, from any host."""
 
