@@ -199,7 +199,9 @@ class LocalCopies:
             # left half written (STEP.state.PID).
             for other in os.listdir(folder):
                 if SUFFIX in other and other != name:
-                    _remove(folder, other)
+                    # The copy counts whatever cannot be deleted.
+                    with contextlib.suppress(OSError):
+                        _remove(folder, other)
 
     def _write(self, step: int, head: dict[str, Any], parts: list[list[tuple[Any, Any]]]) -> None:
         text = json.dumps(head).encode()
