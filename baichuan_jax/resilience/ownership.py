@@ -180,8 +180,8 @@ class _Contender:
         # A look may come just before a beat, and a beat may be late.
         self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
-        # Not "w", which would change the file of another owner.
-        self.file = open(lock, "a", opener=without_links)  # noqa: SIM115 (closed by the claim, or by `owned`)
+        # Not "w", which would change the file of another owner. Closed by the claim, or by `owned`.
+        self.file = open(lock, "a", opener=without_links)  # noqa: SIM115
         self.claim: Claim | None = None
         self.owner: Owner | None = None
         self._locked: bool | None = False

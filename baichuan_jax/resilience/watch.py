@@ -157,7 +157,8 @@ class Watch:
         file = folder.path / f"stacks-{self._placement.process}.txt"
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            self._stacks = open(file, "w", opener=without_links)  # noqa: SIM115 (closed in __exit__)
+            # Closed in __exit__.
+            self._stacks = open(file, "w", opener=without_links)  # noqa: SIM115
         except OSError as error:
             # They explain a fault, and no fault has happened.
             say(f"{file} cannot be written ({error.strerror}); a crash leaves no stacks")

@@ -27,7 +27,7 @@ from baichuan_jax.runs.files import save_figure
 _ALIKE = ("config.yaml", "tokenizer.model", "loss.png", "memory.prof")
 _OWN = (
     *_ALIKE,
-    *("metrics.jsonl", "events.jsonl"),
+    *("metrics.jsonl", "events.jsonl", "local_copies.json"),
     *("checkpoints", "attempts", "tensorboard", "profile", "wandb"),
 )
 
