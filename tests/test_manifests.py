@@ -184,6 +184,20 @@ def test_the_batch_script_is_a_script():
     assert " | ".join(str(cause.exit_code) for cause in final) + ")" in text
 
 
+def test_a_run_under_slurm_is_writable_by_its_user_alone(tmp_path):
+    """Its own function, under the umask of clusters where everybody has a group."""
+    text = (LAUNCH / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    supervise = re.search(r"^supervise\(\) \{\n.*?^\}$", text, re.MULTILINE | re.DOTALL)
+    assert supervise is not None
+    (tmp_path / "writes").write_text("#!/bin/sh\nmkdir run\necho > run/config.yaml\n")
+    (tmp_path / "writes").chmod(0o755)
+    names = "SLURM_JOB_ID=1 HOSTS=1 MIN_HOSTS=1 PYTHON=./writes"
+    script = f"scontrol() {{ :; }}; umask 002; {names}; {supervise[0]}; supervise"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    for path in (tmp_path / "run", tmp_path / "run" / "config.yaml"):
+        assert path.stat().st_mode & 0o022 == 0
+
+
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_pod_has_no_more_rights_than_it_needs(name):
     """What Pod Security calls restricted, and a root file system that is not writable."""
