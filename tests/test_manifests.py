@@ -217,6 +217,10 @@ def test_a_pod_has_no_more_rights_than_it_needs(name):
                 "capabilities": {"drop": ["ALL"]},
             }
             assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
+            for variable in container["env"]:
+                # Whoever may read a manifest would read it.
+                if re.search("KEY|TOKEN|SECRET|PASSWORD", variable["name"]):
+                    assert "value" not in variable, variable["name"]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
