@@ -22,11 +22,18 @@ from typing import Any
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.parsing import environment_number, whole_number
 from baichuan_jax.config.schema import Config, ConfigError, at_least, between
+from baichuan_jax.resilience.addresses import (
+    BIND_VARIABLE,
+    is_free,
+    join_port,
+    own_address,
+    refuse_loopback,
+)
 from baichuan_jax.resilience.causes import Cause, exit_code_table
 from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.resilience.heartbeats import BEAT, HostHeartbeats
-from baichuan_jax.resilience.host_processes import HostProcesses, is_free
+from baichuan_jax.resilience.host_processes import HostProcesses
 from baichuan_jax.resilience.launch_files import (
     Coordinator,
     HostEnd,
@@ -284,10 +291,15 @@ class Supervisor:
 
     def _free_address(self, launch: LaunchFolder) -> str:
         """This host's address with the first free port. Raises ConfigError where there is none."""
+        address = self.options.address.strip("[]")
+        # Where process 0 listens is the user's choice then, and there is no other port to try.
+        if given := os.environ.get(BIND_VARIABLE):
+            return join_port(address, given.rpartition(":")[2])
         begin, end = self.options.port, self.options.port + PORTS
+        own = own_address(address)
         for port in range(begin, end):
-            if is_free(port):
-                return f"{self.options.address}:{port}"
+            if is_free(own, port):
+                return join_port(address, port)
             event = PortTaken(attempt=launch.number, host=self.host, port=port)
             append_event(self.run.path, event)
             say(f"port {port} of {self.host} is taken; trying the next")
@@ -452,7 +464,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--min_hosts", "go on with this many where no spare is left (default: --hosts)", one)
     add("--processes", "training processes on each host (default: 1)", one, 1)
     add("--host", "this host's name in plans and reports (default: its host name)", str, name)
-    add("--address", "where other hosts reach this one (default: --host; 127.0.0.1 for one host)")
+    add(
+        "--address",
+        "where other hosts reach this one; process 0 listens there alone "
+        "(default: --host; 127.0.0.1 for one host)",
+    )
     add(
         "--port", "process 0's port, or the next free one (default: 7733)", at_least(1, 65535), 7733
     )
@@ -470,6 +486,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(
             f"--min_hosts {options.min_hosts} must lie between 1 and --hosts {options.hosts}"
         )
+    if options.hosts > 1:
+        refuse_loopback(options.address, "give this host's address with --address")
     return options, argv[cut + 1 :]
 
 

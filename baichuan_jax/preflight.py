@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.resilience.addresses import LOOPBACK, exposure, listening
 from baichuan_jax.resilience.causes import BadHost, SaveFailed
 from baichuan_jax.resilience.coordination import (
     coordinator_address,
@@ -44,7 +45,6 @@ BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39
 MATRIX = 512
 MEMORY_SHARE = 0.02  # of a device's memory that is written and read
 MEMORY_ON_CPU = 16 << 20  # bytes of it where the device does not report its memory
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 COLLECTIVE_SECONDS = 60.0  # for one collective with its compilation and first connection
 MAX_SKEW_SECONDS = 5.0  # between hosts' clocks: reports and events would be in the wrong order
 
@@ -69,8 +69,9 @@ def preflight(config: Config) -> Findings:
         seconds[check], began = time.perf_counter() - began, time.perf_counter()
 
     # The cheapest first, and what would make the later ones fail for the wrong reason.
-    warnings = compare_hosts(gather("preflight/host", _describe()), coordinator_address())
-    took("versions and clocks")
+    hosts = gather("preflight/host", _describe())
+    warnings = compare_hosts(hosts, coordinator_address()) + exposed(hosts)
+    took("versions, clocks, open ports")
     _refuse(gather("preflight/devices", _device_fault()))
     took("devices")
     faults = gather("preflight/storage", storage_fault(config.run_path / "checkpoints"))
@@ -113,6 +114,7 @@ def _describe() -> dict[str, Any]:
             "driver": str(device.client.platform_version).splitlines()[0],
         },
         "devices": {"their number": jax.local_device_count(), "their kind": device.device_kind},
+        "listening": listening(),
     }
 
 
@@ -147,6 +149,26 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     if skew <= MAX_SKEW_SECONDS:
         return []
     return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
+
+
+def exposed(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warnings from the descriptions of all processes: ports that strangers may reach.
+
+    Those on all addresses of a host, or on a public one. Whether a firewall stands before them
+    cannot be seen from inside.
+    """
+    found: dict[str, list[str]] = {}
+    for process, host in enumerate(hosts):
+        for address, port in host["listening"]:
+            if (where := exposure(address)) is not None:
+                listener = f"process {process} on {host['host']} listens on port {port} of {where}"
+                found.setdefault(where, []).append(listener)
+    return [
+        f"{first}{f' (and {len(more)} other ports do)' if more else ''}: whoever reaches it can "
+        "end this run, since nothing asks who connects; give process 0 an address of a private "
+        "network, or keep others out with a firewall (docs/operations.md, Trusted network)"
+        for first, *more in found.values()
+    ]
 
 
 def _refuse(faults: Sequence[str | None]) -> None:
@@ -325,7 +347,8 @@ def main(argv: list[str]) -> int:
         display.say(warning, style="yellow")
     rows = [[check, f"{seconds:.2f}"] for check, seconds in findings.seconds.items()]
     counts = f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
-    display.table(f"Checks of {counts}: all passed", ["", "seconds"], rows)
+    warned = f", {len(findings.warnings)} warning(s)" if findings.warnings else ""
+    display.table(f"Checks of {counts}: all passed{warned}", ["", "seconds"], rows)
     return 0
 
 
