@@ -69,9 +69,8 @@ def preflight(config: Config) -> Findings:
         seconds[check], began = time.perf_counter() - began, time.perf_counter()
 
     # The cheapest first, and what would make the later ones fail for the wrong reason.
-    hosts = gather("preflight/host", _describe())
-    warnings = compare_hosts(hosts, coordinator_address()) + exposed(hosts)
-    took("versions, clocks, open ports")
+    warnings = compare_hosts(gather("preflight/host", _describe()), coordinator_address())
+    took("versions and clocks")
     _refuse(gather("preflight/devices", _device_fault()))
     took("devices")
     faults = gather("preflight/storage", storage_fault(config.run_path / "checkpoints"))
@@ -97,6 +96,9 @@ def preflight(config: Config) -> Findings:
                 "look at the switches between them"
             )
         took("all")
+    # Last: collectives open ports of their own.
+    warnings += exposed(gather("preflight/ports", (platform.node(), listening())))
+    took("open ports")
     return Findings(seconds, warnings)
 
 
@@ -114,7 +116,6 @@ def _describe() -> dict[str, Any]:
             "driver": str(device.client.platform_version).splitlines()[0],
         },
         "devices": {"their number": jax.local_device_count(), "their kind": device.device_kind},
-        "listening": listening(),
     }
 
 
@@ -151,23 +152,25 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
 
 
-def exposed(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warnings from the descriptions of all processes: ports that strangers may reach.
+def exposed(hosts: Sequence[tuple[str, Sequence[tuple[str, int]]]]) -> list[str]:
+    """A warning where strangers may reach ports of a run; none where they cannot.
 
-    Those on all addresses of a host, or on a public one. Whether a firewall stands before them
-    cannot be seen from inside.
+    From every process's host and (address, port) on which it listens: those on all addresses of a
+    host, or on a public one. A firewall before them cannot be seen from inside.
     """
-    found: dict[str, list[str]] = {}
-    for process, host in enumerate(hosts):
-        for address, port in host["listening"]:
-            if (where := exposure(address)) is not None:
-                listener = f"process {process} on {host['host']} listens on port {port} of {where}"
-                found.setdefault(where, []).append(listener)
+    found = [
+        f"process {process} on {host} listens on port {port} of {where}"
+        for process, (host, listening) in enumerate(hosts)
+        for address, port in listening
+        if (where := exposure(address)) is not None
+    ]
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more ports like it)" if len(found) > 1 else ""
     return [
-        f"{first}{f' (and {len(more)} other ports do)' if more else ''}: whoever reaches it can "
-        "end this run, since nothing asks who connects; give process 0 an address of a private "
-        "network, or keep others out with a firewall (docs/operations.md, Trusted network)"
-        for first, *more in found.values()
+        f"{found[0]}{more}: whoever reaches it can end this run, since nothing asks who connects; "
+        "give process 0 an address of a private network, or keep others out with a firewall "
+        "(docs/operations.md, Trusted network)"
     ]
 
 

@@ -100,7 +100,9 @@ def _connect(address: str, number: int, **description: Any) -> None:
     bound = _bind_address(address) if number == 0 else None
     place = address if bound is None else f"{address} (process 0 listens on {bound} alone)"
     with _in_time(f"all processes of this run to come to {place}"):
-        jax.distributed.initialize(address, coordinator_bind_address=bound, **description)
+        jax.distributed.initialize(
+            coordinator_address=address, coordinator_bind_address=bound, **description
+        )
     place_gloo(lambda: address_towards(address.rpartition(":")[0]))
 
 
