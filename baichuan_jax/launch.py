@@ -8,11 +8,13 @@ verdict, so any host may be lost at any moment.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
 import socket
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -21,9 +23,10 @@ from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.parsing import environment_number, whole_number
-from baichuan_jax.config.schema import Config, ConfigError, at_least, between
+from baichuan_jax.config.schema import Config, ConfigError, at_least, between, require
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
+    UNIX,
     is_free,
     join_port,
     own_address,
@@ -82,7 +85,7 @@ class Supervisor:
         self.launches = Launches(config.run_path.absolute() / "attempts")
         # Twice the processes' own limit: these watch each other, and a late supervisor is no fault.
         patience = 2 * config.resilience.silence_seconds
-        self.heartbeats = HostHeartbeats(self.launches, self.host, options.address, patience)
+        self.heartbeats = HostHeartbeats(self.launches, self.host, options.address or "", patience)
         # Of the launch under way.
         self.processes: HostProcesses | None = None
         # Signals so far that ask to stop.
@@ -250,30 +253,52 @@ class Supervisor:
         if launch.read(HostEnd, self.host) is not None:
             return
         self.processes = processes = HostProcesses(launch, self.host)
-        coordinator = self._coordinator(launch, plan)
-        # Asked to stop since the plan was made: there is nothing yet to save.
-        if coordinator is not None and not self.asked:
-            if self.host == plan.hosts[0]:
-                hosts = ", ".join(plan.hosts)
-                say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
-            for process in plan.processes_of(self.host):
-                processes.start(self._placement(launch, plan, process), self.argv, coordinator)
-            # A signal that came meanwhile has reached only those that had started.
-            if self.asked:
-                self._pass_on(processes)
-        self._wait(plan, processes)
+        with self._socket_folder() as sockets:
+            coordinator = self._coordinator(launch, plan, sockets)
+            # Asked to stop since the plan was made: there is nothing yet to save.
+            if coordinator is not None and not self.asked:
+                if self.host == plan.hosts[0]:
+                    hosts = ", ".join(plan.hosts)
+                    say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
+                for process in plan.processes_of(self.host):
+                    processes.start(self._placement(launch, plan, process), self.argv, coordinator)
+                # A signal that came meanwhile has reached only those that had started.
+                if self.asked:
+                    self._pass_on(processes)
+            self._wait(plan, processes)
         self.processes = None
         launch.write(HostEnd(bool(self.asked), processes.exits), self.host)
 
-    def _coordinator(self, launch: LaunchFolder, plan: LaunchPlan) -> str | None:
-        """host:port of process 0: the first free port of its host, which that host writes down.
+    def _socket_folder(self) -> contextlib.AbstractContextManager[str | None]:
+        """A new folder of this user alone for process 0's socket; None where other hosts come.
 
-        None where that host was lost before it did, or took longer than --join_seconds.
+        Every user of this host reaches its ports, and jax's service asks nobody who he is.
+        """
+        if self.options.address is not None or os.environ.get(BIND_VARIABLE):
+            return contextlib.nullcontext()
+        parent = tempfile.gettempdir()
+        # The kernel's limit for a socket's path is 107 bytes.
+        require(
+            len(os.fsencode(parent)) <= 80,
+            f"the path of the temporary folder {parent} is too long for a socket's: set TMPDIR to "
+            "a shorter one, or give --address 127.0.0.1",
+        )
+        return tempfile.TemporaryDirectory(
+            prefix="baichuan-jax-", dir=parent, ignore_cleanup_errors=True
+        )
+
+    def _coordinator(
+        self, launch: LaunchFolder, plan: LaunchPlan, sockets: str | None
+    ) -> str | None:
+        """Where process 0 listens, which its host chooses and writes down.
+
+        A socket in the folder, or else the first free port of that host. None where that host was
+        lost before it did, or took longer than --join_seconds.
         """
         # Only its own host can tell which of its ports are free.
         first = plan.hosts[0]
         if self.host == first:
-            address = self._free_address(launch)
+            address = f"{UNIX}:{sockets}/0" if sockets else self._free_address(launch)
             launch.write(Coordinator(address))
             return address
         found: Coordinator | None = None
@@ -291,7 +316,7 @@ class Supervisor:
 
     def _free_address(self, launch: LaunchFolder) -> str:
         """This host's address with the first free port. Raises ConfigError where there is none."""
-        address = self.options.address.strip("[]")
+        address = (self.options.address or "127.0.0.1").strip("[]")
         # Where process 0 listens is the user's choice then, and there is no other port to try.
         if given := os.environ.get(BIND_VARIABLE):
             return join_port(address, given.rpartition(":")[2])
@@ -466,8 +491,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--host", "this host's name in plans and reports (default: its host name)", str, name)
     add(
         "--address",
-        "where other hosts reach this one; process 0 listens there alone "
-        "(default: --host; 127.0.0.1 for one host)",
+        "where other hosts reach this one; process 0 listens there alone (default: --host; for one "
+        "host a socket that only this user reaches)",
     )
     add(
         "--port", "process 0's port, or the next free one (default: 7733)", at_least(1, 65535), 7733
@@ -481,7 +506,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.min_hosts = options.min_hosts or options.hosts
-    options.address = options.address or ("127.0.0.1" if options.hosts == 1 else options.host)
+    if options.hosts > 1:
+        options.address = options.address or options.host
     if not 1 <= options.min_hosts <= options.hosts:
         parser.error(
             f"--min_hosts {options.min_hosts} must lie between 1 and --hosts {options.hosts}"

@@ -46,8 +46,10 @@ def require(holds: bool, message: str) -> None:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is host:port."""
+    """Whether a text is host:port, or unix: and a socket's absolute path."""
     host, _, port = text.rpartition(":")
+    if host == "unix" and port.startswith("/"):
+        return True
     return host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
 
 
@@ -598,7 +600,7 @@ class DistributedConfig:
     JAX_PROCESS_ID, or from Slurm, else one process."""
 
     coordinator_address: str | None = None
-    """host:port of process 0, which listens on that address alone."""
+    """host:port of process 0, which listens on that address alone; unix:/FILE on one host."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
@@ -608,7 +610,7 @@ class DistributedConfig:
         if (address := self.coordinator_address) is not None:
             require(
                 is_address(address),
-                f"distributed.coordinator_address={address!r} must be host:port",
+                f"distributed.coordinator_address={address!r} must be host:port, or unix:/FILE",
             )
         if self.num_processes is not None:
             _positive("distributed", self, "num_processes")

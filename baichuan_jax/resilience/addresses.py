@@ -17,8 +17,9 @@ from pathlib import Path
 
 from baichuan_jax.config.schema import ConfigError
 
-# A host's own, on every host.
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+UNIX = "unix"
+# What stands before the port of an address that is each host's own; of a socket in a file, "unix".
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1", UNIX)
 # host:port on which jax's service listens, if the user chooses it: jax reads it, too.
 BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"
 # The state LISTEN in the kernel's tables.

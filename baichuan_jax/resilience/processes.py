@@ -26,6 +26,7 @@ from baichuan_jax.config.schema import (
 from baichuan_jax.hardware.devices import require_devices
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
+    UNIX,
     address_towards,
     is_number,
     join_port,
@@ -103,7 +104,8 @@ def _connect(address: str, number: int, **description: Any) -> None:
         jax.distributed.initialize(
             coordinator_address=address, coordinator_bind_address=bound, **description
         )
-    place_gloo(lambda: address_towards(address.rpartition(":")[0]))
+    host = address.rpartition(":")[0]
+    place_gloo(lambda: address_towards("localhost" if host == UNIX else host))
 
 
 def _bind_address(address: str) -> str:
@@ -116,6 +118,8 @@ def _bind_address(address: str) -> str:
         require(is_address(given), f"{BIND_VARIABLE}={show(given)} must be host:port")
         return given
     host, _, port = address.rpartition(":")
+    if host == UNIX:
+        return address
     reason = ""
 
     def known() -> bool:

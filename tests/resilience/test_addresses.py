@@ -3,9 +3,14 @@
 import contextlib
 import signal
 import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from launches import start, wait_all, wait_for_step, write_config
+from launches import environment, lines, start, wait_all, wait_for_step, write_config
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.addresses import (
@@ -19,6 +24,7 @@ from baichuan_jax.resilience.addresses import (
     refuse_loopback,
     resolve,
 )
+from baichuan_jax.resilience.launch_files import Coordinator, LaunchFolder
 
 
 def known_as(monkeypatch, *addresses: str) -> None:
@@ -71,6 +77,42 @@ def test_a_run_listens_on_its_coordinators_address_alone_and_a_stranger_is_refus
         for process in processes:
             process.send_signal(signal.SIGTERM)
         assert wait_all(processes) == [75, 75]
+
+
+def test_processes_that_a_supervisor_starts_on_one_host_meet_in_a_folder_of_its_user(tmp_path):
+    """A stranger on the same host reaches its loopback, and could call himself process 1."""
+    config, folder = write_config(tmp_path), tmp_path / "run"
+    argv = ["--processes", "2", "--", "--config", str(config), "--run_dir", str(folder)]
+    argv += ["--train.num_steps", "100000"]
+    with open(tmp_path / "log", "w") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "baichuan_jax.launch", *argv],
+            env=environment(),
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= 2 for line in lines(folder)):
+            assert supervisor.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launch = LaunchFolder(folder / "attempts" / "1")
+        coordinator = launch.read(Coordinator)
+        assert coordinator is not None
+        socket_file = Path(coordinator.address.removeprefix("unix:"))
+        assert socket_file.is_socket()
+        assert stat.S_IMODE(socket_file.parent.stat().st_mode) == 0o700
+        reports = launch.reports()
+        assert sorted(reports) == [0, 1]
+        # Gloo's, which notices and survives whoever knows no number of a connection.
+        found = [listening(report.pid) for report in reports.values()]
+        assert [[address for address, _ in sockets] for sockets in found] == [["127.0.0.1"]] * 2
+    finally:
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(120) == 75, (tmp_path / "log").read_text()
+    assert not socket_file.parent.exists()
 
 
 def test_the_most_reachable_address_of_a_name_comes_first(monkeypatch):

@@ -96,7 +96,8 @@ def test_a_signal_before_the_processes_run_stops_them_all_the_same(moment, tmp_p
             self._children[placement.process] = begun[-1]
 
     config = Config(run_dir=str(tmp_path / "run"))
-    supervisor = launch.Supervisor(launch._parse(["--host", "h"])[0], config, [])
+    options, _ = launch._parse(["--host", "h", "--address", "127.0.0.1"])
+    supervisor = launch.Supervisor(options, config, [])
     monkeypatch.setattr(launch, "HostProcesses", Starting)
     monkeypatch.setattr(launch, "TICK", 0.0)
     if moment == "plan":
