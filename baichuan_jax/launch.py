@@ -284,7 +284,7 @@ class Supervisor:
             "a shorter one, or give --address 127.0.0.1",
         )
         return tempfile.TemporaryDirectory(
-            prefix="baichuan-jax-", dir=parent, ignore_cleanup_errors=True
+            prefix="baichuan-socket-", dir=parent, ignore_cleanup_errors=True
         )
 
     def _coordinator(
