@@ -26,7 +26,7 @@ from baichuan_jax.config.parsing import environment_number, whole_number
 from baichuan_jax.config.schema import Config, ConfigError, at_least, between, require
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
-    UNIX,
+    SOCKET,
     is_free,
     join_port,
     own_address,
@@ -298,7 +298,7 @@ class Supervisor:
         # Only its own host can tell which of its ports are free.
         first = plan.hosts[0]
         if self.host == first:
-            address = f"{UNIX}:{sockets}/0" if sockets else self._free_address(launch)
+            address = f"{SOCKET}{sockets}/0" if sockets else self._free_address(launch)
             launch.write(Coordinator(address))
             return address
         found: Coordinator | None = None

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.resilience.addresses import LOOPBACK, exposure, listening
+from baichuan_jax.resilience.addresses import exposure, is_each_hosts_own, listening
 from baichuan_jax.resilience.causes import BadHost, SaveFailed
 from baichuan_jax.resilience.coordination import (
     coordinator_address,
@@ -140,7 +140,7 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
                     describe_difference(what, hosts[0][what], host[what], place, advice)
                 )
     several = len({host["host"] for host in hosts}) > 1
-    if several and coordinator is not None and coordinator.rsplit(":", 1)[0] in LOOPBACK:
+    if several and coordinator is not None and is_each_hosts_own(coordinator):
         raise ConfigError(
             f"the coordinator's address {coordinator} is each host's own; "
             "give the one by which all reach process 0"

@@ -106,8 +106,9 @@ def test_what_differs_between_hosts_is_refused_or_a_warning():
         r"process 1 on b; install the same everywhere$",
     ):
         compare_hosts([host("a", numpy="2"), host("b", numpy="1")], "a:1234")
-    with pytest.raises(ConfigError, match="is each host's own"):
-        compare_hosts([host("a"), host("b")], "127.0.0.1:1234")
+    for own in ("127.0.0.1:1234", "[::1]:1234", "unix:/tmp/a:1/0"):
+        with pytest.raises(ConfigError, match="is each host's own"):
+            compare_hosts([host("a"), host("b")], own)
     assert compare_hosts([host("a"), host("a")], "127.0.0.1:1234") == []
     with pytest.raises(ConfigError, match=r"jax 0\.10\.2: it miscompiles"):
         compare_hosts([host("a") | {"versions": {"jax": "0.10.2"}}], None)
@@ -126,22 +127,23 @@ def test_a_port_that_strangers_may_reach_is_a_warning_with_host_port_and_remedy(
     )
 
 
+@pytest.mark.slow
 def test_processes_that_listen_on_all_addresses_are_told_so(tmp_path):
     """The user may choose where process 0 listens, and learns who reaches it there."""
     with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
     config = write_config(tmp_path)
     argv = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
-    several = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_COORDINATOR_BIND_ADDRESS": f"[::]:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
     with open(tmp_path / "log", "w") as log:
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "baichuan_jax.preflight", *argv],
-                env=environment(**several, JAX_PROCESS_ID=str(number)),
+                env=environment(
+                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                    JAX_COORDINATOR_BIND_ADDRESS=f"[::]:{port}",
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=str(number),
+                ),
                 stdout=log,
             )
             for number in (0, 1)

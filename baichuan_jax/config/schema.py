@@ -47,9 +47,9 @@ def require(holds: bool, message: str) -> None:
 
 def is_address(text: str) -> bool:
     """Whether a text is host:port, or unix: and a socket's absolute path."""
-    host, _, port = text.rpartition(":")
-    if host == "unix" and port.startswith("/"):
+    if text.startswith("unix:/"):
         return True
+    host, _, port = text.rpartition(":")
     return host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
 
 

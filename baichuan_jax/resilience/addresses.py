@@ -17,9 +17,9 @@ from pathlib import Path
 
 from baichuan_jax.config.schema import ConfigError
 
-UNIX = "unix"
-# What stands before the port of an address that is each host's own; of a socket in a file, "unix".
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1", UNIX)
+# Before the path of a socket that is a file.
+SOCKET = "unix:"
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 # host:port on which jax's service listens, if the user chooses it: jax reads it, too.
 BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"
 # The state LISTEN in the kernel's tables.
@@ -49,22 +49,35 @@ def own_address(host: str) -> str:
     if own is None:
         meant = host if is_number(host) else f"{host} is {', '.join(addresses)}, which"
         raise ConfigError(
-            f"{meant} is no address of this host: process 0 must "
-            "run on the host that the address names. Where something between the hosts "
-            f"translates addresses, set {BIND_VARIABLE}=ADDRESS:PORT for process 0 to where it is "
-            "to listen"
+            f"{meant} is no address of this host: process 0 must run on the host that the address "
+            "names. Where something between the hosts translates addresses, set "
+            f"{BIND_VARIABLE}=ADDRESS:PORT for process 0 to where it is to listen"
         )
     return own
 
 
 def refuse_loopback(host: str, advice: str) -> None:
-    """Raise ConfigError where the name of this host means loopback here, in a run of several."""
+    """Raise ConfigError where the name of this host means loopback here, in a run of several.
+
+    Not where the user chooses where process 0 listens, nor for a name that is not known yet.
+    """
     # Who gives loopback itself means it: "hosts" that are one machine.
-    if host not in LOOPBACK and ipaddress.ip_address(own := own_address(host)).is_loopback:
+    if host in _LOOPBACK or os.environ.get(BIND_VARIABLE):
+        return
+    try:
+        best = resolve(host)[0]
+    except ConfigError:
+        return
+    if ipaddress.ip_address(best).is_loopback:
         raise ConfigError(
-            f"{host} is {own} on this host, as its /etc/hosts says, where no other host can reach "
+            f"{host} is {best} on this host, as its /etc/hosts says, where no other host can reach "
             f"process 0; {advice}"
         )
+
+
+def is_each_hosts_own(coordinator: str) -> bool:
+    """Whether a coordinator's address is another one on each host."""
+    return coordinator.startswith(SOCKET) or coordinator.rpartition(":")[0] in _LOOPBACK
 
 
 def address_towards(host: str) -> str:

@@ -26,7 +26,7 @@ from baichuan_jax.config.schema import (
 from baichuan_jax.hardware.devices import require_devices
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
-    UNIX,
+    SOCKET,
     address_towards,
     is_number,
     join_port,
@@ -104,8 +104,8 @@ def _connect(address: str, number: int, **description: Any) -> None:
         jax.distributed.initialize(
             coordinator_address=address, coordinator_bind_address=bound, **description
         )
-    host = address.rpartition(":")[0]
-    place_gloo(lambda: address_towards("localhost" if host == UNIX else host))
+    host = "localhost" if address.startswith(SOCKET) else address.rpartition(":")[0]
+    place_gloo(lambda: address_towards(host))
 
 
 def _bind_address(address: str) -> str:
@@ -117,9 +117,9 @@ def _bind_address(address: str) -> str:
     if given := os.environ.get(BIND_VARIABLE):
         require(is_address(given), f"{BIND_VARIABLE}={show(given)} must be host:port")
         return given
-    host, _, port = address.rpartition(":")
-    if host == UNIX:
+    if address.startswith(SOCKET):
         return address
+    host, _, port = address.rpartition(":")
     reason = ""
 
     def known() -> bool:

@@ -6,14 +6,17 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from launches import environment, lines, start, wait_all, wait_for_step, write_config
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.launch import Supervisor, _parse
 from baichuan_jax.resilience.addresses import (
+    BIND_VARIABLE,
     address_towards,
     exposure,
     is_free,
@@ -58,10 +61,16 @@ def test_a_run_listens_on_its_coordinators_address_alone_and_a_stranger_is_refus
     address = host if host == "127.0.0.1" else other_address()
     port = a_free_port(address)
     config, folder = write_config(tmp_path), tmp_path / "run"
-    several = {"JAX_COORDINATOR_ADDRESS": f"{address}:{port}", "JAX_NUM_PROCESSES": "2"}
-    steps = ("--train.num_steps", "100000")
     processes = [
-        start(config, folder, *steps, **several, JAX_PROCESS_ID=str(number)) for number in (0, 1)
+        start(
+            config,
+            folder,
+            *("--train.num_steps", "100000"),
+            JAX_COORDINATOR_ADDRESS=f"{address}:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+        )
+        for number in (0, 1)
     ]
     try:
         wait_for_step(processes[0], folder, 3)
@@ -152,6 +161,18 @@ def test_a_name_that_means_loopback_is_refused_where_other_hosts_must_come(monke
     # "Hosts" that are one machine.
     for given in ("127.0.0.1", "localhost", "[::1]"):
         refuse_loopback(given, "")
+    with pytest.raises(ConfigError, match=r"with --address$"):
+        _parse(["--hosts", "2", "--host", "n1"])
+    monkeypatch.setenv(BIND_VARIABLE, "[::]:7733")
+    refuse_loopback("n1", "")
+
+
+def test_a_temporary_folder_whose_sockets_no_path_names_is_refused(tmp_path, monkeypatch):
+    options, _ = _parse(["--processes", "2"])
+    supervisor = Supervisor(options, Config(run_dir=str(tmp_path)), [])
+    monkeypatch.setattr(tempfile, "tempdir", f"/{'x' * 80}")
+    with pytest.raises(ConfigError, match=r"is too long for a socket's: set TMPDIR"):
+        supervisor._socket_folder()
 
 
 def test_a_port_on_which_somebody_listens_is_taken():
