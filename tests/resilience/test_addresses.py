@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from launches import environment, lines, start, wait_all, wait_for_step, write_config
 
+from baichuan_jax import launch
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.launch import Supervisor, _parse
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
     address_towards,
@@ -27,7 +27,8 @@ from baichuan_jax.resilience.addresses import (
     refuse_loopback,
     resolve,
 )
-from baichuan_jax.resilience.launch_files import Coordinator, LaunchFolder
+from baichuan_jax.resilience.host_processes import HostProcesses
+from baichuan_jax.resilience.launch_files import Coordinator, LaunchFolder, LaunchPlan
 
 
 def known_as(monkeypatch, *addresses: str) -> None:
@@ -88,6 +89,36 @@ def test_a_run_listens_on_its_coordinators_address_alone_and_a_stranger_is_refus
         assert wait_all(processes) == [75, 75]
 
 
+@pytest.mark.parametrize("options", [[], ["--address", "127.0.0.1"]], ids=["alone", "address"])
+def test_a_supervisor_of_one_host_has_a_socket_in_a_folder_of_its_user(
+    options, tmp_path, monkeypatch
+):
+    given: list[tuple[str, int]] = []
+
+    class Starting(HostProcesses):
+        """Starts nothing, and looks at where the processes would meet."""
+
+        def start(self, placement, argv, coordinator):
+            mode = Path(coordinator.removeprefix("unix:")).parent.stat().st_mode
+            given.append((coordinator, stat.S_IMODE(mode)))
+
+    monkeypatch.setattr(launch, "HostProcesses", Starting)
+    parsed, _ = launch._parse(["--host", "h", "--processes", "2", *options])
+    supervisor = launch.Supervisor(parsed, Config(run_dir=str(tmp_path)), [])
+    folder = supervisor.launches[1]
+    supervisor._take_part(folder, LaunchPlan(("h",), 2))
+    (address, mode), second = given
+    assert folder.read(Coordinator) == Coordinator(address)
+    assert second == (address, mode)
+    if options:
+        assert address.startswith("127.0.0.1:")
+        return
+    assert address.startswith("unix:/")
+    assert mode == 0o700
+    assert not Path(address.removeprefix("unix:")).parent.exists()
+
+
+@pytest.mark.slow
 def test_processes_that_a_supervisor_starts_on_one_host_meet_in_a_folder_of_its_user(tmp_path):
     """A stranger on the same host reaches its loopback, and could call himself process 1."""
     config, folder = write_config(tmp_path), tmp_path / "run"
@@ -107,15 +138,15 @@ def test_processes_that_a_supervisor_starts_on_one_host_meet_in_a_folder_of_its_
             assert supervisor.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        launch = LaunchFolder(folder / "attempts" / "1")
-        coordinator = launch.read(Coordinator)
+        first = LaunchFolder(folder / "attempts" / "1")
+        coordinator = first.read(Coordinator)
         assert coordinator is not None
         socket_file = Path(coordinator.address.removeprefix("unix:"))
         assert socket_file.is_socket()
         assert stat.S_IMODE(socket_file.parent.stat().st_mode) == 0o700
-        reports = launch.reports()
+        reports = first.reports()
         assert sorted(reports) == [0, 1]
-        # Gloo's, which notices and survives whoever knows no number of a connection.
+        # Gloo's. It goes on where somebody connects and sends what it does not know.
         found = [listening(report.pid) for report in reports.values()]
         assert [[address for address, _ in sockets] for sockets in found] == [["127.0.0.1"]] * 2
     finally:
@@ -162,14 +193,14 @@ def test_a_name_that_means_loopback_is_refused_where_other_hosts_must_come(monke
     for given in ("127.0.0.1", "localhost", "[::1]"):
         refuse_loopback(given, "")
     with pytest.raises(ConfigError, match=r"with --address$"):
-        _parse(["--hosts", "2", "--host", "n1"])
+        launch._parse(["--hosts", "2", "--host", "n1"])
     monkeypatch.setenv(BIND_VARIABLE, "[::]:7733")
     refuse_loopback("n1", "")
 
 
 def test_a_temporary_folder_whose_sockets_no_path_names_is_refused(tmp_path, monkeypatch):
-    options, _ = _parse(["--processes", "2"])
-    supervisor = Supervisor(options, Config(run_dir=str(tmp_path)), [])
+    options, _ = launch._parse(["--processes", "2"])
+    supervisor = launch.Supervisor(options, Config(run_dir=str(tmp_path)), [])
     monkeypatch.setattr(tempfile, "tempdir", f"/{'x' * 80}")
     with pytest.raises(ConfigError, match=r"is too long for a socket's: set TMPDIR"):
         supervisor._socket_folder()
