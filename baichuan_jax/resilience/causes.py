@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 
+from baichuan_jax.config.messages import printable
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs.files import FULL_DISK
 
@@ -158,7 +159,7 @@ def describe(error: BaseException) -> str:
     file = getattr(error, "filename", None) or (named[1] or named[2] if named else "a file")
     # Object storage has errors of its own words, without a number.
     own = error.strerror if isinstance(error, OSError) and number == errno.EREMOTEIO else None
-    return f"{file}: {own or os.strerror(number)}; {what_to_do(number)}"
+    return printable(f"{file}: {own or os.strerror(number)}; {what_to_do(number)}", one_line=True)
 
 
 def what_to_do(number: int | None) -> str:
