@@ -53,6 +53,7 @@ from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.folder import refuse_outside
 
 ITEMS = ("params", "optimizer", "run")
 # In a checkpoint's folder: its files and their sizes.
@@ -347,6 +348,7 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises CorruptCheckpoint, and OSError where the system refuses to read it.
     """
     file = path / "run" / "metadata"
+    refuse_outside(path, file)
     try:
         run = require_type(read_json(file), dict, "it")
         for key, kind in _RUN.items():
@@ -396,9 +398,13 @@ def restore_items(
 ) -> dict[str, Any]:
     """The arrays of a checkpoint. Raises ConfigError for another model, CorruptCheckpoint, OSError.
 
-    Names, shapes and dtypes are compared before anything is read, digests after.
+    Names, shapes and dtypes are compared before anything is read, digests after. ConfigError too
+    for a file that is a link out of the checkpoint.
     """
     items = {}
+    for folder, folders, names in os.walk(path):
+        for name in (*folders, *names):
+            refuse_outside(path, Path(folder) / name)
     with quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
         for name, target in targets.items():
             failed = None

@@ -6,6 +6,7 @@ override of direction. Secrets come from addresses, and from the environment thr
 libraries.
 """
 
+import html
 import os
 import re
 import urllib.parse
@@ -40,6 +41,11 @@ _PARAMETER = re.compile(
 def printable(text: str, one_line: bool = False) -> str:
     """The text with its control characters as escapes; of line breaks and tabs only `one_line`."""
     return text.translate(_ESCAPES if one_line else _LINES_KEPT)
+
+
+def as_html(text: str) -> str:
+    """The text as HTML shows it, outside of a tag; it keeps its line breaks."""
+    return html.escape(printable(hide_secrets(text)))
 
 
 def hide_secrets(text: str) -> str:

@@ -55,6 +55,7 @@ _OF_THE_PATH = (
     errno.EPERM,
 )
 
+
 class _Beginning(reprlib.Repr):
     """A value's beginning, for errors: a file may hold megabytes where a number should be."""
 
@@ -163,9 +164,14 @@ def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
     try:
         return read_regular(file, most)
     except OSError as error:
-        if error.errno not in _OF_THE_PATH:
-            raise
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+        raise no_file(file, error) or error from None
+
+
+def no_file(file: Path | str, error: OSError) -> ConfigError | None:
+    """What to raise for an error that names a wrong path; None: it is the storage's."""
+    if error.errno not in _OF_THE_PATH:
+        return None
+    return ConfigError(f"{file} cannot be read: {error.strerror}")
 
 
 def read_regular(file: Path | str, most: int = MOST_BYTES) -> bytes:

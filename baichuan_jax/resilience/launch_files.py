@@ -37,6 +37,7 @@ from baichuan_jax.config.parsing import (
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.runs.files import create_once, draft_of, read_once, write_atomically
+from baichuan_jax.runs.folder import refuse_outside
 
 # The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
@@ -347,6 +348,8 @@ class Launches:
 
 
 def _read(file: Path, kind: type[Kind]) -> Kind | None:
+    # RUN/attempts/N/plan.json
+    refuse_outside(file.parents[2], file)
     content = read_once(file)
     if content is None:
         return None

@@ -53,6 +53,7 @@ from baichuan_jax.runs.files import (
     remove_once,
     write_atomically,
 )
+from baichuan_jax.runs.folder import refuse_outside
 
 # As long as a supervisor gives another: twice resilience.silence_seconds by default. A process that
 # compiles may hold Python's lock, and with it the beat, for some seconds.
@@ -179,6 +180,7 @@ class _Contender:
         # A look may come just before a beat, and a beat may be late.
         self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
+        refuse_outside(lock.parent, lock)
         # Not "w", which would change the file of another owner.
         self.file = open(lock, "a")  # noqa: SIM115 (closed by the claim, or by `owned`)
         self.claim: Claim | None = None
@@ -418,6 +420,7 @@ def _newest(lock: Path) -> tuple[int, Owner | None]:
     """The newest record's number and content; 0 and None where there is none."""
     for number in reversed(_numbers(lock)):
         record = _record(lock, number)
+        refuse_outside(lock.parent, record)
         content = read_once(record)
         # Removed meanwhile, by the owner of a larger number.
         if content is None:

@@ -163,7 +163,9 @@ class Display:
         for index, column in enumerate(columns):
             numbers = all(_NUMBER.fullmatch(row[index]) for row in rows)
             # fold: a long path is broken, and not cut.
-            table.add_column(_message(column), justify="right" if numbers else "left", overflow="fold")
+            table.add_column(
+                _message(column), justify="right" if numbers else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         with tqdm.external_write_mode():
