@@ -323,11 +323,20 @@ def _write_sizes(path: Path) -> None:
     write_atomically(path / SIZES, json.dumps(_sizes(path)).encode())
 
 
+def _refuse_links(path: Path) -> None:
+    """Raise ConfigError where a link leads out of a checkpoint."""
+    for folder, folders, names in os.walk(path):
+        for name in (*folders, *names):
+            refuse_outside(path, Path(folder) / name)
+
+
 def _find_damage(path: Path) -> str | None:
     """The first file of a checkpoint whose size is not the one noted after the save.
 
     None where all are right, or where a kill came before the sizes were noted: the digests decide.
     """
+    # Before their sizes: a link is no damage, and its checkpoint keeps its name.
+    _refuse_links(path)
     try:
         wanted = require_type(read_json(path / SIZES), dict[str, int], SIZES)
     except ConfigError as error:
@@ -402,9 +411,7 @@ def restore_items(
     for a file that is a link out of the checkpoint.
     """
     items = {}
-    for folder, folders, names in os.walk(path):
-        for name in (*folders, *names):
-            refuse_outside(path, Path(folder) / name)
+    _refuse_links(path)
     with quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
         for name, target in targets.items():
             failed = None
