@@ -87,7 +87,8 @@ def _environment_secrets() -> list[str]:
         if _NAME.search(name) and not (os.path.isabs(value) and os.path.exists(value)):
             found.add(value)
         elif name.lower().endswith("_proxy"):
-            found.add(urllib.parse.urlsplit(value).password or "")
+            # Not urlsplit, which refuses a password with a slash.
+            found.update(re.findall(r"://[^:@]*:(.+)@", value))
     # Shorter ones, and numbers, stand in texts that have nothing to do with them.
     secrets = (value for value in found if len(value) >= 8 and not value.isdigit())
     return sorted(secrets, key=len, reverse=True)
