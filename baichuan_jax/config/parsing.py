@@ -27,7 +27,7 @@ from typing import Annotated, Any, TypeVar, Union
 
 import yaml
 
-from baichuan_jax.config.messages import has_credentials, printable
+from baichuan_jax.config.messages import has_credentials, hide_secrets, printable
 from baichuan_jax.config.schema import ConfigError, require
 
 # Whole numbers beyond 64 bits fit into no array, and Python's would go on to any length.
@@ -62,6 +62,10 @@ class _Beginning(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write over 4,300 digits; YAML's 0x... has any number of them.
         return super().repr_int(x, level) if x.bit_length() < 1000 else hex(x)[:60] + "..."
+
+    def repr_str(self, x: str, level: int) -> str:
+        # Before it is cut: of half an address nobody sees where its password ends.
+        return super().repr_str(hide_secrets(x), level)
 
 
 _shown = _Beginning()

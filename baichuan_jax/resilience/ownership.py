@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from baichuan_jax.config.messages import hide_secrets
 from baichuan_jax.config.parsing import (
     Count,
     Time,
@@ -231,7 +232,7 @@ class _Contender:
             machine=_machine(),
             process=_process(os.getpid()),
             # In one line: it stands in messages.
-            command=" ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200],
+            command=hide_secrets(" ".join(" ".join(["python", *sys.orig_argv[1:]]).split()))[:200],
             since=time.time(),
             launch=self.launch,
             locked=bool(self._locked),
