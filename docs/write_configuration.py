@@ -31,8 +31,8 @@ one wins. A misspelt setting is refused with the nearest right name; settings th
 other are refused with both values. A file has at most 1 MiB and no aliases (`*name`) of YAML: the
 value itself stands wherever it is meant. Addresses in object storage have no credentials in them,
 since records of runs keep settings: storage finds them in the environment (`AWS_ACCESS_KEY_ID`,
-`AWS_SECRET_ACCESS_KEY`), in `~/.aws`, or in the host's role. In a notebook `load_config("configs/tiny.yaml",
-["train.num_steps=60"])` gives the same object.
+`AWS_SECRET_ACCESS_KEY`), in `~/.aws`, or in the host's role. In a notebook
+`load_config("configs/tiny.yaml", ["train.num_steps=60"])` gives the same object.
 """
 # (heading, commands that use it, file, class)
 PARTS = (

@@ -276,7 +276,8 @@ def parse_yaml(text: str, where: str) -> Any:
         f"{where} has over {MOST_YAML_BYTES:,} characters, and no settings need as many",
     )
     try:
-        value = yaml.load(text, _EachKeyOnce)
+        # A SafeLoader: it makes plain values only.
+        value = yaml.load(text, _EachKeyOnce)  # nosec B506
         _refuse_number_of_values(value)
         # "\ud83d" in double quotes.
         if "\\" in text:
