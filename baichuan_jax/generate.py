@@ -38,6 +38,7 @@ from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import load_model
 from baichuan_jax.model import Cache, Transformer, init_cache, matmul_precision, positions_of
 from baichuan_jax.resilience.exits import run_command, say
+from baichuan_jax.runs.console import shown_text
 from baichuan_jax.sharding import make_mesh
 from baichuan_jax.tokenizer import EOS, Tokenizer
 
@@ -355,14 +356,14 @@ def main(argv: list[str]) -> int:
     # One device needs no mesh, and compiles faster without.
     mesh = None if mesh_shape == MeshConfig(data=1) else make_mesh(mesh_shape)
     generator = Generator(load_model(source, options.dtype, mesh))
-    print(prompt, end="", flush=True)
+    print(shown_text(prompt), end="", flush=True)
     generator.generate(
         tokenizer,
         [prompt],
         options.max_new_tokens,
         **sampling,
         seed=options.seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
+        on_text=lambda piece: print(shown_text(piece), end="", flush=True),
     )
     print()
     assert generator.speed is not None

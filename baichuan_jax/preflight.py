@@ -33,7 +33,7 @@ from baichuan_jax.resilience.coordination import (
     describe_difference,
     gather,
 )
-from baichuan_jax.resilience.exits import run_command
+from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
@@ -347,7 +347,7 @@ def _in_time(check: Callable[[], bool]) -> bool:
         try:
             results.append(check())
         except Exception as error:
-            print(f"preflight: {type(error).__name__}: {error}", file=sys.stderr)
+            say(f"preflight: {type(error).__name__}: {error}")
             results.append(False)
 
     thread = threading.Thread(target=run, daemon=True)

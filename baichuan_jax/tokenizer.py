@@ -28,7 +28,7 @@ from baichuan_jax.documents.files import Slice, find_files, say_unread
 from baichuan_jax.documents.language import language
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.resilience.exits import run_command, say
-from baichuan_jax.runs.console import Display
+from baichuan_jax.runs.console import Display, shown_text
 from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
 
 # Control pieces of the original's tokenizer and of those that are trained here. Another model may
@@ -367,7 +367,7 @@ def _encode(options: argparse.Namespace) -> int:
     else:
         text = given_text(options.text, "the text")
     for token in tokenizer.encode(text):
-        print(f"{token}\t{tokenizer.piece(token)}")
+        print(f"{token}\t{shown_text(tokenizer.piece(token))}")
     return 0
 
 

@@ -18,7 +18,6 @@ import jax
 from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.checkpoint.weights import has_checkpoint
 from baichuan_jax.config.files import dump_config, make_parser, parse_config
-from baichuan_jax.config.parsing import read_text
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.data.prepare import Prepared, prepare
 from baichuan_jax.data.rows import unigram_entropy
@@ -183,9 +182,8 @@ def _is_complete(config: Config, run: Run) -> bool:
 
 def _settings_before(run: Run) -> str | None:
     """The settings of the run's last launch, as YAML; None for a fresh run."""
-    settings = run.path / "config.yaml"
     try:
-        return read_text(settings) if settings.exists() else None
+        return run.settings
     except ConfigError as error:
         raise ConfigError(f"{error}; {REMEDY}") from None
 

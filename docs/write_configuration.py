@@ -28,8 +28,11 @@ python -m baichuan_jax.train --config configs/tiny.yaml --print_config
 `--config` takes a file, or the name alone (`tiny`) of one of `configs/`, which an installed package
 brings along. Options on the command line win wherever `--config` stands; of several files a later
 one wins. A misspelt setting is refused with the nearest right name; settings that contradict each
-other are refused with both values. In a notebook `load_config("configs/tiny.yaml",
-["train.num_steps=60"])` gives the same object.
+other are refused with both values. A file has at most 1 MiB and no aliases (`*name`) of YAML: the
+value itself stands wherever it is meant. Addresses in object storage have no credentials in them,
+since records of runs keep settings: storage finds them in the environment (`AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`), in `~/.aws`, or in the host's role. In a notebook
+`load_config("configs/tiny.yaml", ["train.num_steps=60"])` gives the same object.
 """
 # (heading, commands that use it, file, class)
 PARTS = (

@@ -53,6 +53,7 @@ from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import CheckpointCorrupt
 from baichuan_jax.runs.files import write_atomically
+from baichuan_jax.runs.folder import refuse_outside
 
 ITEMS = ("params", "optimizer", "run")
 # In a checkpoint's folder: its files and their sizes.
@@ -322,11 +323,20 @@ def _write_sizes(path: Path) -> None:
     write_atomically(path / SIZES, json.dumps(_sizes(path)).encode())
 
 
+def _refuse_links(path: Path) -> None:
+    """Raise ConfigError where a link leads out of a checkpoint."""
+    for folder, folders, names in os.walk(path):
+        for name in (*folders, *names):
+            refuse_outside(path, Path(folder) / name)
+
+
 def _find_damage(path: Path) -> str | None:
     """The first file of a checkpoint whose size is not the one noted after the save.
 
     None where all are right, or where a kill came before the sizes were noted: the digests decide.
     """
+    # Before their sizes: a link is no damage, and its checkpoint keeps its name.
+    _refuse_links(path)
     try:
         wanted = require_type(read_json(path / SIZES), dict[str, int], SIZES)
     except ConfigError as error:
@@ -347,6 +357,7 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises CorruptCheckpoint, and OSError where the system refuses to read it.
     """
     file = path / "run" / "metadata"
+    refuse_outside(path, file)
     try:
         run = require_type(read_json(file), dict, "it")
         for key, kind in _RUN.items():
@@ -396,9 +407,11 @@ def restore_items(
 ) -> dict[str, Any]:
     """The arrays of a checkpoint. Raises ConfigError for another model, CorruptCheckpoint, OSError.
 
-    Names, shapes and dtypes are compared before anything is read, digests after.
+    Names, shapes and dtypes are compared before anything is read, digests after. ConfigError too
+    for a file that is a link out of the checkpoint.
     """
     items = {}
+    _refuse_links(path)
     with quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
         for name, target in targets.items():
             failed = None

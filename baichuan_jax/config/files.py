@@ -26,6 +26,7 @@ from baichuan_jax.config.parsing import (
     LARGEST,
     is_odd_number,
     read_yaml,
+    refuse_credentials,
     require_type,
     require_utf8,
     show,
@@ -82,6 +83,8 @@ def make_parser(
         help="YAML file of settings, or a name (tiny); other options override it.",
     )
     parser.add_class_arguments(settings)
+    # JSONARGPARSE_DEFAULT_ENV would have every setting read from the environment, unchecked.
+    parser._default_env = False
     return parser
 
 
@@ -117,6 +120,7 @@ def parse_command(
             key = match[1].rstrip("+")  # --data.skip+ appends to a list
             if key not in ("help", "print_config", *own):
                 _refuse_unknown([key], known, "command line")
+                _refuse_section(key, known)
                 _refuse_odd_number(key, kinds.get(key), option.partition("=")[2] or following)
     try:
         # The files first: jsonargparse lets a later argument win, and an option given by hand must.
@@ -166,14 +170,28 @@ def _require_value(value: Any, kind: Any, name: str) -> None:
     for each in _values(value):
         if isinstance(each, int) and abs(each) > LARGEST:
             raise ConfigError(f"{name}={show(each)} is too large: no count has over 64 bits")
-        if isinstance(each, str) and "\0" in each:
-            raise ConfigError(f"{name}={show(each)} has the character 0, which no name may have")
+        if isinstance(each, str):
+            require("\0" not in each, f"{name}={show(each)} has the character 0, as no name may")
+            refuse_credentials(each, name)
     # A line of YAML without a value is null too.
     require(
         value is not None or type(None) in typing.get_args(kind),
         f"{name} has no value (null); give one, or leave the setting out",
     )
     require_type(value, kind, name)
+
+
+def _refuse_section(key: str, known: list[str]) -> None:
+    """Refuse a section of settings as one option, whose value may be a file or JSON.
+
+    jsonargparse imports the module that a class_path in it names, before it refuses that.
+    """
+    inside = next((name for name in known if name.startswith(f"{key}.")), None)
+    require(
+        inside is None,
+        f"--{key} is a section of settings; give its settings one by one (--{inside} VALUE), or "
+        "in a file of settings (--config FILE)",
+    )
 
 
 def _values(value: Any) -> Iterator[Any]:
@@ -208,7 +226,9 @@ def dump_config(config: Config) -> str:
             return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
         return value
 
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    # What two settings share is written twice: no file of settings has aliases.
+    dumper = type("_NoAliases", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump(plain(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -21,18 +21,22 @@ import stat
 import string
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
 import yaml
 
+from baichuan_jax.config.messages import has_credentials, hide_secrets, printable
 from baichuan_jax.config.schema import ConfigError, require
 
 # Whole numbers beyond 64 bits fit into no array, and Python's would go on to any length.
 LARGEST = (1 << 63) - 1
-# More than any file of settings holds.
+# More than any file of settings holds. PyYAML takes seconds for a megabyte.
 MOST_VALUES = 100_000
+MOST_YAML_BYTES = 1 << 20
+# More than any file that is read whole.
+MOST_BYTES = 1 << 28
 
 # Seconds since the epoch, up to the year 9999, where Python's dates end.
 Seconds = Annotated[float, (0.0, 1e11)]
@@ -51,8 +55,20 @@ _OF_THE_PATH = (
     errno.EPERM,
 )
 
-# An error shows a value's beginning: a file may hold megabytes where a number should be.
-_shown = reprlib.Repr()
+
+class _Beginning(reprlib.Repr):
+    """A value's beginning, for errors: a file may hold megabytes where a number should be."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write over 4,300 digits; YAML's 0x... has any number of them.
+        return super().repr_int(x, level) if x.bit_length() < 1000 else hex(x)[:60] + "..."
+
+    def repr_str(self, x: str, level: int) -> str:
+        # Before it is cut: of half an address nobody sees where its password ends.
+        return super().repr_str(hide_secrets(x), level)
+
+
+_shown = _Beginning()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 60
 
 
@@ -63,8 +79,11 @@ def show(value: Any) -> str:
 
 
 def show_path(path: Path | str) -> str:
-    """A path as text that any file can hold: bytes of it that are no UTF-8 as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as text that any file can hold and any terminal show.
+
+    Bytes of it that are no UTF-8 and control characters are escapes.
+    """
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"), one_line=True)
 
 
 def quote_path(path: Path | str) -> str:
@@ -73,7 +92,7 @@ def quote_path(path: Path | str) -> str:
     text = os.path.join(".", path) if os.fspath(path).startswith("-") else os.fspath(path)
     if show_path(text) == text:
         return shlex.quote(text)
-    # Bytes that are no UTF-8, as bash and zsh take them.
+    # Bytes that are no UTF-8 and control characters, as bash and zsh take them.
     plain = (string.ascii_letters + string.digits + "/._-").encode()
     letters = [chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(text)]
     return f"$'{''.join(letters)}'"
@@ -88,6 +107,18 @@ def require_utf8(path: Path | str, what: str) -> None:
             f"{what}: {show_path(path)!r} is no UTF-8, and must be; rename that file or folder, or "
             "set LC_ALL=C.UTF-8 where the locale is another"
         ) from None
+
+
+def refuse_credentials(text: str, what: str) -> None:
+    """Raise ConfigError for an address with a password, a key or a signature in it."""
+    if has_credentials(text):
+        # Not the address: it stands in the message as little as in the run's records.
+        raise ConfigError(
+            f"{what}: an address that begins with {text.partition('://')[0][:60]}:// has "
+            "credentials in it, which the run's records would keep; take them out: storage finds "
+            "its credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in "
+            "files of the user (~/.aws/credentials), or in the role of the host"
+        )
 
 
 def require_text(text: str, what: str) -> None:
@@ -127,34 +158,55 @@ def require_plain(path: Path | str, what: str) -> None:
     )
 
 
-def read_bytes(file: Path | str) -> bytes:
+def read_bytes(file: Path | str, most: int = MOST_BYTES) -> bytes:
     """The content of a file.
 
-    Raises ConfigError where there is none, and for what is no regular file: a read of a pipe or a
-    device may never end. An error of the storage stays the OSError that it is: another try may
-    succeed.
+    Raises ConfigError where there is none, for one of more than `most` bytes, and for what is no
+    regular file: a read of a pipe or a device may never end. An error of the storage stays the
+    OSError that it is: another try may succeed.
     """
     try:
-        return read_regular(file)
+        return read_regular(file, most)
     except OSError as error:
-        if error.errno not in _OF_THE_PATH:
-            raise
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+        raise no_file(file, error) or error from None
 
 
-def read_regular(file: Path | str) -> bytes:
-    """The content of a file. Raises ConfigError for what is no regular file, and OSError."""
+def no_file(file: Path | str, error: OSError) -> ConfigError | None:
+    """What to raise for an error that names a wrong path; None: it is the storage's."""
+    if error.errno not in _OF_THE_PATH:
+        return None
+    return ConfigError(f"{file} cannot be read: {error.strerror}")
+
+
+def read_regular(file: Path | str, most: int = MOST_BYTES) -> bytes:
+    """The content of a file.
+
+    Raises ConfigError for what is no regular file and for more than `most` bytes, and OSError.
+    """
+    with open_regular(file) as opened:
+        content = opened.read(most + 1)
+        if len(content) > most:
+            raise ConfigError(
+                f"{file} has over {most:,} bytes ({os.fstat(opened.fileno()).st_size:,}), and no "
+                "file of its kind is that large; name the right file, or repair it"
+            )
+    return content
+
+
+def open_regular(file: Path | str) -> io.BufferedReader:
+    """A file, opened to be read. Raises ConfigError for what is no regular file, and OSError."""
+    # Looked at before it is opened: to open a device may already do something.
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise ConfigError(
             f"{file} is a folder, a pipe or a device, and must be a file (save in one what comes "
             "through a pipe)"
         )
-    return Path(file).read_bytes()
+    return open(file, "rb")
 
 
-def read_text(file: Path | str) -> str:
+def read_text(file: Path | str, most: int = MOST_BYTES) -> str:
     """The text of a UTF-8 file, without a byte-order mark. Raises ConfigError."""
-    return decode(read_bytes(file), str(file))
+    return decode(read_bytes(file, most), str(file))
 
 
 def decode(content: bytes, file: str) -> str:
@@ -219,13 +271,19 @@ def read_json(file: Path | str, *, paths: bool = False) -> Any:
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises ConfigError, whose message begins with `where`."""
+    require(
+        len(text) <= MOST_YAML_BYTES,
+        f"{where} has over {MOST_YAML_BYTES:,} characters, and no settings need as many",
+    )
     try:
         # A SafeLoader: it makes plain values only.
         value = yaml.load(text, _EachKeyOnce)  # nosec B506
-        _refuse_growth(value)
+        _refuse_number_of_values(value)
         # "\ud83d" in double quotes.
         if "\\" in text:
             _refuse_half_characters(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from None
     except RecursionError:
         raise ConfigError(f"{where} is no YAML that can be read: it is nested too deeply") from None
     # Others than YAMLError: tags whose text is no such value (2001-99-99, !!bool x).
@@ -236,7 +294,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def read_yaml(file: Path | str) -> Any:
     """The value of a YAML file. Raises ConfigError."""
-    return parse_yaml(read_text(file), str(file))
+    return parse_yaml(read_text(file, MOST_YAML_BYTES), str(file))
 
 
 def require_type(value: Any, kind: Any, where: str) -> Any:
@@ -370,8 +428,8 @@ def _name(kind: Any) -> str:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {show(twice)} comes twice")
     return found
 
@@ -391,10 +449,7 @@ def _refuse_half_characters(value: Any, errors: str = "strict") -> None:
             _refuse_half_characters(each, errors)
 
 
-def _refuse_growth(value: Any) -> None:
-    """Refuse aliases (*name) that make a few lines into more than MOST_VALUES values."""
-    # An alias is one object here; whatever copies or prints the settings writes it out each time,
-    # and one that holds itself without end.
+def _refuse_number_of_values(value: Any) -> None:
     left, waiting = MOST_VALUES, [value]
     while waiting:
         found = waiting.pop()
@@ -402,28 +457,50 @@ def _refuse_growth(value: Any) -> None:
         if isinstance(inner, list | tuple | set):
             left -= len(inner)
             if left < 0:
-                raise ValueError(f"with its aliases written out it has over {MOST_VALUES} values")
+                raise ValueError(f"it has over {MOST_VALUES} values")
             waiting.extend(inner)
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML in which a mapping has each key once; PyYAML keeps the last one and says nothing."""
+    """YAML in which a mapping has each key once, and every value stands where it is meant.
+
+    PyYAML keeps the last of two keys and says nothing.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node. Raises ConfigError for an alias (*name), and for the anchor it would need.
+
+        Nine aliases of nine aliases, nine times, are 342 bytes and gigabytes of values.
+        """
+        event = self.peek_event()
+        if (name := getattr(event, "anchor", None)) is not None:
+            is_alias = isinstance(event, yaml.events.AliasEvent)
+            what = f"*{name} is an alias" if is_alias else f"&{name} is an anchor"
+            raise ConfigError(
+                f"line {event.start_mark.line + 1}: {what}, which settings may not have; write "
+                "the value itself, wherever it is meant"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """A mapping. Raises ConstructorError where a key comes twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} is set twice", node.start_mark
-            )
+        seen = set()
+        for place, _ in node.value:
+            key = self.construct_object(place, deep=True)
+            # A list is no key: that is refused below.
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{show(key)} is set twice", place.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """A number. Raises ConstructorError for one of base 8 or 60: 010 is 8, 12:30 is 750."""
         if is_odd_number(node.value):
             raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value} is a number of base 8 or 60", node.start_mark
+                None, None, f"{show(node.value)} is a number of base 8 or 60", node.start_mark
             )
         whole = node.tag.endswith("int")
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)

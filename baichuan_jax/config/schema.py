@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from baichuan_jax.config.messages import hide_secrets, printable
+
 TASKS = ("mmlu", "ceval", "agieval", "gaokao")  # tests that `evaluate` can score
 
 # Sizes, steps and positions are 32-bit numbers on devices; jax takes seeds of 64.
@@ -24,19 +26,18 @@ MOST_SEED = (1 << 63) - 1
 TINIEST, HUGEST = 1e-30, 1e30
 # Rows are counted by weights as whole multiples of the smallest, a float in between.
 MOST_APART = 1e12
-# A terminal acts on these: line breaks, and the beginnings of its own commands.
-_ESCAPES = {ord(c): repr(c)[1:-1] for c in [*map(chr, range(32)), *"\x7f\x85\u2028\u2029"]}
 
 
 class ConfigError(ValueError):
     """A setting or an input that cannot be right.
 
     Commands exit with code 78, and no supervisor restarts them: another launch would fail too. The
-    message is one line: names of files and texts in it may have breaks, which are shown as escapes.
+    message is one line without secrets: names of files and texts in it may have breaks, which are
+    shown as escapes, and addresses passwords.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.translate(_ESCAPES))
+        super().__init__(printable(hide_secrets(message), one_line=True))
 
 
 def require(holds: bool, message: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from baichuan_jax.config.parsing import show_path
+from baichuan_jax.config.parsing import refuse_credentials, show_path
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.storage import (
     of_storage,
@@ -220,6 +220,7 @@ def find_inputs(patterns: list[str]) -> dict[str, State]:
     local: list[str] = []
     for pattern in patterns:
         if "://" in pattern:
+            refuse_credentials(pattern, "an input")
             remote = {path: State(size, None) for path, size in _find_remote(pattern)}
             if not remote:
                 raise ConfigError(f"{pattern!r} matches no file")
@@ -239,6 +240,7 @@ def _own(pattern: str) -> str:
 
 
 def _matches(pattern: str) -> list[str]:
+    refuse_credentials(pattern, "an input")
     found, folders = [], []
     for path in _expand(_own(pattern)):
         mode = _mode(path)

@@ -7,6 +7,7 @@ baichuan-inc/Baichuan-7B; report/ draws them too.
 from pathlib import Path
 from typing import Any
 
+from baichuan_jax.config.messages import printable
 from baichuan_jax.runs.files import save_figure
 
 # task -> columns of the original's table.
@@ -232,7 +233,9 @@ def chart(result: dict[str, Any], path: Path | str) -> None:
 
 
 def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    # Names of subjects and categories come from files.
+    plain = (printable(cell, one_line=True).replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(cell.replace('<', '&lt;') for cell in plain)} |"
 
 
 def _height(cell: dict[str, Any] | None) -> float:

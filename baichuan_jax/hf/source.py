@@ -20,7 +20,7 @@ from baichuan_jax.checkpoint.weights import (
 from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import check_facts, read_config, read_facts
-from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.folder import Run, refuse_outside
 from baichuan_jax.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
@@ -62,8 +62,13 @@ class Source:
         """
         path = self.path.absolute()
         above = () if self.tokenizer_hash is None else path.parents[:2]
-        files = (folder / FILE for folder in (path, *above))
-        return next((file for file in files if file.is_file()), None)
+        for folder in (path, *above):
+            # Caches of Hugging Face are links to files elsewhere; runs have files of their own.
+            if not is_hf(path):
+                refuse_outside(folder, folder / FILE)
+            if (folder / FILE).is_file():
+                return folder / FILE
+        return None
 
     @property
     def files(self) -> list[Path]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from baichuan_jax.config.messages import hide_secrets, printable
 from baichuan_jax.evaluate.tables import COLUMNS, PUBLISHED, columns
-from baichuan_jax.report.recorded import Recorded
+from baichuan_jax.report.recorded import Recorded, markup
 from baichuan_jax.resilience.goodput import CATEGORIES
 from baichuan_jax.runs.events import (
     CheckpointCorrupt,
@@ -262,12 +263,13 @@ def marks(record: Recorded) -> list[tuple[str, str, str, list[tuple[float, str]]
         who = "no host can be named"
         if fault.host is not None:
             who = f"{fault.host}: process {', '.join(map(str, fault.processes))}"
+        cause, rule, who = markup(fault.cause), markup(fault.rule), markup(who)
         # Times on the axis count from the run's beginning.
         at = fault.time - began
         detect = "" if fault.detect is None else f", noticed after {fault.detect:.1f} s"
-        faults.append((at, f"fault in launch {fault.attempt}: {fault.cause}{detect}"))
+        faults.append((at, f"fault in launch {fault.attempt}: {cause}{detect}"))
         evidence = _wrap(fault.evidence)
-        verdicts.append((at + fault.localise, f"verdict: {who}<br>{fault.rule}<br>{evidence}"))
+        verdicts.append((at + fault.localise, f"verdict: {who}<br>{rule}<br>{evidence}"))
         if fault.recover is not None:
             text = f"first new step, {fault.recover:.1f} s after the fault was noticed"
             recoveries.append((at + fault.recover, text))
@@ -294,11 +296,11 @@ def _describe(event: Event) -> str:
 
 def _wrap(text: str, width: int = 70, lines: int = 6) -> str:
     """Text for a hover label: escaped, broken into lines, cut with a mark where it is too long."""
-    # plotly reads a few HTML tags in its texts.
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;")
-    # Cut at any character: evidence is often one long path or number.
-    parts = [escaped[start : start + width] for start in range(0, len(escaped), width)]
-    return "<br>".join(parts[:lines]) + (" …" if len(parts) > lines else "")
+    shown = printable(hide_secrets(text), one_line=True)
+    # Cut at any character: evidence is often one long path or number. Before it is escaped, or an
+    # escape could be cut in two.
+    parts = [shown[start : start + width] for start in range(0, len(shown), width)]
+    return "<br>".join(map(markup, parts[:lines])) + (" …" if len(parts) > lines else "")
 
 
 def where_time_went(records: list[Recorded]) -> go.Figure | None:
@@ -338,7 +340,7 @@ def memory_plan(plan: dict[str, Any]) -> go.Figure:
             x=[size],
             y=[""],
             orientation="h",
-            name=f"{part} {size:.1f}",
+            name=f"{markup(part)} {size:.1f}",
             marker={"color": colour},
             hoverinfo="name+x",
         )

@@ -6,9 +6,10 @@ SECTIONS; a new section is one more. Text from runs is escaped where it enters (
 `table`), labels by `Recorded.label`.
 """
 
+import base64
 import dataclasses
 import datetime
-import html
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -20,7 +21,8 @@ from plotly.offline import get_plotlyjs
 
 from baichuan_jax import __version__
 from baichuan_jax.config.files import flatten
-from baichuan_jax.config.parsing import quote_path, read_text, show_path
+from baichuan_jax.config.messages import as_html
+from baichuan_jax.config.parsing import quote_path, show_path
 from baichuan_jax.config.schema import TASKS, Config
 from baichuan_jax.evaluate.tables import COLUMNS, cautions, columns, percent, published_rows
 from baichuan_jax.report import figures
@@ -46,15 +48,15 @@ class Page:
 
     def say(self, text: str, kind: str = "soft") -> None:
         """A paragraph; the text is escaped."""
-        self.parts.append(f'<p class="{kind}">{html.escape(text)}</p>')
+        self.parts.append(f'<p class="{kind}">{as_html(text)}</p>')
 
     def figure(
         self, name: str, figure: go.Figure | None, title: str = "", missing: str = ""
     ) -> str:
         """The place of a figure, or a line that says what is missing instead of it."""
-        heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+        heading = f"<h3>{as_html(title)}</h3>" if title else ""
         if figure is None:
-            return f'<div>{heading}<p class="none">{html.escape(missing)}</p></div>'
+            return f'<div>{heading}<p class="none">{as_html(missing)}</p></div>'
         # plotly's own encoder first: it knows numpy's and infinite numbers.
         self.figures[f"figure-{name}"] = json.loads(str(figure.to_json()))
         # The page's button switches these axes to a logarithm.
@@ -78,7 +80,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool =
     def cell(tag: str, place: int, text: str) -> str:
         # Long text gets a minimum width, or a table squeezes it to a word a line.
         kind = "number" if numbers and place else "long" if len(text) > 40 else ""
-        return f'<{tag} class="{kind}">{html.escape(text)}</{tag}>'
+        return f'<{tag} class="{kind}">{as_html(text)}</{tag}>'
 
     def row(tag: str, texts: Iterable[str]) -> str:
         return "".join(cell(tag, place, text) for place, text in enumerate(texts))
@@ -95,20 +97,28 @@ def make_page(records: list[Recorded], now: datetime.datetime) -> str:
         section(page, records)
     names = ", ".join(record.name for record in records)
     dots = "".join(f'<span class="run">{_dot(record)}{record.label}</span> ' for record in records)
-    folders = html.escape(", ".join(show_path(record.run.path) for record in records))
+    folders = as_html(", ".join(show_path(record.run.path) for record in records))
     fields = {
-        "title": html.escape(f"{names}: training report"),
+        "title": as_html(f"{names}: training report"),
         "head": f"<h1>{dots}</h1>",
         "links": "".join(page.links),
         "body": "\n".join(page.parts),
         "foot": f"baichuan_jax {__version__}, made {now:%Y-%m-%d %H:%M} from {folders}",
-        # Inside a script element only "</" could end it.
+        # Inside a script element only "</" could end it, and "<!--" begin a comment.
         "figures": json.dumps(page.figures, ensure_ascii=False).replace("<", "\\u003c"),
         "plotly": get_plotlyjs(),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # The browser runs these two scripts and no other, and asks no network for anything: what
+    # escaping might miss stays text.
+    own = template.rpartition("<script>")[2].partition("</script>")[0]
+    fields["scripts"] = " ".join(f"'sha256-{_digest(text)}'" for text in (fields["plotly"], own))
     # One pass: text of a run that looks like a place (@body@) is not replaced again.
     return re.sub(r"@(\w+)@", lambda found: fields[found[1]], template)
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -383,7 +393,7 @@ def _samples(page: Page, records: list[Recorded]) -> None:
         # A page of one run needs no colours for its samples.
         dot = _dot(record) if len(records) > 1 else ""
         for prompt, text in samples.items():
-            content = f"<b>{html.escape(prompt)}</b>{html.escape(text)}"
+            content = f"<b>{as_html(prompt)}</b>{as_html(text)}"
             page.parts.append(f"<blockquote>{dot}{content}</blockquote>")
 
 
@@ -419,7 +429,7 @@ def _settings(page: Page, records: list[Recorded]) -> None:
         page.parts.append(f"<h3>{title}</h3>{inner}")
     for record in known:
         # The file itself, with all settings, as the run can be started again from it.
-        text = html.escape(read_text(record.run.path / "config.yaml"))
+        text = as_html(record.config)
         summary = f"<summary>{record.label}: all settings</summary>"
         page.parts.append(f"<details>{summary}<pre>{text}</pre></details>")
 

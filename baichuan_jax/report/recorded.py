@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baichuan_jax.config.files import flatten
+from baichuan_jax.config.messages import hide_secrets, printable
 from baichuan_jax.config.parsing import (
     Count,
     Time,
+    decode,
+    parse_json,
+    parse_yaml,
     quote_path,
-    read_json,
-    read_yaml,
     require_keys,
     require_type,
     show,
@@ -27,13 +29,25 @@ from baichuan_jax.config.parsing import (
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
 from baichuan_jax.runs.events import Event
-from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.folder import Run, read_own
 
 # One a run. Distinct on light and on dark ground, also to people who see few colours.
 COLOURS = ("#3b82d6", "#e0701e", "#2f9e6e", "#b163c9", "#d1495b", "#a3861a", "#2aa5b5", "#8a7a6a")
 MAX_RUNS = len(COLOURS)
 # Results of `evaluate` and of `plan` in a run's folder.
 TESTS, PLANS = "evaluations/*/result.json", "plans/*.json"
+# More than a page can show.
+MOST_RESULTS = 1000
+MOST_RESULT_BYTES = 1 << 24
+
+
+def markup(text: str) -> str:
+    """The text as HTML and as plotly's texts show it.
+
+    These know a few tags, links among them, and no &quot;; %{x} is a number of the point there.
+    """
+    escaped = html.escape(printable(hide_secrets(text)), quote=False)
+    return escaped.replace("%{", "&#37;{")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +75,8 @@ class Recorded:
     name: str
     colour: str
     run: Run
-    # By dotted name; empty where the run has no config.yaml.
+    # The text of config.yaml, and its settings by dotted name; empty where the run has none.
+    config: str
     settings: dict[str, Any]
     # Lines of metrics.jsonl, the newest of each step, in order.
     steps: list[dict[str, Any]]
@@ -79,8 +94,8 @@ class Recorded:
 
     @property
     def label(self) -> str:
-        """The name as HTML, which plotly's texts are too."""
-        return html.escape(self.name, quote=False)
+        """The name as `markup`."""
+        return markup(self.name)
 
     def curve(self, name: str) -> tuple[list[int], list[Any]]:
         """Tokens and values of a metric of the steps; None where it was not finite."""
@@ -192,7 +207,7 @@ def _names(paths: list[Path]) -> list[str]:
 def _read(path: Path, name: str, colour: str) -> Recorded:
     _refuse_no_run(path)
     run = Run(path)
-    lines, events = run.metrics, run.events
+    lines, events, config = run.metrics, run.events, run.settings or ""
     every_step = [
         require_keys(line, _STEP, f"{path}/metrics.jsonl: a line of step {line['step']}")
         for line in lines
@@ -215,7 +230,8 @@ def _read(path: Path, name: str, colour: str) -> Recorded:
         name=name,
         colour=colour,
         run=run,
-        settings=_settings(path / "config.yaml"),
+        config=config,
+        settings=_settings(config, path / "config.yaml") if config else {},
         steps=steps,
         validations=[line for line in lines if "step_seconds" not in line],
         events=events,
@@ -237,12 +253,10 @@ def _refuse_no_run(path: Path) -> None:
         raise ConfigError(f"{path} is no run's folder: it has no metrics.jsonl{hint}")
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """The run's settings by dotted name; none where its config.yaml is missing."""
-    if not file.exists():
-        return {}
+def _settings(text: str, file: Path) -> dict[str, Any]:
+    """The settings of a config.yaml by dotted name. Raises ConfigError."""
     try:
-        tree = read_yaml(file)
+        tree = parse_yaml(text, str(file))
         if not isinstance(tree, dict):
             raise ConfigError(f"{file} must hold settings by name and holds {type(tree).__name__}")
     except ConfigError as error:
@@ -264,8 +278,14 @@ def _settings(file: Path) -> dict[str, Any]:
 def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
     """JSON files below the run's folder: result.json by its folder, plans by their topology."""
     found = {}
-    for file in sorted(path.glob(pattern)):
-        content = read_json(file)
+    files = sorted(path.glob(pattern))
+    if len(files) > MOST_RESULTS:
+        raise ConfigError(
+            f"{path} has {len(files):,} files {pattern} and a page shows at most {MOST_RESULTS}; "
+            "move some of them elsewhere"
+        )
+    for file in files:
+        content = parse_json(decode(read_own(path, file, MOST_RESULT_BYTES), str(file)), str(file))
         if file.name == "result.json":
             found[file.parent.name] = _check_result(content, str(file))
             continue

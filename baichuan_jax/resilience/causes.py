@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 
+from baichuan_jax.config.messages import printable
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs.files import FULL_DISK
 
@@ -159,7 +160,7 @@ def describe(error: BaseException) -> str:
     # Object storage has errors of its own words, without a number. A planted link has ours.
     worded = number in (errno.EREMOTEIO, errno.ELOOP)
     own = error.strerror if isinstance(error, OSError) and worded else None
-    return f"{file}: {own or os.strerror(number)}; {what_to_do(number)}"
+    return printable(f"{file}: {own or os.strerror(number)}; {what_to_do(number)}", one_line=True)
 
 
 def what_to_do(number: int | None) -> str:

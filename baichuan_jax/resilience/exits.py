@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from baichuan_jax.config.messages import hide_secrets, printable
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.runs.console import lasting_streams
@@ -58,14 +59,14 @@ def _at_the_end(seconds: float, act: Callable[[], object]) -> None:
 def say(text: str) -> None:
     """Write a line to stderr. Best effort; never raises, so that a full disk stops nothing else."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(hide_secrets(text)), file=sys.stderr, flush=True)
 
 
 def say_from_handler(text: str) -> None:
     """Write a line to stderr from a signal's handler. Best effort; never raises."""
     # Not print: a signal may come in the middle of one, and print is not reentrant.
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"\n{printable(text)}\n".encode())
 
 
 # What argparse exits with where argv is wrong, after it has said why.

@@ -43,6 +43,7 @@ from baichuan_jax.runs.files import (
     read_once,
     write_atomically,
 )
+from baichuan_jax.runs.folder import refuse_outside
 
 # The mark in a launch's folder that keeps supervisors from joining it.
 UNSUPERVISED = "unsupervised"
@@ -353,6 +354,8 @@ class Launches:
 
 
 def _read(file: Path, kind: type[Kind]) -> Kind | None:
+    # RUN/attempts/N/plan.json
+    refuse_outside(file.parents[2], file)
     content = read_once(file)
     if content is None:
         return None

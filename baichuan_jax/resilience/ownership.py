@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from baichuan_jax.config.messages import hide_secrets
 from baichuan_jax.config.parsing import (
     Count,
     Time,
@@ -53,6 +54,7 @@ from baichuan_jax.runs.files import (
     remove_once,
     write_atomically,
 )
+from baichuan_jax.runs.folder import refuse_outside
 from baichuan_jax.runs.private import without_links
 
 # As long as a supervisor gives another: twice resilience.silence_seconds by default. A process that
@@ -180,6 +182,7 @@ class _Contender:
         # A look may come just before a beat, and a beat may be late.
         self.lock, self.silence, self.launch = lock, max(silence, 3 * BEAT), launch
         lock.parent.mkdir(parents=True, exist_ok=True)
+        refuse_outside(lock.parent, lock)
         # Not "w", which would change the file of another owner. Closed by the claim, or by `owned`.
         self.file = open(lock, "a", opener=without_links)  # noqa: SIM115
         self.claim: Claim | None = None
@@ -230,7 +233,7 @@ class _Contender:
             machine=_machine(),
             process=_process(os.getpid()),
             # In one line: it stands in messages.
-            command=" ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200],
+            command=hide_secrets(" ".join(" ".join(["python", *sys.orig_argv[1:]]).split()))[:200],
             since=time.time(),
             launch=self.launch,
             locked=bool(self._locked),
@@ -419,6 +422,7 @@ def _newest(lock: Path) -> tuple[int, Owner | None]:
     """The newest record's number and content; 0 and None where there is none."""
     for number in reversed(_numbers(lock)):
         record = _record(lock, number)
+        refuse_outside(lock.parent, record)
         content = read_once(record)
         # Removed meanwhile, by the owner of a larger number.
         if content is None:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from baichuan_jax.config.messages import hide_secrets
 from baichuan_jax.config.schema import ConfigError, ResilienceConfig
 from baichuan_jax.resilience.attribution import attribute_fault
 from baichuan_jax.resilience.boards import Board, Channel, Peers, call_within
@@ -274,8 +275,9 @@ class Watch:
         # Before the report: where nothing can be published, the stacks are there at least.
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks)
+        error = hide_secrets(error)[:2000]
         report = self.report(
-            cause=cause, error=error[:2000], stack=_main_stack(), silent=self._silent(), named=named
+            cause=cause, error=error, stack=_main_stack(), silent=self._silent(), named=named
         )
         self._peers.exit_reports[report.process] = report
         call_within([lambda c=c: c.publish(report) for c in self._channels], PUBLISH)

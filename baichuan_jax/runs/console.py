@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from baichuan_jax.config.messages import hide_secrets, printable
+
 # The width of a table in a file or a pipe, which have none of their own.
 FILE_COLUMNS = 140
 _NUMBER = re.compile(r"-|[-+]?[\d.,]+%?")
@@ -30,7 +32,8 @@ class Stream:
     """stdout or stderr, whose writes never raise: what cannot be shown is left out.
 
     `error`: the first error, None where there was none. Characters that the encoding lacks are
-    shown as escapes. Everything else is the stream's own.
+    shown as escapes, and so are those that a terminal would act on (`_for_terminal`). Everything
+    else is the stream's own.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -41,7 +44,8 @@ class Stream:
     def write(self, text: str) -> int:
         """Write, or leave out."""
         if self._stream is not None:
-            self._attempt(self._write, text)
+            # A file or a pipe gets the text of a model as it is.
+            self._attempt(self._write, _for_terminal(text) if self.isatty() else text)
         return len(text)
 
     def flush(self) -> None:
@@ -96,6 +100,21 @@ class Stream:
                 os.close(nowhere)
 
 
+# What rich and tqdm write: a colour, a line up, the beginning of the line.
+_OWN_COMMANDS = re.compile(r"(\x1b\[[\d;]*m|\x1b\[A|\r)")
+
+
+def _for_terminal(text: str) -> str:
+    """The text without commands to a terminal but those of this program's own tables and bars."""
+    parts = _OWN_COMMANDS.split(text)
+    return "".join(part if place % 2 else printable(part) for place, part in enumerate(parts))
+
+
+def shown_text(text: str) -> str:
+    """The text of a model or a file as stdout takes it: in a terminal without any command."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[Stream]:
     """Inside, no write to stdout or stderr raises. Yields stdout."""
@@ -133,17 +152,20 @@ class Display:
         """One message, above the progress bar where one is shown."""
         if self.active:
             with tqdm.external_write_mode():
-                self._console.print(text, style=style)
+                self._console.print(_message(text), style=style)
 
     def table(self, title: str | None, columns: list[str], rows: list[list[str]]) -> None:
         """A table; columns of numbers align at the right."""
         if not self.active:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        rows = [[_message(cell) for cell in row] for row in rows]
+        table = Table(title=title and _message(title), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             numbers = all(_NUMBER.fullmatch(row[index]) for row in rows)
             # fold: a long path is broken, and not cut.
-            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+            table.add_column(
+                _message(column), justify="right" if numbers else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         with tqdm.external_write_mode():
@@ -152,6 +174,11 @@ class Display:
     def progress(self, start: int, total: int) -> "Progress":
         """Progress from step `start` to `total`, as a context."""
         return Progress(self, start, total)
+
+
+def _message(text: str) -> str:
+    # Into files too: a log is read in a terminal later.
+    return printable(hide_secrets(text))
 
 
 class Progress:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+from baichuan_jax.config.messages import without_secrets
 from baichuan_jax.config.parsing import Count, Positive, Time, build, show
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.files import Appender
@@ -40,9 +41,10 @@ class Event:
         return {"time": self.time, "kind": self.kind, **self.fields}
 
     def to_line(self) -> bytes:
-        """The line of events.jsonl, with its end."""
-        # ensure_ascii off: samples and paths in Chinese stay readable.
-        return (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode()
+        """The line of events.jsonl, with its end; it holds no secrets."""
+        # ensure_ascii off: samples and paths in Chinese stay readable. Errors of libraries quote
+        # addresses and settings of the environment.
+        return (json.dumps(without_secrets(self.to_json()), ensure_ascii=False) + "\n").encode()
 
 
 # Filled by the decorator below, so that a new event is one class and nothing else.

@@ -1,18 +1,30 @@
-"""A run's folder, read back: metrics, events, loss curve. `train()` returns a Run."""
+"""A run's folder, read back: metrics, events, loss curve. `train()` returns a Run.
+
+A folder may come from somebody else. What reads a file of a run asks `refuse_outside` first, or
+reads it with `read_own`: a link may lead to any file of this user, whose content would then stand
+in a message, a table or a page.
+"""
 
 import contextlib
 import io
+import itertools
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from baichuan_jax.config.parsing import (
+    MOST_BYTES,
+    MOST_YAML_BYTES,
     Count,
     Seconds,
     Time,
     decode,
+    no_file,
+    open_regular,
     parse_json,
     quote_path,
     read_bytes,
@@ -48,21 +60,28 @@ class Run:
         A step that was repeated after a restart has a line for each time, with the same numbers.
         Raises ConfigError with the number of a damaged one.
         """
-        return list(_metrics(self.path / "metrics.jsonl"))
+        return list(_metrics(self.path))
 
     @property
     def events(self) -> list[Event]:
         """Lines of events.jsonl in order. Raises ConfigError with the number of a damaged one."""
         events = []
-        file = self.path / "events.jsonl"
-        for number, text in _lines(file):
-            where = f"{file}, line {number}"
+        for where, text in _lines(self.path, "events.jsonl", MOST_EVENTS):
             line = _parse(text, where)
             try:
                 events.append(parse_event(line))
             except ConfigError as error:
                 raise ConfigError(f"{where} is no event: {error}; {_REPAIR}") from None
         return events
+
+    @property
+    def settings(self) -> str | None:
+        """The text of its config.yaml; None where there is none. Raises ConfigError."""
+        file = self.path / "config.yaml"
+        refuse_outside(self.path, file)
+        if not file.exists():
+            return None
+        return decode(read_bytes(file, MOST_YAML_BYTES), str(file))
 
     @property
     def own(self) -> list[Path]:
@@ -147,6 +166,7 @@ def refuse_other_files(path: Path, tokenizer: str | None, begun: bool) -> None:
     `path`: the run's folder; `tokenizer`: the file that the settings name, if any; `begun`: whether
     the run has a checkpoint. Called by every process before the first of them writes there.
     """
+    refuse_links(path)
     # In this order: on network storage this process may see a new file late, and the event that
     # came before it then too.
     there = [path / name for name in _ALIKE if (path / name).exists()]
@@ -205,16 +225,20 @@ _METRICS = {
 _NUMBERS = frozenset({int, float})
 
 
-def _metrics(file: Path) -> Iterator[dict[str, Any]]:
-    for number, text in _lines(file):
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    for where, text in _lines(path, "metrics.jsonl", MOST_METRICS):
         # Nearly all lines, of which a run may have millions: a quarter of the full look's time.
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if _is_usual(line, text):
-                yield line
+                yield _with_shared_names(line)
                 continue
-        where = f"{file}, line {number}"
-        yield _check_metrics(_parse(text, where), where)
+        yield _with_shared_names(_check_metrics(_parse(text, where), where))
+
+
+def _with_shared_names(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with one text for a name in all lines: they would be most of the memory."""
+    return dict(zip(map(sys.intern, line), line.values(), strict=True))
 
 
 def _is_usual(line: Any, text: str) -> bool:
@@ -247,18 +271,72 @@ def _check_metrics(line: Any, where: str) -> dict[str, Any]:
     return line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines of a JSONL file.
+# Far more than runs have: a line for each step and evaluation, an event for each save and fault.
+# The longest lines hold samples.
+MOST_METRICS = 5_000_000
+MOST_EVENTS = 1_000_000
+MOST_LINE_BYTES = 1 << 24
 
-    A last line that a killed writer left unfinished is none.
+
+def _lines(run: Path, name: str, most: int) -> Iterator[tuple[str, str]]:
+    """(file and number, text) of the lines of a run's JSONL file.
+
+    A last line that a killed writer left unfinished is none. Raises ConfigError.
     """
-    if not path.exists():
+    path = run / name
+    refuse_outside(run, path)
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return
+        raise no_file(path, error) or error from None
+    with file:
+        for number in itertools.count(1):
+            line = file.readline(MOST_LINE_BYTES + 1)
+            where = f"{path}, line {number}"
+            require(
+                len(line) <= MOST_LINE_BYTES,
+                f"{where} has over {MOST_LINE_BYTES:,} bytes, and no run writes such; {_REPAIR}",
+            )
+            if not line.endswith(b"\n"):
+                return
+            require(number <= most, f"{path} has over {most:,} lines, and no run has as many")
+            try:
+                yield where, line[:-1].decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise ConfigError(f"{where} is no UTF-8 (byte {byte:#04x}); {_REPAIR}") from None
+
+
+def refuse_links(run: Path) -> None:
+    """Raise ConfigError where a link would take what a launch reads and writes out of its run."""
+    for name in (*_ALIKE, "metrics.jsonl", "events.jsonl", "attempts", "attempts/hosts"):
+        refuse_outside(run, run / name)
+
+
+def refuse_outside(run: Path, file: Path) -> None:
+    """Raise ConfigError for a file below a run's folder that a link takes out of it.
+
+    The folder itself may be a link, and so may its checkpoints/, which are not read as text. Each
+    reader of a run's files asks here first.
+    """
+    below = itertools.takewhile(lambda part: part != run, (file, *file.parents))
+    # Without a link there is nothing to resolve: supervisors read hundreds of files twice a second.
+    if not any(part.is_symlink() for part in below):
         return
-    content = read_bytes(path)
-    # Cut first: the line that was not finished may end in the middle of a character.
-    whole = decode(content[: content.rfind(b"\n") + 1], str(path))
-    # split, not splitlines: text in a line may hold other line separators, such as U+2028.
-    yield from enumerate(whole.split("\n")[:-1], 1)
+    target, folder = os.path.realpath(file), os.path.realpath(run)
+    require(
+        target.startswith(folder + os.sep),
+        f"{file} is a link out of the run's folder, and is not read; put the file itself in its "
+        "place, or delete the link",
+    )
+
+
+def read_own(run: Path, file: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file below a run's folder. Raises ConfigError, as for a link out of it."""
+    refuse_outside(run, file)
+    return read_bytes(file, most)
 
 
 def _parse(text: str, where: str) -> Any:

@@ -25,7 +25,7 @@ from baichuan_jax.config.parsing import read_text, show
 from baichuan_jax.config.schema import Config, ConfigError, require
 from baichuan_jax.runs.events import Event
 from baichuan_jax.runs.files import Appender, process_stat, write_atomically
-from baichuan_jax.runs.folder import Run
+from baichuan_jax.runs.folder import Run, refuse_outside
 from baichuan_jax.runs.private import require_file
 
 # How long the end of a launch waits for Weights & Biases to send what it has.
@@ -305,6 +305,7 @@ class _WandB:
 
 def _identity(file: Path) -> str:
     """The run's name at Weights & Biases: made by its first launch, and kept in its folder."""
+    refuse_outside(file.parents[1], file)
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex.encode())
     found = read_text(file).strip()

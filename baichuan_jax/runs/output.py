@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from baichuan_jax.config.messages import hide_secrets
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.events import Event, LeftOut
 from baichuan_jax.runs.metrics import Writer
@@ -35,6 +36,8 @@ class Output:
             self._left_out(what, "interrupted")
 
     def _left_out(self, what: str, error: str) -> None:
+        # Before they are cut: of half an address nobody sees where its password ends.
+        error = hide_secrets(error)
         self.event(LeftOut(what=what, error=error[:2000]))
         first = error.splitlines()[0][:300]
         self.say(f"{what}: left out, the run goes on without it: {first}", style="yellow")

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from baichuan_jax.checkpoint.state import RunState
+from baichuan_jax.config.messages import hide_secrets
 from baichuan_jax.config.parsing import quote_path
 from baichuan_jax.config.schema import Config
 from baichuan_jax.data.prepare import Prepared, shared_in_training, validation_in_training
@@ -272,7 +273,7 @@ def explain_failure(
     if isinstance(error, KeyboardInterrupt):
         return None
     # Cut: XLA's messages about memory list buffers for pages.
-    output.event(Failed(step=step, error=f"{type(error).__name__}: {error}"[:2000]))
+    output.event(Failed(step=step, error=hide_secrets(f"{type(error).__name__}: {error}")[:2000]))
     text = str(error)
     memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
     # TensorStore says RESOURCE_EXHAUSTED for a full disk.

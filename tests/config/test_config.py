@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
@@ -5,8 +7,8 @@ import jax
 import pytest
 
 from baichuan_jax.config.files import KEYS, dump_config, load_config, make_parser, parse_config
-from baichuan_jax.config.parsing import given_text
-from baichuan_jax.config.schema import Config, ConfigError, MeshConfig
+from baichuan_jax.config.parsing import given_text, parse_yaml
+from baichuan_jax.config.schema import Config, ConfigError, DataConfig, MeshConfig
 from baichuan_jax.model import abstract_model
 
 CONFIGS = sorted(
@@ -139,6 +141,10 @@ def test_a_contradiction_is_refused_with_both_values(options):
         ("model: {num_layers: 1, num_layers: 2}", "'num_layers' is set twice"),
         ("model: {num_layers: 1}\ntrain: {seed: 1}\nmodel: {num_heads: 2}", "'model' is set twice"),
         (b"\xff\xfe\x00", "line 1 is no UTF-8 (byte 0xff)"),
+        ("train: &t {seed: 1}\nmodel: *t", "wrong.yaml, line 1: &t is an anchor, which settings"),
+        ("train:\n  seed: *t", "wrong.yaml, line 2: *t is an alias, which settings may not have"),
+        ("run_dir: " + "a" * (1 << 20), "wrong.yaml has over 1,048,576 bytes"),
+        ("[" * 100_000, "is nested too deeply"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
@@ -147,6 +153,61 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=r"wrong\.yaml|section") as error:
         load_config(path)
     assert message in str(error.value)
+
+
+def test_nothing_is_imported_that_settings_name(tmp_path, monkeypatch):
+    """jsonargparse imports the module of a class_path before it refuses the class."""
+    (tmp_path / "planted.py").write_text(
+        f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Model: pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    value = '{"class_path": "planted.Model"}'
+    file = tmp_path / "part.yaml"
+    file.write_text("class_path: planted.Model\n")
+    parser = make_parser("train", "")
+    sections = [
+        item.name for item in dataclasses.fields(Config) if item.default_factory is item.type
+    ]
+    assert len(sections) == 14
+    for name in ("class_path", *sections, "data.train", "sample.prompts", "evaluate.subjects"):
+        keys = [] if name == "class_path" else name.split(".")
+        inside = [f"{'  ' * depth}{key}:\n" for depth, key in enumerate(keys)]
+        whole = tmp_path / "whole.yaml"
+        whole.write_text(f"{''.join(inside)}{'  ' * len(keys)}class_path: planted.Model\n")
+        monkeypatch.setenv(f"TRAIN_{name.replace('.', '__').upper()}", value)
+        for argv in (
+            ["--config", str(whole)],
+            ["--config", TINY, f"--{name}", str(file)],
+            ["--config", TINY, f"--{name}={value}"],
+            ["--config", TINY, f"--{name}+", value],
+            ["--config", TINY, f"--{name}.class_path", "planted.Model"],
+        ):
+            # A prompt may be any text.
+            with contextlib.suppress(ConfigError):
+                parse_config(parser, argv)
+                assert "." in name
+            assert not (tmp_path / "mark").exists(), argv
+    # Nor is a setting read from the environment.
+    assert parse("--config", TINY).run_dir == "runs/tiny"
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_number_that_python_cannot_write_is_refused(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"train: {{seed: 0x{'f' * 20_000}}}")
+    with pytest.raises(ConfigError, match=r"train\.seed=0xfff.*\.\.\. is too large"):
+        load_config(path)
+
+
+def test_settings_that_share_a_value_are_written_without_aliases():
+    shared = {"a.jsonl": 1.0}
+    config = dataclasses.replace(
+        load_config(TINY), data=DataConfig(train=shared, validation=shared)
+    )
+    text = dump_config(config)
+    assert "&" not in text
+    assert parse_yaml(text, "it")["data"]["validation"] == shared
 
 
 def test_a_missing_file_is_named():

@@ -166,7 +166,7 @@ def test_yaml_that_means_more_than_it_says_is_refused(tmp_path):
 
     lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    for text, reason in (("\n".join(lines), "written out"), ("&a [*a]", "written out")):
+    for text in ("\n".join(lines), "&a [*a]"):
         (tmp_path / "a.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=reason):
+        with pytest.raises(ConfigError, match=r"a\.yaml, line 1: &a.* is an anchor"):
             read_yaml(tmp_path / "a.yaml")

@@ -20,6 +20,8 @@ from launches import SHARED, Done, environment, fork_server, run, run_module, wr
 # Of a command with all its workers, as the memory that it alone occupies and its share of the rest.
 MEMORY = 2 << 30
 SECONDS = 60
+# The configuration warms up for five steps.
+SHORT = ("--optimizer.warmup_steps", "1")
 # Bytes of all hostile files of one entry: what blows up is small.
 LARGEST = 1 << 20
 
@@ -43,7 +45,7 @@ class Hostile:
 def finished_run() -> Path:
     """The folder of a run of two steps."""
     folder = Path(tempfile.mkdtemp(dir=SHARED))
-    run(write_config(folder), folder / "run", "--train.num_steps", "2")
+    run(write_config(folder), folder / "run", *SHORT, "--train.num_steps", "2")
     return folder / "run"
 
 

@@ -1,6 +1,8 @@
 """A run's page: what it shows, what it says of wrong files, and that a browser draws it."""
 
+import base64
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -272,6 +274,72 @@ def test_faults_are_in_the_page_and_their_words_are_escaped(tmp_path):
     assert marks["recovery"]["x"] == [31.0]  # the second launch's first step
 
 
+ATTACK = """<img src=x onerror="window.hit=1"><a href='javascript:window.hit=1'>%{x}</a>\u202e"""
+
+
+def write_hostile_run(path: Path) -> Path:
+    """A run with markup and fields of plotly's templates in every text that it has."""
+    write_faulty_run(path)
+    add_results(path)
+    texts = {"device", "jax", "mfu_of", "host", "rule", "evidence"}
+    found = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    lines = [{k: ATTACK + v if k in texts else v for k, v in line.items()} for line in found]
+    lines[0]["mesh"] = {ATTACK: 2}
+    lines += [
+        {"time": 1030.0, "kind": "failed", "step": 5, "error": ATTACK + "</script><!--\u2028"},
+        {"time": 1031.0, "kind": "straggler", "step": 6, "host": ATTACK, "process": 0}
+        | {"seconds": 2.0, "median": 1.0},
+        {"time": 1040.0, "kind": "sampled", "step": 8, "samples": {ATTACK: ATTACK + "</script>"}},
+    ]
+    write_lines(path / "events.jsonl", lines)
+    (path / "config.yaml").write_text(
+        json.dumps({"run_dir": ATTACK, "data": {"train": {ATTACK: 1.0}}, ATTACK: ATTACK}),
+        encoding="utf-8",
+    )
+    plan = json.loads((path / "plans" / "p.json").read_text())
+    plan |= {"topology": ATTACK, "memory_gib": {ATTACK: 3.0, "other": 1.0}}
+    (path / "plans" / "p.json").write_text(json.dumps(plan))
+    result = json.loads((path / "evaluations" / "mmlu" / "result.json").read_text())
+    for what in ("subjects", "categories"):
+        result[what] = {ATTACK + name: cell for name, cell in result[what].items()}
+    result["manifest"]["filter"] = ATTACK
+    place = path / "evaluations" / "<img src=x onerror='window.hit=1'>"
+    (path / "evaluations" / "mmlu").rename(place)
+    (place / "result.json").write_text(json.dumps(result))
+    return path
+
+
+def test_no_text_of_a_run_is_markup(tmp_path):
+    run = write_hostile_run(tmp_path / "<img src=x onerror='window.hit=1'>%{x}")
+    text = make(tmp_path, run, write_faulty_run(tmp_path / "other"))
+    body = text.partition("<body>")[2].partition("<script")[0]
+    assert not re.search(r"<(img|a href='|/?script|!--)", body)
+    assert "\u202e" not in text
+    assert body.count("&lt;img src=x onerror") > 15
+    data = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1]
+    assert "<" not in data
+    shown = json.dumps(json.loads(data), ensure_ascii=False)
+    # plotly draws <b>, <a> and others; only its own breaks and <extra> are there.
+    assert set(re.findall(r"<[^>]*>?", shown)) <= {"<br>", "<extra>", "</extra>"}
+    assert "&lt;img src=x onerror" in shown
+    # No name is a field of a template.
+    assert not re.search(r"</a&gt;%\{|onerror='window.hit=1'&gt;%\{", shown)
+    assert "&#37;{x}" in shown
+    title = re.search("<title>(.*?)</title>", text)[1]
+    assert title.startswith("&lt;img src=x")
+
+
+def test_a_page_runs_its_own_scripts_alone(tmp_path):
+    make(tmp_path, write_faulty_run(tmp_path / "run"))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    assert policy.startswith("default-src 'none'; script-src ")
+    assert re.findall("'sha256-(.*?)'", policy) == digests
+    assert len(scripts) == 2
+
+
 def test_results_and_plans_in_the_runs_folder_are_shown(tmp_path):
     path = write_faulty_run(tmp_path / "run")
     add_results(path)
@@ -457,6 +525,40 @@ def test_a_browser_draws_it_without_a_complaint(browser, trained, tmp_path):
         assert shown.js(visible) is False
         assert shown.complaints == []
         shown.page.context.close()
+
+
+def test_a_browser_runs_nothing_of_a_hostile_run(browser, tmp_path):
+    run = write_hostile_run(tmp_path / "<img src=x onerror='window.hit=1'>%{x}")
+    make(tmp_path, run, write_faulty_run(tmp_path / "other"))
+    shown = opened(browser, tmp_path / "report.html", 1200, "light")
+    # Every point of every figure, as a mouse finds it.
+    seen = shown.js(
+        """() => {
+          const seen = [];
+          for (const place of document.querySelectorAll('.figure')) {
+            place.data.forEach((trace, curve) => {
+              for (let point = 0; point < Math.min(4, (trace.x ?? trace.y).length); point++) {
+                try { Plotly.Fx.hover(place, [{curveNumber: curve, pointNumber: point}]); }
+                catch (error) { continue; }
+                seen.push(...[...place.querySelectorAll('.hovertext')].map(e => e.textContent));
+              }
+            });
+          }
+          return seen.join('\\n');
+        }"""
+    )
+    assert "<img src=x onerror" in seen
+    assert shown.js("document.querySelectorAll('img, svg a, main a').length") == 0
+    assert shown.js("window.hit") is None
+    # A picture of a figure is made within the page's policy.
+    picture = "Plotly.toImage(document.querySelector('#figure-loss'), {format: 'png'})"
+    assert shown.js(picture).startswith("data:image/png")
+    assert shown.complaints == []
+    # What escaping might miss does not run either.
+    shown.js(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(ATTACK)})")
+    shown.page.wait_for_timeout(200)
+    assert shown.js("window.hit") is None
+    shown.page.context.close()
 
 
 def test_a_run_whose_name_is_no_text_has_a_page(tmp_path):

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launches import REPOSITORY, environment
@@ -13,7 +15,7 @@ from launches import REPOSITORY, environment
 from baichuan_jax import train
 from baichuan_jax.data import pipeline
 from baichuan_jax.resilience.exits import run_command, signals, stop_signals
-from baichuan_jax.runs.console import Display, Stream, lasting_streams
+from baichuan_jax.runs.console import Display, Stream, lasting_streams, shown_text
 
 
 class Failing(io.StringIO):
@@ -52,6 +54,59 @@ def test_characters_that_an_encoding_lacks_are_shown_as_escapes():
     stream = Stream(io.TextIOWrapper(bytes_, encoding="latin-1", write_through=True))
     stream.write("é 春")
     assert bytes_.getvalue() == b"\xe9 \\u6625"
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+CLEAR = "a\x1b[2J\x1b]0;me\x07\x9b1m\u202eb"
+SHOWN = r"a\x1b[2J\x1b]0;me\x07\x9b1m\u202eb"
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_messages_and_tables_have_no_command_to_a_terminal(kind, monkeypatch):
+    """Not in a file either: a log is read in a terminal later."""
+    stream = kind()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_streams():
+        display = Display()
+        display.say(f"{CLEAR}\nsecond", style="yellow")
+        display.table(CLEAR, [CLEAR], [[CLEAR]])
+    shown = stream.getvalue()
+    assert shown.replace(SHOWN, "").count("b") == 0
+    assert shown.count(SHOWN) == 4
+    assert re.search("\n.*second", shown)
+    # The style's own colours are all that is left in a terminal.
+    for each in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\u202e"):
+        assert each not in shown
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_the_text_of_a_model_reaches_a_file_as_it_is_and_no_terminal(kind, monkeypatch):
+    stream = kind()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_streams():
+        print(shown_text(CLEAR + "\x1b[8m"), end="")
+        # What a command prints without thinking of it.
+        print(CLEAR, end="")
+    wanted = CLEAR + "\x1b[8m" + CLEAR if kind is io.StringIO else SHOWN + r"\x1b[8m" + SHOWN
+    assert stream.getvalue() == wanted
+
+
+def test_an_error_has_no_command_to_a_terminal(capfd):
+    def fail() -> int:
+        raise RuntimeError(CLEAR)
+
+    for error in (lambda: Path(CLEAR).stat(), fail):
+        with pytest.raises(SystemExit):
+            run_command(error)
+        shown = capfd.readouterr().err
+        assert SHOWN in shown
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 
 def test_settings_are_utf_8_under_every_locale(tmp_path):

@@ -1,11 +1,11 @@
 """The report of a pipeline's run for people: tables, and the funnel as PNG and HTML."""
 
-import html
 import io
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from baichuan_jax.config.messages import as_html
 from baichuan_jax.documents.files import UNREAD
 from baichuan_jax.runs.console import Display
 
@@ -110,6 +110,9 @@ def page(report: dict[str, Any]) -> str:
     left, given = report["final"]["documents"], report["input"]["documents"]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>the corpus</title>"
+        # No script at all, and the picture beside this page alone.
+        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; "
+        "style-src 'unsafe-inline'; img-src 'self' file:\">"
         f"<style>{STYLE}</style><h1>{left:,} of {given:,} documents are left</h1>"
         "<img src=funnel.png alt='documents and bytes after each stage'>"
         f"{''.join(parts)}</html>"
@@ -145,4 +148,4 @@ def _table(columns: tuple[str, ...], rows: str) -> str:
 
 def _escape(value: Any) -> str:
     # Examples are raw text, with markup of its own.
-    return html.escape(str(value))
+    return as_html(str(value))
