@@ -174,7 +174,7 @@ def _normalisers(content: bytes) -> Iterator[bytes]:
 
 
 def _longest_replacement(rules: bytes) -> int:
-    """Bytes of the longest text of a precompiled_charsmap: a size, a trie, texts that end with 0."""
+    """Bytes of the longest text of a precompiled_charsmap: size of a trie, trie, texts up to 0."""
     texts = rules[4 + int.from_bytes(rules[:4], "little") :]
     return max(map(len, texts.split(b"\0")))
 

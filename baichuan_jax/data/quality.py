@@ -213,9 +213,7 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     loaded = {}
     for lang, entry in described["languages"].items():
         require_keys(entry, _ENTRY, f"{card}: {lang}")
-        require(
-            lang in LANGUAGES, f"{card}: {show(lang)} is no language; expected {LANGUAGES}"
-        )
+        require(lang in LANGUAGES, f"{card}: {show(lang)} is no language; expected {LANGUAGES}")
         path = Path(folder) / f"{lang}.ftz"
         # A model that was half copied, or is of another card, scores without an error.
         content = path.read_bytes() if path.is_file() else None

@@ -4,8 +4,8 @@ Tensors are read one at a time and written one at a time, so that the host's mem
 whole file. safetensors' own library reads, and checks every file when it opens it. Writing is done
 here: the library's writer needs all tensors of a file in memory at once (docs/decisions.md).
 
-Files come from the internet, so that nothing is believed that they say of themselves: names stay in
-the folder, headers have a limit, and what tensors declare is compared with the bytes that are there.
+Files come from the internet, and what they say of themselves is not believed: names stay in the
+folder, headers have a limit, and what tensors declare is compared with the bytes that are there.
 """
 
 import json

@@ -317,8 +317,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     The caller owns `path`, which is not there or empty. Raises OSError.
     """
     draft = draft_of(path)
+    # Before `try`: what stands there already is not removed below.
+    draft.mkdir(parents=True)
     try:
-        draft.mkdir(parents=True)
         # Inside, so that what a library writes beside it is a part of the draft too.
         folder = draft / path.name
         yield folder
