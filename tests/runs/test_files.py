@@ -321,3 +321,12 @@ def test_the_record_of_an_owner_holds_arguments_of_any_bytes(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["x", os.fsdecode(b"\xff")])
     with owned(tmp_path / "lock", "the output", "choose another"):
         assert list(tmp_path.glob("lock-*"))
+
+
+def test_a_new_folder_removes_no_folder_that_stood_there(tmp_path):
+    there = draft_of(tmp_path / "a")
+    there.mkdir()
+    (there / "kept").touch()
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "a"):
+        pass
+    assert (there / "kept").exists()
