@@ -443,11 +443,15 @@ def _require_own_files(path: Path, targets: dict[str, Any]) -> None:
     A received checkpoint may hold a link to any file of the machine. TensorStore itself refuses the
     names in its manifests that leave the folder.
     """
-    real = path.resolve()
+    real = os.path.realpath(path)
     for folder, folders, names in os.walk(path):
         for name in (*folders, *names):
             file = Path(folder) / name
-            if file.is_symlink() and not (target := file.resolve()).is_relative_to(real):
+            if not file.is_symlink():
+                continue
+            # Not Path.resolve, which raises at a link that leads to itself.
+            target = Path(os.path.realpath(file))
+            if not target.is_relative_to(real):
                 raise ConfigError(
                     f"{file} is a link out of the checkpoint, to {target}; if that is meant, put a "
                     "copy there"
