@@ -8,6 +8,7 @@ Files come from the internet, and what they say of themselves is not believed: n
 folder, headers have a limit, and what tensors declare is compared with the bytes that are there.
 """
 
+import errno
 import json
 import pickletools
 import struct
@@ -235,11 +236,14 @@ def _check_archive(file: Path) -> None:
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     _check_pickle(file, archive, entry)
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
-    # Of a damaged archive or pickle.
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}; download it again") from None
+    except Exception as error:  # zipfile and pickletools raise many types for a damaged file
+        # EINVAL: a number in the archive leads before its beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{file} cannot be read: {reason}; download it again") from None
 
 
 def _check_pickle(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
