@@ -39,6 +39,11 @@ FIRST_PIECES = 3 + 256  # control pieces, then one piece for every byte
 TRAINING_BYTES = 8 << 20
 # SentencePiece silently leaves out lines of more than 4,192 bytes; a character has at most 4.
 MAX_LINE_CHARACTERS = 1000
+# Of a model's file: those with vocabularies of 250,000 pieces have 5 MB.
+MOST_MODEL_BYTES = 64 << 20
+# Bytes that a model's rules may put in the place of a character: those of Unicode (NFKC) have 33 at
+# most. A longer one makes a page of text into all of a machine's memory.
+MOST_REPLACEMENT = 64
 # What SentencePiece writes for a space; packing counts where text itself has it.
 SPACE_MARK = "\u2581"
 # Texts that should come back from their tokens, by what they have in them. SentencePiece's own
@@ -67,8 +72,8 @@ class Tokenizer:
     """A SentencePiece model; `hash` is the SHA-256 of its file.
 
     `notes`: what a user should hear of it, beside what it loses; `warnings` has both. Raises
-    ConfigError where the file is no model, or has no end-of-sentence piece, which joins documents;
-    `remedy` ends that message with what to do.
+    ConfigError where the file is no model, or has no end-of-sentence piece, which joins documents,
+    or could take all memory; `remedy` ends that message with what to do.
     """
 
     def __init__(self, path: Path | str, remedy: str = "give another file") -> None:
@@ -78,6 +83,11 @@ class Tokenizer:
                 f"there is no tokenizer {str(path)!r}; "
                 "train one: python -m baichuan_jax.tokenizer train --help"
             )
+        if (size := self.path.stat().st_size) > MOST_MODEL_BYTES:
+            raise ConfigError(
+                f"{path} has {size:,} bytes, and no SentencePiece model has more than "
+                f"{MOST_MODEL_BYTES:,}; {remedy}"
+            )
         # Read once: the hash is of the bytes that are loaded, whatever happens to the file.
         content = read_bytes(self.path)
         self.hash = hashlib.sha256(content).hexdigest()
@@ -86,8 +96,14 @@ class Tokenizer:
         try:
             self._model.LoadFromSerializedProto(content)
             self.vocab_size: int = self._model.GetPieceSize()
+            longest = max(map(_longest_replacement, _normalisers(content)), default=0)
         except Exception as error:
             raise ConfigError(f"{path} is no SentencePiece model: {error}; {remedy}") from None
+        if longest > MOST_REPLACEMENT:
+            raise ConfigError(
+                f"{path} would replace a character by {longest:,} bytes, and {MOST_REPLACEMENT} "
+                f"are the most; {remedy}"
+            )
         # -1 where the model has no such piece.
         self.eos_id: int = self._model.eos_id()
         self.bos_id: int = self._model.bos_id()
@@ -147,6 +163,58 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """How the vocabulary writes a token."""
         return self._model.IdToPiece(int(token))
+
+
+def _normalisers(content: bytes) -> Iterator[bytes]:
+    """The rules for characters in a model's file, of its normalizer_spec and denormalizer_spec."""
+    for number, value in _fields(content):
+        if number in (3, 5):
+            # precompiled_charsmap
+            yield from (rules for inner, rules in _fields(value) if inner == 2)
+
+
+def _longest_replacement(rules: bytes) -> int:
+    """Bytes of the longest text of a precompiled_charsmap: size of a trie, trie, texts up to 0."""
+    texts = rules[4 + int.from_bytes(rules[:4], "little") :]
+    return max(map(len, texts.split(b"\0")))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of every field of a protobuf message. Raises ValueError.
+
+    Not by the protobuf package: a process may hold the description of this format only once, and
+    transformers brings its own.
+    """
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            if place >= len(message) or shift > 63:
+                raise ValueError("it ends within a field")
+            byte = message[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        key = number()
+        kind, start = key & 7, place
+        if kind == 0:
+            number()
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
+        elif kind == 2:
+            size = number()
+            start, place = place, place + size
+        else:
+            raise ValueError(f"it has a field of the kind {kind}")
+        if place > len(message):
+            raise ValueError("it ends within a field")
+        yield key >> 3, message[start:place]
 
 
 def train_tokenizer(

@@ -424,3 +424,45 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
     assert re.search(r"Vocab Size +│ +512 +│ +512 +│", printed)
     with pytest.raises(ConfigError, match=r"text\.jsonl, line 1: .*there is no field 'text'"):
         main(["stats", "--model", model, "--input", text])
+
+
+def with_rules(model: Path, rules: bytes, number: int) -> bytes:
+    """The model with other rules for characters, in its field 3 (normalizer) or 5 (denormalizer).
+
+    The last of two fields counts.
+    """
+    size, length = b"", len(rules)
+    while length > 127:
+        size, length = size + bytes([length & 127 | 128]), length >> 7
+    inner = b"\x12" + size + bytes([length]) + rules
+    size, length = b"", len(inner)
+    while length > 127:
+        size, length = size + bytes([length & 127 | 128]), length >> 7
+    return model.read_bytes() + bytes([number << 3 | 2]) + size + bytes([length]) + inner
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_a_model_that_makes_pages_of_a_letter_is_refused(documents, tmp_path, number):
+    (tmp_path / "rules.tsv").write_text("61\t78\n62\t79\n")
+    ruled = spm_train(
+        tmp_path / "ruled.model",
+        documents,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+    )
+    assert ruled.decode(ruled.encode("ab")) == "xy"
+    (rules,) = module._normalisers(ruled.path.read_bytes())
+    assert rules.endswith(b"x\0y\0")
+    assert module._longest_replacement(rules) == 1
+    longer = tmp_path / "longer.model"
+    longer.write_bytes(with_rules(ruled.path, rules[:-4] + b"x" * 64 + b"\0", number))
+    Tokenizer(longer)
+    longer.write_bytes(with_rules(ruled.path, rules[:-4] + b"x" * 65 + b"\0", number))
+    with pytest.raises(ConfigError, match=r"longer\.model would replace a character by 65 bytes"):
+        Tokenizer(longer)
+
+
+def test_a_file_larger_than_any_model_is_not_read(tmp_path):
+    with open(tmp_path / "large.model", "wb") as file:
+        file.truncate(module.MOST_MODEL_BYTES + 1)
+    with pytest.raises(ConfigError, match=r"large\.model has 67,108,865 bytes, and no"):
+        Tokenizer(tmp_path / "large.model")

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -59,6 +60,14 @@ ITEMS = ("params", "optimizer", "run")
 # In a checkpoint's folder: its files and their sizes.
 SIZES = "sizes.json"
 
+
+# What a received checkpoint may declare more than its files hold. Trained weights hardly compress:
+# zeros do, ten thousand times, and a few kilobytes of them would be terabytes of a model.
+MOST_EXPANSION = 100
+# Up to here the expansion is of no account: a small model may be all zeros.
+FREE_BYTES = 256 << 20
+# Chunks of one array: each device's part is one.
+MOST_CHUNKS = 1 << 17
 
 # What the JSON item `run` holds; a folder of weights has the last three alone.
 _RUN = {
@@ -407,11 +416,12 @@ def restore_items(
 ) -> dict[str, Any]:
     """The arrays of a checkpoint. Raises ConfigError for another model, CorruptCheckpoint, OSError.
 
-    Names, shapes and dtypes are compared before anything is read, digests after. ConfigError too
-    for a file that is a link out of the checkpoint.
+    Names, shapes, dtypes and bytes are compared before anything is read, digests after. ConfigError
+    too for a file that is a link out of the checkpoint.
     """
+    # Process 0 looks for all: with a thousand hosts each would list every file.
+    agree(f"the files of {path}", lambda: _require_own_files(path, targets))
     items = {}
-    _refuse_links(path)
     with quiet_reads(), ocp.StandardCheckpointer() as checkpointer:
         for name, target in targets.items():
             failed = None
@@ -439,6 +449,25 @@ def restore_items(
     return items
 
 
+def _require_own_files(path: Path, targets: dict[str, Any]) -> None:
+    """Raise ConfigError where files lie elsewhere, or hold far less than the arrays to be read.
+
+    TensorStore itself refuses the names in its manifests that leave the folder.
+    """
+    _refuse_links(path)
+    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(targets))
+    try:
+        there = sum(file.stat().st_size for name in targets for file in _files(path / name))
+    # What is missing is named where it is read.
+    except OSError:
+        return
+    if wanted > max(FREE_BYTES, MOST_EXPANSION * there):
+        raise ConfigError(
+            f"{path} has {there:,} bytes of arrays, and its configuration makes them {wanted:,}: "
+            "these are no trained weights"
+        )
+
+
 def _compare(path: Path, metadata: Any, target: Any) -> None:
     # Orbax would load arrays of another model without an error (orbax#2972).
     if metadata.item_metadata is None:
@@ -455,6 +484,13 @@ def _compare(path: Path, metadata: Any, target: Any) -> None:
                 f"{name} is {tuple(have.shape)} {have.dtype}, the configuration makes "
                 f"{want.shape} {want.dtype}"
             )
+        elif (chunks := getattr(have.storage, "chunk_shape", None)) is not None:
+            # A chunk is read whole, whatever its array needs of it: TensorStore would ask for the
+            # memory of a larger one, and end the process without it.
+            sizes = list(zip(want.shape, chunks, strict=True))
+            inside = all(0 < chunk <= max(size, 1) for size, chunk in sizes)
+            if not inside or math.prod(-(-size // c) for size, c in sizes) > MOST_CHUNKS:
+                differences.append(f"{name} is {want.shape} in chunks of {tuple(chunks)}")
     # Sorted below: a set has another order in every process.
     if differences:
         raise ConfigError(

@@ -26,6 +26,8 @@ MOST_SEED = (1 << 63) - 1
 TINIEST, HUGEST = 1e-30, 1e30
 # Rows are counted by weights as whole multiples of the smallest, a float in between.
 MOST_APART = 1e12
+# Blocks that are compiled one by one where they are not looped over: minutes of the compiler.
+MOST_UNROLLED = 256
 
 
 class ConfigError(ValueError):
@@ -150,8 +152,8 @@ class ModelConfig:
     remat: Literal["none", "matmuls", "full"] = "full"
     """What the backward pass recomputes: nothing, all but the matrix products, or whole blocks."""
     scan_layers: bool = True
-    """Compile one block and loop over it (fast to compile), or unroll all blocks; results are
-    equal."""
+    """Compile one block and loop over it (fast to compile), or unroll all blocks, 256 at most;
+    results are equal."""
 
     @property
     def head_dim(self) -> int:
@@ -183,6 +185,11 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"head_dim = hidden_size/num_heads = {self.hidden_size}/{self.num_heads} = "
             f"{self.head_dim} is odd; the rotary embedding turns pairs of channels",
+        )
+        require(
+            self.scan_layers or self.num_layers <= MOST_UNROLLED,
+            f"model.scan_layers=false would compile each of model.num_layers={self.num_layers} "
+            f"blocks, and {MOST_UNROLLED} is the most; set --model.scan_layers true",
         )
         require(
             self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,

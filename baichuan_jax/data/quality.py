@@ -15,11 +15,13 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import random
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from baichuan_jax.config.parsing import read_json, read_text, require_keys
+from baichuan_jax.config.parsing import read_json, read_text, require_keys, show
 from baichuan_jax.config.schema import ConfigError, at_least, require
 from baichuan_jax.data.corpus.config import OTHERS, QualityConfig
 from baichuan_jax.documents.files import (
@@ -211,22 +213,79 @@ def _load(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     loaded = {}
     for lang, entry in described["languages"].items():
         require_keys(entry, _ENTRY, f"{card}: {lang}")
+        require(lang in LANGUAGES, f"{card}: {show(lang)} is no language; expected {LANGUAGES}")
         path = Path(folder) / f"{lang}.ftz"
         # A model that was half copied, or is of another card, scores without an error.
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        if found != entry["sha256"]:
+        content = path.read_bytes() if path.is_file() else None
+        found = None if content is None else hashlib.sha256(content).hexdigest()
+        if content is None or found != entry["sha256"]:
             raise ConfigError(
                 f"{path} has SHA-256 {found} and card.json says {entry['sha256']}; train it again"
             )
         entry = {**entry, "damaged": described["bad"] == DAMAGED}
-        classifier = fasttext.load_model(str(path))
-        if classifier.get_dimension() != len(entry["direction"]):
+        try:
+            _check_classifier(content, len(entry["direction"]))
+        except (ValueError, struct.error) as error:
             raise ConfigError(
-                f"{card}: {lang}: direction has {len(entry['direction'])} numbers and {path} needs "
-                f"{classifier.get_dimension()}; train it again"
-            )
+                f"{path} is no classifier of card.json: {error}; train it again"
+            ) from None
+        classifier = fasttext.load_model(str(path))
         loaded[lang] = (classifier, entry)
     return loaded
+
+
+def _check_classifier(content: bytes, dim: int) -> None:
+    """Raise ValueError for a file that `train` did not write: fastText believes all that it says.
+
+    Its reader takes the memory that a size asks for, and reads where a number points to. Layout:
+    settings, dictionary, pruned pairs, quantised input matrix, output matrix (fastText 0.9.2,
+    src/fasttext.cc, dictionary.cc, quantmatrix.cc, productquantizer.cc).
+    """
+    file = io.BytesIO(content)
+
+    def take(layout: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
+
+    def agree(found: Any, wanted: Any, what: str) -> None:
+        if found != wanted:
+            raise ValueError(f"{what} is {found} and must be {wanted}")
+
+    magic, version, found_dim, *settings = take("14i")
+    agree((magic, version), (793712314, 12), "its beginning")
+    agree(found_dim, dim, "its dimension, by the numbers of direction,")
+    # As `_fit` gives them: no parts of words, and softmax over labels.
+    _, _, _, _, ngrams, loss, model, bucket, minn, maxn, _ = settings
+    agree((ngrams, loss, model, minn, maxn), (2, 3, 3, 0, 0), "wordNgrams, loss, model, minn, maxn")
+    take("d")
+    size, words, labels, _, pruned = take("3i2q")
+    agree((labels, size - words), (2, 2), "its number of labels")
+    if not (bucket > 0 and words > 0 and pruned <= len(content) // 8):
+        raise ValueError(f"it says bucket={bucket}, {words} words, {pruned} pairs of words")
+    place = file.tell()
+    for number in range(size):
+        # A word, 0, eight bytes of how often it occurs, its kind; labels come last.
+        place = content.index(b"\0", place) + 10
+        agree(content[place - 1 : place], b"\1" if number >= words else b"\0", "the kind of a word")
+    file.seek(place)
+    pairs = np.frombuffer(file.read(8 * max(pruned, 0)), "<i4").reshape(-1, 2)
+    agree(len(pairs), max(pruned, 0), "its number of pairs of words")
+    if not ((pairs[:, 1] >= 0) & (pairs[:, 1] < len(pairs))).all():
+        raise ValueError("a pair of words has a row that is not there")
+    # -1: nothing was pruned, and every hash has a row.
+    rows = words + (bucket if pruned < 0 else pruned)
+    agree(take("?"), (True,), "its quantisation")
+    norms, found_rows, columns, codes = take("?2qi")
+    agree((norms, found_rows, columns), (True, rows, dim), "its matrix")
+    agree(codes, rows * -(-dim // 2), "its number of codes")
+    file.seek(codes, io.SEEK_CUR)
+    # Two dimensions share a code of one byte, and a row's norm has another.
+    for width, share in ((dim, 2), (1, 1)):
+        parts, rest = -(-width // share), width % share or share
+        agree(take("4i"), (width, parts, share, rest), "the layout of its codes")
+        file.seek(4 * 256 * width + (rows if share == 2 else 0), io.SEEK_CUR)
+    agree(take("?"), (False,), "the quantisation of its output")
+    agree(take("2q"), (labels, dim), "its output matrix")
+    agree(len(content) - file.tell(), 4 * labels * dim, "the rest of its bytes")
 
 
 def _fasttext() -> Any:

@@ -42,6 +42,7 @@ from baichuan_jax.data.shards import (
     checksum,
     dtype_of,
     has_records,
+    is_shard,
     leftovers,
     plan_parts,
 )
@@ -223,6 +224,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         require_keys(manifest, _MANIFEST_KEYS, "it")
         for shard in manifest["shards"]:
             require_keys(shard, _SHARD_KEYS, "a shard")
+            # Another name may lead out of the folder.
+            require(is_shard(shard["file"]), f"{show(shard['file'])} is the name of no shard")
+            # A row is a chunk of its own, with a header of 40 bytes.
+            most = shard["bytes"] // 40
+            require(shard["rows"] <= most, f"{shard['file']} cannot hold {shard['rows']} rows")
         require(sum(s["rows"] for s in manifest["shards"]) == manifest["rows"], "rows are missing")
     except ConfigError as error:
         raise ConfigError(f"{file} is no manifest: {error}; {_PACK_AGAIN}") from None

@@ -187,6 +187,11 @@ def has_records(folder: Path) -> bool:
     return False
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file's name is that of a shard's rows."""
+    return re.fullmatch(r"shard-\d{5,}\.array_record", name) is not None
+
+
 def leftovers(folder: Path, shards: list[Shard]) -> list[Path]:
     """What a killed run left in its folder: drafts, and shards that there are no more."""
     kept = {path for shard in shards for path in (shard.file, shard.record_file)}

@@ -17,9 +17,17 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import baichuan_jax
+from baichuan_jax.checkpoint.state import identity
 from baichuan_jax.config.files import mesh_config
 from baichuan_jax.config.schema import MOST_SEED, TASKS, DistributedConfig, MeshConfig, at_least
-from baichuan_jax.documents.files import Slice, find_files, say_unread
+from baichuan_jax.documents.files import (
+    Slice,
+    State,
+    find_files,
+    require_unchanged,
+    say_unread,
+    states,
+)
 from baichuan_jax.documents.reader import read_texts
 from baichuan_jax.evaluate import perplexity, tables
 from baichuan_jax.evaluate.evaluation import Evaluation, Plan, evaluate
@@ -34,8 +42,9 @@ from baichuan_jax.evaluate.scoring import Scorer, Work, default_batch_tokens
 from baichuan_jax.evaluate.tasks import SPLITS, subject_files
 from baichuan_jax.generate import add_model_options
 from baichuan_jax.hf.source import Source, find_tokenizer, read_source
-from baichuan_jax.hf.weights import load_model, weights_sha256
+from baichuan_jax.hf.weights import files_read, load_model, weights_sha256
 from baichuan_jax.kernels.attention.api import choose_attention
+from baichuan_jax.model import Transformer
 from baichuan_jax.resilience.coordination import agree, require_same
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.ownership import owned_together
@@ -107,11 +116,12 @@ def _evaluate(options: argparse.Namespace, source: Source, tokenizer: Tokenizer)
     def make_scorer() -> Scorer:
         # Loaded only where a subject is left to score.
         nonlocal work
-        model = load_model(source, options.dtype, mesh)
+        model = _load_hashed(source, before, options.dtype, mesh)
         scorer = Scorer(model, mesh, options.batch_tokens)
         work = scorer.work
         return scorer
 
+    before = _states(source)
     settings = _settings(options, mesh, source)
     # result is empty in processes other than the first, which write nothing.
     result = evaluate(evaluation, make_scorer, options.output, settings, progress=True)
@@ -168,12 +178,26 @@ def _settings(options: argparse.Namespace, mesh: Mesh, source: Source) -> dict[s
         "checkpoint": str(source.path),
         # A folder of the same name may hold other weights tomorrow.
         "weights_sha256": weights_sha256(source),
+        # The same arrays make another model with these. Earlier versions did not record them.
+        "model": identity(source.model),
         "dtype": options.dtype,
         "attention": attention,
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "batch_tokens": options.batch_tokens or default_batch_tokens(),
     }
+
+
+def _states(source: Source) -> dict[str, State]:
+    """What the weights' files are like before they are hashed."""
+    return states(map(str, files_read(source)))
+
+
+def _load_hashed(source: Source, before: dict[str, State], dtype: Any, mesh: Mesh) -> Transformer:
+    """The model, of the files whose hash was taken. Raises ConfigError where they changed since."""
+    model = load_model(source, dtype, mesh)
+    require_unchanged(before)
+    return model
 
 
 def _show(display: Display, result: dict[str, Any], output: Path, work: Work) -> None:
@@ -227,6 +251,7 @@ def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenize
     )
     if counts["text_cut"]:
         display.say("the text goes on beyond --max_tokens, and is not read", style="yellow")
+    before = _states(source)
     settings = _settings(options, mesh, source) | {
         "task": "perplexity",
         "contexts": contexts,
@@ -236,7 +261,7 @@ def _perplexity(options: argparse.Namespace, source: Source, tokenizer: Tokenize
     }
     # Process 0 decides for all. One folder holds one curve, and no test's results.
     agree("the output's settings", lambda: Results(options.output, settings) and None)
-    model = load_model(source, options.dtype, mesh)
+    model = _load_hashed(source, before, options.dtype, mesh)
     # Each context length reads the whole text once.
     total = len(contexts) * len(tokens)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not first) as bar:

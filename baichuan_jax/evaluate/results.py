@@ -199,6 +199,8 @@ class Results:
             write_atomically(file, dump_json(settings))
 
     def _refuse_others(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
+        # Not in the folders of earlier versions, which go on.
+        before = {key: settings[key] for key in ("model",) if key in settings} | before
         differing = sorted(
             key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)
         )

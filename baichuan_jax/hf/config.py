@@ -10,6 +10,7 @@ from typing import Any
 
 from baichuan_jax.config.parsing import LARGEST, Positive, read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError, ModelConfig
+from baichuan_jax.hf.files import own_file
 from baichuan_jax.tokenizer import BOS, EOS, Tokenizer
 
 KEYS = {
@@ -58,7 +59,7 @@ def read_config(folder: Path | str) -> ModelConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{folder} has no config.json: it is no Hugging Face folder")
-    found = require_type(read_json(file), dict, str(file))
+    found = require_type(read_json(own_file(file)), dict, str(file))
     if missing := [key for key in KEYS if key not in found]:
         raise ConfigError(f"{file} lacks {', '.join(missing)}")
     # A wrong type would otherwise fail far from here, in the shape of an array.
@@ -101,11 +102,11 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     tokenizer_config.json; what it does not say is missing. Raises ConfigError for a wrong type.
     """
     file = Path(folder) / "config.json"
-    found = require_type(read_json(file), dict, str(file))
+    found = require_type(read_json(own_file(file)), dict, str(file))
     facts = check_facts(found, file)
     tokenizer = Path(folder) / "tokenizer_config.json"
     if tokenizer.is_file():
-        settings = require_type(read_json(tokenizer), dict, str(tokenizer))
+        settings = require_type(read_json(own_file(tokenizer)), dict, str(tokenizer))
         bos = require_type(
             settings.get("add_bos_token"), bool | None, f"{tokenizer}: add_bos_token"
         )

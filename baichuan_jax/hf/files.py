@@ -3,10 +3,16 @@
 Tensors are read one at a time and written one at a time, so that the host's memory never holds a
 whole file. safetensors' own library reads, and checks every file when it opens it. Writing is done
 here: the library's writer needs all tensors of a file in memory at once (docs/decisions.md).
+
+Files come from the internet, and what they say of themselves is not believed: names stay in the
+folder, headers have a limit, and what tensors declare is compared with the bytes that are there.
 """
 
+import errno
 import json
+import pickletools
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from baichuan_jax.config.parsing import read_json, require_type, show
+from baichuan_jax.config.parsing import parse_json, read_json, require_type, show
 from baichuan_jax.config.schema import ConfigError
 
 # safetensors' codes of the types that weights are published in, by their names in NumPy and torch.
@@ -24,6 +30,13 @@ from baichuan_jax.config.schema import ConfigError
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+
+# Bytes of a safetensors header and of a .bin file's pickle. That of a model of 7B parameters has
+# 50 kB; as values of Python it takes up to a hundred times as much.
+MOST_HEADER = 4 << 20
+# What the pickle of weights calls: beside these, torch's loader for files that are not trusted
+# allows bytearray, which takes the memory that the file asks for.
+_CALLED = ("collections OrderedDict", "torch")
 
 
 class Tensors(Protocol):
@@ -54,13 +67,30 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
     # safetensors first: only torch's form needs torch.
     for whole in (SAFETENSORS, TORCH):
         if (folder / whole).is_file():
-            return whole, [folder / whole]
+            return whole, [own_file(folder / whole)]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            return whole, _shards(index)
+            return whole, [own_file(file) for file in _shards(own_file(index))]
     raise ConfigError(
         f"{folder} has neither {SAFETENSORS} nor {TORCH}, whole or with an index of shards"
     )
+
+
+def own_file(file: Path) -> Path:
+    """A file of a folder of weights, where it belongs to the folder. Raises ConfigError.
+
+    A received folder may hold a link to any file of the machine. Two are followed: one that stays
+    in the folder, and one to a blob of Hugging Face's cache, whose snapshots are such links
+    (models--OWNER--NAME/blobs/HASH).
+    """
+    target, folder = file.resolve(), file.parent.resolve()
+    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    if not (target.is_relative_to(folder) or in_cache):
+        raise ConfigError(
+            f"{file} is a link out of its folder, to {target}; if that is meant, put a copy there, "
+            "or name that folder instead"
+        )
+    return file
 
 
 def _shards(index: Path) -> list[Path]:
@@ -68,7 +98,8 @@ def _shards(index: Path) -> list[Path]:
     try:
         found = require_type(read_json(index), dict, "it")
         names = require_type(found.get("weight_map"), dict[str, str], "its weight_map").values()
-        # ValueError, which ConfigError is: a name with a slash, or none.
+        # ValueError, which ConfigError is: a name with a slash, or none. So nothing outside the
+        # folder can be named.
         files = [index.with_name(name) for name in sorted(set(names))]
     except ValueError as error:
         raise ConfigError(f"{index} is no index of shards: {error}") from None
@@ -107,14 +138,24 @@ class Safetensors:
 
 def _open_safetensors(file: Path) -> Any:
     """The library compares header and size of the whole file here, before any tensor is read."""
-    try:
-        # pread copies a tensor out of the file. Pages of a memory map, the default, would count as
-        # this process's memory for as long as the file is open: the whole file in the end.
-        return safe_open(file, framework="numpy", backend="pread")
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{file} is damaged, cut short or no safetensors file: {error}; download it again"
-        ) from None
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if MOST_HEADER < length < file.stat().st_size:
+            raise ConfigError(
+                f"{file}: its header has {length:,} bytes, and no model's has more than "
+                f"{MOST_HEADER:,}; download it again"
+            )
+        try:
+            # pread copies a tensor out of the file. Pages of a memory map, the default, would count
+            # as this process's memory for as long as the file is open: the whole file in the end.
+            opened = safe_open(file, framework="numpy", backend="pread")
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{file} is damaged, cut short or no safetensors file: {error}; download it again"
+            ) from None
+        # The library takes the last of two tensors of one name, and says nothing.
+        parse_json(content.read(length).decode(), f"the header of {file}")
+    return opened
 
 
 class TorchFiles:
@@ -136,6 +177,7 @@ class TorchFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in files:
+            _check_archive(file)
             tensors = self._load(file)
             if not isinstance(tensors, dict):
                 raise ConfigError(f"{file} holds {type(tensors).__name__} and must hold weights")
@@ -153,6 +195,7 @@ class TorchFiles:
                     )
                 _refuse_second(name, self._files, file)
                 self.shapes[name], self._files[name] = tuple(tensor.shape), file
+            _require_bytes(file, sum(tensor.nbytes for tensor in tensors.values()))
 
     def _load(self, file: Path) -> dict[str, Any]:
         # weights_only: a pickle could run any code. mmap: only tensors that are read cost memory.
@@ -173,6 +216,60 @@ class TorchFiles:
             bits = tensor.contiguous().view(self._torch.int16).numpy()
             return bits.view(ml_dtypes.bfloat16).copy()
         return tensor.numpy().copy()
+
+
+def _check_archive(file: Path) -> None:
+    """Raise ConfigError for a .bin file that could take more memory than its own size.
+
+    It is a zip archive with a pickle in it. torch writes it without compression, and of older
+    formats nothing is read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = [entry.filename for entry in entries if entry.compress_type]
+            if packed:
+                raise ConfigError(
+                    f"{file} has compressed entries ({show(packed[0])}), which torch does not "
+                    "write; download it again"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    _check_pickle(file, archive, entry)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # zipfile and pickletools raise many types for a damaged file
+        # EINVAL: a number in the archive leads before its beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{file} cannot be read: {reason}; download it again") from None
+
+
+def _check_pickle(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Raise ConfigError for a pickle that is too large, or calls what no weights need."""
+    if entry.file_size > MOST_HEADER:
+        raise ConfigError(
+            f"{file}: {show(entry.filename)} has {entry.file_size:,} bytes, and no model's has "
+            f"more than {MOST_HEADER:,}; download it again"
+        )
+    # Read as a list of operations: nothing of it is carried out.
+    for operation, value, _ in pickletools.genops(archive.read(entry)):
+        # torch writes protocol 2, which has GLOBAL alone.
+        if operation.name in ("GLOBAL", "STACK_GLOBAL") and not str(value).startswith(_CALLED):
+            raise ConfigError(
+                f"{file} calls {show(value)}, which no weights need; do not trust this file"
+            )
+
+
+def _require_bytes(file: Path, declared: int) -> None:
+    """Raise ConfigError where tensors repeat a few numbers of their file in a large shape."""
+    # Twice: weights may be shared by two names.
+    if declared > 2 * (size := file.stat().st_size):
+        raise ConfigError(
+            f"{file} has {size:,} bytes and its tensors {declared:,}: they repeat what is there; "
+            "save each with numbers of its own (tensor.contiguous())"
+        )
 
 
 def _require_weights(file: Path, name: str, dtype: str) -> None:

@@ -20,7 +20,8 @@ from baichuan_jax.checkpoint.weights import (
 from baichuan_jax.config.parsing import Positive, require_keys, require_type
 from baichuan_jax.config.schema import ConfigError, ModelConfig
 from baichuan_jax.hf.config import check_facts, read_config, read_facts
-from baichuan_jax.runs.folder import Run, refuse_outside
+from baichuan_jax.hf.files import own_file
+from baichuan_jax.runs.folder import Run
 from baichuan_jax.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
@@ -58,17 +59,12 @@ class Source:
         """The tokenizer.model in the folder; None: there is none.
 
         A recorded hash allows for one in the two folders above, where a run has its own: another
-        file that lies there is noticed.
+        file that lies there is noticed. Raises ConfigError for a link out of its folder.
         """
         path = self.path.absolute()
         above = () if self.tokenizer_hash is None else path.parents[:2]
-        for folder in (path, *above):
-            # Caches of Hugging Face are links to files elsewhere; runs have files of their own.
-            if not is_hf(path):
-                refuse_outside(folder, folder / FILE)
-            if (folder / FILE).is_file():
-                return folder / FILE
-        return None
+        files = (folder / FILE for folder in (path, *above))
+        return next((own_file(file) for file in files if file.is_file()), None)
 
     @property
     def files(self) -> list[Path]:

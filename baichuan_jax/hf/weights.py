@@ -250,6 +250,15 @@ def load_model(
     return nnx.merge(graphdef, params)
 
 
+def files_read(source: Source) -> list[Path]:
+    """The files that decide what load_model gives: of these, weights_sha256 is a hash."""
+    path = source.path
+    if is_hf(path):
+        return [path / "config.json", *weight_files(path)[1]]
+    # It has the settings of the model, and a digest of every array, with which they are compared.
+    return [path / "run" / "metadata"]
+
+
 def weights_sha256(source: Source) -> str:
     """A hash of the weights that load_model reads.
 
@@ -261,7 +270,7 @@ def weights_sha256(source: Source) -> str:
         params = {name: value for name, value in digests if name.startswith("params/")}
         return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
     digest = hashlib.sha256()
-    for file in (path / "config.json", *weight_files(path)[1]):
+    for file in files_read(source):
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

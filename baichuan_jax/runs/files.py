@@ -349,8 +349,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     The caller owns `path`, which is not there or empty. Raises OSError.
     """
     draft = draft_of(path)
+    new_draft_folder(draft)
     try:
-        new_draft_folder(draft)
         # Inside, so that what a library writes beside it is a part of the draft too.
         folder = draft / path.name
         yield folder

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, onto any mesh, and bad ones found by real damage to real files."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -8,14 +9,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
+import zstandard
 from conftest import build, run_state
 
+from baichuan_jax.checkpoint import orbax
 from baichuan_jax.checkpoint.orbax import Checkpoints
 from baichuan_jax.checkpoint.state import StateTarget
 from baichuan_jax.checkpoint.weights import find_checkpoint, load_params, save_params
 from baichuan_jax.config.schema import CheckpointConfig, ConfigError
+from baichuan_jax.hf.config import read_config
+from baichuan_jax.hf.weights import import_params
 from baichuan_jax.resilience.causes import errno_of
 from baichuan_jax.resilience.digests import digest
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
 
 @pytest.fixture
@@ -264,3 +272,69 @@ def test_the_digest_sees_values_and_order_but_not_the_sharding(tiny_config):
     ] == value
     for changed in (x[::-1], x.T.reshape(4, 16), x + np.eye(4, 16, dtype=np.float32) * 1e-3):
         assert [int(v) for v in digest({"x": np.ascontiguousarray(changed)})] != value
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A folder of weights, and its arrays as TensorStore keeps them."""
+    save_params(tmp_path / "weights", read_config(TINY), import_params(TINY))
+    base = f"file://{tmp_path}/weights/params/"
+    return tmp_path / "weights", tensorstore.KvStore.open(
+        {"driver": "ocdbt", "base": base}
+    ).result()
+
+
+def describe_array(arrays, name, **values):
+    described = json.loads(arrays.read(f"{name}/.zarray").result().value) | values
+    arrays.write(f"{name}/.zarray", json.dumps(described).encode()).result()
+
+
+@pytest.mark.parametrize("chunks", [[1 << 20, 1 << 14], [512, 65], [1, 1]])
+def test_an_array_in_chunks_that_no_save_makes_is_refused(weights, chunks, monkeypatch):
+    """TensorStore would ask for the memory of a whole chunk, or of a request for each."""
+    folder, arrays = weights
+    monkeypatch.setattr(orbax, "MOST_CHUNKS", 1 << 14)
+    describe_array(arrays, "embedding", chunks=chunks)
+    with pytest.raises(
+        ConfigError, match=r"weights/params .*embedding is \(512, 64\) in chunks of"
+    ):
+        load_params(folder)
+
+
+def test_arrays_that_hold_far_more_than_their_files_are_refused(weights, monkeypatch):
+    folder, arrays = weights
+    assert load_params(folder)[0].vocab_size == 512
+    monkeypatch.setattr(orbax, "FREE_BYTES", 1 << 20)
+    rows = 1 << 21
+    run = json.loads((folder / "run" / "metadata").read_text())
+    run["config"]["model"]["vocab_size"] = rows
+    (folder / "run" / "metadata").write_text(json.dumps(run))
+    compressed = zstandard.ZstdCompressor().compress(bytes(rows * 256))
+    for name, shape in (("embedding", [rows, 64]), ("lm_head", [64, rows])):
+        describe_array(arrays, name, chunks=shape, shape=shape)
+        arrays.write(f"{name}/0.0", compressed).result()
+    with pytest.raises(ConfigError, match=r"weights has [\d,]+ bytes of arrays, and its config"):
+        load_params(folder)
+
+
+def test_a_link_out_of_a_checkpoint_is_refused(weights, tmp_path):
+    folder, _ = weights
+    (folder / "params" / "d").rename(tmp_path / "d")
+    (folder / "params" / "d").symlink_to(tmp_path / "d")
+    with pytest.raises(ConfigError, match=r"params/d is a link out of the checkpoint, to /"):
+        load_params(folder)
+    # The folder itself may be one: whoever names it means it.
+    (folder / "params" / "d").unlink()
+    (tmp_path / "d").rename(folder / "params" / "d")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_params(tmp_path / "link")[0].vocab_size == 512
+
+
+def test_tensorstore_reads_no_file_above_the_folder_that_it_was_given(tmp_path):
+    """A manifest names its files: what they are called is not looked at here."""
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "folder").mkdir()
+    store = tensorstore.KvStore.open({"driver": "file", "path": f"{tmp_path}/folder/"}).result()
+    for name in ("../secret", "a/../../secret", f"{tmp_path}/secret"):
+        with pytest.raises(ValueError, match="Invalid key"):
+            store.read(name).result()

@@ -14,7 +14,14 @@ from conftest import sentencepiece_defaults
 
 from baichuan_jax.config.files import KEYS, load_config, make_parser, parse_config
 from baichuan_jax.config.parsing import environment_number, show
-from baichuan_jax.config.schema import Config, ConfigError, OptimizerConfig, at_least, between
+from baichuan_jax.config.schema import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    at_least,
+    between,
+)
 from baichuan_jax.hardware.accelerators import parse_topology
 from baichuan_jax.resilience.placement import Placement
 from baichuan_jax.runs.folder import Run
@@ -348,3 +355,12 @@ def test_a_variable_that_is_no_count_is_refused(monkeypatch, text):
 def test_a_cluster_that_nobody_has_is_refused(name):
     with pytest.raises(ConfigError, match=r"^topology="):
         parse_topology(name)
+
+
+def test_blocks_are_compiled_one_by_one_only_where_there_are_few():
+    """The compiler takes minutes for a few hundred, and all memory for some thousands."""
+    sizes = {"hidden_size": 8, "num_heads": 2, "vocab_size": 512}
+    ModelConfig(num_layers=20_000, **sizes)
+    ModelConfig(num_layers=256, scan_layers=False, **sizes)
+    with pytest.raises(ConfigError, match=r"scan_layers=false .*num_layers=257 .*scan_layers true"):
+        ModelConfig(num_layers=257, scan_layers=False, **sizes)

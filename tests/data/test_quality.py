@@ -1,10 +1,13 @@
 """Quality: repeatable training, calibrated scores, a shipped model that knows scrambled text."""
 
 import gzip
+import hashlib
 import json
 import math
 import random
 import re
+import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -276,3 +279,63 @@ def test_a_file_without_a_text_is_in_the_table_of_scores(tmp_path, capsys):
         "empty.jsonl": 0,
         "full.jsonl": 1,
     }
+
+
+def layout(content: bytes) -> dict[str, int]:
+    """Where the numbers of a classifier's file are."""
+    size, _, _, _, pruned = struct.unpack_from("<3i2q", content, 64)
+    place = 92
+    for _ in range(size):
+        place = content.index(b"\0", place) + 10
+    matrix = place + 8 * pruned
+    return {"kind": place - 1, "pair": place + 4, "rows": matrix + 2, "codes": matrix + 18}
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "value", "reason"),
+    [
+        (0, "i", 1, "its beginning is"),
+        (8, "i", 1 << 30, "its dimension"),
+        (28, "i", 1 << 30, "wordNgrams"),
+        (40, "i", 0, "bucket=0"),
+        (48, "i", 1 << 30, "maxn"),
+        (64, "i", (1 << 31) - 1, "its number of labels"),
+        (68, "i", -7, "its number of labels"),
+        (84, "q", 1 << 60, "pairs of words"),
+        ("pair", "i", 1 << 30, "a pair of words has a row that is not there"),
+        ("rows", "q", 1 << 40, "its matrix"),
+        ("codes", "i", (1 << 31) - 1, "its number of codes"),
+        ("kind", "s", b"\0", "the kind of a word"),
+    ],
+)
+def test_a_classifier_that_lies_about_its_sizes_is_refused(tmp_path, place, kind, value, reason):
+    """fastText would take all memory, read where nothing is, or never end."""
+    content = bytearray((quality.MODEL / "en.ftz").read_bytes())
+    at = place if isinstance(place, int) else layout(content)[place]
+    struct.pack_into(f"<{kind}", content, at, value)
+    with pytest.raises(ValueError, match=reason):
+        quality._check_classifier(bytes(content), 8)
+    card = json.loads((quality.MODEL / "card.json").read_text())
+    card["languages"] = {"en": card["languages"]["en"]}
+    card["languages"]["en"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    (tmp_path / "en.ftz").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"en\.ftz is no classifier of card\.json: .*{reason}"):
+        quality.score(["a b"], tmp_path)
+
+
+def test_a_classifier_that_is_cut_short_is_refused():
+    content = (quality.MODEL / "en.ftz").read_bytes()
+    quality._check_classifier(content, 8)
+    for size in (0, 50, 1000, 150_000, len(content) - 1):
+        with pytest.raises((ValueError, struct.error)):
+            quality._check_classifier(content[:size], 8)
+
+
+def test_a_card_names_classifiers_of_its_folder(tmp_path):
+    card = json.loads((quality.MODEL / "card.json").read_text())
+    card["languages"]["../zh"] = card["languages"].pop("zh")
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    shutil.copy(quality.MODEL / "en.ftz", tmp_path)
+    with pytest.raises(ConfigError, match=r"card\.json: '\.\./zh' is no language"):
+        quality.score(["a b"], tmp_path)

@@ -1131,3 +1131,22 @@ def test_the_character_that_tokenizers_turn_into_a_space_is_counted(tokenizer, t
     assert rows.manifest["space_marks"] == 2
     assert "2 characters U+2581, each turned into a space" in summary(rows)
     assert "U+2581" not in summary(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"file": "../shard-00000.array_record"}, "is the name of no shard"),
+        ({"file": "/etc/passwd"}, "is the name of no shard"),
+        ({"file": "shard-00000.array_record[0:1]"}, "is the name of no shard"),
+        ({"rows": 1 << 60}, "cannot hold 1152921504606846976 rows"),
+    ],
+)
+def test_a_manifest_that_lies_about_its_shards_is_refused(packed, tmp_path, change, reason):
+    shutil.copytree(packed.path, tmp_path / "rows")
+    file = tmp_path / "rows" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0] |= change
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=rf"manifest\.json is no manifest: .*{reason}"):
+        Rows(tmp_path / "rows")

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -662,3 +663,100 @@ def test_torch_tensors_that_are_no_weights_are_refused_and_parameters_are_read(p
     for same in (torch.nn.Parameter(norm), negated):
         torch.save(tensors | {name: same}, file)
         assert_equal(import_params(tmp_path), params)
+
+
+def test_a_link_is_followed_within_its_folder_and_into_the_cache_of_hugging_face(params, tmp_path):
+    """Snapshots of the cache are links to blobs; what else is a link may be any file of a host."""
+    cache = tmp_path / "models--baichuan-inc--Baichuan-7B"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    shutil.copy(EXAM, blobs / "c")
+    for blob, name in (("a", "config.json"), ("b", "model.safetensors"), ("c", "tokenizer.model")):
+        if name != EXAM.name:
+            shutil.copy(TINY / name, blobs / blob)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    assert_equal(import_params(snapshot), params)
+    assert find_tokenizer(read_source(snapshot)).hash == Tokenizer(EXAM).hash
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
+        (snapshot / name).unlink(missing_ok=True)
+        (snapshot / name).symlink_to((tmp_path / name).absolute())
+        shutil.copy(
+            EXAM if name == EXAM.name else TINY / name.removeprefix("tokenizer_"), tmp_path / name
+        )
+        with pytest.raises(ConfigError, match=rf"abc/{name} is a link out of its folder, to /"):
+            find_tokenizer(read_source(snapshot)), import_params(snapshot)
+        (snapshot / name).unlink()
+        shutil.copy(tmp_path / name, snapshot / "own")
+        (snapshot / name).symlink_to("own")
+        if name != "tokenizer_config.json":
+            (snapshot / name).unlink()
+            (snapshot / "own").rename(snapshot / name)
+    assert_equal(import_params(snapshot), params)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "{folder}/model.safetensors", "..", "."])
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    shutil.copytree(TINY / "sharded", tmp_path / "sharded")
+    shutil.copy(TINY / "model.safetensors", tmp_path)
+    index = {"weight_map": {"model.norm.weight": name.format(folder=tmp_path)}}
+    file = tmp_path / "sharded" / "model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors\.index\.json (is no index|names fil)"
+    ):
+        open_tensors(tmp_path / "sharded")
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(copy):
+    file = copy / "model.safetensors"
+    header, data = read_header(file)
+    # Of two the library takes the last. Here both have the same bytes, so that nothing is left out.
+    norm = json.dumps(header["model.norm.weight"])
+    text = f'{{"model.norm.weight": {norm}, {json.dumps(header)[1:]}'.encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors .*'model\.norm\.weight' comes twice"
+    ):
+        open_tensors(copy)
+
+
+def test_a_header_that_no_model_needs_is_refused(copy):
+    file = copy / "model.safetensors"
+    header, data = read_header(file)
+    header["__metadata__"] = {"x": " " * (5 << 20)}
+    write_header(file, header, data)
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: its header has 5,\d{3},\d{3} bytes"
+    ):
+        open_tensors(copy)
+
+
+def test_a_torch_file_that_takes_more_than_its_bytes_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+
+    def refused(reason: str) -> None:
+        with pytest.raises(ConfigError, match=rf"pytorch_model\.bin {reason}"):
+            open_tensors(tmp_path)
+
+    torch.save({"x": torch.zeros(1).expand(1 << 20, 64)}, file)
+    refused(r"has [\d,]+ bytes and its tensors 268,435,456: they repeat what is there")
+    torch.save({"x": torch.zeros(64), "y": bytearray(8)}, file)
+    refused("calls '__builtin__ bytearray', which no weights need")
+    torch.save({"x": torch.zeros(64)}, file)
+    open_tensors(tmp_path)
+    with zipfile.ZipFile(file) as archive:
+        content = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in content.items():
+            archive.writestr(name, part)
+    refused("has compressed entries")
+
+
+def test_an_export_leaves_what_has_a_name_like_its_own(params, tmp_path):
+    for name in ("out.tmp", "out.lock.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    export(params, read_config(TINY), tmp_path / "out", dtype="float32")
+    assert all((tmp_path / name / "kept").exists() for name in ("out.tmp", "out.lock.tmp"))

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from baichuan_jax.config.schema import (
 )
 from baichuan_jax.data import prepare as module
 from baichuan_jax.data.prepare import prepare
+from baichuan_jax.evaluate import __main__ as evaluate_command
 from baichuan_jax.evaluate.__main__ import main as evaluate
 from baichuan_jax.evaluate.results import Results
 from baichuan_jax.hf.__main__ import main as hf
@@ -469,3 +471,31 @@ def test_the_same_weights_by_another_name_go_on_with_an_evaluation(tmp_path):
     Results(tmp_path / "out", {"checkpoint": "run/checkpoints/1", "weights_sha256": "a"})
     with pytest.raises(ConfigError, match=r"checkpoint: 'run' there, 'run/checkpoints/2' now"):
         Results(tmp_path / "out", {"checkpoint": "run/checkpoints/2", "weights_sha256": "b"})
+
+
+@pytest.mark.parametrize("form", ["weights", "llama"])
+def test_weights_that_change_after_their_hash_was_taken_are_not_evaluated(
+    first, tmp_path, monkeypatch, form
+):
+    shutil.copytree(first / form, tmp_path / "copy")
+    changed = tmp_path / "copy" / ("run/metadata" if form == "weights" else "model.safetensors")
+
+    def change_and_load(*arguments: Any) -> Any:
+        os.utime(changed, ns=(0, 0))
+        return load_model(*arguments)
+
+    monkeypatch.setattr(evaluate_command, "load_model", change_and_load)
+    words = ["perplexity", "--checkpoint", str(tmp_path / "copy"), "--context", "16"]
+    words += ["--text", str(first / "en.jsonl"), "--max_tokens", "64"]
+    with pytest.raises(ConfigError, match=rf"{changed} changed while it was read"):
+        evaluate([*words, "--output", str(tmp_path / "out")])
+
+
+def test_the_same_arrays_are_another_model_with_other_settings(tmp_path):
+    """Their digests are equal; earlier versions recorded nothing else, and their results go on."""
+    settings = {"checkpoint": "a", "weights_sha256": "a"}
+    Results(tmp_path / "before", settings)
+    Results(tmp_path / "before", settings | {"model": {"rope_theta": 1e4}})
+    Results(tmp_path / "out", settings | {"model": {"rope_theta": 1e4}})
+    with pytest.raises(ConfigError, match=r"model: .*10000.0.* there, .*20000.0.* now"):
+        Results(tmp_path / "out", settings | {"model": {"rope_theta": 2e4}})
