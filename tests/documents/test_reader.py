@@ -64,7 +64,7 @@ def test_a_line_of_200_megabytes_is_not_held(tmp_path):
     problem, document = found
     assert isinstance(problem, Problem)
     assert (problem.line, problem.reason) == (1, "line_too_long")
-    assert "200000001 bytes" in problem.detail
+    assert "200,000,001 bytes" in problem.detail
     assert document == Document(str(path), 2, None, "long", "after it")
     assert peak < 4 * FIELDS.max_line_bytes
 
