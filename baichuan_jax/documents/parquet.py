@@ -26,8 +26,8 @@ ROW_BYTES = 16
 # Arrow follows a schema's depth with its stack, which ends at some ten thousand; columns of real
 # tables lie ten deep at most.
 _DEEPEST = 100
-# The first two fields of a page's header are a few bytes.
-_HEADER_BYTES = 64
+# A dictionary's header is some thirty bytes, and the first two fields of every header come first.
+_HEADER_BYTES = 256
 # A kind of page and an encoding, in parquet.thrift's numbers. In that encoding a value is as much
 # of the one before as it says, and some bytes more.
 _DICTIONARY_PAGE = 2
@@ -50,13 +50,25 @@ def open_parquet(path: str) -> Iterator["Table"]:
         raise OSError(str(error)) from error
 
 
+class Batch(NamedTuple):
+    """Rows of a file as an Arrow table or batch, and the bytes of each: int64 [rows]."""
+
+    rows: Any
+    sizes: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return int(self.sizes.sum())
+
+
 class Table:
     """An open Parquet file: `metadata` and `schema` are pyarrow's."""
 
     def __init__(self, file: BinaryIO, pyarrow: Any) -> None:
         self._size = size_of(file)
         _require_flat(file, self._size)
-        self._pyarrow, self._file = pyarrow, _Pages(file, self._size)
+        self._pyarrow, self._file = pyarrow, _Pages(file, self._size, pyarrow)
         table = pyarrow.parquet.ParquetFile(self._file)
         self._table, self.metadata, self.schema = table, table.metadata, table.schema_arrow
         groups = range(self.metadata.num_row_groups)
@@ -81,26 +93,43 @@ class Table:
                 stand_ins[name] = {field.name: None for field in kind} if is_object else []
         return single, stand_ins
 
-    def batches(
-        self, groups: Sequence[int], columns: list[str]
-    ) -> Iterator[tuple[Any, np.ndarray]]:
-        """(batch, bytes of its rows) of row groups, in order; `columns`: of one value a row."""
+    def batches(self, groups: Sequence[int], columns: list[str]) -> Iterator[Batch]:
+        """Row groups in batches, in order; `columns`: those of one value a row."""
+        waiting: list[Batch] = []
+        rows = size = 0
+        for batch in self._decoded(groups, columns):
+            # Several where Arrow was asked for few rows: to Python they go faster together.
+            if rows + len(batch.rows) > BATCH_ROWS or size + batch.size > BATCH_BYTES:
+                yield from self._joined(waiting)
+                waiting, rows, size = [], 0, 0
+            waiting.append(batch)
+            rows, size = rows + len(batch.rows), size + batch.size
+        yield from self._joined(waiting)
+
+    def _joined(self, batches: list[Batch]) -> Iterator[Batch]:
+        if len(batches) > 1:
+            table = self._pyarrow.Table.from_batches([batch.rows for batch in batches])
+            yield Batch(table, np.concatenate([batch.sizes for batch in batches]))
+        else:
+            yield from batches
+
+    def _decoded(self, groups: Sequence[int], columns: list[str]) -> Iterator[Batch]:
         content = Expansion(self._size)
         for group in groups:
             metadata = self.metadata.row_group(group)
-            found = (metadata.column(i) for i in range(metadata.num_columns))
+            every = (metadata.column(i) for i in range(metadata.num_columns))
             # Columns that are not asked for are not read, which is most of the time saved.
             chunks = [
                 chunk
-                for chunk in found
+                for chunk in every
                 if any(_is_chosen(chunk.path_in_schema, name) for name in columns)
             ]
             largest = sum(map(self._file.expect, chunks))
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
-            for batch in self._table.iter_batches(rows, row_groups=[group], columns=columns):
-                sizes = self._row_sizes(batch)
-                content.add(int(sizes.sum()) + ROW_BYTES * len(batch))
-                yield batch, sizes
+            for found in self._table.iter_batches(rows, row_groups=[group], columns=columns):
+                batch = Batch(found, self._row_sizes(found))
+                content.add(batch.size + ROW_BYTES * len(found))
+                yield batch
 
     def _row_sizes(self, batch: Any) -> np.ndarray:
         sizes = np.zeros(len(batch), np.int64)
@@ -130,26 +159,23 @@ def _type_of(schema: Any, name: str) -> Any:
 def _bytes_of(column: Any, pyarrow: Any) -> np.ndarray:
     """Bytes of each value of an Arrow array: int64 [rows]. Nothing of it becomes Python's."""
     kind, types = column.type, pyarrow.types
-    if types.is_dictionary(kind):
-        # Of the dictionary once; a row that is null has no index.
-        values = _bytes_of(column.dictionary, pyarrow)
-        indices = column.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        return values[indices] if len(values) else np.zeros(len(column), np.int64)
     if types.is_struct(kind):
-        sizes = np.zeros(len(column), np.int64)
-        for inner in column.flatten():
-            sizes += _bytes_of(inner, pyarrow)
-        return sizes
+        inner = [_bytes_of(field, pyarrow) for field in column.flatten()]
+        return np.sum(inner, axis=0, dtype=np.int64) if inner else np.zeros(len(column), np.int64)
+    if types.is_dictionary(kind):
+        # Of the dictionary once. A row that is null has no index.
+        values = np.append(_bytes_of(column.dictionary, pyarrow), 0)
+        indices = column.indices.to_numpy(zero_copy_only=False)
+        return values[np.nan_to_num(indices, nan=-1).astype(np.int64)]
     if types.is_string_view(kind) or types.is_binary_view(kind):
         column = column.cast(pyarrow.large_binary())
-    elif not (types.is_string(kind) or types.is_large_string(kind) or _is_binary(kind, types)):
-        return np.full(len(column), ROW_BYTES, np.int64)
-    lengths = pyarrow.compute.binary_length(column)
-    return lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _is_binary(kind: Any, types: Any) -> bool:
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    large = types.is_large_string(column.type) or types.is_large_binary(column.type)
+    fixed = types.is_fixed_size_binary(kind)
+    if not (large or types.is_string(kind) or types.is_binary(kind)):
+        return np.full(len(column), kind.byte_width if fixed else ROW_BYTES, np.int64)
+    # Where each value begins, and the last one's end.
+    offsets = np.frombuffer(column.buffers()[1] or b"", np.int64 if large else np.int32)
+    return np.diff(offsets[column.offset :][: len(column) + 1]).astype(np.int64)
 
 
 class _Pages(io.RawIOBase):
@@ -158,11 +184,11 @@ class _Pages(io.RawIOBase):
     Arrow allocates what a page's header says before it decompresses it.
     """
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+    def __init__(self, file: BinaryIO, size: int, pyarrow: Any) -> None:
+        self._file, self._size, self._pyarrow = file, size, pyarrow
         self._expansion = Expansion(size)
         # The columns' pages that Arrow is about to read, by their place in the file.
-        self._expected: dict[int, Any] = {}
+        self._expected: dict[int, list[Any]] = {}
 
     def readable(self) -> bool:
         return True
@@ -185,13 +211,36 @@ class _Pages(io.RawIOBase):
         # As Arrow finds it.
         if chunk.has_dictionary_page and 0 < first < start:
             start = first
-        self._expected[start] = chunk
+        if not chunk.num_values:
+            return 0
+        self._expected.setdefault(start, []).append(chunk)
+        if "DELTA_BYTE_ARRAY" in chunk.encodings:
+            return chunk.total_uncompressed_size
         self._file.seek(start)
-        kind, size = _kind_and_size(self._file.read(_HEADER_BYTES))
-        repeats = "DELTA_BYTE_ARRAY" in chunk.encodings
-        return max(
-            size if kind == _DICTIONARY_PAGE else 0, chunk.total_uncompressed_size if repeats else 0
-        )
+        header = self._file.read(_HEADER_BYTES)
+        kind, size = _kind_and_size(header)
+        if kind != _DICTIONARY_PAGE:
+            return 0
+        # Most dictionaries end at one megabyte, which takes no look into them.
+        if size * BATCH_ROWS <= BATCH_BYTES or chunk.physical_type != "BYTE_ARRAY":
+            return size
+        page = _page(header, 0)
+        self._expansion.add(page.size)
+        self._file.seek(start + page.end)
+        return min(size, self._longest(self._file.read(page.stored), page.size, chunk.compression))
+
+    def _longest(self, stored: bytes, size: int, compression: str) -> int:
+        """Bytes of the longest text of a dictionary; `size` where this cannot tell."""
+        with contextlib.suppress(self._pyarrow.ArrowException, ValueError, OSError):
+            if compression != "UNCOMPRESSED":
+                stored = self._pyarrow.Codec(compression).decompress(stored, size, asbytes=True)
+            # Each is its length, in four bytes, and its bytes.
+            at = longest = 0
+            while at < len(stored):
+                length = int.from_bytes(stored[at : at + 4], "little")
+                at, longest = at + 4 + length, max(longest, length)
+            return longest
+        return size
 
     def read(self, size: int = -1) -> bytes:
         """As files do. Raises OSError where the pages are damaged or hold far too much."""
@@ -199,8 +248,8 @@ class _Pages(io.RawIOBase):
         # A size that the file's own metadata gave may be any number.
         left = max(0, self._size - start)
         content = self._file.read(left if size < 0 else min(size, left))
-        if start in self._expected:
-            self._check(content, self._expected.pop(start))
+        for chunk in self._expected.get(start, ()):
+            self._check(content, chunk)
         return content
 
     def _check(self, pages: bytes, chunk: Any) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from baichuan_jax.config.parsing import json_reason, load_json, show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines, kind_of, removed
-from baichuan_jax.documents.parquet import open_parquet
+from baichuan_jax.documents.parquet import Batch, open_parquet
 from baichuan_jax.documents.storage import DAMAGE, open_binary
 
 # Problems of a whole file. All other problems stand for one document each.
@@ -251,8 +251,8 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
         wanted = [name for name in (fields.text, fields.id, fields.source) if name]
         columns, stand_ins = table.columns(wanted)
         groups = range(table.metadata.num_row_groups)[piece.start : piece.stop]
-        for batch, sizes in table.batches(groups, columns):
-            for row in _rows(batch, sizes, fields.max_line_bytes):
+        for batch in table.batches(groups, columns):
+            for row in _rows(batch, fields.max_line_bytes):
                 number += 1
                 if isinstance(row, Exception):
                     broken = isinstance(row, UnicodeDecodeError)
@@ -266,22 +266,25 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
                     yield _document(record, names, path, number, fields, stem)
 
 
-def _rows(batch: Any, sizes: np.ndarray, limit: int) -> Iterator[dict[str, Any] | Exception | int]:
+def _rows(batch: Batch, limit: int) -> Iterator[dict[str, Any] | Exception | int]:
     """The rows of a batch of a Parquet file, about `limit` bytes at once as Python's objects.
 
     The size in place of a row of more than `limit` bytes, and an error in place of one that Python
     cannot hold: a column of strings may hold what is no UTF-8, and one of dates what is beyond
     Python's years.
     """
+    if batch.size <= limit:
+        yield from _converted(batch.rows)
+        return
+    sizes = batch.sizes
     # A row belongs to the stretch in which it ends; one that is too long stands alone.
-    ends = np.cumsum(sizes)
-    stretch = ends // limit + np.cumsum(sizes > limit) * 2 - (sizes > limit)
-    borders = [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist(), len(batch)]
+    stretch = np.cumsum(sizes) // limit + np.cumsum(sizes > limit) * 2 - (sizes > limit)
+    borders = [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist(), len(sizes)]
     for start, stop in itertools.pairwise(borders):
         if start < stop and sizes[start] > limit:
             yield int(sizes[start])
         else:
-            yield from _converted(batch.slice(start, stop - start))
+            yield from _converted(batch.rows.slice(start, stop - start))
 
 
 def _converted(batch: Any) -> Iterator[dict[str, Any] | Exception]:

@@ -57,7 +57,6 @@ def pyarrow_for(path: str) -> Any:
     """
     try:
         import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.compute  # pyright: ignore[reportMissingImports]
         import pyarrow.fs  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
