@@ -20,14 +20,16 @@ from baichuan_jax.documents.storage import Expansion, open_binary, pyarrow_for, 
 # Rows that are converted at once: few, since a row may hold a book.
 BATCH_ROWS = 256
 # What a batch may take in Arrow, but for a single row that takes more.
-BATCH_BYTES = 256 << 20
+BATCH_BYTES = 512 << 20
+# Batches of few rows are joined up to this.
+JOINED_BYTES = 16 << 20
 # What a row counts beside its text: a file of a few bytes may have a billion rows of nothing.
 ROW_BYTES = 16
 # Arrow follows a schema's depth with its stack, which ends at some ten thousand; columns of real
 # tables lie ten deep at most.
 _DEEPEST = 100
-# A dictionary's header is some thirty bytes, and the first two fields of every header come first.
-_HEADER_BYTES = 256
+# The first two fields of a page's header are a few bytes.
+_HEADER_BYTES = 64
 # A kind of page and an encoding, in parquet.thrift's numbers. In that encoding a value is as much
 # of the one before as it says, and some bytes more.
 _DICTIONARY_PAGE = 2
@@ -68,7 +70,7 @@ class Table:
     def __init__(self, file: BinaryIO, pyarrow: Any) -> None:
         self._size = size_of(file)
         _require_flat(file, self._size)
-        self._pyarrow, self._file = pyarrow, _Pages(file, self._size, pyarrow)
+        self._pyarrow, self._file = pyarrow, _Pages(file, self._size)
         table = pyarrow.parquet.ParquetFile(self._file)
         self._table, self.metadata, self.schema = table, table.metadata, table.schema_arrow
         groups = range(self.metadata.num_row_groups)
@@ -99,7 +101,7 @@ class Table:
         rows = size = 0
         for batch in self._decoded(groups, columns):
             # Several where Arrow was asked for few rows: to Python they go faster together.
-            if rows + len(batch.rows) > BATCH_ROWS or size + batch.size > BATCH_BYTES:
+            if rows + len(batch.rows) > BATCH_ROWS or size + batch.size > JOINED_BYTES:
                 yield from self._joined(waiting)
                 waiting, rows, size = [], 0, 0
             waiting.append(batch)
@@ -184,8 +186,8 @@ class _Pages(io.RawIOBase):
     Arrow allocates what a page's header says before it decompresses it.
     """
 
-    def __init__(self, file: BinaryIO, size: int, pyarrow: Any) -> None:
-        self._file, self._size, self._pyarrow = file, size, pyarrow
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
         self._expansion = Expansion(size)
         # The columns' pages that Arrow is about to read, by their place in the file.
         self._expected: dict[int, list[Any]] = {}
@@ -217,30 +219,10 @@ class _Pages(io.RawIOBase):
         if "DELTA_BYTE_ARRAY" in chunk.encodings:
             return chunk.total_uncompressed_size
         self._file.seek(start)
-        header = self._file.read(_HEADER_BYTES)
-        kind, size = _kind_and_size(header)
-        if kind != _DICTIONARY_PAGE:
-            return 0
-        # Most dictionaries end at one megabyte, which takes no look into them.
-        if size * BATCH_ROWS <= BATCH_BYTES or chunk.physical_type != "BYTE_ARRAY":
-            return size
-        page = _page(header, 0)
-        self._expansion.add(page.size)
-        self._file.seek(start + page.end)
-        return min(size, self._longest(self._file.read(page.stored), page.size, chunk.compression))
-
-    def _longest(self, stored: bytes, size: int, compression: str) -> int:
-        """Bytes of the longest text of a dictionary; `size` where this cannot tell."""
-        with contextlib.suppress(self._pyarrow.ArrowException, ValueError, OSError):
-            if compression != "UNCOMPRESSED":
-                stored = self._pyarrow.Codec(compression).decompress(stored, size, asbytes=True)
-            # Each is its length, in four bytes, and its bytes.
-            at = longest = 0
-            while at < len(stored):
-                length = int.from_bytes(stored[at : at + 4], "little")
-                at, longest = at + 4 + length, max(longest, length)
-            return longest
-        return size
+        kind, size = _kind_and_size(self._file.read(_HEADER_BYTES))
+        # Of a dictionary this is a wide bound. To look into it for its longest value would cost
+        # more than the smaller batches do.
+        return size if kind == _DICTIONARY_PAGE else 0
 
     def read(self, size: int = -1) -> bytes:
         """As files do. Raises OSError where the pages are damaged or hold far too much."""
