@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: help venv dev bench-deps eval-bench-deps data-bench-deps plan-deps data-deps \
   browser-deps train bench corpus corpus-scale test test-slow test-chaos test-disk test-slurm \
   fuzz chaos gpu \
-  gpu-from-pypi gpu-bundle gpu-rehearse lint types notebooks docs clean
+  gpu-from-pypi gpu-bundle gpu-rehearse lint types audit lock notebooks docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -111,11 +111,27 @@ gpu-rehearse: .venv-gpu/.installed  ## make gpu at small sizes on a CPU: eight m
 	JAX_PLATFORMS=cpu PYTHON=.venv-gpu/bin/python bash benchmarks/gpu_bundle.sh \
 	  $(REHEARSAL)-bundle --rehearse --minutes 16 --output $(REHEARSAL) $(ARGS)
 
-lint: dev  ## ruff: lint and format
+lint: dev  ## ruff: lint and format; bandit: calls that are dangerous
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive baichuan_jax benchmarks docs .ci
 
 types: dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+audit: dev  ## known vulnerabilities of what the container installs (asks PyPI)
+	exec $(BIN)/python .ci/audit.py launch/*.lock
+
+# A release counts from its second week on: one that was hijacked is usually found by then. With
+# the build backend, which the container installs too.
+BACKEND := import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+lock: dev  ## newest versions for the container, with hashes, into launch/*.lock (asks PyPI)
+	for cuda in 12 13; do \
+	  $(BIN)/python -c '$(BACKEND)' | $(BIN)/uv --no-config pip compile --quiet --upgrade \
+	    --python-version 3.12 --python-platform linux --only-binary :all: --generate-hashes \
+	    --exclude-newer "1 week" --annotation-style line --custom-compile-command "make lock" \
+	    --output-file launch/requirements-cuda$$cuda.lock requirements-cuda$$cuda.txt - || exit; \
+	done
 
 notebooks: dev plan-deps data-deps  ## execute all notebooks, four minutes
 	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb

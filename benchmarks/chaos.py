@@ -221,7 +221,8 @@ class Cluster(Supervised):
         deadline = time.monotonic() + 10
         while True:
             try:
-                held.bind(("0.0.0.0", port))
+                # In the way of whoever wants this port, on whatever address.
+                held.bind(("0.0.0.0", port))  # nosec B104
                 break
             except OSError:
                 if time.monotonic() > deadline:

@@ -91,7 +91,10 @@ def lm_eval_model(folder: Path, tokenizer: Path, batch_size: int) -> Any:
     special = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     ends = transformers.PreTrainedTokenizerFast(tokenizer_object=special, **names)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    llama = transformers.LlamaForCausalLM
+    # A folder, never a name on the hub: there is no revision to pin.
+    model = llama.from_pretrained(folder, dtype=torch.float32)  # nosec B615
+    model.eval()
     options: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "max_length": 1 << 20}
     return SentencePieceLM(pretrained=model, tokenizer=ends, **options)
 

@@ -79,32 +79,41 @@ def _digest(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def main() -> None:
+def bundle(output: Path) -> None:
     """Collect the wheels and list them. The folder appears whole, or not at all."""
+    # What is replaced is removed: a bundle that an earlier call made, and nothing else.
+    wheels = output.is_dir() and all(path.suffix == ".whl" for path in output.iterdir())
+    if output.exists() and not wheels:
+        raise SystemExit(f"{output} has other things than wheels: name another folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
+        made = Path(draft) / "bundle"
+        made.mkdir()
+        download(made, "--requirement", str(REQUIREMENTS))
+        ptxas_wheel(made)
+        size = sum(path.stat().st_size for path in made.iterdir())
+        for path in sorted(made.iterdir()):
+            print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path.name}")
+        if size > LIMIT:
+            raise SystemExit(
+                f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: take a package out of "
+                f"{REQUIREMENTS.name}"
+            )
+        shutil.rmtree(output, ignore_errors=True)
+        made.rename(output)
+    command = f"bash benchmarks/gpu_bundle.sh {output} --output gpu-results"
+    print(f"{size / 2**20:6.1f} MiB in {output}; on the machine: {command}")
+
+
+def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     output = Path("dist/gpu-bundle")
     what = f"replaced (default: {output})"
     parser.add_argument("--output", type=Path, default=output, metavar="DIR", help=what)
-    options = parser.parse_args()
-    made = options.output.with_name(f"{options.output.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    download(made, "--requirement", str(REQUIREMENTS))
-    ptxas_wheel(made)
-    size = sum(path.stat().st_size for path in made.iterdir())
-    for path in sorted(made.iterdir()):
-        print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path.name}")
-    if size > LIMIT:
-        raise SystemExit(
-            f"{size / 2**20:.1f} MiB are more than {LIMIT >> 20}: take a package out of "
-            f"{REQUIREMENTS.name}"
-        )
-    shutil.rmtree(options.output, ignore_errors=True)
-    made.rename(options.output)
-    command = f"bash benchmarks/gpu_bundle.sh {options.output} --output gpu-results"
-    print(f"{size / 2**20:6.1f} MiB in {options.output}; on the machine: {command}")
+    bundle(parser.parse_args().output)
 
 
 if __name__ == "__main__":

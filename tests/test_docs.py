@@ -75,6 +75,21 @@ def test_the_walks_name_functions_that_exist():
         assert name in defined(PACKAGE / file), f"{file} defines no {name}"
 
 
+def test_every_threat_names_the_tests_that_show_the_answer():
+    text = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+    table = text.split("## Threats")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 20
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row.split("|")[-2])
+        assert tests, row
+        for file, name in tests:
+            path = REPOSITORY / file
+            # A kind of hostile files has no functions of tests: test_hostile.py tries its list.
+            wanted = name or "HOSTILE"
+            assert re.search(rf"^(def )?{wanted}\b", path.read_text(encoding="utf-8"), re.M), row
+
+
 def defined(file: Path) -> set[str]:
     """Functions and classes of a module, methods as Class.method."""
     names = set()

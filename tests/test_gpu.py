@@ -18,6 +18,7 @@ for folder in (STAGES, STAGES.parent):
         sys.path.insert(0, str(folder))
 
 import gpu
+import gpu_bundle
 
 # A stage of each kind of end.
 FAKES = {
@@ -309,6 +310,26 @@ def test_a_bare_image_lacks_nothing_that_training_needs():
     there = names(benchmarks / "gpu_image.txt") | names(benchmarks / "gpu_bundle.txt")
     assert names(REPOSITORY / "requirements.txt") - there == {"plotly", "tensorboardx", "zstandard"}
     assert not names(benchmarks / "gpu_image.txt") & names(benchmarks / "gpu_bundle.txt")
+
+
+def test_a_bundle_replaces_a_bundle_and_nothing_else(tmp_path, monkeypatch):
+    def download(folder: Path, *_: str) -> None:
+        (folder / "new.whl").write_text("")
+
+    monkeypatch.setattr(gpu_bundle, "download", download)
+    monkeypatch.setattr(gpu_bundle, "ptxas_wheel", lambda folder: None)
+    output, beside = tmp_path / "bundle", tmp_path / "bundle.tmp"
+    beside.mkdir()
+    (beside / "notes.txt").write_text("of somebody")
+    for _ in range(2):
+        gpu_bundle.bundle(output)
+        assert [path.name for path in output.iterdir()] == ["new.whl"]
+    (output / "notes.txt").write_text("of somebody")
+    (tmp_path / "file").write_text("of somebody")
+    for path in (output, beside, tmp_path / "file"):
+        with pytest.raises(SystemExit, match="other things than wheels"):
+            gpu_bundle.bundle(path)
+    assert len(list(tmp_path.rglob("*"))) == 6
 
 
 def test_the_bundles_script_explains_itself(tmp_path):

@@ -240,7 +240,8 @@ def read_json(file: Path | str, *, paths: bool = False) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises ConfigError, whose message begins with `where`."""
     try:
-        value = yaml.load(text, _EachKeyOnce)
+        # A SafeLoader: it makes plain values only.
+        value = yaml.load(text, _EachKeyOnce)  # nosec B506
         _refuse_growth(value)
         # "\ud83d" in double quotes.
         if "\\" in text:

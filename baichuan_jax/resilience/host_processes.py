@@ -93,7 +93,8 @@ class HostProcesses:
 
 def is_free(port: int) -> bool:
     """Whether process 0 could listen on a port of this host, as jax does: on all addresses."""
-    for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+    # Only to ask; the probe never listens.
+    for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # nosec B104
         try:
             with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
