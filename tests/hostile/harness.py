@@ -43,7 +43,14 @@ class Hostile:
 def finished_run() -> Path:
     """The folder of a run of two steps."""
     folder = Path(tempfile.mkdtemp(dir=SHARED))
-    run(write_config(folder), folder / "run", "--train.num_steps", "2")
+    run(
+        write_config(folder),
+        folder / "run",
+        "--train.num_steps",
+        "2",
+        "--optimizer.warmup_steps",
+        "1",
+    )
     return folder / "run"
 
 

@@ -5,8 +5,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ READERS = {
     "stats": lambda files: [
         "baichuan_jax.tokenizer",
         *("stats", "--input", f"{files}/*"),
-        *("--tokenizer", str(finished_run() / "tokenizer.model")),
+        *("--model", str(finished_run() / "tokenizer.model")),
     ],
     "perplexity": lambda files: [
         "baichuan_jax.evaluate",
@@ -54,7 +53,7 @@ READERS = {
     ],
     "mixture": lambda files: [
         "baichuan_jax.data.mixture",
-        *("temperature", "--config", str(write_config(files.parent))),
+        *("temperature", "--temperature", "2", "--config", str(write_config(files.parent))),
         *("--data.train", json.dumps({f"{files}/*": 1.0, f"{SHARED}/train-en.jsonl": 1.0})),
         *("--data.cache_dir", str(files.parent / "cache")),
     ],
@@ -78,16 +77,6 @@ def write(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
     return make
 
 
-def zstd(*pieces: tuple[bytes, int]) -> bytes:
-    """A frame of each of these bytes, so many times, but for the first one, which stands once."""
-    out = io.BytesIO()
-    with zstandard.ZstdCompressor().stream_writer(out, closefd=False) as file:
-        for piece, times in pieces:
-            for _ in range(times):
-                file.write(piece)
-    return out.getvalue()
-
-
 def zstd_blocks(count: int, letter: bytes = b"a") -> bytes:
     """A frame of blocks of one byte that is repeated: 128 KiB of four bytes each."""
     # A window of 128 KiB, no size and no checksum.
@@ -102,43 +91,131 @@ def gzip_blocks(size: int) -> bytes:
     return b"".join([*(packer.compress(bytes(MIB)) for _ in range(size >> 20)), packer.flush()])
 
 
-def values(items: Callable[[int], str], count: int) -> bytes:
-    """A .gz of one line, an object whose second field holds many values."""
-    inner = ",".join(map(items, range(count)))
-    return gzip.compress(f'{{"text": "a", "x": {inner}}}\n'.encode(), 9)
+def lines(*pieces: tuple[str, int]) -> bytes:
+    """A .gz of these texts, each so many times."""
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as file:
+        for piece, times in pieces:
+            file.write(piece.encode() * times)
+    return out.getvalue()
+
+
+def empty_frames() -> bytes:
+    """Nothing, sixty thousand times, and then a line that is no JSON."""
+    packer = zstandard.ZstdCompressor()
+    return packer.compress(b"") * 60_000 + packer.compress(b"no JSON\n")
+
+
+def wide_window() -> bytes:
+    """A frame that wants two gigabytes for what came before."""
+    return struct.pack("<IBB", 0xFD2FB528, 0, (31 - 10) << 3) + b"\x01\x00\x00"
+
+
+def long_skip() -> bytes:
+    """A frame to pass over, of four gigabytes that are not there."""
+    return struct.pack("<II", 0x184D2A50, (1 << 32) - 1) + bytes(1000)
 
 
 def table(text: "pa.Array", **options) -> bytes:
     """A Parquet file of one column."""
     out = io.BytesIO()
-    parquet.write_table(pa.table({"text": text}), out, **options)
+    parquet.write_table(pa.table({"text": text}), out, compression="zstd", **options)
     return out.getvalue()
 
 
-def dictionary(rows: int, size: int) -> bytes:
-    """All rows hold the same value."""
-    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), ["a" * size])
-    return table(column, dictionary_pagesize_limit=2 * size, store_schema=False)
+def same_value(rows: int, size: int) -> "pa.Array":
+    """All rows hold the same text."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), ["a" * size])
 
 
-def deep_schema(depth: int) -> bytes:
+def dictionary() -> bytes:
+    """A value of 8 MiB, of which each row says that it is its own."""
+    return table(same_value(256, 8 * MIB), dictionary_pagesize_limit=16 * MIB, store_schema=False)
+
+
+def dictionary_of_lists() -> bytes:
+    """The same inside lists, where one row holds it a million times."""
+    column = pa.ListArray.from_arrays([0, 1 << 20], same_value(1 << 20, MIB))
+    return table(column, dictionary_pagesize_limit=2 * MIB, store_schema=False)
+
+
+def same_beginnings() -> bytes:
+    """Values that are the one before and nothing more."""
+    column = pa.array(["a" * 8 * MIB] * 60)
+    return table(column, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
+
+
+def page() -> bytes:
+    """A page of 400 MiB in a few thousand bytes, which the file's metadata call small."""
+    content = table(pa.array(["a" * 4 * MIB] * 100), use_dictionary=False)
+    found = parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
+    for size in {found.column(0).total_uncompressed_size, found.total_byte_size}:
+        # A number as often as it stands there, in as many bytes.
+        content = content.replace(varint(2 * size), varint(2, len(varint(2 * size))))
+    return content
+
+
+def varint(number: int, size: int = 0) -> bytes:
+    """A number as Thrift writes it, in `size` bytes at least."""
+    digits = []
+    while number or len(digits) < max(1, size):
+        digits.append(number & 127)
+        number >>= 7
+    return bytes([digit | 128 for digit in digits[:-1]]) + bytes(digits[-1:])
+
+
+def deep_schema(depth: int = 100_000) -> bytes:
     """A Parquet file without a row, whose column lies in so many others."""
     # Repetition, name and one child; the last one's type is bytes.
     inner = b"\x35\x02\x18\x01a\x15\x02\x00"
     leaf = b"\x15\x0c\x25\x02\x18\x01a\x00"
-    length = depth + 1
-    size = bytes([length & 127 | 128, length >> 7 & 127 | 128, length >> 14])
-    footer = b"\x15\x02\x19\xfc" + size + inner * depth + leaf + b"\x16\x00\x19\x0c\x00"
+    schema = b"\x19\xfc" + varint(depth + 1) + inner * depth + leaf
+    footer = b"\x15\x02" + schema + b"\x16\x00\x19\x0c\x00"
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
-def of_text(
-    name: str, file: str, content: Callable[[], bytes], counted: str, **others: Mapping
-) -> Hostile:
+def of_text(name: str, file: str, content: Callable[[], bytes], counted: str) -> Hostile:
     """A file that all readers refuse by its name, and the pipeline counts as it says."""
     return Hostile(name, write(file, content), READERS, place=file, counted={"pipeline": counted})
 
 
+FIRST_LINE = LINE.decode()
 HOSTILE = [
     of_text("zst_bomb", "a.jsonl.zst", lambda: zstd_blocks(32768), "unreadable"),
+    of_text("zst_newlines", "a.jsonl.zst", lambda: zstd_blocks(32768, b"\n"), "unreadable"),
+    of_text("zst_frames", "a.jsonl.zst", empty_frames, "no_json"),
+    of_text("zst_window", "a.jsonl.zst", wide_window, "unreadable"),
+    of_text("zst_skip", "a.jsonl.zst", long_skip, "unreadable"),
+    of_text("gz_bomb", "a.jsonl.gz", lambda: gzip_blocks(800 * MIB), "unreadable"),
+    of_text("long_line", "a.jsonl.gz", lambda: lines(("a", 40 * MIB)), "line_too_long"),
+    of_text("long_text", "a.txt.gz", lambda: lines(("a\n", 20 * MIB)), "line_too_long"),
+    of_text(
+        "long_name", "a.jsonl.gz", lambda: lines(('{"', 1), ("a", 15 * MIB), ('":0}', 1)), "no_text"
+    ),
+    of_text("deep_line", "a.jsonl", lambda: b"[" * 900_000 + b"\n", "no_json"),
+    of_text(
+        "many_values",
+        "a.jsonl.gz",
+        lambda: lines(('{"text": "a", "x": [', 1), ("{},", 5 * MIB), ("0]}\n", 1)),
+        "no_json",
+    ),
+    of_text(
+        "many_keys",
+        "a.jsonl.gz",
+        lambda: lines(('{"text": "a"', 1), (',"x":0', 2 * MIB), ("}\n", 1)),
+        "no_json",
+    ),
+    of_text("many_digits", "a.jsonl", lambda: b'{"text": ' + b"9" * 900_000 + b"}\n", "no_json"),
+    of_text("no_documents", "a.jsonl.gz", lambda: lines(("{}\n", 20 * MIB)), "no_text"),
+    of_text("parquet_dictionary", "a.parquet", dictionary, "unreadable"),
+    of_text("parquet_lists", "a.parquet", dictionary_of_lists, "no_text"),
+    of_text("parquet_delta", "a.parquet", same_beginnings, "unreadable"),
+    of_text("parquet_page", "a.parquet", page, "unreadable"),
+    of_text(
+        "parquet_rows", "a.parquet", lambda: table(pa.nulls(20 * MIB, pa.string())), "unreadable"
+    ),
+    of_text(
+        "parquet_long_row", "a.parquet", lambda: table(pa.array(["a" * 20 * MIB])), "line_too_long"
+    ),
+    of_text("parquet_schema", "a.parquet", deep_schema, "unreadable"),
 ]
