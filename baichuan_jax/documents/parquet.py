@@ -23,8 +23,8 @@ BATCH_ROWS = 256
 BATCH_BYTES = 512 << 20
 # Batches of few rows are joined up to this.
 JOINED_BYTES = 16 << 20
-# What a row counts beside its text: a file of a few bytes may have a billion rows of nothing.
-ROW_BYTES = 16
+# What a value counts that is no text.
+VALUE_BYTES = 16
 # Arrow follows a schema's depth with its stack, which ends at some ten thousand; columns of real
 # tables lie ten deep at most.
 _DEEPEST = 100
@@ -127,10 +127,11 @@ class Table:
                 if any(_is_chosen(chunk.path_in_schema, name) for name in columns)
             ]
             largest = sum(map(self._file.expect, chunks))
-            rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+            at_once = min(BATCH_BYTES, content.most)
+            rows = max(1, min(BATCH_ROWS, at_once // max(1, largest)))
             for found in self._table.iter_batches(rows, row_groups=[group], columns=columns):
                 batch = Batch(found, self._row_sizes(found))
-                content.add(batch.size + ROW_BYTES * len(found))
+                content.add(batch.size, lines=len(found))
                 yield batch
 
     def _row_sizes(self, batch: Any) -> np.ndarray:
@@ -174,7 +175,7 @@ def _bytes_of(column: Any, pyarrow: Any) -> np.ndarray:
     large = types.is_large_string(column.type) or types.is_large_binary(column.type)
     fixed = types.is_fixed_size_binary(kind)
     if not (large or types.is_string(kind) or types.is_binary(kind)):
-        return np.full(len(column), kind.byte_width if fixed else ROW_BYTES, np.int64)
+        return np.full(len(column), kind.byte_width if fixed else VALUE_BYTES, np.int64)
     # Where each value begins, and the last one's end.
     offsets = np.frombuffer(column.buffers()[1] or b"", np.int64 if large else np.int32)
     return np.diff(offsets[column.offset :][: len(column) + 1]).astype(np.int64)

@@ -346,7 +346,7 @@ def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
     """Why a record's field is no text; `names`: all fields that there are."""
     value = _field(record, name)
     if isinstance(value, dict):
-        inside = _few(f"{name}.{inner}" for inner in value)
+        inside = few(f"{name}.{inner}" for inner in value)
         return f"field {name!r} is an object, expected a string; inside it are: {inside}"
     if value is not MISSING:
         return f"field {name!r} is {kind_of_value(value)}, expected a string"
@@ -354,10 +354,10 @@ def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
     around = _field(record, outer) if dot else MISSING
     if around is not MISSING and not isinstance(around, dict):
         return f"field {outer!r} is {kind_of_value(around)}, so there is no field {name!r}"
-    return f"there is no field {name!r} (there are: {_few(names)})"
+    return f"there is no field {name!r} (there are: {few(names)})"
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
     """Names for a message, quoted; of many the first, of long ones the beginning."""
     found = sorted(names)
     return f"[{', '.join(map(show, found[:20]))}]{' and more' if len(found) > 20 else ''}"

@@ -30,6 +30,9 @@ DAMAGE = (EOFError, OSError, zlib.error)
 # is where it is small, and decompressed.
 FREE_BYTES = 64 << 20
 MOST_EXPANSION = 200
+# What a line, or a row of a table, counts beside its bytes: to judge and to record an empty one is
+# work too, and a file of a few bytes may hold a billion.
+LINE_BYTES = 128
 # What zstd's own command takes without --long=28 and more; a reader holds a window of it.
 _LARGEST_WINDOW = 128 << 20
 # A block of zstd is at most as much.
@@ -120,16 +123,16 @@ class Expansion:
 
     def __init__(self, stored: int) -> None:
         self._stored, self._read = stored, 0
-        self._most = max(FREE_BYTES, MOST_EXPANSION * stored)
+        self.most = max(FREE_BYTES, MOST_EXPANSION * stored)
 
-    def add(self, size: int) -> None:
-        """See `size` more bytes."""
-        self._read += size
-        if self._read > self._most:
+    def add(self, size: int, lines: int = 0) -> None:
+        """See `size` more bytes in so many lines."""
+        self._read += size + LINE_BYTES * lines
+        if self._read > self.most:
             raise OSError(
-                f"the file has {self._stored:,} bytes and holds more than {self._most:,}; a file "
-                f"may hold {FREE_BYTES >> 20} MiB, or {MOST_EXPANSION} times its size; where that "
-                "much repetition is meant, store it uncompressed"
+                f"the file has {self._stored:,} bytes and holds far more: a file may hold "
+                f"{FREE_BYTES >> 20} MiB or {MOST_EXPANSION} times its size, where a line or row "
+                f"counts {LINE_BYTES} bytes more; store it uncompressed if that is meant"
             )
 
 
@@ -170,7 +173,7 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
         size = self._content.readinto(buffer)
-        self._expansion.add(size)
+        self._expansion.add(size, bytes(buffer[:size]).count(b"\n"))
         return size
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
 """Text that blows up a reader, on every command that reads text; and files of questions."""
 
+import dataclasses
 import gzip
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,7 +20,6 @@ pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 MIB = 1 << 20
-LINE = b'{"text": "' + b"a" * 500 + b'"}\n'
 READERS = {
     "train": lambda files: [
         "baichuan_jax.train",
@@ -179,7 +180,51 @@ def of_text(name: str, file: str, content: Callable[[], bytes], counted: str) ->
     return Hostile(name, write(file, content), READERS, place=file, counted={"pipeline": counted})
 
 
-FIRST_LINE = LINE.decode()
+def of_questions(task: str, file: str, name: str, content: Callable[[], bytes]) -> Hostile:
+    """A file of a test, for its evaluation."""
+
+    def make(files: Path) -> None:
+        # Of some tests the examples too.
+        for each in {file, re.sub("test|val", "dev", file)}:
+            (files / each).parent.mkdir(exist_ok=True)
+            (files / each).write_bytes(content())
+
+    subject = re.sub("_(test|val)$", "", Path(file).stem)
+    evaluate = lambda files: [
+        "baichuan_jax.evaluate",
+        *(task, "--checkpoint", str(finished_run()), "--data", str(files), "--subjects", subject),
+        *("--output", str(files.parent / "results")),
+    ]
+    return Hostile(name, make, {task: evaluate}, place=subject)
+
+
+def of_json(name: str, content: Callable[[], bytes]) -> Hostile:
+    """A JSON file of questions, for all that read one."""
+    evaluated = of_questions("gaokao", "2010-2022_History_MCQs.json", name, content)
+    corpus = f"{SHARED}/train-en.jsonl"
+    return dataclasses.replace(
+        evaluated,
+        commands={
+            **evaluated.commands,
+            "decontaminate": lambda files: [
+                "baichuan_jax.data.decontaminate",
+                *("--input", corpus, "--evaluation", f"{files}/*.json"),
+            ],
+            "pipeline": lambda files: [
+                "baichuan_jax.data.pipeline",
+                *("--input", json.dumps([corpus]), "--output", str(files.parent / "corpus")),
+                *("--decontaminate.files", json.dumps([f"{files}/*.json"])),
+            ],
+        },
+    )
+
+
+def keys(*more: int) -> bytes:
+    """An object of 60,000 keys and some more."""
+    pairs = ",".join(f'"{key}":0' for key in (*range(60_000), *more))
+    return f"{{{pairs}}}".encode()
+
+
 HOSTILE = [
     of_text("zst_bomb", "a.jsonl.zst", lambda: zstd_blocks(32768), "unreadable"),
     of_text("zst_newlines", "a.jsonl.zst", lambda: zstd_blocks(32768, b"\n"), "unreadable"),
@@ -218,4 +263,11 @@ HOSTILE = [
         "parquet_long_row", "a.parquet", lambda: table(pa.array(["a" * 20 * MIB])), "line_too_long"
     ),
     of_text("parquet_schema", "a.parquet", deep_schema, "unreadable"),
+    of_json("deep_json", lambda: b'{"example": ' + b"[" * 900_000),
+    of_json("key_twice", lambda: keys(59_999)),
+    of_questions("agieval", "sat-math.jsonl", "many_fields", keys),
+    of_questions("ceval", "val/law_val.csv", "wide_header", lambda: b"a,b," * 100_000),
+    of_questions(
+        "mmlu", "test/virology_test.csv", "long_answer", lambda: b"q,a,b,c,d," + b"e" * 100_000
+    ),
 ]
