@@ -212,13 +212,13 @@ def load_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any]) -> A
     """The value of a JSON text; `object_of` makes an object of its pairs.
 
     Raises ValueError where it is none, where it is nested too deeply for what follows it with
-    Python's stack, and where it holds more than MOST_JSON_VALUES values.
+    Python's stack, and where it holds more than MOST_JSON_VALUES values and brackets.
     """
     # A value and what divides it from the next are two characters at least.
     if len(text) > 2 * MOST_JSON_VALUES:
         outside = _JSON_TEXT.sub("", text)
         if sum(map(outside.count, "[{,")) > MOST_JSON_VALUES:
-            raise ValueError(f"it holds more than {MOST_JSON_VALUES:,} values")
+            raise ValueError(f"it holds more than {MOST_JSON_VALUES:,} values and brackets")
     try:
         return json.loads(text, object_pairs_hook=object_of)
     except RecursionError:
