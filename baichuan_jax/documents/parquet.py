@@ -163,8 +163,10 @@ def _bytes_of(column: Any, pyarrow: Any) -> np.ndarray:
     """Bytes of each value of an Arrow array: int64 [rows]. Nothing of it becomes Python's."""
     kind, types = column.type, pyarrow.types
     if types.is_struct(kind):
-        inner = [_bytes_of(field, pyarrow) for field in column.flatten()]
-        return np.sum(inner, axis=0, dtype=np.int64) if inner else np.zeros(len(column), np.int64)
+        sizes = np.zeros(len(column), np.int64)
+        for field in column.flatten():
+            sizes += _bytes_of(field, pyarrow)
+        return sizes
     if types.is_dictionary(kind):
         # Of the dictionary once. A row that is null has no index.
         values = np.append(_bytes_of(column.dictionary, pyarrow), 0)

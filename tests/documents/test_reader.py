@@ -6,6 +6,7 @@ import json
 import random
 import struct
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     ]
 
 
-def entries(path, **fields):
+def entries(path, **fields) -> list[Any]:
     return list(read_documents(Slice(str(path)), Fields(**fields)))
 
 

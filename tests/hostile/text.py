@@ -15,9 +15,11 @@ import pytest
 from harness import Hostile, finished_run
 from launches import SHARED, write_config
 
-zstandard = pytest.importorskip("zstandard")
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("zstandard")
+pytest.importorskip("pyarrow")
+import pyarrow as pa
+import zstandard
+from pyarrow import parquet
 
 MIB = 1 << 20
 READERS = {
@@ -117,14 +119,14 @@ def long_skip() -> bytes:
     return struct.pack("<II", 0x184D2A50, (1 << 32) - 1) + bytes(1000)
 
 
-def table(text: "pa.Array", **options) -> bytes:
+def table(text: pa.Array, **options) -> bytes:
     """A Parquet file of one column."""
     out = io.BytesIO()
     parquet.write_table(pa.table({"text": text}), out, compression="zstd", **options)
     return out.getvalue()
 
 
-def same_value(rows: int, size: int) -> "pa.Array":
+def same_value(rows: int, size: int) -> pa.Array:
     """All rows hold the same text."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), ["a" * size])
 

@@ -32,8 +32,8 @@ class ReadConfig:
     """Field that names the document's category; without one: its file's name up to the first
     dot."""
     max_line_bytes: int = MAX_LINE_BYTES
-    """A longer line, Parquet row or .txt file is not held in memory: it is removed as
-    line_too_long. Training and all other readers of text refuse what is longer than the default."""
+    """A line, Parquet row or .txt file that is longer (default: 16 MiB) is not held in memory: it
+    is removed as line_too_long. All other readers of text refuse what exceeds the default."""
 
     def __post_init__(self) -> None:
         least = 1024
