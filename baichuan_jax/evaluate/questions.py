@@ -70,7 +70,7 @@ def read_ceval(path: Path) -> File:
     twice = sorted(column for column, n in collections.Counter(header).items() if n > 1)
     if missing or twice:
         # Of two columns with one name the first would be lost.
-        wrong = f"lacks {','.join(missing)}" if missing else f"has {_short(twice)} twice"
+        wrong = f"lacks {','.join(missing)}" if missing else f"has {','.join(twice)[:100]} twice"
         raise ConfigError(
             f"{path}:{line}: the header is {_short(header)}, which {wrong}; it must have "
             f"{','.join(needed)}[,answer], each once"
