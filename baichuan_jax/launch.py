@@ -8,11 +8,13 @@ verdict, so any host may be lost at any moment.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
 import socket
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -21,12 +23,20 @@ from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.parsing import environment_number, whole_number
-from baichuan_jax.config.schema import Config, ConfigError, at_least, between
+from baichuan_jax.config.schema import Config, ConfigError, at_least, between, require
+from baichuan_jax.resilience.addresses import (
+    BIND_VARIABLE,
+    SOCKET,
+    is_free,
+    join_port,
+    own_address,
+    refuse_loopback,
+)
 from baichuan_jax.resilience.causes import Cause, exit_code_table
 from baichuan_jax.resilience.exits import run_command, say, say_from_handler, stop_signals
 from baichuan_jax.resilience.goodput import account, show_accounting
 from baichuan_jax.resilience.heartbeats import BEAT, HostHeartbeats
-from baichuan_jax.resilience.host_processes import HostProcesses, is_free
+from baichuan_jax.resilience.host_processes import HostProcesses
 from baichuan_jax.resilience.launch_files import (
     Coordinator,
     HostEnd,
@@ -75,7 +85,7 @@ class Supervisor:
         self.launches = Launches(config.run_path.absolute() / "attempts")
         # Twice the processes' own limit: these watch each other, and a late supervisor is no fault.
         patience = 2 * config.resilience.silence_seconds
-        self.heartbeats = HostHeartbeats(self.launches, self.host, options.address, patience)
+        self.heartbeats = HostHeartbeats(self.launches, self.host, options.address or "", patience)
         # Of the launch under way.
         self.processes: HostProcesses | None = None
         # Signals so far that ask to stop.
@@ -243,30 +253,52 @@ class Supervisor:
         if launch.read(HostEnd, self.host) is not None:
             return
         self.processes = processes = HostProcesses(launch, self.host)
-        coordinator = self._coordinator(launch, plan)
-        # Asked to stop since the plan was made: there is nothing yet to save.
-        if coordinator is not None and not self.asked:
-            if self.host == plan.hosts[0]:
-                hosts = ", ".join(plan.hosts)
-                say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
-            for process in plan.processes_of(self.host):
-                processes.start(self._placement(launch, plan, process), self.argv, coordinator)
-            # A signal that came meanwhile has reached only those that had started.
-            if self.asked:
-                self._pass_on(processes)
-        self._wait(plan, processes)
+        with self._socket_folder() as sockets:
+            coordinator = self._coordinator(launch, plan, sockets)
+            # Asked to stop since the plan was made: there is nothing yet to save.
+            if coordinator is not None and not self.asked:
+                if self.host == plan.hosts[0]:
+                    hosts = ", ".join(plan.hosts)
+                    say(f"launch {launch.number} on {hosts}; coordinator {coordinator}")
+                for process in plan.processes_of(self.host):
+                    processes.start(self._placement(launch, plan, process), self.argv, coordinator)
+                # A signal that came meanwhile has reached only those that had started.
+                if self.asked:
+                    self._pass_on(processes)
+            self._wait(plan, processes)
         self.processes = None
         launch.write(HostEnd(bool(self.asked), processes.exits), self.host)
 
-    def _coordinator(self, launch: LaunchFolder, plan: LaunchPlan) -> str | None:
-        """host:port of process 0: the first free port of its host, which that host writes down.
+    def _socket_folder(self) -> contextlib.AbstractContextManager[str | None]:
+        """A new folder of this user alone for process 0's socket; None where other hosts come.
 
-        None where that host was lost before it did, or took longer than --join_seconds.
+        Every user of this host reaches its ports, and jax's service asks nobody who he is.
+        """
+        if self.options.address is not None or os.environ.get(BIND_VARIABLE):
+            return contextlib.nullcontext()
+        parent = tempfile.gettempdir()
+        # The kernel's limit for a socket's path is 107 bytes.
+        require(
+            len(os.fsencode(parent)) <= 80,
+            f"the path of the temporary folder {parent} is too long for a socket's: set TMPDIR to "
+            "a shorter one, or give --address 127.0.0.1",
+        )
+        return tempfile.TemporaryDirectory(
+            prefix="baichuan-socket-", dir=parent, ignore_cleanup_errors=True
+        )
+
+    def _coordinator(
+        self, launch: LaunchFolder, plan: LaunchPlan, sockets: str | None
+    ) -> str | None:
+        """Where process 0 listens, which its host chooses and writes down.
+
+        A socket in the folder, or else the first free port of that host. None where that host was
+        lost before it did, or took longer than --join_seconds.
         """
         # Only its own host can tell which of its ports are free.
         first = plan.hosts[0]
         if self.host == first:
-            address = self._free_address(launch)
+            address = f"{SOCKET}{sockets}/0" if sockets else self._free_address(launch)
             launch.write(Coordinator(address))
             return address
         found: Coordinator | None = None
@@ -284,10 +316,15 @@ class Supervisor:
 
     def _free_address(self, launch: LaunchFolder) -> str:
         """This host's address with the first free port. Raises ConfigError where there is none."""
+        address = (self.options.address or "127.0.0.1").strip("[]")
+        # Where process 0 listens is the user's choice then, and there is no other port to try.
+        if given := os.environ.get(BIND_VARIABLE):
+            return join_port(address, given.rpartition(":")[2])
         begin, end = self.options.port, self.options.port + PORTS
+        own = own_address(address)
         for port in range(begin, end):
-            if is_free(port):
-                return f"{self.options.address}:{port}"
+            if is_free(own, port):
+                return join_port(address, port)
             event = PortTaken(attempt=launch.number, host=self.host, port=port)
             append_event(self.run.path, event)
             say(f"port {port} of {self.host} is taken; trying the next")
@@ -452,7 +489,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--min_hosts", "go on with this many where no spare is left (default: --hosts)", one)
     add("--processes", "training processes on each host (default: 1)", one, 1)
     add("--host", "this host's name in plans and reports (default: its host name)", str, name)
-    add("--address", "where other hosts reach this one (default: --host; 127.0.0.1 for one host)")
+    add(
+        "--address",
+        "where other hosts reach this one; process 0 listens there alone (default: --host; for one "
+        "host a socket that only this user reaches)",
+    )
     add(
         "--port", "process 0's port, or the next free one (default: 7733)", at_least(1, 65535), 7733
     )
@@ -465,11 +506,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.min_hosts = options.min_hosts or options.hosts
-    options.address = options.address or ("127.0.0.1" if options.hosts == 1 else options.host)
+    if options.hosts > 1:
+        options.address = options.address or options.host
     if not 1 <= options.min_hosts <= options.hosts:
         parser.error(
             f"--min_hosts {options.min_hosts} must lie between 1 and --hosts {options.hosts}"
         )
+    if options.hosts > 1:
+        refuse_loopback(options.address, "give this host's address with --address")
     return options, argv[cut + 1 :]
 
 

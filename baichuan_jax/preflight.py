@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
+from baichuan_jax.resilience.addresses import exposure, is_each_hosts_own, listening
 from baichuan_jax.resilience.causes import BadHost, SaveFailed
 from baichuan_jax.resilience.coordination import (
     coordinator_address,
@@ -44,7 +45,6 @@ BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39
 MATRIX = 512
 MEMORY_SHARE = 0.02  # of a device's memory that is written and read
 MEMORY_ON_CPU = 16 << 20  # bytes of it where the device does not report its memory
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 COLLECTIVE_SECONDS = 60.0  # for one collective with its compilation and first connection
 MAX_SKEW_SECONDS = 5.0  # between hosts' clocks: reports and events would be in the wrong order
 
@@ -96,6 +96,9 @@ def preflight(config: Config) -> Findings:
                 "look at the switches between them"
             )
         took("all")
+    # Last: collectives open ports of their own.
+    warnings += exposed(gather("preflight/ports", (platform.node(), listening())))
+    took("open ports")
     return Findings(seconds, warnings)
 
 
@@ -137,7 +140,7 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
                     describe_difference(what, hosts[0][what], host[what], place, advice)
                 )
     several = len({host["host"] for host in hosts}) > 1
-    if several and coordinator is not None and coordinator.rsplit(":", 1)[0] in LOOPBACK:
+    if several and coordinator is not None and is_each_hosts_own(coordinator):
         raise ConfigError(
             f"the coordinator's address {coordinator} is each host's own; "
             "give the one by which all reach process 0"
@@ -147,6 +150,28 @@ def compare_hosts(hosts: Sequence[Mapping[str, Any]], coordinator: str | None) -
     if skew <= MAX_SKEW_SECONDS:
         return []
     return [f"clocks differ by up to {skew:.1f} s: times of events on several hosts mislead"]
+
+
+def exposed(hosts: Sequence[tuple[str, Sequence[tuple[str, int]]]]) -> list[str]:
+    """A warning where strangers may reach ports of a run; none where they cannot.
+
+    From every process's host and (address, port) on which it listens: those on all addresses of a
+    host, or on a public one. A firewall before them cannot be seen from inside.
+    """
+    found = [
+        f"process {process} on {host} listens on port {port} of {where}"
+        for process, (host, listening) in enumerate(hosts)
+        for address, port in listening
+        if (where := exposure(address)) is not None
+    ]
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more ports like it)" if len(found) > 1 else ""
+    return [
+        f"{found[0]}{more}: whoever reaches it can end this run, since nothing asks who connects; "
+        "give process 0 an address of a private network, or keep others out with a firewall "
+        "(docs/operations.md, Trusted network)"
+    ]
 
 
 def _refuse(faults: Sequence[str | None]) -> None:
@@ -325,7 +350,8 @@ def main(argv: list[str]) -> int:
         display.say(warning, style="yellow")
     rows = [[check, f"{seconds:.2f}"] for check, seconds in findings.seconds.items()]
     counts = f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
-    display.table(f"Checks of {counts}: all passed", ["", "seconds"], rows)
+    warned = f", {len(findings.warnings)} warning(s)" if findings.warnings else ""
+    display.table(f"Checks of {counts}: all passed{warned}", ["", "seconds"], rows)
     return 0
 
 

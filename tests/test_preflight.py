@@ -1,13 +1,19 @@
 """Checks before a run: good hardware passes, and each kind of fault names the right process."""
 
+import platform
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
-from launches import run_module, write_config
+from launches import environment, run_module, write_config
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.preflight import (
     compare_hosts,
+    exposed,
     judge_pairs,
     memory_is_right,
     pairs_of,
@@ -100,11 +106,52 @@ def test_what_differs_between_hosts_is_refused_or_a_warning():
         r"process 1 on b; install the same everywhere$",
     ):
         compare_hosts([host("a", numpy="2"), host("b", numpy="1")], "a:1234")
-    with pytest.raises(ConfigError, match="is each host's own"):
-        compare_hosts([host("a"), host("b")], "127.0.0.1:1234")
+    for own in ("127.0.0.1:1234", "[::1]:1234", "unix:/tmp/a:1/0"):
+        with pytest.raises(ConfigError, match="is each host's own"):
+            compare_hosts([host("a"), host("b")], own)
     assert compare_hosts([host("a"), host("a")], "127.0.0.1:1234") == []
     with pytest.raises(ConfigError, match=r"jax 0\.10\.2: it miscompiles"):
         compare_hosts([host("a") | {"versions": {"jax": "0.10.2"}}], None)
+
+
+def test_a_port_that_strangers_may_reach_is_a_warning_with_host_port_and_remedy():
+    inside = [("a", [("10.0.0.5", 7733), ("127.0.0.1", 40000)]), ("b", [("10.0.0.6", 40001)])]
+    assert exposed(inside) == []
+    (warning,) = exposed([*inside, ("c", [("::", 7733)])])
+    assert warning.startswith("process 2 on c listens on port 7733 of all its addresses: whoever")
+    assert warning.endswith("(docs/operations.md, Trusted network)")
+    # Of thousands of ports there is one line.
+    (warning,) = exposed([(f"n{n}", [("8.8.8.8", 7733)]) for n in range(3)])
+    assert warning.startswith(
+        "process 0 on n0 listens on port 7733 of the public address 8.8.8.8 (and 2 more ports"
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_listen_on_all_addresses_are_told_so(tmp_path):
+    """The user may choose where process 0 listens, and learns who reaches it there."""
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = write_config(tmp_path)
+    argv = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
+    with open(tmp_path / "log", "w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "baichuan_jax.preflight", *argv],
+                env=environment(
+                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                    JAX_COORDINATOR_BIND_ADDRESS=f"[::]:{port}",
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=str(number),
+                ),
+                stdout=log,
+            )
+            for number in (0, 1)
+        ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    shown = " ".join((tmp_path / "log").read_text().split())
+    assert f"process 0 on {platform.node()} listens on port {port} of all its addresses" in shown
+    assert "all passed, 1 warning(s)" in shown
 
 
 def test_the_command_says_that_all_passed(tmp_path):

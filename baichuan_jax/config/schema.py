@@ -45,6 +45,14 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is host:port, or unix: and a socket's absolute path."""
+    if text.startswith("unix:/"):
+        return True
+    host, _, port = text.rpartition(":")
+    return host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+
+
 def at_least(minimum: int, most: int = MOST) -> Callable[[str], int]:
     """The type of an option of a command that takes whole numbers from `minimum` to `most`."""
 
@@ -592,7 +600,7 @@ class DistributedConfig:
     JAX_PROCESS_ID, or from Slurm, else one process."""
 
     coordinator_address: str | None = None
-    """host:port of process 0."""
+    """host:port of process 0, which listens on that address alone; unix:/FILE on one host."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
@@ -600,10 +608,9 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         if (address := self.coordinator_address) is not None:
-            host, _, port = address.rpartition(":")
             require(
-                host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16,
-                f"distributed.coordinator_address={address!r} must be host:port",
+                is_address(address),
+                f"distributed.coordinator_address={address!r} must be host:port, or unix:/FILE",
             )
         if self.num_processes is not None:
             _positive("distributed", self, "num_processes")

@@ -12,6 +12,7 @@ import concurrent.futures
 import logging
 import multiprocessing
 import os
+import secrets
 import sys
 import threading
 import traceback
@@ -231,13 +232,24 @@ def _end_with_parent() -> None:
 
 def _connect_to_ray() -> int:
     """Join the cluster that RAY_ADDRESS names, or start one where it is "local"; its CPUs."""
+    address = os.environ["RAY_ADDRESS"]
+    # Ray's own output would hide the progress bar and the error that matters.
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        # Ray runs the code of whoever reaches its ports. It reads these as it is imported.
+        os.environ.update(
+            # Its name for a cluster of this host alone: all ports are on loopback.
+            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+            # Other users of this host reach loopback too. Ray's own token would lie in
+            # ~/.ray, where all may read it.
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=secrets.token_hex(32),
+        )
+        options["include_dashboard"] = False
     import ray  # pyright: ignore[reportMissingImports]
 
-    # Ray's own output would hide the progress bar and the error that matters.
-    address = os.environ["RAY_ADDRESS"]
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     with announced(f"the Ray cluster at RAY_ADDRESS={address}"):
-        ray.init(address, ignore_reinit_error=True, **quiet)
+        ray.init(address, ignore_reinit_error=True, **options)
     return int(ray.cluster_resources().get("CPU", 1))
 
 

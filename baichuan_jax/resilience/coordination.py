@@ -2,7 +2,7 @@
 
 The service is a key-value store in process 0. It works before any device does and needs no
 collective, but it ends with process 0, and a call blocks for as long as process 0 does not answer.
-Its client is private API of jax; only this file uses it.
+Its client is private API of jax; only this file uses it. Gloo, which finds its peers there, too.
 """
 
 import contextlib
@@ -147,6 +147,29 @@ def coordinator_address() -> str | None:
     from jax._src import distributed
 
     return distributed.global_state.coordinator_address
+
+
+def place_gloo(choose: Callable[[], str]) -> None:
+    """Have Gloo, the collectives of CPUs, listen on the chosen address of this host alone.
+
+    By itself it takes the address of the host's name, which may be a public one. Must be called
+    before jax starts its devices. A process that no service connects has no Gloo.
+    """
+    client = _client()
+    if client is None:
+        return
+    from jax._src import config, xla_bridge
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    if config.cpu_collectives_implementation.value != "gloo":
+        return
+    address = choose()
+
+    def make_client() -> Any:
+        gloo = _jax.make_gloo_tcp_collectives(distributed_client=client, hostname=address)
+        return xla_bridge.make_cpu_client(gloo)
+
+    xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
 
 
 @contextlib.contextmanager

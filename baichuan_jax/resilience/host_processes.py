@@ -3,9 +3,7 @@
 What is to be done with them is decided elsewhere (waiting.py), by a supervisor (launch.py).
 """
 
-import errno
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -89,18 +87,3 @@ class HostProcesses:
         # Not before the first step: tracing may hold Python's lock, and with it the heartbeat.
         working = [report for report in mine if report.cause is None and WAIT in report.seconds]
         return frozenset(report.process for report in working if report.beat < last)
-
-
-def is_free(port: int) -> bool:
-    """Whether process 0 could listen on a port of this host, as jax does: on all addresses."""
-    # Only to ask; the probe never listens.
-    for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # nosec B104
-        try:
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((address, port))
-        except OSError as error:
-            # Any other error, as on a machine without IPv6, says nothing about the port.
-            if error.errno == errno.EADDRINUSE:
-                return False
-    return True

@@ -1,4 +1,4 @@
-"""Joins the processes of one run: which address, how many, which one this is.
+"""Joins the processes of one run: which address, how many, which one this is, where it listens.
 
 `train`, `preflight` and `evaluate` call `initialize_processes` before anything asks jax for its
 devices, and it starts them. A description comes from the settings, from the environment, or from
@@ -13,13 +13,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src.clusters.slurm_cluster import SlurmCluster
 
 from baichuan_jax.config.parsing import environment_number, show, whole_number
-from baichuan_jax.config.schema import ConfigError, DistributedConfig, ResilienceConfig, require
+from baichuan_jax.config.schema import (
+    ConfigError,
+    DistributedConfig,
+    ResilienceConfig,
+    is_address,
+    require,
+)
 from baichuan_jax.hardware.devices import require_devices
+from baichuan_jax.resilience.addresses import (
+    BIND_VARIABLE,
+    SOCKET,
+    address_towards,
+    is_number,
+    join_port,
+    own_address,
+    refuse_loopback,
+)
 from baichuan_jax.resilience.causes import Cause
+from baichuan_jax.resilience.coordination import place_gloo
 from baichuan_jax.resilience.exits import say
-from baichuan_jax.resilience.waits import announced
+from baichuan_jax.resilience.waits import announced, wait_until
 
 # How long a process waits at its start for the others: they import from a cold file system.
 JOIN_SECONDS = 300
@@ -63,10 +80,8 @@ def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> Non
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
         if count > 1:
-            with _in_time(f"all {count} processes of this run to come to {address}"):
-                jax.distributed.initialize(
-                    address, count, number, local_device_ids=local_ids, **timeouts
-                )
+            described = {"num_processes": count, "process_id": number}
+            _connect(address, number, **described, local_device_ids=local_ids, **timeouts)
     elif not (address is None and count is None and number is None):
         raise ConfigError(
             f"several processes need all of distributed.coordinator_address={address}, "
@@ -74,17 +89,61 @@ def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> Non
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
     elif (environment_number("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
-        _check_slurm()
+        address, number = _check_slurm()
         # Under Slurm jax gives a process the one GPU of its local rank. Where a node runs a single
         # process, that would be the first GPU alone: JAX_LOCAL_DEVICE_IDS lists all of them.
-        with _in_time("all processes of this run, as Slurm describes it, to come"):
-            jax.distributed.initialize(
-                cluster_detection_method="slurm", local_device_ids=local_ids, **timeouts
-            )
+        detected = {"cluster_detection_method": "slurm", "local_device_ids": local_ids}
+        _connect(address, number, **detected, **timeouts)
 
 
-def _check_slurm() -> None:
-    """Raise ConfigError where Slurm's variables do not say what jax reads of them."""
+def _connect(address: str, number: int, **description: Any) -> None:
+    """Join the processes that jax's service brings together at host:port; process 0 starts it."""
+    bound = _bind_address(address) if number == 0 else None
+    place = address if bound is None else f"{address} (process 0 listens on {bound} alone)"
+    with _in_time(f"all processes of this run to come to {place}"):
+        jax.distributed.initialize(
+            coordinator_address=address, coordinator_bind_address=bound, **description
+        )
+    host = "localhost" if address.startswith(SOCKET) else address.rpartition(":")[0]
+    place_gloo(lambda: address_towards(host))
+
+
+def _bind_address(address: str) -> str:
+    """host:port on which process 0 listens, where jax would take all addresses of the host.
+
+    The user's JAX_COORDINATOR_BIND_ADDRESS, else the address of this host that the coordinator's
+    means. Raises ConfigError where it means none within JOIN_SECONDS.
+    """
+    if given := os.environ.get(BIND_VARIABLE):
+        require(is_address(given), f"{BIND_VARIABLE}={show(given)} must be host:port")
+        return given
+    if address.startswith(SOCKET):
+        return address
+    host, _, port = address.rpartition(":")
+    reason = ""
+
+    def known() -> bool:
+        nonlocal reason
+        try:
+            own_address(host)
+        except ConfigError as error:
+            reason = str(error)
+            return False
+        return True
+
+    # Kubernetes learns a new pod's address some seconds after its start, and knows the old one's
+    # until then.
+    if not is_number(host):
+        what = lambda: f"process 0's name to be this host's ({JOIN_SECONDS} s at most): {reason}"
+        wait_until(known, what, JOIN_SECONDS)
+    return join_port(own_address(host), port)
+
+
+def _check_slurm() -> tuple[str, int]:
+    """The coordinator's host:port that jax reads from Slurm's variables, and this process's number.
+
+    Raises ConfigError where they do not say what jax reads of them.
+    """
     tasks = os.environ["SLURM_NTASKS"]
     # A batch script has the job's number of processes, and is none of them itself.
     missing = [name for name in _SLURM if not os.environ.get(name)]
@@ -97,6 +156,15 @@ def _check_slurm() -> None:
     numbers = {name: environment_number(name) for name in _SLURM if name != "SLURM_STEP_NODELIST"}
     number, count = numbers["SLURM_PROCID"] or 0, numbers["SLURM_NTASKS"] or 0
     require(number < count, f"SLURM_PROCID={number} must lie in [0, SLURM_NTASKS={count})")
+    port = environment_number("JAX_COORDINATOR_PORT")
+    address = SlurmCluster.get_coordinator_address(None, None if port is None else str(port))
+    if number == 0 and (environment_number("SLURM_STEP_NUM_NODES") or 1) > 1:
+        refuse_loopback(
+            address.rpartition(":")[0],
+            "set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT by which others reach it, "
+            "JAX_NUM_PROCESSES=$SLURM_NTASKS and JAX_PROCESS_ID=$SLURM_PROCID",
+        )
+    return address, number
 
 
 @contextlib.contextmanager

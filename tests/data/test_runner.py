@@ -1,6 +1,8 @@
 """Parts are made once, the first failure ends a run, and what is finished is never made again."""
 
+import contextlib
 import dataclasses
+import ipaddress
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from launches import REPOSITORY, environment
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.data import runner
 from baichuan_jax.data.runner import Workers
+from baichuan_jax.resilience.addresses import listening
 from baichuan_jax.resilience.causes import SaveFailed
 
 
@@ -173,3 +176,46 @@ def test_parts_of_which_none_ends_are_waited_for_with_a_word(tmp_path, capsys, m
         assert workers.finish(parts(tmp_path, 3, "wait"), "packing", unit="shard") == 3
     said = capsys.readouterr().err
     assert said == "waiting for packing: a shard to end; none has for 0 s\n"
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_this_host_is_closed_to_strangers(tmp_path):
+    """Ray runs the code of whoever reaches its ports."""
+    pytest.importorskip("ray")
+    script = (
+        "import os, sys; from baichuan_jax.data.runner import Workers; Workers(); import ray; "
+        "print(ray.get_runtime_context().gcs_address, os.environ['RAY_AUTH_TOKEN'], flush=True); "
+        "sys.stdin.read()"
+    )
+    mark = f"BAICHUAN_JAX_MARK={tmp_path}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    variables = environment(RAY_ADDRESS="local", BAICHUAN_JAX_MARK=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", script], env=variables, **pipes) as cluster:
+        assert cluster.stdout is not None
+        assert cluster.stdin is not None
+        place, token = cluster.stdout.readline().split()
+        address, _, port = place.rpartition(":")
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            # One that has ended, or that belongs to somebody else, has none.
+            with contextlib.suppress(OSError):
+                if mark.encode() in (process / "environ").read_bytes():
+                    found.update(listening(process.name))
+        assert (address, int(port)) in found
+        assert len(found) > 3
+        assert {ipaddress.ip_address(each).is_loopback for each, _ in found} == {True}, found
+        # Another user of this host reaches the ports, and does not know the token.
+        for known, code in ((token, 0), ("0" * 64, 1)):
+            stranger = subprocess.run(
+                [sys.executable, "-c", f"import ray; ray.init('{place}')"],
+                env=environment(
+                    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+                    RAY_AUTH_MODE="token",
+                    RAY_AUTH_TOKEN=known,
+                ),
+                capture_output=True,
+                timeout=120,
+            )
+            assert stranger.returncode == code, stranger.stderr
+        cluster.stdin.close()
+    assert cluster.returncode == 0

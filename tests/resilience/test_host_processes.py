@@ -1,7 +1,6 @@
 """A supervisor's hold on the processes of its host."""
 
 import signal
-import socket
 import types
 
 import pytest
@@ -10,7 +9,7 @@ from baichuan_jax import launch
 from baichuan_jax.config.schema import Config
 from baichuan_jax.resilience import host_processes as module
 from baichuan_jax.resilience.causes import BadHost
-from baichuan_jax.resilience.host_processes import HostProcesses, is_free
+from baichuan_jax.resilience.host_processes import HostProcesses
 from baichuan_jax.resilience.launch_files import HostEnd, LaunchFolder, LaunchPlan
 
 
@@ -97,13 +96,14 @@ def test_a_signal_before_the_processes_run_stops_them_all_the_same(moment, tmp_p
             self._children[placement.process] = begun[-1]
 
     config = Config(run_dir=str(tmp_path / "run"))
-    supervisor = launch.Supervisor(launch._parse(["--host", "h"])[0], config, [])
+    options, _ = launch._parse(["--host", "h", "--address", "127.0.0.1"])
+    supervisor = launch.Supervisor(options, config, [])
     monkeypatch.setattr(launch, "HostProcesses", Starting)
     monkeypatch.setattr(launch, "TICK", 0.0)
     if moment == "plan":
         supervisor._on_signal(signal.SIGTERM, None)
     elif moment == "coordinator":
-        asks = lambda port: supervisor._on_signal(signal.SIGTERM, None) or True
+        asks = lambda address, port: supervisor._on_signal(signal.SIGTERM, None) or True
         monkeypatch.setattr(launch, "is_free", asks)
     first = supervisor.launches[1]
     supervisor._take_part(first, LaunchPlan(("h",), 2))
@@ -113,10 +113,3 @@ def test_a_signal_before_the_processes_run_stops_them_all_the_same(moment, tmp_p
     codes = [] if moment in ("plan", "coordinator") else [75, 75]
     assert [exit.code for exit in end.exits.values()] == codes
     assert len(begun) == len(codes)
-
-
-def test_a_port_on_which_somebody_listens_is_taken():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert not is_free(port)
-    assert is_free(port)
