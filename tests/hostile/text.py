@@ -235,7 +235,7 @@ HOSTILE = [
     of_text("zst_skip", "a.jsonl.zst", long_skip, "unreadable"),
     of_text("gz_bomb", "a.jsonl.gz", lambda: gzip_blocks(800 * MIB), "unreadable"),
     of_text("long_line", "a.jsonl.gz", lambda: lines(("a", 40 * MIB)), "line_too_long"),
-    of_text("long_text", "a.txt.gz", lambda: lines(("a\n", 20 * MIB)), "line_too_long"),
+    of_text("long_text", "a.txt.gz", lambda: lines(("a" * 1023 + "\n", 40 << 10)), "line_too_long"),
     of_text(
         "long_name", "a.jsonl.gz", lambda: lines(('{"', 1), ("a", 15 * MIB), ('":0}', 1)), "no_text"
     ),
