@@ -26,7 +26,7 @@ from baichuan_jax.config.parsing import decode, given_text, read_bytes, require_
 from baichuan_jax.config.schema import ConfigError, at_least, between
 from baichuan_jax.documents.files import Slice, find_files, say_unread
 from baichuan_jax.documents.language import language
-from baichuan_jax.documents.reader import read_texts
+from baichuan_jax.documents.reader import MAX_LINE_BYTES, read_texts
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.runs.console import Display, shown_text
 from baichuan_jax.runs.files import refuse_inputs, writable_file, write_atomically
@@ -431,7 +431,10 @@ def _encode(options: argparse.Namespace) -> int:
     # As bytes: Python's own reader takes the locale's encoding, and changes the ends of lines.
     if options.text == "-":
         # None: a process whose input was closed.
-        text = decode(sys.stdin.buffer.read() if sys.stdin else b"", "standard input")
+        content = sys.stdin.buffer.read(MAX_LINE_BYTES + 1) if sys.stdin else b""
+        if len(content) > MAX_LINE_BYTES:
+            raise ConfigError(f"standard input has more than {MAX_LINE_BYTES:,} bytes; give less")
+        text = decode(content, "standard input")
     else:
         text = given_text(options.text, "the text")
     for token in tokenizer.encode(text):

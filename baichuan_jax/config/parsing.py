@@ -21,7 +21,7 @@ import stat
 import string
 import types
 import typing
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -37,6 +37,11 @@ MOST_VALUES = 100_000
 MOST_YAML_BYTES = 1 << 20
 # More than any file that is read whole.
 MOST_BYTES = 1 << 28
+# An object of one number takes seven characters of JSON and 250 bytes of memory: without a limit 16
+# MiB of it would take a gigabyte. A vocabulary's counts are some hundred thousand values.
+MOST_JSON_VALUES = 1_000_000
+# A text in JSON, or what begins as one and does not end.
+_JSON_TEXT = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 # Seconds since the epoch, up to the year 9999, where Python's dates end.
 Seconds = Annotated[float, (0.0, 1e11)]
@@ -246,15 +251,30 @@ def parse_json(text: str, where: str, *, paths: bool = False) -> Any:
     `paths`: its texts may be names of files, whose bytes need not be UTF-8.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_each_key_once)
+        value = load_json(text, _each_key_once)
         # Only an escape can make half of a surrogate pair, which no file can hold in UTF-8.
         if "\\u" in text:
             _refuse_half_characters(value, "surrogateescape" if paths else "strict")
-    except RecursionError:
-        raise ConfigError(f"{where} is no JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON: {json_reason(error)}") from None
     return value
+
+
+def load_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any]) -> Any:
+    """The value of a JSON text; `object_of` makes an object of its pairs.
+
+    Raises ValueError where it is none, where it is nested too deeply for what follows it with
+    Python's stack, and where it holds more than MOST_JSON_VALUES values and brackets.
+    """
+    # A value and what divides it from the next are two characters at least.
+    if len(text) > 2 * MOST_JSON_VALUES:
+        outside = _JSON_TEXT.sub("", text)
+        if sum(map(outside.count, "[{,")) > MOST_JSON_VALUES:
+            raise ValueError(f"it holds more than {MOST_JSON_VALUES:,} values and brackets")
+    try:
+        return json.loads(text, object_pairs_hook=object_of)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def json_reason(error: Exception) -> str:
@@ -428,6 +448,7 @@ def _name(kind: Any) -> str:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
+        # Of a million keys too: the time grows with their number alone.
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {show(twice)} comes twice")

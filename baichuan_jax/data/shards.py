@@ -151,15 +151,19 @@ class Shard:
         new_draft(file).close()
         writer = ArrayRecordWriter(str(file), "group_size:1")
         left = np.zeros(0, dtype)
+        end = np.asarray([tokenizer.eos_id], dtype)
         # The last token of the last row.
         before = tokenizer.eos_id
         for batch in _batches(read_strictly(self.pieces, self.text_field), totals):
             # A document is its tokens and EOS, without BOS, as the original's were.
+            # Each becomes an array at once: as Python's numbers the tokens of a document of 16 MiB
+            # take half a gigabyte.
             pieces = [
-                token for ids in tokenizer.encode_batch(batch) for token in (*ids, tokenizer.eos_id)
+                np.append(np.asarray(ids, dtype), end) for ids in tokenizer.encode_batch(batch)
             ]
-            stream = np.asarray(pieces, dtype)
+            stream = np.concatenate([left[:0], *pieces])
             counts += np.bincount(stream, minlength=len(counts))
+            totals["tokens"] += len(stream)
             # Rows continue over the borders of documents, of batches and of files.
             stream = np.concatenate([left, stream])
             whole = len(stream) // length
@@ -168,7 +172,6 @@ class Shard:
             before = int(stream[whole * length - 1]) if whole else before
             left = stream[whole * length :]
             totals["rows"] += whole
-            totals["tokens"] += len(pieces)
         writer.close()
         totals["tokens_dropped"] = len(left)
         # Documents of which no token is in a row: all that end in the rest, but for one that began

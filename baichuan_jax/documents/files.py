@@ -19,12 +19,8 @@ from typing import NamedTuple
 
 from baichuan_jax.config.parsing import refuse_credentials, show_path
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.storage import (
-    of_storage,
-    open_binary,
-    open_parquet,
-    pyarrow_for,
-)
+from baichuan_jax.documents.parquet import open_parquet
+from baichuan_jax.documents.storage import of_storage, open_binary, pyarrow_for
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.files import identity_of

@@ -15,16 +15,19 @@ A field is named by its name, and one inside another by both with a dot: data.te
 import collections
 import functools
 import hashlib
-import json
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from baichuan_jax.config.parsing import json_reason
+import numpy as np
+
+from baichuan_jax.config.parsing import json_reason, load_json, show
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines, kind_of, removed
-from baichuan_jax.documents.storage import DAMAGE, open_binary, open_parquet
+from baichuan_jax.documents.parquet import Batch, open_parquet
+from baichuan_jax.documents.storage import DAMAGE, open_binary
 
 # Problems of a whole file. All other problems stand for one document each.
 EMPTY = "empty_file"
@@ -42,8 +45,8 @@ _NAMES = {
     str: "a string",
     bytes: "bytes",
 }
-# Rows of a Parquet file that are converted at once: few, since a row may hold a book.
-BATCH_ROWS = 256
+# As much as a part of the pipeline's input: a longer line is more likely a file without line ends.
+MAX_LINE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Fields:
     # None: not read, and then a document has no id, or its file's name as its source.
     id: str | None = None
     source: str | None = None
-    # A longer line, or .txt file, is a problem and is not held in memory. None: no limit.
-    max_line_bytes: int | None = None
+    # A longer line, row or .txt file is a problem and is not held in memory.
+    max_line_bytes: int = MAX_LINE_BYTES
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -171,6 +174,8 @@ def _strict_message(problem: Problem, piece: Slice) -> str:
     named = ""
     if problem.reason == "no_text":
         named = "name the field that holds the text (data.text_field, or --text_field), "
+    if problem.reason == "line_too_long":
+        named = "split it into several documents (a .jsonl file has one a line), "
     return (
         f"{problem}; {named}mend the file, or clean the corpus first with python -m "
         "baichuan_jax.data.pipeline, which leaves out what cannot be read"
@@ -189,18 +194,22 @@ def _read_lines(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
             if _skip_line(file) > 1:
                 number += 1
         while piece.stop is None or file.tell() < piece.stop:
-            line = file.readline() if limit is None else file.readline(limit + 1)
+            line = file.readline(limit + 1)
             if not line:
                 return
             number += 1
-            if limit is not None and len(line) > limit and not line.endswith(b"\n"):
+            if len(line) > limit and not line.endswith(b"\n"):
                 size = len(line) + _skip_line(file)
-                detail = f"{size} bytes, and read.max_line_bytes={limit}"
+                detail = f"a line of {size:,} bytes, {_too_long(fields)}"
                 yield Problem(path, number, "line_too_long", detail, source=stem)
             elif line.strip():
                 # A byte-order mark is no part of a file's first line.
                 content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 yield _parse(content, path, number, fields, stem)
+
+
+def _too_long(fields: Fields) -> str:
+    return f"and the longest that is read has {fields.max_line_bytes:,} bytes"
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -217,9 +226,9 @@ def _read_text(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
     limit = fields.max_line_bytes
     path, stem = piece.shown, _stem(piece.shown)
     with open_binary(piece.path) as file:
-        content = file.read() if limit is None else file.read(limit + 1)
-    if limit is not None and len(content) > limit:
-        detail = f"more than read.max_line_bytes={limit} bytes"
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        detail = f"a .txt file is one document, {_too_long(fields)}"
         yield Problem(path, 1, "line_too_long", detail, source=stem)
         return
     # A file of white space is empty, which `read_documents` says.
@@ -236,31 +245,49 @@ def _read_parquet(piece: Slice, fields: Fields) -> Iterator[Document | Problem]:
     path, stem = piece.shown, _stem(piece.shown)
     number = piece.first_line - 1
     with open_parquet(piece.path) as table:
-        columns = table.schema_arrow.names
-        if len(set(columns)) < len(columns):
-            raise OSError(f"two columns have the same name: {sorted(columns)}")
-        # Of a column that is a struct only the field that is asked for is read. pyarrow takes
-        # the same dotted names, and leaves out those that the file has not.
+        names = table.schema.names
+        if len(set(names)) < len(names):
+            raise OSError(f"two columns have the same name: {sorted(names)}")
         wanted = [name for name in (fields.text, fields.id, fields.source) if name]
-        stop = table.num_row_groups if piece.stop is None else piece.stop
-        groups = list(range(piece.start, stop))
-        # Columns that are not asked for are not read, which is most of the time saved.
-        for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted):
-            for row in _rows(batch):
+        columns, stand_ins = table.columns(wanted)
+        groups = range(table.metadata.num_row_groups)[piece.start : piece.stop]
+        for batch in table.batches(groups, columns):
+            for row in _rows(batch, fields.max_line_bytes):
                 number += 1
                 if isinstance(row, Exception):
                     broken = isinstance(row, UnicodeDecodeError)
                     reason = "broken_utf8" if broken else "no_text"
                     yield Problem(path, number, reason, str(row), source=stem)
+                elif isinstance(row, int):
+                    detail = f"a row of {row:,} bytes, {_too_long(fields)}"
+                    yield Problem(path, number, "line_too_long", detail, source=stem)
                 else:
-                    yield _document(row, columns, path, number, fields, stem)
+                    record = {**row, **stand_ins}
+                    yield _document(record, names, path, number, fields, stem)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """The rows of a batch of a Parquet file; an error in place of one that Python cannot hold.
+def _rows(batch: Batch, limit: int) -> Iterator[dict[str, Any] | Exception | int]:
+    """The rows of a batch of a Parquet file, about `limit` bytes at once as Python's objects.
 
-    A column of strings may hold what is no UTF-8, and one of dates what is beyond Python's years.
+    The size in place of a row of more than `limit` bytes, and an error in place of one that Python
+    cannot hold: a column of strings may hold what is no UTF-8, and one of dates what is beyond
+    Python's years.
     """
+    if batch.size <= limit:
+        yield from _converted(batch.rows)
+        return
+    sizes = batch.sizes
+    # A row belongs to the stretch in which it ends; one that is too long stands alone.
+    stretch = np.cumsum(sizes) // limit + np.cumsum(sizes > limit) * 2 - (sizes > limit)
+    borders = [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist(), len(sizes)]
+    for start, stop in itertools.pairwise(borders):
+        if start < stop and sizes[start] > limit:
+            yield int(sizes[start])
+        else:
+            yield from _converted(batch.rows.slice(start, stop - start))
+
+
+def _converted(batch: Any) -> Iterator[dict[str, Any] | Exception]:
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
@@ -284,13 +311,11 @@ READERS: dict[str, Callable[[Slice, Fields], Iterator[Document | Problem]]] = {
 
 def _parse(line: bytes, path: str, number: int, fields: Fields, stem: str) -> Document | Problem:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=fields.object_of)
+        record = load_json(line.decode("utf-8"), fields.object_of)
     except UnicodeDecodeError as error:
         return Problem(path, number, "broken_utf8", str(error), source=stem)
-    # A line of a hundred thousand brackets exhausts Python's stack.
-    except (ValueError, RecursionError) as error:
-        detail = json_reason(error) or "nested too deeply"
-        return Problem(path, number, "no_json", detail, source=stem)
+    except ValueError as error:
+        return Problem(path, number, "no_json", json_reason(error), source=stem)
     if not isinstance(record, dict):
         detail = f"{type(record).__name__} instead of an object"
         return Problem(path, number, "no_json", detail, source=stem)
@@ -321,7 +346,7 @@ def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
     """Why a record's field is no text; `names`: all fields that there are."""
     value = _field(record, name)
     if isinstance(value, dict):
-        inside = _few(f"{name}.{inner}" for inner in value)
+        inside = few(f"{name}.{inner}" for inner in value)
         return f"field {name!r} is an object, expected a string; inside it are: {inside}"
     if value is not MISSING:
         return f"field {name!r} is {kind_of_value(value)}, expected a string"
@@ -329,13 +354,13 @@ def _no_text(record: dict[str, Any], names: Iterable[str], name: str) -> str:
     around = _field(record, outer) if dot else MISSING
     if around is not MISSING and not isinstance(around, dict):
         return f"field {outer!r} is {kind_of_value(around)}, so there is no field {name!r}"
-    return f"there is no field {name!r} (there are: {_few(names)})"
+    return f"there is no field {name!r} (there are: {few(names)})"
 
 
-def _few(names: Iterable[str]) -> str:
-    """Names for a message, quoted; of many the first."""
+def few(names: Iterable[str]) -> str:
+    """Names for a message, quoted; of many the first, of long ones the beginning."""
     found = sorted(names)
-    return f"{found[:20]}{' and more' if len(found) > 20 else ''}"
+    return f"[{', '.join(map(show, found[:20]))}]{' and more' if len(found) > 20 else ''}"
 
 
 def _document(

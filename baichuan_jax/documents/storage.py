@@ -2,7 +2,8 @@
 
 Input: a path, or an address in object storage (s3://, gs://, hdfs://). Output: a binary stream of
 the decompressed content. A damaged or truncated file raises an OSError or EOFError while it is
-read, never an early end that looks like a whole file. An OSError with an errno is the system's, and
+read, never an early end that looks like a whole file. So does one that holds far more than its size
+(`Expansion`): a reader would never come to its end. An OSError with an errno is the system's, and
 says nothing about the file: it may not be read, or not now.
 """
 
@@ -23,6 +24,19 @@ from baichuan_jax.runs.files import naming
 # What a damaged or truncated file raises while it is read; gzip lets zlib's own error through. An
 # OSError of damage has no errno.
 DAMAGE = (EOFError, OSError, zlib.error)
+# How much text a file may hold: FREE_BYTES whatever its size, else MOST_EXPANSION times its size.
+# Text takes a third to a tenth of its bytes, logs and tables a thirtieth; what was packed to blow
+# up takes a thousandth (gzip) or less (zstd). A file of repetitions that is meant can be read as it
+# is where it is small, and decompressed.
+FREE_BYTES = 64 << 20
+MOST_EXPANSION = 200
+# What a line, or a row of a table, counts beside its bytes: to judge and to record an empty one is
+# work too, and a file of a few bytes may hold a billion.
+LINE_BYTES = 128
+# What zstd's own command takes without --long=28 and more; a reader holds a window of it.
+_LARGEST_WINDOW = 128 << 20
+# A block of zstd is at most as much.
+_CHUNK = 128 << 10
 
 
 @contextlib.contextmanager
@@ -104,77 +118,151 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
+class Expansion:
+    """Counts what was read of a file. Raises OSError where it is far more than its size."""
+
+    def __init__(self, stored: int) -> None:
+        self._stored, self._read = stored, 0
+        self.most = max(FREE_BYTES, MOST_EXPANSION * stored)
+
+    def add(self, size: int, lines: int = 0) -> None:
+        """See `size` more bytes in so many lines."""
+        self._read += size + LINE_BYTES * lines
+        if self._read > self.most:
+            raise OSError(
+                f"the file has {self._stored:,} bytes and holds far more: a file may hold "
+                f"{FREE_BYTES >> 20} MiB or {MOST_EXPANSION} times its size, where a line or row "
+                f"counts {LINE_BYTES} bytes more; store it uncompressed if that is meant"
+            )
+
+
+def size_of(file: BinaryIO) -> int:
+    """Bytes of an open file, which stands at its beginning again."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return size
+
+
 def _decompressed(path: str, raw: io.BufferedReader) -> BinaryIO:
+    if not path.endswith((".gz", ".zst")):
+        return raw
     # Of no content there is a header: a file without a byte was never written.
-    if path.endswith((".gz", ".zst")) and not raw.peek(1):
+    size = size_of(raw)
+    if not size:
         raise EOFError("the compressed file has 0 bytes")
     if path.endswith(".gz"):
-        return gzip.open(raw, "rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        if importlib.util.find_spec("zstandard") is None:
-            raise ConfigError(
-                f"{path} cannot be read: zstandard is not installed; pip install zstandard, "
-                "or decompress the file"
-            )
-        return io.BufferedReader(_Zstd(raw))  # type: ignore[return-value]
-    return raw
+        content: io.BufferedIOBase | io.RawIOBase = gzip.GzipFile(fileobj=raw)
+    elif importlib.util.find_spec("zstandard") is None:
+        raise ConfigError(
+            f"{path} cannot be read: zstandard is not installed; pip install zstandard, "
+            "or decompress the file"
+        )
+    else:
+        content = _Zstd(raw)
+    return io.BufferedReader(_Counted(content, Expansion(size)), _CHUNK)  # type: ignore[return-value]
+
+
+class _Counted(io.RawIOBase):
+    """A decompressed file that ends in an OSError where it holds far more than its size."""
+
+    def __init__(self, content: Any, expansion: Expansion) -> None:
+        self._content, self._expansion = content, expansion
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        size = self._content.readinto(buffer)
+        self._expansion.add(size, bytes(buffer[:size]).count(b"\n"))
+        return size
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
 
 
 class _Zstd(io.RawIOBase):
     """A zstd file. Raises EOFError where the last frame is cut short, OSError where it is damaged.
 
-    zstandard's own reader takes a truncated file for a whole one, hence this class. Frames may
-    follow each other: files that were compressed and then joined are read to the end.
+    A file is frames, which follow each other where files were compressed and then joined; a frame
+    is a header and blocks (RFC 8878). It is read block by block, since a block gives 128 KiB at
+    most. zstandard's own readers either give all that a piece of the file holds at once, which may
+    be gigabytes of a few bytes, or take a truncated file for a whole one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard  # here, since only .zst files need it
 
         self._file = file
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._decompressor = self._new()
-        self._damage = zstandard.ZstdError
-        self._pending = b""
-        # A reader may ask again after the end; a new frame must not be awaited then.
-        self._ended = False
+        self._zstandard = zstandard
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+        # Of the frame that is read; None between two of them, where alone a whole file may end.
+        self._frame: Any = None
+        self._checksum = 0
+        # What was decompressed and not yet asked for. To cut a view copies nothing.
+        self._pending = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
-        # A chunk may give no bytes yet, and to return none would mean the end of the file.
-        while not self._pending and not self._ended:
-            if self._decompressor.eof:
-                # Between two frames, the only place where a whole file may end.
-                chunk = self._decompressor.unused_data or self._file.read(1 << 20)
-                self._ended = not chunk
-                self._decompressor = self._new()
-            elif not (chunk := self._file.read(1 << 20)):
-                raise EOFError("the last zstd frame is not complete")
-            try:
-                self._pending = self._decompressor.decompress(chunk)
-            except self._damage as error:
-                raise OSError(str(error)) from error
+        try:
+            # A block may be empty, and to return no bytes would mean the end of the file.
+            while not self._pending:
+                if self._frame is not None:
+                    self._pending = memoryview(self._block())
+                elif not self._begin():
+                    return 0
+        except self._zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
         size = min(len(buffer), len(self._pending))
         buffer[:size], self._pending = self._pending[:size], self._pending[size:]
         return size
 
+    def _begin(self) -> bool:
+        """Read the next frame's header, or pass over one without text. False at the end."""
+        head = self._file.read(4)
+        if not head:
+            return False
+        head += self._exactly(4 - len(head))
+        # A frame that holds no text: its size, and as many bytes.
+        if head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+            left = int.from_bytes(self._exactly(4), "little")
+            while left:
+                left -= len(self._exactly(min(left, _CHUNK)))
+            return True
+        head += self._exactly(1)
+        head += self._exactly(self._zstandard.frame_header_size(head) - len(head))
+        parameters = self._zstandard.get_frame_parameters(head)
+        if parameters.window_size > _LARGEST_WINDOW:
+            raise OSError(
+                f"a zstd frame's window has {parameters.window_size:,} bytes, and the largest that "
+                f"is read {_LARGEST_WINDOW:,}; compress it again with a smaller --long"
+            )
+        self._frame = self._decompressor.decompressobj()
+        self._frame.decompress(head)
+        self._checksum = 4 if parameters.has_checksum else 0
+        return True
+
+    def _block(self) -> bytes:
+        """The content of the frame's next block."""
+        head = self._exactly(3)
+        word = int.from_bytes(head, "little")
+        # Bit 0: the frame's last block. Bits 1 and 2: its kind, and 1 is one byte that is
+        # repeated. The others: its size.
+        is_last, kind, size = word & 1, word >> 1 & 3, word >> 3
+        stored = (1 if kind == 1 else size) + (self._checksum if is_last else 0)
+        content = self._frame.decompress(head + self._exactly(stored))
+        if is_last:
+            self._frame = None
+        return content
+
+    def _exactly(self, size: int) -> bytes:
+        content = self._file.read(size)
+        if len(content) < size:
+            raise EOFError("the last zstd frame is not complete")
+        return content
+
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-@contextlib.contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile.
-
-    Raises ConfigError where pyarrow is not installed, OSError where the file is damaged, also from
-    inside.
-    """
-    pyarrow = pyarrow_for(path)
-    try:
-        with open_binary(path) as file:
-            yield pyarrow.parquet.ParquetFile(file)
-    # UnicodeDecodeError: a column's name.
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise OSError(str(error)) from error

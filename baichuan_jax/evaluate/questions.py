@@ -11,6 +11,7 @@ one right answer) are left out; `load_subjects` counts them. A new layout is a r
 entry in READERS.
 """
 
+import collections
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from baichuan_jax.config.parsing import csv_rows, parse_json, read_bytes, show
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.documents.reader import kind_of_value
+from baichuan_jax.documents.reader import few, kind_of_value
 
 LETTERS = "ABCD"
 
@@ -66,10 +67,10 @@ def read_ceval(path: Path) -> File:
     (line, header), *rows = list(csv_rows(_text(path), str(path))) or [(1, [])]
     needed = ["id", "question", *LETTERS]
     missing = [column for column in needed if column not in header]
-    twice = sorted({column for column in header if header.count(column) > 1})
+    twice = sorted(column for column, n in collections.Counter(header).items() if n > 1)
     if missing or twice:
         # Of two columns with one name the first would be lost.
-        wrong = f"lacks {','.join(missing)}" if missing else f"has {','.join(twice)} twice"
+        wrong = f"lacks {','.join(missing)}" if missing else f"has {','.join(twice)[:100]} twice"
         raise ConfigError(
             f"{path}:{line}: the header is {_short(header)}, which {wrong}; it must have "
             f"{','.join(needed)}[,answer], each once"
@@ -155,7 +156,7 @@ def read_answers(path: Path) -> dict[str, dict[str, str]]:
         if not isinstance(group, dict) or not isinstance(found, dict):
             raise ConfigError(
                 f'{path} must be {{"subject": {{"0": "A", ...}}, ...}}, as C-Eval\'s submissions '
-                f"are: {name} is {kind_of_value(group)}"
+                f"are: {show(name)} is {kind_of_value(group)}"
             )
     return found
 
@@ -173,7 +174,7 @@ def _require_fields(
         if name not in row:
             if name in optional:
                 continue
-            raise ConfigError(f"{where}: there is no field {name!r} (there are: {sorted(row)})")
+            raise ConfigError(f"{where}: there is no field {name!r} (there are: {few(row)})")
         value = row[name]
         if not any(value is None if each is None else isinstance(value, each) for each in allowed):
             wanted = {str: "a string", list: "a list", None: "null"}
@@ -202,7 +203,9 @@ def _without_letters(options: list[str]) -> tuple[str, ...]:
 def _letter(text: str, path: Path, line: int | str) -> str:
     # A tuple: `"AB" in "ABCD"` holds.
     if text not in tuple(LETTERS):
-        raise ConfigError(f"{path}:{line}: the answer is {text!r} and must be one of A, B, C, D")
+        raise ConfigError(
+            f"{path}:{line}: the answer is {show(text)} and must be one of A, B, C, D"
+        )
     return text
 
 

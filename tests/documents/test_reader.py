@@ -1,19 +1,32 @@
 """The lenient reader: any cut gives the same documents and problems, in order, each once."""
 
+import gzip
 import itertools
 import json
 import random
+import struct
 import tracemalloc
+from typing import Any
 
 import pytest
 
 pytest.importorskip("pyarrow")
+import pyarrow as pa
 import zstandard
 
+from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines
-from baichuan_jax.documents.reader import Document, Fields, Problem, read_documents
+from baichuan_jax.documents.reader import (
+    MAX_LINE_BYTES,
+    Document,
+    Fields,
+    Problem,
+    read_documents,
+    read_texts,
+)
+from baichuan_jax.documents.storage import open_binary
 
-FIELDS = Fields(id="id", source="source", max_line_bytes=16 << 20)
+FIELDS = Fields(id="id", source="source")
 
 
 def lines_of(rng: random.Random) -> bytes:
@@ -64,7 +77,7 @@ def test_a_line_of_200_megabytes_is_not_held(tmp_path):
     problem, document = found
     assert isinstance(problem, Problem)
     assert (problem.line, problem.reason) == (1, "line_too_long")
-    assert "200000001 bytes" in problem.detail
+    assert "200,000,001 bytes" in problem.detail
     assert document == Document(str(path), 2, None, "long", "after it")
     assert peak < 4 * FIELDS.max_line_bytes
 
@@ -85,3 +98,174 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     assert [entry.id for entry in found[:-1] if isinstance(entry, Document)][:400] == [
         str(number) for number in range(400)
     ]
+
+
+def entries(path, **fields) -> list[Any]:
+    return list(read_documents(Slice(str(path)), Fields(**fields)))
+
+
+def blocks_of_zstd(count: int) -> bytes:
+    """A frame of blocks of 128 KiB, each of which is one letter that is repeated."""
+    head = struct.pack("<IBB", 0xFD2FB528, 0, (17 - 10) << 3)
+    block = lambda is_last: (is_last | 1 << 1 | (1 << 17) << 3).to_bytes(3, "little") + b"a"
+    return head + block(0) * (count - 1) + block(1)
+
+
+def test_a_read_of_zstd_takes_no_more_than_a_block(tmp_path):
+    path = tmp_path / "a.zst"
+    path.write_bytes(blocks_of_zstd(400))
+    tracemalloc.start()
+    try:
+        with open_binary(str(path)) as file:
+            size = sum(len(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == 400 << 17
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_file_that_holds_far_more_than_its_size_is_damaged(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(
+        blocks_of_zstd(513) if suffix == ".zst" else gzip.compress(bytes(65 << 20), compresslevel=9)
+    )
+    (problem,) = entries(path, max_line_bytes=1 << 30)
+    assert (problem.reason, problem.line) == ("unreadable", 1)
+    assert "holds far more" in problem.detail
+
+
+def test_repeated_text_is_read_up_to_64_megabytes(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    line = json.dumps({"text": "the same " * 1000}).encode() + b"\n"
+    path.write_bytes(zstandard.ZstdCompressor().compress(line * 6000))
+    found = entries(path)
+    assert len(found) == 6000
+    assert path.stat().st_size * 200 < 6000 * len(line)
+
+
+def test_frames_of_zstd_of_every_form_are_read(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    rng = random.Random(0)
+    text = b"".join(b'{"text": "%d"}\n' % rng.randrange(1 << 60) for _ in range(30_000))
+    skipped = struct.pack("<II", 0x184D2A5F, 5) + b"12345"
+    forms = [
+        zstandard.ZstdCompressor(write_checksum=True, write_content_size=True),
+        zstandard.ZstdCompressor(write_content_size=False, level=19),
+    ]
+    out = b"".join(skipped + form.compress(text) + form.compress(b"") for form in forms)
+    path.write_bytes(out)
+    with open_binary(str(path)) as file:
+        assert file.read() == text * 2
+        assert file.read(1) == b""
+    # Wherever it is cut, it is no whole file, but between two frames.
+    for end in (3, 7, 12, 14, 18, 30, len(skipped) + 5000, len(out) - 1, len(out) - 13):
+        path.write_bytes(out[:end])
+        with pytest.raises(EOFError), open_binary(str(path)) as file:
+            file.read()
+
+
+def test_a_window_of_gigabytes_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(struct.pack("<IBB", 0xFD2FB528, 0, (31 - 10) << 3) + b"\x01\x00\x00")
+    (problem,) = entries(path)
+    assert "window has 2,147,483,648 bytes" in problem.detail
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "x": [' + "[]," * 800_000 + "0]}",
+        '{"text": "a"' + ',"x":0' * 1_100_000 + "}",
+        "[" * 100_000,
+    ],
+    ids=["lists", "keys", "depth"],
+)
+def test_a_line_that_takes_a_multiple_of_its_size_is_no_json(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{line}\n{{"text": "after it"}}\n')
+    problem, document = entries(tmp_path / "a.jsonl")
+    assert problem.reason == "no_json"
+    assert ("values" in problem.detail) != ("deeply" in problem.detail)
+    assert document.text == "after it"
+
+
+def test_text_that_looks_like_json_is_text(tmp_path):
+    text = '[{"a": [1, 2]}, "\\"],\n' * 200_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    assert entries(tmp_path / "a.jsonl")[0].text == text
+
+
+def test_every_reader_has_the_limit_of_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n' % ("a" * MAX_LINE_BYTES))
+    (tmp_path / "b.txt").write_text("a" * (MAX_LINE_BYTES + 1))
+    for name in ("a.jsonl", "b.txt"):
+        with pytest.raises(ConfigError, match=rf"{name}, line 1: line_too_long: .*; split it"):
+            list(read_texts([Slice(str(tmp_path / name))], "text"))
+
+
+def write_table(path, column, **options):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"text": column}), path, compression="zstd", **options)
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        ("dictionary", {"dictionary_pagesize_limit": 8 << 20, "store_schema": False}),
+        ("dictionary", {"dictionary_pagesize_limit": 8 << 20}),
+        ("text", {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}),
+        ("text", {"use_dictionary": False}),
+    ],
+    ids=["repeated", "dictionary", "delta", "page"],
+)
+def test_a_parquet_file_that_holds_far_more_than_its_size_is_damaged(tmp_path, column, options):
+    path = tmp_path / "a.parquet"
+    values = ["a" * (4 << 20)]
+    if column == "dictionary":
+        write_table(path, pa.DictionaryArray.from_arrays(pa.array([0] * 256), values), **options)
+    else:
+        write_table(path, pa.array(values * 20), **options)
+    before = pa.total_allocated_bytes()
+    *_, problem = read_counting_memory(path, most=before + (150 << 20))
+    assert problem.reason == "unreadable"
+    assert "holds far more" in problem.detail
+
+
+def read_counting_memory(path, most):
+    found = []
+    for entry in read_documents(Slice(str(path)), Fields()):
+        assert pa.total_allocated_bytes() < most
+        found.append(entry if isinstance(entry, Problem) else None)
+    return found
+
+
+def test_rows_of_a_parquet_file_are_read_whatever_their_sizes(tmp_path):
+    limit = 1024
+    sizes = [0, 1, 1000, 1024, 1025, 5, 600, 600, 600, 3000, 2000, 1, 0, 1024, 1024]
+    texts = [chr(97 + number) * size for number, size in enumerate(sizes)]
+    kinds = [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ]
+    for kind in kinds:
+        column = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else texts
+        write_table(tmp_path / "a.parquet", pa.array(column, kind), row_group_size=4)
+        found = entries(tmp_path / "a.parquet", max_line_bytes=limit)
+        assert [entry.line for entry in found] == list(range(1, len(sizes) + 1))
+        for entry, text in zip(found, texts, strict=True):
+            if len(text) > limit:
+                assert entry.reason == "line_too_long"
+                assert f"{len(text):,} bytes" in entry.detail
+            else:
+                assert entry.text == text
+
+
+def test_a_column_of_lists_is_named_and_not_read(tmp_path):
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), ["a" * (1 << 20)])
+    column = pa.ListArray.from_arrays([0, 1000], values)
+    write_table(tmp_path / "a.parquet", column, dictionary_pagesize_limit=2 << 20)
+    (problem,) = read_counting_memory(tmp_path / "a.parquet", most=100 << 20)
+    assert problem.detail == "field 'text' is a list, expected a string"

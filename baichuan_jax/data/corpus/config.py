@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from baichuan_jax.config.schema import require
+from baichuan_jax.documents.reader import MAX_LINE_BYTES
 
 # The key of a setting that serves all categories and languages without one of their own.
 OTHERS = "*"
@@ -30,9 +31,9 @@ class ReadConfig:
     source_field: str = "source"
     """Field that names the document's category; without one: its file's name up to the first
     dot."""
-    # As much as a part of the input: a longer line is more likely a file without line ends.
-    max_line_bytes: int = 16 << 20
-    """A longer line, or .txt file, is not held in memory: it is removed as line_too_long."""
+    max_line_bytes: int = MAX_LINE_BYTES
+    """A line, Parquet row or .txt file that is longer (default: 16 MiB) is not held in memory: it
+    is removed as line_too_long. All other readers of text refuse what exceeds the default."""
 
     def __post_init__(self) -> None:
         least = 1024
