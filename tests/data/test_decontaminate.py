@@ -214,7 +214,7 @@ def test_what_a_glob_of_evaluation_files_leaves_out_is_refused_or_said(tmp_path,
 def test_an_evaluation_file_that_the_disk_refuses_is_no_damaged_one(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("q")
 
-    def fail(path):
+    def fail(path, *limits):
         raise OSError(errno.EIO, "it", str(path))
 
     monkeypatch.setattr("baichuan_jax.config.parsing.read_regular", fail)
