@@ -58,7 +58,13 @@ from baichuan_jax.resilience.exits import run_command, signals
 from baichuan_jax.resilience.ownership import CACHE_SECONDS, owned_output
 from baichuan_jax.resilience.waits import wait_until
 from baichuan_jax.runs.console import Display
-from baichuan_jax.runs.files import refuse_inputs, save_figure, writable_file, write_atomically
+from baichuan_jax.runs.files import (
+    refuse_inputs,
+    remove_leftovers,
+    save_figure,
+    writable_file,
+    write_atomically,
+)
 from baichuan_jax.runs.folder import Run
 from baichuan_jax.runs.private import without_links
 from baichuan_jax.tokenizer import Tokenizer
@@ -202,6 +208,9 @@ class Trainings:
             if self._stopped or not self._train(name, weights):
                 return None
             run = Run(self.folder / name)
+        else:
+            # Of one that was killed as it ended: no training of this folder starts again.
+            remove_leftovers(run.path)
         self._bar.update(self.steps)
         return run.curve("eval_loss")[self.steps]
 
