@@ -27,6 +27,10 @@ BATCH_ROWS = 256
 BATCH_BYTES = 512 << 20
 # Batches of few rows are joined up to this.
 JOINED_BYTES = 16 << 20
+# Arrow decodes so many rows of a page at once, however few are asked for.
+ROWS_AHEAD = 1024
+# A batch counts as so many rows at least: Arrow's work for one of a single row is no less.
+BATCH_LINES = 8
 # What a value counts that is no text.
 VALUE_BYTES = 16
 # Arrow follows a schema's depth with its stack, which ends at some ten thousand; columns of real
@@ -159,8 +163,8 @@ class Table:
             if any(_is_chosen(leaf.path, name) for name in columns)
         }
         for width in chosen.values():
-            # A row that is null has as much in Arrow.
-            Expansion(self._size).add(width)
+            # A row that is null has as much in Arrow, and is made with those that follow.
+            Expansion(self._size).add(width * ROWS_AHEAD)
         chunks = {group: self._chunks(group, chosen) for group in groups}
         _require_apart(itertools.chain(*chunks.values()))
         for group in groups:
@@ -169,7 +173,7 @@ class Table:
             rows = max(1, min(BATCH_ROWS, at_once // max(1, largest)))
             for found in self._table.iter_batches(rows, row_groups=[group], columns=columns):
                 batch = Batch(found, self._row_sizes(found))
-                content.add(batch.size, lines=len(found))
+                content.add(batch.size, lines=max(BATCH_LINES, len(found)))
                 yield batch
 
     def _chunks(self, group: int, columns: Iterable[int]) -> list["_Chunk"]:
