@@ -255,6 +255,14 @@ def read_counting_memory(path, most):
     return found
 
 
+def test_values_that_are_null_and_wide_are_not_made(tmp_path):
+    # Arrow would make room for a thousand at once.
+    write_table(tmp_path / "a.parquet", pa.array([None], pa.binary(1 << 20)), store_schema=False)
+    (problem,) = entries(tmp_path / "a.parquet")
+    assert problem.reason == "unreadable"
+    assert "holds far more" in problem.detail
+
+
 def test_rows_of_a_parquet_file_are_read_whatever_their_sizes(tmp_path):
     limit = 1024
     sizes = [0, 1, 1000, 1024, 1025, 5, 600, 600, 600, 3000, 2000, 1, 0, 1024, 1024]

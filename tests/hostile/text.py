@@ -311,6 +311,22 @@ def shared_pages() -> bytes:
     return pages_file(pages, 1, groups=300)
 
 
+def two_schemas(between: bytes = b"") -> bytes:
+    """A flat schema and later a deep one, which is the one that Arrow takes."""
+    nodes = [
+        struct_of(field(4, b"a", 8), field(5, 1)),
+        struct_of(field(1, 6), field(4, b"a", 8)),
+    ]
+    flat, deep = several(2, *nodes), several(2, *nodes[:1] * 60_000, nodes[1])
+    rest = several(4) + between + deep
+    return with_footer(struct_of(field(1, 2), flat, field(3, 0, 6), rest))
+
+
+def hidden_schema() -> bytes:
+    """The deep one behind a list of a byte, of which Arrow reads a struct that ends in a zero."""
+    return two_schemas(b"\x09" + zigzag(7) + b"\x13\x11\x00")
+
+
 def categories() -> bytes:
     """A dictionary of 42 MiB, which Arrow's type has every batch of rows bring with it."""
     texts = ["x", *(letter * (14 << 20) for letter in "abc")]
@@ -419,6 +435,8 @@ HOSTILE = [
     of_pages("parquet_dictionary_twice", dictionary_twice),
     of_pages("parquet_hidden_delta", hidden_beginnings),
     of_pages("parquet_shared", shared_pages),
+    of_pages("parquet_two_schemas", two_schemas),
+    of_pages("parquet_hidden_schema", hidden_schema),
     # A list of 2^40 flags, and lists in lists.
     of_pages("parquet_flags", lambda: with_footer(b"\x19\xf1" + varint(1 << 40) + b"\x00")),
     of_pages("parquet_nested", lambda: with_footer(b"\x19" * 5000)),
