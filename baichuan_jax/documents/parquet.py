@@ -6,11 +6,15 @@ a value that is the one before and a little more. Arrow makes all of it that a b
 sizes are looked at first, in the pages' headers (Thrift's compact protocol; the numbers of fields
 are those of parquet.thrift), and a batch has only as many rows as fit into BATCH_BYTES. What is far
 more than the file's size ends in an OSError, as other damage does.
+
+Arrow reads the same headers once more, so what it could take in another way is refused: a field
+that comes twice, or out of order, or in another type.
 """
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,17 +27,45 @@ BATCH_ROWS = 256
 BATCH_BYTES = 512 << 20
 # Batches of few rows are joined up to this.
 JOINED_BYTES = 16 << 20
+# Arrow decodes so many rows of a page at once, however few are asked for.
+ROWS_AHEAD = 1024
+# A batch counts as so many rows at least: Arrow's work for one of a single row is no less.
+BATCH_LINES = 8
 # What a value counts that is no text.
 VALUE_BYTES = 16
 # Arrow follows a schema's depth with its stack, which ends at some ten thousand; columns of real
 # tables lie ten deep at most.
 _DEEPEST = 100
-# The first two fields of a page's header are a few bytes.
+# Structs and lists of real headers and footers lie eight deep in each other.
+_DEEPEST_STRUCT = 16
+# The first two fields of a page's header are fewer bytes.
 _HEADER_BYTES = 64
-# A kind of page and an encoding, in parquet.thrift's numbers. In that encoding a value is as much
+# Kinds of pages, and an encoding, in parquet.thrift's numbers. In that encoding a value is as much
 # of the one before as it says, and some bytes more.
-_DICTIONARY_PAGE = 2
+_DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 _DELTA_BYTE_ARRAY = 7
+# Where the file says which types its columns had in Arrow. It may ask for dictionaries, which come
+# with every batch anew; Parquet's own types have a size a value. Another name hides it.
+_ARROW_TYPES, _HIDDEN = b"ARROW:schema", b"arrow schema"
+
+# Thrift's types, and the form of a struct: its fields' types, those of a list in brackets. A list
+# that is kept is a tuple. Fields that have no form here may have any.
+_INT32, _INT64, _BYTES, _LIST, _STRUCT = 5, 6, 8, 9, 12
+_PAGE_FORM = {
+    **{1: _INT32, 2: _INT32, 3: _INT32},
+    **{5: {1: _INT32, 2: _INT32}, 6: {}, 7: {1: _INT32, 2: _INT32}, 8: {1: _INT32, 4: _INT32}},
+}
+# The field with the header of a kind of page, and in it the field with the encoding.
+_PAGE_HEADERS = {_DATA_PAGE: (5, 2), _DICTIONARY_PAGE: (7, 2), _DATA_PAGE_V2: (8, 4)}
+_CHUNK_FORM = {
+    **{2: [_INT32], 3: [_BYTES], 8: [{}], 13: [{}]},
+    **{16: {2: [_INT64], 3: [_INT64]}, 17: {2: [_INT32]}},
+}
+# All lists that Arrow knows: of those it reads what it expects, whatever the list says it holds.
+_FOOTER_FORM = {
+    **{2: ({5: _INT32},), 5: [{}], 7: [{}]},
+    4: [{1: [{3: _CHUNK_FORM, 8: {2: {1: [_BYTES]}}}], 4: [{}]}],
+}
 
 
 @contextlib.contextmanager
@@ -69,9 +101,14 @@ class Table:
 
     def __init__(self, file: BinaryIO, pyarrow: Any) -> None:
         self._size = size_of(file)
-        _require_flat(file, self._size)
+        footer = io.BytesIO(_footer(file, self._size))
         self._pyarrow, self._file = pyarrow, _Pages(file, self._size)
-        table = pyarrow.parquet.ParquetFile(self._file)
+        table = pyarrow.parquet.ParquetFile(
+            self._file,
+            metadata=pyarrow.parquet.read_metadata(footer),
+            # Of these the sizes are not known.
+            arrow_extensions_enabled=False,
+        )
         self._table, self.metadata, self.schema = table, table.metadata, table.schema_arrow
         groups = range(self.metadata.num_row_groups)
         # What it says of itself: it is cut into slices by this, each of which may hold FREE_BYTES.
@@ -117,22 +154,33 @@ class Table:
 
     def _decoded(self, groups: Sequence[int], columns: list[str]) -> Iterator[Batch]:
         content = Expansion(self._size)
+        # By the schema, as Arrow chooses: what a chunk says of its name is not looked at. Columns
+        # that are not asked for are not read, which is most of the time saved.
+        chosen = {
+            index: max(0, leaf.length or 0)
+            for index in range(self.metadata.num_columns)
+            for leaf in [self._table.schema.column(index)]
+            if any(_is_chosen(leaf.path, name) for name in columns)
+        }
+        for width in chosen.values():
+            # A row that is null has as much in Arrow, and is made with those that follow.
+            Expansion(self._size).add(width * ROWS_AHEAD)
+        chunks = {group: self._chunks(group, chosen) for group in groups}
+        _require_apart(itertools.chain(*chunks.values()))
         for group in groups:
-            metadata = self.metadata.row_group(group)
-            every = (metadata.column(i) for i in range(metadata.num_columns))
-            # Columns that are not asked for are not read, which is most of the time saved.
-            chunks = [
-                chunk
-                for chunk in every
-                if any(_is_chosen(chunk.path_in_schema, name) for name in columns)
-            ]
-            largest = sum(map(self._file.expect, chunks))
+            largest = sum(chosen.values()) + sum(map(self._file.expect, chunks[group]))
             at_once = min(BATCH_BYTES, content.most)
             rows = max(1, min(BATCH_ROWS, at_once // max(1, largest)))
             for found in self._table.iter_batches(rows, row_groups=[group], columns=columns):
                 batch = Batch(found, self._row_sizes(found))
-                content.add(batch.size, lines=len(found))
+                content.add(batch.size, lines=max(BATCH_LINES, len(found)))
                 yield batch
+
+    def _chunks(self, group: int, columns: Iterable[int]) -> list["_Chunk"]:
+        metadata = self.metadata.row_group(group)
+        if metadata.num_columns != self.metadata.num_columns:
+            raise OSError(f"row group {group} has {metadata.num_columns} columns")
+        return [_Chunk(metadata.column(index)) for index in columns]
 
     def _row_sizes(self, batch: Any) -> np.ndarray:
         sizes = np.zeros(len(batch), np.int64)
@@ -167,20 +215,34 @@ def _bytes_of(column: Any, pyarrow: Any) -> np.ndarray:
         for field in column.flatten():
             sizes += _bytes_of(field, pyarrow)
         return sizes
-    if types.is_dictionary(kind):
-        # Of the dictionary once. A row that is null has no index.
-        values = np.append(_bytes_of(column.dictionary, pyarrow), 0)
-        indices = column.indices.to_numpy(zero_copy_only=False)
-        return values[np.nan_to_num(indices, nan=-1).astype(np.int64)]
-    if types.is_string_view(kind) or types.is_binary_view(kind):
-        column = column.cast(pyarrow.large_binary())
-    large = types.is_large_string(column.type) or types.is_large_binary(column.type)
-    fixed = types.is_fixed_size_binary(kind)
-    if not (large or types.is_string(kind) or types.is_binary(kind)):
+    if not (types.is_string(kind) or types.is_binary(kind)):
+        fixed = types.is_fixed_size_binary(kind)
         return np.full(len(column), kind.byte_width if fixed else VALUE_BYTES, np.int64)
     # Where each value begins, and the last one's end.
-    offsets = np.frombuffer(column.buffers()[1] or b"", np.int64 if large else np.int32)
+    offsets = np.frombuffer(column.buffers()[1] or b"", np.int32)
     return np.diff(offsets[column.offset :][: len(column) + 1]).astype(np.int64)
+
+
+class _Chunk:
+    """A column's pages in a row group, as the file's metadata say, from `start` to `stop`."""
+
+    def __init__(self, metadata: Any) -> None:
+        first, self.start = metadata.dictionary_page_offset, metadata.data_page_offset
+        # As Arrow finds it.
+        if metadata.has_dictionary_page and 0 < first < self.start:
+            self.start = first
+        self.stop = self.start + metadata.total_compressed_size
+        self.values = metadata.num_values
+        self.size = metadata.total_uncompressed_size
+        self.has_delta = "DELTA_BYTE_ARRAY" in metadata.encodings
+
+
+def _require_apart(chunks: Iterable[_Chunk]) -> None:
+    """Raise OSError where two row groups or columns share pages: few would stand for many."""
+    ordered = sorted((chunk.start, chunk.stop) for chunk in chunks)
+    for (_, stop), (start, _) in itertools.pairwise(ordered):
+        if start < stop:
+            raise OSError("two of its columns or row groups lie at one place in the file")
 
 
 class _Pages(io.RawIOBase):
@@ -193,7 +255,7 @@ class _Pages(io.RawIOBase):
         self._file, self._size = file, size
         self._expansion = Expansion(size)
         # The columns' pages that Arrow is about to read, by their place in the file.
-        self._expected: dict[int, list[Any]] = {}
+        self._expected: dict[int, _Chunk] = {}
 
     def readable(self) -> bool:
         return True
@@ -207,21 +269,17 @@ class _Pages(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell()
 
-    def expect(self, chunk: Any) -> int:
+    def expect(self, chunk: _Chunk) -> int:
         """Have a column's pages of a row group looked at when they are read.
 
         Returns the bytes that one of its values may have without as many in its page.
         """
-        first, start = chunk.dictionary_page_offset, chunk.data_page_offset
-        # As Arrow finds it.
-        if chunk.has_dictionary_page and 0 < first < start:
-            start = first
-        if not chunk.num_values:
+        self._expected[chunk.start] = chunk
+        if not chunk.values:
             return 0
-        self._expected.setdefault(start, []).append(chunk)
-        if "DELTA_BYTE_ARRAY" in chunk.encodings:
-            return chunk.total_uncompressed_size
-        self._file.seek(start)
+        if chunk.has_delta:
+            return chunk.size
+        self._file.seek(chunk.start)
         kind, size = _kind_and_size(self._file.read(_HEADER_BYTES))
         # Of a dictionary this is a wide bound. To look into it for its longest value would cost
         # more than the smaller batches do.
@@ -233,26 +291,28 @@ class _Pages(io.RawIOBase):
         # A size that the file's own metadata gave may be any number.
         left = max(0, self._size - start)
         content = self._file.read(left if size < 0 else min(size, left))
-        for chunk in self._expected.get(start, ()):
+        if content:
+            # Arrow reads a column's pages once, and nothing else: it was given the footer.
+            chunk = self._expected.pop(start, None)
+            if chunk is None:
+                raise OSError("its pages lie elsewhere than the file's metadata says")
             self._check(content, chunk)
         return content
 
-    def _check(self, pages: bytes, chunk: Any) -> None:
+    def _check(self, pages: bytes, chunk: _Chunk) -> None:
         at = values = repeated = 0
         # Arrow ends here too: some old files have a few bytes more.
-        while values < chunk.num_values and at < len(pages):
+        while values < chunk.values and at < len(pages):
             page = _page(pages, at)
-            self._expansion.add(page.size)
+            # A page without content is work too.
+            self._expansion.add(page.size, lines=1)
             if page.kind == _DICTIONARY_PAGE and at:
                 raise OSError("a dictionary is not its column's first page")
             # By what the metadata said of both the rows of a batch were chosen.
             repeated += page.size if page.encoding == _DELTA_BYTE_ARRAY else 0
-            if repeated and (
-                "DELTA_BYTE_ARRAY" not in chunk.encodings
-                or repeated > chunk.total_uncompressed_size
-            ):
+            if repeated and (not chunk.has_delta or repeated > chunk.size):
                 raise OSError("pages are not what the file's metadata says of them")
-            values += page.values
+            values += 0 if page.kind == _DICTIONARY_PAGE else page.values
             at = page.end + page.stored
 
 
@@ -267,112 +327,154 @@ class _Page(NamedTuple):
     end: int  # of the header
 
 
-_NO_PAGE = (IndexError, KeyError, ValueError, TypeError)
+# What the bytes of no header raise.
+_DAMAGED = (IndexError, KeyError, ValueError)
 
 
 def _page(content: bytes, at: int) -> _Page:
     """The header at a place. Raises OSError where there is none."""
     try:
-        fields, end = _struct(content, at)
+        fields, end = _struct(content, at, _PAGE_FORM)
         kind, size, stored = fields[1], fields[2], fields[3]
-        # Data pages have their own header as field 5 or, of version 2, as field 8.
-        data, place = (fields[8], 4) if 8 in fields else (fields.get(5, {}), 2)
-        page = _Page(kind, size, stored, data.get(1, 0), data.get(place, 0), end)
-        if min(page) < 0:
+        number, place = _PAGE_HEADERS[kind]
+        # Arrow reads the one of the page's kind.
+        if fields.keys() - {1, 2, 3} != {number}:
             raise ValueError
-    except (*_NO_PAGE, AttributeError):
+        page = _Page(kind, size, stored, fields[number][1], fields[number][place], end)
+        # A value of a dictionary takes a byte at least, and Arrow more, before it sees them.
+        if min(page) < 0 or (kind == _DICTIONARY_PAGE and page.values > size):
+            raise ValueError
+    except _DAMAGED:
         raise OSError("the header of a page is damaged") from None
     return page
 
 
 def _kind_and_size(content: bytes) -> tuple[int, int]:
-    """The first two fields of a page's header, which may be longer than its content here."""
+    """The first two fields of a page's header, which may be longer than its content here.
+
+    A later field cannot say otherwise: `_page` refuses it before Arrow sees the page.
+    """
     try:
-        fields, _ = _struct(content, 0, until=2)
-        return int(fields[1]), int(fields[2])
-    except _NO_PAGE:
+        fields, _ = _struct(content, 0, _PAGE_FORM, until=2)
+        return fields[1], fields[2]
+    except _DAMAGED:
         raise OSError("the header of a column's first page is damaged") from None
 
 
-def _require_flat(file: BinaryIO, size: int) -> None:
-    """Raise OSError where columns lie deeper than real ones do: Arrow's stack would overflow."""
-    file.seek(max(0, size - 8))
-    length = int.from_bytes(file.read(8)[:4], "little")
-    file.seek(max(0, size - 8 - length))
-    footer = file.read(min(length, size))
-    try:
-        # Field 1 is the version, field 2 the schema: a list of its nodes from the root down, each
-        # with its number of children as field 5.
-        nodes, _ = _struct(footer, 0, until=2)
-        left: list[int] = []
-        for node in nodes.get(2, ()):
-            while left and not left[-1]:
-                left.pop()
-            if left:
-                left[-1] -= 1
-            left.append(node.get(5, 0))
-            if len(left) > _DEEPEST:
-                raise OSError(f"its columns lie more than {_DEEPEST} deep in each other")
-    # Whatever else is wrong with it Arrow says better.
-    except (*_NO_PAGE, AttributeError):
-        return
+def _footer(file: BinaryIO, size: int) -> bytes:
+    """A Parquet file's metadata, without Arrow's types, as a file that holds nothing else.
 
-
-def _struct(content: bytes, at: int, *, until: int = 0) -> tuple[dict[int, Any], int]:
-    """The fields of a struct by their numbers, and where it ends; `until`: the last that is read.
-
-    Numbers, flags, structs and lists of structs are kept; texts and others are passed over.
-    Structs of real headers lie four deep; what lies deeper ends in a ValueError.
+    Raises OSError where it is damaged or columns lie deeper than real ones do: Arrow's stack would
+    overflow. That the file is no Parquet at all Arrow says better.
     """
-    return _struct_at(content, at, until, 0)
+    file.seek(max(0, size - 8))
+    end = file.read(8)
+    length = min(int.from_bytes(end[:4], "little"), max(0, size - 12))
+    file.seek(max(0, size - 8 - length))
+    content = file.read(length)
+    if end[4:] == b"PAR1" and length == int.from_bytes(end[:4], "little"):
+        try:
+            fields, _ = _struct(content, 0, _FOOTER_FORM)
+        except _DAMAGED:
+            raise OSError("its metadata is damaged") from None
+        _require_flat(fields.get(2, []))
+    return b"PAR1" + content.replace(_ARROW_TYPES, _HIDDEN) + end
 
 
-def _struct_at(content: bytes, at: int, until: int, depth: int) -> tuple[dict[int, Any], int]:
-    if depth > 8:
+def _require_flat(nodes: list[dict[int, int]]) -> None:
+    """`nodes`: of the schema, from the root down, each with its number of children as field 5."""
+    left: list[int] = []
+    for node in nodes:
+        while left and not left[-1]:
+            left.pop()
+        if left:
+            left[-1] -= 1
+        left.append(node.get(5, 0))
+        if len(left) > _DEEPEST:
+            raise OSError(f"its columns lie more than {_DEEPEST} deep in each other")
+
+
+def _struct(
+    content: bytes, at: int, form: Mapping[int, Any], *, until: int = 0, depth: int = 0
+) -> tuple[dict[int, Any], int]:
+    """The fields of a struct that its form names, by number, and where it ends.
+
+    `until`: the last field that is read. Raises ValueError or IndexError where Arrow might read it
+    in another way: numbers of fields ascend, so that none comes twice.
+    """
+    if depth > _DEEPEST_STRUCT:
         raise ValueError("nested too deeply")
     fields: dict[int, Any] = {}
     number = 0
     while head := content[at]:
-        step, kind = head >> 4, head & 15
         at += 1
-        if step:
-            number += step
+        if head > 15:
+            following = number + (head >> 4)
         else:
-            number, at = _number(content, at)
-        fields[number], at = _value(content, at, kind, depth)
+            following, at = _number(content, at)
+        if not number < following < 1 << 15:
+            raise ValueError("fields out of order")
+        number = following
+        inner = form.get(number)
+        value, at = _value(content, at, head & 15, inner, depth)
+        if inner is not None:
+            fields[number] = value
         if number == until:
             break
     return fields, at + 1
 
 
-def _value(content: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (1, 2):  # true, false
-        return kind == 1, at
-    if kind in (4, 5, 6):  # whole numbers
-        return _number(content, at)
-    if kind == 12:
-        return _struct_at(content, at, 0, depth + 1)
-    if kind == 8:  # bytes
+def _value(content: bytes, at: int, kind: int, form: Any, depth: int) -> tuple[Any, int]:
+    """A value of a kind, and where it ends; `form`: what it must be, None where it may be any."""
+    if form is not None:
+        of_form = {dict: _STRUCT, list: _LIST, tuple: _LIST}.get(type(form), form)
+        if kind != of_form:
+            raise ValueError("another type")
+    if kind == _STRUCT:
+        return _struct(content, at, form or {}, depth=depth + 1)
+    if kind == _LIST:
+        return _list(content, at, form, depth + 1)
+    if kind in (4, _INT32, _INT64):
+        return _number(content, at) if form == _INT32 else (None, _varint(content, at)[1])
+    if kind == _BYTES:
         length, at = _varint(content, at)
+        if length > len(content) - at:
+            raise IndexError
         return None, at + length
+    if kind in (1, 2):  # true, false
+        return None, at
     if kind in (3, 7):  # a byte, and a floating-point number
         return None, at + (1 if kind == 3 else 8)
-    if kind != 9:
-        raise ValueError("another type")
-    # A list: its length, if below 15, and the kind of what is in it are in the first byte.
+    raise ValueError("another type")
+
+
+def _list(content: bytes, at: int, form: Any, depth: int) -> tuple[list[Any], int]:
+    """A list's values where its form is a tuple, and where it ends."""
+    if depth > _DEEPEST_STRUCT:
+        raise ValueError("nested too deeply")
+    # Its length, if below 15, and the kind of what is in it are in the first byte.
     length, kind = content[at] >> 4, content[at] & 15
     at += 1
     if length == 15:
         length, at = _varint(content, at)
+    # Each value takes a byte at least.
+    if length > len(content) - at:
+        raise IndexError
     found = []
+    inner = form[0] if form else None
     for _ in range(length):
-        value, at = _value(content, at, kind, depth)
-        found.append(value)
+        # In a list a flag is a byte.
+        value, at = (None, at + 1) if kind in (1, 2) else _value(content, at, kind, inner, depth)
+        if isinstance(form, tuple):
+            found.append(value)
     return found, at
 
 
 def _number(content: bytes, at: int) -> tuple[int, int]:
+    """A whole number of 32 bits, and where it ends. Arrow would cut off what is above."""
     value, at = _varint(content, at)
+    if value >> 32:
+        raise ValueError("a number of more than 32 bits")
     return (value >> 1) ^ -(value & 1), at
 
 

@@ -172,9 +172,11 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[override]
-        size = self._content.readinto(buffer)
-        self._expansion.add(size, bytes(buffer[:size]).count(b"\n"))
-        return size
+        # One read: of several the last may fail, and what the others gave would be lost.
+        content = self._content.read1(len(buffer))
+        self._expansion.add(len(content), content.count(b"\n"))
+        buffer[: len(content)] = content
+        return len(content)
 
     def close(self) -> None:
         self._content.close()
@@ -218,6 +220,10 @@ class _Zstd(io.RawIOBase):
         size = min(len(buffer), len(self._pending))
         buffer[:size], self._pending = self._pending[:size], self._pending[size:]
         return size
+
+    def read1(self, size: int) -> bytes:
+        """Up to so many bytes of one block."""
+        return self.read(size)
 
     def _begin(self) -> bool:
         """Read the next frame's header, or pass over one without text. False at the end."""

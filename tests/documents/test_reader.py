@@ -5,7 +5,9 @@ import itertools
 import json
 import random
 import struct
+import time
 import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
@@ -98,6 +100,19 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     assert [entry.id for entry in found[:-1] if isinstance(entry, Document)][:400] == [
         str(number) for number in range(400)
     ]
+
+
+def test_documents_before_the_damage_of_a_gzip_file_are_read(tmp_path):
+    letters = random.Random(1).choices("abcdefghijklmnopqrstuvwxyz ", k=600_000)
+    texts = ["".join(letters[at : at + 200]) for at in range(0, len(letters), 200)]
+    whole = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    cut = whole[: len(whole) // 2]
+    in_it = zlib.decompressobj(wbits=31).decompress(cut).count(b"\n")
+    for content, expected in ((whole + b"junk", len(texts)), (cut, in_it)):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        *found, problem = entries(tmp_path / "a.jsonl.gz")
+        assert [entry.text for entry in found] == texts[:expected]
+        assert (problem.reason, problem.line) == ("unreadable", expected + 1)
 
 
 def entries(path, **fields) -> list[Any]:
@@ -240,6 +255,14 @@ def read_counting_memory(path, most):
     return found
 
 
+def test_values_that_are_null_and_wide_are_not_made(tmp_path):
+    # Arrow would make room for a thousand at once.
+    write_table(tmp_path / "a.parquet", pa.array([None], pa.binary(1 << 20)), store_schema=False)
+    (problem,) = entries(tmp_path / "a.parquet")
+    assert problem.reason == "unreadable"
+    assert "holds far more" in problem.detail
+
+
 def test_rows_of_a_parquet_file_are_read_whatever_their_sizes(tmp_path):
     limit = 1024
     sizes = [0, 1, 1000, 1024, 1025, 5, 600, 600, 600, 3000, 2000, 1, 0, 1024, 1024]
@@ -261,6 +284,39 @@ def test_rows_of_a_parquet_file_are_read_whatever_their_sizes(tmp_path):
                 assert f"{len(text):,} bytes" in entry.detail
             else:
                 assert entry.text == text
+
+
+def test_a_column_of_categories_is_read_as_fast_as_one_of_texts(tmp_path):
+    texts = [f"{number:05} " + "a" * 500 for number in range(20_000)]
+    seconds = []
+    for column in (pa.array(texts), pa.array(texts).dictionary_encode()):
+        write_table(tmp_path / "a.parquet", column)
+        start = time.perf_counter()
+        assert [entry.text for entry in entries(tmp_path / "a.parquet")] == texts
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 3 * seconds[0] + 0.5
+
+
+def test_types_of_arrow_give_the_values_of_parquet(tmp_path):
+    times = pa.array([1, 2], pa.timestamp("us", "Europe/Berlin"))
+    columns = {
+        "text": pa.StructArray.from_arrays(
+            [pa.array(["a", "b"]).dictionary_encode(), pa.array(["c", None], pa.large_string())],
+            ["inner", "other"],
+        ),
+        "id": pa.array([7, 8]).dictionary_encode(),
+        "source": pa.array(["s", "t"], pa.string_view()),
+        "time": times,
+    }
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    found = entries(path, text="text.inner", id="id", source="source")
+    assert found == [Document(path, 1, "7", "s", "a"), Document(path, 2, "8", "t", "b")]
+    first, second = entries(path, text="text.other", id="id", source="source")
+    assert first.text == "c"
+    assert "'text.other' is null" in second.detail
+    assert {entry.reason for entry in entries(path, text="time")} == {"no_text"}
 
 
 def test_a_column_of_lists_is_named_and_not_read(tmp_path):

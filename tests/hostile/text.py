@@ -177,6 +177,170 @@ def deep_schema(depth: int = 100_000) -> bytes:
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
+def zigzag(number: int) -> bytes:
+    """A signed number as Thrift writes it."""
+    return varint(number << 1 if number >= 0 else (-number << 1) - 1)
+
+
+def field(number: int, value: int | bytes, kind: int = 5) -> bytes:
+    """A field of a struct; by its kind a number (of 32 bits, or 6: of 64) or bytes."""
+    content = zigzag(value) if isinstance(value, int) else varint(len(value)) + value
+    return bytes([kind]) + zigzag(number) + content
+
+
+def inner(number: int, *fields: bytes) -> bytes:
+    """A field that is a struct."""
+    return b"\x0c" + zigzag(number) + struct_of(*fields)
+
+
+def several(number: int, *items: bytes, kind: int = 12) -> bytes:
+    """A field that is a list, of structs if nothing else is said."""
+    return b"\x09" + zigzag(number) + bytes([240 | kind]) + varint(len(items)) + b"".join(items)
+
+
+def struct_of(*fields: bytes) -> bytes:
+    return b"".join(fields) + b"\x00"
+
+
+def with_footer(footer: bytes, pages: bytes = b"") -> bytes:
+    """A Parquet file."""
+    return b"PAR1" + pages + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def pages_file(
+    pages: bytes, rows: int, *, dictionary: int = 0, encodings: tuple[int, ...] = (0,), groups=1
+) -> bytes:
+    """A Parquet file of a column of texts in zstd, whose first page may be a dictionary.
+
+    All row groups have the same pages.
+    """
+    chunk = [
+        *(field(1, 6), several(2, *map(zigzag, encodings), kind=5)),
+        *(several(3, varint(4) + b"text", kind=8), field(4, 6), field(5, rows, 6)),
+        *(field(6, 1000, 6), field(7, len(pages), 6), field(9, 4 + dictionary, 6)),
+    ]
+    if dictionary:
+        chunk.append(field(11, 4, 6))
+    column = struct_of(field(2, 4, 6), inner(3, *chunk))
+    group = struct_of(several(1, column), field(2, 1000, 6), field(3, rows, 6))
+    nodes = [
+        struct_of(field(4, b"root", 8), field(5, 1)),
+        struct_of(field(1, 6), field(3, 0), field(4, b"text", 8), field(6, 0)),
+    ]
+    footer = [field(1, 2), several(2, *nodes), field(3, rows * groups, 6)]
+    return with_footer(struct_of(*footer, several(4, *[group] * groups)), pages)
+
+
+def data_page(values: int, encoding: int = 0) -> bytes:
+    """The field of a page's header that says what is in it."""
+    return inner(5, field(1, values), field(2, encoding), field(3, 3), field(4, 3))
+
+
+def data_page_2(values: int) -> bytes:
+    """The same of version 2, with plain values."""
+    return inner(
+        8, field(1, values), field(2, 0), field(3, values), *(field(i, 0) for i in (4, 5, 6))
+    )
+
+
+def values(count: int, blocks: int) -> tuple[bytes, int]:
+    """A page of values of so many blocks of 128 KiB, and its bytes when decompressed."""
+    size = blocks << 17
+    packed = zstandard.ZstdCompressor().compress(struct.pack("<I", size)) + zstd_blocks(blocks)
+    return packed * count, (size + 4) * count
+
+
+def size_twice() -> bytes:
+    """A page that says its size of two gigabytes, and in another type that it is ten bytes."""
+    page, size = values(120, 128)
+    sizes = field(2, size) + field(2, 10, 6)
+    header = struct_of(field(1, 0), sizes, field(3, len(page)), data_page(120))
+    return pages_file(header + page, 120)
+
+
+def two_headers() -> bytes:
+    """A page that has a value or ten thousand, as one reads it, and another behind it."""
+    pages = b""
+    for count, blocks, other in ((1, 1, data_page_2(10_000)), (120, 128, b"")):
+        page, size = values(count, blocks)
+        sizes = field(2, size) + field(3, len(page))
+        pages += struct_of(field(1, 0), sizes, data_page(count), other) + page
+    return pages_file(pages, 121)
+
+
+def dictionary_twice() -> bytes:
+    """A dictionary that says its size twice, and has a value of 16 MiB that all rows are."""
+    page, size = values(1, 128)
+    sizes = field(2, 10) + field(2, size) + field(3, len(page))
+    first = struct_of(field(1, 2), sizes, inner(7, field(1, 1), field(2, 0))) + page
+    # One bit an index, and a run of the first value.
+    indices = b"\x01" + varint(256 << 1) + b"\x00"
+    packed = zstandard.ZstdCompressor().compress(indices)
+    sizes = field(2, len(indices)) + field(3, len(packed))
+    second = struct_of(field(1, 0), sizes, data_page(256, 8)) + packed
+    return pages_file(first + second, 256, dictionary=len(first), encodings=(0, 8))
+
+
+def hidden_beginnings() -> bytes:
+    """Values that are the one before, in a page of which a second header says that they are not."""
+    size, count = 20 * MIB, 129
+    # Lengths as differences: a block of 128 in four parts, of which each has its own width.
+    head = varint(128) + varint(4) + varint(count)
+    width = size.bit_length()
+    # 0 and then `size`: the first difference is `size`.
+    prefixes = (
+        head + zigzag(0) + zigzag(0) + bytes([width, 0, 0, 0]) + size.to_bytes(4 * width, "little")
+    )
+    # `size` and then 0: all differences but the first are `size` above the least.
+    bits = [sum(size << (width * i) for i in range(part == 0, 32)) for part in range(4)]
+    packed = b"".join(part.to_bytes(4 * width, "little") for part in bits)
+    suffixes = head + zigzag(size) + zigzag(-size) + bytes([width] * 4) + packed
+    content = zstandard.ZstdCompressor().compress(prefixes + suffixes) + zstd_blocks(size >> 17)
+    sizes = field(2, len(prefixes + suffixes) + size) + field(3, len(content))
+    header = struct_of(field(1, 0), sizes, data_page(count, 7), data_page_2(count))
+    return pages_file(header + content, count)
+
+
+def shared_pages() -> bytes:
+    """Row groups that all have the same pages, most of them without a value."""
+    pages = b""
+    for count, body in (*[(0, b"")] * 2000, (1, struct.pack("<I", 3) + b"abc")):
+        packed = zstandard.ZstdCompressor().compress(body)
+        sizes = field(2, len(body)) + field(3, len(packed))
+        pages += struct_of(field(1, 0), sizes, data_page(count)) + packed
+    return pages_file(pages, 1, groups=300)
+
+
+def two_schemas(between: bytes = b"") -> bytes:
+    """A flat schema and later a deep one, which is the one that Arrow takes."""
+    nodes = [
+        struct_of(field(4, b"a", 8), field(5, 1)),
+        struct_of(field(1, 6), field(4, b"a", 8)),
+    ]
+    flat, deep = several(2, *nodes), several(2, *nodes[:1] * 60_000, nodes[1])
+    rest = several(4) + between + deep
+    return with_footer(struct_of(field(1, 2), flat, field(3, 0, 6), rest))
+
+
+def hidden_schema() -> bytes:
+    """The deep one behind a list of a byte, of which Arrow reads a struct that ends in a zero."""
+    return two_schemas(b"\x09" + zigzag(7) + b"\x13\x11\x00")
+
+
+def categories() -> bytes:
+    """A dictionary of 42 MiB, which Arrow's type has every batch of rows bring with it."""
+    texts = ["x", *(letter * (14 << 20) for letter in "abc")]
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(450_000, np.int32)), texts)
+    return table(column, dictionary_pagesize_limit=128 << 20)
+
+
+def of_pages(name: str, content: Callable[[], bytes]) -> Hostile:
+    """A Parquet file that is read in one place only, whatever the command."""
+    whole = of_text(name, "a.parquet", content, "unreadable")
+    few = {command: whole.commands[command] for command in ("stats", "pipeline")}
+    return dataclasses.replace(whole, commands=few)
+
+
 def of_text(name: str, file: str, content: Callable[[], bytes], counted: str) -> Hostile:
     """A file that all readers refuse by its name, and the pipeline counts as it says."""
     return Hostile(name, write(file, content), READERS, place=file, counted={"pipeline": counted})
@@ -265,6 +429,17 @@ HOSTILE = [
         "parquet_long_row", "a.parquet", lambda: table(pa.array(["a" * 20 * MIB])), "line_too_long"
     ),
     of_text("parquet_schema", "a.parquet", deep_schema, "unreadable"),
+    of_pages("parquet_categories", categories),
+    of_pages("parquet_size_twice", size_twice),
+    of_pages("parquet_two_headers", two_headers),
+    of_pages("parquet_dictionary_twice", dictionary_twice),
+    of_pages("parquet_hidden_delta", hidden_beginnings),
+    of_pages("parquet_shared", shared_pages),
+    of_pages("parquet_two_schemas", two_schemas),
+    of_pages("parquet_hidden_schema", hidden_schema),
+    # A list of 2^40 flags, and lists in lists.
+    of_pages("parquet_flags", lambda: with_footer(b"\x19\xf1" + varint(1 << 40) + b"\x00")),
+    of_pages("parquet_nested", lambda: with_footer(b"\x19" * 5000)),
     of_json("deep_json", lambda: b'{"example": ' + b"[" * 900_000),
     of_json("key_twice", lambda: keys(59_999)),
     of_questions("agieval", "sat-math.jsonl", "many_fields", keys),
