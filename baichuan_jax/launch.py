@@ -65,7 +65,7 @@ from baichuan_jax.runs.events import (
     append_event,
     latest,
 )
-from baichuan_jax.runs.folder import Run, refuse_links
+from baichuan_jax.runs.folder import Run, refuse_links_in_run
 
 # Seconds between two looks at files and processes.
 TICK = 0.2
@@ -94,7 +94,7 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
-        refuse_links(self.run.path)
+        refuse_links_in_run(self.run.path)
         self._refuse_unsupervised()
         with owned(
             self.launches.host_lock(self.host),
