@@ -67,7 +67,14 @@ def initialize_processes(
             raise refused
         refuse_programs_of_others()
 
-    refuse_together("start", refuse)
+    try:
+        refuse_together("start", refuse)
+    except ConfigError:
+        # Whoever is still connected when process 0 ends is aborted, and may not have said why.
+        what = f"the other processes to hear of a refusal ({SHUTDOWN_SECONDS} s at most)"
+        with contextlib.suppress(Exception), announced(what):
+            jax.distributed.shutdown()
+        raise
     require_devices()
 
 
