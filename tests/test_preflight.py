@@ -170,7 +170,7 @@ def test_what_one_process_refuses_ends_all_with_its_reason(tmp_path, what):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config, run_dir = write_config(tmp_path), tmp_path / "run"
-    own: dict[str, str] = {}
+    own: dict[str, Any] = {}
     folder = str(run_dir)
     if what == "programs":
         (tmp_path / "compiled").mkdir()

@@ -206,6 +206,7 @@ def test_the_socket_lies_in_tmp_where_the_path_of_tmpdir_is_too_long(tmp_path, m
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with supervisor._socket_folder() as folder:
+        assert folder is not None
         assert Path(folder).parent == Path("/tmp").resolve()
         assert Path(folder).stat().st_mode & 0o777 == 0o700
     (line,) = capsys.readouterr().err.splitlines()
