@@ -4,6 +4,7 @@ import platform
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
