@@ -19,11 +19,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.parsing import environment_number, whole_number
-from baichuan_jax.config.schema import Config, ConfigError, at_least, between, require
+from baichuan_jax.config.schema import Config, ConfigError, at_least, between
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
     SOCKET,
@@ -65,7 +66,8 @@ from baichuan_jax.runs.events import (
     append_event,
     latest,
 )
-from baichuan_jax.runs.folder import Run, refuse_links
+from baichuan_jax.runs.folder import Run, refuse_links_in_run
+from baichuan_jax.runs.private import trusted_folder
 
 # Seconds between two looks at files and processes.
 TICK = 0.2
@@ -94,7 +96,7 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Launch after launch. Returns the exit code of the last."""
-        refuse_links(self.run.path)
+        refuse_links_in_run(self.run.path)
         self._refuse_unsupervised()
         with owned(
             self.launches.host_lock(self.host),
@@ -277,13 +279,11 @@ class Supervisor:
         """
         if self.options.address is not None or os.environ.get(BIND_VARIABLE):
             return contextlib.nullcontext()
-        parent = tempfile.gettempdir()
+        parent = trusted_folder(Path(tempfile.gettempdir()), "TMPDIR")
         # The kernel's limit for a socket's path is 107 bytes.
-        require(
-            len(os.fsencode(parent)) <= 80,
-            f"the path of the temporary folder {parent} is too long for a socket's: set TMPDIR to "
-            "a shorter one, or give --address 127.0.0.1",
-        )
+        if len(os.fsencode(parent)) > 80:
+            say(f"the path of TMPDIR={parent} is too long for a socket's: process 0's lies in /tmp")
+            parent = trusted_folder(Path("/tmp"), "process 0's socket")
         return tempfile.TemporaryDirectory(
             prefix="baichuan-socket-", dir=parent, ignore_cleanup_errors=True
         )

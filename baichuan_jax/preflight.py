@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from baichuan_jax.checkpoint.local_copies import SETTING
 from baichuan_jax.config.files import make_parser, parse_config
 from baichuan_jax.config.schema import Config, ConfigError
 from baichuan_jax.resilience.addresses import exposure, is_each_hosts_own, listening
@@ -32,13 +33,14 @@ from baichuan_jax.resilience.coordination import (
     coordinator_address,
     describe_difference,
     gather,
+    refuse_together,
 )
 from baichuan_jax.resilience.exits import run_command, say
 from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import draft_of, new_draft, remove_leftovers
-from baichuan_jax.runs.private import trusted_folder
+from baichuan_jax.runs.private import refuse_planted_links, require_private
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
 # Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
@@ -74,13 +76,15 @@ def preflight(config: Config) -> Findings:
     took("versions and clocks")
     _refuse(gather("preflight/devices", _device_fault()))
     took("devices")
+    planted = lambda: refuse_planted_links(config.run_path, "run_dir")
+    refuse_together("preflight/run folder", planted)
     faults = gather("preflight/storage", storage_fault(config.run_path / "checkpoints"))
     if all(faults):  # the storage itself, and not a host
         raise SaveFailed(f"preflight: {faults[0]}")
     _refuse(faults)
     # A host whose own disk fails is left out, also where all of them fail: nothing else would help.
     if (local := config.checkpoint.local_path) is not None:
-        _refuse_folder(gather("preflight/local folder", _folder_fault(local)))
+        refuse_together("preflight/local folder", lambda: require_private(local, SETTING))
         _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
     if jax.process_count() > 1:
@@ -182,25 +186,6 @@ def _refuse(faults: Sequence[str | None]) -> None:
     if bad:
         listed = [f"process {process}: {fault}" for process, fault in list(bad.items())[:4]]
         raise BadHost(f"preflight: {'; '.join(listed)}", tuple(bad))
-
-
-def _refuse_folder(faults: Sequence[str | None]) -> None:
-    """Raise ConfigError, on all processes, where one must not use the folder of the settings."""
-    for process, fault in enumerate(faults):
-        if fault:
-            raise ConfigError(f"{fault} (process {process})")
-
-
-def _folder_fault(folder: Path) -> str | None:
-    """Why other users of this host could replace what is written in a folder; None: they cannot."""
-    try:
-        trusted_folder(folder, "checkpoint.local_dir")
-    except ConfigError as error:
-        return str(error)
-    except OSError:
-        # The disk: `storage_fault` says it, and the host is left out.
-        return None
-    return None
 
 
 def _device_fault() -> str | None:
@@ -377,4 +362,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]), result_is_shown=True)
+    run_command(lambda: main(sys.argv[1:]), result_is_shown=True, joins=True)

@@ -26,7 +26,9 @@ from baichuan_jax.hf.source import refuse_weights_folder
 from baichuan_jax.resilience.causes import Cause
 from baichuan_jax.resilience.checkpoint_interval import fault_history
 from baichuan_jax.resilience.clock import Clock
+from baichuan_jax.resilience.coordination import agree
 from baichuan_jax.resilience.exits import run_command, signals
+from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.watch import Watch
 from baichuan_jax.runs.console import Display, lasting_streams
 from baichuan_jax.runs.events import Completed, Measured, latest
@@ -80,9 +82,14 @@ def _train(config: Config, run: Run, clock: Clock) -> bool:
     if _is_complete(config, run):
         return True
     # Before jax starts and anything is packed: what cannot be used or written is found in a second.
-    refuse_weights_folder(run.path)
-    refuse_other_files(run.path, config.tokenizer.path, has_checkpoint(run.path))
-    require_writable(run.path, "run_dir")
+    try:
+        refuse_weights_folder(run.path)
+        refuse_other_files(run.path, config.tokenizer.path, has_checkpoint(run.path))
+        require_writable(run.path, "run_dir")
+    except ConfigError as error:
+        # The run's other processes would wait for this one, so it comes and tells them.
+        initialize_processes(config.distributed, config.resilience, error)
+        raise
     with (
         Watch(config.resilience, clock, run.path / "attempts") as watch,
         contextlib.ExitStack() as held,
@@ -189,12 +196,19 @@ def _settings_before(run: Run) -> str | None:
 
 
 def _open_run(config: Config, run: Run, display: Display) -> tuple[Output, str | None]:
-    """Make the run's folder; also the settings of its last launch, as YAML."""
-    writer = Writer(run.path, config, lambda text: display.say(text, "yellow"), display.active)
-    before = None
-    if display.active:
+    """Make the run's folder; also the settings of its last launch, as YAML, for process 0.
+
+    Raises ConfigError on all processes where process 0 cannot write or read its records.
+    """
+    warn, before = lambda text: display.say(text, "yellow"), None
+    writer = Writer(run.path, config, warn, active=False)
+
+    def begin() -> None:
+        nonlocal before, writer
         run.path.mkdir(parents=True, exist_ok=True)
-        before = _settings_before(run)
+        writer, before = Writer(run.path, config, warn), _settings_before(run)
+
+    agree("the run's records", begin)
     return Output(writer, display), before
 
 
@@ -246,5 +260,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     run_command(
-        lambda: main(sys.argv[1:]), interrupted="nothing was saved after the last checkpoint"
+        lambda: main(sys.argv[1:]),
+        interrupted="nothing was saved after the last checkpoint",
+        joins=True,
     )

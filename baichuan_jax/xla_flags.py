@@ -294,11 +294,14 @@ def keep_compiled(config: Config, platform: str) -> str | None:
     found = []
     for name in ("compiled", f"compiled-{os.geteuid()}"):
         folder = Path(config.data.cache_dir).absolute() / name
-        # Where it cannot be made, jax says so and goes on.
-        with contextlib.suppress(OSError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700)
+        # Before: it might be made where another user's link leads.
         if (why := why_not_run(folder)) is None:
+            # Where it cannot be made, jax says so and goes on.
+            with contextlib.suppress(OSError):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700)
+            why = why_not_run(folder)
+        if why is None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             return None
         found.append(why)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from exam import make_mmlu
-from launches import REPOSITORY, environment, run_here
+from launches import REPOSITORY, Done, environment, run_here
 
 from baichuan_jax.__main__ import COMMANDS, answer
 from baichuan_jax.data.rows import Rows
@@ -203,6 +204,17 @@ def read(tmp_path_factory):
     return folder
 
 
+def run_words(command: str, words: str) -> Done:
+    """A command in this process, with what the shell would make of its command line."""
+    name = f"baichuan_jax.{command}"
+    if (REPOSITORY / name.replace(".", "/") / "__main__.py").exists():
+        name += ".__main__"
+    argv = []
+    for word in shlex.split(words):
+        argv += sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
+    return run_here(lambda: importlib.import_module(name).main(argv))
+
+
 @pytest.mark.parametrize(
     ("command", "words", "file"),
     [(key[0], *case) for key, cases in OUTPUTS.items() for case in cases],
@@ -214,17 +226,63 @@ def test_an_output_that_is_an_input_is_refused_before_the_work(
     if words.startswith("mmlu"):
         words += " --subjects anatomy"
     words, before = words.format(file), (read / file).read_bytes()
-    name = f"baichuan_jax.{command}"
-    if (REPOSITORY / name.replace(".", "/") / "__main__.py").exists():
-        name += ".__main__"
-    argv = []
-    for word in shlex.split(words):
-        argv += sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
-    done = run_here(lambda: importlib.import_module(name).main(argv))
+    done = run_words(command, words)
     assert done.returncode == 78, done.stderr
     refused = ("would replace", "would be written into", "are one file")
     assert any(what in done.stderr for what in refused), done.stderr
     assert (read / file).read_bytes() == before
+
+
+# Beside OUTPUTS: all else that names an output. {} stands for it.
+MORE_OUTPUTS = [
+    ("kernels", "--targets sm_90 --json {}"),
+    ("data.rows", "pack --input m.jsonl --tokenizer s.model --context_length 64 --output {}"),
+    ("data.pipeline", "--input m.jsonl --output {}"),
+    ("hf", "import hf {}"),
+    ("hf", "export --checkpoint hf {}"),
+    ("train", "--config b.yaml --run_dir {}"),
+    ("train", "--config tiny --run_dir R2 --data.cache_dir {}"),
+    ("preflight", "--config b.yaml --run_dir {}"),
+    ("launch", "-- --config b.yaml --run_dir {}"),
+]
+
+
+def with_output(words: str, option: str) -> str:
+    """A command line of OUTPUTS with {} in place of its output."""
+    before, _, behind = words.replace("{}", "h100-1x2.json").partition(f"{option} ")
+    return f"{before}{option} {{}} {behind.partition(' ')[2]}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a link to another user")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *(
+            (command, with_output(words, option))
+            for (command, option), cases in OUTPUTS.items()
+            for words, _ in cases
+        ),
+        *MORE_OUTPUTS,
+    ],
+)
+def test_no_output_goes_where_another_user_s_link_leads(
+    read, tmp_path, monkeypatch, command, words
+):
+    """In a folder such as /tmp, where anybody may make one under a name that he expects."""
+    monkeypatch.chdir(read)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    shared, target = tmp_path / "shared", tmp_path / "target"
+    for folder in (shared, target):
+        folder.mkdir()
+    shared.chmod(0o1777)
+    (shared / "link").symlink_to(target)
+    os.lchown(shared / "link", 65534, 65534)
+    if words.startswith("mmlu"):
+        words += " --subjects anatomy"
+    done = run_words(command, words.format(shared / "link" / "out"))
+    assert done.returncode == 78, done.stderr
+    assert f"{shared}/link is a link that " in done.stderr, done.stderr
+    assert list(target.iterdir()) == []
 
 
 def test_every_command_with_an_output_looks_whether_it_is_an_input():

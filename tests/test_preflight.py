@@ -4,6 +4,7 @@ import platform
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,46 @@ def test_the_command_says_that_all_passed(tmp_path):
     done = run_module("baichuan_jax.preflight", *argv, devices=2)
     assert done.returncode == 0, done.stderr
     assert "1 process(es), 2 device(s): all passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "what", ["programs", *(pytest.param(each, marks=pytest.mark.slow) for each in ("run", "log"))]
+)
+def test_what_one_process_refuses_ends_all_with_its_reason(tmp_path, what):
+    """Else the others wait for minutes, and their code says that a restart may help."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config, run_dir = write_config(tmp_path), tmp_path / "run"
+    own: dict[str, Any] = {}
+    folder = str(run_dir)
+    if what == "programs":
+        (tmp_path / "compiled").mkdir()
+        (tmp_path / "compiled").chmod(0o777)
+        own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        reason = f"JAX_COMPILATION_CACHE_DIR: every user may write {tmp_path}/compiled"
+    elif what == "run":
+        (tmp_path / "file").write_text("")
+        folder, reason = str(tmp_path / "file" / "run"), "file/run' cannot be written"
+    else:
+        # Process 0 alone writes it.
+        (run_dir / "metrics.jsonl").mkdir(parents=True)
+        reason = "metrics.jsonl is a link, a folder, a pipe or a device"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "baichuan_jax.train", "--config", str(config), "--run_dir", run],
+            env=environment(
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(number),
+                **more,
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, run, more in ((0, str(run_dir), {}), (1, folder, own))
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert reason in line
+        assert process.returncode == 78, said

@@ -42,12 +42,12 @@ from baichuan_jax.config.parsing import (
     whole_number,
 )
 from baichuan_jax.config.schema import ConfigError
-from baichuan_jax.resilience.coordination import agree, gather
+from baichuan_jax.resilience.coordination import agree, gather, refuse_together
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import write_atomically
-from baichuan_jax.runs.private import open_in, open_private
+from baichuan_jax.runs.private import open_in, open_private, require_private
 
 SUFFIX = ".state"
 SETTING = "checkpoint.local_dir"
@@ -101,12 +101,9 @@ class LocalCopies:
     ) -> None:
         self.folder, self._record, self._draft = folder, record, ""
         self._rollbacks, self._tokenizer, self._target = rollbacks, tokenizer_hash, target
-        found = gather("local/hosts", [host, self._fault()])
-        for process, (name, fault) in enumerate(found):
-            if fault is not None:
-                raise ConfigError(f"{fault} (process {process} on {name})")
+        refuse_together("local/folder", lambda: require_private(folder, SETTING))
         # One process of a host is enough: each holds the whole state.
-        self._writer = [name for name, _ in found].index(host) == jax.process_index()
+        self._writer = gather("local/hosts", host).index(host) == jax.process_index()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._rounds = 0
@@ -125,17 +122,6 @@ class LocalCopies:
     def _leaves(self) -> list[Any]:
         """Shapes and shardings of the arrays, in the order of the file."""
         return jax.tree.leaves(self._target.items)
-
-    def _fault(self) -> str | None:
-        """Why the folder must not be used; None: nothing is known against it."""
-        try:
-            with self._open():
-                return None
-        except ConfigError as error:
-            return str(error)
-        except OSError:
-            # A disk that fails: each save says so, and ends nothing.
-            return None
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:

@@ -258,18 +258,6 @@ class Checkpoints:
         items = restore_items(path, self._target.items, run["digest"], self._target.digest)
         return RunState(from_items(items), run["step"], progress)
 
-    def progress_at(self, position: int) -> Progress:
-        """That of a host's copy of an earlier version, which says its position alone.
-
-        By the configuration of the newest checkpoint, or the present one where there is none.
-        """
-        for step in reversed(self.steps()):
-            # A damaged one is reported where it is restored.
-            with contextlib.suppress(CorruptCheckpoint):
-                run = read_run(self.directory / str(step))
-                return self._progress({"config": run["config"], "position": position})
-        return self._progress({"config": self._plain, "position": position})
-
     def _progress(self, run: dict[str, Any]) -> Progress:
         if "progress" in run:
             try:
@@ -332,7 +320,7 @@ def _write_sizes(path: Path) -> None:
     write_atomically(path / SIZES, json.dumps(_sizes(path)).encode())
 
 
-def _refuse_links(path: Path) -> None:
+def _refuse_links_in_checkpoint(path: Path) -> None:
     """Raise ConfigError where a link leads out of a checkpoint."""
     for folder, folders, names in os.walk(path):
         for name in (*folders, *names):
@@ -345,7 +333,7 @@ def _find_damage(path: Path) -> str | None:
     None where all are right, or where a kill came before the sizes were noted: the digests decide.
     """
     # Before their sizes: a link is no damage, and its checkpoint keeps its name.
-    _refuse_links(path)
+    _refuse_links_in_checkpoint(path)
     try:
         wanted = require_type(read_json(path / SIZES), dict[str, int], SIZES)
     except ConfigError as error:
@@ -454,7 +442,7 @@ def _require_own_files(path: Path, targets: dict[str, Any]) -> None:
 
     TensorStore itself refuses the names in its manifests that leave the folder.
     """
-    _refuse_links(path)
+    _refuse_links_in_checkpoint(path)
     wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(targets))
     try:
         there = sum(file.stat().st_size for name in targets for file in _files(path / name))

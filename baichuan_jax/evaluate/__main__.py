@@ -367,4 +367,5 @@ if __name__ == "__main__":
         lambda: main(sys.argv[1:]),
         interrupted="finished subjects of a test are kept, and the same command goes on after "
         "them; a curve of perplexity begins again",
+        joins=True,
     )

@@ -80,12 +80,17 @@ def own_file(file: Path) -> Path:
     """A file of a folder of weights, where it belongs to the folder. Raises ConfigError.
 
     A received folder may hold a link to any file of the machine. Two are followed: one that stays
-    in the folder, and one to a blob of Hugging Face's cache, whose snapshots are such links
-    (models--OWNER--NAME/blobs/HASH).
+    in the folder, and one of a snapshot in Hugging Face's cache to a blob of the same model:
+    models--OWNER--NAME/snapshots/REVISION/.../FILE to models--OWNER--NAME/blobs/HASH.
     """
     target, folder = file.resolve(), file.parent.resolve()
-    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
-    if not (target.is_relative_to(folder) or in_cache):
+    # Of this model alone: a cache may hold others' private ones.
+    blobs = [
+        snapshot.parents[1] / "blobs"
+        for snapshot in (folder, *folder.parents)
+        if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--")
+    ]
+    if not (target.is_relative_to(folder) or target.parent in blobs):
         raise ConfigError(
             f"{file} is a link out of its folder, to {target}; if that is meant, put a copy there, "
             "or name that folder instead"

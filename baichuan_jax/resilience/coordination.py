@@ -96,6 +96,23 @@ def gather(name: str, value: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"gathered/{name}/"))]
 
 
+def refuse_together(name: str, check: Callable[[], object]) -> None:
+    """Run a check on every process; where it raises ConfigError on one, all raise that.
+
+    For what one host alone may lack: its processes would end, and the others wait for them. Every
+    process must call this with the same name, once.
+    """
+    fault = None
+    try:
+        check()
+    except ConfigError as error:
+        fault = str(error)
+    faults = gather(name, fault)
+    for process, found in enumerate(faults):
+        if found is not None:
+            raise ConfigError(found if len(faults) == 1 else f"{found} (process {process})")
+
+
 def require_same(
     what: str,
     value: Any,

@@ -74,17 +74,21 @@ USAGE_ERROR = 2
 
 
 def run_command(
-    command: Callable[[], int], result_is_shown: bool = False, interrupted: str = ""
+    command: Callable[[], int],
+    result_is_shown: bool = False,
+    interrupted: str = "",
+    joins: bool = False,
 ) -> NoReturn:
     """Run a command's main function; exit with its code, or with that of its error's cause.
 
     Nothing that it shows can end it: a closed pipe or terminal, a full disk under a log. Where the
     result itself is shown, a disk that refuses it is an error. `interrupted`: what Ctrl-C leaves of
-    the command's work, for its user.
+    the command's work, for its user. `joins`: it may be one of several processes, and refuses
+    others' compiled programs together with them, in initialize_processes.
     """
     with lasting_streams() as stdout:
         try:
-            code = _code_of(command, interrupted)
+            code = _code_of(command, interrupted, joins)
         except SystemExit as end:
             if end.code:
                 raise
@@ -99,10 +103,11 @@ def run_command(
     leave(code)
 
 
-def _code_of(command: Callable[[], int], interrupted: str) -> int:
+def _code_of(command: Callable[[], int], interrupted: str, joins: bool) -> int:
     try:
         _require_working_directory()
-        refuse_programs_of_others()
+        if not joins:
+            refuse_programs_of_others()
         return command()
     except SystemExit as end:
         if end.code != USAGE_ERROR:

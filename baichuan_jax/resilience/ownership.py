@@ -55,7 +55,7 @@ from baichuan_jax.runs.files import (
     write_atomically,
 )
 from baichuan_jax.runs.folder import refuse_outside
-from baichuan_jax.runs.private import without_links
+from baichuan_jax.runs.private import refuse_planted_links, without_links
 
 # As long as a supervisor gives another: twice resilience.silence_seconds by default. A process that
 # compiles may hold Python's lock, and with it the beat, for some seconds.
@@ -272,6 +272,7 @@ def owned(
     `otherwise` are the message's beginning and its end: what is owned, and what to do instead.
     """
     require_plain(lock.absolute(), what)
+    refuse_planted_links(lock.parent, what)
     try:
         contender = _Contender(lock, silence, launch)
     except OSError as error:
@@ -332,8 +333,11 @@ def lock_beside(folder: Path) -> Path:
 def actual(folder: Path) -> Path:
     """A folder's own path, behind links and `.`: beside it lies its lock, one for all its names.
 
-    Raises ConfigError for the root, which has nothing beside it.
+    Raises ConfigError for the root, which has nothing beside it, and where another user may have
+    planted a link on the way.
     """
+    # Here, since the path that is returned shows none of them.
+    refuse_planted_links(folder, f"the output {folder}")
     real = Path(os.path.realpath(folder))
     if not real.name:
         raise ConfigError(f"{folder} is the root of a file system; choose a folder in it")

@@ -34,9 +34,10 @@ from baichuan_jax.resilience.addresses import (
     refuse_loopback,
 )
 from baichuan_jax.resilience.causes import Cause
-from baichuan_jax.resilience.coordination import place_gloo
+from baichuan_jax.resilience.coordination import place_gloo, refuse_together
 from baichuan_jax.resilience.exits import say
 from baichuan_jax.resilience.waits import announced, wait_until
+from baichuan_jax.runs.private import refuse_programs_of_others
 
 # How long a process waits at its start for the others: they import from a cold file system.
 JOIN_SECONDS = 300
@@ -48,19 +49,38 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 
 
 def initialize_processes(
-    config: DistributedConfig, resilience: ResilienceConfig | None = None
+    config: DistributedConfig,
+    resilience: ResilienceConfig | None = None,
+    refused: ConfigError | None = None,
 ) -> None:
     """Join the run's other processes, if there are any, and start jax on the devices.
 
     Read in this order: the settings, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, then Slurm. Raises ConfigError where a part of that is missing or wrong, and
-    where jax has no device to start on.
+    where jax has no device to start on. `refused`: why this process cannot go on, which all are
+    told and raise; so they do where the environment of one names compiled programs of others.
     """
-    _join(config, resilience)
+    _join(config, resilience, refused)
+
+    def refuse() -> None:
+        if refused is not None:
+            raise refused
+        refuse_programs_of_others()
+
+    try:
+        refuse_together("start", refuse)
+    except ConfigError:
+        # Whoever is still connected when process 0 ends is aborted, and may not have said why.
+        what = f"the other processes to hear of a refusal ({SHUTDOWN_SECONDS} s at most)"
+        with contextlib.suppress(Exception), announced(what):
+            jax.distributed.shutdown()
+        raise
     require_devices()
 
 
-def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> None:
+def _join(
+    config: DistributedConfig, resilience: ResilienceConfig | None, refused: ConfigError | None
+) -> None:
     resilience = resilience or ResilienceConfig()
     timeouts: Any = {
         # Later than this program's own limit, after which jax aborts with a page of its stack.
@@ -80,8 +100,9 @@ def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> Non
         if not 0 <= number < count:
             raise ConfigError(f"process_id={number} must lie in [0, num_processes={count})")
         if count > 1:
-            described = {"num_processes": count, "process_id": number}
-            _connect(address, number, **described, local_device_ids=local_ids, **timeouts)
+            described: dict[str, Any] = {"num_processes": count, "process_id": number}
+            described |= {"local_device_ids": local_ids}
+            _connect(address, number, refused, **described, **timeouts)
     elif not (address is None and count is None and number is None):
         raise ConfigError(
             f"several processes need all of distributed.coordinator_address={address}, "
@@ -93,14 +114,15 @@ def _join(config: DistributedConfig, resilience: ResilienceConfig | None) -> Non
         # Under Slurm jax gives a process the one GPU of its local rank. Where a node runs a single
         # process, that would be the first GPU alone: JAX_LOCAL_DEVICE_IDS lists all of them.
         detected = {"cluster_detection_method": "slurm", "local_device_ids": local_ids}
-        _connect(address, number, **detected, **timeouts)
+        _connect(address, number, refused, **detected, **timeouts)
 
 
-def _connect(address: str, number: int, **description: Any) -> None:
+def _connect(address: str, number: int, refused: ConfigError | None, **description: Any) -> None:
     """Join the processes that jax's service brings together at host:port; process 0 starts it."""
     bound = _bind_address(address) if number == 0 else None
     place = address if bound is None else f"{address} (process 0 listens on {bound} alone)"
-    with _in_time(f"all processes of this run to come to {place}"):
+    told = "" if refused is None else f", to tell them why this one cannot go on ({refused})"
+    with _in_time(f"all processes of this run to come to {place}{told}"):
         jax.distributed.initialize(
             coordinator_address=address, coordinator_bind_address=bound, **description
         )

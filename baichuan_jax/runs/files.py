@@ -199,13 +199,17 @@ def refuse_inputs(
 
     Every command that has an output calls this before its work, with what it will write and what
     it reads, by option. None: an output that was not asked for. A folder that is read stands for
-    all in it. Links to a file are that file. Raises ConfigError.
+    all in it. Links to a file are that file. Raises ConfigError; also where a link on the way to an
+    output is one that another user may have planted.
     """
     written: dict[Any, str] = {}
     for option, paths in outputs.items():
         for path in paths:
+            if path is None:
+                continue
+            refuse_planted_links(Path(path), option)
             # A device or a pipe loses nothing.
-            if path is None or _is_written_itself(Path(path)):
+            if _is_written_itself(Path(path)):
                 continue
             shown = f"{option} {path}"
             for name in _names_of(path):

@@ -166,7 +166,7 @@ def refuse_other_files(path: Path, tokenizer: str | None, begun: bool) -> None:
     `path`: the run's folder; `tokenizer`: the file that the settings name, if any; `begun`: whether
     the run has a checkpoint. Called by every process before the first of them writes there.
     """
-    refuse_links(path)
+    refuse_links_in_run(path)
     # In this order: on network storage this process may see a new file late, and the event that
     # came before it then too.
     there = [path / name for name in _ALIKE if (path / name).exists()]
@@ -309,7 +309,7 @@ def _lines(run: Path, name: str, most: int) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"{where} is no UTF-8 (byte {byte:#04x}); {_REPAIR}") from None
 
 
-def refuse_links(run: Path) -> None:
+def refuse_links_in_run(run: Path) -> None:
     """Raise ConfigError where a link would take what a launch reads and writes out of its run."""
     for name in (*_ALIKE, "metrics.jsonl", "events.jsonl", "attempts", "attempts/hosts"):
         refuse_outside(run, run / name)

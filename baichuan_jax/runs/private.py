@@ -39,7 +39,7 @@ def trusted_folder(path: Path, setting: str) -> Path:
             continue
         if not stat.S_ISDIR(found.st_mode):
             raise ConfigError(f"{setting}: {place} is no folder; name another one")
-        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        if _is_replaceable_in(found):
             raise ConfigError(
                 f"{setting}: every user may write {place} and replace what lies in it; take that "
                 f"right away (chmod o-w {place}), or name another folder"
@@ -79,6 +79,12 @@ def open_private(path: Path, setting: str) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def require_private(path: Path, setting: str) -> None:
+    """As `open_private`, for its ConfigError. A disk that fails is found when it is written."""
+    with contextlib.suppress(OSError):
+        os.close(open_private(path, setting))
 
 
 def open_in(folder: int, name: str, flags: int) -> int:
@@ -164,20 +170,36 @@ def is_of_others(path: Path | str) -> bool:
 def why_not_run(folder: Path | str) -> str | None:
     """Why compiled programs of a folder must not be run; None: nothing is wrong with it.
 
-    Whoever writes there chooses what this process executes. A group that works together may share
-    one.
+    Whoever writes there, or may put another folder in its place, chooses what this process
+    executes. A group that works together may share one.
     """
+    last: os.stat_result | None = None
     try:
-        # A link is judged too: its owner chooses the folder.
-        for found in (os.lstat(folder), os.stat(folder)):
+        # Links are judged too: their owner chooses the folder.
+        for place, found, _ in _way(Path(folder)):
+            if found is None:
+                return None
             if not _trusts(found):
-                return f"{folder} belongs to {owner_name(found.st_uid)}"
-            if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
-                return f"every user may write {folder}"
+                return f"{place} belongs to {owner_name(found.st_uid)}"
+            if _is_replaceable_in(found):
+                return f"every user may write {place}"
+            last = found
     except OSError:
-        # None yet, or none that can be read.
+        # None that can be read.
         return None
+    # A sticky one keeps what lies in it, as /tmp does, and anybody adds to it.
+    if last is not None and last.st_mode & stat.S_IWOTH:
+        return f"every user may write {folder}"
     return None
+
+
+def _is_replaceable_in(found: os.stat_result) -> bool:
+    """Whether what lies in a folder can be replaced by every user: it is not sticky, as /tmp is."""
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and bool(found.st_mode & stat.S_IWOTH)
+        and not found.st_mode & stat.S_ISVTX
+    )
 
 
 def refuse_programs_of_others() -> None:

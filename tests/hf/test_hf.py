@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.hf.__main__ import main
 from baichuan_jax.hf.config import read_config, read_facts
-from baichuan_jax.hf.files import open_tensors
+from baichuan_jax.hf.files import open_tensors, own_file
 from baichuan_jax.hf.source import find_tokenizer, read_source
 from baichuan_jax.hf.weights import export, import_params, load_pretrained, weights_sha256
 from baichuan_jax.sharding import Layout
@@ -678,6 +678,19 @@ def test_a_link_is_followed_within_its_folder_and_into_the_cache_of_hugging_face
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
     assert_equal(import_params(snapshot), params)
     assert find_tokenizer(read_source(snapshot)).hash == Tokenizer(EXAM).hash
+    # In a folder of the snapshot; and the blobs of another model, which may be private.
+    (snapshot / "sub").mkdir()
+    (snapshot / "sub" / "config.json").symlink_to("../../../blobs/a")
+    assert own_file(snapshot / "sub" / "config.json")
+    other = tmp_path / "models--others--private" / "blobs"
+    other.mkdir(parents=True)
+    shutil.copy(TINY / "config.json", other / "a")
+    (tmp_path / "received").mkdir()
+    for place in (snapshot, tmp_path / "received"):
+        (place / "theirs").symlink_to(other / "a")
+        with pytest.raises(ConfigError, match=r"theirs is a link out of its folder, to /"):
+            own_file(place / "theirs")
+        (place / "theirs").unlink()
     for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
         (snapshot / name).unlink(missing_ok=True)
         (snapshot / name).symlink_to((tmp_path / name).absolute())

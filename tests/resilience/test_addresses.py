@@ -1,6 +1,7 @@
 """Where the processes of a run listen, and who reaches them there."""
 
 import contextlib
+import os
 import signal
 import socket
 import stat
@@ -198,12 +199,38 @@ def test_a_name_that_means_loopback_is_refused_where_other_hosts_must_come(monke
     refuse_loopback("n1", "")
 
 
-def test_a_temporary_folder_whose_sockets_no_path_names_is_refused(tmp_path, monkeypatch):
+def test_the_socket_lies_in_tmp_where_the_path_of_tmpdir_is_too_long(tmp_path, monkeypatch, capsys):
     options, _ = launch._parse(["--processes", "2"])
     supervisor = launch.Supervisor(options, Config(run_dir=str(tmp_path)), [])
-    monkeypatch.setattr(tempfile, "tempdir", f"/{'x' * 80}")
-    with pytest.raises(ConfigError, match=r"is too long for a socket's: set TMPDIR"):
-        supervisor._socket_folder()
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with supervisor._socket_folder() as folder:
+        assert folder is not None
+        assert Path(folder).parent == Path("/tmp").resolve()
+        assert Path(folder).stat().st_mode & 0o777 == 0o700
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"the path of TMPDIR={long} is too long for a socket's: process 0's lies in /tmp"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_the_socket_lies_in_no_folder_that_another_user_may_replace(tmp_path, monkeypatch):
+    """The folder itself is this user's alone, and the owner of its parent exchanges it."""
+    options, _ = launch._parse(["--processes", "2"])
+    supervisor = launch.Supervisor(options, Config(run_dir=str(tmp_path)), [])
+    theirs = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(theirs))
+        theirs.chmod(0o777)
+        with pytest.raises(ConfigError, match=rf"^TMPDIR: every user may write {theirs}"):
+            supervisor._socket_folder()
+        theirs.chmod(0o755)
+        os.chown(theirs, 65534, 65534)
+        with pytest.raises(ConfigError, match=rf"^TMPDIR: {theirs} belongs to "):
+            supervisor._socket_folder()
+        assert not list(theirs.iterdir())
+    finally:
+        theirs.rmdir()
 
 
 def test_a_port_on_which_somebody_listens_is_taken():

@@ -12,7 +12,7 @@ from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.report.recorded import TESTS, _results
 from baichuan_jax.resilience.launch_files import Launches, Report
 from baichuan_jax.runs import folder
-from baichuan_jax.runs.folder import Run, read_own, refuse_links, refuse_outside
+from baichuan_jax.runs.folder import Run, read_own, refuse_links_in_run, refuse_outside
 from baichuan_jax.runs.metrics import _identity
 
 READERS = {
@@ -77,12 +77,12 @@ def test_checkpoints_may_lie_on_another_disk(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "disk").mkdir()
     (run.path / "checkpoints").symlink_to(tmp_path / "disk")
-    refuse_links(run.path)
+    refuse_links_in_run(run.path)
     refuse_outside(run.path / "checkpoints", run.path / "checkpoints" / "1" / "x")
     (run.path / "attempts").rename(tmp_path / "attempts")
     (run.path / "attempts").symlink_to(tmp_path / "attempts")
     with pytest.raises(ConfigError, match="attempts is a link out"):
-        refuse_links(run.path)
+        refuse_links_in_run(run.path)
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
