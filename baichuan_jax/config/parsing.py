@@ -327,7 +327,9 @@ def require_type(value: Any, kind: Any, where: str) -> Any:
 
     A number must be finite, a whole one at most LARGEST; true is none. A tuple may be a list.
     """
-    require(_is(value, kind), f"{where} is {show(value)} and must be {_name(kind)}")
+    # The message is made where it is needed: files hold a million values.
+    if not _is(value, kind):
+        raise ConfigError(f"{where} is {show(value)} and must be {_name(kind)}")
     return value
 
 
@@ -369,7 +371,8 @@ def build(kind: type[Kind], content: Any, what: str) -> Kind:
     whose message begins with `what`, for one that is missing, of another type, or refused by `kind`
     itself.
     """
-    require(isinstance(content, Mapping), f"{what} is {show(content)} and must be an object")
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{what} is {show(content)} and must be an object")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     # Both are MISSING where a field has no default.
     needed = {field.name for field in fields if field.default is field.default_factory}

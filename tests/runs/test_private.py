@@ -144,9 +144,9 @@ def test_an_output_is_not_put_where_a_planted_link_leads(victim, open_to_all, tm
     for planted in (link, theirs):
         os.lchown(planted, NOBODY, NOBODY)
     for text in (link, theirs / "page.html", theirs / "new" / "page.html"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is a link that nobody made"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a link that 'nobody' made"):
             writable(str(text))
-    with pytest.raises(ConfigError, match=r"run_dir: .*/tmp/folder is a link that nobody made"):
+    with pytest.raises(ConfigError, match=r"run_dir: .*/tmp/folder is a link that 'nobody' made"):
         require_writable(theirs / "run", "run_dir")
     # A team's folder: its members' links are followed, as before.
     open_to_all.chmod(0o2775)
@@ -196,7 +196,9 @@ def test_compiled_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
         refuse_programs_of_others()
     programs.chmod(0o755)
     os.chown(programs, NOBODY, NOBODY)
-    with pytest.raises(ConfigError, match="/compiled belongs to nobody, and compiled programs are"):
+    with pytest.raises(
+        ConfigError, match="/compiled belongs to 'nobody', and compiled programs are"
+    ):
         refuse_programs_of_others()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
     refuse_programs_of_others()
