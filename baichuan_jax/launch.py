@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_jax.config.files import make_parser, parse_config
-from baichuan_jax.config.parsing import environment_number, whole_number
+from baichuan_jax.config.parsing import (
+    environment_number,
+    refuse_credentials,
+    whole_number,
+)
 from baichuan_jax.config.schema import Config, ConfigError, at_least, between
 from baichuan_jax.resilience.addresses import (
     BIND_VARIABLE,
@@ -506,6 +510,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
+    # They name files of the run.
+    for option in ("host", "address"):
+        refuse_credentials(getattr(options, option) or "", f"--{option}")
     options.min_hosts = options.min_hosts or options.hosts
     if options.hosts > 1:
         options.address = options.address or options.host

@@ -44,6 +44,11 @@ MOST_MODEL_BYTES = 64 << 20
 # Bytes that a model's rules may put in the place of a character: those of Unicode (NFKC) have 33 at
 # most. A longer one makes a page of text into all of a machine's memory.
 MOST_REPLACEMENT = 64
+# Vocabularies have up to 300,000 pieces, rules up to some hundred thousand bytes, and the rest of a
+# model is three messages of some fields. More is no model, and takes minutes to walk through.
+MOST_PIECES = 1_000_000
+MOST_RULES = 8 << 20
+MOST_FIELDS = 100
 # What SentencePiece writes for a space; packing counts where text itself has it.
 SPACE_MARK = "\u2581"
 # Texts that should come back from their tokens, by what they have in them. SentencePiece's own
@@ -94,9 +99,9 @@ class Tokenizer:
         # From bytes: a path that SentencePiece cannot open ends in an error without its name.
         self._model = sentencepiece.SentencePieceProcessor()
         try:
+            longest = max(map(_longest_replacement, _normalisers(content)), default=0)
             self._model.LoadFromSerializedProto(content)
             self.vocab_size: int = self._model.GetPieceSize()
-            longest = max(map(_longest_replacement, _normalisers(content)), default=0)
         except Exception as error:
             raise ConfigError(f"{path} is no SentencePiece model: {error}; {remedy}") from None
         if longest > MOST_REPLACEMENT:
@@ -167,10 +172,24 @@ class Tokenizer:
 
 def _normalisers(content: bytes) -> Iterator[bytes]:
     """The rules for characters in a model's file, of its normalizer_spec and denormalizer_spec."""
+    pieces = others = 0
     for number, value in _fields(content):
-        if number in (3, 5):
+        pieces, others = pieces + (number == 1), others + (number != 1)
+        _require_at_most(pieces, MOST_PIECES, "pieces")
+        _require_at_most(others, MOST_FIELDS, "fields beside its pieces")
+        if number not in (3, 5):
+            continue
+        for count, (inner, rules) in enumerate(_fields(value), 1):
+            _require_at_most(count, MOST_FIELDS, "fields of its rules")
             # precompiled_charsmap
-            yield from (rules for inner, rules in _fields(value) if inner == 2)
+            if inner == 2:
+                _require_at_most(len(rules), MOST_RULES, "bytes of rules")
+                yield rules
+
+
+def _require_at_most(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"it has over {most:,} {what}")
 
 
 def _longest_replacement(rules: bytes) -> int:

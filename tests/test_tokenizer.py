@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -426,19 +427,20 @@ def test_the_commands_train_encode_and_measure(documents, trained, tmp_path, cap
         main(["stats", "--model", model, "--input", text])
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf message, of bytes."""
+    size, length = b"", len(content)
+    while length > 127:
+        size, length = size + bytes([length & 127 | 128]), length >> 7
+    return bytes([number << 3 | 2]) + size + bytes([length]) + content
+
+
 def with_rules(model: Path, rules: bytes, number: int) -> bytes:
     """The model with other rules for characters, in its field 3 (normalizer) or 5 (denormalizer).
 
     The last of two fields counts.
     """
-    size, length = b"", len(rules)
-    while length > 127:
-        size, length = size + bytes([length & 127 | 128]), length >> 7
-    inner = b"\x12" + size + bytes([length]) + rules
-    size, length = b"", len(inner)
-    while length > 127:
-        size, length = size + bytes([length & 127 | 128]), length >> 7
-    return model.read_bytes() + bytes([number << 3 | 2]) + size + bytes([length]) + inner
+    return model.read_bytes() + field(number, field(2, rules))
 
 
 @pytest.mark.parametrize("number", [3, 5])
@@ -466,3 +468,24 @@ def test_a_file_larger_than_any_model_is_not_read(tmp_path):
         file.truncate(module.MOST_MODEL_BYTES + 1)
     with pytest.raises(ConfigError, match=r"large\.model has 67,108,865 bytes, and no"):
         Tokenizer(tmp_path / "large.model")
+
+
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [
+        # Made when they are needed: 60 MiB each.
+        (lambda: b"\x58\0" * (30 << 20), "100 fields beside its pieces"),
+        (lambda: b"\x0a\0" * (30 << 20), "1,000,000 pieces"),
+        (lambda: field(3, b"\x58\0" * (30 << 20)), "100 fields of its rules"),
+        (lambda: field(3, field(2, bytes(60 << 20))), "8,388,608 bytes of rules"),
+    ],
+    ids=["unknown", "pieces", "fields-of-rules", "rules"],
+)
+def test_a_model_of_millions_of_fields_is_refused_in_seconds(trained, tmp_path, added, reason):
+    large = tmp_path / "large.model"
+    large.write_bytes(trained[0].path.read_bytes() + added())
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match=rf"large\.model is no Sent.*it has over {reason}"):
+        Tokenizer(large)
+    # 12 s where every field is looked at; here 1 s.
+    assert time.perf_counter() - began < 6

@@ -223,7 +223,7 @@ def test_users_of_one_cache_have_compiled_programs_of_their_own(tmp_path, monkey
     assert used == [str(tmp_path / "compiled")] * 2 + [str(own)]
     own.chmod(0o777)
     assert keep_compiled(config, "gpu") == (
-        f"programs are compiled anew at every start: {tmp_path}/compiled belongs to nobody and "
+        f"programs are compiled anew at every start: {tmp_path}/compiled belongs to 'nobody' and "
         f"every user may write {own}; set JAX_COMPILATION_CACHE_DIR to a folder of your own"
     )
     assert len(used) == 3

@@ -119,7 +119,7 @@ def refuse_credentials(text: str, what: str) -> None:
     if has_credentials(text):
         # Not the address: it stands in the message as little as in the run's records.
         raise ConfigError(
-            f"{what}: an address that begins with {text.partition('://')[0][:60]}:// has "
+            f"{what}: an address that begins with {text.partition(':')[0][:60]}:// has "
             "credentials in it, which the run's records would keep; take them out: storage finds "
             "its credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in "
             "files of the user (~/.aws/credentials), or in the role of the host"
@@ -239,10 +239,15 @@ def csv_rows(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ConfigError(
-            f"{where}:{line}: the row that begins here is no CSV: {error}; a field that begins "
-            "with a quote ends with one, and quotes in it are doubled"
-        ) from None
+        reason = f"is no CSV: {error}"
+        if is_long := "field limit" in str(error):
+            reason = f"has a field of over {csv.field_size_limit():,} characters, the most"
+        # A quote that no other ends makes one field of the lines after it.
+        if not is_long or '"' in text.split("\n")[line - 1]:
+            reason += (
+                "; a field that begins with a quote ends with one, and quotes in it are doubled"
+            )
+        raise ConfigError(f"{where}:{line}: the row that begins here {reason}") from None
 
 
 def parse_json(text: str, where: str, *, paths: bool = False) -> Any:
@@ -322,7 +327,9 @@ def require_type(value: Any, kind: Any, where: str) -> Any:
 
     A number must be finite, a whole one at most LARGEST; true is none. A tuple may be a list.
     """
-    require(_is(value, kind), f"{where} is {show(value)} and must be {_name(kind)}")
+    # The message is made where it is needed: files hold a million values.
+    if not _is(value, kind):
+        raise ConfigError(f"{where} is {show(value)} and must be {_name(kind)}")
     return value
 
 
@@ -364,7 +371,8 @@ def build(kind: type[Kind], content: Any, what: str) -> Kind:
     whose message begins with `what`, for one that is missing, of another type, or refused by `kind`
     itself.
     """
-    require(isinstance(content, Mapping), f"{what} is {show(content)} and must be an object")
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{what} is {show(content)} and must be an object")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     # Both are MISSING where a field has no default.
     needed = {field.name for field in fields if field.default is field.default_factory}

@@ -129,8 +129,10 @@ class Rows:
         except Exception as error:
             shard = self.path / self._shards[bisect.bisect_right(self._ends, index)]["file"]
             _raise_of_system(error, shard)
+            # Python's own, of a reader in C++, names a method; what went wrong is its cause.
+            reason = error.__cause__ or "it is damaged" if type(error) is SystemError else error
             raise ConfigError(
-                f"row {index} of {self.path} cannot be read from {shard}: {error}; find all that "
+                f"row {index} of {self.path} cannot be read from {shard}: {reason}; find all that "
                 "is damaged with python -m baichuan_jax.data.rows verify "
                 f"{quote_path(self.path)}, then delete the folder and pack again"
             ) from error

@@ -36,8 +36,10 @@ COLOURS = ("#3b82d6", "#e0701e", "#2f9e6e", "#b163c9", "#d1495b", "#a3861a", "#2
 MAX_RUNS = len(COLOURS)
 # Results of `evaluate` and of `plan` in a run's folder.
 TESTS, PLANS = "evaluations/*/result.json", "plans/*.json"
-# More than a page can show.
-MOST_RESULTS = 1000
+# More than a page can show: a figure takes a hundredth of a second to make, and longer to draw.
+MOST_RESULTS = 300
+# Of all results of a run together: subjects of tests, and lengths of curves of perplexity.
+MOST_ROWS = 20_000
 MOST_RESULT_BYTES = 1 << 24
 
 
@@ -277,22 +279,33 @@ def _settings(text: str, file: Path) -> dict[str, Any]:
 
 def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
     """JSON files below the run's folder: result.json by its folder, plans by their topology."""
-    found = {}
+    found, rows = {}, 0
     files = sorted(path.glob(pattern))
-    if len(files) > MOST_RESULTS:
-        raise ConfigError(
-            f"{path} has {len(files):,} files {pattern} and a page shows at most {MOST_RESULTS}; "
-            "move some of them elsewhere"
-        )
+    _require_at_most(len(files), MOST_RESULTS, f"{path}", f"files {pattern}")
     for file in files:
         content = parse_json(decode(read_own(path, file, MOST_RESULT_BYTES), str(file)), str(file))
         if file.name == "result.json":
-            found[file.parent.name] = _check_result(content, str(file))
+            result = found[file.parent.name] = _check_result(content, str(file))
+            rows += sum(
+                len(result[name])
+                for name in ("curve", "subjects", "categories")
+                if isinstance(result.get(name), list | dict)
+            )
+            _require_at_most(rows, MOST_ROWS, str(file), "rows (with those of results before it)")
             continue
         # A plan of several topologies is a list.
         for item in content if isinstance(content, list) else [content]:
             found[require_keys(item, _PLAN, str(file))["topology"]] = item
+        _require_at_most(len(found), MOST_RESULTS, str(file), "plans (with those before it)")
     return found
+
+
+def _require_at_most(count: int, most: int, where: str, what: str) -> None:
+    if count > most:
+        raise ConfigError(
+            f"{where} has {count:,} {what} and a page shows at most {most:,}; move some of them "
+            "elsewhere"
+        )
 
 
 def _check_result(content: Any, where: str) -> dict[str, Any]:

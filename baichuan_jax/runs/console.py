@@ -32,20 +32,23 @@ class Stream:
     """stdout or stderr, whose writes never raise: what cannot be shown is left out.
 
     `error`: the first error, None where there was none. Characters that the encoding lacks are
-    shown as escapes, and so are those that a terminal would act on (`_for_terminal`). Everything
+    shown as escapes, and so are those that a terminal would act on (`_for_terminal`). Of
+    `messages` (stderr: argparse and other libraries write there too) secrets are hidden. Everything
     else is the stream's own.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, messages: bool = False) -> None:
         # None: a process without a console (pythonw, a daemon whose streams were closed).
         self._stream = stream
+        self._messages = messages
         self.error: Exception | None = None
 
     def write(self, text: str) -> int:
         """Write, or leave out."""
         if self._stream is not None:
+            shown = hide_secrets(text) if self._messages else text
             # A file or a pipe gets the text of a model as it is.
-            self._attempt(self._write, _for_terminal(text) if self.isatty() else text)
+            self._attempt(self._write, _for_terminal(shown) if self.isatty() else shown)
         return len(text)
 
     def flush(self) -> None:
@@ -126,7 +129,7 @@ def lasting_streams() -> Iterator[Stream]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
-    streams = [Stream(stream) for stream in before]
+    streams = [Stream(sys.stdout), Stream(sys.stderr, messages=True)]
     sys.stdout, sys.stderr = cast(list[TextIO], streams)
     try:
         yield streams[0]

@@ -20,6 +20,15 @@ from baichuan_jax.config.parsing import Count, Positive, Time, build, show
 from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.runs.files import Appender
 
+# Fields that hold words of this program and names that readers look for: whatever the environment
+# says, they stay. All others may hold any text.
+_OWN_WORDS = frozenset(
+    {
+        *("kind", "cause", "rule", "host", "hosts", "lost", "attention", "rms_norm"),
+        *("jax", "device", "mesh", "mfu_of", "seconds", "validation", "tasks"),
+    }
+)
+
 
 # kw_only: `time` has a default, and subclasses have fields without one behind it.
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +51,13 @@ class Event:
 
     def to_line(self) -> bytes:
         """The line of events.jsonl, with its end; it holds no secrets."""
-        # ensure_ascii off: samples and paths in Chinese stay readable. Errors of libraries quote
-        # addresses and settings of the environment.
-        return (json.dumps(without_secrets(self.to_json()), ensure_ascii=False) + "\n").encode()
+        # Errors of libraries quote addresses and settings of the environment.
+        content = {
+            name: value if name in _OWN_WORDS else without_secrets(value)
+            for name, value in self.to_json().items()
+        }
+        # ensure_ascii off: samples and paths in Chinese stay readable.
+        return (json.dumps(content, ensure_ascii=False) + "\n").encode()
 
 
 # Filled by the decorator below, so that a new event is one class and nothing else.

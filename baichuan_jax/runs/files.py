@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from baichuan_jax.config.parsing import read_regular, require_plain
+from baichuan_jax.config.parsing import read_regular, refuse_credentials, require_plain
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.runs.private import is_of_others, refuse_planted_links, without_links
 
@@ -130,6 +130,7 @@ def _remove(path: Path) -> None:
 
 def require_writable(folder: Path | str, setting: str) -> None:
     """Make a folder that a setting names. Raises ConfigError where it cannot be written."""
+    refuse_credentials(str(folder), setting)
     require_plain(Path(folder).absolute(), setting)
     refuse_planted_links(Path(folder), setting)
     probe = draft_of(Path(folder) / ".probe")
@@ -154,6 +155,7 @@ def writable(text: str) -> str:
     Of a link its target: that is replaced, and not the link.
     """
     try:
+        refuse_credentials(text, "the output")
         refuse_planted_links(Path(text), "the output")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -211,6 +213,8 @@ def refuse_inputs(
             # A device or a pipe loses nothing.
             if _is_written_itself(Path(path)):
                 continue
+            # A folder's name is in the records of what lies there.
+            refuse_credentials(str(path), option)
             shown = f"{option} {path}"
             for name in _names_of(path):
                 if (other := written.setdefault(name, shown)) != shown:

@@ -215,9 +215,9 @@ def refuse_programs_of_others() -> None:
 
 
 def owner_name(uid: int) -> str:
-    """A user's name; its number where it has none here."""
+    """A user for a message, by name in quotes ('nobody'); by number where it has none here."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return repr(pwd.getpwuid(uid).pw_name)
     except KeyError:
         return f"user {uid}"
 

@@ -403,5 +403,5 @@ def test_one_host_whose_folder_is_another_user_s_ends_all_with_its_name(tmp_path
     assert wait_all(processes) == [78, 78]
     for process in (0, 1):
         said = (tmp_path / f"run.{process}.log").read_text()
-        assert "disk-b belongs to nobody" in said
+        assert "disk-b belongs to 'nobody'" in said
         assert "(process 1)" in said

@@ -533,6 +533,21 @@ def test_a_flipped_byte_is_found_by_verify(copy, capsys):
         main(["verify", str(copy)])
 
 
+def test_a_method_of_a_reader_is_no_reason(copy, monkeypatch):
+    class Source:
+        def __getitem__(self, index):
+            try:
+                raise ValueError("chunk header hash mismatch")
+            except ValueError as error:
+                message = "<bound method pybind11_detail_function_record> returned a result with"
+                raise SystemError(message) from error
+
+    rows = Rows(copy)
+    monkeypatch.setattr(rows, "_source", Source())
+    with pytest.raises(ConfigError, match=r"array_record: chunk header hash mismatch; find all"):
+        rows[0]
+
+
 def test_a_shard_that_is_cut_short_while_open_is_named(copy):
     rows = Rows(copy)
     last = len(rows) - 1

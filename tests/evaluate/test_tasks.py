@@ -289,6 +289,18 @@ def test_a_quote_without_its_pair_does_not_make_two_questions_one(tmp_path, task
             READERS[task](path)
 
 
+@pytest.mark.parametrize("begin", ["", '"'])
+def test_a_field_that_is_too_long_is_refused_by_the_limit(tmp_path, begin):
+    path = tmp_path / "x.csv"
+    path.write_text(f"a,1,2,3,4,A\n{begin}{'long ' * 30_000},1,2,3,4,B\n")
+    with pytest.raises(ConfigError) as error:
+        READERS["mmlu"](path)
+    limit = "x.csv:2: the row that begins here has a field of over 131,072 characters"
+    assert limit in str(error.value)
+    # Quotes are named where one may be what made the field long.
+    assert ("doubled" in str(error.value)) == (begin == '"')
+
+
 def test_bad_jsonl_and_json_are_named(tmp_path):
     make_agieval(tmp_path, 8)
     with open(tmp_path / "logiqa-en.jsonl", "a", encoding="utf-8") as file:

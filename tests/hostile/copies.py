@@ -75,9 +75,9 @@ _OUTPUT = {
 }
 # Another user's files can be made by root alone.
 _OF_OTHERS = [
-    Hostile("foreign_copies", _folder, _COPIES, r"local_dir: .*/disk belongs to nobody"),
-    Hostile("linked_copies", _linked_folder, _COPIES, r"/disk belongs to nobody"),
-    Hostile("linked_output", _linked_output, _OUTPUT, r"/page\.html is a link that nobody made"),
+    Hostile("foreign_copies", _folder, _COPIES, r"local_dir: .*/disk belongs to 'nobody'"),
+    Hostile("linked_copies", _linked_folder, _COPIES, r"/disk belongs to 'nobody'"),
+    Hostile("linked_output", _linked_output, _OUTPUT, r"/page\.html is a link that 'nobody' made"),
 ]
 HOSTILE = [
     Hostile("open_copies", _folder_open_to_all, _COPIES, r"every user may write .*/disk"),

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,36 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(case, words, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(words)):
         main([*map(str, runs), "-o", str(output)])
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("plans", "p.json has 5,000 plans (with those before it) and a page shows at most 300"),
+        ("plans in files", "q1.json has 301 plans (with those before it) and a page shows at"),
+        ("curve", "result.json has 120,000 rows (with those of results before it) and a page"),
+        ("curves", "long2/result.json has 30,000 rows (with those of results before it) and a"),
+    ],
+)
+def test_more_than_a_page_can_show_is_refused_in_seconds(kind, words, tmp_path):
+    path = write_faulty_run(tmp_path / "run")
+    add_results(path)
+    (plan, curve) = (path / "plans" / "p.json", path / "evaluations" / "long" / "result.json")
+    one, row = json.loads(plan.read_text()), json.loads(curve.read_text())["curve"][0]
+    many = [one | {"topology": str(number)} for number in range(5000)]
+    plan.write_text(json.dumps(many[: 5000 if kind == "plans" else 300]))
+    if kind == "plans in files":
+        (path / "plans" / "q1.json").write_text(json.dumps(many[-1]))
+    for number in range(3 if kind == "curves" else 1):
+        file = path / "evaluations" / f"long{number or ''}" / "result.json"
+        file.parent.mkdir(exist_ok=True)
+        rows = {"curve": 120_000, "curves": 10_000}.get(kind, 1)
+        file.write_text(json.dumps({"curve": [row] * rows}))
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        main([str(path), "-o", str(tmp_path / "page.html")])
+    # A second; 40 where each of these values has a message made for it.
+    assert time.perf_counter() - began < 10
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_runs_are_read(tmp_path, capsys):

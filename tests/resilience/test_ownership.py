@@ -487,3 +487,18 @@ def test_processes_of_one_run_share_a_claim_and_are_refused_together(config, tmp
     for process in first:
         process.send_signal(signal.SIGTERM)
     assert wait_all(first, 120) == [75, 75]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://K:pLanTed@bucket/x", "s3://K%3ApLanTed%40bucket/x", "s3:/K:pLanTed@bucket/x"],
+)
+def test_an_owners_command_is_kept_without_secrets(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "a", "--text", address, "--output", "o"])
+    with owned(tmp_path / "lock", "the folder", "choose another"):
+        owner = owner_of(tmp_path / "lock")
+        assert owner is not None
+        assert "***" in owner.command
+        assert owner.command.endswith("--output o")
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert not [file for file in files if b"pLanTed" in file.read_bytes()]

@@ -7,7 +7,6 @@ import stat
 import pytest
 
 from baichuan_jax.config.schema import Config, ConfigError
-from baichuan_jax.data.corpus.parts import ParquetFile
 from baichuan_jax.preflight import storage_fault
 from baichuan_jax.resilience.causes import Cause, cause_of, describe
 from baichuan_jax.resilience.ownership import owned
@@ -53,7 +52,8 @@ def open_to_all(tmp_path):
 
 
 def parquet(path):
-    import pyarrow as pa
+    pa = pytest.importorskip("pyarrow")
+    from baichuan_jax.data.corpus.parts import ParquetFile
 
     with ParquetFile(path) as file:
         file.write(pa.table({"text": ["a"]}))
@@ -144,9 +144,9 @@ def test_an_output_is_not_put_where_a_planted_link_leads(victim, open_to_all, tm
     for planted in (link, theirs):
         os.lchown(planted, NOBODY, NOBODY)
     for text in (link, theirs / "page.html", theirs / "new" / "page.html"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is a link that nobody made"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a link that 'nobody' made"):
             writable(str(text))
-    with pytest.raises(ConfigError, match=r"run_dir: .*/tmp/folder is a link that nobody made"):
+    with pytest.raises(ConfigError, match=r"run_dir: .*/tmp/folder is a link that 'nobody' made"):
         require_writable(theirs / "run", "run_dir")
     # A team's folder: its members' links are followed, as before.
     open_to_all.chmod(0o2775)
@@ -196,7 +196,9 @@ def test_compiled_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
         refuse_programs_of_others()
     programs.chmod(0o755)
     os.chown(programs, NOBODY, NOBODY)
-    with pytest.raises(ConfigError, match="/compiled belongs to nobody, and compiled programs are"):
+    with pytest.raises(
+        ConfigError, match="/compiled belongs to 'nobody', and compiled programs are"
+    ):
         refuse_programs_of_others()
     # Whoever may replace the folder chooses the programs, too.
     below = programs / "mine" / "compiled"
