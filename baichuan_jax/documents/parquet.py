@@ -40,20 +40,23 @@ _DEEPEST = 100
 _DEEPEST_STRUCT = 16
 # The first two fields of a page's header are fewer bytes.
 _HEADER_BYTES = 64
-# Kinds of pages, and an encoding, in parquet.thrift's numbers. In that encoding a value is as much
-# of the one before as it says, and some bytes more.
+# Kinds of pages, and encodings, in parquet.thrift's numbers. In the last encoding a value is as
+# much of the one before as it says, and some bytes more.
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
-_DELTA_BYTE_ARRAY = 7
+_RLE, _DELTA_LENGTH_BYTE_ARRAY, _DELTA_BYTE_ARRAY = 3, 6, 7
+# Of the delta encodings Arrow holds one or two lengths for each value, all of a page at once.
+_LENGTH_BYTES = 8
 # Where the file says which types its columns had in Arrow. It may ask for dictionaries, which come
 # with every batch anew; Parquet's own types have a size a value. Another name hides it.
 _ARROW_TYPES, _HIDDEN = b"ARROW:schema", b"arrow schema"
 
 # Thrift's types, and the form of a struct: its fields' types, those of a list in brackets. A list
 # that is kept is a tuple. Fields that have no form here may have any.
-_INT32, _INT64, _BYTES, _LIST, _STRUCT = 5, 6, 8, 9, 12
+_FLAG, _INT32, _INT64, _BYTES, _LIST, _STRUCT = 1, 5, 6, 8, 9, 12
 _PAGE_FORM = {
     **{1: _INT32, 2: _INT32, 3: _INT32},
-    **{5: {1: _INT32, 2: _INT32}, 6: {}, 7: {1: _INT32, 2: _INT32}, 8: {1: _INT32, 4: _INT32}},
+    **{5: {1: _INT32, 2: _INT32, 3: _INT32}, 6: {}, 7: {1: _INT32, 2: _INT32}},
+    8: {1: _INT32, 4: _INT32, 5: _INT32, 6: _INT32, 7: _FLAG},
 }
 # The field with the header of a kind of page, and in it the field with the encoding.
 _PAGE_HEADERS = {_DATA_PAGE: (5, 2), _DICTIONARY_PAGE: (7, 2), _DATA_PAGE_V2: (8, 4)}
@@ -102,7 +105,7 @@ class Table:
     def __init__(self, file: BinaryIO, pyarrow: Any) -> None:
         self._size = size_of(file)
         footer = io.BytesIO(_footer(file, self._size))
-        self._pyarrow, self._file = pyarrow, _Pages(file, self._size)
+        self._pyarrow, self._file = pyarrow, _Pages(file, self._size, pyarrow)
         table = pyarrow.parquet.ParquetFile(
             self._file,
             metadata=pyarrow.parquet.read_metadata(footer),
@@ -180,7 +183,11 @@ class Table:
         metadata = self.metadata.row_group(group)
         if metadata.num_columns != self.metadata.num_columns:
             raise OSError(f"row group {group} has {metadata.num_columns} columns")
-        return [_Chunk(metadata.column(index)) for index in columns]
+        leaf = self._table.schema.column
+        return [
+            _Chunk(metadata.column(index), leaf(index).max_definition_level > 0)
+            for index in columns
+        ]
 
     def _row_sizes(self, batch: Any) -> np.ndarray:
         sizes = np.zeros(len(batch), np.int64)
@@ -226,7 +233,7 @@ def _bytes_of(column: Any, pyarrow: Any) -> np.ndarray:
 class _Chunk:
     """A column's pages in a row group, as the file's metadata say, from `start` to `stop`."""
 
-    def __init__(self, metadata: Any) -> None:
+    def __init__(self, metadata: Any, may_be_null: bool) -> None:
         first, self.start = metadata.dictionary_page_offset, metadata.data_page_offset
         # As Arrow finds it.
         if metadata.has_dictionary_page and 0 < first < self.start:
@@ -235,6 +242,8 @@ class _Chunk:
         self.values = metadata.num_values
         self.size = metadata.total_uncompressed_size
         self.has_delta = "DELTA_BYTE_ARRAY" in metadata.encodings
+        self.codec = metadata.compression.lower()
+        self.may_be_null = may_be_null
 
 
 def _require_apart(chunks: Iterable[_Chunk]) -> None:
@@ -251,8 +260,8 @@ class _Pages(io.RawIOBase):
     Arrow allocates what a page's header says before it decompresses it.
     """
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+    def __init__(self, file: BinaryIO, size: int, pyarrow: Any) -> None:
+        self._file, self._size, self._pyarrow = file, size, pyarrow
         self._expansion = Expansion(size)
         # The columns' pages that Arrow is about to read, by their place in the file.
         self._expected: dict[int, _Chunk] = {}
@@ -313,7 +322,65 @@ class _Pages(io.RawIOBase):
             if repeated and (not chunk.has_delta or repeated > chunk.size):
                 raise OSError("pages are not what the file's metadata says of them")
             values += 0 if page.kind == _DICTIONARY_PAGE else page.values
+            if page.encoding in (_DELTA_LENGTH_BYTE_ARRAY, _DELTA_BYTE_ARRAY):
+                self._expansion.add(_LENGTH_BYTES * page.values)
+                stored = pages[page.end : page.end + page.stored]
+                _require_lengths(self._content(stored, page, chunk), page)
             at = page.end + page.stored
+
+    def _content(self, stored: bytes, page: "_Page", chunk: _Chunk) -> bytes:
+        """A data page's values, decompressed, without which of them are null."""
+        levels = 0
+        if page.kind == _DATA_PAGE_V2:
+            # Those that say it, of lists and of nulls, come first and are not compressed.
+            levels = page.header.get(5, 0) + page.header.get(6, 0)
+            if not 0 <= levels <= min(page.size, len(stored)):
+                raise OSError("the header of a page is damaged")
+        content = stored[levels:]
+        if chunk.codec != "uncompressed" and page.header.get(7, True):
+            codec = "lz4_raw" if chunk.codec == "lz4" else chunk.codec
+            size = page.size - levels
+            content = self._pyarrow.decompress(content, size, codec=codec, asbytes=True)
+        if page.kind == _DATA_PAGE and chunk.may_be_null:
+            if page.header.get(3) != _RLE:
+                raise OSError("a page says in an old encoding which of its values are null")
+            content = content[4 + int.from_bytes(content[:4], "little") :]
+        return content
+
+
+def _require_lengths(content: bytes, page: "_Page") -> None:
+    """Raise OSError where delta-encoded values have more lengths than the page has values.
+
+    Arrow goes by the number that stands with the lengths, and makes room for as many.
+    """
+    try:
+        # Of a value's part that is that of the value before; then of what is its own.
+        at = _end_of_lengths(content, 0, page.values) if content else 0
+        if page.encoding == _DELTA_BYTE_ARRAY and content:
+            _end_of_lengths(content, at, page.values)
+    except _DAMAGED:
+        raise OSError("the lengths in a page are damaged") from None
+
+
+def _end_of_lengths(content: bytes, at: int, most: int) -> int:
+    """Where delta-encoded numbers end: blocks of smaller ones, each with its width in bits."""
+    block, at = _varint(content, at)
+    parts, at = _varint(content, at)
+    count, at = _varint(content, at)
+    _, at = _varint(content, at)
+    if count > most or not parts or not block or block % (32 * parts):
+        raise ValueError("more of them than values, or blocks of another form")
+    left = count - 1
+    while left > 0:
+        _, at = _varint(content, at)
+        widths = content[at : at + parts]
+        at += parts
+        for width in widths:
+            # The last block's widths are there for numbers that are not.
+            if left > 0:
+                at += width * (block // parts) // 8
+                left -= block // parts
+    return at
 
 
 class _Page(NamedTuple):
@@ -325,6 +392,7 @@ class _Page(NamedTuple):
     values: int
     encoding: int
     end: int  # of the header
+    header: dict[int, Any]  # that of its kind
 
 
 # What the bytes of no header raise.
@@ -340,9 +408,10 @@ def _page(content: bytes, at: int) -> _Page:
         # Arrow reads the one of the page's kind.
         if fields.keys() - {1, 2, 3} != {number}:
             raise ValueError
-        page = _Page(kind, size, stored, fields[number][1], fields[number][place], end)
+        header = fields[number]
+        page = _Page(kind, size, stored, header[1], header[place], end, header)
         # A value of a dictionary takes a byte at least, and Arrow more, before it sees them.
-        if min(page) < 0 or (kind == _DICTIONARY_PAGE and page.values > size):
+        if min(page[:-1]) < 0 or (kind == _DICTIONARY_PAGE and page.values > size):
             raise ValueError
     except _DAMAGED:
         raise OSError("the header of a page is damaged") from None
@@ -428,10 +497,11 @@ def _value(content: bytes, at: int, kind: int, form: Any, depth: int) -> tuple[A
     """A value of a kind, and where it ends; `form`: what it must be, None where it may be any."""
     if form is not None:
         of_form = {dict: _STRUCT, list: _LIST, tuple: _LIST}.get(type(form), form)
-        if kind != of_form:
+        # A flag's type is its value: true or false.
+        if kind != of_form and not (form == _FLAG and kind == 2):
             raise ValueError("another type")
     if kind == _STRUCT:
-        return _struct(content, at, form or {}, depth=depth + 1)
+        return _struct(content, at, form if isinstance(form, dict) else {}, depth=depth + 1)
     if kind == _LIST:
         return _list(content, at, form, depth + 1)
     if kind in (4, _INT32, _INT64):
@@ -442,7 +512,7 @@ def _value(content: bytes, at: int, kind: int, form: Any, depth: int) -> tuple[A
             raise IndexError
         return None, at + length
     if kind in (1, 2):  # true, false
-        return None, at
+        return kind == 1, at
     if kind in (3, 7):  # a byte, and a floating-point number
         return None, at + (1 if kind == 3 else 8)
     raise ValueError("another type")

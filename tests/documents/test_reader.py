@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("pyarrow")
 import pyarrow as pa
 import zstandard
+from pyarrow import parquet
 
 from baichuan_jax.config.schema import ConfigError
 from baichuan_jax.documents.files import Slice, count_lines
@@ -100,6 +101,32 @@ def test_what_lies_before_a_cut_of_a_compressed_file_is_read(tmp_path):
     assert [entry.id for entry in found[:-1] if isinstance(entry, Document)][:400] == [
         str(number) for number in range(400)
     ]
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "dictionary"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+def test_pages_of_every_encoding_version_and_codec_are_read(tmp_path, encoding, version, codec):
+    texts = [f"文 {n} {'x' * (n % 300)}" for n in range(3000)]
+    values = [None if n % 7 == 0 else text for n, text in enumerate(texts)]
+    options = {"use_dictionary": True}
+    if encoding != "dictionary":
+        options = {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pa.table({"text": pa.array([*values, *[None] * 2000])}),
+        path,
+        data_page_version=version,
+        compression=codec,
+        data_page_size=1 << 14,
+        write_page_checksum=True,
+        **options,
+    )
+    found = entries(path)
+    assert [entry.text for entry in found if isinstance(entry, Document)] == [
+        text for text in values if text
+    ]
+    assert {entry.reason for entry in found if isinstance(entry, Problem)} == {"no_text"}
 
 
 def test_documents_before_the_damage_of_a_gzip_file_are_read(tmp_path):

@@ -301,6 +301,18 @@ def hidden_beginnings() -> bytes:
     return pages_file(header + content, count)
 
 
+def many_lengths(encoding: int, count: int, said: int) -> bytes:
+    """A page of a few bytes that stand for `count` lengths; `said`: those of its header."""
+    block = 1 << 30
+    # All differences are 0, in no bits.
+    one = varint(block) + varint(4) + varint(count) + zigzag(0)
+    one += (zigzag(0) + bytes(4)) * -(-(count - 1) // block)
+    body = one * (2 if encoding == 7 else 1)
+    packed = zstandard.ZstdCompressor().compress(body)
+    sizes = field(2, len(body)) + field(3, len(packed))
+    return pages_file(struct_of(field(1, 0), sizes, data_page(said, encoding)) + packed, said)
+
+
 def shared_pages() -> bytes:
     """Row groups that all have the same pages, most of them without a value."""
     pages = b""
@@ -434,6 +446,8 @@ HOSTILE = [
     of_pages("parquet_two_headers", two_headers),
     of_pages("parquet_dictionary_twice", dictionary_twice),
     of_pages("parquet_hidden_delta", hidden_beginnings),
+    of_pages("parquet_hidden_lengths", lambda: many_lengths(6, 1 << 31, 100)),
+    of_pages("parquet_many_lengths", lambda: many_lengths(7, 400_000_000, 400_000_000)),
     of_pages("parquet_shared", shared_pages),
     of_pages("parquet_two_schemas", two_schemas),
     of_pages("parquet_hidden_schema", hidden_schema),
