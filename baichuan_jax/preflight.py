@@ -7,6 +7,7 @@ processes that have it, ConfigError (78) where no host can be named, or SaveFail
 host can save.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -40,7 +41,7 @@ from baichuan_jax.resilience.processes import initialize_processes
 from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import draft_of, new_draft, remove_leftovers
-from baichuan_jax.runs.private import refuse_planted_links, require_private
+from baichuan_jax.runs.private import refuse_planted_links, trusted_folder
 
 BAD_JAX = dict.fromkeys(("0.10.2", "0.11.0"), "it miscompiles on the CPU (jax#39103)")
 # Side of the products. Their elements are small integers, so that float32 holds every sum exactly,
@@ -84,7 +85,7 @@ def preflight(config: Config) -> Findings:
     _refuse(faults)
     # A host whose own disk fails is left out, also where all of them fail: nothing else would help.
     if (local := config.checkpoint.local_path) is not None:
-        refuse_together("preflight/local folder", lambda: require_private(local, SETTING))
+        refuse_together("preflight/local folder", lambda: _require_trusted(local))
         _refuse(gather("preflight/local storage", storage_fault(local)))
     took("storage")
     if jax.process_count() > 1:
@@ -230,6 +231,16 @@ def memory_is_right(device: Any) -> bool:
     wrong = jax.jit(lambda x, mask: jnp.sum(x != jnp.arange(count, dtype=jnp.uint32) ^ mask))
     masks = [jax.device_put(np.uint32(mask), device) for mask in (0x55555555, 0xAAAAAAAA)]
     return all(int(wrong(write(mask), mask)) == 0 for mask in masks)
+
+
+def _require_trusted(folder: Path) -> None:
+    """Raise ConfigError where other users of this host could replace what is written in a folder.
+
+    Its rights stay: it may be /dev/shm, and the run has a folder of its own in it.
+    """
+    # A disk that fails: `storage_fault` says it, and the host is left out.
+    with contextlib.suppress(OSError):
+        trusted_folder(folder, SETTING)
 
 
 def storage_fault(folder: Path) -> str | None:

@@ -1,7 +1,9 @@
 """Checks before a run: good hardware passes, and each kind of fault names the right process."""
 
+import dataclasses
 import platform
 import socket
+import stat
 import subprocess
 import sys
 from typing import Any
@@ -11,13 +13,14 @@ import jax.numpy as jnp
 import pytest
 from launches import environment, run_module, write_config
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import CheckpointConfig, ConfigError
 from baichuan_jax.preflight import (
     compare_hosts,
     exposed,
     judge_pairs,
     memory_is_right,
     pairs_of,
+    preflight,
     products_are_right,
     storage_fault,
 )
@@ -34,6 +37,22 @@ def test_right_devices_pass_and_a_wrong_product_is_seen():
     # Sums of rows and columns that are right do not hide it.
     block = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
     assert not products_are_right(device, lambda a, b: (a @ b).at[7:9, 7:9].add(block))
+
+
+def test_the_rights_of_a_folder_for_copies_stay(tmp_path, tiny_config):
+    """It may be /dev/shm, which all users need: the run closes a folder of its own in it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    checkpoint = CheckpointConfig(local_dir=str(disk), local_every=2)
+    config = dataclasses.replace(tiny_config, run_dir=f"{tmp_path}/run", checkpoint=checkpoint)
+    for mode in (0o755, 0o1777):
+        disk.chmod(mode)
+        preflight(config)
+        assert stat.S_IMODE(disk.stat().st_mode) == mode
+    disk.chmod(0o777)
+    with pytest.raises(ConfigError, match="every user may write"):
+        preflight(config)
+    assert stat.S_IMODE(disk.stat().st_mode) == 0o777
 
 
 def test_storage_that_cannot_be_written_is_reported(tmp_path):

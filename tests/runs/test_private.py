@@ -203,7 +203,7 @@ def test_compiled_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
     # Whoever may replace the folder chooses the programs, too.
     below = programs / "mine" / "compiled"
     below.mkdir(parents=True)
-    assert why_not_run(below) == f"{programs} belongs to nobody"
+    assert why_not_run(below) == f"{programs} belongs to 'nobody'"
     os.chown(programs, 0, 0)
     assert why_not_run(below) is None
     programs.chmod(0o777)
@@ -213,6 +213,6 @@ def test_compiled_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
     assert why_not_run(below) is None
     (programs / "link").symlink_to("mine")
     os.lchown(programs / "link", NOBODY, NOBODY)
-    assert why_not_run(programs / "link" / "compiled") == f"{programs}/link belongs to nobody"
+    assert why_not_run(programs / "link" / "compiled") == f"{programs}/link belongs to 'nobody'"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
     refuse_programs_of_others()
