@@ -287,7 +287,8 @@ class Supervisor:
         # The kernel's limit for a socket's path is 107 bytes.
         if len(os.fsencode(parent)) > 80:
             say(f"the path of TMPDIR={parent} is too long for a socket's: process 0's lies in /tmp")
-            parent = trusted_folder(Path("/tmp"), "process 0's socket")
+            # Its way is looked at, and the folder in it has a new name and mode 0700.
+            parent = trusted_folder(Path("/tmp"), "process 0's socket")  # nosec B108
         return tempfile.TemporaryDirectory(
             prefix="baichuan-socket-", dir=parent, ignore_cleanup_errors=True
         )
