@@ -159,7 +159,8 @@ def _decompressed(path: str, raw: io.BufferedReader) -> BinaryIO:
         )
     else:
         content = _Zstd(raw)
-    return io.BufferedReader(_Counted(content, Expansion(size)), _CHUNK)  # type: ignore[return-value]
+    counted = _Counted(content, Expansion(size))
+    return io.BufferedReader(counted, _CHUNK)  # type: ignore[return-value]
 
 
 class _Counted(io.RawIOBase):

@@ -163,8 +163,9 @@ def is_of_others(path: Path | str) -> bool:
         found = os.lstat(path)
     except OSError:
         return False
+    # The kind first: every write asks, and nearly all find a file.
     kind = found.st_mode
-    return not (_trusts(found) or stat.S_ISREG(kind) or stat.S_ISCHR(kind) or stat.S_ISDIR(kind))
+    return not (stat.S_ISREG(kind) or stat.S_ISCHR(kind) or stat.S_ISDIR(kind) or _trusts(found))
 
 
 def why_not_run(folder: Path | str) -> str | None:
