@@ -14,6 +14,7 @@ L layers, C the three of Q, K and V.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -33,6 +34,17 @@ Params = dict[str, Any]
 
 # Kernels are chosen by device and sizes, where a caller names none.
 _AUTO = KernelsConfig()
+
+
+class Blocks(NamedTuple):
+    """The parameters of all blocks, as a training step gives them to `Transformer.hidden`."""
+
+    weights: Any
+    """Stacks [L, ...], or with scan_layers false also a list of blocks."""
+    added: Any = None
+    """The gradients that `arrive` adds to each block's, in the same places; None: none."""
+    arrive: Callable[[Params, Params | None], Params] = lambda weights, added: weights
+    """(weights, added) of a block -> its weights. In the backward pass it ends their gradients."""
 
 
 class Cache(NamedTuple):
@@ -149,26 +161,29 @@ class Transformer(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        blocks: Blocks | None = None,
     ) -> jax.Array:
         """States [B, T, D] after the final norm; training and scoring call it.
 
         segment_ids [B, T]: tokens attend within equal ids only. positions [B, T]: of the rotary
-        embedding; by default 0, 1, ...
+        embedding; by default 0, 1, ... blocks: instead of the model's own.
         """
         config = self.config
         rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
         # scan takes arrays: the parameters are split off, and each iteration merges one layer's
         # with the graph definition, which is the same for all.
         graphdef, layers = nnx.split(self.layers)
+        blocks = blocks or Blocks(layers)
 
         def body(x_BTD, layer):
             return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
 
         x_BTD, body = self._embed(tokens_BT), _remat(body, config.remat)
         if config.scan_layers:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, layers)
+            turn = lambda x_BTD, layer: body(x_BTD, blocks.arrive(*layer))
+            x_BTD, _ = jax.lax.scan(turn, x_BTD, (blocks.weights, blocks.added))
         else:
-            x_BTD = _unrolled(body, x_BTD, layers)
+            x_BTD = _unrolled(body, x_BTD, blocks, config.num_layers)
         return self._final_norm(x_BTD)
 
     def extend(
@@ -372,42 +387,35 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
-def _unrolled(body, x_BTD: jax.Array, layers: nnx.State) -> jax.Array:
+def _unrolled(body, x_BTD: jax.Array, blocks: Blocks, count: int) -> jax.Array:
     """Apply the blocks one after the other, where scan would loop over one of them.
 
     No stack of saved activations is written, and XLA optimises across blocks; compilation takes
     longer. In the backward pass a block waits until the gradients of the third block after it are
-    reduced. Left free, XLA's scheduler puts all reductions after the last block, where no compute
-    hides them.
+    summed. Left free, XLA's scheduler puts all sums after the last block, where no compute hides
+    them.
     """
-    variables = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    axes = [variable.get_metadata()["axes"][1:] for variable in variables]
-    count = jax.tree.leaves(layers)[0].shape[0]
-    blocks = [jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(count)]
+
+    def separate(blocks: Any) -> list[Any]:
+        if isinstance(blocks, list):
+            return list(blocks)
+        return [jax.tree.map(lambda stack, i=i: stack[i], blocks) for i in range(count)]
+
+    weights, added = separate(blocks.weights), separate(blocks.added)
     for i in range(count):
-        x_BTD, _ = body(x_BTD, blocks[i])
+        x_BTD, _ = body(x_BTD, blocks.arrive(weights[i], added[i]))
         if i + 3 < count:
-            x_BTD, blocks[i + 3] = _reduced_first(x_BTD, blocks[i + 3], axes)
+            x_BTD, weights[i + 3] = _together(x_BTD, weights[i + 3])
     return x_BTD
 
 
-def _reduced_first(
-    x_BTD: jax.Array, block: nnx.State, axes: list[tuple[str, ...]]
-) -> tuple[jax.Array, nnx.State]:
-    """The identity, whose backward pass holds x's gradient until the block's are reduced.
+@jax.custom_vjp
+def _together(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, Params]:
+    """The identity, whose backward pass holds x's gradient until the weights' are there."""
+    return x_BTD, weights
 
-    A gradient is reduced when it has its parameter's sharding; the barrier ties the two together.
-    """
 
-    @jax.custom_vjp
-    def identity(x_BTD, block):
-        return x_BTD, block
-
-    def backward(_, gradients):
-        dx_BTD, dblock = gradients
-        arrays, structure = jax.tree.flatten(dblock)
-        reduced = [constrain(array, *names) for array, names in zip(arrays, axes, strict=True)]
-        return jax.lax.optimization_barrier((dx_BTD, jax.tree.unflatten(structure, reduced)))
-
-    identity.defvjp(lambda x_BTD, block: ((x_BTD, block), None), backward)
-    return identity(x_BTD, block)
+_together.defvjp(
+    lambda x_BTD, weights: ((x_BTD, weights), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)

@@ -1,9 +1,11 @@
 """The device mesh, and the one table that says which mesh axis splits which dimension of an array.
 
 Numeric code names the dimensions of its arrays by logical axes ("embed", "heads", "batch"). RULES
-maps each logical axis to the mesh axes that split it: `data` (replicas), `fsdp` (shards of
-parameters and optimiser state), `context` (pieces of a sequence), `tensor` (heads, hidden units,
-vocabulary). `Layout.spec` turns logical axes into a PartitionSpec; GSPMD inserts the collectives.
+maps each logical axis to the mesh axes that split it: `data` (replicas with copies of the state),
+`state` (replicas that share one copy), `fsdp` (shards of parameters and optimiser state inside a
+replica), `context` (pieces of a sequence), `tensor` (heads, hidden units, vocabulary).
+`Layout.spec` turns logical axes into a PartitionSpec; GSPMD inserts the collectives. exchange.py
+has those between replicas.
 
 `activate` makes a layout current while a function is traced. Without one, `constrain` does nothing,
 so the same model code runs on a single device. The scheme is t5x's and MaxText's logical axes
@@ -23,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.schema import MeshConfig
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "state", "fsdp", "context", "tensor")
+REPLICAS = ("data", "state")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters. A matrix is split over fsdp along `embed` and over tensor along its other side.
@@ -37,9 +40,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     # Activations. Rows of a batch are split over replicas and, within one, over fsdp.
     "micro_batch": None,
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "state", "fsdp"),
     # Rows of a batch where the devices along fsdp split another dimension of the same array.
-    "group": ("data",),
+    "group": ("data", "state"),
     "length": "context",
     "hidden": None,
 }
@@ -49,11 +52,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 class Layout:
     """A mesh and the mesh axes that split the batch.
 
-    They are fewer where a function is traced once for each replica: `vmap` then holds `data`.
+    They are fewer where a function is traced once for each replica: `vmap` then holds `data` and
+    `state`.
     """
 
     mesh: Mesh
-    batch_axes: tuple[str, ...] = ("data", "fsdp")
+    batch_axes: tuple[str, ...] = ("data", "state", "fsdp")
+    # In which gradients are summed over devices.
+    sum_dtype: str = "float32"
+
+    @property
+    def replicas(self) -> int:
+        """How often the weights are there to compute with."""
+        return self.mesh.shape["data"] * self.mesh.shape["state"]
 
     def spec(self, axes: Sequence[str | None]) -> P:
         """The PartitionSpec of an array with these logical axes; None is a dimension never split.
@@ -68,6 +79,16 @@ class Layout:
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} map a mesh axis twice: {entries}")
         return P(*entries)
+
+    def stored_spec(self, axes: Sequence[str | None]) -> P:
+        """The PartitionSpec of a parameter as it is stored between steps: also over `state`."""
+        # fsdp varies slowest: a gather over `state` then gives contiguous shards of fsdp.
+        return P(*(("fsdp", "state") if entry == "fsdp" else entry for entry in self.spec(axes)))
+
+    def split_over_state(self, axes: Sequence[str | None]) -> int | None:
+        """The dimension of a parameter that `state` splits; None: none."""
+        spec = self.spec(axes)
+        return spec.index("fsdp") if "fsdp" in spec else None
 
     def _mesh_axes(self, axis: str) -> str | tuple[str, ...] | None:
         """What splits a logical axis; the batch is split by `batch_axes` alone."""
@@ -118,11 +139,12 @@ def is_split(axis: str) -> bool:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh (data, fsdp, context, tensor); tensor varies fastest along a node's devices.
+    """A mesh of AXES; tensor varies fastest along a node's devices.
 
     After it come context, then fsdp. So these three stay inside a node (NVLink) where they fit, and
-    the data groups join devices of equal local number, the "rails" of an InfiniBand cluster. On
-    TPUs jax chooses the order by the torus. Raises ConfigError where the sizes do not fit.
+    groups of state and data join devices of equal local number, the "rails" of an InfiniBand
+    cluster. On TPUs jax chooses the order by the torus. Raises ConfigError where the sizes do not
+    fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = config.resolve(len(devices)).shape
@@ -135,13 +157,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def crosses_nodes(mesh: Mesh) -> list[str]:
-    """Axes other than data whose groups hold devices of several processes.
+    """Axes inside a replica whose groups hold devices of several processes.
 
-    Their collectives leave the node. For data that is meant; for the others it is slow.
+    Their collectives leave the node. For data and state that is meant; for the others it is slow.
     """
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     crossing = []
     for index, name in enumerate(AXES):
-        if name != "data" and (processes.min(axis=index) != processes.max(axis=index)).any():
+        if name not in REPLICAS and (processes.min(axis=index) != processes.max(axis=index)).any():
             crossing.append(name)
     return crossing

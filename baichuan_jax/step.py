@@ -24,15 +24,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.schema import Config
+from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
 from baichuan_jax.loss import IGNORE, cross_entropy
-from baichuan_jax.model import Params, abstract_model, init_params, matmul_precision
+from baichuan_jax.model import Blocks, Params, abstract_model, init_params, matmul_precision
 from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
-
-Batch = dict[str, jax.Array]
-LossSum = Callable[[Params, Batch, tuple[str, ...]], jax.Array]
-"""(parameters, batch [B, T], mesh axes that split its rows) -> the sum of its loss."""
 
 
 class Request(enum.IntEnum):
@@ -121,12 +118,14 @@ class Steps:
 
 def make_steps(config: Config, mesh: Mesh) -> Steps:
     """Build the step functions. Raises ConfigError for a mesh that does not divide them."""
-    layout = Layout(mesh)
+    layout = Layout(mesh, sum_dtype=config.train.gradient_dtype or config.model.dtype)
     resolved = dataclasses.replace(config.mesh, **mesh.shape)
     config.check_mesh(resolved)
     graphdef, param_shapes, axes = abstract_model(config.model, config.kernels)
     optimizer = make_optimizer(config.optimizer)
-    param_shardings = jax.tree.map(lambda _, names: layout.sharding(*names), param_shapes, axes)
+    param_shardings = jax.tree.map(
+        lambda _, names: NamedSharding(mesh, layout.stored_spec(names)), param_shapes, axes
+    )
     scalar = NamedSharding(mesh, P())
 
     def start(params: Params) -> TrainState:
@@ -144,9 +143,10 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         transform_non_params=lambda _: scalar,
     )
     state_shardings = TrainState(param_shardings, opt_shardings, scalar, scalar, scalar)
-    loss_sum = _make_loss_sum(config, mesh, graphdef)
+    loss_sum = _make_loss_sum(config, layout, graphdef, param_shapes["layers"])
     # loss_sum is traced three times: in training, in evaluation and in the check of replicas.
-    train = _make_train(config, layout, loss_sum, optimizer, param_shardings)
+    weights = lambda params: gather(params, axes, layout, config.model.dtype)
+    train = _make_train(config, layout, loss_sum, optimizer, axes)
     init = lambda: start(init_params(config.model, config.train.seed))
     batch_sharding = layout.sharding("micro_batch", "batch", "length")
     return Steps(
@@ -158,8 +158,8 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         init=jax.jit(init, out_shardings=state_shardings),
         start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
-        evaluate=jax.jit(_make_evaluate(layout, loss_sum), out_shardings=scalar),
-        check=_make_check(layout, loss_sum, param_shardings),
+        evaluate=jax.jit(_make_evaluate(layout, loss_sum, weights), out_shardings=scalar),
+        check=_make_check(layout, loss_sum, weights, param_shardings),
     )
 
 
@@ -176,11 +176,20 @@ def _batch_shapes(
     return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
 
 
-def _make_loss_sum(config: Config, mesh: Mesh, graphdef: nnx.GraphDef) -> LossSum:
+def _make_loss_sum(
+    config: Config, layout: Layout, graphdef: nnx.GraphDef, layer_shapes: Params
+) -> LossSum:
     """Model and loss as one function of parameters and arrays [B, T]."""
 
     def loss_sum(params: Params, batch: Batch, batch_axes: tuple[str, ...]) -> jax.Array:
-        with activate(Layout(mesh, batch_axes)), matmul_precision(config.model):
+        layout_here = dataclasses.replace(layout, batch_axes=batch_axes)
+        blocks = params["layers"]
+        if isinstance(blocks, Blocks):
+            # The model's own blocks are then not used: their shapes fill their place.
+            params = params | {"layers": layer_shapes}
+        else:
+            blocks = None
+        with activate(layout_here), matmul_precision(config.model):
             # The mesh and the precision are contexts of the trace, so the model itself names
             # neither.
             model = nnx.merge(graphdef, params)
@@ -188,6 +197,7 @@ def _make_loss_sum(config: Config, mesh: Mesh, graphdef: nnx.GraphDef) -> LossSu
                 batch["inputs"],
                 segment_ids=batch.get("segment_ids"),
                 positions=batch.get("positions"),
+                blocks=blocks,
             )
             return cross_entropy(
                 hidden,
@@ -205,16 +215,31 @@ def _make_train(
     layout: Layout,
     loss_sum: LossSum,
     optimizer: optax.GradientTransformationExtraArgs,
-    shardings: Params,
+    axes: Params,
 ) -> Callable:
     """Steps.train, not yet compiled."""
+    count, used_axes = config.model.num_layers, axes
+    if not config.model.scan_layers:
+        block = {name: names[1:] for name, names in axes["layers"].items()}
+        used_axes = axes | {"layers": [block] * count}
+
+    def separate(params: Params) -> Params:
+        """One array for each block, so that the blocks' weights and gradients move one by one."""
+        if config.model.scan_layers:
+            return params
+        blocks = [jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(count)]
+        return params | {"layers": blocks}
 
     def train(
         state: TrainState, batch: Batch, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
-            total, gradients = _sum_gradients(loss_sum, state.params, batch, layout, shardings)
+            weights = gather(separate(state.params), used_axes, layout, config.model.dtype)
+            total, gradients = sum_gradients(loss_sum, weights, used_axes, batch, layout)
+            if not config.model.scan_layers:
+                stack = lambda *blocks: jnp.stack(blocks)
+                gradients["layers"] = jax.tree.map(stack, *gradients["layers"])
         # Divided by the count of the whole step, not of a device or a micro-batch: accumulation and
         # any mesh weigh every token alike.
         loss = total / tokens
@@ -249,29 +274,30 @@ def _make_train(
     return train
 
 
-def _make_evaluate(layout: Layout, loss_sum: LossSum) -> Callable:
+def _make_evaluate(layout: Layout, loss_sum: LossSum, weights: Callable) -> Callable:
     """Steps.evaluate, not yet compiled."""
 
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # One pass over all rows: without gradients there is little memory to save.
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
-        return loss_sum(params, flat, layout.batch_axes), jnp.sum(batch["labels"] != IGNORE)
+        total = loss_sum(weights(params), flat, layout.batch_axes)
+        return total, jnp.sum(batch["labels"] != IGNORE)
 
     return evaluate
 
 
 def _make_check(
-    layout: Layout, loss_sum: LossSum, shardings: Params
+    layout: Layout, loss_sum: LossSum, weights: Callable, shardings: Params
 ) -> Callable[[Params, Batch], jax.Array]:
-    """Steps.check."""
-    mesh, replicas = layout.mesh, layout.mesh.shape["data"]
+    """Steps.check. What it compares are copies of the state, one at each index of `data`."""
+    mesh, copies = layout.mesh, layout.mesh.shape["data"]
 
     def spread(batch: Batch) -> Batch:
-        """First rows of a batch, one a shard, the same for every replica: [replicas, shards, T]."""
-        # One row for each shard is the smallest batch that keeps all devices of a replica at work.
-        shards = mesh.shape["fsdp"]
+        """First rows of a batch, one a shard, the same for every copy: [copies, shards, T]."""
+        # One row for each shard is the smallest batch that keeps all devices of a copy at work.
+        shards = mesh.shape["state"] * mesh.shape["fsdp"]
         return {
-            name: jnp.broadcast_to(array[0, :shards], (replicas, shards, array.shape[-1]))
+            name: jnp.broadcast_to(array[0, :shards], (copies, shards, array.shape[-1]))
             for name, array in batch.items()
         }
 
@@ -279,11 +305,12 @@ def _make_check(
         return jnp.stack(digest(leaves)).sum(dtype=jnp.uint32)
 
     def digest_copies(*leaves: jax.Array) -> jax.Array:
-        """[1]: of this replica's own copy of the parameters."""
-        return jax.lax.psum(digest_all(*leaves), ("fsdp", "context", "tensor"))[None]
+        """[1]: of one copy of the parameters."""
+        return jax.lax.psum(digest_all(*leaves), ("state", "fsdp", "context", "tensor"))[None]
 
     def digests(params: Params, same: Batch) -> jax.Array:
-        one = lambda batch: jax.value_and_grad(loss_sum)(params, batch, ("fsdp",))
+        whole = weights(params)
+        one = lambda batch: jax.value_and_grad(loss_sum)(whole, batch, ("state", "fsdp"))
         computed = jax.vmap(one, spmd_axis_name="data")(same)
         specs = tuple(sharding.spec for sharding in jax.tree.leaves(shardings))
         # check_vma off: the partitioner takes copies of one array for equal, which is exactly what
@@ -297,55 +324,7 @@ def _make_check(
         )
 
     # Two programs: if one knew that all rows are the same, XLA could compute them once.
-    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, P("data", "fsdp", "context")))
+    spec = P("data", ("state", "fsdp"), "context")
+    spread_rows = jax.jit(spread, out_shardings=NamedSharding(mesh, spec))
     digest_replicas = jax.jit(digests, out_shardings=NamedSharding(mesh, P()))
     return lambda params, batch: digest_replicas(params, spread_rows(batch))
-
-
-def _sum_gradients(
-    loss_sum: LossSum, params: Params, batch: Batch, layout: Layout, shardings: Params
-) -> tuple[jax.Array, Params]:
-    """Loss and gradients, both summed over all tokens of the step.
-
-    With several micro-batches every replica (mesh axis data) adds up its own gradients, and they
-    are summed across replicas once, at the end. GSPMD alone would reduce them in every micro-batch:
-    in its view a gradient is one array, equal on all replicas. So gradients get an axis of replicas
-    [replicas, ...], split over data, by a vmap over the replicas' rows.
-    """
-    micro_batches = batch["labels"].shape[0]
-    replicas = layout.mesh.shape["data"]
-    # One micro-batch needs no axis of replicas: GSPMD reduces its gradients once anyway.
-    if micro_batches == 1:
-        return jax.value_and_grad(loss_sum)(
-            params, {name: array[0] for name, array in batch.items()}, layout.batch_axes
-        )
-
-    def put(array: jax.Array, *axes: Any) -> jax.Array:
-        return jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, P(*axes)))
-
-    def on_replicas(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        return put(array, "data", *sharding.spec)
-
-    def per_replica(array: jax.Array) -> jax.Array:
-        A, B, T = array.shape
-        return put(array.reshape(A, replicas, B // replicas, T), None, "data", "fsdp", "context")
-
-    # Inside the vmap a replica's rows are split over fsdp alone: data is the vmapped axis.
-    one = lambda batch: jax.value_and_grad(loss_sum)(params, batch, ("fsdp",))
-    all_replicas = jax.vmap(one, spmd_axis_name="data")
-
-    def add(carry, micro_batch):
-        total, gradients = carry
-        loss, new = all_replicas(micro_batch)
-        gradients = jax.tree.map(lambda g, n, s: on_replicas(g + n, s), gradients, new, shardings)
-        return (total + loss, gradients), None
-
-    # Summed in float32, the parameters' dtype, over micro-batches.
-    zeros = jax.tree.map(
-        lambda p, s: on_replicas(jnp.zeros((replicas, *p.shape), p.dtype), s), params, shardings
-    )
-    start = (put(jnp.zeros(replicas), "data"), zeros)
-    (total, gradients), _ = jax.lax.scan(
-        add, start, {name: per_replica(array) for name, array in batch.items()}
-    )
-    return total.sum(), jax.tree.map(lambda gradient: gradient.sum(axis=0), gradients)

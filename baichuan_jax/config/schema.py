@@ -224,6 +224,10 @@ class TrainConfig:
     seed: int = 42
     """Seed of the initial weights and of the order of the data; a run keeps the one it began
     with."""
+    # A sum over 1,000 devices in bfloat16 has an error of about a per cent (docs/plan.md).
+    gradient_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type in which gradients are summed over devices; null: model.dtype. Micro-batches are added
+    up in float32."""
     # Off: atomic additions in GPU kernels are faster, and their order varies.
     deterministic: bool = False
     """On GPUs: use only kernels that give the same bits every time (slower). A CPU always does."""
@@ -354,9 +358,8 @@ class DataConfig:
 class MeshConfig:
     """Devices along each axis; one of them may be -1: all that are left."""
 
-    # The order is the order of sharding.AXES; make_mesh varies the last one fastest.
     data: int = -1
-    """Replicas, across nodes: gradients are averaged over them."""
+    """Replicas with a copy of the state each, across nodes: gradients are averaged over them."""
     # Shards exchange parameters in every step, so they belong on the fastest links.
     fsdp: int = 1
     """Shards of parameters and optimiser state, inside a node; the batch is split along it too."""
@@ -364,16 +367,26 @@ class MeshConfig:
     """Pieces of every sequence."""
     tensor: int = 1
     """Pieces of heads, hidden units and vocabulary, inside a node."""
+    # Half of a step's network traffic, gathering the weights, then runs beside the forward pass.
+    state: int = 1
+    """Replicas that share one copy of parameters and optimiser state, a part each, across nodes; in
+    all there are data x state replicas."""
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (self.data, self.fsdp, self.context, self.tensor)
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """In the order of sharding.AXES; make_mesh varies the last one fastest."""
+        return (self.data, self.state, self.fsdp, self.context, self.tensor)
+
+    @property
+    def batch_shards(self) -> int:
+        """Devices along which the rows of a batch are split."""
+        return self.data * self.state * self.fsdp
 
     def __post_init__(self) -> None:
         require(
             all(0 < size <= MOST or size == -1 for size in self.shape)
             and self.shape.count(-1) <= 1,
-            f"mesh sizes (data, fsdp, context, tensor)={self.shape} must be positive and less than "
+            f"mesh sizes (data, state, fsdp, context, tensor)={self.shape} must be positive and less than "
             "2^31, one of them -1 at most",
         )
 
@@ -386,11 +399,15 @@ class MeshConfig:
         free = -1 in self.shape
         require(
             num_devices % known == 0 if free else num_devices == known,
-            f"mesh (data, fsdp, context, tensor)={self.shape} needs "
+            f"mesh (data, state, fsdp, context, tensor)={self.shape} needs "
             f"{'a multiple of ' if free else ''}{known} devices and there are {num_devices}; "
             f"set mesh.* so that the product is {num_devices}",
         )
-        return MeshConfig(*(num_devices // known if size == -1 else size for size in self.shape))
+        sizes = {name: getattr(self, name) for name in ("data", "state", "fsdp", "context", "tensor")}
+        return replace(
+            self,
+            **{name: num_devices // known for name, size in sizes.items() if size == -1},
+        )
 
 
 @dataclass(frozen=True)
@@ -701,6 +718,12 @@ class Config:
             ("model.intermediate_size", self.model.intermediate_size, "tensor", mesh.tensor),
             ("model.vocab_size", self.model.vocab_size, "tensor", mesh.tensor),
             ("model.hidden_size", self.model.hidden_size, "fsdp", mesh.fsdp),
+            (
+                "model.hidden_size / mesh.fsdp",
+                self.model.hidden_size // mesh.fsdp,
+                "state",
+                mesh.state,
+            ),
             ("train.context_length", self.train.context_length, "context", mesh.context),
         ):
             require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
@@ -712,8 +735,8 @@ class Config:
         For a launch without a node that was lost. The global batch stays as it is and no device
         needs more memory: gradients of more micro-batches are accumulated.
         """
-        shards = full.data * full.fsdp
-        if self.train.micro_batch_size is not None or shards <= self.mesh.data * self.mesh.fsdp:
+        shards = full.batch_shards
+        if self.train.micro_batch_size is not None or shards <= self.mesh.batch_shards:
             return self
         micro = max(1, self.train.global_batch_size // shards)
         return replace(self, train=replace(self.train, micro_batch_size=micro))
@@ -723,10 +746,11 @@ class Config:
 
         Raises ConfigError where devices and micro-batches do not divide the batch.
         """
-        rows, batch = mesh.data * mesh.fsdp, self.train.global_batch_size
+        rows, batch = mesh.batch_shards, self.train.global_batch_size
         require(
             batch % rows == 0,
-            f"mesh.data x mesh.fsdp = {mesh.data} x {mesh.fsdp} = {rows} does not divide "
+            f"mesh.data x mesh.state x mesh.fsdp = {mesh.data} x {mesh.state} x {mesh.fsdp} = "
+            f"{rows} does not divide "
             f"train.global_batch_size={batch}",
         )
         if self.train.micro_batch_size is None:
