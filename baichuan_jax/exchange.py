@@ -23,13 +23,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from baichuan_jax.model import Blocks, Params
+from baichuan_jax.model import Exchange, Params
 from baichuan_jax.sharding import REPLICAS, Layout
 
 Batch = dict[str, jax.Array]
-LossSum = Callable[[Params, Batch, tuple[str, ...]], jax.Array]
-"""(parameters, batch [B, T], mesh axes that split its rows) -> the sum of its loss. The parameters'
-`layers` may be Blocks."""
+LossSum = Callable[[Params, Batch, tuple[str, ...], Exchange], tuple[jax.Array, Params]]
+"""(weights, batch [B, T], mesh axes that split its rows, exchange) -> the sum of its loss, and the
+weights as they arrived."""
 
 
 def gather(params: Params, axes: Params, layout: Layout, dtype: Any) -> Params:
@@ -58,40 +58,87 @@ def gather(params: Params, axes: Params, layout: Layout, dtype: Any) -> Params:
 
 
 def sum_gradients(
-    loss_sum: LossSum, weights: Params, axes: Params, batch: Batch, layout: Layout
+    loss_sum: LossSum, params: Params, axes: Params, batch: Batch, layout: Layout, dtype: Any
 ) -> tuple[jax.Array, Params]:
     """Loss and gradients, both summed over all tokens of the step.
 
-    weights: what `gather` returned; its `layers` are stacks [L, ...] or a list of blocks, and so
-    are the gradients'. batch: arrays [A, B, T]. The gradients are float32 and lie as parameters are
-    stored.
+    params: as they are stored; their `layers` are stacks [L, ...] or a list of blocks, and so are
+    the gradients'. dtype: in which the model computes. batch: arrays [A, B, T]. The gradients are
+    float32 and lie as parameters are stored.
     """
     micro_batches = batch["labels"].shape[0]
     rows = {name: _rows_of_replicas(array, layout) for name, array in batch.items()}
     at = lambda index: {name: array[index] for name, array in rows.items()}
-    own = _on_replicas(functools.partial(_own_gradients, loss_sum, weights), layout, mapped=True)
+    part = functools.partial(_gradients, loss_sum, axes, layout, dtype)
+    if not isinstance(axes["layers"], list):
+        # A scan takes its stacks whole.
+        params = gather(params, axes, layout, dtype)
+    if micro_batches == 1:
+        loss, gradients, _ = part(params, at(0), gathers=True, sums=True)
+        return jnp.sum(loss), gradients
+    # The first micro-batch is no turn of the loop: the gathers of its weights overlap with it.
+    loss, added, weights = part(params, at(0), gathers=True, sums=False)
 
     def add(carry, micro_batch):
-        loss, gradients = own(micro_batch)
-        added = jax.tree.map(jnp.add, carry[1], gradients)
-        return (carry[0] + loss, _put(added, axes, layout)), None
+        loss, gradients, _ = part(weights, micro_batch, gathers=False, sums=False)
+        return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
-    first, total, added = 0, jnp.zeros(()), None
-    if micro_batches > 1:
-        # The weights of other replicas are gathered while the first micro-batch computes: in a
-        # loop nothing would overlap with what comes before it.
-        if layout.mesh.shape["state"] > 1:
-            first, (total, added) = 1, own(at(0))
-        else:
-            total, added = jax.tree.map(
-                lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(own, at(0))
-            )
-        middle = {name: array[first:-1] for name, array in rows.items()}
-        start = (total, _put(added, axes, layout))
-        (total, added), _ = lax.scan(add, start, middle)
-    last = functools.partial(_last_gradients, loss_sum, weights, axes, layout)
-    loss, gradients = _on_replicas(last, layout, mapped=False)(at(-1), added)
-    return jnp.sum(total + loss), gradients
+    if micro_batches > 2:
+        middle = {name: array[1:-1] for name, array in rows.items()}
+        (loss, added), _ = lax.scan(add, (loss, added), middle)
+    last, gradients, _ = part(weights, at(-1), added, gathers=False, sums=True)
+    return jnp.sum(loss + last), gradients
+
+
+def _gradients(
+    loss_sum: LossSum,
+    axes: Params,
+    layout: Layout,
+    dtype: Any,
+    weights: Params,
+    batch: Batch,
+    added: Params | None = None,
+    *,
+    gathers: bool,
+    sums: bool,
+) -> tuple[jax.Array, Params, Params]:
+    """(loss [R], gradients, the weights that were computed with) of a micro-batch.
+
+    gathers: `weights` are as stored. sums: the gradients are those of all replicas, with what each
+    has `added`; else every replica's own [R, ...].
+    """
+    layers = axes["layers"]
+    unrolled = isinstance(layers, list)
+    # Of one block: a scan passes one of its stacks.
+    block = layers[0] if unrolled else {name: names[1:] for name, names in layers.items()}
+    gathers = gathers and unrolled and layout.mesh.shape["state"] > 1
+
+    def of_replica(batch: Batch, added: Params | None) -> tuple[jax.Array, Params, Params]:
+        ways = {"gathers": gathers, "sums": sums, "layout": layout}
+        arrive = functools.partial(_arrive, axes | block, dtype, **ways)
+        exchange = Exchange(arrive, functools.partial(_hold, **ways), added)
+        loss = lambda weights: loss_sum(weights, batch, ("fsdp",), exchange)
+        (total, used), gradients = jax.value_and_grad(loss, has_aux=True)(_float32(weights))
+        return total, gradients, used
+
+    if layout.replicas > 1:
+        # GSPMD alone would sum gradients over replicas in every micro-batch: in its view a
+        # gradient is one array, equal on all of them. So they get an axis of replicas. What is
+        # constrained inside of the function has that axis split over the replicas.
+        out_axes = (0, None if sums else 0, None)
+        of_replica = jax.vmap(of_replica, out_axes=out_axes, spmd_axis_name=REPLICAS)
+    loss, gradients, used = of_replica(batch, added)
+    if not sums:
+        gradients = _put(gradients, axes, layout)
+    # The model rounded them to its own type, in which they take half of the memory.
+    used = (
+        jax.tree.map(lambda used, given: used.astype(given.dtype), used, weights)
+        if not gathers
+        else jax.tree.map(
+            lambda w, n: w if layout.split_over_state(n) is None else w.astype(dtype), used, axes
+        )
+    )
+    return loss, gradients, used
 
 
 def _rows_of_replicas(array: jax.Array, layout: Layout) -> jax.Array:
@@ -102,19 +149,6 @@ def _rows_of_replicas(array: jax.Array, layout: Layout) -> jax.Array:
     array = array.reshape(A, layout.replicas, B // layout.replicas, T)
     spec = P(None, REPLICAS, "fsdp", "context")
     return lax.with_sharding_constraint(array, NamedSharding(layout.mesh, spec))
-
-
-def _on_replicas(function: Callable, layout: Layout, mapped: bool) -> Callable:
-    """A function of one replica's arrays as one of all replicas' [R, ...].
-
-    It returns (loss [R], gradients); the gradients are [R, ...] where `mapped`, else summed over
-    replicas by the function. GSPMD alone would sum them in every micro-batch: in its view a
-    gradient is one array, equal on all replicas.
-    """
-    if layout.replicas == 1:
-        return function
-    # spmd_axis_name: the constraints inside then split the mapped axis over the replicas.
-    return jax.vmap(function, out_axes=(0, 0 if mapped else None), spmd_axis_name=REPLICAS)
 
 
 def _put(gradients: Params, axes: Params, layout: Layout) -> Params:
@@ -136,62 +170,57 @@ def _float32(weights: Params) -> Params:
     return jax.tree.map(lambda weight: weight.astype(jnp.float32), weights)
 
 
-def _own_gradients(loss_sum: LossSum, weights: Params, batch: Batch) -> tuple[jax.Array, Params]:
-    """Loss and gradients of one replica's micro-batch."""
-
-    def loss(weights: Params) -> jax.Array:
-        return loss_sum(weights | {"layers": Blocks(weights["layers"])}, batch, ("fsdp",))
-
-    return jax.value_and_grad(loss)(_float32(weights))
-
-
-def _last_gradients(
-    loss_sum: LossSum,
-    weights: Params,
+def _arrive(
     axes: Params,
-    layout: Layout,
-    batch: Batch,
+    dtype: Any,
+    weights: Params,
     added: Params | None,
-) -> tuple[jax.Array, Params]:
-    """Loss of one replica's last micro-batch, and all gradients summed over replicas.
-
-    added: the gradients of the replica's other micro-batches.
-    """
-    if added is None:
-        added = jax.tree.map(lambda _: None, weights)
-    block = axes["layers"]
-    if isinstance(block, list):
-        block = block[0]
-    else:
-        block = {name: names[1:] for name, names in block.items()}
-
-    def loss(weights: Params) -> jax.Array:
-        outer = {
-            name: _summed(weight, added[name], axes[name], layout)
-            for name, weight in weights.items()
-            if name != "layers"
-        }
-        arrive = lambda weights, added: _summed(weights, added, block, layout)
-        blocks = Blocks(weights["layers"], added["layers"], arrive)
-        return loss_sum(outer | {"layers": blocks}, batch, ("fsdp",))
-
-    return jax.value_and_grad(loss)(_float32(weights))
-
-
-def _summed(weights: Any, added: Any, axes: Any, layout: Layout) -> Any:
-    """The identity, whose gradient is the sum over replicas, with `added` of each."""
+    *,
+    gathers: bool,
+    sums: bool,
+    layout: Layout,
+) -> Params:
+    """Exchange.arrive: weights are gathered forward, their gradients are summed backward."""
+    names = {name: axes[name] for name in weights}
 
     @jax.custom_vjp
-    def identity(weights, added):
-        return weights
+    def arrive(weights, added):
+        return _float32(gather(weights, names, layout, dtype)) if gathers else weights
 
     def backward(added, gradients):
+        if not sums:
+            return gradients, None
+        # None where there is one micro-batch.
         plus = lambda gradient, more: gradient if more is None else gradient + more
-        gradients = jax.tree.map(plus, gradients, added)
-        return jax.tree.map(lambda g, names: _sum(g, names, layout), gradients, axes), None
+        gradients = jax.tree.map(plus, gradients, added or dict.fromkeys(gradients))
+        return jax.tree.map(lambda g, names: _sum(g, names, layout), gradients, names), None
 
-    identity.defvjp(lambda weights, added: (weights, added), backward)
-    return identity(weights, added)
+    arrive.defvjp(lambda weights, added: (arrive(weights, added), added), backward)
+    return arrive(weights, added)
+
+
+def _hold(
+    x: jax.Array, weights: Params, summed: bool, *, gathers: bool, sums: bool, layout: Layout
+) -> tuple[jax.Array, Params]:
+    """Exchange.hold: gathers of these weights wait for x, x's gradient waits for their sums."""
+    # In the type of the sum, which nothing has to store in another. Norms' gradients are small:
+    # left free, they are all summed in one message.
+    dtype = layout.sum_dtype if layout.replicas > 1 or not summed else "float32"
+
+    @jax.custom_vjp
+    def hold(x, weights):
+        return lax.optimization_barrier((x, weights)) if gathers and summed else (x, weights)
+
+    def backward(_, gradients):
+        if not sums:
+            return gradients
+        dx, dweights = gradients
+        held = {name: g.astype(dtype) for name, g in dweights.items() if g.ndim > 1}
+        dx, held = lax.optimization_barrier((dx, held))
+        return dx, dweights | _float32(held)
+
+    hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
+    return hold(x, weights)
 
 
 def _sum(gradient: jax.Array, names: tuple[str, ...], layout: Layout) -> jax.Array:

@@ -14,6 +14,7 @@ L layers, C the three of Q, K and V.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -36,15 +37,21 @@ Params = dict[str, Any]
 _AUTO = KernelsConfig()
 
 
-class Blocks(NamedTuple):
-    """The parameters of all blocks, as a training step gives them to `Transformer.hidden`."""
+class Exchange(NamedTuple):
+    """Where a training step exchanges weights and gradients with other devices (exchange.py).
 
-    weights: Any
-    """Stacks [L, ...], or with scan_layers false also a list of blocks."""
-    added: Any = None
-    """The gradients that `arrive` adds to each block's, in the same places; None: none."""
+    `arrive` and `hold` return what they are given; they act in the backward pass. By default
+    nothing is exchanged.
+    """
+
     arrive: Callable[[Params, Params | None], Params] = lambda weights, added: weights
-    """(weights, added) of a block -> its weights. In the backward pass it ends their gradients."""
+    """(weights, added) -> weights, whose gradients are summed over devices, with `added`."""
+    hold: Callable[[jax.Array, Params, bool], tuple[jax.Array, Params]] = (
+        lambda x, weights, summed: (x, weights)
+    )
+    """(x, weights) -> both; x's gradient waits until those of the weights are summed."""
+    added: Params | None = None
+    """For `arrive`, in the places of the model's parameters."""
 
 
 class Cache(NamedTuple):
@@ -161,30 +168,51 @@ class Transformer(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        blocks: Blocks | None = None,
     ) -> jax.Array:
-        """States [B, T, D] after the final norm; training and scoring call it.
+        """States [B, T, D] after the final norm; scoring calls it.
 
         segment_ids [B, T]: tokens attend within equal ids only. positions [B, T]: of the rotary
-        embedding; by default 0, 1, ... blocks: instead of the model's own.
+        embedding; by default 0, 1, ...
+        """
+        layers = nnx.state(self.layers)
+        return self.hidden_and_head(tokens_BT, layers, Exchange(), segment_ids, positions)[0]
+
+    def hidden_and_head(
+        self,
+        tokens_BT: jax.Array,
+        layers: Any,
+        exchange: Exchange,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """`hidden`, the head's kernel [D, V] for the loss, and `layers`; training calls it.
+
+        layers: the blocks' parameters, as stacks [L, ...], or with scan_layers false also as a list
+        of blocks. Those that are returned have arrived.
         """
         config = self.config
         rope = self._rope(jnp.arange(tokens_BT.shape[1])[None] if positions is None else positions)
         # scan takes arrays: the parameters are split off, and each iteration merges one layer's
         # with the graph definition, which is the same for all.
-        graphdef, layers = nnx.split(self.layers)
-        blocks = blocks or Blocks(layers)
+        graphdef, _ = nnx.split(self.layers)
 
         def body(x_BTD, layer):
             return nnx.merge(graphdef, layer)(x_BTD, rope, segment_ids)
 
         x_BTD, body = self._embed(tokens_BT), _remat(body, config.remat)
+        added = exchange.added or dict.fromkeys(("layers", "lm_head"))
+        head = {"lm_head": self.lm_head[...]}
         if config.scan_layers:
-            turn = lambda x_BTD, layer: body(x_BTD, blocks.arrive(*layer))
-            x_BTD, _ = jax.lax.scan(turn, x_BTD, (blocks.weights, blocks.added))
+            turn = lambda x_BTD, layer: body(x_BTD, exchange.arrive(*layer))
+            x_BTD, _ = jax.lax.scan(turn, x_BTD, (layers, added["layers"]))
         else:
-            x_BTD = _unrolled(body, x_BTD, blocks, config.num_layers)
-        return self._final_norm(x_BTD)
+            blocks = (
+                _separate(layers, config.num_layers),
+                _separate(added["layers"], config.num_layers),
+            )
+            x_BTD, head, layers = _unrolled(body, x_BTD, *blocks, head, exchange)
+        head = exchange.arrive(head, {"lm_head": added["lm_head"]})
+        return self._final_norm(x_BTD), head["lm_head"], layers
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, positions: jax.Array
@@ -387,35 +415,37 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
-def _unrolled(body, x_BTD: jax.Array, blocks: Blocks, count: int) -> jax.Array:
+def _separate(stacks: Any, count: int) -> list[Any]:
+    """Stacks [L, ...] as a list of blocks."""
+    if isinstance(stacks, list):
+        return stacks
+    return [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(count)]
+
+
+def _unrolled(
+    body, x_BTD: jax.Array, layers: list, added: list, head: Params, exchange: Exchange
+) -> tuple[jax.Array, Params, list]:
     """Apply the blocks one after the other, where scan would loop over one of them.
 
     No stack of saved activations is written, and XLA optimises across blocks; compilation takes
-    longer. In the backward pass a block waits until the gradients of the third block after it are
-    summed. Left free, XLA's scheduler puts all sums after the last block, where no compute hides
-    them.
+    longer. Left free, XLA's scheduler computes many weights' gradients and sums them after the last
+    block, where no compute hides the sums. So in the backward pass a block waits until the
+    gradients of the second block after it are summed. Returns x and the head.
     """
-
-    def separate(blocks: Any) -> list[Any]:
-        if isinstance(blocks, list):
-            return list(blocks)
-        return [jax.tree.map(lambda stack, i=i: stack[i], blocks) for i in range(count)]
-
-    weights, added = separate(blocks.weights), separate(blocks.added)
+    count, layers = len(layers), list(layers)
+    D = int(os.environ.get("DIST", "3"))
+    H = int(os.environ.get("HEAD", "2"))
+    arrived = [exchange.arrive(layers[0], added[0])]
     for i in range(count):
-        x_BTD, _ = body(x_BTD, blocks.arrive(weights[i], added[i]))
-        if i + 3 < count:
-            x_BTD, weights[i + 3] = _together(x_BTD, weights[i + 3])
-    return x_BTD
-
-
-@jax.custom_vjp
-def _together(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, Params]:
-    """The identity, whose backward pass holds x's gradient until the weights' are there."""
-    return x_BTD, weights
-
-
-_together.defvjp(
-    lambda x_BTD, weights: ((x_BTD, weights), None),
-    lambda _, gradients: jax.lax.optimization_barrier(gradients),
-)
+        # The block before this one waits for what x is held with here.
+        if i + D - 1 < count:
+            x_BTD, layers[i + D - 1] = exchange.hold(x_BTD, layers[i + D - 1], True)
+        if i + 1 < count:
+            following = exchange.arrive(layers[i + 1], added[i + 1])
+            x_BTD, following = exchange.hold(x_BTD, following, False)
+            arrived.append(following)
+        # The head's gradient is ready first, and larger than a block's.
+        if i == max(count - H, 0):
+            x_BTD, head = exchange.hold(x_BTD, head, True)
+        x_BTD, _ = body(x_BTD, arrived[i])
+    return x_BTD, head, arrived

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config.schema import Config
 from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
 from baichuan_jax.loss import IGNORE, cross_entropy
-from baichuan_jax.model import Blocks, Params, abstract_model, init_params, matmul_precision
+from baichuan_jax.model import Exchange, Params, abstract_model, init_params, matmul_precision
 from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
@@ -181,31 +181,35 @@ def _make_loss_sum(
 ) -> LossSum:
     """Model and loss as one function of parameters and arrays [B, T]."""
 
-    def loss_sum(params: Params, batch: Batch, batch_axes: tuple[str, ...]) -> jax.Array:
-        layout_here = dataclasses.replace(layout, batch_axes=batch_axes)
-        blocks = params["layers"]
-        if isinstance(blocks, Blocks):
-            # The model's own blocks are then not used: their shapes fill their place.
-            params = params | {"layers": layer_shapes}
-        else:
-            blocks = None
-        with activate(layout_here), matmul_precision(config.model):
-            # The mesh and the precision are contexts of the trace, so the model itself names
-            # neither.
-            model = nnx.merge(graphdef, params)
-            hidden = model.hidden(
+    def loss_sum(
+        params: Params, batch: Batch, batch_axes: tuple[str, ...], exchange: Exchange
+    ) -> tuple[jax.Array, Params]:
+        layers, head = params["layers"], params["lm_head"]
+        outer = {name: params[name] for name in ("embedding", "final_norm")}
+        added = exchange.added and {name: exchange.added[name] for name in outer}
+        # The mesh and the precision are contexts of the trace, so the model itself names neither.
+        with (
+            activate(dataclasses.replace(layout, batch_axes=batch_axes)),
+            matmul_precision(config.model),
+        ):
+            # The model is given its blocks with the batch; here their shapes fill their place.
+            outer = exchange.arrive(outer, added)
+            model = nnx.merge(graphdef, outer | {"lm_head": head, "layers": layer_shapes})
+            hidden, head, layers = model.hidden_and_head(
                 batch["inputs"],
+                layers,
+                exchange,
                 segment_ids=batch.get("segment_ids"),
                 positions=batch.get("positions"),
-                blocks=blocks,
             )
-            return cross_entropy(
+            loss = cross_entropy(
                 hidden,
-                model.lm_head[...],
+                head,
                 batch["labels"],
                 chunk_size=config.train.loss_chunk_size,
                 z_loss=config.train.z_loss,
             )
+        return loss, outer | {"lm_head": head, "layers": layers}
 
     return loss_sum
 
@@ -235,8 +239,9 @@ def _make_train(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
         with activate(layout):
-            weights = gather(separate(state.params), used_axes, layout, config.model.dtype)
-            total, gradients = sum_gradients(loss_sum, weights, used_axes, batch, layout)
+            total, gradients = sum_gradients(
+                loss_sum, separate(state.params), used_axes, batch, layout, config.model.dtype
+            )
             if not config.model.scan_layers:
                 stack = lambda *blocks: jnp.stack(blocks)
                 gradients["layers"] = jax.tree.map(stack, *gradients["layers"])
@@ -280,7 +285,7 @@ def _make_evaluate(layout: Layout, loss_sum: LossSum, weights: Callable) -> Call
     def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # One pass over all rows: without gradients there is little memory to save.
         flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
-        total = loss_sum(weights(params), flat, layout.batch_axes)
+        total = loss_sum(weights(params), flat, layout.batch_axes, Exchange())[0]
         return total, jnp.sum(batch["labels"] != IGNORE)
 
     return evaluate
@@ -310,7 +315,8 @@ def _make_check(
 
     def digests(params: Params, same: Batch) -> jax.Array:
         whole = weights(params)
-        one = lambda batch: jax.value_and_grad(loss_sum)(whole, batch, ("state", "fsdp"))
+        loss = lambda weights, batch: loss_sum(weights, batch, ("state", "fsdp"), Exchange())[0]
+        one = lambda batch: jax.value_and_grad(loss)(whole, batch)
         computed = jax.vmap(one, spmd_axis_name="data")(same)
         specs = tuple(sharding.spec for sharding in jax.tree.leaves(shardings))
         # check_vma off: the partitioner takes copies of one array for equal, which is exactly what

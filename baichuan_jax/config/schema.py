@@ -403,7 +403,9 @@ class MeshConfig:
             f"{'a multiple of ' if free else ''}{known} devices and there are {num_devices}; "
             f"set mesh.* so that the product is {num_devices}",
         )
-        sizes = {name: getattr(self, name) for name in ("data", "state", "fsdp", "context", "tensor")}
+        sizes = {
+            name: getattr(self, name) for name in ("data", "state", "fsdp", "context", "tensor")
+        }
         return replace(
             self,
             **{name: num_devices // known for name, size in sizes.items() if size == -1},
