@@ -75,9 +75,9 @@ def instruction_cost(
     flops = program.flops(computation, instruction)
     by_matmul = flops / (hardware.peak_tflops * 1e12 * rates.matmul)
     # Tuples, bitcasts and other bookkeeping: no kernel is launched for them.
-    if not by_memory and not by_matmul:
+    if not traffic and not flops:
         return Cost("memory", 0.0)
-    seconds = max(by_memory, by_matmul) + rates.launch_us * 1e-6
+    seconds = np.maximum(by_memory, by_matmul) + rates.launch_us * 1e-6
     return Cost("matmul" if flops else "memory", seconds, flops)
 
 
@@ -93,7 +93,7 @@ def _kernel_cost(
     launch = rates.launch_us * 1e-6
     if name is None:
         what = f"custom call {instruction.target} (its traffic alone is counted)"
-        return Cost("memory", by_memory, unknown=what if by_memory else None)
+        return Cost("memory", by_memory, unknown=what if np.any(by_memory) else None)
     if name not in ATTENTION_PRODUCTS:
         return Cost("kernel", by_memory + launch, kernel=name)
     shapes = [
@@ -108,7 +108,7 @@ def _kernel_cost(
     )
     share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
     by_products = flops / (hardware.peak_tflops * 1e12 * share)
-    return Cost("kernel", max(by_memory, by_products) + launch, flops, kernel=name)
+    return Cost("kernel", np.maximum(by_memory, by_products) + launch, flops, kernel=name)
 
 
 @dataclass
@@ -181,7 +181,7 @@ def collective_seconds(
     # NCCL takes a tree instead of a ring where latency would bound it: the logarithm of the hops.
     if passed < 2**24:
         tree = 2 * np.log2(max(n // together, 2)) * rates.inter_latency_us * 4e-6
-        hops = min(hops, tree)
+        hops = np.minimum(hops, tree)
     return passed / together / (hardware.inter_node_gbps / 8 * 1e9 * rates.inter_node) + hops
 
 

@@ -180,6 +180,8 @@ _PLAN = {
     "predicted_step_seconds": float,
     "predicted_mfu": float,
 }
+# What plans of earlier versions lack.
+_PLAN_ADDED = {"predicted_mfu_interval": tuple[float, float]}
 
 
 def read_runs(paths: list[Path]) -> list[Recorded]:
@@ -295,7 +297,9 @@ def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
             continue
         # A plan of several topologies is a list.
         for item in content if isinstance(content, list) else [content]:
-            found[require_keys(item, _PLAN, str(file))["topology"]] = item
+            plan = require_keys(item, _PLAN, str(file))
+            _require_kinds(plan, _PLAN_ADDED, str(file))
+            found[plan["topology"]] = plan
         _require_at_most(len(found), MOST_RESULTS, str(file), "plans (with those before it)")
     return found
 
