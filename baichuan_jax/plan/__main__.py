@@ -73,9 +73,9 @@ def main(argv: list[str]) -> int:
     # Before anything is compiled, which takes minutes.
     config.check_mesh(config.mesh.resolve(topology.num_devices))
     # First, and once: the child that compiles prints the rest. One node uses no network.
+    network = assumptions.get(NETWORK)
     several = topology.num_devices > topology.devices_per_node or options["sweep"]
-    if CHILD not in os.environ and several:
-        network = assumptions[NETWORK]
+    if network is not None and several and CHILD not in os.environ:
         show_network(topology, assumed=network.low < network.high)
     if options["sweep"]:
         return _sweep(config, topology, argv, options)

@@ -64,20 +64,20 @@ class Assumption(NamedTuple):
 _FITTED = "fitted on published runs; range: what single runs give"
 _NCCL = "assumed: NCCL's bus bandwidth over the links' rate"
 _OVERLAP = "assumed; high: mean of arXiv 2507.03114 on 4 GPUs"
-# All accelerators alike, where nothing is known of one of them.
+# Of all accelerators alike.
 _ALL = {
     "memory": Assumption(0.85, 0.8, 0.9, "assumed: as long copies reach"),
-    "inter_node": Assumption(0.8, 0.6, 0.9, _NCCL),
-    "straggler": Assumption(0.0, 0.0, 0.01, "assumed: nodes of 8 are in the fit of matmul"),
-    "inter_latency_us": Assumption(
-        5.0, 2.7, 14.0, "assumed; range: NCCL's own table (src/graph/tuning.cc)"
-    ),
+    "straggler": Assumption(0.0, 0.0, 0.01, "assumed: beyond the 8 devices of a fitted run"),
+    "intra_latency_us": Assumption(20.0, 10.0, 30.0, "assumed: start and end of a collective"),
 }
 _GPU = _ALL | {
     "intra_node": Assumption(0.78, 0.7, 0.85, _NCCL),
     "contention": Assumption(0.06, 0.03, 0.19, _OVERLAP),
+    "inter_node": Assumption(0.8, 0.6, 0.9, _NCCL),
     "launch_us": Assumption(3.0, 2.0, 5.0, "assumed: between two kernels of a stream"),
-    "intra_latency_us": Assumption(20.0, 10.0, 30.0, "assumed: start and end of a collective"),
+    "inter_latency_us": Assumption(
+        5.0, 2.7, 14.0, "assumed; range: NCCL's own table (src/graph/tuning.cc)"
+    ),
 }
 # By accelerator. `matmul` of the GPUs is fitted (benchmarks/plan_validation.py, docs/plan.md); the
 # rest, and all of a TPU's, is assumed. A TPU's program is one kernel, and its collectives have
@@ -100,7 +100,8 @@ ASSUMPTIONS: dict[str, dict[str, Assumption]] = {
         "intra_node": Assumption(0.8, 0.7, 0.9, "assumed"),
         "contention": Assumption(0.0, 0.0, 0.05, "assumed: collectives have their own engines"),
         "launch_us": Assumption(0.0, 0.0, 0.0, "a program is one kernel"),
-        "intra_latency_us": Assumption(20.0, 10.0, 30.0, "assumed: start and end of a collective"),
+        "inter_node": Assumption(0.8, 0.8, 0.8, "not used: chips need no network"),
+        "inter_latency_us": Assumption(5.0, 5.0, 5.0, "not used: chips need no network"),
     },
 }
 # The share of the data sheet's network that a cluster may have: servers are sold with a card for

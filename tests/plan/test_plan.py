@@ -108,6 +108,7 @@ def test_sixteen_a800s(tmp_path, loops):
         "--topology=a800:2x8",
         f"--rates_file={rates}",
         "--rates.kernel=0.75",
+        "--rates.straggler=0.002",
         "--rates.intra_latency_us=30",
         "--train.global_batch_size=16",
         f"--hlo={text}",
@@ -137,9 +138,17 @@ def test_sixteen_a800s(tmp_path, loops):
     # A measured rate replaces the default, a given one replaces both, and the report says which.
     defaults = rates_for(parse_topology("a800:2x8"))
     expected = dataclasses.replace(
-        defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0
+        defaults,
+        matmul=0.6,
+        launch_us=4.5,
+        kernel=0.75,
+        straggler=0.002,
+        intra_latency_us=30.0,
     )
     assert result["rates"] == dataclasses.asdict(expected)
+    # The shares of the step's time are all of it, the slowest of the 16 devices with them.
+    assert result["seconds"]["waiting for the slowest device"] > 0
+    assert sum(result["seconds"].values()) == pytest.approx(result["predicted_step_seconds"])
     # The point lies in the interval, which is made of the ranges of all rates and of the network.
     low, high = result["predicted_mfu_interval"]
     assert low < result["predicted_mfu"] < high < low + 0.2
@@ -150,7 +159,7 @@ def test_sixteen_a800s(tmp_path, loops):
     assert result["rows_per_device"] == 1
     assert "network: 200 Gb/s a GPU, 1,600 Gb/s a node (data sheet" in done.stdout
     sources = dict.fromkeys(("matmul", "launch_us"), "measured")
-    sources |= dict.fromkeys(("kernel", "intra_latency_us"), "given")
+    sources |= dict.fromkeys(("kernel", "straggler", "intra_latency_us"), "given")
     assert result["rates_from"] == dict.fromkeys(RATE_NAMES, "default") | sources
     assert result["rates_file"]["path"] == str(rates)
     assert f"rates measured on NVIDIA H100 80GB HBM3 (a100), 2026-11-27: {rates}" in done.stdout
