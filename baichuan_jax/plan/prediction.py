@@ -3,8 +3,8 @@
 In: a compiled program (hlo.py), the mesh, the topology and its rates. Out: seconds of a step, and
 where they go. The compiler's order of instructions is kept. An instruction takes the time that
 roofline.py gives it. A collective starts at its start instruction and runs on a link beside the
-compute that follows; its end instruction waits for it. Two links work at the same time: inside a
-node and between nodes. Nothing is measured on the machine that predicts.
+compute that follows; its end instruction waits for it. A link carries one collective after the
+other, and so does a stream of the GPU. Nothing is measured on the machine that predicts.
 
 Rates may be arrays of samples: the order of instructions is the compiler's whatever they take, so
 one pass over the program predicts all samples, and the prediction's seconds are arrays as well.
@@ -27,6 +27,12 @@ from baichuan_jax.plan.roofline import (
     describe_collective,
     instruction_cost,
 )
+
+# On so many streams XLA runs a GPU's collectives, each stream in the order of its starts: a gather
+# over NVLink waits for a sum over the network before it. 2, and in turn, with
+# --xla_gpu_experimental_enable_collective_multi_streaming (execution_stream_assignment.cc). A TPU
+# has one link, and so one order, anyway.
+COMMUNICATION_STREAMS = 1
 
 
 @dataclass
@@ -103,6 +109,22 @@ def schedule_profile(prediction: Prediction) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _streams(program: Program) -> dict[tuple[str, str], int]:
+    """The stream of each collective, by computation and name; left out: stream 0."""
+    if COMMUNICATION_STREAMS == 1:
+        return {}
+    # As ExecutionStreamAssignment does it: in turn, computation by computation from the entry on.
+    found: dict[tuple[str, str], int] = {}
+    computations = [program.entry]
+    for computation in computations:  # grows meanwhile
+        for item in computation.post_order():
+            if item.opcode.endswith("-start") and item.opcode[:-6] in COLLECTIVES:
+                found[computation.name, item.name] = len(found) % COMMUNICATION_STREAMS
+            elif item.opcode in ("while", "call"):
+                computations += [program.computations[name] for name in item.called]
+    return found
+
+
 class _Simulation:
     """One device's clock, its links, and what they did so far."""
 
@@ -111,9 +133,10 @@ class _Simulation:
     ) -> None:
         self.program, self.mesh, self.topology, self.rates = program, mesh, topology, rates
         self.now = 0.0
-        # When each link has ended all that it was given: the two serve different collectives at the
-        # same time, and each serves its own one after the other.
+        # When each link and each stream has ended all that it was given.
         self.link_free = {"intra_node": 0.0, "inter_node": 0.0}
+        self.stream_free = [0.0] * COMMUNICATION_STREAMS
+        self.streams = _streams(program)
         # Collectives that compute has not waited for yet, by the name of their start.
         self.in_flight: dict[str, tuple[Collective, float]] = {}
         # Seconds of compute by what bounds it, and how much collectives beside it add; operations.
@@ -228,9 +251,11 @@ class _Simulation:
         collective = self.collectives[key]
         groups: np.ndarray = replica_groups(instruction.attributes, self.mesh.size)
         seconds = collective_seconds(collective, groups, self.topology, self.rates)
-        # A link serves one collective after the other, in the order of their starts.
-        end = np.maximum(self.now, self.link_free[collective.link]) + seconds
-        self.link_free[collective.link] = end
+        # Both the link and the stream serve one collective after the other, as they start.
+        stream = self.streams.get(key, 0)
+        free = np.maximum(self.link_free[collective.link], self.stream_free[stream])
+        end = np.maximum(self.now, free) + seconds
+        self.link_free[collective.link] = self.stream_free[stream] = end
         collective.count += 1
         collective.seconds = collective.seconds + seconds
         if under is not None or collective.asynchronous:

@@ -439,6 +439,37 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     assert found.asynchronous
 
 
+BOTH_LINKS = """HloModule step, is_scheduled=true
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[1000,1000]) -> (f32[1000,1000], f32[2000,1000]) {
+  %a = f32[1000,1000]{1,0} parameter(0)
+  %sum-start = f32[1000,1000]{1,0} all-reduce-start(%a), replica_groups={{0,2},{1,3}}, to_apply=%sum
+  %gather-start = f32[2000,1000]{1,0} all-gather-start(%a), replica_groups={{0,1},{2,3}}
+  %gather-done = f32[2000,1000]{1,0} all-gather-done(%gather-start)
+  %sum-done = f32[1000,1000]{1,0} all-reduce-done(%sum-start)
+  ROOT %both = (f32[1000,1000]{1,0}, f32[2000,1000]{1,0}) tuple(%sum-done, %gather-done)
+}
+"""
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_gather_inside_a_node_waits_for_a_sum_over_nodes_on_the_same_stream(streams, monkeypatch):
+    """By hand: the sum passes 4 MB at 12.5 GB/s, the gather behind it 4 MB at 100 GB/s."""
+    monkeypatch.setattr("baichuan_jax.plan.prediction.COMMUNICATION_STREAMS", streams)
+    mesh = mesh_of(data=2, fsdp=2)
+    found = predict(hlo.parse(BOTH_LINKS), mesh, parse_topology("a800:2x2"), RATES)
+    total, gather = 4e6 / 12.5e9, 4e6 / 100e9
+    assert found.seconds == pytest.approx(total + gather if streams == 1 else total)
+    waited = {item.kind: item.exposed_seconds for item in found.collectives}
+    assert waited["all-gather"] == pytest.approx(total + gather if streams == 1 else gather)
+
+
 SPARSE_CORES = """HloModule step, is_scheduled=true
 
 %gather (shard: f32[500,1000]) -> f32[1000,1000] {
