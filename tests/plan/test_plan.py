@@ -21,12 +21,13 @@ from baichuan_jax.hardware.accelerators import Topology, parse_topology
 from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import __main__ as plan_command
 from baichuan_jax.plan import hlo
-from baichuan_jax.plan.prediction import predict
+from baichuan_jax.plan.prediction import COMMUNICATION_STREAMS, predict
 from baichuan_jax.plan.rates import RATE_NAMES, Rates, rates_for, read_rates
 from baichuan_jax.plan.report import capacity_gib
 from baichuan_jax.plan.roofline import axes_of
 from baichuan_jax.plan.search import candidates
 from baichuan_jax.sharding import AXES
+from baichuan_jax.xla_flags import choose_flags
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDA = any(map(importlib.util.find_spec, PLUGINS)) and importlib.util.find_spec("jax_triton")
@@ -468,6 +469,12 @@ def test_a_gather_inside_a_node_waits_for_a_sum_over_nodes_on_the_same_stream(st
     assert found.seconds == pytest.approx(total + gather if streams == 1 else total)
     waited = {item.kind: item.exposed_seconds for item in found.collectives}
     assert waited["all-gather"] == pytest.approx(total + gather if streams == 1 else gather)
+
+
+def test_the_prediction_has_as_many_streams_as_the_flags(tiny_config):
+    flags = choose_flags(tiny_config, parse_topology("a800:2x8")).xla
+    two = "--xla_gpu_experimental_enable_collective_multi_streaming=true" in flags
+    assert COMMUNICATION_STREAMS == (2 if two else 1)
 
 
 SPARSE_CORES = """HloModule step, is_scheduled=true
