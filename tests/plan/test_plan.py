@@ -474,7 +474,7 @@ def test_a_gather_inside_a_node_waits_for_a_sum_over_nodes_on_the_same_stream(st
 def test_the_prediction_has_as_many_streams_as_the_flags(tiny_config):
     flags = choose_flags(tiny_config, parse_topology("a800:2x8")).xla
     two = "--xla_gpu_experimental_enable_collective_multi_streaming=true" in flags
-    assert COMMUNICATION_STREAMS == (2 if two else 1)
+    assert (2 if two else 1) == COMMUNICATION_STREAMS
 
 
 SPARSE_CORES = """HloModule step, is_scheduled=true
