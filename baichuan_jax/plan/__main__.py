@@ -119,13 +119,9 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     add("--json", **file, help="Write the report here as well.")
     add("--hlo", **file, help="Write the compiled program's text here.")
     for name in OVERRIDES:
-        of = " Gb/s of a GPU to other nodes." if name == NETWORK else ""
-        add(f"--hardware.{name}", type=between(), help=f"Instead of the data sheet's.{of}")
-    add(
-        "--hardware.node_gbps",
-        type=between(),
-        help="The same as inter_node_gbps, of a whole node: 8 times that of a GPU where it has 8.",
-    )
+        add(f"--hardware.{name}", type=between(), help="Instead of the data sheet's.")
+    network = "The network of a whole node, instead of inter_node_gbps, which is a GPU's share."
+    add("--hardware.node_gbps", type=between(), help=network)
     add(
         "--rates_file",
         default=None,
