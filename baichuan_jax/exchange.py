@@ -41,20 +41,24 @@ def gather(params: Params, axes: Params, layout: Layout, dtype: Any) -> Params:
     if layout.mesh.shape["state"] == 1:
         return params
 
-    def whole(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    def gathered(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
         dimension = layout.split_over_state(names)
         if dimension is None:
             return param
         local = functools.partial(lax.all_gather, axis_name="state", axis=dimension, tiled=True)
-        return jax.shard_map(
+        whole = jax.shard_map(
             local,
             mesh=layout.mesh,
             in_specs=layout.stored_spec(names),
             out_specs=layout.spec(names),
             check_vma=False,
-        )(param.astype(dtype))
+        )
+        # In a vmap over the replicas all of them get the same.
+        whole = jax.custom_batching.custom_vmap(whole)
+        whole.def_vmap(lambda size, mapped, param: (whole(param), False))
+        return whole(param.astype(dtype))
 
-    return jax.tree.map(whole, params, axes)
+    return jax.tree.map(gathered, params, axes)
 
 
 def sum_gradients(
