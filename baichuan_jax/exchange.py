@@ -80,17 +80,27 @@ def sum_gradients(
     if micro_batches == 1:
         loss, gradients, _ = part(params, at(0), gathers=True, sums=True)
         return jnp.sum(loss), gradients
-    # The first micro-batch is no turn of the loop: the gathers of its weights overlap with it.
-    loss, added, weights = part(params, at(0), gathers=True, sums=False)
 
     def add(carry, micro_batch):
         loss, gradients, _ = part(weights, micro_batch, gathers=False, sums=False)
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
-    if micro_batches > 2:
-        middle = {name: array[1:-1] for name, array in rows.items()}
+    first, weights = 0, params
+    if layout.mesh.shape["state"] > 1:
+        # No turn of the loop: the gathers of its weights overlap with it.
+        first = 1
+        loss, added, weights = part(params, at(0), gathers=True, sums=False)
+    else:
+        shapes = jax.eval_shape(lambda: part(params, at(0), gathers=False, sums=False)[:2])
+        loss, added = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        added = _put(added, axes, layout)
+    if micro_batches - first > 1:
+        middle = {name: array[first:-1] for name, array in rows.items()}
+        middle, (loss, added) = lax.optimization_barrier((middle, (loss, added)))
         (loss, added), _ = lax.scan(add, (loss, added), middle)
-    last, gradients, _ = part(weights, at(-1), added, gathers=False, sums=True)
+    # One after the other: both micro-batches' activations would be in memory.
+    final, added = lax.optimization_barrier((at(-1), added))
+    last, gradients, _ = part(weights, final, added, gathers=False, sums=True)
     return jnp.sum(loss + last), gradients
 
 
@@ -120,7 +130,7 @@ def _gradients(
     def of_replica(batch: Batch, added: Params | None) -> tuple[jax.Array, Params, Params]:
         ways = {"gathers": gathers, "sums": sums, "layout": layout}
         arrive = functools.partial(_arrive, axes | block, dtype, **ways)
-        exchange = Exchange(arrive, functools.partial(_hold, **ways), added)
+        exchange = Exchange(arrive, functools.partial(_hold, dtype, **ways), added)
         loss = lambda weights: loss_sum(weights, batch, ("fsdp",), exchange)
         (total, used), gradients = jax.value_and_grad(loss, has_aux=True)(_float32(weights))
         return total, gradients, used
@@ -204,24 +214,31 @@ def _arrive(
 
 
 def _hold(
-    x: jax.Array, weights: Params, summed: bool, *, gathers: bool, sums: bool, layout: Layout
+    dtype: Any,
+    x: jax.Array,
+    weights: Params,
+    summed: bool,
+    *,
+    gathers: bool,
+    sums: bool,
+    layout: Layout,
 ) -> tuple[jax.Array, Params]:
     """Exchange.hold: gathers of these weights wait for x, x's gradient waits for their sums."""
     # In the type of the sum, which nothing has to store in another. Norms' gradients are small:
     # left free, they are all summed in one message.
-    dtype = layout.sum_dtype if layout.replicas > 1 or not summed else "float32"
+    sum_dtype = layout.sum_dtype if layout.replicas > 1 or not summed else "float32"
+
+    def barrier(x: jax.Array, weights: Params, dtype: Any) -> tuple[jax.Array, Params]:
+        held = {name: w.astype(dtype) for name, w in weights.items() if w.ndim > 1}
+        x, held = lax.optimization_barrier((x, held))
+        return x, weights | _float32(held)
 
     @jax.custom_vjp
     def hold(x, weights):
-        return lax.optimization_barrier((x, weights)) if gathers and summed else (x, weights)
+        return barrier(x, weights, "float32" if summed else dtype) if gathers else (x, weights)
 
     def backward(_, gradients):
-        if not sums:
-            return gradients
-        dx, dweights = gradients
-        held = {name: g.astype(dtype) for name, g in dweights.items() if g.ndim > 1}
-        dx, held = lax.optimization_barrier((dx, held))
-        return dx, dweights | _float32(held)
+        return barrier(*gradients, sum_dtype) if sums else gradients
 
     hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
     return hold(x, weights)

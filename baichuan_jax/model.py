@@ -436,14 +436,21 @@ def _unrolled(
     D = int(os.environ.get("DIST", "3"))
     H = int(os.environ.get("HEAD", "2"))
     arrived = [exchange.arrive(layers[0], added[0])]
+    M = os.environ.get("MODE", "")
     for i in range(count):
+        def raw(x_BTD):
+            if i + 1 < count:
+                following = exchange.arrive(layers[i + 1], added[i + 1])
+                x_BTD, following = exchange.hold(x_BTD, following, False)
+                arrived.append(following)
+            return x_BTD
+        if "r" in M:
+            x_BTD = raw(x_BTD)
         # The block before this one waits for what x is held with here.
         if i + D - 1 < count:
             x_BTD, layers[i + D - 1] = exchange.hold(x_BTD, layers[i + D - 1], True)
-        if i + 1 < count:
-            following = exchange.arrive(layers[i + 1], added[i + 1])
-            x_BTD, following = exchange.hold(x_BTD, following, False)
-            arrived.append(following)
+        if "r" not in M:
+            x_BTD = raw(x_BTD)
         # The head's gradient is ready first, and larger than a block's.
         if i == max(count - H, 0):
             x_BTD, head = exchange.hold(x_BTD, head, True)
