@@ -26,7 +26,12 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config.schema import Config
 from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Params, abstract_model, init_params, matmul_precision
-from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
+from baichuan_jax.optimizer import (
+    clip_by_global_norm,
+    learning_rate,
+    make_optimizer,
+    stack_blocks,
+)
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
 
@@ -218,8 +223,10 @@ def _make_train(
         # Divided by the count of the whole step, not of a device or a micro-batch: accumulation and
         # any mesh weigh every token alike.
         loss = total / tokens
-        gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
+        # In float32 from here on, whatever type they were summed in.
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, gradients)
         gradients, norm = clip_by_global_norm(gradients, config.optimizer.clip_norm)
+        gradients = stack_blocks(gradients, shardings)
         # The norm is not finite where any gradient is not, so these two numbers speak for all.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         rate = learning_rate(config.optimizer, config.train.num_steps, state.step)
