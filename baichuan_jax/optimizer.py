@@ -98,7 +98,7 @@ def clip_by_global_norm(
     return jax.tree.map(lambda gradient: gradient * scale, gradients), norm
 
 
-def stack_blocks(gradients: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
+def stack_blocks(gradients: Any, shardings: Any) -> Any:
     """Gradients in the structure of the parameters, whose `shardings` these are.
 
     Unrolled blocks have a gradient each: `gradients["layers"]` is then a list of L trees, which are
