@@ -82,9 +82,9 @@ class Block(nnx.Module):
         norm = functools.partial(
             rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
         )
-        attended_BTD, written = self._attend(
-            norm(x_BTD, self.attention_norm[...]), rope, segment_ids, cache, prefix
-        )
+        # x is passed on: its gradient from here on is added inside this norm's backward kernel.
+        y_BTD, x_BTD = norm(x_BTD, self.attention_norm[...], pass_on=True)
+        attended_BTD, written = self._attend(y_BTD, rope, segment_ids, cache, prefix)
         # One kernel adds the residual and norms the sum: it is read and written once.
         y_BTD, x_BTD = norm(attended_BTD, self.mlp_norm[...], residual=x_BTD)
         x_BTD = x_BTD + self._swiglu(y_BTD)
