@@ -238,7 +238,7 @@ def _hold(
         return barrier(x, weights, "float32" if summed else dtype) if gathers else (x, weights)
 
     def backward(_, gradients):
-        return barrier(*gradients, sum_dtype) if sums else gradients
+        return barrier(*gradients, sum_dtype) if sums or not summed else gradients
 
     hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
     return hold(x, weights)

@@ -101,9 +101,9 @@ class Block(nnx.Module):
         norm = functools.partial(
             rms_norm, eps=self.config.rms_norm_eps, implementation=self.kernels.rms_norm
         )
-        attended_BTD, written = self._attend(
-            norm(x_BTD, self.attention_norm[...]), rope, segment_ids, cache, prefix
-        )
+        # x is passed on: its gradient from here on is added inside this norm's backward kernel.
+        y_BTD, x_BTD = norm(x_BTD, self.attention_norm[...], pass_on=True)
+        attended_BTD, written = self._attend(y_BTD, rope, segment_ids, cache, prefix)
         # One kernel adds the residual and norms the sum: it is read and written once.
         y_BTD, x_BTD = norm(attended_BTD, self.mlp_norm[...], residual=x_BTD)
         x_BTD = x_BTD + self._swiglu(y_BTD)
@@ -438,12 +438,14 @@ def _unrolled(
     arrived = [exchange.arrive(layers[0], added[0])]
     M = os.environ.get("MODE", "")
     for i in range(count):
+
         def raw(x_BTD):
             if i + 1 < count:
                 following = exchange.arrive(layers[i + 1], added[i + 1])
                 x_BTD, following = exchange.hold(x_BTD, following, False)
                 arrived.append(following)
             return x_BTD
+
         if "r" in M:
             x_BTD = raw(x_BTD)
         # The block before this one waits for what x is held with here.

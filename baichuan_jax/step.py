@@ -26,8 +26,15 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config.schema import Config
 from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
 from baichuan_jax.loss import IGNORE, cross_entropy
+from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
+from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Exchange, Params, abstract_model, init_params, matmul_precision
-from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
+from baichuan_jax.optimizer import (
+    clip_by_global_norm,
+    learning_rate,
+    make_optimizer,
+    stack_blocks,
+)
 from baichuan_jax.resilience.digests import digest
 from baichuan_jax.sharding import AXES, Layout, activate
 
@@ -146,7 +153,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     loss_sum = _make_loss_sum(config, layout, graphdef, param_shapes["layers"])
     # loss_sum is traced three times: in training, in evaluation and in the check of replicas.
     weights = lambda params: gather(params, axes, layout, config.model.dtype)
-    train = _make_train(config, layout, loss_sum, optimizer, axes)
+    train = _make_train(config, layout, loss_sum, optimizer, axes, param_shardings)
     init = lambda: start(init_params(config.model, config.train.seed))
     batch_sharding = layout.sharding("micro_batch", "batch", "length")
     return Steps(
@@ -220,6 +227,7 @@ def _make_train(
     loss_sum: LossSum,
     optimizer: optax.GradientTransformationExtraArgs,
     axes: Params,
+    shardings: Params,
 ) -> Callable:
     """Steps.train, not yet compiled."""
     count, used_axes = config.model.num_layers, axes
@@ -242,14 +250,12 @@ def _make_train(
             total, gradients = sum_gradients(
                 loss_sum, separate(state.params), used_axes, batch, layout, config.model.dtype
             )
-            if not config.model.scan_layers:
-                stack = lambda *blocks: jnp.stack(blocks)
-                gradients["layers"] = jax.tree.map(stack, *gradients["layers"])
         # Divided by the count of the whole step, not of a device or a micro-batch: accumulation and
         # any mesh weigh every token alike.
         loss = total / tokens
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
         gradients, norm = clip_by_global_norm(gradients, config.optimizer.clip_norm)
+        gradients = stack_blocks(gradients, shardings)
         # The norm is not finite where any gradient is not, so these two numbers speak for all.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         rate = learning_rate(config.optimizer, config.train.num_steps, state.step)

@@ -99,8 +99,10 @@ def _gpu(config: Config, topology: Topology) -> dict[str, str]:
         "--xla_gpu_enable_command_buffer=": (
             "CUDA graphs do not hold asynchronous collectives inside loops"
         ),
-        "--xla_disable_hlo_passes=rematerialization": (
-            "model.remat says what is recomputed; XLA must not add to it"
+        "--xla_disable_hlo_passes=rematerialization,all-reduce-contiguous": (
+            "model.remat says what is recomputed, and XLA must not add to it; a sum of several "
+            "gradients is one group of NCCL, for which XLA need not copy them into one buffer "
+            "and out again"
         ),
         "--xla_gpu_nccl_termination_timeout_seconds=120": (
             "a collective whose peer died ends after this time, instead of after 600 s"

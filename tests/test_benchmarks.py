@@ -1,8 +1,11 @@
 """`make bench` runs every benchmark, writes each table to its place, and reports failures."""
 
+import functools
 import importlib.util
 import sys
 
+import ml_dtypes
+import numpy as np
 import pytest
 from launches import REPOSITORY
 
@@ -67,3 +70,43 @@ def test_a_failure_is_reported_and_the_others_run(bench, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["all.py", "three"])
     with pytest.raises(SystemExit):
         bench.main()
+
+
+def test_gradients_are_summed_in_the_orders_of_nccl(monkeypatch):
+    """Against NumPy's bfloat16: one after the other, in nodes of 8 and between them, in pairs."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import mixed_precision
+
+    parts = np.random.default_rng(0).normal(size=(32, 1000)).astype(np.float32)
+    found = mixed_precision.sums(
+        {"embedding": a, "lm_head": b, "final_norm": c, "layers": {"w_up": d}}
+        for a, b, c, d in (np.split(part, 4) for part in parts)
+    )
+    ordered = lambda tree: (
+        *(tree[n] for n in ("embedding", "lm_head", "final_norm")),
+        tree["layers"]["w_up"],
+    )
+    got = {order: np.concatenate(ordered(tree)) for order, tree in found.items()}
+    half = list(parts.astype(ml_dtypes.bfloat16))
+    one_by_one = functools.partial(functools.reduce, np.add)
+    pairs = half
+    while len(pairs) > 1:
+        pairs = [a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    wanted = {
+        "exact": parts.sum(0, dtype=np.float64),
+        "float32": one_by_one(list(parts)),
+        "ring": one_by_one(half),
+        "nodes": one_by_one([one_by_one(half[i : i + 8]) for i in range(0, 32, 8)]),
+        "tree": pairs[0],
+    }
+    assert got.keys() == wanted.keys()
+    for order, total in wanted.items():
+        np.testing.assert_array_equal(got[order], total.astype(got[order].dtype), err_msg=order)
+    errors = mixed_precision.relative(found["ring"], found["exact"])
+    for kind, part in {"all": slice(None), "blocks": slice(750, None)}.items():
+        difference = (wanted["ring"].astype(np.float64) - wanted["exact"])[part]
+        expected = np.linalg.norm(difference) / np.linalg.norm(wanted["exact"][part])
+        assert errors[kind] == pytest.approx(expected)
+    # Small angles: half the square of the part of the error across the gradient.
+    angle = mixed_precision.one_minus_cosine(found["ring"], found["exact"])
+    assert 0 < angle <= errors["all"] ** 2 / 2 * 1.01

@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_jax.config.schema import OptimizerConfig
-from baichuan_jax.optimizer import clip_by_global_norm, learning_rate, make_optimizer
+from baichuan_jax.config.schema import MeshConfig, OptimizerConfig
+from baichuan_jax.optimizer import (
+    clip_by_global_norm,
+    learning_rate,
+    make_optimizer,
+    stack_blocks,
+)
+from baichuan_jax.sharding import Layout, make_mesh
 
 
 def test_schedule_warms_up_then_follows_a_cosine_to_its_final_ratio():
@@ -99,3 +105,53 @@ def test_clipping_is_torchs():
     assert np.allclose(clipped["a"], np.array([3.0, 0.0]) / (5.0 + 1e-6))
     untouched, _ = clip_by_global_norm(gradients, 10.0)
     assert np.array_equal(untouched["b"], gradients["b"])
+
+
+def test_gradients_of_blocks_are_stacked_where_they_are():
+    """Each device stacks its own parts: no collective, and the parameters' shardings come out."""
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    axes = {"w_down": ("layers", "mlp", "embed"), "mlp_norm": ("layers", "norm")}
+    shardings = {name: layout.sharding(*names) for name, names in axes.items()}
+    rng = np.random.default_rng(0)
+    stacks = {"w_down": rng.normal(size=(3, 16, 8)), "mlp_norm": rng.normal(size=(3, 8))}
+    blocks = [
+        {
+            name: jax.device_put(jnp.float32(stack[i]), layout.sharding(*axes[name][1:]))
+            for name, stack in stacks.items()
+        }
+        for i in range(3)
+    ]
+    gradients = {"layers": blocks, "final_norm": jnp.ones(8)}
+    stack = jax.jit(lambda gradients: stack_blocks(gradients, {"layers": shardings}))
+    text = stack.lower(gradients).compile().as_text()
+    assert not re.findall(r"(?:all|collective|reduce)-\w+\(", text)
+    stacked = stack(gradients)
+    np.testing.assert_array_equal(stacked["final_norm"], gradients["final_norm"])
+    for name, wanted in stacks.items():
+        np.testing.assert_array_equal(stacked["layers"][name], jnp.float32(wanted))
+        assert stacked["layers"][name].sharding.is_equivalent_to(shardings[name], wanted.ndim)
+    # Those of a scan over the blocks are stacked already.
+    assert stack_blocks(stacked, {"layers": shardings}) is stacked
+
+
+def test_the_norm_and_adamw_of_a_list_of_blocks_are_those_of_their_stack():
+    layout = Layout(make_mesh(MeshConfig(fsdp=8)))
+    shardings = {"layers": {"w_up": layout.sharding("layers", "embed", "mlp")}}
+    rng = np.random.default_rng(1)
+    w_up = jnp.float32(rng.normal(size=(3, 8, 16)))
+    params = {"layers": {"w_up": jnp.ones((3, 8, 16))}}
+    optimizer = make_optimizer(OptimizerConfig())
+
+    def step(gradients):
+        gradients, norm = clip_by_global_norm(gradients, 1.0)
+        gradients = stack_blocks(gradients, shardings)
+        return optimizer.update(gradients, optimizer.init(params), params), norm
+
+    (wanted, state), norm = jax.jit(step)({"layers": {"w_up": w_up}})
+    (direction, of_list), norm_of_list = jax.jit(step)({"layers": [{"w_up": w} for w in w_up]})
+    # The squares are added block by block, in another order.
+    np.testing.assert_allclose(norm_of_list, norm, rtol=1e-6)
+    for a, b in zip(
+        jax.tree.leaves((direction, of_list)), jax.tree.leaves((wanted, state)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-6)

@@ -230,7 +230,7 @@ class Program:
         if opcode == "fusion":
             return self._fused_traffic(computation, instruction)
         # A slice is read from a stack and written; the rest of the stack is not touched.
-        if opcode in ("dynamic-slice", "gather"):
+        if opcode in ("slice", "dynamic-slice", "gather"):
             return 2 * shape_bytes(instruction.shape)
         if opcode == "dynamic-update-slice":
             return 2 * shape_bytes(computation.shape_of(instruction.operands[1]))
@@ -259,7 +259,9 @@ class Program:
                 total += shape_bytes(computation.shape_of(operand))
             else:  # an update in place is only written, which the root counts
                 read = [item for item in touched if item.opcode != "dynamic-update-slice"]
-                total += sum(shape_bytes(item.shape) for item in read)
+                # Read in the operand's type, which a conversion before the slice may change.
+                size = _BYTES[shape_arrays(parameter.shape)[0][0]]
+                total += sum(size * math.prod(shape_arrays(item.shape)[0][1]) for item in read)
         # A fusion with several results has a tuple of them as its root.
         roots = [inner.root]
         if inner.root.opcode == "tuple":
@@ -290,13 +292,17 @@ def _touched(value: Instruction, users: dict[str, list[Instruction]]) -> list[In
     for user in users.get(value.name, []):
         # Of a slice or an update the first operand is the stack; others are its indices or values.
         first = user.operands[0] == value.name
-        if user.opcode in ("bitcast", "reshape"):
+        if user.opcode in ("bitcast", "reshape", "convert"):
             inner = _touched(user, users)
-            if inner is None:
+            # A converted stack is another array: an update of it is not in place.
+            converted = user.opcode == "convert"
+            if inner is None or (
+                converted and any(item.opcode == "dynamic-update-slice" for item in inner)
+            ):
                 return None
             found += inner
         elif user.opcode == "gather" or (
-            first and user.opcode in ("dynamic-slice", "dynamic-update-slice")
+            first and user.opcode in ("slice", "dynamic-slice", "dynamic-update-slice")
         ):
             found.append(user)
         else:

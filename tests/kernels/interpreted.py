@@ -283,3 +283,20 @@ def test_rms_norm_on_a_mesh(fused, replicas):
     got = jax.jit(functools.partial(all_results, sharded_norm))(x, residual, dy, dtotal)
     for a, b in zip(got, all_results(plain_norm, x, residual, dy, dtotal), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one device", "mesh"])
+def test_an_input_that_is_passed_on_has_both_gradients(split):
+    """x goes on beside its norm: the kernel adds the gradient of the one to that of the other."""
+    x, _, weight, dy, dx = norm_arguments((4, 6, 64), "float32")
+    layout = Layout(make_mesh(MeshConfig(2, 2, 2, 1), jax.devices())) if split else None
+
+    def results(function):
+        outputs, pull = jax.vjp(function, x, weight)
+        return *outputs, *pull([dy, dx])
+
+    passed_on = lambda x, weight: fused_rms_norm(weight, x, None, 1e-6, "triton", layout, True)
+    got = jax.jit(lambda: results(passed_on))()
+    wanted = results(lambda x, weight: [reference_rms_norm.rms_norm(x, weight, 1e-6), x])
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)

@@ -96,6 +96,35 @@ def test_a_fused_update_of_one_slice_moves_that_slice_only():
     assert program.traffic(program.entry, program.entry.root) == 3 * slice_bytes + 4
 
 
+SLICED = """HloModule m
+
+%fused (p0: f32[32,8,128]) -> (bf16[1,8,128], bf16[2,8,128]) {
+  %p0 = f32[32,8,128]{2,1,0} parameter(0)
+  %half = bf16[32,8,128]{2,1,0} convert(%p0)
+  %one = bf16[1,8,128]{2,1,0} slice(%half), slice={[3:4], [0:8], [0:128]}
+  %two = bf16[2,8,128]{2,1,0} slice(%half), slice={[5:7], [0:8], [0:128]}
+  ROOT %out = (bf16[1,8,128]{2,1,0}, bf16[2,8,128]{2,1,0}) tuple(%one, %two)
+}
+
+ENTRY %main (a: f32[32,8,128]) -> (bf16[1,8,128], bf16[2,8,128]) {
+  %a = f32[32,8,128]{2,1,0} parameter(0)
+  ROOT %fusion = (bf16[1,8,128]{2,1,0}, bf16[2,8,128]{2,1,0}) fusion(%a), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_fused_slices_at_fixed_places_are_read_alone():
+    """Unrolled blocks cut their weights so. Read: three of 32 in float32; written in bfloat16."""
+    program = hlo.parse(SLICED)
+    assert program.traffic(program.entry, program.entry.root) == 3 * 8 * 128 * (4 + 2)
+
+
+def test_a_slice_at_a_fixed_place_reads_what_it_writes():
+    program = compiled(lambda a: jax.lax.optimization_barrier(a)[3:5], (32, 8))
+    slices = [item for item in program.entry.instructions if item.opcode in ("slice", "fusion")]
+    assert [program.traffic(program.entry, item) for item in slices] == [2 * 2 * 8 * 4]
+
+
 def test_shapes_of_tuples_are_summed():
     shape = "((bf16[4,8]{1,0}, f32[3]{0}), /*index=1*/s8[5]{0}, pred[])"
     assert hlo.shape_bytes(shape) == 64 + 12 + 5 + 1

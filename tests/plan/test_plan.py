@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,10 @@ def test_sixteen_a800s(tmp_path, loops):
         ("data", "inter_node"),
     }
     assert {item["kind"] for item in large if item["axis"] == "data"} == {"all-reduce"}
+    # A sum of several gradients takes them from where they are.
+    sums = re.findall(r" all-reduce(?:-start)?\(([^)]*)\)", text.read_text())
+    assert any("," in operands for operands in sums)
+    assert not [operands for operands in sums if "concatenate" in operands]
     scattered = sum(
         item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter"
     )

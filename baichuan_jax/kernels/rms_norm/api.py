@@ -40,27 +40,30 @@ def rms_norm(
     *,
     eps: float,
     residual: jax.Array | None = None,
+    pass_on: bool = False,
     implementation: str = "auto",
 ) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, in x's dtype.
 
     With a residual of x's shape and dtype, x + residual is normalised and returned too: (y, x +
-    residual).
+    residual). pass_on: x itself is returned too: (y, x). A caller that goes on with this x has its
+    gradient added inside the backward kernel, instead of by a pass over memory after it.
     """
-    layout = current_layout()
+    layout, pass_on = current_layout(), pass_on and residual is None
     name, _ = choose_rms_norm(
         implementation, device=device_of(layout), dtype=x_BTD.dtype.name, width=x_BTD.shape[-1]
     )
     # jax differentiates the reference; the kernels have a derivative of their own.
     if name == "reference":
-        return reference.rms_norm(x_BTD, weight_D, eps, residual)
-    outputs: Any = fused_rms_norm(weight_D, x_BTD, residual, eps, name, layout)
-    return outputs[0] if residual is None else tuple(outputs)
+        output = reference.rms_norm(x_BTD, weight_D, eps, residual)
+        return (output, x_BTD) if pass_on else output
+    outputs: Any = fused_rms_norm(weight_D, x_BTD, residual, eps, name, layout, pass_on)
+    return tuple(outputs) if len(outputs) == 2 else outputs[0]
 
 
 # The derivative is defined outside shard_map, which would add up the gradient of x over the tensor
 # axis, along which x is replicated.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def fused_rms_norm(
     weight_D: jax.Array,
     x_BTD: jax.Array,
@@ -68,23 +71,29 @@ def fused_rms_norm(
     eps: float,
     name: str,
     layout: Layout | None,
+    pass_on: bool = False,
 ) -> list[jax.Array]:
-    """[y], or with a residual [y, x + residual], by the implementation `name`: triton or pallas."""
-    return _forward(weight_D, x_BTD, residual_BTD, eps, name, layout)[0]
+    """[y], with pass_on [y, x], or with a residual [y, x + residual].
+
+    name: the implementation, triton or pallas.
+    """
+    return _forward(weight_D, x_BTD, residual_BTD, eps, name, layout, pass_on)[0]
 
 
-def _forward(weight_D, x_BTD, residual_BTD, eps, name, layout):
+def _forward(weight_D, x_BTD, residual_BTD, eps, name, layout, pass_on):
     function = functools.partial(load("rms_norm", name).forward, eps=eps)
     arrays = [x_BTD] if residual_BTD is None else [x_BTD, residual_BTD]
     # The caller's layout: jax may trace the derivative's two halves after the caller has returned.
     with activate(layout):
         outputs = _on_rows(layout, function, ["rows"] * len(arrays), weight_D, *arrays)
+    if pass_on:
+        outputs = [*outputs, x_BTD]
     # Kept for the backward pass: the array that was normalised. The statistics are cheaper to
     # compute again than to store, since the rows are read anyway.
     return outputs, (weight_D, outputs[1] if len(outputs) == 2 else x_BTD)
 
 
-def _backward(eps, name, layout, saved, gradients):
+def _backward(eps, name, layout, pass_on, saved, gradients):
     weight_D, total_BTD = saved
     function = functools.partial(load("rms_norm", name).backward, eps=eps)
     with activate(layout):
@@ -93,7 +102,7 @@ def _backward(eps, name, layout, saved, gradients):
         )
     dweight_D = jnp.sum(parts_PD, axis=0).astype(weight_D.dtype)
     # x and the residual enter as their sum, so that they have the same gradient.
-    return dweight_D, dx_BTD, dx_BTD if len(gradients) == 2 else None
+    return dweight_D, dx_BTD, dx_BTD if len(gradients) == 2 and not pass_on else None
 
 
 fused_rms_norm.defvjp(_forward, _backward)
