@@ -23,7 +23,11 @@ from flax import nnx
 
 from baichuan_jax.config.schema import KernelsConfig, ModelConfig
 from baichuan_jax.kernels.attention.api import attention
-from baichuan_jax.kernels.attention.reference import masked_attention, prefix_attention
+from baichuan_jax.kernels.attention.reference import (
+    masked_attention,
+    prefix_attention,
+    turned_parts,
+)
 from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import constrain, is_split
 
@@ -94,23 +98,17 @@ class Block(nnx.Module):
         """Attention over these tokens alone, over the cache with them in it, or after a prefix."""
         dtype = y_BTD.dtype
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
-        q_BTNH, k_BTNH, v_BTNH = (
-            constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3)
-        )
-        q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
+        qkv_BTCNH = constrain(qkv_BTCNH, "batch", "length", "qkv", "heads", None)
         written = None
-        if prefix is not None:
-            out_BTNH = prefix_attention(q_BTNH, k_BTNH, v_BTNH, *prefix)
-        elif cache is None:
+        if cache is None and prefix is None:
             out_BTNH = attention(
-                q_BTNH,
-                k_BTNH,
-                v_BTNH,
-                segment_ids=segment_ids,
-                implementation=self.kernels.attention,
+                qkv_BTCNH, rope, segment_ids=segment_ids, implementation=self.kernels.attention
             )
+        elif prefix is not None:
+            out_BTNH = prefix_attention(*turned_parts(qkv_BTCNH, rope), *prefix)
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
+            q_BTNH, k_BTNH, v_BTNH = turned_parts(qkv_BTCNH, rope)
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
@@ -320,17 +318,6 @@ def rope_tables(
     )
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32.
-
-    The RoPE paper pairs (2i, 2i + 1). Weights trained with one pairing are useless with the other.
-    """
-    cos, sin = (table[:, :, None, :] for table in rope)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
 
 
 def _matrix(

@@ -130,9 +130,7 @@ def call(
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel; see Launch."""
     outputs = tuple(outputs)
-    launch = Launch(
-        kernel, name, arrays, outputs, grid, num_warps, num_stages, constants, in_place
-    )
+    launch = Launch(kernel, name, arrays, outputs, grid, num_warps, num_stages, constants, in_place)
     # Every kernel is called here, so that listing and interpretation see them all.
     elsewhere = _elsewhere.get()
     return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)

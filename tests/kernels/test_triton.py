@@ -19,10 +19,11 @@ from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS
 from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels.__main__ import main
 from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.attention.reference import apply_rope
 from baichuan_jax.kernels.inspect import bound, sass
 from baichuan_jax.kernels.inspect.resources import list_launches
 from baichuan_jax.kernels.rms_norm.api import rms_norm
-from baichuan_jax.model import Transformer, apply_rope, rope_tables
+from baichuan_jax.model import Transformer, rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 HERE = Path(__file__).parent
@@ -120,7 +121,9 @@ def test_a_step_compiles_with_these_kernels(major, shape, T, H, dtype, masked):
                 y_BTD, x_BTD = rms_norm(out_BTD, weight_D, eps=1e-6, residual=x_BTD)
                 heads = y_BTD.reshape(B, T, N, H)
                 out = attention(
-                    heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None
+                    jnp.stack((heads, 2 * heads, 3 * heads), axis=2),
+                    rope_tables(jnp.arange(T)[None], H, 10_000.0),
+                    segment_ids=segments_BT if masked else None,
                 )
             return (x_BTD, out.reshape(B, T, N * H)), None
 

@@ -1,8 +1,9 @@
 """Causal attention for GPUs in the Triton language: what JAX calls, with its derivative.
 
 In: the packed projection [B, T, 3, N, H] and RoPE's tables, or q [B, T, N, H] and k and v
-[B, S, N, H]; out: [B, T, N, H]. The algorithm is FlashAttention-2 (Dao 2023); triton_kernels.py holds the kernels and explains it. This file can be imported without
-Triton, so that the chooser can ask for its obstacles; the kernels are imported at the first call.
+[B, S, N, H]; out: [B, T, N, H]. The algorithm is FlashAttention-2 (Dao 2023); triton_kernels.py
+holds the kernels and explains it. This file can be imported without Triton, so that the chooser can
+ask for its obstacles; the kernels are imported at the first call.
 
 B batch, T queries, S keys, N heads, H head size, Q and K lengths of one block of queries and of
 keys.
@@ -30,22 +31,23 @@ class Blocks(NamedTuple):
 
 # By kernel, bytes of an element and head size. Chosen on sm_80 by `python -m baichuan_jax.kernels`
 # (docs/kernels.md): no spilled register, two warps at least for each of a multiprocessor's four
-# schedulers, then the highest bound. Every warp of 16 rows reads the whole block of the other side
-# from shared memory, which then takes about as long as the tensor cores; 32 rows halve that, but at
-# head size 128 their sums alone take 128 of a thread's 255 registers. A second stage loads the next
+# schedulers, then the highest bound. Every warp reads the whole block of the other side from shared
+# memory: for 16 rows that takes about as long as their products, for 32 rows half of it. At head
+# size 128 the sums of 32 rows take 128 of a thread's 255 registers, so that blocks of the other
+# side are short; dk and dv are two sums and have room for 16 rows. A second stage loads the next
 # block while this one is multiplied; a third one where memory is left. float32: three TF32 products
 # for each, with both parts of every operand in registers.
 _BLOCKS = {
-    ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
+    ("attention_forward", 2, 128): Blocks(256, 32, 8, 3),
     ("attention_forward", 2, 64): Blocks(128, 64, 4, 3),
     ("attention_forward", 4, 128): Blocks(32, 32, 4, 1),
     ("attention_forward", 4, 64): Blocks(64, 32, 4, 2),
     ("attention_dkv", 2, 128): Blocks(64, 64, 4, 2),
-    ("attention_dkv", 2, 64): Blocks(32, 128, 4, 2),
+    ("attention_dkv", 2, 64): Blocks(32, 128, 4, 3),
     ("attention_dkv", 4, 128): Blocks(32, 16, 4, 1),
     ("attention_dkv", 4, 64): Blocks(16, 64, 4, 1),
-    ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
-    ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
+    ("attention_dq", 2, 128): Blocks(128, 32, 4, 2),
+    ("attention_dq", 2, 64): Blocks(128, 32, 4, 3),
     ("attention_dq", 4, 128): Blocks(16, 32, 4, 1),
     ("attention_dq", 4, 64): Blocks(64, 16, 4, 1),
 }
@@ -64,18 +66,26 @@ def obstacle(device: Any, head_dim: int) -> str | None:
 
 @functools.cache
 def _blocks_of_sm_90() -> dict[tuple[str, int, int], Blocks]:
-    """The shapes that differ on sm_90: dk and dv, where 64 queries would spill inside the loops.
+    """The shapes that differ on sm_90, where the tensor cores read shared memory themselves.
 
-    triton 3.6 needs more registers for each query than 3.9. With 3.9's shape the cache limits that
-    kernel to 72 % of the peak; with 128 keys and 8 warps the tensor cores limit it to 97 %.
-    Elsewhere one shape serves both versions: what 3.6 spills, 12 to 32 bytes in three kernels, it
-    stores and loads once a program, outside the loops.
+    Long blocks of the other side keep them busier there. For dk and dv 64 queries would spill
+    inside the loops, and triton 3.6 needs more registers for each query than 3.9: with 3.9's shape
+    the cache limits that kernel to 72 % of the peak, and with 128 keys and 8 warps the tensor cores
+    limit it to 97 %. Elsewhere one shape serves both versions: what 3.6 spills, 12 to 32 bytes in
+    three kernels, it stores and loads once a program, outside the loops.
     """
     import triton  # pyright: ignore[reportMissingImports]
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    shape = Blocks(32, 64, 4, 3) if version >= (3, 7) else Blocks(32, 128, 8, 2)
-    return {("attention_dkv", 2, 128): shape}
+    return {
+        ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
+        ("attention_dkv", 2, 128): (
+            Blocks(32, 64, 4, 3) if version >= (3, 7) else Blocks(32, 128, 8, 2)
+        ),
+        ("attention_dkv", 2, 64): Blocks(32, 128, 4, 2),
+        ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
+        ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
+    }
 
 
 def choose_blocks(kernel: str, dtype: Any, head_dim: int, capability: int) -> Blocks:
@@ -104,7 +114,7 @@ def attention(
     has 2^31 elements or more.
     """
     kv_BSCNH = jnp.stack((k_BSNH, v_BSNH), axis=2)
-    return _checked(q_BTNH, kv_BSCNH, None, segments_BT, segments_BS, query_offset)
+    return _attend(q_BTNH, kv_BSCNH, None, segments_BT, segments_BS, query_offset)
 
 
 def packed_attention(
@@ -117,10 +127,11 @@ def packed_attention(
     rope: cosines and sines [B or 1, T, H/2] in float32. No part of qkv_BTCNH is copied: queries and
     keys are turned in place, and the kernels write the gradients into one array like it.
     """
-    return _checked(qkv_BTCNH, None, rope, segments_BT, segments_BT, 0)
+    return _attend(qkv_BTCNH, None, rope, segments_BT, segments_BT, 0)
 
 
-def _checked(q, kv, rope, segments_BT, segments_BS, query_offset) -> jax.Array:
+def _attend(q, kv, rope, segments_BT, segments_BS, query_offset) -> jax.Array:
+    """Either the packed projection as q and RoPE's tables, or q and packed keys and values."""
     if (size := max(math.prod(x.shape[1:]) for x in (q, kv) if x is not None)) >= MAX_ROW_ELEMENTS:
         raise ValueError(
             f"attention: {size} elements of a row are beyond the kernels' 32-bit offsets; "
@@ -172,6 +183,9 @@ def run_forward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.A
     from baichuan_jax.kernels.attention import triton_kernels as kernels
 
     q, *others = arrays
+    # Here, where vmap has merged all rows that one call of the kernels serves.
+    if packed and others[1].size >= MAX_ROW_ELEMENTS:
+        raise ValueError(f"attention: {others[1].shape} cosines are beyond 32-bit offsets")
     if packed:
         q = _turn_keys(kernels.rope_kernel, q, *others[1:3])
     B, T, *_, N, H = q.shape
@@ -216,7 +230,7 @@ def _turn_keys(kernel: Any, qkv_BTCNH: jax.Array, *tables: jax.Array) -> jax.Arr
         kernel,
         qkv_BTCNH,
         *tables,
-        name="rope",
+        name="attention_rope",
         outputs=[_like(qkv_BTCNH)],
         grid=(-(-T // rows), -(-N // heads), B),
         num_warps=4,

@@ -108,8 +108,10 @@ def _tables(
 ):
     """Cosines and sines of rows first .. first + count, each [count, HALF]."""
     EVEN: tl.constexpr = limit % count == 0
-    cos = _rows(cos_ptr + b * (limit * HALF), first, count, limit, HALF, HALF, EVEN)
-    sin = _rows(sin_ptr + b * (limit * HALF), first, count, limit, HALF, HALF, EVEN)
+    # In 32 bits: a 64-bit b would be kept through the loops. The caller refuses larger tables.
+    start = b * (limit * HALF)
+    cos = _rows(cos_ptr + start, first, count, limit, HALF, HALF, EVEN)
+    sin = _rows(sin_ptr + start, first, count, limit, HALF, HALF, EVEN)
     return cos, sin
 
 
@@ -225,7 +227,7 @@ def forward_kernel(
         HALF: tl.constexpr = H // 2
         first = _rows(q_ptr, i * Q, Q, T, Q_ROW, HALF, T % Q == 0)
         second = _rows(q_ptr + HALF, i * Q, Q, T, Q_ROW, HALF, T % Q == 0)
-        cos, sin = _tables(cos_ptr, sin_ptr, b, i * Q, Q, T, HALF)
+        cos, sin = _tables(cos_ptr, sin_ptr, row // N, i * Q, Q, T, HALF)
         one, other = _turn(first, second, cos, sin)
         one, other = one.to(first.dtype), other.to(first.dtype)
         # In place, for the backward pass: no other program reads these queries.
@@ -379,13 +381,14 @@ def dkv_kernel(
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     # The scores' scale, once for all queries; without log2(e), which exp2 takes back.
-    dk *= H**-0.5
     _, dk_ptr, dv_ptr = _heads(dkv_ptr, dkv_ptr, row, T, S, N, H, PACKED)
+    # dv first: its registers are free when dk is turned back.
+    _store_rows(dv_ptr, dv, j * K, K, S, K_ROW, H)
+    dk *= H**-0.5
     if PACKED:
-        _store_turned_back(dk_ptr, dk, cos_ptr, sin_ptr, b, j * K, K, S, K_ROW, H)
+        _store_turned_back(dk_ptr, dk, cos_ptr, sin_ptr, row // N, j * K, K, S, K_ROW, H)
     else:
         _store_rows(dk_ptr, dk, j * K, K, S, K_ROW, H)
-    _store_rows(dv_ptr, dv, j * K, K, S, K_ROW, H)
 
 
 @triton.jit
@@ -468,6 +471,6 @@ def dq_kernel(
     dq *= H**-0.5
     dq_ptr, _, _ = _heads(dq_ptr, kv_ptr, row, T, S, N, H, PACKED)
     if PACKED:
-        _store_turned_back(dq_ptr, dq, cos_ptr, sin_ptr, b, i * Q, Q, T, Q_ROW, H)
+        _store_turned_back(dq_ptr, dq, cos_ptr, sin_ptr, row // N, i * Q, Q, T, Q_ROW, H)
     else:
         _store_rows(dq_ptr, dq, i * Q, Q, T, Q_ROW, H)
