@@ -158,8 +158,9 @@ def _forward(q, kv, others, modes, layout):
     # The caller's layout: jax may trace the derivative's two halves after the caller has returned.
     with activate(layout):
         run = bridge.merge_vmapped(functools.partial(run_forward, *modes))
-        out_BTNH, lse_BNT, q = run(q, kv, *others)
-    return out_BTNH, (q, kv, others, out_BTNH, lse_BNT)
+        out_BTNH, lse_BNT, turned = run(q, kv, *others)
+    packed, _ = modes
+    return out_BTNH, (turned if packed else q, kv, others, out_BTNH, lse_BNT)
 
 
 def _backward(modes, layout, saved, dout_BTNH):
@@ -175,10 +176,10 @@ _attention.defvjp(_forward, _backward)
 
 
 def run_forward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """[out, lse, q] of the forward kernel, where q is packed as the backward kernels take it.
+    """[out, lse, turned] of the forward kernel: packed, turned is what the backward kernels take.
 
     arrays: q, kv, cosines, sines, offset, segments of queries, of keys. packed: q is the whole
-    projection, and kv is not read.
+    projection, and kv is not read; else turned is not written.
     """
     from baichuan_jax.kernels.attention import triton_kernels as kernels
 
@@ -191,30 +192,47 @@ def run_forward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.A
     B, T, *_, N, H = q.shape
     out = jax.ShapeDtypeStruct((B, T, N, H), q.dtype)
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    turned = _like(q if packed else arrays[4])
     return _call(
-        kernels.forward_kernel, packed, segmented, (q, *others), [out, lse, _like(q)], in_place=0
+        kernels.forward_kernel,
+        *(packed, segmented, (q, *others), [out, lse, turned]),
+        in_place=0 if packed else None,
     )
 
 
 def run_backward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """[dq, dkv], or [dqkv] where they are packed.
+    """[dq, dkv], or [dqkv] where they are packed. arrays: as run_dq's."""
+    # Two kernels and seven products, where one kernel would need five: it would have to add dq up
+    # atomically, in an order that differs from run to run.
+    delta, dq = run_dq(packed, segmented, *arrays)
+    begun = dq if packed else arrays[4]
+    *others, _, lse, dout = arrays
+    (dkv,) = run_dkv(packed, segmented, *others, dout, lse, delta, begun)
+    return [dkv] if packed else [dq, dkv]
 
-    arrays: as run_forward's with the q that it returns, then out, lse, dout.
+
+def run_dq(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[delta, dq]; packed, dq lies in an array like q, whose other parts are not written.
+
+    arrays: run_forward's with the turned q, then out, lse, dout. delta is of the softmax's
+    derivative (Dao 2023, section 2.2).
     """
     from baichuan_jax.kernels.attention import triton_kernels as kernels
 
-    q, kv, *_, lse, dout = arrays
-    # Two kernels and seven products, where one kernel would need five: it would have to add dq up
-    # atomically, in an order that differs from run to run. delta is of the softmax's derivative
-    # (Dao 2023, section 2.2).
-    delta, dq = _call(kernels.dq_kernel, packed, segmented, arrays, [_like(lse), _like(q)])
-    # Packed, dk and dv are written beside dq.
-    begun = dq if packed else jnp.zeros_like(kv)
-    arrays = (*arrays[:7], dout, lse, delta, begun)
-    (dkv,) = _call(
-        kernels.dkv_kernel, packed, segmented, arrays, [_like(begun)], in_place=len(arrays) - 1
-    )
-    return [dkv] if packed else [dq, dkv]
+    outputs = [_like(arrays[8]), _like(arrays[0])]
+    return _call(kernels.dq_kernel, packed, segmented, arrays, outputs)
+
+
+def run_dkv(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[dkv]; packed, the array that run_dq began, with dk and dv in it.
+
+    arrays: run_forward's with the turned q, then dout, lse, delta, and the begun array.
+    """
+    from baichuan_jax.kernels.attention import triton_kernels as kernels
+
+    output = _like(arrays[-1] if packed else arrays[1])
+    in_place = len(arrays) - 1 if packed else None
+    return _call(kernels.dkv_kernel, packed, segmented, arrays, [output], in_place)
 
 
 def _like(array: jax.Array) -> jax.ShapeDtypeStruct:

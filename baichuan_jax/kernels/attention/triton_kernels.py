@@ -299,8 +299,8 @@ def dkv_kernel(
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    begun_ptr,
     dkv_ptr,
-    written_ptr,
     T: tl.constexpr,
     S: tl.constexpr,
     N: tl.constexpr,
@@ -381,6 +381,9 @@ def dkv_kernel(
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     # The scores' scale, once for all queries; without log2(e), which exp2 takes back.
+    # Packed, they are written beside dq, in place.
+    if PACKED:
+        dkv_ptr = begun_ptr
     _, dk_ptr, dv_ptr = _heads(dkv_ptr, dkv_ptr, row, T, S, N, H, PACKED)
     # dv first: its registers are free when dk is turned back.
     _store_rows(dv_ptr, dv, j * K, K, S, K_ROW, H)
