@@ -100,12 +100,12 @@ class Block(nnx.Module):
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
         qkv_BTCNH = constrain(qkv_BTCNH, "batch", "length", "qkv", "heads", None)
         written = None
-        if cache is None and prefix is None:
+        if prefix is not None:
+            out_BTNH = prefix_attention(*turned_parts(qkv_BTCNH, rope), *prefix)
+        elif cache is None:
             out_BTNH = attention(
                 qkv_BTCNH, rope, segment_ids=segment_ids, implementation=self.kernels.attention
             )
-        elif prefix is not None:
-            out_BTNH = prefix_attention(*turned_parts(qkv_BTCNH, rope), *prefix)
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
             q_BTNH, k_BTNH, v_BTNH = turned_parts(qkv_BTCNH, rope)

@@ -69,20 +69,19 @@ def _blocks_of_sm_90() -> dict[tuple[str, int, int], Blocks]:
     """The shapes that differ on sm_90, where the tensor cores read shared memory themselves.
 
     Long blocks of the other side keep them busier there. For dk and dv 64 queries would spill
-    inside the loops, and triton 3.6 needs more registers for each query than 3.9: with 3.9's shape
-    the cache limits that kernel to 72 % of the peak, and with 128 keys and 8 warps the tensor cores
-    limit it to 97 %. Elsewhere one shape serves both versions: what 3.6 spills, 12 to 32 bytes in
-    three kernels, it stores and loads once a program, outside the loops.
+    inside the loops, and triton 3.6 needs more registers for each query than 3.9: with 3.9's shapes
+    the cache limits head size 128 to 72 % of the peak, and head size 64 spills inside the loops.
+    Elsewhere one shape serves both versions: what 3.6 spills, 8 bytes of dq on sm_80, it stores and
+    loads once a program, outside the loops.
     """
     import triton  # pyright: ignore[reportMissingImports]
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    new = version >= (3, 7)
     return {
         ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
-        ("attention_dkv", 2, 128): (
-            Blocks(32, 64, 4, 3) if version >= (3, 7) else Blocks(32, 128, 8, 2)
-        ),
-        ("attention_dkv", 2, 64): Blocks(32, 128, 4, 2),
+        ("attention_dkv", 2, 128): Blocks(32, 64, 4, 3) if new else Blocks(32, 128, 8, 2),
+        ("attention_dkv", 2, 64): Blocks(32 if new else 16, 128, 4, 2),
         ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
         ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
     }

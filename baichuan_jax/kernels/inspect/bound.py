@@ -122,9 +122,9 @@ def _bound(
     # Multiprocessors share the cache and the memory, so that each has its part of both.
     busy["cache"] = moved / chip.cache_bytes_per_cycle / chip.multiprocessors
     # From memory every array comes once at best; what is read again comes from the cache.
-    if bytes_once is None:
-        arrays = (*launch.arrays, *launch.outputs)
-        bytes_once = sum(array.size * array.dtype.itemsize for array in arrays)
-    busy["memory"] = bytes_once / chip.memory_bytes_per_cycle / chip.multiprocessors
+    arrays = (*launch.arrays, *launch.outputs)
+    every = sum(array.size * array.dtype.itemsize for array in arrays)
+    once = every if bytes_once is None else bytes_once
+    busy["memory"] = once / chip.memory_bytes_per_cycle / chip.multiprocessors
     ideal = busy["memory"] if ideal_cycles is None else ideal_cycles
     return Bound(dict(busy), ideal, launch.programs, flops, moved)
