@@ -76,7 +76,7 @@ def test_attention_equals_reference(B, T, N, H, dtype, masked):
         (2, 77, 3, 64, "float32"),
         (1, 128, 1, 128, "float32"),
         (1, 300, 1, 128, "float16"),
-        (1, 256, 9, 64, "float16"),
+        (1, 40, 9, 64, "float32"),
     ],
     ids=str,
 )
