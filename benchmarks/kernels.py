@@ -7,7 +7,8 @@ Default sizes are those of the 7B model on a GPU or TPU, and small ones on a CPU
 first compared with the plain operator in float32; a wrong implementation is not timed, and the
 program then exits with 1. All calls are sampled in turn, the table shows medians, and compilation
 is not in them. TFLOP/s count the pairs of positions that the causal mask leaves: two products
-forward, five backward (which computes the scores again).
+forward, five backward (which computes the scores again). Attention starts from the packed
+projection, as in the model, so that RoPE and slices are timed with it.
 """
 
 import sys
