@@ -14,7 +14,6 @@ L layers, C the three of Q, K and V.
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +24,11 @@ from flax import nnx
 
 from baichuan_jax.config.schema import KernelsConfig, ModelConfig
 from baichuan_jax.kernels.attention.api import attention
-from baichuan_jax.kernels.attention.reference import masked_attention, prefix_attention
+from baichuan_jax.kernels.attention.reference import (
+    masked_attention,
+    prefix_attention,
+    turned_parts,
+)
 from baichuan_jax.kernels.rms_norm.api import rms_norm
 from baichuan_jax.sharding import constrain, is_split
 
@@ -113,23 +116,17 @@ class Block(nnx.Module):
         """Attention over these tokens alone, over the cache with them in it, or after a prefix."""
         dtype = y_BTD.dtype
         qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
-        q_BTNH, k_BTNH, v_BTNH = (
-            constrain(qkv_BTCNH[:, :, part], "batch", "length", "heads", None) for part in range(3)
-        )
-        q_BTNH, k_BTNH = apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope)
+        qkv_BTCNH = constrain(qkv_BTCNH, "batch", "length", "qkv", "heads", None)
         written = None
         if prefix is not None:
-            out_BTNH = prefix_attention(q_BTNH, k_BTNH, v_BTNH, *prefix)
+            out_BTNH = prefix_attention(*turned_parts(qkv_BTCNH, rope), *prefix)
         elif cache is None:
             out_BTNH = attention(
-                q_BTNH,
-                k_BTNH,
-                v_BTNH,
-                segment_ids=segment_ids,
-                implementation=self.kernels.attention,
+                qkv_BTCNH, rope, segment_ids=segment_ids, implementation=self.kernels.attention
             )
         else:
             k_BSNH, v_BSNH, mask_BTS, start = cache
+            q_BTNH, k_BTNH, v_BTNH = turned_parts(qkv_BTCNH, rope)
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, start, 1)
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
@@ -365,17 +362,6 @@ def rope_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32.
-
-    The RoPE paper pairs (2i, 2i + 1). Weights trained with one pairing are useless with the other.
-    """
-    cos, sin = (table[:, :, None, :] for table in rope)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
-
-
 def _matrix(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> nnx.Param:
@@ -433,28 +419,17 @@ def _unrolled(
     gradients of the second block after it are summed. Returns x and the head.
     """
     count, layers = len(layers), list(layers)
-    D = int(os.environ.get("DIST", "3"))
-    H = int(os.environ.get("HEAD", "2"))
     arrived = [exchange.arrive(layers[0], added[0])]
-    M = os.environ.get("MODE", "")
     for i in range(count):
-
-        def raw(x_BTD):
-            if i + 1 < count:
-                following = exchange.arrive(layers[i + 1], added[i + 1])
-                x_BTD, following = exchange.hold(x_BTD, following, False)
-                arrived.append(following)
-            return x_BTD
-
-        if "r" in M:
-            x_BTD = raw(x_BTD)
-        # The block before this one waits for what x is held with here.
-        if i + D - 1 < count:
-            x_BTD, layers[i + D - 1] = exchange.hold(x_BTD, layers[i + D - 1], True)
-        if "r" not in M:
-            x_BTD = raw(x_BTD)
+        # In the backward pass the block before this one waits for what x is held with here.
+        if i + 1 < count:
+            following = exchange.arrive(layers[i + 1], added[i + 1])
+            x_BTD, following = exchange.hold(x_BTD, following, False)
+            arrived.append(following)
+        if i + 2 < count:
+            x_BTD, layers[i + 2] = exchange.hold(x_BTD, layers[i + 2], True)
         # The head's gradient is ready first, and larger than a block's.
-        if i == max(count - H, 0):
+        if i == max(count - 2, 0):
             x_BTD, head = exchange.hold(x_BTD, head, True)
         x_BTD, _ = body(x_BTD, arrived[i])
     return x_BTD, head, arrived

@@ -26,8 +26,6 @@ from jax.sharding import PartitionSpec as P
 from baichuan_jax.config.schema import Config
 from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
 from baichuan_jax.loss import IGNORE, cross_entropy
-from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
-from baichuan_jax.loss import IGNORE, cross_entropy
 from baichuan_jax.model import Exchange, Params, abstract_model, init_params, matmul_precision
 from baichuan_jax.optimizer import (
     clip_by_global_norm,

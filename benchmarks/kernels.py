@@ -7,7 +7,8 @@ Default sizes are those of the 7B model on a GPU or TPU, and small ones on a CPU
 first compared with the plain operator in float32; a wrong implementation is not timed, and the
 program then exits with 1. All calls are sampled in turn, the table shows medians, and compilation
 is not in them. TFLOP/s count the pairs of positions that the causal mask leaves: two products
-forward, five backward (which computes the scores again).
+forward, five backward (which computes the scores again). Attention starts from the packed
+projection, as in the model, so that RoPE and slices are timed with it.
 """
 
 import sys
@@ -38,8 +39,10 @@ from baichuan_jax.hardware.flops import (
 )
 from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.api import attention
+from baichuan_jax.kernels.attention.reference import turned_parts
 from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
 from baichuan_jax.kernels.rms_norm.api import rms_norm
+from baichuan_jax.model import rope_tables
 
 try:
     import tokamax  # pyright: ignore[reportMissingImports]
@@ -158,15 +161,23 @@ def plain_call(name: str, function: Callable, work: float, *inputs: jax.Array) -
     return Candidate(name, function, {"forward": work}, calls=calls)
 
 
+def rope_of(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """RoPE's tables for positions 0, 1, ..."""
+    return rope_tables(jnp.arange(qkv.shape[1])[None], qkv.shape[-1], 10_000.0)
+
+
 def attention_candidates(
     options: argparse.Namespace, dtype: str
 ) -> tuple[list[Candidate], tuple, tuple]:
-    """Candidates, inputs and cotangents; work in FLOPs."""
+    """Candidates, inputs and cotangents; work in FLOPs, of attention's products alone.
+
+    As in the model, from the packed projection: what an implementation needs apart, RoPE, slices
+    and the gradient's concatenation, is its own time.
+    """
     B, T, N, H = options.batch, options.length, options.heads, options.head_size
-    *inputs, cotangent = (
-        jax.random.normal(key, (B, T, N, H)).astype(dtype)
-        for key in jax.random.split(jax.random.key(0), 4)
-    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], (B, T, 3, N, H)).astype(dtype)
+    cotangent = jax.random.normal(keys[1], (B, T, N, H)).astype(dtype)
     products = {"forward": FORWARD_PRODUCTS, "both": FORWARD_PRODUCTS + BACKWARD_PRODUCTS}
     work = {
         name: causal_attention_flops((B, T, N, H), count, exact=True)
@@ -174,16 +185,17 @@ def attention_candidates(
     }
 
     def ours(name: str) -> Callable:
-        return lambda q, k, v: (attention(q, k, v, implementation=name),)
+        return lambda qkv: (attention(qkv, rope_of(qkv), implementation=name),)
 
     def jaxs(name: str) -> Callable:
-        return lambda q, k, v: (
-            jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=name),
-        )
+        function = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+        return lambda qkv: (function(*turned_parts(qkv, rope_of(qkv)), implementation=name),)
 
     def tokamaxs(name: str) -> Callable:
-        return lambda q, k, v: (
-            tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name),
+        return lambda qkv: (
+            tokamax.dot_product_attention(
+                *turned_parts(qkv, rope_of(qkv)), is_causal=True, implementation=name
+            ),
         )
 
     names = ("reference", "blockwise", "triton", "cudnn", "pallas")
@@ -194,7 +206,7 @@ def attention_candidates(
     for name in ("mosaic", "triton", "cudnn", "xla_chunked", "xla"):
         candidates.append(Candidate(f"tokamax {name}", tokamaxs(name), work, missing))
     candidates.append(Candidate("torch sdpa", torch_sdpa, work, NO_TORCH, foreign=True))
-    return candidates, tuple(inputs), (cotangent,)
+    return candidates, (qkv,), (cotangent,)
 
 
 class Queued:
@@ -208,19 +220,22 @@ class Queued:
 def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Callable]]:
     """PyTorch's scaled_dot_product_attention on the same device, with the kernel that it chooses.
 
-    PyTorch's arrays are [batch, heads, length, head size], so each is transposed once.
+    PyTorch's arrays are [batch, heads, length, head size], so each is transposed once. RoPE is
+    applied before, and not timed.
     """
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("this torch sees no GPU")
     dtype = getattr(torch, inputs[0].dtype.name)
+    (qkv,) = inputs
+    turned, turn_back = jax.vjp(lambda qkv: turned_parts(qkv, rope_of(qkv)), qkv)
     q, k, v, dout = (
         torch.tensor(np.asarray(x, np.float32), device=device)
         .to(dtype)
         .transpose(1, 2)
         .contiguous()
         .requires_grad_()
-        for x in (*inputs, *cotangents)
+        for x in (*turned, *cotangents)
     )
 
     def forward() -> Queued:
@@ -236,8 +251,11 @@ def torch_sdpa(inputs: tuple, cotangents: tuple) -> tuple[tuple, dict[str, Calla
         results()
         return Queued()
 
-    got = tuple(jnp.asarray(x.detach().float().transpose(1, 2).cpu().numpy()) for x in results())
-    return got, {"forward": forward, "both": both}
+    out, *gradients = (
+        jnp.asarray(x.detach().float().transpose(1, 2).cpu().numpy()) for x in results()
+    )
+    gradients = tuple(x.astype(qkv.dtype) for x in gradients)
+    return (out, *turn_back(gradients)), {"forward": forward, "both": both}
 
 
 def norm_candidates(
@@ -283,14 +301,14 @@ def norm_candidates(
 def run_attention(options: argparse.Namespace, dtype: str, shown: Results) -> dict:
     """Prepare, time and report attention."""
     candidates, inputs, cotangents = attention_candidates(options, dtype)
-    exact = lambda q, k, v: (reference_attention.attention(q, k, v),)
+    exact = lambda qkv: (reference_attention.attention(*turned_parts(qkv, rope_of(qkv))),)
     prepare(candidates, exact, inputs, cotangents)
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(2), (size, size)).astype(dtype)
     product = plain_call(f"a product of {size} x {size}", jnp.matmul, 2.0 * size**3, matrix, matrix)
     measure([product, *candidates], options.rounds)
-    B, T, N, H = inputs[0].shape
-    title = f"attention {dtype}: batch {B}, {T} tokens, {N} heads of {H}"
+    B, T, _, N, H = inputs[0].shape
+    title = f"RoPE and attention {dtype}: batch {B}, {T} tokens, {N} heads of {H}"
     return report(title, candidates, product, "FLOP/s", shown)
 
 

@@ -102,6 +102,7 @@ def test_the_cases_are_those_that_a_model_meets():
                 case.variant for case in attention if (case.dtype, case.size) == (dtype, head)
             }
             special = {"unseen query", "offset", "extreme", "scan remat vmap shard_map"}
+            special |= {"packed", "packed segments"}
             assert special | {"sm_80 causal", "sm_80 segments"} <= variants
 
 
@@ -148,6 +149,7 @@ import checks
 from baichuan_jax.kernels.attention import triton as attention
 from baichuan_jax.kernels import triton_interpreter as interpreter
 case = checks.Case("attention", "float32", 40, 64, "causal")
+packed = checks.check(checks.Case("attention", "float32", 40, 64, "packed segments"))
 right = attention.attention
 def scaled(*arguments):
     return 1.01 * right(*arguments)
@@ -157,9 +159,9 @@ def lazy(launch):
     if launch.name == "attention_dq":
         import jax.numpy as jnp
         # What the memory held before: the kernel did not write this row.
-        outputs = [outputs[0].at[:, -1].set(jnp.nan)]
+        outputs = [outputs[0], outputs[1].at[:, -1].set(jnp.nan)]
     return outputs
-found = [checks.check(case)]
+found = [packed, checks.check(case)]
 attention.attention = scaled
 found.append(checks.check(case))
 attention.attention = right
@@ -174,7 +176,8 @@ print("FOUND " + json.dumps(found))
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    right, scaled, unwritten = json.loads(done.stdout.split("FOUND ")[1])
+    packed, right, scaled, unwritten = json.loads(done.stdout.split("FOUND ")[1])
+    assert packed["norm_error"] < 2e-6
     assert right["norm_error"] < 2e-6
     assert right["same_bits"]
     assert scaled["norm_error"] == pytest.approx(0.01, rel=0.05)

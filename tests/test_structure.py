@@ -192,12 +192,13 @@ def is_blocking(module: str, call: ast.Call) -> bool:
         return False
     match name:
         case "join":
-            # Of text, of paths and of tables.
+            # Of text, of paths, of tables and of Triton's tensors.
             lists = (ast.List, ast.ListComp, ast.GeneratorExp)
             return not (
                 isinstance(owner, ast.Constant | ast.JoinedStr)
                 or any(isinstance(argument, lists) for argument in call.args)
                 or ast.unparse(owner).endswith("path")
+                or ast.unparse(owner) == "tl"
                 or "on" in keywords
             )
         case "get" | "put":

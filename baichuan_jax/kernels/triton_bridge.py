@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -96,7 +97,8 @@ def _device_capability() -> int:
 class Launch:
     """One call of a kernel. Its parameters are arrays, then outputs, then tl.constexpr constants.
 
-    Arrays are contiguous.
+    Arrays are contiguous. in_place: which of the arrays is also the last output. The kernel reads
+    and writes it through the array's parameter, and leaves the output's alone.
     """
 
     kernel: Any
@@ -107,6 +109,7 @@ class Launch:
     num_warps: int
     num_stages: int
     constants: dict[str, Any]
+    in_place: int | None = None
 
     @property
     def programs(self) -> int:
@@ -122,10 +125,12 @@ def call(
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int,
+    in_place: int | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
     """Run a @triton.jit kernel; see Launch."""
-    launch = Launch(kernel, name, arrays, tuple(outputs), grid, num_warps, num_stages, constants)
+    outputs = tuple(outputs)
+    launch = Launch(kernel, name, arrays, outputs, grid, num_warps, num_stages, constants, in_place)
     # Every kernel is called here, so that listing and interpretation see them all.
     elsewhere = _elsewhere.get()
     return _through_jax_triton(launch) if elsewhere is None else elsewhere[0](launch)
@@ -134,16 +139,26 @@ def call(
 def _through_jax_triton(launch: Launch) -> list[jax.Array]:
     jax_triton, version = _jax_triton()
     # enable_fp_fusion: a product and a sum become one fused multiply-add.
-    outputs = list(launch.outputs)
+    outputs, arrays = list(launch.outputs), list(launch.arrays)
+    versioned: dict[str, Any] = {}
+    if launch.in_place is not None:
+        versioned["input_output_aliases"] = {launch.in_place: len(outputs) - 1}
     if version.startswith("0.3."):
-        versioned = {"out_shape": outputs, "enable_fp_fusion": True}
+        versioned |= {"out_shape": outputs, "enable_fp_fusion": True}
     else:  # passed on to triton, whose default changes in 3.10
-        versioned = {"out_type": outputs, "backend_options": {"enable_fp_fusion": True}}
+        versioned |= {"out_type": outputs, "backend_options": {"enable_fp_fusion": True}}
+        if launch.in_place is not None:
+            # An array written in place has no second parameter here. The kernel's is given an array
+            # that it does not touch; the array itself would make XLA copy it.
+            names = launch.kernel.arg_names
+            versioned[names[len(arrays) + len(outputs) - 1]] = jnp.zeros(1, outputs[-1].dtype)
     substitute = _substitute.get()
-    # The scope's name stays in the compiled program, where every call has the same target.
-    with jax.named_scope(launch.name):
+    # The scope's name stays in the compiled program, where every call has the same target. 0.4
+    # prefers mutable references to aliases; jax.checkpoint and vmap take no references.
+    with jax.named_scope(launch.name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
         result = jax_triton.triton_call(
-            *launch.arrays,
+            *arrays,
             kernel=launch.kernel if substitute is None else substitute.copy(launch.kernel),
             name=launch.name,
             grid=launch.grid,

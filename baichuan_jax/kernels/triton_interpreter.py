@@ -115,6 +115,8 @@ def interpret(launch: Launch) -> list[jax.Array]:
             np.full(out.shape, np.nan if out.dtype.kind == "f" else 0, out.dtype)
             for out in launch.outputs
         ]
+        if launch.in_place is not None:
+            outputs[-1] = inputs[launch.in_place]
         with _ONE_AT_A_TIME:
             launch.kernel[launch.grid](*map(_Tensor, (*inputs, *outputs)), **launch.constants)
         return outputs

@@ -28,8 +28,8 @@ from baichuan_jax.plan.rates import Rates
 # own instructions (python -m baichuan_jax.kernels, docs/kernels.md), by compute capability. Not
 # known for a TPU: 1.
 BOUNDS = {
-    80: {"attention_forward": 0.735, "attention_dkv": 0.799, "attention_dq": 0.762},
-    90: {"attention_forward": 0.970, "attention_dkv": 0.985, "attention_dq": 0.970},
+    80: {"attention_forward": 0.941, "attention_dkv": 0.796, "attention_dq": 0.970},
+    90: {"attention_forward": 0.922, "attention_dkv": 0.978, "attention_dq": 0.970},
 }
 
 
@@ -57,10 +57,10 @@ class Cost:
 def kernel_of(instruction: Instruction) -> str | None:
     """Which of our kernels a custom call is; None: none of them.
 
-    A name of ATTENTION_PRODUCTS or "rms_norm".
+    A name of ATTENTION_PRODUCTS, "rms_norm" or "attention_rope".
     """
     # triton_bridge puts the kernel's name into the path of the jax operation, Pallas into its name.
-    known = (*ATTENTION_PRODUCTS, "rms_norm")
+    known = (*ATTENTION_PRODUCTS, "rms_norm", "attention_rope")
     return next(
         (name for name in known if name in instruction.op_name or name in instruction.name), None
     )
@@ -101,6 +101,8 @@ def _kernel_cost(
     if name is None:
         what = f"custom call {instruction.target} (its traffic alone is counted)"
         return Cost("memory", by_memory, unknown=what if np.any(by_memory) else None)
+    if name == "attention_rope":
+        by_memory = by_memory / 3  # of queries, keys and values it turns the keys, in place
     if name not in ATTENTION_PRODUCTS:
         return Cost("kernel", by_memory + launch, kernel=name)
     shapes = [
@@ -108,10 +110,13 @@ def _kernel_cost(
         for operand in instruction.operands
         for _, dims in shape_arrays(computation.shape_of(operand))
     ]
-    # The largest operand is q, k or v: the others are gradients of the same size, log-sum-exps,
-    # segments and offsets.
+    # The largest operand is q, k or v, or holds several of them, [B, T, 3, N, H]: the others are
+    # gradients of the same size, log-sum-exps, segments and offsets.
+    shape = max(shapes, key=math.prod)
+    if len(shape) == 5:
+        shape = (*shape[:2], *shape[3:])
     flops = causal_attention_flops(
-        max(shapes, key=math.prod), ATTENTION_PRODUCTS[name], heads_first=name.startswith("splash")
+        shape, ATTENTION_PRODUCTS[name], heads_first=name.startswith("splash")
     )
     share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
     by_products = flops / (hardware.peak_tflops * 1e12 * share)

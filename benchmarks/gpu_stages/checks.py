@@ -153,7 +153,8 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
     import jax.numpy as jnp
 
     from baichuan_jax.kernels.attention import reference as reference_attention
-    from baichuan_jax.kernels.attention.triton import attention
+    from baichuan_jax.kernels.attention.triton import attention, packed_attention
+    from baichuan_jax.model import rope_tables
 
     T, variant = case.length, case.variant.removeprefix("sm_80 ")
     B, N = 1, 2
@@ -188,7 +189,20 @@ def attention_case(case: Case) -> tuple[Any, Any, list[Any], list[str]]:
         assert variant == "scan remat vmap shard_map"
         return under_everything(function)
 
-    kernel, plain = variant_of(attention), variant_of(reference_attention.attention)
+    def plain_packed(qkv: Any, rope: Any, segments: Any) -> Any:
+        turned = reference_attention.turned_parts(qkv, rope)
+        return reference_attention.attention(*turned, segments, segments)
+
+    def packed(function: Any) -> Any:
+        # As in training: RoPE inside, at positions of its own, and gradients in one array.
+        rope = rope_tables(3000 + jnp.arange(T)[None], case.size, 10_000.0)
+        ids = segments if "segments" in variant else None
+        return lambda q, k, v: function(jnp.stack((q, k, v), axis=2), rope, ids)
+
+    if variant.startswith("packed"):
+        kernel, plain = packed(packed_attention), packed(plain_packed)
+    else:
+        kernel, plain = variant_of(attention), variant_of(reference_attention.attention)
     names = ["out", "dq", "dk", "dv"]
     return with_gradients(kernel), with_gradients(plain), arrays, names
 

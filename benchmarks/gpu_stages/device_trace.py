@@ -52,6 +52,7 @@ CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
 
 PRODUCTS = "matrix products"
 KERNELS = {
+    "attention_rope": "RoPE on keys",
     "attention_forward": "attention forward",
     "splash_mha_fwd": "attention forward",
     "attention_dkv": "attention dkv",

@@ -64,11 +64,12 @@ def cases(lengths: tuple[int, ...], small: bool) -> list[Case]:
     plain = itertools.product(order, dtypes, (128, 64), ("causal", "segments"))
     for length, dtype, size, variant in plain:
         found.append(Case("attention", dtype, length, size, variant))
-    special = ("unseen query", "offset", "extreme", UNDER_EVERYTHING, "sm_80 causal")
+    special = ("unseen query", "offset", "extreme", UNDER_EVERYTHING, "sm_80 causal", "packed")
+    as_in_training = ("sm_80 causal", "sm_80 segments", "packed segments")
     for dtype in dtypes:
         for size in (128, 64):
             of_size = functools.partial(Case, "attention", dtype)
-            found += [of_size(long, size, name) for name in ("sm_80 causal", "sm_80 segments")]
+            found += [of_size(long, size, name) for name in as_in_training]
             found += [of_size(short, size, name) for name in special]
         found.append(Case("rms_norm", dtype, 1, wide[0], "residual"))
         found.append(Case("rms_norm", dtype, few, wide[0], "sm_80 residual"))
@@ -320,7 +321,7 @@ def compile_for_h100(stage: Any) -> None:
 
     (device,) = described_devices(parse_topology("h100:1x1"))
     layout = Layout(make_mesh(MeshConfig(1), [device]))
-    variants = ("causal", "segments", "offset", "unseen query", "sm_80 segments")
+    variants = ("causal", "segments", "offset", "unseen query", "sm_80 segments", "packed segments")
     everywhere = [Case("attention", "bfloat16", 4095, 128, variant) for variant in variants]
     everywhere.append(Case("rms_norm", "bfloat16", 4095, 4096, "residual"))
     programs = {

@@ -12,14 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import assert_close, documents, inputs, value_and_gradients
+from test_attention import (
+    assert_close,
+    documents,
+    inputs,
+    tables,
+    turned_attention,
+    value_and_gradients,
+)
 
 from baichuan_jax.config.schema import MeshConfig
 from baichuan_jax.kernels import triton_bridge as bridge
 from baichuan_jax.kernels import triton_interpreter as interpreter
 from baichuan_jax.kernels.attention import api as attention_api
 from baichuan_jax.kernels.attention import reference as reference_attention
-from baichuan_jax.kernels.attention.triton import attention
+from baichuan_jax.kernels.attention.triton import attention, packed_attention
 from baichuan_jax.kernels.rms_norm import reference as reference_rms_norm
 from baichuan_jax.kernels.rms_norm.api import fused_rms_norm
 from baichuan_jax.sharding import Layout, activate, make_mesh
@@ -59,6 +66,42 @@ def test_attention_equals_reference(B, T, N, H, dtype, masked):
     )
     assert got[0].dtype == dtype
     assert_close(got, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "segments"])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "H", "dtype"),
+    [
+        (2, 1, 1, 64, "float32"),
+        (2, 77, 3, 64, "float32"),
+        (1, 128, 1, 128, "float32"),
+        (1, 300, 1, 128, "float16"),
+        (1, 40, 9, 64, "float32"),
+    ],
+    ids=str,
+)
+def test_packed_attention_equals_rope_and_reference(B, T, N, H, dtype, masked):
+    """Of the packed projection; with segments each row has positions of its own."""
+    q, k, v, weight = inputs(B, T, N, H, dtype)
+    segments, rope = (documents(B, T), tables(B, T, H)) if masked else (None, tables(1, T, H))
+    got = value_and_gradients(
+        lambda q, k, v, s: packed_attention(jnp.stack((q, k, v), 2), rope, s),
+        *(q, k, v, weight, segments),
+    )
+    wanted = value_and_gradients(
+        lambda q, k, v, s: turned_attention(q, k, v, rope, s), q, k, v, weight, segments
+    )
+    assert got[0].dtype == dtype
+    assert_close(got, wanted, TOLERANCE[dtype])
+
+
+def test_the_projection_is_not_changed_for_its_other_readers():
+    """The kernels turn it in place: a copy, where somebody else reads it."""
+    q, k, v, _ = inputs(1, 40, 1, 64)
+    qkv, rope = jnp.stack((q, k, v), 2), tables(1, 40, 64)
+    out, kept = jax.jit(lambda qkv: (packed_attention(qkv, rope), qkv + 0))(qkv)
+    np.testing.assert_array_equal(kept, qkv)
+    assert np.abs(out - turned_attention(q, k, v, rope, None)).max() < 3e-6
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 40), (33, 64), (70, 30)])
@@ -105,18 +148,21 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
     assert np.abs(got[1][0, 8]).max() > 0
 
 
-def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
+@pytest.mark.parametrize("context", [1, 2])
+def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch, context):
     """As step.py calls it: gradients per replica by vmap, around a shard_map.
 
-    The mesh splits batch, sequence and heads.
+    The mesh splits batch and heads, and the sequence too: then keys and values are gathered.
     """
     q, k, v, weight = (x.reshape(2, 2, 32, 2, 64) for x in inputs(4, 32, 2, 64))
     segments = documents(4, 32).reshape(2, 2, 32)
-    layout = Layout(make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()), batch_axes=("fsdp",))
+    cos, sin = (table.reshape(2, 2, 32, 32) for table in tables(4, 32, 64))
+    mesh = make_mesh(MeshConfig(2, 2 // context, context, 2), jax.devices())
+    layout = Layout(mesh, batch_axes=("fsdp",))
 
-    def loss(function, q, k, v, weight, segments):
+    def loss(function, q, k, v, weight, segments, *rope):
         def block(x, _):
-            return x + function(x, k, v, segments), None
+            return x + function(x, k, v, rope, segments), None
 
         x, _ = jax.lax.scan(jax.checkpoint(block), q, None, length=2)
         return jnp.sum(x * weight)
@@ -127,19 +173,16 @@ def test_attention_under_scan_remat_vmap_and_shard_map(monkeypatch):
         lambda *_, **__: ("triton", "the interpreter stands for a GPU"),
     )
 
-    def on_mesh(q, k, v, s):
+    def on_mesh(q, k, v, rope, s):
         with activate(layout):
-            return attention_api.attention(q, k, v, segment_ids=s)
+            return attention_api.attention(jnp.stack((q, k, v), 2), rope, segment_ids=s)
 
     def gradients(function):
         one = jax.grad(functools.partial(loss, function), argnums=(0, 1, 2))
-        return jax.jit(jax.vmap(one, spmd_axis_name="data"))(q, k, v, weight, segments)
+        replicas = jax.vmap(one, spmd_axis_name="data")
+        return jax.jit(replicas)(q, k, v, weight, segments, cos, sin)
 
-    assert_close(
-        (q, *gradients(on_mesh)),
-        (q, *gradients(lambda q, k, v, s: reference_attention.attention(q, k, v, s, s))),
-        3e-6,
-    )
+    assert_close((q, *gradients(on_mesh)), (q, *gradients(turned_attention)), 3e-6)
 
 
 def norm_arguments(shape, dtype, seed=0):

@@ -21,6 +21,7 @@ from baichuan_jax.kernels.attention import reference as reference_attention
 from baichuan_jax.kernels.attention.api import attention, choose_attention
 from baichuan_jax.kernels.choice import load
 from baichuan_jax.kernels.rms_norm.api import choose_rms_norm
+from baichuan_jax.model import rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 
@@ -34,6 +35,18 @@ def documents(B, T, seed=0):
     """Segment ids 1, 1, 2, ... with borders at random places."""
     borders = np.random.default_rng(seed).random((B, T)) < 4 / T
     return jnp.asarray(1 + np.cumsum(borders, axis=1), jnp.int32)
+
+
+def tables(B, T, H, seed=0):
+    """RoPE's tables for positions of each row's own, or the same in all rows where B is 1."""
+    starts = np.random.default_rng(seed).integers(0, 3000, (B, 1)) if B > 1 else np.zeros((1, 1))
+    return rope_tables(jnp.asarray(starts + np.arange(T), jnp.int32), H, 10_000.0)
+
+
+def turned_attention(q, k, v, rope, segments):
+    """The oracle: queries and keys turned, then the plain attention."""
+    q, k = (reference_attention.apply_rope(x, rope) for x in (q, k))
+    return reference_attention.attention(q, k, v, segments, segments)
 
 
 def value_and_gradients(function, q, k, v, weight, segments):
@@ -143,14 +156,16 @@ def test_reference_agrees_with_finite_differences():
 def test_on_a_mesh_it_is_the_same(shape, implementation, masked):
     q, k, v, weight = inputs(4, 64, 4, 16)
     segments = documents(4, 64) if masked else None
+    rope = tables(4 if masked else 1, 64, 16)
     wanted = value_and_gradients(
-        lambda q, k, v, s: reference_attention.attention(q, k, v, s, s), q, k, v, weight, segments
+        lambda q, k, v, s: turned_attention(q, k, v, rope, s), q, k, v, weight, segments
     )
     layout = Layout(make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]))
 
     def on_mesh(q, k, v, s):
         with activate(layout):
-            return attention(q, k, v, segment_ids=s, implementation=implementation)
+            qkv = jnp.stack((q, k, v), axis=2)
+            return attention(qkv, rope, segment_ids=s, implementation=implementation)
 
     assert_close(value_and_gradients(on_mesh, q, k, v, weight, segments), wanted, 3e-6)
 

@@ -58,8 +58,8 @@ def test_every_implementation_is_timed_or_has_a_reason(benchmark, tmp_path):
 def test_a_wrong_implementation_is_not_timed(benchmark, tmp_path, monkeypatch):
     right = benchmark.attention
 
-    def wrong(q, k, v, implementation):
-        out = right(q, k, v, implementation=implementation)
+    def wrong(qkv, rope, implementation):
+        out = right(qkv, rope, implementation=implementation)
         return out * 1.05 if implementation == "blockwise" else out
 
     monkeypatch.setattr(benchmark, "attention", wrong)

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from baichuan_jax.config.schema import MeshConfig
 from baichuan_jax.kernels.attention.api import attention
 from baichuan_jax.kernels.rms_norm.api import rms_norm
+from baichuan_jax.model import rope_tables
 from baichuan_jax.sharding import Layout, activate, make_mesh
 
 pytestmark = [
@@ -54,7 +55,9 @@ def kernels_of(
                 y_BTD, x_BTD = rms_norm(x_BTD, weight_D, eps=1e-6, residual=out_BTD)
                 heads = y_BTD.reshape(B, T, N, H)
                 out = attention(
-                    heads, 2 * heads, 3 * heads, segment_ids=segments_BT if masked else None
+                    jnp.stack((heads, 2 * heads, 3 * heads), axis=2),
+                    rope_tables(jnp.arange(T)[None], H, 10_000.0),
+                    segment_ids=segments_BT if masked else None,
                 )
             return (x_BTD, out.reshape(B, T, D)), None
 

@@ -124,7 +124,7 @@ def test_sixteen_a800s(tmp_path, loops):
     assert result["num_devices"] == 16
     assert result["fits"]
     assert result["unknown"] == {}
-    kernels = {"attention_forward", "attention_dkv", "attention_dq", "rms_norm"}
+    kernels = {"attention_rope", "attention_forward", "attention_dkv", "attention_dq", "rms_norm"}
     assert set(result["kernels"]) == kernels
     assert "triton_kernel_call" in text.read_text()
 

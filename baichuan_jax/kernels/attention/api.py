@@ -1,15 +1,15 @@
 """Causal attention: chooses an implementation, says why, and runs it on each device of the mesh.
 
-B batch, T query length, N heads, H head size.
+B batch, T query length, N heads, H head size, C the three of Q, K and V.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
 
+from baichuan_jax.kernels.attention.reference import turned_parts
 from baichuan_jax.kernels.choice import choose, device_of, load
 from baichuan_jax.sharding import Layout, current_layout
 
@@ -55,67 +55,73 @@ def choose_attention(
 
 
 def attention(
-    q_BTNH: jax.Array,
-    k_BTNH: jax.Array,
-    v_BTNH: jax.Array,
+    qkv_BTCNH: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
     *,
     segment_ids: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Causal self-attention of any length, float32 or bfloat16. Returns [B, T, N, H].
 
-    Softmax and sums are float32. segment_ids [B, T] int32: a token sees its own segment only. The
-    current mesh splits batch and heads. Where it splits the sequence too (mesh axis "context"),
-    every device gathers all keys and values and serves its own queries.
+    qkv_BTCNH: queries, keys and values, packed as one projection makes them. rope: cosines and
+    sines [B or 1, T, H/2] in float32, by which queries and keys are turned first. Softmax and sums
+    are float32. segment_ids [B, T] int32: a token sees its own segment only. The current mesh
+    splits batch and heads. Where it splits the sequence too (mesh axis "context"), every device
+    gathers all keys and values and serves its own queries.
     """
     layout = current_layout()
     name, _ = choose_attention(
         implementation,
         device=device_of(layout),
-        dtype=q_BTNH.dtype.name,
-        head_dim=q_BTNH.shape[-1],
+        dtype=qkv_BTCNH.dtype.name,
+        head_dim=qkv_BTCNH.shape[-1],
         masked=segment_ids is not None,
-        length=q_BTNH.shape[1],
+        length=qkv_BTCNH.shape[1],
         context=1 if layout is None else layout.mesh.shape["context"],
     )
-    # Queries and keys are the same tokens here, so that both have the same segments.
-    function = load("attention", name).attention
     if layout is None or layout.mesh.size == 1:
-        return function(q_BTNH, k_BTNH, v_BTNH, segment_ids, segment_ids)
-    return _on_mesh(layout, function, q_BTNH, k_BTNH, v_BTNH, segment_ids)
+        return local_attention(name, False, qkv_BTCNH, *rope, segment_ids)
+    return _on_mesh(layout, name, qkv_BTCNH, rope, segment_ids)
 
 
 def _on_mesh(
     layout: Layout,
-    function: Callable[..., jax.Array],
-    q_BTNH: jax.Array,
-    k_BTNH: jax.Array,
-    v_BTNH: jax.Array,
+    name: str,
+    qkv_BTCNH: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
     segments_BT: jax.Array | None,
 ) -> jax.Array:
     """Run an implementation on every device's share of batch, heads and queries."""
-    heads = layout.spec(("batch", "length", "heads", None))
-    arguments, specs = [q_BTNH, k_BTNH, v_BTNH], [heads] * 3
+    packed = layout.spec(("batch", "length", "qkv", "heads", None))
+    # One table may serve all rows of the batch.
+    table = layout.spec(("batch" if rope[0].shape[0] == qkv_BTCNH.shape[0] else None, "length"))
+    arguments, specs = [qkv_BTCNH, *rope], [packed, table, table]
     if segments_BT is not None:
         arguments.append(segments_BT)
         specs.append(layout.spec(("batch", "length")))
-    local = functools.partial(_local_attention, function, layout.mesh.shape["context"] > 1)
+    local = functools.partial(local_attention, name, layout.mesh.shape["context"] > 1)
     # check_vma off: the custom derivatives inside do not declare how their results vary over the
     # mesh. Every mesh axis splits every argument (or the argument is replicated along it), so no
     # transposed sum is missing; tests compare all gradients.
+    heads = layout.spec(("batch", "length", "heads", None))
     sharded = jax.shard_map(
         local, mesh=layout.mesh, in_specs=tuple(specs), out_specs=heads, check_vma=False
     )
     return sharded(*arguments)
 
 
-def _local_attention(function: Callable, sequence_split: bool, q, k, v, segments=None):
-    """One device's share: its own queries against the keys of the whole sequence."""
+def local_attention(name: str, sequence_split: bool, qkv, cos, sin, segments=None):
+    """One device's share by a named implementation: its own queries against the whole sequence."""
+    implementation = load("attention", name)
+    # Queries and keys are the same tokens here, so that both have the same segments.
+    if not sequence_split and name == "triton":
+        return implementation.packed_attention(qkv, (cos, sin), segments)
+    q, k, v = turned_parts(qkv, (cos, sin))
     if not sequence_split:
-        return function(q, k, v, segments, segments)
+        return implementation.attention(q, k, v, segments, segments)
     # A ring of pieces would hold fewer keys at once, but it would have to merge partial softmaxes,
     # which not every implementation returns.
     gather = functools.partial(lax.all_gather, axis_name="context", axis=1, tiled=True)
     all_segments = None if segments is None else gather(segments)
     offset = lax.axis_index("context") * q.shape[1]
-    return function(q, gather(k), gather(v), segments, all_segments, offset)
+    return implementation.attention(q, gather(k), gather(v), segments, all_segments, offset)

@@ -1,12 +1,33 @@
-"""Attention in plain jnp, all scores at once: the oracle of the other implementations.
+"""Attention and RoPE in plain jnp, all scores at once: the oracle of the other implementations.
 
-B batch, T query length, S key length, N heads, H head size, U = T keys of a row's own tokens.
+B batch, T query length, S key length, N heads, H head size, C the three of Q, K and V, U = T keys
+of a row's own tokens.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+
+
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn channel pairs (i, i + H/2), as the original's rotate_half; computed in float32.
+
+    rope: cosines and sines [B or 1, T, H/2] in float32 (model.rope_tables). The RoPE paper (Su et
+    al. 2021) pairs (2i, 2i + 1). Weights trained with one pairing are useless with the other.
+    """
+    cos, sin = (table[:, :, None, :] for table in rope)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def turned_parts(
+    qkv_BTCNH: jax.Array, rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys of the packed projection, turned by RoPE, and its values: [B, T, N, H]."""
+    q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, part] for part in range(3))
+    return apply_rope(q_BTNH, rope), apply_rope(k_BTNH, rope), v_BTNH
 
 
 def masked_attention(

@@ -1,8 +1,9 @@
 """Causal attention for GPUs in the Triton language: what JAX calls, with its derivative.
 
-In: q [B, T, N, H], k and v [B, S, N, H]; out: [B, T, N, H]. The algorithm is FlashAttention-2
-(Dao 2023); triton_kernels.py holds the kernels and explains it. This file can be imported without
-Triton, so that the chooser can ask for its obstacles; the kernels are imported at the first call.
+In: the packed projection [B, T, 3, N, H] and RoPE's tables, or q [B, T, N, H] and k and v
+[B, S, N, H]; out: [B, T, N, H]. The algorithm is FlashAttention-2 (Dao 2023); triton_kernels.py
+holds the kernels and explains it. This file can be imported without Triton, so that the chooser can
+ask for its obstacles; the kernels are imported at the first call.
 
 B batch, T queries, S keys, N heads, H head size, Q and K lengths of one block of queries and of
 keys.
@@ -30,22 +31,23 @@ class Blocks(NamedTuple):
 
 # By kernel, bytes of an element and head size. Chosen on sm_80 by `python -m baichuan_jax.kernels`
 # (docs/kernels.md): no spilled register, two warps at least for each of a multiprocessor's four
-# schedulers, then the highest bound. Every warp of 16 rows reads the whole block of the other side
-# from shared memory, which then takes about as long as the tensor cores; 32 rows halve that, but at
-# head size 128 their sums alone take 128 of a thread's 255 registers. A second stage loads the next
+# schedulers, then the highest bound. Every warp reads the whole block of the other side from shared
+# memory: for 16 rows that takes about as long as their products, for 32 rows half of it. At head
+# size 128 the sums of 32 rows take 128 of a thread's 255 registers, so that blocks of the other
+# side are short; dk and dv are two sums and have room for 16 rows. A second stage loads the next
 # block while this one is multiplied; a third one where memory is left. float32: three TF32 products
 # for each, with both parts of every operand in registers.
 _BLOCKS = {
-    ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
+    ("attention_forward", 2, 128): Blocks(256, 32, 8, 3),
     ("attention_forward", 2, 64): Blocks(128, 64, 4, 3),
     ("attention_forward", 4, 128): Blocks(32, 32, 4, 1),
     ("attention_forward", 4, 64): Blocks(64, 32, 4, 2),
     ("attention_dkv", 2, 128): Blocks(64, 64, 4, 2),
-    ("attention_dkv", 2, 64): Blocks(32, 128, 4, 2),
+    ("attention_dkv", 2, 64): Blocks(32, 128, 4, 3),
     ("attention_dkv", 4, 128): Blocks(32, 16, 4, 1),
     ("attention_dkv", 4, 64): Blocks(16, 64, 4, 1),
-    ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
-    ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
+    ("attention_dq", 2, 128): Blocks(128, 32, 4, 2),
+    ("attention_dq", 2, 64): Blocks(128, 32, 4, 3),
     ("attention_dq", 4, 128): Blocks(16, 32, 4, 1),
     ("attention_dq", 4, 64): Blocks(64, 16, 4, 1),
 }
@@ -64,18 +66,25 @@ def obstacle(device: Any, head_dim: int) -> str | None:
 
 @functools.cache
 def _blocks_of_sm_90() -> dict[tuple[str, int, int], Blocks]:
-    """The shapes that differ on sm_90: dk and dv, where 64 queries would spill inside the loops.
+    """The shapes that differ on sm_90, where the tensor cores read shared memory themselves.
 
-    triton 3.6 needs more registers for each query than 3.9. With 3.9's shape the cache limits that
-    kernel to 72 % of the peak; with 128 keys and 8 warps the tensor cores limit it to 97 %.
-    Elsewhere one shape serves both versions: what 3.6 spills, 12 to 32 bytes in three kernels, it
-    stores and loads once a program, outside the loops.
+    Long blocks of the other side keep them busier there. For dk and dv 64 queries would spill
+    inside the loops, and triton 3.6 needs more registers for each query than 3.9: with 3.9's shapes
+    the cache limits head size 128 to 72 % of the peak, and head size 64 spills inside the loops.
+    Elsewhere one shape serves both versions: what 3.6 spills, 8 bytes of dq on sm_80, it stores and
+    loads once a program, outside the loops.
     """
     import triton  # pyright: ignore[reportMissingImports]
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    shape = Blocks(32, 64, 4, 3) if version >= (3, 7) else Blocks(32, 128, 8, 2)
-    return {("attention_dkv", 2, 128): shape}
+    new = version >= (3, 7)
+    return {
+        ("attention_forward", 2, 128): Blocks(128, 64, 8, 3),
+        ("attention_dkv", 2, 128): Blocks(32, 64, 4, 3) if new else Blocks(32, 128, 8, 2),
+        ("attention_dkv", 2, 64): Blocks(32 if new else 16, 128, 4, 2),
+        ("attention_dq", 2, 128): Blocks(128, 64, 8, 2),
+        ("attention_dq", 2, 64): Blocks(128, 64, 4, 2),
+    }
 
 
 def choose_blocks(kernel: str, dtype: Any, head_dim: int, capability: int) -> Blocks:
@@ -103,83 +112,170 @@ def attention(
     that sees no key gives 0. The same bits every time. Raises ValueError where a row of the batch
     has 2^31 elements or more.
     """
-    B, _, N, H = q_BTNH.shape
-    if (size := max(q_BTNH.shape[1], k_BSNH.shape[1]) * N * H) >= MAX_ROW_ELEMENTS:
+    kv_BSCNH = jnp.stack((k_BSNH, v_BSNH), axis=2)
+    return _attend(q_BTNH, kv_BSCNH, None, segments_BT, segments_BS, query_offset)
+
+
+def packed_attention(
+    qkv_BTCNH: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
+    """attention of the packed projection, whose queries and keys RoPE turns first.
+
+    rope: cosines and sines [B or 1, T, H/2] in float32. No part of qkv_BTCNH is copied: queries and
+    keys are turned in place, and the kernels write the gradients into one array like it.
+    """
+    return _attend(qkv_BTCNH, None, rope, segments_BT, segments_BT, 0)
+
+
+def _attend(q, kv, rope, segments_BT, segments_BS, query_offset) -> jax.Array:
+    """Either the packed projection as q and RoPE's tables, or q and packed keys and values."""
+    if (size := max(math.prod(x.shape[1:]) for x in (q, kv) if x is not None)) >= MAX_ROW_ELEMENTS:
         raise ValueError(
             f"attention: {size} elements of a row are beyond the kernels' 32-bit offsets; "
             "split the sequence (mesh.context)"
         )
-    # One offset for each row of the batch: vmap may give every replica its own.
-    offset_B = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
+    # One offset for each row of the batch: vmap may give every replica its own. So with the tables.
+    offset_B = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), q.shape[:1])
+    if rope is not None:
+        rope = [jnp.broadcast_to(table, (*q.shape[:2], table.shape[-1])) for table in rope]
     segments = None if segments_BT is None or segments_BS is None else (segments_BT, segments_BS)
-    return _attention(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, current_layout())
+    # What a kernel does not read still needs an array.
+    cos, sin = rope or (offset_B, offset_B)
+    others = (cos, sin, offset_B, *(segments or (offset_B, offset_B)))
+    modes = (kv is None, segments is not None)
+    return _attention(q, offset_B if kv is None else kv, others, modes, current_layout())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, offset, segments, layout):
-    return _forward(q, k, v, offset, segments, layout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, kv, others, modes, layout):
+    return _forward(q, kv, others, modes, layout)[0]
 
 
-def _forward(q_BTNH, k_BSNH, v_BSNH, offset_B, segments, layout):
-    # Without segments the kernels read none, but every parameter needs an array.
-    arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
-    run = functools.partial(run_forward, segments is not None)
+def _forward(q, kv, others, modes, layout):
     # The caller's layout: jax may trace the derivative's two halves after the caller has returned.
     with activate(layout):
-        out_BTNH, lse_BNT = bridge.merge_vmapped(run)(*arrays)
-    return out_BTNH, (q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT)
+        run = bridge.merge_vmapped(functools.partial(run_forward, *modes))
+        out_BTNH, lse_BNT, turned = run(q, kv, *others)
+    packed, _ = modes
+    return out_BTNH, (turned if packed else q, kv, others, out_BTNH, lse_BNT)
 
 
-def _backward(layout, saved, dout_BTNH):
-    q_BTNH, k_BSNH, v_BSNH, offset_B, segments, out_BTNH, lse_BNT = saved
-    # delta of the softmax's derivative (Dao 2023, section 2.2), which XLA fuses into one pass.
-    products_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
-    delta_BNT = jnp.swapaxes(products_BTN, 1, 2)
-    arrays = (q_BTNH, k_BSNH, v_BSNH, offset_B, *(segments or (offset_B, offset_B)))
-    run = functools.partial(run_backward, segments is not None)
+def _backward(modes, layout, saved, dout_BTNH):
+    q, kv, others, *results = saved
     with activate(layout):
-        gradients = bridge.merge_vmapped(run)(*arrays, dout_BTNH, lse_BNT, delta_BNT)
-    return *gradients, None, None
+        run = bridge.merge_vmapped(functools.partial(run_backward, *modes))
+        gradients = run(q, kv, *others, *results, dout_BTNH)
+    packed, _ = modes
+    return *((*gradients, None) if packed else gradients), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def run_forward(segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """[out, lse] of the forward kernel. arrays: q, k, v, offset, segments of queries, of keys."""
+def run_forward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[out, lse, turned] of the forward kernel: packed, turned is what the backward kernels take.
+
+    arrays: q, kv, cosines, sines, offset, segments of queries, of keys. packed: q is the whole
+    projection, and kv is not read; else turned is not written.
+    """
     from baichuan_jax.kernels.attention import triton_kernels as kernels
 
-    q_BTNH = arrays[0]
-    B, T, N, _ = q_BTNH.shape
-    out = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
+    q, *others = arrays
+    # Here, where vmap has merged all rows that one call of the kernels serves.
+    if packed and others[1].size >= MAX_ROW_ELEMENTS:
+        raise ValueError(f"attention: {others[1].shape} cosines are beyond 32-bit offsets")
+    if packed:
+        q = _turn_keys(kernels.rope_kernel, q, *others[1:3])
+    B, T, *_, N, H = q.shape
+    out = jax.ShapeDtypeStruct((B, T, N, H), q.dtype)
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    return _call(kernels.forward_kernel, "attention_forward", segmented, arrays, [out, lse])
+    turned = _like(q if packed else arrays[4])
+    return _call(
+        kernels.forward_kernel,
+        *(packed, segmented, (q, *others), [out, lse, turned]),
+        in_place=0 if packed else None,
+    )
 
 
-def run_backward(segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """[dq, dk, dv] of the backward kernels. arrays: as run_forward's, then dout, lse, delta."""
-    from baichuan_jax.kernels.attention import triton_kernels as kernels
-
-    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:2])
+def run_backward(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[dq, dkv], or [dqkv] where they are packed. arrays: as run_dq's."""
     # Two kernels and seven products, where one kernel would need five: it would have to add dq up
     # atomically, in an order that differs from run to run.
-    dk_dv = _call(kernels.dkv_kernel, "attention_dkv", segmented, arrays, [like_k, like_k])
-    dq = _call(kernels.dq_kernel, "attention_dq", segmented, arrays, [like_q])
-    return [*dq, *dk_dv]
+    delta, dq = run_dq(packed, segmented, *arrays)
+    begun = dq if packed else arrays[4]
+    *others, _, lse, dout = arrays
+    (dkv,) = run_dkv(packed, segmented, *others, dout, lse, delta, begun)
+    return [dkv] if packed else [dq, dkv]
+
+
+def run_dq(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[delta, dq]; packed, dq lies in an array like q, whose other parts are not written.
+
+    arrays: run_forward's with the turned q, then out, lse, dout. delta is of the softmax's
+    derivative (Dao 2023, section 2.2).
+    """
+    from baichuan_jax.kernels.attention import triton_kernels as kernels
+
+    outputs = [_like(arrays[8]), _like(arrays[0])]
+    return _call(kernels.dq_kernel, packed, segmented, arrays, outputs)
+
+
+def run_dkv(packed: bool, segmented: bool, *arrays: jax.Array) -> list[jax.Array]:
+    """[dkv]; packed, the array that run_dq began, with dk and dv in it.
+
+    arrays: run_forward's with the turned q, then dout, lse, delta, and the begun array.
+    """
+    from baichuan_jax.kernels.attention import triton_kernels as kernels
+
+    output = _like(arrays[-1] if packed else arrays[1])
+    in_place = len(arrays) - 1 if packed else None
+    return _call(kernels.dkv_kernel, packed, segmented, arrays, [output], in_place)
+
+
+def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _turn_keys(kernel: Any, qkv_BTCNH: jax.Array, *tables: jax.Array) -> jax.Array:
+    """The packed projection with RoPE on its keys."""
+    B, T, _, N, H = qkv_BTCNH.shape
+    # 16 KiB of keys a program, with one load of the tables for all of its heads.
+    rows, heads = 8, min(8, 1 << (N - 1).bit_length())
+    (turned,) = bridge.call(
+        kernel,
+        qkv_BTCNH,
+        *tables,
+        name="attention_rope",
+        outputs=[_like(qkv_BTCNH)],
+        grid=(-(-T // rows), -(-N // heads), B),
+        num_warps=4,
+        num_stages=1,
+        in_place=0,
+        T=T,
+        N=N,
+        H=H,
+        ROWS=rows,
+        HEADS=heads,
+    )
+    return turned
 
 
 def _call(
     kernel: Any,
-    name: str,
+    packed: bool,
     segmented: bool,
     arrays: tuple[jax.Array, ...],
     outputs: list[jax.ShapeDtypeStruct],
+    in_place: int | None = None,
 ) -> list[jax.Array]:
     """Run a kernel: a program for each head and block of queries (dkv: of keys)."""
-    q_BTNH, k_BSNH = arrays[:2]
-    B, T, N, H = q_BTNH.shape
-    S = k_BSNH.shape[1]
-    blocks = choose_blocks(name, q_BTNH.dtype, H, bridge.compute_capability())
+    q, kv = arrays[:2]
+    B, T, *_, N, H = q.shape
+    S = T if packed else kv.shape[1]
+    name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
+    blocks = choose_blocks(name, q.dtype, H, bridge.compute_capability())
     count = -(-S // blocks.k) if name == "attention_dkv" else -(-T // blocks.q)
     return bridge.call(
         kernel,
@@ -189,6 +285,7 @@ def _call(
         grid=(count, B * N),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        in_place=in_place,
         T=T,
         S=S,
         N=N,
@@ -196,6 +293,7 @@ def _call(
         Q=blocks.q,
         K=blocks.k,
         SCALE=H**-0.5 * math.log2(math.e),  # the kernels' exponentials are base 2
-        PRECISION="tf32x3" if q_BTNH.dtype == jnp.float32 else "ieee",
+        PRECISION="tf32x3" if q.dtype == jnp.float32 else "ieee",
         SEGMENTED=segmented,
+        PACKED=packed,
     )

@@ -84,6 +84,14 @@ def _trips(kernel: str, T: int, Q: int, K: int) -> list[int]:
     return [sum(whole), sum(seen) - sum(whole)]
 
 
+def rope_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
+    """The bound of RoPE on keys, which memory limits at best: a third of the projection moves."""
+    qkv, *tables = launch.arrays
+    keys = qkv.size // 3 * qkv.dtype.itemsize
+    once = 2 * keys + sum(table.size * table.dtype.itemsize for table in tables)
+    return _bound(launch, assembled, chip, [], 0, None, once)
+
+
 def norm_bound(launch: Launch, assembled: Assembled, chip: Chip) -> Bound:
     """The bound of an RMSNorm kernel, which memory limits at best."""
     # The forward kernel has no loop, the backward one a loop over its tiles.
@@ -98,10 +106,11 @@ def _bound(
     trips: list[int],
     flops: float,
     ideal_cycles: float | None,
+    bytes_once: int | None = None,
 ) -> Bound:
     """trips: how often each loop runs in all programs together.
 
-    ideal_cycles None: those that memory needs.
+    ideal_cycles None: those that memory needs. bytes_once None: those of every array.
     """
     busy: dict[str, float] = defaultdict(float)
     moved = 0.0
@@ -113,9 +122,9 @@ def _bound(
     # Multiprocessors share the cache and the memory, so that each has its part of both.
     busy["cache"] = moved / chip.cache_bytes_per_cycle / chip.multiprocessors
     # From memory every array comes once at best; what is read again comes from the cache.
-    bytes_once = sum(
-        array.size * array.dtype.itemsize for array in (*launch.arrays, *launch.outputs)
-    )
-    busy["memory"] = bytes_once / chip.memory_bytes_per_cycle / chip.multiprocessors
+    arrays = (*launch.arrays, *launch.outputs)
+    every = sum(array.size * array.dtype.itemsize for array in arrays)
+    once = every if bytes_once is None else bytes_once
+    busy["memory"] = once / chip.memory_bytes_per_cycle / chip.multiprocessors
     ideal = busy["memory"] if ideal_cycles is None else ideal_cycles
     return Bound(dict(busy), ideal, launch.programs, flops, moved)

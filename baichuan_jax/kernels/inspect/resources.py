@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from baichuan_jax.hardware.flops import ATTENTION_PRODUCTS, BACKWARD_PRODUCTS
 from baichuan_jax.kernels import triton_bridge as bridge
+from baichuan_jax.kernels.attention.api import local_attention
 from baichuan_jax.kernels.choice import load
 from baichuan_jax.kernels.inspect import sass
-from baichuan_jax.kernels.inspect.bound import Bound, attention_bound, norm_bound
+from baichuan_jax.kernels.inspect.bound import Bound, attention_bound, norm_bound, rope_bound
 from baichuan_jax.kernels.triton_bridge import Launch
 
 # Two rows of 4,096 tokens of Baichuan-7B: one micro-batch of a device.
@@ -66,13 +67,20 @@ def gpu_rows(target: str) -> Iterator[dict[str, Any]]:
             if (label := _label(launch.name, dtype, head_dim)) is None:
                 continue
             assembled = sass.assemble(launch, chip)
-            bound = norm_bound if "norm" in launch.name else attention_bound
-            limit = bound(launch, assembled, chip)
+            limit = bound_of(launch, assembled, chip)
             row = {"kernel": label, "target": target} | _gpu_fields(launch, assembled, limit, chip)
             yield row
             if launch.name in ("attention_dkv", "attention_dq"):
                 backward.append((limit, row))
         yield _whole_backward(*zip(*backward, strict=True))
+
+
+def bound_of(launch: Launch, assembled: sass.Assembled, chip: sass.Chip) -> Bound:
+    """The bound of any of the kernels."""
+    if launch.name == "attention_rope":
+        return rope_bound(launch, assembled, chip)
+    bound = norm_bound if "norm" in launch.name else attention_bound
+    return bound(launch, assembled, chip)
 
 
 def _gpu_fields(
@@ -101,7 +109,7 @@ def _whole_backward(bounds: tuple[Bound, ...], rows: tuple[dict[str, Any], ...])
     added = ("spilled_bytes", "tensor_core_instructions")
     return {
         **dict.fromkeys(("kernel", "target", *FIELDS)),
-        "kernel": rows[0]["kernel"].replace("dkv", "dkv + dq"),
+        "kernel": rows[0]["kernel"].replace("dq", "dq + dkv"),
         "target": rows[0]["target"],
         **largest,
         **{name: sum(row[name] for row in rows) for name in added},
@@ -135,11 +143,12 @@ def tpu_rows(target: str) -> Iterator[dict[str, Any]]:
 def _operators(implementation: str) -> Callable[..., Any]:
     """Attention and RMSNorm with their gradients."""
     # Their own functions and not the chooser's, which would ask for the device.
-    attention = load("attention", implementation).attention
     norm = load("rms_norm", implementation)
 
-    def run(q_BTNH: jax.Array, x_BTD: jax.Array, weight_D: jax.Array) -> Any:
-        out_BTNH, pull = jax.vjp(attention, q_BTNH, q_BTNH, q_BTNH)
+    def run(qkv_BTCNH, cos, sin, x_BTD: jax.Array, weight_D: jax.Array) -> Any:
+        out_BTNH, pull = jax.vjp(
+            lambda qkv: local_attention(implementation, False, qkv, cos, sin), qkv_BTCNH
+        )
         forward = norm.forward(weight_D, x_BTD, x_BTD, eps=1e-6)
         return pull(out_BTNH), forward, norm.backward(weight_D, x_BTD, x_BTD, x_BTD, eps=1e-6)
 
@@ -148,7 +157,9 @@ def _operators(implementation: str) -> Callable[..., Any]:
 
 def _arguments(dtype: str, head_dim: int, sharding: Any = None) -> list[jax.ShapeDtypeStruct]:
     shapes = (
-        ((ROWS, LENGTH, WIDTH // head_dim, head_dim), dtype),
+        ((ROWS, LENGTH, 3, WIDTH // head_dim, head_dim), dtype),
+        ((1, LENGTH, head_dim // 2), "float32"),
+        ((1, LENGTH, head_dim // 2), "float32"),
         ((ROWS, LENGTH, WIDTH), dtype),
         ((WIDTH,), "float32"),
     )
