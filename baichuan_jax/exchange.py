@@ -90,6 +90,8 @@ def sum_gradients(
         # No turn of the loop: the gathers of its weights overlap with it.
         first = 1
         loss, added, weights = part(params, at(0), gathers=True, sums=False)
+        # XLA must not keep what this micro-batch gathered inside the replica for the last one.
+        weights, added = lax.optimization_barrier((weights, added))
     else:
         shapes = jax.eval_shape(lambda: part(params, at(0), gathers=False, sums=False)[:2])
         loss, added = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -144,15 +146,11 @@ def _gradients(
     loss, gradients, used = of_replica(batch, added)
     if not sums:
         gradients = _put(gradients, axes, layout)
-    # The model rounded them to its own type, in which they take half of the memory.
-    used = (
-        jax.tree.map(lambda used, given: used.astype(given.dtype), used, weights)
-        if not gathers
-        else jax.tree.map(
-            lambda w, n: w if layout.split_over_state(n) is None else w.astype(dtype), used, axes
-        )
+    # As float32 they would take twice the memory. The model rounds them to `dtype` anyway.
+    kept = lambda weight, names: (
+        weight if layout.split_over_state(names) is None else weight.astype(dtype)
     )
-    return loss, gradients, used
+    return loss, gradients, jax.tree.map(kept, used, axes) if gathers else weights
 
 
 def _rows_of_replicas(array: jax.Array, layout: Layout) -> jax.Array:
@@ -238,7 +236,8 @@ def _hold(
         return barrier(x, weights, "float32" if summed else dtype) if gathers else (x, weights)
 
     def backward(_, gradients):
-        return barrier(*gradients, sum_dtype) if sums or not summed else gradients
+        dx, dweights = gradients
+        return barrier(dx, dweights, sum_dtype) if sums or not summed else gradients
 
     hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
     return hold(x, weights)

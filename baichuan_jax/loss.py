@@ -77,6 +77,8 @@ class _Axes(NamedTuple):
     vocab: tuple[str, ...] = ()
     # Axes along which the kernel's rows D are split.
     shards: tuple[str, ...] = ()
+    # In which the kernel's gradient is summed over them.
+    sum_dtype: str = "float32"
 
 
 def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):
@@ -94,7 +96,9 @@ def _on_mesh(local: Callable, hidden_BTD, kernel_DV, labels_BT):
         # A collective over an axis of size 1 would still be in the program.
         return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
 
-    axes = _Axes(real(*layout.batch_axes, "context"), real("tensor"), real("fsdp"))
+    axes = _Axes(
+        real(*layout.batch_axes, "context"), real("tensor"), real("fsdp"), layout.sum_dtype
+    )
     return jax.shard_map(
         functools.partial(local, axes=axes),
         mesh=layout.mesh,
@@ -146,10 +150,13 @@ def _local(
     # The kernel's gradient is summed over devices once, after all chunks: over its shards by a
     # reduce-scatter, which leaves each device its own rows, over other token axes by an all-reduce.
     others = tuple(axis for axis in axes.tokens if axis not in axes.shards)
+    if axes.tokens:
+        dkernel_DV = dkernel_DV.astype(axes.sum_dtype)
     for axis in axes.shards:
         dkernel_DV = lax.psum_scatter(dkernel_DV, axis, scatter_dimension=0, tiled=True)
     if others:
         dkernel_DV = lax.psum(dkernel_DV, others)
+    dkernel_DV = dkernel_DV.astype(jnp.float32)
     return loss, (dhidden.reshape(-1, D)[:count].reshape(hidden_BTD.shape), dkernel_DV)
 
 

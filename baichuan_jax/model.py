@@ -30,7 +30,7 @@ from baichuan_jax.kernels.attention.reference import (
     turned_parts,
 )
 from baichuan_jax.kernels.rms_norm.api import rms_norm
-from baichuan_jax.sharding import constrain, is_split
+from baichuan_jax.sharding import constrain, current_layout, is_split
 
 # A nested dict of arrays. jax transforms, the optimiser and checkpoints take it as it is; a module
 # is merged from it inside a traced function.
@@ -114,8 +114,7 @@ class Block(nnx.Module):
 
     def _attend(self, y_BTD, rope, segment_ids, cache, prefix):
         """Attention over these tokens alone, over the cache with them in it, or after a prefix."""
-        dtype = y_BTD.dtype
-        qkv_BTCNH = _project(y_BTD, self.w_pack[...].astype(dtype))
+        qkv_BTCNH = _project(y_BTD, self.w_pack[...])
         qkv_BTCNH = constrain(qkv_BTCNH, "batch", "length", "qkv", "heads", None)
         written = None
         if prefix is not None:
@@ -131,17 +130,16 @@ class Block(nnx.Module):
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, start, 1)
             written = (k_BSNH, v_BSNH)
             out_BTNH = masked_attention(q_BTNH, k_BSNH, v_BSNH, mask_BTS)
-        out_BTD = _project(out_BTNH, self.w_out[...].astype(dtype), contracted=2)
+        out_BTD = _project(out_BTNH, self.w_out[...], contracted=2)
         return constrain(out_BTD, "batch", "length", "hidden"), written
 
     def _swiglu(self, y_BTD: jax.Array) -> jax.Array:
         """silu(y @ gate) * (y @ up) @ down."""
-        dtype = y_BTD.dtype
-        gate_BTF = _project(y_BTD, self.w_gate[...].astype(dtype))
+        gate_BTF = _project(y_BTD, self.w_gate[...])
         gate_BTF = constrain(gate_BTF, "batch", "length", "mlp")
-        up_BTF = _project(y_BTD, self.w_up[...].astype(dtype))
+        up_BTF = _project(y_BTD, self.w_up[...])
         up_BTF = constrain(up_BTF, "batch", "length", "mlp")
-        return _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
+        return _project(jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...])
 
 
 class Transformer(nnx.Module):
@@ -374,14 +372,41 @@ def _scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
 
 
 def _project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
-    """x [B, T, ...] times a weight, over x's last `contracted` axes and the weight's first ones."""
+    """x [B, T, ...] times a weight in x's type, over x's last `contracted` axes."""
+    layout = current_layout()
+    wide = layout is not None and layout.sum_dtype == "float32" and x.dtype != jnp.float32
+    product: Callable[..., jax.Array] = _with_wide_gradient if wide else _product
     if is_split("length"):
-        return jnp.tensordot(x, weight, contracted)
+        return product(x, weight, contracted)
     # B and T are merged, so that the weight's gradient is one plain matrix product. Contracting two
     # axes, XLA's CPU backend would first copy both operands into another order: a third of the
     # SwiGLU's time. A split length cannot be merged with the batch without moving data.
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    return jnp.tensordot(rows, weight, contracted).reshape(*x.shape[:2], *weight.shape[contracted:])
+    result = product(rows, weight, contracted)
+    return result.reshape(*x.shape[:2], *weight.shape[contracted:])
+
+
+def _product(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
+    return jnp.tensordot(x, weight.astype(x.dtype), contracted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_wide_gradient(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
+    """_product, whose weight's gradient is not rounded to x's type: it is summed in float32."""
+    return _product(x, weight, contracted)
+
+
+def _wide_backward(contracted, saved, dy):
+    x, weight = saved
+    (dx,) = jax.vjp(lambda x: _product(x, weight, contracted), x)[1](dy)
+    outer = tuple(range(x.ndim - contracted))
+    dweight = jnp.tensordot(x, dy, (outer, outer), preferred_element_type=jnp.float32)
+    return dx, dweight.astype(weight.dtype)
+
+
+_with_wide_gradient.defvjp(
+    lambda x, weight, contracted: (_product(x, weight, contracted), (x, weight)), _wide_backward
+)
 
 
 def _remat(body, policy: str):

@@ -168,8 +168,8 @@ def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:
             f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); "
             "the head's have their own, while blocks compute"
         ),
-        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard}": (
-            f"one message a layer and device: {_mib(shard)}; "
+        f"--xla_gpu_all_reduce_combine_threshold_bytes={shard // mesh.state}": (
+            f"one message a layer and device: {_mib(shard // mesh.state)}; "
             f"a ring of {nodes} nodes needs {_mib(least)} to hide its latency"
         ),
         "--xla_gpu_enable_all_gather_combine_by_dim=false": (

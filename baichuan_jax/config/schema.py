@@ -386,8 +386,8 @@ class MeshConfig:
         require(
             all(0 < size <= MOST or size == -1 for size in self.shape)
             and self.shape.count(-1) <= 1,
-            f"mesh sizes (data, state, fsdp, context, tensor)={self.shape} must be positive and less than "
-            "2^31, one of them -1 at most",
+            f"mesh sizes (data, state, fsdp, context, tensor)={self.shape} must be positive and "
+            "less than 2^31, one of them -1 at most",
         )
 
     def resolve(self, num_devices: int) -> "MeshConfig":
