@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ MATMUL = {"matmul": np.arange(0.44, 0.90, 0.01)}
 NODES = {
     "inter_node": np.array([0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
     "contention": np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25]),
-    "straggler": np.array([0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03]),
+    "straggler": np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05]),
 }
 # A value of a rate fits as well as the best one where the mean error grows by so much at most.
 AS_GOOD = 0.002
@@ -134,15 +134,20 @@ def best(errors: np.ndarray) -> int:
     return int(np.abs(errors).mean(axis=0).argmin())
 
 
-def without_software(errors: np.ndarray, sources: Sequence[str]) -> np.ndarray:
-    """Errors where each source has the share of products that suits it best [runs, choices].
+def left_out(errors: np.ndarray) -> list[int]:
+    """For each run the choice of rates that fits the other runs best; errors: [runs, choices]."""
+    return [best(np.delete(errors, index, axis=0)) for index in range(len(errors))]
+
+
+def without_software(errors: np.ndarray, series: Sequence[Hashable]) -> np.ndarray:
+    """Errors where each series has the share of products that suits it best [runs, choices].
 
     errors: [runs, shares of products, choices of other rates]. Sources differ in their kernels,
     which slow one GPU as well as a thousand. What is left tells of the network.
     """
     found = np.empty((errors.shape[0], errors.shape[2]))
-    for source in dict.fromkeys(sources):
-        rows = [index for index, name in enumerate(sources) if name == source]
+    for one in dict.fromkeys(series):
+        rows = [index for index, other in enumerate(series) if other == one]
         own = errors[rows]
         share = np.abs(own).mean(axis=0).argmin(axis=0)
         found[rows] = own[:, share, np.arange(share.size)]
@@ -166,7 +171,7 @@ def fit_nodes(
 
     errors: [runs, shares of products, choices]; others: the rates' values in each choice.
     """
-    left = without_software(errors, [case.run.source for case in cases])
+    left = without_software(errors, [case.run.series for case in cases])
     choice = best(left)
     return {name: (values[choice], *as_good(left, values)) for name, values in others.items()}
 
@@ -176,10 +181,9 @@ def single_nodes(cases: Sequence[Case]) -> tuple[float, list[dict]]:
     axes = choices(MATMUL)
     errors = np.stack([case.errors(axes) for case in cases])
     rows = []
-    for index, case in enumerate(cases):
-        choice = best(np.delete(errors, index, axis=0))
+    for case, own, choice in zip(cases, errors, left_out(errors), strict=True):
         rates = {"matmul": float(axes["matmul"][choice])}
-        rows.append(case.row(rates, errors[index, choice]))
+        rows.append(case.row(rates, own[choice]))
     return float(axes["matmul"][best(errors)]), rows
 
 
@@ -188,8 +192,8 @@ def several_nodes(
 ) -> tuple[dict[str, tuple[float, float, float]], list[dict]]:
     """The rates of the network, and each run predicted by the others.
 
-    matmul: the share of products of single nodes. Runs on one node of the same sources (`single`)
-    tell how fast these sources' products are.
+    matmul: the share of products of single nodes. Runs of the same series on one node (`single`)
+    tell how fast its products are.
     """
     every = [*cases, *single]
     axes = choices({**MATMUL, **NODES})
@@ -197,17 +201,17 @@ def several_nodes(
     others = {name: axes[name].reshape(shape)[0] for name in NODES}
     shown = tqdm(every, desc="predicting", disable=None)
     errors = np.stack([case.errors(axes).reshape(shape) for case in shown])
-    sources = [case.run.source for case in every]
+    series = [case.run.series for case in every]
     place = int(np.abs(MATMUL["matmul"] - matmul).argmin())
     rows = []
     for index, case in enumerate(cases):
         rest = [other for other in range(len(every)) if other != index]
-        left = without_software(errors[rest], [sources[other] for other in rest])
+        left = without_software(errors[rest], [series[other] for other in rest])
         choice = best(left)
         rates = {"matmul": matmul, **{name: float(others[name][choice]) for name in others}}
         row = case.row(rates, errors[index, place, choice])
-        # As if one GPU had been measured with the source's software.
-        own = [other for other in rest if sources[other] == sources[index]]
+        # As if one GPU had been measured with the run's software.
+        own = [other for other in rest if series[other] == series[index]]
         if own:
             row["own_error"] = float(errors[index, best(errors[own, :, choice]), choice])
         rows.append(row)

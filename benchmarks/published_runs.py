@@ -42,6 +42,11 @@ class Run(NamedTuple):
         return self.topology.split(":")[0]
 
     @property
+    def series(self) -> tuple[str, str]:
+        """Equal for the runs of one source and model: their kernels are the same."""
+        return self.source, str(self.settings)
+
+    @property
     def seconds(self) -> float:
         """Of a step, as measured."""
         return self.rows * self.accumulation * self.length / self.tokens_per_second
