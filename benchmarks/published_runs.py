@@ -72,7 +72,6 @@ MPT_7B = _swiglu(4096, 32, 32, 10920, 50368)
 MPT_13B = _swiglu(5120, 40, 40, 13656, 50368)
 LLAMA2_7B = _swiglu(4096, 32, 32, 11008, 32000)
 LLAMA2_13B = _swiglu(5120, 40, 40, 13824, 32000)
-LLAMA3_8B = _swiglu(4096, 32, 32, 12288, 128256)
 INTERNLM_7B = _swiglu(4096, 32, 32, 11008, 103168)
 TINYLLAMA = _swiglu(2048, 22, 32, 4440, 32000)
 NONE, FULL = {"model.remat": "none"}, {"model.remat": "full"}
@@ -87,15 +86,18 @@ FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md"
 IBM = "foundation-model-stack/fms-fsdp README.md; pytorch.org/blog/maximizing-training-throughput"
 IBM_EAGER = "pytorch.org/blog/maximizing-training"
 INTERNLM = "InternLM/InternLM doc/en/train_performance.md"
-TITAN_A100 = "pytorch/torchtitan docs/performance.md (commit 0413364)"
-TITAN_H100 = "pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md"
+TITAN = "pytorch/torchtitan docs/performance.md (commit 0413364)"
 TOOLBOX = "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"
 MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
 TINY = "jzhang38/TinyLlama README.md, pretrain/tinyllama.py"
 MPT_CARD = "huggingface.co/mosaicml/mpt-7b"
 
-REGATHERED = "FSDP gathers again for the backward pass; ours keeps what it gathered"
-FLOAT32_SUMS = "its gradients are reduced in float32, ours in bfloat16"
+EAGER = "eager PyTorch: norms, activations and sums are kernels of their own, which ours fuses"
+FULL_SHARD = "FSDP gathers again for the backward pass, ours keeps what it gathered; eager PyTorch"
+# llm-foundry's H100 tables name no network either: the table's 400 Gb/s.
+H100_FOUNDRY = "network not stated; gradients reduced in float32, ours in bfloat16; eager PyTorch"
+ZERO_1 = "every GPU holds all weights (ZeRO-1 in a node); ours gathers them over NVLink"
+EXPOSED = "its sums hardly overlap so short a backward pass, ours do"
 
 
 def _foundry(
@@ -115,8 +117,9 @@ def _foundry(
     """A row of llm-foundry's tables: full shard over all GPUs. small: the card of 40 GB."""
     card = f"{kind.upper()}-{40 if small else 80}GB"
     recomputed = ", recomputed" if remat is FULL else ""
+    passes = f"{accumulation}x" if accumulation > 1 else ""
     return Run(
-        f"MPT-{size}, {gpus} {card}, {rows}x{length}{recomputed}",
+        f"MPT-{size}, {gpus} {card}, {passes}{rows}x{length}{recomputed}",
         f"{kind}:{gpus // 8}x8",
         tokens_per_second,
         rows,
@@ -130,7 +133,9 @@ def _foundry(
     )
 
 
-def _internlm(gpus: int, tokens_per_second: float, rows: int, passes: int, remat: dict) -> Run:
+def _internlm(
+    gpus: int, tokens_per_second: float, rows: int, passes: int, remat: dict, note: str = ZERO_1
+) -> Run:
     """A row of InternLM's table: its 7B model, zero1=8, 4 x 100 Gb/s a node."""
     recomputed = ", recomputed" if remat is FULL else ""
     return Run(
@@ -143,7 +148,7 @@ def _internlm(gpus: int, tokens_per_second: float, rows: int, passes: int, remat
         INTERNLM,
         passes,
         hardware=GBPS_50,
-        note="every GPU holds all weights (ZeRO-1 in a node); ours gathers them over NVLink",
+        note=note,
     )
 
 
@@ -169,8 +174,8 @@ A100_SINGLE = [
     _foundry("7B", MPT_7B, 8, 3684, 16, FULL, length=4096, accumulation=2),
     _foundry("7B", MPT_7B, 8, 3206, 8, FULL, length=8192, accumulation=2),
     _foundry("13B", MPT_13B, 8, 2262, 2, NONE, accumulation=3),
-    _foundry("3B", MPT_3B, 8, 10811, 10, NONE, accumulation=2),
-    _foundry("1B", MPT_1B, 8, 20513, 14, NONE, accumulation=4),
+    _foundry("3B", MPT_3B, 8, 10811, 10, NONE, accumulation=2, note=EAGER),
+    _foundry("1B", MPT_1B, 8, 20513, 14, NONE, accumulation=4, note=EAGER),
     _foundry("7B", MPT_7B, 8, 3679, 12, FULL, accumulation=4, small=True),
     _internlm(8, 3314, 8, 1, FULL),
     _internlm(8, 4103, 2, 4, NONE),
@@ -181,10 +186,10 @@ A100_MANY = [
     _foundry("7B", MPT_7B, 128, 3623, 18, FULL, small=True),
     _foundry("13B", MPT_13B, 16, 1993, 10, FULL, small=True),
     _foundry("13B", MPT_13B, 128, 1972, 16, FULL, small=True),
-    _foundry("3B", MPT_3B, 16, 9750, 5, NONE, small=True, note=REGATHERED),
-    _foundry("3B", MPT_3B, 128, 9538, 6, NONE, small=True, note=REGATHERED),
-    _foundry("1B", MPT_1B, 16, 19085, 8, NONE, small=True, note=REGATHERED),
-    _foundry("1B", MPT_1B, 128, 18647, 10, NONE, small=True, note=REGATHERED),
+    _foundry("3B", MPT_3B, 16, 9750, 5, NONE, small=True, note=FULL_SHARD),
+    _foundry("3B", MPT_3B, 128, 9538, 6, NONE, small=True, note=FULL_SHARD),
+    _foundry("1B", MPT_1B, 16, 19085, 8, NONE, small=True, note=FULL_SHARD),
+    _foundry("1B", MPT_1B, 128, 18647, 10, NONE, small=True, note=FULL_SHARD),
     Run(
         "Llama2-7B, 128 A100-80GB, 2x4096, torch.compile",
         "a100:16x8",
@@ -205,7 +210,7 @@ A100_MANY = [
         {**LLAMA2_7B, **NONE},
         IBM_EAGER,
         hardware=GBPS_50,
-        note="RMSNorm, RoPE and SwiGLU not fused",
+        note="eager PyTorch: RMSNorm, RoPE and SwiGLU are not fused",
     ),
     Run(
         "Llama2-13B, 64 A100-80GB, 2x4096",
@@ -214,16 +219,16 @@ A100_MANY = [
         2,
         4096,
         {**LLAMA2_13B, **NONE},
-        TITAN_A100,
+        TITAN,
         fsdp=64,
-        note=f"network not stated: the table's 200 Gb/s; {REGATHERED}",
+        note=f"network not stated: the table's 200 Gb/s; {FULL_SHARD}",
     ),
     _internlm(128, 3260, 8, 1, FULL),
     _internlm(512, 3199, 8, 1, FULL),
     _internlm(1024, 3163, 8, 1, FULL),
-    _internlm(1024, 2796, 4, 1, FULL),
-    _internlm(1024, 2341, 2, 1, FULL),
-    _internlm(1024, 2346, 2, 1, NONE),
+    _internlm(1024, 2796, 4, 1, FULL, EXPOSED),
+    _internlm(1024, 2341, 2, 1, FULL, EXPOSED),
+    _internlm(1024, 2346, 2, 1, NONE, EXPOSED),
     _internlm(1024, 3625, 2, 4, NONE),
     Run(
         "MPT-7B, the training run, 440 A100-40GB",
@@ -234,7 +239,7 @@ A100_MANY = [
         {**MPT_7B, **FULL},
         MPT_CARD,
         hardware=A100_40,
-        note="1T tokens in 9.5 days: with evaluation, checkpoints and failures",
+        note="1T tokens in 9.5 days: with loading, evaluation, checkpoints and failures",
     ),
     Run(
         "TinyLlama, 16 A100-40GB, 8x8x2048",
@@ -256,17 +261,17 @@ H100_SINGLE = [
     ),
     _maxtext(1, 492),
     _foundry("7B", MPT_7B, 8, 10643, 6, NONE, kind="h100"),
-    _foundry("13B", MPT_13B, 8, 4792, 2, NONE, kind="h100"),
-    _foundry("1B", MPT_1B, 8, 45455, 14, NONE, kind="h100"),
+    _foundry("13B", MPT_13B, 8, 4792, 2, NONE, kind="h100", note=EAGER),
+    _foundry("1B", MPT_1B, 8, 45455, 14, NONE, kind="h100", note=EAGER),
 ]
 H100_MANY = [
     *(_maxtext(*row) for row in [(2, 422), (4, 407), (8, 409), (16, 375)]),
-    _foundry("7B", MPT_7B, 128, 10475, 6, NONE, kind="h100", note=FLOAT32_SUMS),
-    _foundry("7B", MPT_7B, 512, 9670, 6, NONE, kind="h100", note=FLOAT32_SUMS),
-    _foundry("13B", MPT_13B, 64, 4800, 2, NONE, kind="h100", note=FLOAT32_SUMS),
-    _foundry("13B", MPT_13B, 128, 5080, 16, FULL, kind="h100", note=FLOAT32_SUMS),
-    _foundry("3B", MPT_3B, 128, 23422, 8, NONE, kind="h100", note=FLOAT32_SUMS),
-    _foundry("3B", MPT_3B, 512, 21664, 8, NONE, kind="h100", note=FLOAT32_SUMS),
+    _foundry("7B", MPT_7B, 128, 10475, 6, NONE, kind="h100", note=H100_FOUNDRY),
+    _foundry("7B", MPT_7B, 512, 9670, 6, NONE, kind="h100", note=H100_FOUNDRY),
+    _foundry("13B", MPT_13B, 64, 4800, 2, NONE, kind="h100", note=H100_FOUNDRY),
+    _foundry("13B", MPT_13B, 128, 5080, 16, FULL, kind="h100", note=H100_FOUNDRY),
+    _foundry("3B", MPT_3B, 128, 23422, 8, NONE, kind="h100", note=H100_FOUNDRY),
+    _foundry("3B", MPT_3B, 512, 21664, 8, NONE, kind="h100", note=H100_FOUNDRY),
     Run(
         "Llama2-7B, 96 H100-80GB, 2x4096, torch.compile",
         "h100:12x8",
