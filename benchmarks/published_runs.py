@@ -39,7 +39,9 @@ class Run(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return self.topology.split(":")[0]
+        """The table's rates that hold for its GPU."""
+        # An A800 is an A100 with slower NVLink.
+        return self.topology.split(":")[0].replace("a800", "a100")
 
     @property
     def series(self) -> tuple[str, str]:
@@ -87,6 +89,7 @@ IBM = "foundation-model-stack/fms-fsdp README.md; pytorch.org/blog/maximizing-tr
 IBM_EAGER = "pytorch.org/blog/maximizing-training"
 INTERNLM = "InternLM/InternLM doc/en/train_performance.md"
 TITAN = "pytorch/torchtitan docs/performance.md (commit 0413364)"
+BAICHUAN = "baichuan-inc/Baichuan-7B README.md"
 TOOLBOX = "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"
 MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
 TINY = "jzhang38/TinyLlama README.md, pretrain/tinyllama.py"
@@ -240,6 +243,17 @@ A100_MANY = [
         MPT_CARD,
         hardware=A100_40,
         note="1T tokens in 9.5 days: with loading, evaluation, checkpoints and failures",
+    ),
+    Run(
+        "Baichuan-7B itself, 1,000 A800-80GB, 1x4096",
+        "a800:125x8",
+        # 182 TFLOP/s a GPU, at 6 operations a weight and attention counted without its mask.
+        182e12 / (6 * 6.738e9 + 12 * 32 * 4096 * 4096),
+        1,
+        4096,
+        {"model.vocab_size": 64000, **NONE},
+        BAICHUAN,
+        note="network and recomputation not stated: 200 Gb/s a GPU, nothing recomputed",
     ),
     Run(
         "TinyLlama, 16 A100-40GB, 8x8x2048",
