@@ -48,6 +48,10 @@ class Hardware:
     l2_bytes: int = 0
 
 
+# Gb/s of a GPU that a network can have: less or more is a mistake of units, such as bit/s or GB/s.
+SLOWEST_NETWORK = 1.0
+FASTEST_NETWORK = 10_000.0
+
 # Sources: NVIDIA data sheets of A100 (2021), A800, H100 SXM, H800 and H200; multiprocessors, clocks
 # and cache as in XLA's xla/backends/gpu/target_config/specs. Network: one NIC a GPU, 200 Gb/s (DGX
 # A100) or 400 Gb/s (DGX H100). An A800 is an A100 with NVLink cut from 600 to 400 GB/s (both ways),
@@ -147,6 +151,38 @@ class Topology:
     def devices_per_node(self) -> int:
         """Devices that reach each other without the network: a node's GPUs, or a TPU slice."""
         return self.shape[1] if self.hardware.platform == "gpu" else self.num_devices
+
+    @property
+    def node_gbps(self) -> float:
+        """Gb/s of a whole node to other nodes; 0 for TPUs."""
+        return self.hardware.inter_node_gbps * self.devices_per_node
+
+    def with_network(self, gpu_gbps: float | None, node_gbps: float | None) -> "Topology":
+        """The same cluster with another network: Gb/s of a GPU or of a whole node, not both.
+
+        Raises ConfigError, whose message names the command's options.
+        """
+        given = {"hardware.inter_node_gbps": gpu_gbps, "hardware.node_gbps": node_gbps}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return self
+        require(
+            len(names) == 1,
+            f"--{' and --'.join(names)} are one number: of a GPU and of a node; give one of them",
+        )
+        name = names[0]
+        require(
+            self.hardware.platform == "gpu",
+            f"--{name} is for GPUs: the chips of {self} reach each other without a network",
+        )
+        share = self.devices_per_node if gpu_gbps is None else 1
+        value = next(value for value in given.values() if value is not None) / share
+        require(
+            SLOWEST_NETWORK <= value <= FASTEST_NETWORK,
+            f"--{name}={value * share:g} is {value:g} Gb/s a GPU, which must be from "
+            f"{SLOWEST_NETWORK:g} to {FASTEST_NETWORK:,g}; the unit is 10^9 bits a second",
+        )
+        return replace(self, hardware=replace(self.hardware, inter_node_gbps=value))
 
     def __str__(self) -> str:
         return f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"

@@ -23,18 +23,35 @@ from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topolog
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import Compiled, described_devices, missing, trace_step
 from baichuan_jax.plan.child import CHILD, run_child
+from baichuan_jax.plan.interval import SCHEDULE
 from baichuan_jax.plan.prediction import predict, schedule_profile
-from baichuan_jax.plan.rates import RATE_NAMES, Rates, check_rate, rates_for, read_rates
-from baichuan_jax.plan.report import plot, report, show, show_rates, show_sweep
+from baichuan_jax.plan.rates import (
+    NETWORK,
+    RATE_NAMES,
+    Assumption,
+    assumptions_for,
+    check_rate,
+    rates_of,
+    read_rates,
+)
+from baichuan_jax.plan.report import (
+    plot,
+    report,
+    show,
+    show_assumptions,
+    show_network,
+    show_sweep,
+    spread_report,
+)
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import refuse_inputs, require_writable, writable_file, write_atomically
 
-# Numbers of the table of accelerators that an option can replace.
+# Numbers of the table of accelerators that an option can replace; the network also for a node.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
 OWN = (
     *("topology", "search", "sweep", "output", "json", "hlo", "rates_file"),
-    *(f"hardware.{name}" for name in OVERRIDES),
+    *(f"hardware.{name}" for name in (*OVERRIDES, "node_gbps")),
     *(f"rates.{name}" for name in RATE_NAMES),
 )
 
@@ -46,7 +63,7 @@ def main(argv: list[str]) -> int:
     require_writable(options["output"], "output")
     topology = _topology(options)
     _refuse_inputs(argv, config, topology, options)
-    rates, sources = _rates(topology, options)
+    assumptions, sources = _assumptions(topology, options)
     absent = missing(topology)
     require(
         not absent,
@@ -55,12 +72,17 @@ def main(argv: list[str]) -> int:
     )
     # Before anything is compiled, which takes minutes.
     config.check_mesh(config.mesh.resolve(topology.num_devices))
+    # First, and once: the child that compiles prints the rest. One node uses no network.
+    network = assumptions.get(NETWORK)
+    several = topology.num_devices > topology.devices_per_node or options["sweep"]
+    if network is not None and several and CHILD not in os.environ:
+        show_network(topology, assumed=network.low < network.high)
     if options["sweep"]:
         return _sweep(config, topology, argv, options)
     # The flags must be in the environment before jax is imported, which has happened here.
     if CHILD not in os.environ:
         return run_child(argv, config, topology)
-    result = _plan(config, topology, rates, options) | sources
+    result = _plan(config, topology, assumptions, options) | sources
     show(result)
     _save(result, topology, options)
     return 0
@@ -97,7 +119,9 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     add("--json", **file, help="Write the report here as well.")
     add("--hlo", **file, help="Write the compiled program's text here.")
     for name in OVERRIDES:
-        add(f"--hardware.{name}", type=between(), default=None, help="Instead of the data sheet's.")
+        add(f"--hardware.{name}", type=between(), help="Instead of the data sheet's.")
+    network = "The network of a whole node, instead of inter_node_gbps, which is a GPU's share."
+    add("--hardware.node_gbps", type=between(), help=network)
     add(
         "--rates_file",
         default=None,
@@ -138,15 +162,20 @@ def _refuse_inputs(
 
 
 def _topology(options: dict[str, Any]) -> Topology:
-    """The topology of the options, with the numbers that they replace."""
+    """The topology of the options, with the numbers that they replace. Raises ConfigError."""
     topology = parse_topology(options["topology"])
-    given = {name: options.get(f"hardware.{name}") for name in OVERRIDES}
+    given = {name: options[f"hardware.{name}"] for name in OVERRIDES if name != NETWORK}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, **given))
+    topology = dataclasses.replace(
+        topology, hardware=dataclasses.replace(topology.hardware, **given)
+    )
+    return topology.with_network(options[f"hardware.{NETWORK}"], options["hardware.node_gbps"])
 
 
-def _rates(topology: Topology, options: dict[str, Any]) -> tuple[Rates, dict[str, Any]]:
-    """The rates of the options, and for the report where each comes from.
+def _assumptions(
+    topology: Topology, options: dict[str, Any]
+) -> tuple[dict[str, Assumption], dict[str, Any]]:
+    """What the prediction assumes, and for the report where each rate comes from.
 
     A rate is given on the command line, or else measured (--rates_file), or else the default.
     Raises ConfigError.
@@ -158,32 +187,37 @@ def _rates(topology: Topology, options: dict[str, Any]) -> tuple[Rates, dict[str
         check_rate(f"--rates.{name}", name, value)
     path = options["rates_file"]
     measured = read_rates(path, topology.hardware) if path else None
-    replaced = {**(measured.rates if measured else {}), **given}
+    known = measured.rates if measured else {}
     sources = dict.fromkeys(RATE_NAMES, "default")
-    sources |= dict.fromkeys(replaced, "measured") | dict.fromkeys(given, "given")
-    return dataclasses.replace(rates_for(topology), **replaced), {
+    sources |= dict.fromkeys(known, "measured") | dict.fromkeys(given, "given")
+    if any(options[f"hardware.{name}"] for name in (NETWORK, "node_gbps")):
+        given[NETWORK] = topology.hardware.inter_node_gbps
+    return assumptions_for(topology, known, given), {
         "rates_from": sources,
         "rates_file": dataclasses.asdict(measured) if measured else None,
     }
 
 
 def _plan(
-    config: Config, topology: Topology, rates: Rates, options: dict[str, Any]
+    config: Config,
+    topology: Topology,
+    assumptions: dict[str, Assumption],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Compile and report; with --search the fastest predicted candidate that fits."""
     devices = described_devices(topology)
     # The search compiles each candidate once; the best one is compiled again, with its profile.
     tried = {}
     if options["search"]:
-        config, found = search(config, topology, devices, rates)
+        config, found = search(config, topology, devices, rates_of(assumptions))
         tried = {"search": found}
-    return _compile_twice(trace_step(config, devices), topology, rates, options) | tried
+    return _compile_twice(trace_step(config, devices), topology, assumptions, options) | tried
 
 
 def _compile_twice(
     compile_step: Callable[..., Compiled],
     topology: Topology,
-    rates: Rates,
+    assumptions: dict[str, Assumption],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Compile, and on GPUs compile again with the predicted time of each instruction.
@@ -191,7 +225,7 @@ def _compile_twice(
     XLA's scheduler then knows how long each collective takes. The predicted times are kept as a
     file, for training.
     """
-    compiled = compile_step()
+    compiled, rates = compile_step(), rates_of(assumptions)
     added = {}
     # Only XLA's GPU scheduler reads such a profile; a given one is in the flags already.
     if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
@@ -205,7 +239,14 @@ def _compile_twice(
         }
     if options["hlo"]:
         write_atomically(Path(options["hlo"]), compiled.text.encode())
-    return report(compiled, topology, rates) | added
+    result = report(compiled, topology, rates) | added
+    if added:
+        # A profile of wrong times may help as little as none.
+        without = added["predicted_step_seconds_without_profile"]
+        lost = without / result["predicted_step_seconds"] - 1
+        source = "this program compiled without its profile"
+        assumptions = assumptions | {SCHEDULE: Assumption(0.0, min(lost, 0), max(lost, 0), source)}
+    return result | spread_report(result, compiled, topology, assumptions)
 
 
 def _output(options: dict[str, Any], topology: Topology, suffix: str) -> Path:
@@ -255,8 +296,8 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
             return code
         results.append(read_json(target))
     show_sweep(results)
-    # Of one for all: the accelerator and the options are the same.
-    show_rates(results[0])
+    # Of one for all, the largest: the accelerator and the options are the same.
+    show_assumptions(results[-1])
     if options["json"]:
         write_atomically(Path(options["json"]), (json.dumps(results, indent=1) + "\n").encode())
     return 0

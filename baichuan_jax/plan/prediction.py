@@ -3,10 +3,14 @@
 In: a compiled program (hlo.py), the mesh, the topology and its rates. Out: seconds of a step, and
 where they go. The compiler's order of instructions is kept. An instruction takes the time that
 roofline.py gives it. A collective starts at its start instruction and runs on a link beside the
-compute that follows; its end instruction waits for it. Two links work at the same time: inside a
-node and between nodes. Nothing is measured on the machine that predicts.
+compute that follows; its end instruction waits for it. A link carries one collective after the
+other, and so does a stream of the GPU. Nothing is measured on the machine that predicts.
+
+Rates may be arrays of samples: the order of instructions is the compiler's whatever they take, so
+one pass over the program predicts all samples, and the prediction's seconds are arrays as well.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,16 +28,27 @@ from baichuan_jax.plan.roofline import (
     instruction_cost,
 )
 
+# On so many streams XLA runs a GPU's collectives, each stream in the order of its starts: a gather
+# over NVLink waits for a sum over the network before it. 2, and in turn, with
+# --xla_gpu_experimental_enable_collective_multi_streaming (execution_stream_assignment.cc). A TPU
+# has one link, and so one order, anyway.
+COMMUNICATION_STREAMS = 1
+
 
 @dataclass
 class Prediction:
-    """What a step is predicted to take on one device, in seconds, and where they go."""
+    """What a step is predicted to take on one device, in seconds, and where they go.
+
+    Of rates that are arrays all seconds are arrays, one value a sample.
+    """
 
     seconds: float
     matmul_seconds: float
     memory_seconds: float
     kernel_seconds: float
     contention_seconds: float
+    straggler_seconds: float
+    """How long this device waits for the slowest one."""
     collectives: list[Collective]
     matmul_flops: float
     kernel_flops: float
@@ -55,9 +70,26 @@ class Prediction:
 def predict(
     program: Program, mesh: Mesh | AbstractMesh, topology: Topology, rates: Rates
 ) -> Prediction:
-    """Simulate the schedule of a compiled step. mesh: the one it was compiled for."""
+    """Simulate the schedule of a compiled step. mesh: the one it was compiled for.
+
+    rates: numbers, or some of them arrays of as many samples [samples]. Then a sample's seconds are
+    those that its numbers alone would give.
+    """
     # All devices run the same program at the same time, so that simulating one is enough.
     return _Simulation(program, mesh, topology, rates).run()
+
+
+# Rates are fitted on nodes of so many devices: what their slowest one costs is in the fit.
+FITTED_DEVICES = 8
+
+
+def slowest_of(count: int) -> float:
+    """The expected maximum of `count` independent standard normal variables."""
+    # E[max] = integral of 1 - F(x)^n over x > 0 minus that of F(x)^n over x < 0. The integrand is
+    # smooth, and beyond 9 standard deviations nothing is left even of a million devices.
+    x = np.linspace(-9.0, 9.0, 3601)
+    below = np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x]) ** count
+    return float(np.trapezoid((x > 0) + (x == 0) / 2 - below, x))
 
 
 def schedule_profile(prediction: Prediction) -> str:
@@ -77,6 +109,22 @@ def schedule_profile(prediction: Prediction) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _streams(program: Program) -> dict[tuple[str, str], int]:
+    """The stream of each collective, by computation and name; left out: stream 0."""
+    if COMMUNICATION_STREAMS == 1:
+        return {}
+    # As ExecutionStreamAssignment does it: in turn, computation by computation from the entry on.
+    found: dict[tuple[str, str], int] = {}
+    computations = [program.entry]
+    for computation in computations:  # grows meanwhile
+        for item in computation.post_order():
+            if item.opcode.endswith("-start") and item.opcode[:-6] in COLLECTIVES:
+                found[computation.name, item.name] = len(found) % COMMUNICATION_STREAMS
+            elif item.opcode in ("while", "call"):
+                computations += [program.computations[name] for name in item.called]
+    return found
+
+
 class _Simulation:
     """One device's clock, its links, and what they did so far."""
 
@@ -85,9 +133,10 @@ class _Simulation:
     ) -> None:
         self.program, self.mesh, self.topology, self.rates = program, mesh, topology, rates
         self.now = 0.0
-        # When each link has ended all that it was given: the two serve different collectives at the
-        # same time, and each serves its own one after the other.
+        # When each link and each stream has ended all that it was given.
         self.link_free = {"intra_node": 0.0, "inter_node": 0.0}
+        self.stream_free = [0.0] * COMMUNICATION_STREAMS
+        self.streams = _streams(program)
         # Collectives that compute has not waited for yet, by the name of their start.
         self.in_flight: dict[str, tuple[Collective, float]] = {}
         # Seconds of compute by what bounds it, and how much collectives beside it add; operations.
@@ -104,13 +153,18 @@ class _Simulation:
         self._computation(self.program.entry, 0)
         runs = {name: item for (_, name), item in self.collectives.items()}
         costs = {name: cost.seconds for (_, name), cost in self.costs.items()}
+        # Synchronous steps end with the slowest device.
+        devices = max(self.topology.num_devices, FITTED_DEVICES)
+        behind = slowest_of(devices) - slowest_of(FITTED_DEVICES)
+        waited = self.now * self.rates.straggler * behind
         bounds = {name: cost.bound for (_, name), cost in self.costs.items()}
         return Prediction(
-            seconds=self.now,
+            seconds=self.now + waited,
             matmul_seconds=self.spent["matmul"],
             memory_seconds=self.spent["memory"],
             kernel_seconds=self.spent["kernel"],
             contention_seconds=self.spent["contention"],
+            straggler_seconds=waited,
             collectives=list(self.collectives.values()),
             matmul_flops=self.flops["matmul"],
             kernel_flops=self.flops["kernel"],
@@ -163,18 +217,19 @@ class _Simulation:
             if cost.unknown:
                 self.unknown[cost.unknown] += 1
         cost = self.costs[key]
-        if not cost.seconds:
+        if not np.any(cost.seconds):
             return
-        self.spent[cost.bound] += cost.seconds
+        self.spent[cost.bound] = self.spent[cost.bound] + cost.seconds
         if cost.flops:
             self.flops[cost.bound] += cost.flops
         # While a collective is in flight compute is slower, until the last one ends.
         slow = 1 + self.rates.contention
-        left = max(max(self.link_free.values()) - self.now, 0.0)
-        overlapped = min(cost.seconds * slow, left)
+        busy = np.maximum(self.link_free["intra_node"], self.link_free["inter_node"])
+        overlapped = np.minimum(cost.seconds * slow, np.maximum(busy - self.now, 0.0))
         extra = overlapped - overlapped / slow
-        self.spent["contention"] += extra
-        self.now += cost.seconds + extra
+        # Not in place: an array may be another's value, too.
+        self.spent["contention"] = self.spent["contention"] + extra
+        self.now = self.now + (cost.seconds + extra)
 
     def _start(
         self,
@@ -196,11 +251,13 @@ class _Simulation:
         collective = self.collectives[key]
         groups: np.ndarray = replica_groups(instruction.attributes, self.mesh.size)
         seconds = collective_seconds(collective, groups, self.topology, self.rates)
-        # A link serves one collective after the other, in the order of their starts.
-        end = max(self.now, self.link_free[collective.link]) + seconds
-        self.link_free[collective.link] = end
+        # Both the link and the stream serve one collective after the other, as they start.
+        stream = self.streams.get(key, 0)
+        free = np.maximum(self.link_free[collective.link], self.stream_free[stream])
+        end = np.maximum(self.now, free) + seconds
+        self.link_free[collective.link] = self.stream_free[stream] = end
         collective.count += 1
-        collective.seconds += seconds
+        collective.seconds = collective.seconds + seconds
         if under is not None or collective.asynchronous:
             # Inside a TPU's fusion or call, the collective itself may be a synchronous one.
             collective.asynchronous = True
@@ -244,6 +301,6 @@ class _Simulation:
 
     def _wait(self, collective: Collective, end: float) -> None:
         # Nothing is waited for that ended while compute ran.
-        if end > self.now:
-            collective.exposed_seconds += end - self.now
-            self.now = end
+        late = np.maximum(end - self.now, 0.0)
+        collective.exposed_seconds = collective.exposed_seconds + late
+        self.now = np.maximum(self.now, end)

@@ -1,9 +1,15 @@
-"""Rates: the shares of the data sheet that programs reach, by default or measured on one device."""
+"""What a prediction assumes: rates and the network, each with its range and its source.
+
+Rates are the shares of the data sheet that programs reach. One table has the default of each, how
+low and how high it may be, and where that is known from. A rate that is given or measured replaces
+the table's (assumptions_for).
+"""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from baichuan_jax.config.parsing import read_json
 from baichuan_jax.config.schema import ConfigError, require
@@ -12,7 +18,10 @@ from baichuan_jax.hardware.accelerators import HARDWARE, Hardware, Topology
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet that real programs reach, and fixed costs."""
+    """Shares of the data sheet that real programs reach, and fixed costs.
+
+    Each is a number, or an array of one for each sample (prediction.predict).
+    """
 
     matmul: float
     """Of the peak, by large bfloat16 products."""
@@ -27,42 +36,126 @@ class Rates:
     contention: float
     """Compute is slower by this share while a collective is in flight: they share multiprocessors
     and memory."""
-    launch_us: float = 3.0
+    straggler: float
+    """The standard deviation of a device's step time, as a share of it: a step waits for the
+    slowest device."""
+    launch_us: float
     """Between two kernels of a stream."""
-    intra_latency_us: float = 20.0
+    intra_latency_us: float
     """Start and end of a collective inside a node."""
-    inter_latency_us: float = 5.0
+    inter_latency_us: float
     """Of one hop of a ring between nodes."""
 
 
 RATE_NAMES = tuple(item.name for item in fields(Rates))
+# The assumption that is no rate: Gb/s of a GPU to other nodes.
+NETWORK = "inter_node_gbps"
 
-# What all accelerators are assumed to reach; only products are fitted.
-_GPU = {"memory": 0.85, "intra_node": 0.78, "inter_node": 0.80, "contention": 0.06}
-# By accelerator. `matmul` of the GPUs is fitted on published runs (benchmarks/plan_validation.py,
-# docs/plan.md); the rest, and all of a TPU's, is assumed. A TPU's program is one kernel, and its
-# collectives have their own engines, hence neither launch_us nor contention.
-RATES = {
-    "a100": Rates(matmul=0.68, kernel=0.8, **_GPU),
-    "h100": Rates(matmul=0.54, kernel=0.5, **_GPU),
-    "tpu": Rates(
-        matmul=0.88,
-        kernel=0.5,
-        memory=0.85,
-        intra_node=0.80,
-        inter_node=0.80,
-        contention=0.0,
-        launch_us=0.0,
+
+class Assumption(NamedTuple):
+    """A number that a prediction rests on, and the range in which it may lie."""
+
+    value: float
+    low: float
+    high: float
+    source: str
+
+
+_FITTED = "fitted on published runs; range: what single runs give"
+_NCCL = "assumed: NCCL's bus bandwidth over the links' rate"
+_OVERLAP = "assumed; high: mean of arXiv 2507.03114 on 4 GPUs"
+# Of all accelerators alike.
+_ALL = {
+    "memory": Assumption(0.85, 0.8, 0.9, "assumed: as long copies reach"),
+    "straggler": Assumption(0.0, 0.0, 0.01, "assumed: beyond the 8 devices of a fitted run"),
+    "intra_latency_us": Assumption(20.0, 10.0, 30.0, "assumed: start and end of a collective"),
+}
+_GPU = _ALL | {
+    "intra_node": Assumption(0.78, 0.7, 0.85, _NCCL),
+    "contention": Assumption(0.06, 0.03, 0.19, _OVERLAP),
+    "inter_node": Assumption(0.8, 0.6, 0.9, _NCCL),
+    "launch_us": Assumption(3.0, 2.0, 5.0, "assumed: between two kernels of a stream"),
+    "inter_latency_us": Assumption(
+        5.0, 2.7, 14.0, "assumed; range: NCCL's own table (src/graph/tuning.cc)"
     ),
 }
+# By accelerator. `matmul` of the GPUs is fitted (benchmarks/plan_validation.py, docs/plan.md); the
+# rest, and all of a TPU's, is assumed. A TPU's program is one kernel, and its collectives have
+# their own engines, hence neither launch_us nor contention.
+ASSUMPTIONS: dict[str, dict[str, Assumption]] = {
+    "a100": _GPU
+    | {
+        "matmul": Assumption(0.68, 0.62, 0.74, _FITTED),
+        "kernel": Assumption(0.8, 0.6, 0.9, "assumed: of the kernels' own bound (docs/kernels.md)"),
+    },
+    "h100": _GPU
+    | {
+        "matmul": Assumption(0.54, 0.48, 0.60, _FITTED),
+        "kernel": Assumption(0.5, 0.35, 0.7, "assumed: no wgmma, so far from the bound"),
+    },
+    "tpu": _ALL
+    | {
+        "matmul": Assumption(0.88, 0.75, 0.95, "assumed"),
+        "kernel": Assumption(0.5, 0.35, 0.7, "assumed"),
+        "intra_node": Assumption(0.8, 0.7, 0.9, "assumed"),
+        "contention": Assumption(0.0, 0.0, 0.05, "assumed: collectives have their own engines"),
+        "launch_us": Assumption(0.0, 0.0, 0.0, "a program is one kernel"),
+        "inter_node": Assumption(0.8, 0.8, 0.8, "not used: chips need no network"),
+        "inter_latency_us": Assumption(5.0, 5.0, 5.0, "not used: chips need no network"),
+    },
+}
+# The share of the data sheet's network that a cluster may have: servers are sold with a card for
+# two GPUs, too.
+LEAST_NETWORK = 0.5
+# How far a rate that one card measured may be from the cluster's, to each side: cards of one kind
+# differ by 8 % on average from end to end (arXiv 2208.11035).
+MEASURED_RANGE = 0.04
+
+
+def rates_of(assumptions: Mapping[str, Assumption]) -> Rates:
+    """The rates at their central values."""
+    return Rates(**{name: assumptions[name].value for name in RATE_NAMES})
+
+
+# The central values by accelerator.
+RATES = {kind: rates_of(found) for kind, found in ASSUMPTIONS.items()}
+
+
+def _kind_of(topology: Topology) -> str:
+    if topology.hardware.platform == "tpu":
+        return "tpu"
+    # Also for an A800, an H800 and an H200: the shares hold for the chip, not for its links.
+    return "a100" if topology.hardware.compute_capability == 80 else "h100"
 
 
 def rates_for(topology: Topology) -> Rates:
     """The default rates of an accelerator."""
-    if topology.hardware.platform == "tpu":
-        return RATES["tpu"]
-    # Also for an A800, an H800 and an H200: the shares hold for the chip, not for its links.
-    return RATES["a100" if topology.hardware.compute_capability == 80 else "h100"]
+    return RATES[_kind_of(topology)]
+
+
+def assumptions_for(
+    topology: Topology,
+    measured: Mapping[str, float] | None = None,
+    given: Mapping[str, float] | None = None,
+) -> dict[str, Assumption]:
+    """Every rate by name and, of GPUs, the network (NETWORK).
+
+    measured, given: rates (of given the network, too) instead of the defaults; given ones win.
+    """
+    found = dict(ASSUMPTIONS[_kind_of(topology)])
+    # A slice of TPUs needs no network.
+    if topology.hardware.platform == "gpu":
+        network = topology.hardware.inter_node_gbps
+        source = "data sheet: a card a GPU; low: a card for two"
+        found[NETWORK] = Assumption(network, LEAST_NETWORK * network, network, source)
+    for name, value in (measured or {}).items():
+        low, high = value * (1 - MEASURED_RANGE), value * (1 + MEASURED_RANGE)
+        source = "measured on one card; cards differ (arXiv 2208.11035)"
+        found[name] = Assumption(value, low, high, source)
+    # What its user states is known.
+    for name, value in (given or {}).items():
+        found[name] = Assumption(value, value, value, "given")
+    return found
 
 
 @dataclass(frozen=True)
@@ -156,7 +249,7 @@ def check_rate(where: str, name: str, value: Any) -> None:
         near = difflib.get_close_matches(name, RATE_NAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{where} holds an unknown rate {name!r}; did you mean {near!r}?")
     # The others are divided by.
-    least = 0 if name == "contention" or name.endswith("_us") else SMALLEST_SHARE
+    least = 0 if name in ("contention", "straggler") or name.endswith("_us") else SMALLEST_SHARE
     # To Python, and so in JSON, true is an int.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared, not converted: an integer of hundreds of digits is no float.

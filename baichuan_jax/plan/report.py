@@ -1,15 +1,19 @@
 """What a compiled training step costs: plain values (the JSON of `plan`), tables and a figure."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from baichuan_jax.hardware.accelerators import Hardware, Topology
 from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import Compiled
+from baichuan_jax.plan.interval import PERCENTILES, SAMPLES, SCHEDULE, spread
 from baichuan_jax.plan.prediction import Prediction, predict
-from baichuan_jax.plan.rates import Rates
+from baichuan_jax.plan.rates import NETWORK, Assumption, Rates
 from baichuan_jax.runs.console import Display
 from baichuan_jax.runs.files import save_figure
 from baichuan_jax.xla_flags import GPU_MEMORY_FRACTION
@@ -40,6 +44,7 @@ def report(compiled: Compiled, topology: Topology, rates: Rates) -> dict[str, An
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
         "micro_batch_size": tokens / config.train.context_length / passes,
+        "rows_per_device": tokens / config.train.context_length,
         "global_batch_size": config.train.global_batch_size,
         "compile_seconds": compiled.seconds,
         **_memory(compiled, topology),
@@ -81,6 +86,15 @@ def _speed(
     # More than the formula: recomputation, and the products of kernels above the minimum.
     counted = (prediction.matmul_flops + prediction.kernel_flops) / tokens
     peak = topology.hardware.peak_tflops * 1e12
+    seconds = {
+        "matrix products": prediction.matmul_seconds,
+        "attention and other kernels": prediction.kernel_seconds,
+        "memory-bound": prediction.memory_seconds,
+        "slowed by collectives beside": prediction.contention_seconds,
+        "waiting for collectives": prediction.exposed_seconds,
+    }
+    if prediction.straggler_seconds:
+        seconds["waiting for the slowest device"] = prediction.straggler_seconds
     return {
         "flops_per_token": counted,
         "flops_per_token_formula": {"full_attention": full, "causal": causal},
@@ -92,14 +106,37 @@ def _speed(
         "predicted_mfu": full * tokens / prediction.seconds / peak,
         "predicted_mfu_causal": causal * tokens / prediction.seconds / peak,
         "predicted_tflops": full * tokens / prediction.seconds / 1e12,
-        "seconds": {
-            "matrix products": prediction.matmul_seconds,
-            "attention and other kernels": prediction.kernel_seconds,
-            "memory-bound": prediction.memory_seconds,
-            "slowed by collectives beside": prediction.contention_seconds,
-            "waiting for collectives": prediction.exposed_seconds,
+        "seconds": seconds,
+    }
+
+
+def spread_report(
+    result: dict[str, Any],
+    compiled: Compiled,
+    topology: Topology,
+    assumptions: Mapping[str, Assumption],
+) -> dict[str, Any]:
+    """What the assumptions' ranges make of a report's MFU: more fields for the report."""
+    found = spread(hlo.parse(compiled.text), compiled.mesh, topology, assumptions)
+    # Operations and peak are the same for all samples: only the seconds differ.
+    operations = result["predicted_mfu"] * result["predicted_step_seconds"]
+    low, high = np.percentile(operations / found.samples, PERCENTILES)
+    added: dict[str, Any] = {
+        "predicted_mfu_interval": [float(low), float(high)],
+        "assumptions": {name: list(item) for name, item in assumptions.items()},
+        "assumptions_mfu": {
+            name: [operations / seconds for seconds in pair] for name, pair in found.alone.items()
         },
     }
+    if NETWORK in assumptions:
+        mfu = {f"{gbps:g}": operations / seconds for gbps, seconds in found.networks.items()}
+        added["network"] = {
+            NETWORK: topology.hardware.inter_node_gbps,
+            "node_gbps": topology.node_gbps,
+            "source": assumptions[NETWORK].source,
+            "predicted_mfu": mfu,
+        }
+    return added
 
 
 def _collective(item: Any) -> dict[str, Any]:
@@ -118,7 +155,7 @@ def show(result: dict[str, Any]) -> None:
     _show_speed(result, display)
     columns = ["kind", "axis", "link", "MB", "times", "async", "in loop", "ms", "waited ms"]
     display.table("Collectives", columns, _grouped(result))
-    show_rates(result)
+    show_assumptions(result)
 
 
 def _show_program(result: dict[str, Any], display: Display) -> None:
@@ -174,11 +211,41 @@ def _show_speed(result: dict[str, Any], display: Display) -> None:
     display.say(
         f"predicted: {result['predicted_tokens_per_second']:,.0f} tokens/s, "
         f"{result['predicted_tflops']:.0f} TFLOP/s a device, MFU {result['predicted_mfu']:.1%} "
-        f"(full-attention counting; {result['predicted_mfu_causal']:.1%} causal)",
+        f"(full-attention counting; {result['predicted_mfu_causal']:.1%} causal); "
+        f"90 % interval of the MFU {_interval(result)}",
         style="bold",
     )
+    _show_networks(result, display)
     for what, count in result["unknown"].items():
         display.say(f"not counted: {count} x {what}", style="yellow")
+
+
+def _interval(result: dict[str, Any]) -> str:
+    low, high = result["predicted_mfu_interval"]
+    return f"{low * 100:.1f} to {high:.1%}"
+
+
+def show_network(topology: Topology, assumed: bool) -> None:
+    """Print the network between nodes: of a cluster's numbers it moves the prediction most."""
+    source = "data sheet; --hardware.node_gbps sets yours" if assumed else "given"
+    Display().say(
+        f"network: {topology.hardware.inter_node_gbps:,g} Gb/s a GPU, {topology.node_gbps:,g} Gb/s "
+        f"a node ({source})",
+        style="bold",
+    )
+
+
+def _show_networks(result: dict[str, Any], display: Display) -> None:
+    """The same program on other networks."""
+    network = result.get("network")
+    # A single node uses none.
+    if network is None or result["num_devices"] * network[NETWORK] <= network["node_gbps"]:
+        return
+    others = ", ".join(f"{gbps}: {mfu:.1%}" for gbps, mfu in network["predicted_mfu"].items())
+    display.say(
+        f"MFU by the network, Gb/s a GPU: {others} (this program, whose schedule was made for "
+        f"{network[NETWORK]:g})"
+    )
 
 
 def _grouped(result: dict[str, Any]) -> list[list[str]]:
@@ -203,8 +270,8 @@ def _grouped(result: dict[str, Any]) -> list[list[str]]:
     return sorted(rows, key=lambda row: -float(row[7]))
 
 
-def show_rates(result: dict[str, Any]) -> None:
-    """Print every rate of a report and where it comes from: measured, given, or the default."""
+def show_assumptions(result: dict[str, Any]) -> None:
+    """Print every assumption of a report: its range, its source, and what it alone does."""
     display = Display()
     file = result["rates_file"]
     if file is not None:
@@ -215,11 +282,27 @@ def show_rates(result: dict[str, Any]) -> None:
         unused = [name for name in file["rates"] if result["rates_from"][name] != "measured"]
         if unused:
             display.say(f"given instead of measured: {', '.join(unused)}")
-    rows = [
-        [name, f"{value:g}{' us' if name.endswith('_us') else ''}", result["rates_from"][name]]
-        for name, value in result["rates"].items()
-    ]
-    display.table("Rates (shares of the data sheet)", ["", "value", "from"], rows)
+    effects = result["assumptions_mfu"]
+    rows = []
+    # What widens the interval comes first.
+    for name in sorted(effects, key=lambda name: -abs(effects[name][1] - effects[name][0])):
+        *numbers, source = result["assumptions"][name]
+        unit = " us" if name.endswith("_us") else ""
+        value, low, high = (f"{number:.4g}{unit}" for number in numbers)
+        ranges = [low, high] if numbers[1] < numbers[2] else ["", ""]
+        alone = [f"{mfu:.1%}" for mfu in effects[name]] if ranges[0] else ["", ""]
+        rows.append([name, value, *ranges, *alone, source])
+    display.table(
+        f"Assumptions of {result['topology']} (shares, or as named)",
+        ["", "value", "low", "high", "MFU at low", "MFU at high", "from"],
+        rows,
+    )
+    display.say(
+        f"the interval: 5th to 95th percentile of {SAMPLES:,} samples; each assumption is drawn by "
+        "itself, half of the samples between low and value, half between value and high"
+    )
+    if SCHEDULE in effects:
+        display.say(f"{SCHEDULE}: by which share the step is longer where real times differ")
 
 
 def show_sweep(results: list[dict[str, Any]]) -> None:
@@ -229,12 +312,13 @@ def show_sweep(results: list[dict[str, Any]]) -> None:
             str(result["num_devices"]),
             f"{result['predicted_step_seconds'] * 1e3:.0f}",
             f"{result['predicted_mfu']:.1%}",
+            _interval(result),
             f"{result['seconds']['waiting for collectives'] * 1e3:.1f}",
             f"{result['peak_gib']:.1f}",
         ]
         for result in results
     ]
-    columns = ["devices", "step ms", "MFU", "waited ms", "peak GiB"]
+    columns = ["devices", "step ms", "MFU", "90 % interval", "waited ms", "peak GiB"]
     Display().table("Weak scaling, predicted", columns, rows)
 
 
@@ -264,6 +348,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         )
     below.axvline(result["capacity_gib"], color="black", linestyle="--")
     mfu, peak = f"MFU {result['predicted_mfu']:.1%}", f"peak {result['peak_gib']:.1f} GiB"
-    figure.suptitle(f"{result['topology']}: predicted {mfu}, {peak}")
+    title = f"{result['topology']}: predicted {mfu} (90 %: {_interval(result)}), {peak}"
+    figure.suptitle(title)
     save_figure(figure, path, dpi=150)
     pyplot.close(figure)

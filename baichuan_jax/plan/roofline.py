@@ -33,6 +33,13 @@ BOUNDS = {
 }
 
 
+# NCCL's estimates (src/graph/tuning.cc): of a tree's bandwidth, .92 of a ring's times .7 to .8 for
+# messages of 16 to 64 MB; of the time of a hop, that of a whole chunk, which a ring does not wait
+# for. Only all-reduces have trees.
+TREE_SHARE = 0.7
+TREE_HOPS = 4
+
+
 @dataclass(frozen=True)
 class Cost:
     """One run of an instruction that is no collective."""
@@ -75,9 +82,9 @@ def instruction_cost(
     flops = program.flops(computation, instruction)
     by_matmul = flops / (hardware.peak_tflops * 1e12 * rates.matmul)
     # Tuples, bitcasts and other bookkeeping: no kernel is launched for them.
-    if not by_memory and not by_matmul:
+    if not traffic and not flops:
         return Cost("memory", 0.0)
-    seconds = max(by_memory, by_matmul) + rates.launch_us * 1e-6
+    seconds = np.maximum(by_memory, by_matmul) + rates.launch_us * 1e-6
     return Cost("matmul" if flops else "memory", seconds, flops)
 
 
@@ -93,7 +100,7 @@ def _kernel_cost(
     launch = rates.launch_us * 1e-6
     if name is None:
         what = f"custom call {instruction.target} (its traffic alone is counted)"
-        return Cost("memory", by_memory, unknown=what if by_memory else None)
+        return Cost("memory", by_memory, unknown=what if np.any(by_memory) else None)
     if name not in ATTENTION_PRODUCTS:
         return Cost("kernel", by_memory + launch, kernel=name)
     shapes = [
@@ -108,7 +115,7 @@ def _kernel_cost(
     )
     share = rates.kernel * BOUNDS.get(hardware.compute_capability, {}).get(name, 1.0)
     by_products = flops / (hardware.peak_tflops * 1e12 * share)
-    return Cost("kernel", max(by_memory, by_products) + launch, flops, kernel=name)
+    return Cost("kernel", np.maximum(by_memory, by_products) + launch, flops, kernel=name)
 
 
 @dataclass
@@ -153,7 +160,7 @@ def describe_collective(
     return Collective(
         kind,
         size,
-        axes_of(groups, mesh),
+        axes_of(groups, mesh, pairs=kind == "collective-permute"),
         "inter_node" if crosses else "intra_node",
         in_loop=in_loop,
         asynchronous=started and '"is_sync":true' not in instruction.attributes,
@@ -164,42 +171,62 @@ def describe_collective(
 def collective_seconds(
     collective: Collective, groups: np.ndarray, topology: Topology, rates: Rates
 ) -> float:
-    """A ring's time: each device passes on (n - 1)/n of the bytes, an all-reduce twice.
+    """The time of a collective alone on its links: the bytes over the slowest, and the hops.
 
-    groups: devices that exchange data with each other [groups, n].
+    A ring passes on (n - 1)/n of the bytes, an all-reduce twice. groups: devices that exchange data
+    with each other [groups, n]; of a permute, pairs of source and target.
     """
     hardware = topology.hardware
-    n = groups.shape[1]
-    passed = collective.bytes * (n - 1) / n * (2 if collective.kind == "all-reduce" else 1)
+    kind, n = collective.kind, groups.shape[1]
+    passed = collective.bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+    # A device sends all that its target gets: a pair is no ring of two.
+    if kind == "collective-permute":
+        passed = collective.bytes
+    inside = passed / (hardware.intra_node_bandwidth * 1e9 * rates.intra_node)
     if collective.link == "intra_node":
-        bandwidth = hardware.intra_node_bandwidth * 1e9 * rates.intra_node
-        return passed / bandwidth + rates.intra_latency_us * 1e-6
-    # Devices of one node that are in the same group pass on within the node: only 1/m of the
-    # bytes leave it through each card.
+        return inside + rates.intra_latency_us * 1e-6
+    network = hardware.inter_node_gbps / 8 * 1e9 * rates.inter_node
+    hop = rates.inter_latency_us * 1e-6
     together = int(np.bincount(groups[0] // topology.devices_per_node).max())
-    hops = 2 * (n // together) * rates.inter_latency_us * 1e-6
-    # NCCL takes a tree instead of a ring where latency would bound it: the logarithm of the hops.
-    if passed < 2**24:
-        tree = 2 * np.log2(max(n // together, 2)) * rates.inter_latency_us * 4e-6
-        hops = min(hops, tree)
-    return passed / together / (hardware.inter_node_gbps / 8 * 1e9 * rates.inter_node) + hops
+    nodes = n // together
+    if kind == "collective-permute":
+        return passed / network + hop
+    if kind == "all-to-all":
+        # What goes to other nodes is different for each device: all of it leaves by its own card.
+        return collective.bytes * (n - together) / n / network + (nodes - 1) * hop
+    # NCCL makes a ring for each card of a node. Of m devices of a node in the group, each sends the
+    # bytes of one ring over its card, and those of the m - 1 others inside the node.
+    leaving, inside = passed / together / network, inside * (together - 1) / together
+    hops = nodes - 1
+    if kind != "all-reduce":
+        return np.maximum(leaving, inside) + hops * hop
+    # NCCL takes a tree where it expects it to be faster.
+    tree = leaving / TREE_SHARE + 2 * np.log2(max(nodes, 2)) * TREE_HOPS * hop
+    return np.maximum(np.minimum(leaving + 2 * hops * hop, tree), inside)
 
 
-def axes_of(groups: np.ndarray, mesh: Mesh | AbstractMesh) -> str:
+def axes_of(groups: np.ndarray, mesh: Mesh | AbstractMesh, pairs: bool = False) -> str:
     """The mesh axes along which groups of devices lie, such as "fsdp" or "data+fsdp"; "?": none.
 
-    Devices are numbered in the mesh's order.
+    Devices are numbered in the mesh's order. pairs: the groups are sources and targets, parts of
+    the lines along the axes.
     """
     numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
     wanted = {tuple(sorted(group)) for group in groups.tolist()}
     names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-    # Every subset of the axes: there are four axes at most, so sixteen subsets.
+    # Every subset of the few axes, each before those that it is part of.
     for choice in range(1, 2 ** len(names)):
         chosen = [name for bit, name in enumerate(names) if choice >> bit & 1]
         along = [mesh.axis_names.index(name) for name in chosen]
         others = [axis for axis in range(numbers.ndim) if axis not in along]
         length = math.prod(mesh.shape[name] for name in chosen)
         lines = numbers.transpose(others + along).reshape(-1, length)
-        if {tuple(sorted(line)) for line in lines.tolist()} == wanted:
+        if pairs:
+            line_of = np.empty(mesh.size, int)
+            line_of[lines] = np.arange(len(lines))[:, None]
+            found = bool((line_of[groups] == line_of[groups[:, :1]]).all())
+        else:
+            found = {tuple(sorted(line)) for line in lines.tolist()} == wanted
+        if found:
             return "+".join(chosen)
     return "?"

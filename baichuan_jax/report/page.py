@@ -301,7 +301,7 @@ def _memory(page: Page, records: list[Recorded]) -> None:
                 f"Compiled for {plan['num_devices']} devices, not run there: peak "
                 f"{plan['peak_gib']:.1f} of {plan['capacity_gib']:.1f} GiB, {fits}; predicted "
                 f"{plan['predicted_step_seconds'] * 1e3:,.0f} ms a step, MFU "
-                f"{plan['predicted_mfu']:.1%}."
+                f"{plan['predicted_mfu']:.1%}{_interval(plan)}."
             )
     if not any(record.plans for record in records):
         page.say(
@@ -309,6 +309,14 @@ def _memory(page: Page, records: list[Recorded]) -> None:
             f"--topology a800:128x8 --output {quote_path(records[0].run.path / 'plans')}",
             "none",
         )
+
+
+def _interval(plan: dict[str, Any]) -> str:
+    """The range of a plan's MFU; plans of earlier versions have none."""
+    if "predicted_mfu_interval" not in plan:
+        return ""
+    low, high = plan["predicted_mfu_interval"]
+    return f" (90 % interval {low * 100:.1f} to {high:.1%})"
 
 
 def _tests(page: Page, records: list[Recorded]) -> None:

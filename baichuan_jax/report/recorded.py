@@ -26,7 +26,7 @@ from baichuan_jax.config.parsing import (
     show,
     show_path,
 )
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, require
 from baichuan_jax.resilience.goodput import Accounting, account, launch_spans
 from baichuan_jax.runs.events import Event
 from baichuan_jax.runs.folder import Run, read_own
@@ -180,6 +180,8 @@ _PLAN = {
     "predicted_step_seconds": float,
     "predicted_mfu": float,
 }
+# What plans of earlier versions lack: two numbers.
+_INTERVAL = "predicted_mfu_interval"
 
 
 def read_runs(paths: list[Path]) -> list[Recorded]:
@@ -295,7 +297,10 @@ def _results(path: Path, pattern: str) -> dict[str, dict[str, Any]]:
             continue
         # A plan of several topologies is a list.
         for item in content if isinstance(content, list) else [content]:
-            found[require_keys(item, _PLAN, str(file))["topology"]] = item
+            plan = require_keys(item, _PLAN, str(file))
+            _require_kinds(plan, {_INTERVAL: list[float]}, str(file))
+            require(len(plan.get(_INTERVAL, "12")) == 2, f"{file}: {_INTERVAL} must be two numbers")
+            found[plan["topology"]] = plan
         _require_at_most(len(found), MOST_RESULTS, str(file), "plans (with those before it)")
     return found
 

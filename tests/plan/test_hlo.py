@@ -121,3 +121,19 @@ def test_empty_groups_mean_all_devices():
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("nothing here")
+
+
+def test_post_order_follows_operands_and_what_must_run_before():
+    """By hand, as XLA visits: the first operand first, but before it what must run earlier."""
+    text = """HloModule step
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %a = f32[2]{0} parameter(0)
+  %late = f32[2]{0} negate(%a)
+  %left = f32[2]{0} sine(%a), control-predecessors={%late}
+  %right = f32[2]{0} cosine(%a)
+  ROOT %last = f32[2]{0} add(%right, %left)
+}
+"""
+    order = [item.name for item in hlo.parse(text).entry.post_order()]
+    assert order == ["a", "right", "late", "left", "last"]

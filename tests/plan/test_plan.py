@@ -21,12 +21,13 @@ from baichuan_jax.hardware.accelerators import Topology, parse_topology
 from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import __main__ as plan_command
 from baichuan_jax.plan import hlo
-from baichuan_jax.plan.prediction import predict
+from baichuan_jax.plan.prediction import COMMUNICATION_STREAMS, predict
 from baichuan_jax.plan.rates import RATE_NAMES, Rates, rates_for, read_rates
 from baichuan_jax.plan.report import capacity_gib
 from baichuan_jax.plan.roofline import axes_of
 from baichuan_jax.plan.search import candidates
 from baichuan_jax.sharding import AXES
+from baichuan_jax.xla_flags import choose_flags
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDA = any(map(importlib.util.find_spec, PLUGINS)) and importlib.util.find_spec("jax_triton")
@@ -43,6 +44,7 @@ RATES = Rates(
     intra_node=0.5,
     inter_node=0.5,
     contention=0,
+    straggler=0,
     launch_us=0,
     intra_latency_us=0,
     inter_latency_us=0,
@@ -107,6 +109,7 @@ def test_sixteen_a800s(tmp_path, loops):
         "--topology=a800:2x8",
         f"--rates_file={rates}",
         "--rates.kernel=0.75",
+        "--rates.straggler=0.002",
         "--rates.intra_latency_us=30",
         "--train.global_batch_size=16",
         f"--hlo={text}",
@@ -136,11 +139,28 @@ def test_sixteen_a800s(tmp_path, loops):
     # A measured rate replaces the default, a given one replaces both, and the report says which.
     defaults = rates_for(parse_topology("a800:2x8"))
     expected = dataclasses.replace(
-        defaults, matmul=0.6, launch_us=4.5, kernel=0.75, intra_latency_us=30.0
+        defaults,
+        matmul=0.6,
+        launch_us=4.5,
+        kernel=0.75,
+        straggler=0.002,
+        intra_latency_us=30.0,
     )
     assert result["rates"] == dataclasses.asdict(expected)
+    # The shares of the step's time are all of it, the slowest of the 16 devices with them.
+    assert result["seconds"]["waiting for the slowest device"] > 0
+    assert sum(result["seconds"].values()) == pytest.approx(result["predicted_step_seconds"])
+    # The point lies in the interval, which is made of the ranges of all rates and of the network.
+    low, high = result["predicted_mfu_interval"]
+    assert low < result["predicted_mfu"] < high < low + 0.2
+    assert set(result["assumptions"]) == {*RATE_NAMES, "inter_node_gbps", "schedule"}
+    assert result["assumptions"]["kernel"] == [0.75, 0.75, 0.75, "given"]
+    assert result["network"]["node_gbps"] == 8 * result["network"]["inter_node_gbps"] == 1600
+    assert result["network"]["predicted_mfu"]["200"] == pytest.approx(result["predicted_mfu"])
+    assert result["rows_per_device"] == 1
+    assert "network: 200 Gb/s a GPU, 1,600 Gb/s a node (data sheet" in done.stdout
     sources = dict.fromkeys(("matmul", "launch_us"), "measured")
-    sources |= dict.fromkeys(("kernel", "intra_latency_us"), "given")
+    sources |= dict.fromkeys(("kernel", "straggler", "intra_latency_us"), "given")
     assert result["rates_from"] == dict.fromkeys(RATE_NAMES, "default") | sources
     assert result["rates_file"]["path"] == str(rates)
     assert f"rates measured on NVIDIA H100 80GB HBM3 (a100), 2026-11-27: {rates}" in done.stdout
@@ -168,7 +188,7 @@ def test_sixteen_a800s(tmp_path, loops):
     given = dataclasses.replace(parse_topology("a800:2x8").hardware, inter_node_gbps=20.0)
     slow = predict(
         hlo.parse(text.read_text()),
-        mesh_of(2, 8),
+        mesh_of(data=2, fsdp=8),
         Topology(given, (2, 8)),
         Rates(**result["rates"]),
     )
@@ -318,6 +338,10 @@ def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
         "num_devices": 8,
         "predicted_step_seconds": 1.0,
         "predicted_mfu": 0.5,
+        "predicted_mfu_interval": [0.45, 0.55],
+        "topology": "h100:512x8",
+        "assumptions": {"matmul": [0.71, 0.68, 0.74, "measured"]},
+        "assumptions_mfu": {"matmul": [0.48, 0.52]},
         "seconds": {"waiting for collectives": 0.0},
         "peak_gib": 1.0,
         "rates": {"matmul": 0.71},
@@ -343,7 +367,10 @@ def test_a_sweep_passes_measured_rates_on(tmp_path, monkeypatch, capsys):
     argv = [*SEVEN_B, "--topology=h100:128x8", "--sweep=data", f"--output={tmp_path}"]
     assert plan_command.main([*argv, "--rates_file", path]) == 0
     assert given == [path] * 10
-    assert "rates measured on card (h100), today: rates.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rates measured on card (h100), today: rates.json" in printed
+    assert "45.0 to 55.0%" in printed
+    assert printed.startswith("network: 400 Gb/s a GPU, 3,200 Gb/s a node (data sheet")
 
 
 def test_candidates_keep_the_batch_and_divide_it(tiny_config):
@@ -357,17 +384,21 @@ def test_a_gpu_keeps_room_for_nccl_and_context():
     assert capacity_gib(parse_topology("a800:1x8").hardware) == pytest.approx(0.92 * 79.25)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int = 1) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, 1, tensor), AXES)
+def mesh_of(**sizes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.get(name, 1) for name in AXES), AXES)
 
 
 def test_groups_of_devices_are_named_by_their_axes():
-    mesh = mesh_of(2, 4, 2)
+    mesh = mesh_of(data=2, fsdp=4, tensor=2)
     numbers = np.arange(16).reshape(2, 4, 2)
     assert axes_of(numbers.transpose(1, 2, 0).reshape(-1, 2), mesh) == "data"
     assert axes_of(numbers.transpose(0, 2, 1).reshape(-1, 4), mesh) == "fsdp"
     assert axes_of(numbers.reshape(-1, 16), mesh) == "data+fsdp+tensor"
     assert axes_of(np.array([[0, 3], [1, 2]]), mesh) == "?"
+    # Of a permute around a ring of fsdp the pairs are parts of its lines.
+    ring = np.array([[0, 2], [2, 4], [4, 6], [6, 0], [9, 11]])
+    assert axes_of(ring, mesh, pairs=True) == "fsdp"
+    assert axes_of(np.array([[0, 3]]), mesh, pairs=True) == "fsdp+tensor"
 
 
 def with_bandwidth(name: str, gigabytes: float) -> Topology:
@@ -399,7 +430,7 @@ ENTRY %main (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
 def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     """By hand: the product takes 2e9 / (312e12/2) s, the sum of 4 MB 4e6 / (bandwidth/2) s."""
     topology = with_bandwidth("a800:1x4", bandwidth)
-    prediction = predict(hlo.parse(STEP), mesh_of(2, 2), topology, RATES)
+    prediction = predict(hlo.parse(STEP), mesh_of(data=2, fsdp=2), topology, RATES)
     product = max(2e9 / (312e12 / 2), 12e6 / (2039e9 / 2))
     collective = 4e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(max(product, collective))
@@ -407,6 +438,43 @@ def test_a_collective_costs_what_the_compute_beside_it_does_not_hide(bandwidth):
     (found,) = prediction.collectives
     assert (found.axis, found.link, found.count) == ("fsdp", "intra_node", 1)
     assert found.asynchronous
+
+
+BOTH_LINKS = """HloModule step, is_scheduled=true
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[1000,1000]) -> (f32[1000,1000], f32[2000,1000]) {
+  %a = f32[1000,1000]{1,0} parameter(0)
+  %sum-start = f32[1000,1000]{1,0} all-reduce-start(%a), replica_groups={{0,2},{1,3}}, to_apply=%sum
+  %gather-start = f32[2000,1000]{1,0} all-gather-start(%a), replica_groups={{0,1},{2,3}}
+  %gather-done = f32[2000,1000]{1,0} all-gather-done(%gather-start)
+  %sum-done = f32[1000,1000]{1,0} all-reduce-done(%sum-start)
+  ROOT %both = (f32[1000,1000]{1,0}, f32[2000,1000]{1,0}) tuple(%sum-done, %gather-done)
+}
+"""
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_gather_inside_a_node_waits_for_a_sum_over_nodes_on_the_same_stream(streams, monkeypatch):
+    """By hand: the sum passes 4 MB at 12.5 GB/s, the gather behind it 4 MB at 100 GB/s."""
+    monkeypatch.setattr("baichuan_jax.plan.prediction.COMMUNICATION_STREAMS", streams)
+    mesh = mesh_of(data=2, fsdp=2)
+    found = predict(hlo.parse(BOTH_LINKS), mesh, parse_topology("a800:2x2"), RATES)
+    total, gather = 4e6 / 12.5e9, 4e6 / 100e9
+    assert found.seconds == pytest.approx(total + gather if streams == 1 else total)
+    waited = {item.kind: item.exposed_seconds for item in found.collectives}
+    assert waited["all-gather"] == pytest.approx(total + gather if streams == 1 else gather)
+
+
+def test_the_prediction_has_as_many_streams_as_the_flags(tiny_config):
+    flags = choose_flags(tiny_config, parse_topology("a800:2x8")).xla
+    two = "--xla_gpu_experimental_enable_collective_multi_streaming=true" in flags
+    assert (2 if two else 1) == COMMUNICATION_STREAMS
 
 
 SPARSE_CORES = """HloModule step, is_scheduled=true
@@ -446,7 +514,7 @@ def test_a_gather_on_sparse_cores_runs_beside_what_follows_its_operand(
     """By hand: the gather passes half of 4 MB, beside the product that follows its operand."""
     topology = with_bandwidth("v5p:2x2x1", bandwidth)
     text = SPARSE_CORES.replace("CALL", call).replace("AWAITED", awaited)
-    prediction = predict(hlo.parse(text), mesh_of(2, 2), topology, RATES)
+    prediction = predict(hlo.parse(text), mesh_of(data=2, fsdp=2), topology, RATES)
     product = max(2e9 / (459e12 / 2), 12e6 / (2765e9 / 2))
     gather = 2e6 / (bandwidth * 1e9 / 2)
     assert prediction.seconds == pytest.approx(products_before * product + max(product, gather))

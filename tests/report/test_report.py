@@ -166,6 +166,7 @@ def add_results(path: Path) -> None:
         "fits": True,
         "predicted_step_seconds": 0.25,
         "predicted_mfu": 0.55,
+        "predicted_mfu_interval": [0.501, 0.6],
     }
     for name, content in (
         ("evaluations/mmlu/result.json", result),
@@ -353,10 +354,24 @@ def test_results_and_plans_in_the_runs_folder_are_shown(tmp_path):
         "38.4",
         "2 of 57 subjects",
         "peak 12.5 of 73.6 GiB, fits",
+        "MFU 55.0% (90 % interval 50.1 to 60.0%).",
         "figure-plan-0-0",
     ):
         assert words in text
     assert "None was asked" not in text
+
+
+def test_a_plan_without_an_interval_is_shown_and_one_of_other_lengths_refused(tmp_path):
+    path = write_faulty_run(tmp_path / "run")
+    add_results(path)
+    file = path / "plans" / "p.json"
+    plan = json.loads(file.read_text())
+    file.write_text(json.dumps(plan | {"predicted_mfu_interval": [0.5]}))
+    with pytest.raises(ConfigError, match=r"p\.json: predicted_mfu_interval must be two numbers"):
+        make(tmp_path, path)
+    del plan["predicted_mfu_interval"]
+    file.write_text(json.dumps(plan))
+    assert "MFU 55.0%.<" in make(tmp_path, path)
 
 
 def test_differences_between_runs_are_named(tmp_path, trained):
