@@ -40,7 +40,7 @@ MATMUL = {"matmul": np.arange(0.44, 0.90, 0.01)}
 NODES = {
     "inter_node": np.array([0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
     "contention": np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25]),
-    "straggler": np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05]),
+    "straggler": np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08]),
 }
 # A value of a rate fits as well as the best one where the mean error grows by so much at most.
 AS_GOOD = 0.002
