@@ -375,7 +375,7 @@ def _project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
     """x [B, T, ...] times a weight in x's type, over x's last `contracted` axes."""
     layout = current_layout()
     wide = layout is not None and layout.sum_dtype == "float32" and x.dtype != jnp.float32
-    product: Callable[..., jax.Array] = _with_wide_gradient if wide else _product
+    product: Any = _with_wide_gradient if wide else _product
     if is_split("length"):
         return product(x, weight, contracted)
     # B and T are merged, so that the weight's gradient is one plain matrix product. Contracting two

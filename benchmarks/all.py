@@ -40,7 +40,7 @@ BENCHMARKS = {
     "data peers": "data_pipeline.py peers --megabytes 2",
     "data scale": "data_pipeline.py scale --megabytes 2 4 8",
     "data loader": "data_pipeline.py loader",
-    "plan": "plan_validation.py --kinds a100",
+    "plan": "plan_validation.py --kinds a100 --nodes one",
 }
 PACKAGES = ("jax", "torch", "transformers", "tokamax", "lm_eval", "datatrove")
 BEGIN, END = "<!-- {}: written by make bench -->", "<!-- end -->"

@@ -2,195 +2,291 @@
 
     python benchmarks/plan_validation.py [--cache cache/plan] [--json FILE]
 
-Needs requirements-plan.txt. Every row is a published measurement. Our training step, with the row's
-model, batch, mesh and recomputation, is compiled ahead of time for the row's cluster (the programs
-are kept in the cache), and its time is predicted. Two rates are fitted for each kind of GPU, to the
-other rows of that kind: the share of the peak that products reach, and the share of the network.
-The error of the row that was left out is the error to expect of a prediction.
+Needs requirements-plan.txt. Every run (published_runs.py) is compared with our training step of its
+model, batch, accumulation, sharding and recomputation: the step is compiled ahead of time for the
+run's cluster (the programs are kept in the cache), and its time is predicted under a grid of rates.
+On single nodes the share of the peak that products reach is fitted for each kind of GPU; over
+several nodes the network's share, the contention and the stragglers as well. Each run is predicted
+with the rates that fit the others of its table best: that error is the one to expect. Its range is
+the interval that `plan` states.
 """
 
 import argparse
-import dataclasses
+import hashlib
 import subprocess
 import sys
-from itertools import starmap
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 from jax.sharding import AbstractMesh
+from published_runs import RUNS, Run
 from results import Results
 from tqdm import tqdm
 
 from baichuan_jax.hardware.accelerators import Topology, parse_topology
 from baichuan_jax.plan import hlo
+from baichuan_jax.plan.interval import PERCENTILES, spread
 from baichuan_jax.plan.prediction import predict
-from baichuan_jax.plan.rates import RATES, Rates
+from baichuan_jax.plan.rates import NETWORK, RATES, assumptions_for
 from baichuan_jax.sharding import AXES
 
-
-class Row(NamedTuple):
-    """A published measurement: `seconds` of a step of `rows` rows of `length` tokens a device."""
-
-    name: str
-    topology: str
-    seconds: float
-    rows: int
-    length: int
-    settings: dict[str, object]
-    hardware: dict[str, float]
-    source: str
-
-
-# MPT's block has 12 D^2 weights, as a SwiGLU block of width 8/3 D has. Heads and vocabulary are as
-# published.
-MPT_7B = {"model.intermediate_size": 10920, "model.vocab_size": 50368}
-MPT_13B = {
-    "model.hidden_size": 5120,
-    "model.num_layers": 40,
-    "model.num_heads": 40,
-    "model.intermediate_size": 13656,
-    "model.vocab_size": 50368,
+# The rates that are fitted on single nodes and on several, and the values that are tried.
+MATMUL = {"matmul": np.arange(0.44, 0.90, 0.01)}
+NODES = {
+    "inter_node": np.array([0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+    "contention": np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25]),
+    "straggler": np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08]),
 }
-# Llama2-7B.
-UNRECOMPUTED = {"model.vocab_size": 32000, "model.remat": "none"}
-TOOLBOX = "NVIDIA/JAX-Toolbox docs/frameworks/maxtext/README.md"
-FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md, A100 80GB"
-MAXTEXT = "AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/README.md"
-# A token, as MaxText counts: all parameters, and attention without its causal mask.
-LLAMA2_FLOPS = 6 * 6.738e9 + 12 * 32 * 4096 * 4096
-# a3-highgpu-8g has 4 x 200 Gb/s a node of 8.
-A3 = {"inter_node_gbps": 100.0}
+# A value of a rate fits as well as the best one where the mean error grows by so much at most.
+AS_GOOD = 0.002
 
 
-def _foundry(
-    model: dict, name: str, rows: int, length: int, tokens_per_second: float, remat: str
-) -> Row:
-    """A row of llm-foundry's table, which has tokens a second and GPU."""
-    seconds = rows * length / tokens_per_second
-    settings = {**model, "model.remat": remat}
-    name = f"{name}, {length} tokens"
-    return Row(name, "a100:1x8", seconds, rows, length, settings, {}, FOUNDRY)
+def plan_options(run: Run) -> list[str]:
+    """The plan's options for the step of a run."""
+    settings = {
+        "model.scan_layers": "false",
+        "mesh.fsdp": run.fsdp,
+        "train.context_length": run.length,
+        "train.micro_batch_size": run.rows,
+        "train.global_batch_size": run.rows * run.accumulation * run.nodes * 8,
+        **run.settings,
+        **{f"hardware.{name}": value for name, value in run.hardware.items()},
+    }
+    options = ["--config", "configs/baichuan_7b_a800.yaml", "--topology", run.topology]
+    return options + [f"--{name}={value}" for name, value in settings.items()]
 
 
-def _maxtext(nodes: int, tflops: float) -> Row:
-    """A row of MaxText's table, which has TFLOP/s a GPU."""
-    seconds = 4 * 4096 * LLAMA2_FLOPS / (tflops * 1e12)
-    name, topology = f"Llama2-7B, {nodes} x A3", f"h100:{nodes}x8"
-    return Row(name, topology, seconds, 4, 4096, UNRECOMPUTED, A3, MAXTEXT)
-
-
-ROWS = [
-    _foundry(MPT_7B, "MPT-7B", 6, 2048, 4641, "none"),
-    _foundry(MPT_7B, "MPT-7B", 16, 4096, 3684, "full"),
-    _foundry(MPT_7B, "MPT-7B", 8, 8192, 3206, "full"),
-    _foundry(MPT_13B, "MPT-13B", 2, 2048, 2262, "none"),
-    Row("Llama2-7B, DGX H100", "h100:1x8", 0.721, 2, 4096, UNRECOMPUTED, {}, TOOLBOX),
-    *(starmap(_maxtext, [(1, 492), (2, 422), (4, 407), (8, 409), (16, 375)])),
-]
-
-
-def compiled(row: Row, cache: Path) -> hlo.Program:
-    """The row's program, compiled once.
+def compiled(run: Run, cache: Path) -> hlo.Program:
+    """The run's program, compiled once.
 
     In a process of its own: the plan chooses a backend for the cluster before jax starts.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / (row.name.lower().replace(",", "").replace(" ", "-") + ".hlo.txt")
+    options = plan_options(run)
+    # Named by its options: a run whose settings are corrected is compiled anew.
+    name = hashlib.sha256(" ".join(options).encode()).hexdigest()[:16]
+    path = cache / f"{run.topology.replace(':', '-')}-{name}.hlo.txt"
     if not path.exists():
-        topology = parse_topology(row.topology)
-        settings = {
-            "model.scan_layers": "false",
-            "train.context_length": row.length,
-            "train.micro_batch_size": row.rows,
-            "train.global_batch_size": row.rows * topology.num_devices,
-            **row.settings,
-        }
         files = ["--hlo", str(path.resolve()), "--output", str(cache.resolve())]
-        options = ["--config", "configs/baichuan_7b_a800.yaml", "--topology", row.topology, *files]
-        options += [f"--{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, "-m", "baichuan_jax.plan", *options]
-        root = Path(__file__).parents[1]
-        subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "baichuan_jax.plan", *options, *files]
+        subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     return hlo.parse(path.read_text(encoding="utf-8"))
 
 
-def predicted(row: Row, program: hlo.Program, rates: Rates) -> float:
-    """Seconds of the row's step."""
-    topology = parse_topology(row.topology)
-    topology = Topology(dataclasses.replace(topology.hardware, **row.hardware), topology.shape)
-    mesh = AbstractMesh((topology.num_devices // 8, 8, 1, 1), AXES)
-    return predict(program, mesh, topology, rates).seconds
+def choices(axes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All combinations of some rates' values: an array [choices] for each rate."""
+    grids = np.meshgrid(*axes.values(), indexing="ij")
+    return {name: grid.ravel() for name, grid in zip(axes, grids, strict=True)}
 
 
-# The grid of shares that `fit` searches.
-MATMUL = [round(float(share), 2) for share in np.arange(0.46, 0.87, 0.02)]
-NETWORK = [0.2, 0.3, 0.4, 0.6, 0.8]
+class Case:
+    """A run, and the program of ours that it is compared with."""
+
+    def __init__(self, run: Run, program: hlo.Program) -> None:
+        self.run, self.program = run, program
+        topology = parse_topology(run.topology)
+        hardware = replace(topology.hardware, **run.hardware)
+        self.topology = Topology(hardware, topology.shape)
+        self.mesh = AbstractMesh((topology.num_devices // run.fsdp, run.fsdp, 1, 1), AXES)
+
+    def errors(self, rates: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Predicted over measured seconds, less 1, for each choice of some rates [choices]."""
+        chosen = replace(RATES[self.run.kind], **rates)
+        found = predict(self.program, self.mesh, self.topology, chosen)
+        return np.asarray(found.seconds) / self.run.seconds - 1
+
+    def interval(self) -> tuple[float, float]:
+        """Seconds between which plan says that the step takes, the run's network being known."""
+        given = {NETWORK: self.topology.hardware.inter_node_gbps}
+        assumptions = assumptions_for(self.topology, given=given)
+        found = spread(self.program, self.mesh, self.topology, assumptions).samples
+        low, high = np.percentile(found, PERCENTILES)
+        return float(low), float(high)
+
+    def row(self, rates: Mapping[str, float], error: float) -> dict:
+        """What is reported; error: of the prediction with these rates."""
+        low, high = self.interval()
+        seconds = self.run.seconds
+        return {
+            "run": self.run.name,
+            "topology": self.run.topology,
+            "source": self.run.source,
+            "note": self.run.note,
+            "measured": seconds,
+            "predicted": seconds * (1 + float(error)),
+            "error": float(error),
+            "range": [low, high],
+            "within": low <= seconds <= high,
+            "rates": rates,
+        }
 
 
-def fit(rows: list[Row], seconds: dict[tuple[str, float, float], float]) -> tuple[float, float]:
-    """The shares of peak and network with the least squared relative error over the rows."""
+def best(errors: np.ndarray) -> int:
+    """The choice of rates with the least mean error, without sign; errors: [runs, choices].
 
-    def error(shares: tuple[float, float]) -> float:
-        return sum((seconds[row.name, *shares] / row.seconds - 1) ** 2 for row in rows)
+    Not squared: one run of slower software would pull all rates to itself.
+    """
+    return int(np.abs(errors).mean(axis=0).argmin())
 
-    return min(((matmul, network) for matmul in MATMUL for network in NETWORK), key=error)
+
+def left_out(errors: np.ndarray) -> list[int]:
+    """For each run the choice of rates that fits the other runs best; errors: [runs, choices]."""
+    return [best(np.delete(errors, index, axis=0)) for index in range(len(errors))]
 
 
-def predict_all(
-    kind: str, rows: list[Row], programs: dict[str, hlo.Program]
-) -> dict[tuple[str, float, float], float]:
-    """(row, share of products, share of network) -> predicted seconds."""
-    seconds: dict[tuple[str, float, float], float] = {}
-    for row in tqdm(rows, desc=f"predicting on {kind}", disable=None):
-        for matmul in MATMUL:
-            for network in NETWORK:
-                # A single node has no network: all shares give the same time.
-                alone = row.topology.endswith(":1x8")
-                known = seconds.get((row.name, matmul, NETWORK[0])) if alone else None
-                rates = RATES[kind]
-                rates = dataclasses.replace(rates, matmul=matmul, inter_node=network)
-                found = known or predicted(row, programs[row.name], rates)
-                seconds[row.name, matmul, network] = found
-    return seconds
+def without_software(errors: np.ndarray, series: Sequence[Hashable]) -> np.ndarray:
+    """Errors where each series has the share of products that suits it best [runs, choices].
+
+    errors: [runs, shares of products, choices of other rates]. Sources differ in their kernels,
+    which slow one GPU as well as a thousand. What is left tells of the network.
+    """
+    found = np.empty((errors.shape[0], errors.shape[2]))
+    for one in dict.fromkeys(series):
+        rows = [index for index, other in enumerate(series) if other == one]
+        own = errors[rows]
+        share = np.abs(own).mean(axis=0).argmin(axis=0)
+        found[rows] = own[:, share, np.arange(share.size)]
+    return found
+
+
+def as_good(errors: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest value of a rate that fits nearly as well as the best.
+
+    errors: [runs, choices]; values: the rate's in each choice [choices].
+    """
+    mean = np.abs(errors).mean(axis=0)
+    fitting = values[mean <= mean.min() + AS_GOOD]
+    return float(fitting.min()), float(fitting.max())
+
+
+def fit_nodes(
+    cases: Sequence[Case], errors: np.ndarray, others: Mapping[str, np.ndarray]
+) -> dict[str, tuple[float, float, float]]:
+    """The network's share, contention and stragglers: (value, low, high) of each.
+
+    errors: [runs, shares of products, choices]; others: the rates' values in each choice.
+    """
+    left = without_software(errors, [case.run.series for case in cases])
+    choice = best(left)
+    return {name: (values[choice], *as_good(left, values)) for name, values in others.items()}
+
+
+def single_nodes(cases: Sequence[Case]) -> tuple[float, list[dict]]:
+    """The share of products that fits single nodes best, and each run predicted by the others."""
+    axes = choices(MATMUL)
+    errors = np.stack([case.errors(axes) for case in cases])
+    rows = []
+    for case, own, choice in zip(cases, errors, left_out(errors), strict=True):
+        rates = {"matmul": float(axes["matmul"][choice])}
+        rows.append(case.row(rates, own[choice]))
+    return float(axes["matmul"][best(errors)]), rows
+
+
+def several_nodes(
+    cases: Sequence[Case], single: Sequence[Case], matmul: float
+) -> tuple[dict[str, tuple[float, float, float]], list[dict]]:
+    """The rates of the network, and each run predicted by the others.
+
+    matmul: the share of products of single nodes. Runs of the same series on one node (`single`)
+    tell how fast its products are.
+    """
+    every = [*cases, *single]
+    axes = choices({**MATMUL, **NODES})
+    shape = (len(MATMUL["matmul"]), -1)
+    others = {name: axes[name].reshape(shape)[0] for name in NODES}
+    shown = tqdm(every, desc="predicting", disable=None)
+    errors = np.stack([case.errors(axes).reshape(shape) for case in shown])
+    series = [case.run.series for case in every]
+    place = int(np.abs(MATMUL["matmul"] - matmul).argmin())
+    rows = []
+    for index, case in enumerate(cases):
+        rest = [other for other in range(len(every)) if other != index]
+        left = without_software(errors[rest], [series[other] for other in rest])
+        choice = best(left)
+        rates = {"matmul": matmul, **{name: float(others[name][choice]) for name in others}}
+        row = case.row(rates, errors[index, place, choice])
+        # As if one GPU had been measured with the run's software.
+        own = [other for other in rest if series[other] == series[index]]
+        if own:
+            row["own_error"] = float(errors[index, best(errors[own, :, choice]), choice])
+        rows.append(row)
+    return fit_nodes(every, errors, others), rows
+
+
+def cells(row: dict) -> list[str]:
+    """A row of the printed tables."""
+    low, high = row["range"]
+    own = row.get("own_error")
+    return [
+        row["run"],
+        row["topology"],
+        f"{row['measured']:.3f}",
+        f"{row['predicted']:.3f}",
+        f"{row['error']:+.1%}",
+        "" if own is None else f"{own:+.1%}",
+        f"{low:.3f} to {high:.3f}",
+        "yes" if row["within"] else "no",
+        row["note"],
+    ]
+
+
+COLUMNS = [
+    *("run", "cluster", "measured s", "predicted s", "error", "error, products known"),
+    *("plan's range, s", "within", "note"),
+]
 
 
 def main() -> None:
-    """Predict every row with rates fitted to the others."""
+    """Predict every run with rates fitted to the others."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds, cache = ["a100", "h100"], Path("cache/plan")
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="(default: both)")
+    parser.add_argument(
+        "--nodes", choices=("one", "all"), default="all", help="one: only runs on a single node"
+    )
     parser.add_argument("--cache", type=Path, default=cache, help=f"of programs (default: {cache})")
     parser.add_argument("--json", metavar="FILE", help="save the table")
     options = parser.parse_args()
-    programs = {}
-    for row in [row for row in ROWS if row.topology.split(":")[0] in options.kinds]:
-        print(f"compiling {row.name} ({row.topology})", file=sys.stderr)
-        programs[row.name] = compiled(row, options.cache)
-    table, lines = [], []
+    results, table, fitted = Results(), [], {}
     for kind in options.kinds:
-        rows = [row for row in ROWS if row.topology.startswith(kind)]
-        seconds = predict_all(kind, rows, programs)
-        best = fit(rows, seconds)
-        print(f"{kind}: products {best[0]}, network {best[1]} fit all rows best")
-        for row in rows:
-            matmul, network = fit([other for other in rows if other is not row], seconds)
-            found = seconds[row.name, matmul, network]
-            error = found / row.seconds - 1
-            rates = {"matmul": matmul, "inter_node": network}
-            numbers = {"measured": row.seconds, "predicted": found, "error": error, **rates}
-            names = {"row": row.name, "topology": row.topology, "source": row.source}
-            table.append({**names, **numbers})
-            cells = [f"{row.seconds:.3f}", f"{found:.3f}", f"{error:+.1%}"]
-            lines.append([row.name, row.topology, *cells, f"{matmul:.2f}", f"{network:.2f}"])
-    columns = ["run", "cluster", "measured s", "predicted s", "error", "products", "network"]
-    results = Results()
-    results.table("Published runs, each predicted with rates fitted on the others", columns, lines)
-    results.save(options.json, rows=table)
+        runs = [run for run in RUNS if run.kind == kind]
+        if options.nodes == "one":
+            runs = [run for run in runs if run.nodes == 1]
+        cases = []
+        for run in runs:
+            print(f"{run.name} ({run.topology})", file=sys.stderr)
+            cases.append(Case(run, compiled(run, options.cache)))
+        one = [case for case in cases if case.run.nodes == 1]
+        matmul, rows = single_nodes(one)
+        fitted[kind] = {"matmul": matmul}
+        results.table(
+            f"{kind}, single nodes: each run predicted with the share of products of the others",
+            COLUMNS,
+            [cells(row) for row in rows],
+        )
+        results.say(f"{kind}: products at {matmul:.2f} of the peak fit all single nodes best")
+        table += rows
+        # A network without RDMA has a share of its own.
+        for network in dict.fromkeys(run.network for run in runs if run.nodes > 1):
+            several = [c for c in cases if c.run.nodes > 1 and c.run.network == network]
+            rates, rows = several_nodes(several, one, matmul)
+            fitted[kind][network] = rates
+            results.table(
+                f"{kind}, several nodes ({network}): with the rates of the network of the others",
+                COLUMNS,
+                [cells(row) for row in rows],
+            )
+            for name, (value, low, high) in rates.items():
+                results.say(f"{kind}, {network}: {name} {value:g} fits best, {low:g} to {high:g}")
+            table += rows
+    results.save(options.json, rows=table, fitted=fitted)
 
 
 if __name__ == "__main__":

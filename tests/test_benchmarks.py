@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from launches import REPOSITORY
 
+from baichuan_jax.plan.__main__ import main as plan_main
+
 # Parts of benchmarks, or for a GPU.
 HELPERS = {"all", "results", "clock", "corpus_truth", "corpus_score", "garbage"}
-HELPERS |= {"gpu", "gpu_bundle"}
+HELPERS |= {"gpu", "gpu_bundle", "published_runs"}
 PAGE = """before
 <!-- machine: written by make bench -->
 <!-- end -->
@@ -22,13 +24,23 @@ after
 """
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench", REPOSITORY / "benchmarks" / "all.py")
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    return load("all", monkeypatch)
+
+
+@pytest.fixture
+def validation(monkeypatch):
+    pytest.importorskip("tqdm")
+    return load("plan_validation", monkeypatch)
 
 
 def test_every_benchmark_is_run_and_has_a_place_on_the_page(bench):
@@ -110,3 +122,68 @@ def test_gradients_are_summed_in_the_orders_of_nccl(monkeypatch):
     # Small angles: half the square of the part of the error across the gradient.
     angle = mixed_precision.one_minus_cosine(found["ring"], found["exact"])
     assert 0 < angle <= errors["all"] ** 2 / 2 * 1.01
+
+
+def test_published_runs_are_steps_that_can_be_planned(validation, monkeypatch):
+    """Their options are valid configurations, which compile one step of them."""
+    planned = []
+
+    def step(argv, config, topology):
+        mesh = config.mesh.resolve(topology.num_devices)
+        config.check_mesh(mesh)
+        planned.append((topology, config.accumulation_steps(mesh), mesh.fsdp))
+        return 0
+
+    monkeypatch.setattr("baichuan_jax.plan.__main__.run_child", step)
+    monkeypatch.setattr("baichuan_jax.plan.__main__.missing", lambda topology: [])
+    monkeypatch.chdir(REPOSITORY)
+    # Reading a configuration takes most of a second.
+    for run in validation.RUNS[::6]:
+        assert plan_main(validation.plan_options(run)) == 0
+        topology, accumulation, fsdp = planned[-1]
+        assert (accumulation, fsdp) == (run.accumulation, run.fsdp)
+        assert topology.num_devices == 8 * run.nodes
+        for name, value in run.hardware.items():
+            assert getattr(topology.hardware, name) == value
+    for run in validation.RUNS:
+        assert run.settings.get("model.hidden_size", 4096) % run.fsdp == 0
+        assert 8 * run.nodes % run.fsdp == 0
+        assert run.kind in ("a100", "h100")
+    assert len({run.name for run in validation.RUNS}) == len(validation.RUNS)
+
+
+def test_a_published_runs_seconds_are_of_a_whole_step(validation):
+    # llm-foundry: 7B, 8 A100-80GB, micro-batch 6, 2 of them, global batch 96, 37,130 tokens/s.
+    (run,) = [r for r in validation.RUNS if r.tokens_per_second == 4641]
+    assert run.rows * run.accumulation * 8 == 96
+    assert run.seconds == pytest.approx(96 * 2048 / 37130, rel=1e-3)
+
+
+def test_each_run_is_predicted_by_the_others(validation):
+    # Two choices of rates: the first fits the first run alone, the second the others.
+    errors = np.array([[0.0, 0.5], [0.1, 0.0], [0.1, 0.01]])
+    assert validation.left_out(errors) == [1, 0, 0]
+    # One run of far slower software does not decide for the others.
+    odd = np.array([[0.9, 0.0], [0.0, 0.2], [0.0, 0.2], [0.0, 0.2], [0.0, 0.2], [0.0, 0.2]])
+    assert validation.best(odd) == 0
+
+
+def test_slower_software_is_not_taken_for_a_slower_network(validation):
+    """Of runs of two sources, one with slower kernels, the network's share is found again."""
+    matmul, network = np.array([0.5, 0.6, 0.7, 0.8]), np.array([0.4, 0.6, 0.8])
+    sources = ["fast", "fast", "slow", "slow"]
+    # Compute of 7 s at the whole peak, and so many seconds of the whole network.
+    waits = np.array([0.0, 2.0, 0.0, 3.0])
+
+    def seconds(share, network):
+        return 7 / share + waits[:, None, None] / network
+
+    own = np.array([0.8 if name == "fast" else 0.5 for name in sources])
+    measured = 7 / own + waits / 0.6
+    errors = seconds(matmul[None, :, None], network[None, None, :]) / measured[:, None, None] - 1
+    left = validation.without_software(errors, sources)
+    assert np.abs(left[:, 1]).max() < 1e-12
+    assert network[validation.best(left)] == 0.6
+    assert validation.as_good(left, network) == (0.6, 0.6)
+    # With one share of products for both, no network explains them.
+    assert np.abs(errors).mean(axis=0).min() > 0.05

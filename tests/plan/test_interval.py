@@ -140,7 +140,7 @@ def test_the_interval_is_the_same_each_time_and_contains_the_point():
     low, high = np.percentile(found.samples, interval.PERCENTILES)
     assert low < point < high
     # Alone at its value, an assumption changes nothing.
-    assert found.alone["straggler"][0] == found.networks[200.0] == point
+    assert found.alone[SCHEDULE][0] == found.networks[200.0] == point
     assert found.alone[SCHEDULE] == (point, pytest.approx(1.06 * point))
 
 
