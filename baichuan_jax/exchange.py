@@ -85,22 +85,27 @@ def sum_gradients(
         loss, gradients, _ = part(weights, micro_batch, gathers=False, sums=False)
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
-    first, weights = 0, params
+    weights, middle = params, rows
     if layout.mesh.shape["state"] > 1:
         # No turn of the loop: the gathers of its weights overlap with it.
-        first = 1
         loss, added, weights = part(params, at(0), gathers=True, sums=False)
         # XLA must not keep what this micro-batch gathered inside the replica for the last one.
         weights, added = lax.optimization_barrier((weights, added))
+        middle = {name: array[1:] for name, array in middle.items()}
     else:
         shapes = jax.eval_shape(lambda: part(params, at(0), gathers=False, sums=False)[:2])
         loss, added = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         added = _put(added, axes, layout)
-    if micro_batches - first > 1:
-        middle = {name: array[first:-1] for name, array in rows.items()}
+    alone = layout.replicas == 1
+    if not alone:
+        middle = {name: array[:-1] for name, array in middle.items()}
+    if len(middle["labels"]) > 0:
         middle, (loss, added) = lax.optimization_barrier((middle, (loss, added)))
         (loss, added), _ = lax.scan(add, (loss, added), middle)
-    # One after the other: both micro-batches' activations would be in memory.
+    if alone:
+        return loss, added
+    # No turn of the loop either: its sums overlap with it. The barrier lets it start afterwards,
+    # or the activations of two micro-batches would be in memory.
     final, added = lax.optimization_barrier((at(-1), added))
     last, gradients, _ = part(weights, final, added, gathers=False, sums=True)
     return jnp.sum(loss + last), gradients
