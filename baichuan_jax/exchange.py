@@ -1,26 +1,27 @@
 """What replicas exchange in a step: weights come from where they are stored, gradients go back.
 
-A replica is the devices that compute the same rows: one index of mesh axes `data` and `state`.
-Parameters are stored split over `fsdp` inside a replica and over `state` across replicas. A step
-begins with `gather`: each replica gets its shards of the weights, in the type in which the model
-computes. Inside a replica GSPMD gathers them, block by block.
+A replica is the devices that compute the same rows: one index of the mesh axes `data` and `state`.
+Parameters are stored split over `fsdp` inside a replica and over `state` across replicas. In the
+first micro-batch each replica gathers its shards of the weights over `state`, in the type in which
+the model computes. Inside a replica GSPMD gathers them.
 
-`sum_gradients` adds up the gradients of each replica's micro-batches in float32. While the last
-micro-batch runs backward, each block's gradients go over the network as soon as the block is done:
-a reduce-scatter over `state` to the replica that stores them, an all-reduce over `data` to the
-other copies. Both sum in the type of Layout.sum_dtype.
+Every replica adds up the gradients of its own micro-batches in float32. In the last micro-batch
+each parameter's sum goes over the network as soon as its gradient is there: a reduce-scatter over
+`state` to the replicas that store it, an all-reduce over `data` to the other copies. Both sum in
+the type of Layout.sum_dtype.
 
 A micro-batches, B rows, T length, R replicas.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.model import Exchange, Params
@@ -54,9 +55,9 @@ def gather(params: Params, axes: Params, layout: Layout, dtype: Any) -> Params:
             check_vma=False,
         )
         # In a vmap over the replicas all of them get the same.
-        whole = jax.custom_batching.custom_vmap(whole)
-        whole.def_vmap(lambda size, mapped, param: (whole(param), False))
-        return whole(param.astype(dtype))
+        for_all = jax.custom_batching.custom_vmap(whole)
+        for_all.def_vmap(lambda size, mapped, param: (whole(param), False))
+        return for_all(param.astype(dtype))
 
     return jax.tree.map(gathered, params, axes)
 
@@ -67,95 +68,181 @@ def sum_gradients(
     """Loss and gradients, both summed over all tokens of the step.
 
     params: as they are stored; their `layers` are stacks [L, ...] or a list of blocks, and so are
-    the gradients'. dtype: in which the model computes. batch: arrays [A, B, T]. The gradients are
-    float32 and lie as parameters are stored.
+    the gradients'. axes: the logical axes of each parameter, in the same places. dtype: in which
+    the model computes. batch: arrays [A, B, T]. The gradients are float32 and lie as parameters are
+    stored.
     """
     micro_batches = batch["labels"].shape[0]
     rows = {name: _rows_of_replicas(array, layout) for name, array in batch.items()}
-    at = lambda index: {name: array[index] for name, array in rows.items()}
-    part = functools.partial(_gradients, loss_sum, axes, layout, dtype)
-    if not isinstance(axes["layers"], list):
-        # A scan takes its stacks whole.
+    some = lambda part: {name: array[part] for name, array in rows.items()}
+    unrolled = isinstance(axes["layers"], list)
+    shared = layout.mesh.shape["state"] > 1
+    if shared and not unrolled:
+        # A loop over layers takes its stacks whole.
         params = gather(params, axes, layout, dtype)
+    way = functools.partial(_Way, axes, layout, dtype)
+    gathering = way(gathers=shared and unrolled, sums=micro_batches == 1)
     if micro_batches == 1:
-        loss, gradients, _ = part(params, at(0), gathers=True, sums=True)
+        loss, gradients, _ = gathering.gradients(loss_sum, params, some(0))
         return jnp.sum(loss), gradients
+    # The first micro-batch is no turn of the loop where weights are gathered beside it, and the
+    # last one is none where sums run beside it: nothing overlaps across the ends of a loop.
+    first, last = int(gathering.gathers), micro_batches - int(layout.replicas > 1)
+    loss, added, weights = _begin(gathering, loss_sum, params, some(0), run=first == 1)
 
     def add(carry, micro_batch):
-        loss, gradients, _ = part(weights, micro_batch, gathers=False, sums=False)
+        loss, gradients, _ = way().gradients(loss_sum, weights, micro_batch)
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
-    weights, middle = params, rows
-    if layout.mesh.shape["state"] > 1:
-        # No turn of the loop: the gathers of its weights overlap with it.
-        loss, added, weights = part(params, at(0), gathers=True, sums=False)
+    # The barriers make each part wait for the one before it, or the activations of several
+    # micro-batches would be in memory at once.
+    if last > first:
+        middle, start = lax.optimization_barrier((some(slice(first, last)), (loss, added)))
+        (loss, added), _ = lax.scan(add, start, middle)
+    if layout.replicas == 1:
+        return loss, added
+    final, added = lax.optimization_barrier((some(-1), added))
+    more, gradients, _ = way(sums=True).gradients(loss_sum, weights, final, added)
+    return jnp.sum(loss + more), gradients
+
+
+def _begin(
+    way: "_Way", loss_sum: LossSum, params: Params, batch: Batch, run: bool
+) -> tuple[jax.Array, Params, Params]:
+    """(loss, gradients, weights) of the first micro-batch, or zeros where it is not to `run`."""
+    if run:
+        loss, added, weights = way.gradients(loss_sum, params, batch)
         # XLA must not keep what this micro-batch gathered inside the replica for the last one.
         weights, added = lax.optimization_barrier((weights, added))
-        middle = {name: array[1:] for name, array in middle.items()}
-    else:
-        shapes = jax.eval_shape(lambda: part(params, at(0), gathers=False, sums=False)[:2])
-        loss, added = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        added = _put(added, axes, layout)
-    alone = layout.replicas == 1
-    if not alone:
-        middle = {name: array[:-1] for name, array in middle.items()}
-    if len(middle["labels"]) > 0:
-        middle, (loss, added) = lax.optimization_barrier((middle, (loss, added)))
-        (loss, added), _ = lax.scan(add, (loss, added), middle)
-    if alone:
-        return loss, added
-    # No turn of the loop either: its sums overlap with it. The barrier lets it start afterwards,
-    # or the activations of two micro-batches would be in memory.
-    final, added = lax.optimization_barrier((at(-1), added))
-    last, gradients, _ = part(weights, final, added, gathers=False, sums=True)
-    return jnp.sum(loss + last), gradients
+        return loss, added, weights
+    shapes = jax.eval_shape(lambda: way.gradients(loss_sum, params, batch)[:2])
+    loss, added = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return loss, way.put(added), params
 
 
-def _gradients(
-    loss_sum: LossSum,
-    axes: Params,
-    layout: Layout,
-    dtype: Any,
-    weights: Params,
-    batch: Batch,
-    added: Params | None = None,
-    *,
-    gathers: bool,
-    sums: bool,
-) -> tuple[jax.Array, Params, Params]:
-    """(loss [R], gradients, the weights that were computed with) of a micro-batch.
+@dataclass(frozen=True)
+class _Way:
+    """How weights come and gradients go in one micro-batch."""
 
-    gathers: `weights` are as stored. sums: the gradients are those of all replicas, with what each
-    has `added`; else every replica's own [R, ...].
+    axes: Params
+    layout: Layout
+    dtype: Any
+    gathers: bool = False
+    """Weights are given as they are stored."""
+    sums: bool = False
+    """Gradients are those of all replicas; else every replica's own [R, ...]."""
+
+    def gradients(
+        self, loss_sum: LossSum, weights: Params, batch: Batch, added: Params | None = None
+    ) -> tuple[jax.Array, Params, Params]:
+        """(loss [R], gradients, the weights that were computed with) of a micro-batch.
+
+        added: each replica's gradients of other micro-batches, which are summed too.
+        """
+
+        def of_replica(batch: Batch, added: Params | None) -> tuple[jax.Array, Params, Params]:
+            exchange = Exchange(self._arrive, self._hold, added)
+            loss = lambda weights: loss_sum(weights, batch, ("fsdp",), exchange)
+            (total, used), gradients = jax.value_and_grad(loss, has_aux=True)(_float32(weights))
+            return total, gradients, used
+
+        if self.layout.replicas > 1:
+            # GSPMD alone would sum gradients over replicas in every micro-batch: in its view a
+            # gradient is one array, equal on all of them. So they get an axis of replicas. What is
+            # constrained inside of the function has that axis split over the replicas.
+            out_axes = (0, None if self.sums else 0, None)
+            of_replica = jax.vmap(of_replica, out_axes=out_axes, spmd_axis_name=REPLICAS)
+        loss, gradients, used = of_replica(batch, added)
+        if not self.sums:
+            gradients = self.put(gradients)
+        return loss, gradients, self._kept(used) if self.gathers else weights
+
+    def put(self, gradients: Params) -> Params:
+        """Fix where the replicas' own gradients lie."""
+
+        def put(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+            spec = self.layout.spec(names)
+            spec = spec if self.layout.replicas == 1 else P(REPLICAS, *spec)
+            return lax.with_sharding_constraint(array, NamedSharding(self.layout.mesh, spec))
+
+        return jax.tree.map(put, gradients, self.axes)
+
+    def _kept(self, weights: Params) -> Params:
+        """Gathered weights for other micro-batches, in the type that the model rounds them to."""
+
+        def kept(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+            whole = self.layout.split_over_state(names) is None
+            return weight if whole else weight.astype(self.dtype)
+
+        return jax.tree.map(kept, weights, self.axes)
+
+    def _names(self, weights: Params) -> Params:
+        """The logical axes of some parameters by name, of a block's as of one block."""
+        layers = self.axes["layers"]
+        # A scan passes one block of its stacks.
+        block = layers[0] if isinstance(layers, list) else {k: v[1:] for k, v in layers.items()}
+        return {name: (self.axes | block)[name] for name in weights}
+
+    def _arrive(self, weights: Params, added: Params | None) -> Params:
+        """Exchange.arrive: weights are gathered forward, their gradients summed backward."""
+        names = self._names(weights)
+
+        @jax.custom_vjp
+        def arrive(weights, added):
+            if not self.gathers:
+                return weights
+            return _float32(gather(weights, names, self.layout, self.dtype))
+
+        def backward(added, gradients):
+            if not self.sums:
+                return gradients, None
+            # None where there is one micro-batch.
+            plus = lambda gradient, more: gradient if more is None else gradient + more
+            gradients = jax.tree.map(plus, gradients, added or dict.fromkeys(gradients))
+            return jax.tree.map(functools.partial(_sum, self.layout), gradients, names), None
+
+        arrive.defvjp(lambda weights, added: (arrive(weights, added), added), backward)
+        return arrive(weights, added)
+
+    def _hold(self, x: jax.Array, weights: Params, summed: bool) -> tuple[jax.Array, Params]:
+        """Exchange.hold, and forward the reverse: x waits for the weights, their gather for x.
+
+        summed: the weights have not arrived yet, so their gradients are summed already.
+        """
+        # In the type that is exchanged, so that no copy in another one has to be stored.
+        rounded = self.layout.replicas > 1 or not summed
+        sum_dtype = self.layout.sum_dtype if rounded else "float32"
+
+        @jax.custom_vjp
+        def hold(x, weights):
+            if not self.gathers:
+                return x, weights
+            return _together(x, weights, "float32" if summed else self.dtype)
+
+        def backward(_, gradients):
+            dx, dweights = gradients
+            return _together(dx, dweights, sum_dtype) if self.sums or not summed else gradients
+
+        hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
+        return hold(x, weights)
+
+
+def _together(x: jax.Array, weights: Params, dtype: Any) -> tuple[jax.Array, Params]:
+    """x and the matrices, which are all computed before any of them is used.
+
+    Norms are left out: they are small, and left free XLA sums all of them in one message.
     """
-    layers = axes["layers"]
-    unrolled = isinstance(layers, list)
-    # Of one block: a scan passes one of its stacks.
-    block = layers[0] if unrolled else {name: names[1:] for name, names in layers.items()}
-    gathers = gathers and unrolled and layout.mesh.shape["state"] > 1
+    matrices = {name: w.astype(dtype) for name, w in weights.items() if w.ndim > 1}
+    x, matrices = lax.optimization_barrier((x, matrices))
+    return x, weights | _float32(matrices)
 
-    def of_replica(batch: Batch, added: Params | None) -> tuple[jax.Array, Params, Params]:
-        ways = {"gathers": gathers, "sums": sums, "layout": layout}
-        arrive = functools.partial(_arrive, axes | block, dtype, **ways)
-        exchange = Exchange(arrive, functools.partial(_hold, dtype, **ways), added)
-        loss = lambda weights: loss_sum(weights, batch, ("fsdp",), exchange)
-        (total, used), gradients = jax.value_and_grad(loss, has_aux=True)(_float32(weights))
-        return total, gradients, used
 
-    if layout.replicas > 1:
-        # GSPMD alone would sum gradients over replicas in every micro-batch: in its view a
-        # gradient is one array, equal on all of them. So they get an axis of replicas. What is
-        # constrained inside of the function has that axis split over the replicas.
-        out_axes = (0, None if sums else 0, None)
-        of_replica = jax.vmap(of_replica, out_axes=out_axes, spmd_axis_name=REPLICAS)
-    loss, gradients, used = of_replica(batch, added)
-    if not sums:
-        gradients = _put(gradients, axes, layout)
-    # As float32 they would take twice the memory. The model rounds them to `dtype` anyway.
-    kept = lambda weight, names: (
-        weight if layout.split_over_state(names) is None else weight.astype(dtype)
-    )
-    return loss, gradients, jax.tree.map(kept, used, axes) if gathers else weights
+def _float32(weights: Params) -> Params:
+    """The weights as float32, so that their gradients are float32.
+
+    The model rounds them to its own type again, which XLA knows to be no work.
+    """
+    return jax.tree.map(lambda weight: weight.astype(jnp.float32), weights)
 
 
 def _rows_of_replicas(array: jax.Array, layout: Layout) -> jax.Array:
@@ -168,87 +255,7 @@ def _rows_of_replicas(array: jax.Array, layout: Layout) -> jax.Array:
     return lax.with_sharding_constraint(array, NamedSharding(layout.mesh, spec))
 
 
-def _put(gradients: Params, axes: Params, layout: Layout) -> Params:
-    """Fix where the replicas' own gradients lie."""
-
-    def put(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
-        spec = layout.spec(names)
-        spec = spec if layout.replicas == 1 else P(REPLICAS, *spec)
-        return lax.with_sharding_constraint(array, NamedSharding(layout.mesh, spec))
-
-    return jax.tree.map(put, gradients, axes)
-
-
-def _float32(weights: Params) -> Params:
-    """The weights as float32, so that their gradients are float32.
-
-    The model rounds them to its own type again, which XLA knows to be no work.
-    """
-    return jax.tree.map(lambda weight: weight.astype(jnp.float32), weights)
-
-
-def _arrive(
-    axes: Params,
-    dtype: Any,
-    weights: Params,
-    added: Params | None,
-    *,
-    gathers: bool,
-    sums: bool,
-    layout: Layout,
-) -> Params:
-    """Exchange.arrive: weights are gathered forward, their gradients are summed backward."""
-    names = {name: axes[name] for name in weights}
-
-    @jax.custom_vjp
-    def arrive(weights, added):
-        return _float32(gather(weights, names, layout, dtype)) if gathers else weights
-
-    def backward(added, gradients):
-        if not sums:
-            return gradients, None
-        # None where there is one micro-batch.
-        plus = lambda gradient, more: gradient if more is None else gradient + more
-        gradients = jax.tree.map(plus, gradients, added or dict.fromkeys(gradients))
-        return jax.tree.map(lambda g, names: _sum(g, names, layout), gradients, names), None
-
-    arrive.defvjp(lambda weights, added: (arrive(weights, added), added), backward)
-    return arrive(weights, added)
-
-
-def _hold(
-    dtype: Any,
-    x: jax.Array,
-    weights: Params,
-    summed: bool,
-    *,
-    gathers: bool,
-    sums: bool,
-    layout: Layout,
-) -> tuple[jax.Array, Params]:
-    """Exchange.hold: gathers of these weights wait for x, x's gradient waits for their sums."""
-    # In the type of the sum, which nothing has to store in another. Norms' gradients are small:
-    # left free, they are all summed in one message.
-    sum_dtype = layout.sum_dtype if layout.replicas > 1 or not summed else "float32"
-
-    def barrier(x: jax.Array, weights: Params, dtype: Any) -> tuple[jax.Array, Params]:
-        held = {name: w.astype(dtype) for name, w in weights.items() if w.ndim > 1}
-        x, held = lax.optimization_barrier((x, held))
-        return x, weights | _float32(held)
-
-    @jax.custom_vjp
-    def hold(x, weights):
-        return barrier(x, weights, "float32" if summed else dtype) if gathers else (x, weights)
-
-    def backward(_, gradients):
-        dx, dweights = gradients
-        return barrier(dx, dweights, sum_dtype) if sums or not summed else gradients
-
-    hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
-    return hold(x, weights)
-
-
-def _sum(gradient: jax.Array, names: tuple[str, ...], layout: Layout) -> jax.Array:
+def _sum(layout: Layout, gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """A gradient's sum over the replicas that vmap maps over, on the devices that store it."""
     stored = layout.stored_spec(names)
 
@@ -259,12 +266,11 @@ def _sum(gradient: jax.Array, names: tuple[str, ...], layout: Layout) -> jax.Arr
     @total.def_vmap
     def over_replicas(size, mapped, gradient):
         dimension = layout.split_over_state(names)
-        local = functools.partial(_sum_local, layout.mesh, dimension)
-        # Explicit collectives: the type in which they sum is the message's. Norms cost nothing in
-        # float32.
+        # Norms cost nothing in float32.
         dtype = gradient.dtype if dimension is None else layout.sum_dtype
+        # Explicit collectives: the type in which they sum is the message's.
         found = jax.shard_map(
-            local,
+            functools.partial(_sum_local, layout.mesh, dimension),
             mesh=layout.mesh,
             in_specs=P(REPLICAS, *layout.spec(names)),
             out_specs=stored,
@@ -275,7 +281,7 @@ def _sum(gradient: jax.Array, names: tuple[str, ...], layout: Layout) -> jax.Arr
     return total(gradient)
 
 
-def _sum_local(mesh: jax.sharding.Mesh, dimension: int | None, gradient: jax.Array) -> jax.Array:
+def _sum_local(mesh: Mesh, dimension: int | None, gradient: jax.Array) -> jax.Array:
     """One device's gradient [1, ...] summed; `dimension` is split over `state`."""
     gradient = gradient[0]
     if mesh.shape["state"] > 1 and dimension is not None:
