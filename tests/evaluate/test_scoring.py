@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import build
 from flax import nnx
 
 from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
@@ -12,7 +13,7 @@ from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
 from baichuan_jax.hf.weights import export, load_pretrained
 from baichuan_jax.kernels.attention.reference import prefix_attention
-from baichuan_jax.model import Transformer
+from baichuan_jax.model import Transformer, abstract_model
 from baichuan_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(
@@ -62,7 +63,7 @@ def make_requests():
     return [*requests, ScoreRequest(tokens(51), (7, 8, 9, 10), "alone")]
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [None, (2, 1, 1, 2, 2), (1, 2, 2, 2)])
 def test_scores_are_those_of_each_prompt_alone(model, tmp_path, shape):
     requests = make_requests()
     if shape is None:
@@ -84,6 +85,23 @@ def test_scores_are_those_of_each_prompt_alone(model, tmp_path, shape):
     assert scorer.work.prompt_tokens == sum(len(request.tokens) for request in requests)
     if shape is None:  # 70 tokens went through once, not seven times
         assert scorer.work.run_tokens < 0.8 * scorer.work.prompt_tokens
+
+
+def test_a_state_that_replicas_share_scores_as_the_same_weights_on_one_device(tiny_config):
+    config, steps = build(tiny_config, (1, 1, 1, 2, 2))
+    params = steps.init().params
+    whole = steps.gather(params)
+    assert any("state" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(params))
+    assert not any("state" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(whole))
+    requests = make_requests()[-2:]
+    graphdef, _, _ = abstract_model(config.model)
+    on_mesh = Scorer(nnx.merge(graphdef, whole), steps.layout.mesh)
+    alone = Scorer(nnx.merge(graphdef, jax.device_get(params)))
+    for one, other in zip(on_mesh.score(requests)[0], alone.score(requests)[0], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    # Where every replica has all weights, there is no other copy.
+    _, steps = build(tiny_config, (2, 1, 1, 1))
+    assert steps.gather(params) is params
 
 
 def test_a_prefix_in_bfloat16_is_that_of_the_plain_attention():
