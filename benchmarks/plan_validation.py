@@ -92,7 +92,7 @@ class Case:
         topology = parse_topology(run.topology)
         hardware = replace(topology.hardware, **run.hardware)
         self.topology = Topology(hardware, topology.shape)
-        self.mesh = AbstractMesh((topology.num_devices // run.fsdp, run.fsdp, 1, 1), AXES)
+        self.mesh = AbstractMesh((topology.num_devices // run.fsdp, 1, run.fsdp, 1, 1), AXES)
 
     def errors(self, rates: Mapping[str, np.ndarray]) -> np.ndarray:
         """Predicted over measured seconds, less 1, for each choice of some rates [choices]."""

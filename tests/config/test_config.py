@@ -44,7 +44,7 @@ def test_7b_has_the_originals_parameters(name):
 def test_a800_configuration_fits_128_nodes_of_8():
     config = load_config(Path(TINY).with_name("baichuan_7b_a800.yaml"))
     mesh = config.mesh.resolve(1024)
-    assert mesh.shape == (128, 8, 1, 1)
+    assert mesh.shape == (128, 1, 8, 1, 1)
     assert config.accumulation_steps(mesh) == 1
 
 
@@ -266,11 +266,16 @@ def test_a_message_about_a_long_value_is_short(value):
 
 
 def test_mesh_fills_in_what_is_left_or_names_both_numbers():
-    assert MeshConfig(-1, 2, 1, 2).resolve(8).shape == (2, 2, 1, 2)
+    assert MeshConfig(-1, 2, 1, 2).resolve(8).shape == (2, 1, 2, 1, 2)
+    # Replicas that share a copy, among all that are left or all that are left themselves.
+    assert MeshConfig(-1, 2, state=2).resolve(16).shape == (4, 2, 2, 1, 1)
+    assert MeshConfig(1, 2, state=-1).resolve(16).shape == (1, 8, 2, 1, 1)
     with pytest.raises(ConfigError, match="there are 6"):
         MeshConfig(-1, 4, 1, 1).resolve(6)
     with pytest.raises(ConfigError, match="needs 8 devices and there are 4"):
         MeshConfig(2, 2, 2, 1).resolve(4)
+    with pytest.raises(ConfigError, match=r"\(2, 3, 2, 1, 1\) needs 12 devices and there are 8"):
+        MeshConfig(2, 2, state=3).resolve(8)
 
 
 def test_help_explains_every_setting(capsys):
