@@ -291,6 +291,9 @@ def test_mesh_fills_in_what_is_left_or_names_both_numbers():
         MeshConfig(-1, 4, 1, 1).resolve(6)
     with pytest.raises(ConfigError, match="needs 8 devices and there are 4"):
         MeshConfig(2, 2, 2, 1).resolve(4)
+    with pytest.raises(ConfigError, match=r"\(2, 3, 2, 1, 1\) needs 12 devices and there are 8"):
+        MeshConfig(2, 2, state=3).resolve(8)
+    # Replicas that share a copy, among all that are left or all that are left themselves.
     assert MeshConfig(1, 2, state=-1).resolve(8).shape == (1, 4, 2, 1, 1)
     assert MeshConfig(-1, 2, state=4).resolve(16).shape == (2, 4, 2, 1, 1)
     # As a launch without some of its nodes has it.
