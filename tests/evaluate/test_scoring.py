@@ -1,12 +1,17 @@
 """Scores of shared, batched and padded prompts against each prompt run by itself."""
 
+import argparse
+import types
+
 import jax
 import numpy as np
 import pytest
 from conftest import build
 from flax import nnx
 
+from baichuan_jax.config.files import add_mesh_options, mesh_config
 from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
+from baichuan_jax.evaluate import __main__ as command
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
@@ -212,3 +217,16 @@ def test_the_text_of_a_curve_is_as_packed_and_counted(limit, tokens, documents, 
         "empty_documents": 1 + (documents == 4),
         "text_cut": is_cut,
     }
+
+
+def test_an_evaluation_that_an_earlier_version_began_on_a_mesh_goes_on(monkeypatch):
+    """It wrote the axes that the command has; a folder with other settings is refused."""
+    monkeypatch.setattr(command, "weights_sha256", lambda source: "0")
+    source = types.SimpleNamespace(path="weights", model=CONFIG)
+    options = argparse.Namespace(dtype="float32", batch_tokens=None)
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
+    settings = command._settings(options, mesh, source)
+    assert settings["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    parser = argparse.ArgumentParser()
+    add_mesh_options(parser, MeshConfig())
+    assert mesh_config(parser.parse_args(["--mesh.fsdp", "2"])) == MeshConfig(-1, 2)
