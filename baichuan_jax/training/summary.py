@@ -103,6 +103,13 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
         f"{train.num_steps} such steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the "
         f"text's {text_tokens:,}"
     )
+    # One copy over several nodes is refused (Config.check_mesh). A run may shrink to one replica.
+    if config.resilience.check_every > 0 and mesh.shape["data"] == 1:
+        display.say(
+            f"resilience.check_every={config.resilience.check_every}: nothing is compared, since "
+            "there is one replica",
+            style="yellow",
+        )
 
 
 def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None:
