@@ -219,7 +219,9 @@ class Supervisor:
                 continue
             here = ", ".join(sorted(alive)) or "none"
             if waited > options.join_seconds:
-                say(f"too few hosts within {waited:.0f} s: {here}; --min_hosts is {minimum}")
+                count = min(len(alive), options.hosts)
+                why = "" if count < minimum else f"; {count} do not fit: {self._obstacle(count)}"
+                say(f"too few hosts within {waited:.0f} s: {here}; --min_hosts is {minimum}{why}")
                 return None
             if shown != alive:
                 shown = alive
@@ -236,19 +238,24 @@ class Supervisor:
         return {h for h in heartbeats.alive() if h not in lost or heartbeats.heard_since(h, began)}
 
     def _usable(self, hosts: int) -> bool:
-        """Whether mesh and batch divide by the devices of so many hosts.
+        """Whether mesh and batch divide by the devices of so many hosts."""
+        return self._obstacle(hosts) is None
 
-        Their number is known from the newest launch; before the first one, any is tried.
+    def _obstacle(self, hosts: int) -> ConfigError | None:
+        """Why this configuration cannot run on so many hosts.
+
+        The number of their devices is known from the newest launch; before the first one, any
+        number of hosts is tried.
         """
         started = latest(self.run.events, Started)
         if started is None:
-            return True
+            return None
         devices = started.devices // started.processes * self.options.processes * hosts
         try:
             self.config.check_mesh(self.config.mesh.resolve(devices))
-        except ConfigError:
-            return False
-        return True
+        except ConfigError as error:
+            return error
+        return None
 
     def _take_part(self, launch: LaunchFolder, plan: LaunchPlan) -> None:
         """Run this host's processes of a launch to their end, and write how they ended."""

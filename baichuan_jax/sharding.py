@@ -13,6 +13,7 @@ so the same model code runs on a single device. The scheme is t5x's and MaxText'
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Layout:
     def replicas(self) -> int:
         """How often the weights are there to compute with."""
         return self.mesh.shape["data"] * self.mesh.shape["state"]
+
+    @property
+    def batch_shards(self) -> int:
+        """Devices along which the rows of a batch are split."""
+        return math.prod(self.mesh.shape[name] for name in self.batch_axes)
 
     def spec(self, axes: Sequence[str | None]) -> P:
         """The PartitionSpec of an array with these logical axes; None is a dimension never split.

@@ -81,6 +81,8 @@ class Steps:
     # learning_rate, tokens, finite, nonfinite (so far), nonfinite_run (in a row), request (the
     # largest of all processes').
     train: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    # The parameters that a replica computes with: another copy only where `state` splits them.
+    gather: Callable[[Params], Params]
     # Sum of the loss over a batch, and its count of valid labels.
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     # A digest [replicas] uint32 of what each replica holds and computes: its own copy of the
@@ -163,6 +165,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         init=jax.jit(init, out_shardings=state_shardings),
         start=jax.jit(start, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, scalar), donate_argnums=0),
+        gather=jax.jit(weights) if mesh.shape["state"] > 1 else lambda params: params,
         evaluate=jax.jit(_make_evaluate(layout, loss_sum, weights), out_shardings=scalar),
         check=_make_check(layout, loss_sum, weights, param_shardings),
     )

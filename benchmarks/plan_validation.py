@@ -50,6 +50,9 @@ def plan_options(run: Run) -> list[str]:
     """The plan's options for the step of a run."""
     settings = {
         "model.scan_layers": "false",
+        # As they ran: their nodes keep copies of what `fsdp` splits.
+        "mesh.data": -1,
+        "mesh.state": 1,
         "mesh.fsdp": run.fsdp,
         "train.context_length": run.length,
         "train.micro_batch_size": run.rows,
@@ -92,7 +95,7 @@ class Case:
         topology = parse_topology(run.topology)
         hardware = replace(topology.hardware, **run.hardware)
         self.topology = Topology(hardware, topology.shape)
-        self.mesh = AbstractMesh((topology.num_devices // run.fsdp, run.fsdp, 1, 1), AXES)
+        self.mesh = AbstractMesh((topology.num_devices // run.fsdp, 1, run.fsdp, 1, 1), AXES)
 
     def errors(self, rates: Mapping[str, np.ndarray]) -> np.ndarray:
         """Predicted over measured seconds, less 1, for each choice of some rates [choices]."""

@@ -131,7 +131,7 @@ def test_published_runs_are_steps_that_can_be_planned(validation, monkeypatch):
     def step(argv, config, topology):
         mesh = config.mesh.resolve(topology.num_devices)
         config.check_mesh(mesh)
-        planned.append((topology, config.accumulation_steps(mesh), mesh.fsdp))
+        planned.append((topology, config.accumulation_steps(mesh), mesh.fsdp, mesh.state))
         return 0
 
     monkeypatch.setattr("baichuan_jax.plan.__main__.run_child", step)
@@ -140,8 +140,8 @@ def test_published_runs_are_steps_that_can_be_planned(validation, monkeypatch):
     # Reading a configuration takes most of a second.
     for run in validation.RUNS[::6]:
         assert plan_main(validation.plan_options(run)) == 0
-        topology, accumulation, fsdp = planned[-1]
-        assert (accumulation, fsdp) == (run.accumulation, run.fsdp)
+        topology, *ways = planned[-1]
+        assert ways == [run.accumulation, run.fsdp, 1]
         assert topology.num_devices == 8 * run.nodes
         for name, value in run.hardware.items():
             assert getattr(topology.hardware, name) == value

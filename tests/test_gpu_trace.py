@@ -53,7 +53,7 @@ jax.profiler.stop_trace()
 
 def prediction_of(program: hlo.Program) -> Prediction:
     topology = parse_topology("h100:1x1")
-    return predict(program, AbstractMesh((1, 1, 1, 1), AXES), topology, rates_for(topology))
+    return predict(program, AbstractMesh((1,) * len(AXES), AXES), topology, rates_for(topology))
 
 
 def test_a_trace_of_this_cpu_has_every_product_as_often_as_it_ran(tmp_path):

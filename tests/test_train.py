@@ -234,8 +234,11 @@ def test_two_processes_train_to_the_losses_of_one(config, undisturbed, tmp_path)
 
 
 def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
-    """Two processes with kills equal two without, bit for bit; one alone goes on to rounding."""
-    options = ("--mesh.fsdp", "2")
+    """Two processes with kills equal two without, bit for bit; one alone goes on to rounding.
+
+    They share one copy of the state; the one alone has all of it.
+    """
+    options = ("--mesh.data", "1", "--mesh.state", "2", "--mesh.fsdp", "2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     seldom = ("--checkpoint.every", "20")  # saving changes no number
     assert wait_all(start_all(config, straight, *options, *seldom, processes=2, devices=2)) == [
@@ -256,7 +259,7 @@ def test_two_processes_killed_and_resumed_and_then_one_alone(config, tmp_path):
     assert all(wanted[step] == loss for step, loss in losses(killed).items())
     stopped = lines(killed, "events")[-1]
     assert stopped["kind"] == "interrupted"
-    run(config, killed, *options, "--mesh.data", "1", "--mesh.fsdp", "1")
+    run(config, killed, "--mesh.data", "-1", "--mesh.state", "1", "--mesh.fsdp", "1")
     got = losses(killed)
     np.testing.assert_allclose([got[step] for step in wanted], list(wanted.values()), rtol=3e-5)
 

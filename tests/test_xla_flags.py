@@ -77,7 +77,10 @@ def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert threshold("all_gather") == 2 * layer  # bfloat16, whole
     # The shard of one of 8 devices.
-    assert threshold("reduce_scatter") == threshold("all_reduce") == 2 * layer // 8
+    shard = 2 * layer // 8
+    assert threshold("reduce_scatter") == shard
+    copies = ("mesh.data=-1", "mesh.state=1")
+    assert threshold("reduce_scatter", *copies) == threshold("all_reduce", *copies) == shard
     assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
 
 

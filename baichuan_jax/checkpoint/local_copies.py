@@ -1,6 +1,7 @@
 """Copies of the whole state on every host's own disk: the fast tier of checkpoints.
 
-In: a state that every process holds whole (fsdp inside a host, data between hosts). Each host
+In: a state that every process holds whole (`require_whole`: state and fsdp inside a host, data
+between hosts). Each host
 writes its copy often and beside the steps, without asking other hosts, so that a copy costs no
 network. At a start all hosts compare what they have; those without the newest copy (a spare, an
 emptied disk) are sent it by one that has it, and all compare digests (the idea of Gemini, Wang et
@@ -48,6 +49,7 @@ from baichuan_jax.resilience.waits import announced
 from baichuan_jax.runs.events import LocalCopyCorrupt
 from baichuan_jax.runs.files import write_atomically
 from baichuan_jax.runs.private import open_in, open_private, require_private
+from baichuan_jax.step import TrainState
 
 SUFFIX = ".state"
 SETTING = "checkpoint.local_dir"
@@ -85,9 +87,8 @@ class LocalCopies:
     """This host's copies: `save` starts one, `finish` lets it count, `restore` takes the newest.
 
     `record`: the run's file of digests. `rollbacks`: how often the run has rolled back; copies made
-    before the last time do not count. One process of each `host` writes. Raises ConfigError where a
-    process holds only a part of the state, and, on all processes, where another user of a host
-    could read or replace its copies.
+    before the last time do not count. One process of each `host` writes. Raises ConfigError, on all
+    processes, where another user of a host could read or replace its copies.
     """
 
     def __init__(
@@ -109,14 +110,6 @@ class LocalCopies:
         self._rounds = 0
         # Process 0's, of this launch and of those before it; other processes only read it.
         self._recorded: dict[str, str] = {}
-        leaves = zip(names_of(target.items), self._leaves, strict=True)
-        parts = [name for name, leaf in leaves if not _is_whole(leaf)]
-        if parts:
-            raise ConfigError(
-                f"checkpoint.local_dir needs every process to hold the whole state, and {parts[0]} "
-                f"lies across processes ({len(parts)} arrays do); set mesh.fsdp and mesh.tensor to "
-                "a host's devices, or checkpoint.local_dir null"
-            )
 
     @property
     def _leaves(self) -> list[Any]:
@@ -423,6 +416,25 @@ def _remove(folder: int, name: str) -> None:
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
+
+
+def require_whole(state: TrainState) -> None:
+    """Raise ConfigError where a process holds only a part of a state: there can be no copies of it.
+
+    state: shapes with shardings (step.Steps.abstract_state).
+    """
+    items = as_items(state)
+    leaves = zip(names_of(items), jax.tree.leaves(items), strict=True)
+    parts = [(name, leaf.sharding.mesh.shape) for name, leaf in leaves if not _is_whole(leaf)]
+    if parts:
+        name, mesh = parts[0]
+        raise ConfigError(
+            f"checkpoint.local_dir needs every process to hold the whole state, and {name} lies "
+            f"across processes ({len(parts)} arrays do), split by mesh.state={mesh['state']}, "
+            f"mesh.fsdp={mesh['fsdp']} and mesh.tensor={mesh['tensor']}; set mesh.state 1 and "
+            "mesh.data -1, with mesh.fsdp and mesh.tensor inside a host, or checkpoint.local_dir "
+            "null"
+        )
 
 
 def _is_whole(leaf: Any) -> bool:

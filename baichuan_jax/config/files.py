@@ -253,22 +253,29 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+# Axes of the mesh of a command without other settings, and what each splits.
+_PIECES = {"data": "rows", "fsdp": "parameters", "context": "sequence", "tensor": "heads"}
+
+
 def add_mesh_options(parser: argparse.ArgumentParser, default: MeshConfig) -> None:
-    """Add --mesh.data, .fsdp, .context and .tensor to a command that has no other settings."""
+    """Add --mesh.data, .fsdp, .context and .tensor to a command that has no other settings.
+
+    Not .state: such a command keeps weights alone, and each replica computes with all of them.
+    """
     # The same names as in train's settings, so that a user learns them once.
     group = parser.add_argument_group(
         "mesh", "devices along each axis; one of them may be -1: all that are left"
     )
-    split = ("rows", "parameters", "sequence", "heads")
-    for item, size, what in zip(fields(MeshConfig), default.shape, split, strict=True):
+    for name, what in _PIECES.items():
+        size = getattr(default, name)
         group.add_argument(
-            f"--mesh.{item.name}", type=int, default=size, metavar="N", help=f"pieces of the {what}"
+            f"--mesh.{name}", type=int, default=size, metavar="N", help=f"pieces of the {what}"
         )
 
 
 def mesh_config(options: argparse.Namespace) -> MeshConfig:
     """The mesh of the options that add_mesh_options added."""
-    return MeshConfig(*(getattr(options, f"mesh.{item.name}") for item in fields(MeshConfig)))
+    return MeshConfig(**{name: getattr(options, f"mesh.{name}") for name in _PIECES})
 
 
 def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:

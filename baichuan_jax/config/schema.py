@@ -720,16 +720,23 @@ class Config:
             ("model.intermediate_size", self.model.intermediate_size, "tensor", mesh.tensor),
             ("model.vocab_size", self.model.vocab_size, "tensor", mesh.tensor),
             ("model.hidden_size", self.model.hidden_size, "fsdp", mesh.fsdp),
-            (
-                "model.hidden_size / mesh.fsdp",
-                self.model.hidden_size // mesh.fsdp,
-                "state",
-                mesh.state,
-            ),
             ("train.context_length", self.train.context_length, "context", mesh.context),
         ):
             require(size % count == 0, f"mesh.{axis}={count} does not divide {what}={size}")
+        shard = self.model.hidden_size // mesh.fsdp
+        most = math.gcd(shard, mesh.state)
+        require(
+            most == mesh.state,
+            f"mesh.state={mesh.state} does not divide model.hidden_size / mesh.fsdp = {shard}; on "
+            f"as many devices, mesh.state {most} and mesh.data {mesh.data * mesh.state // most} do",
+        )
         self.accumulation_steps(mesh)
+        require(
+            self.resilience.check_every == 0 or mesh.data > 1 or mesh.state == 1,
+            f"resilience.check_every={self.resilience.check_every} compares copies of the state, "
+            f"and with mesh.data=1 and mesh.state={mesh.state} there is one; set mesh.data to 2 or "
+            "more (a smaller mesh.state), or resilience.check_every 0",
+        )
 
     def on_part(self, full: MeshConfig) -> "Config":
         """This configuration on fewer devices than `full` has, with unchanged rows in a pass.
@@ -752,8 +759,7 @@ class Config:
         require(
             batch % rows == 0,
             f"mesh.data x mesh.state x mesh.fsdp = {mesh.data} x {mesh.state} x {mesh.fsdp} = "
-            f"{rows} does not divide "
-            f"train.global_batch_size={batch}",
+            f"{rows} does not divide train.global_batch_size={batch}",
         )
         if self.train.micro_batch_size is None:
             return 1

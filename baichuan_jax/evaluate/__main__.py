@@ -183,7 +183,8 @@ def _settings(options: argparse.Namespace, mesh: Mesh, source: Source) -> dict[s
         "dtype": options.dtype,
         "attention": attention,
         "device": device.device_kind,
-        "mesh": dict(mesh.shape),
+        # As earlier versions wrote it: their evaluations go on. The command splits no state.
+        "mesh": {name: size for name, size in mesh.shape.items() if name != "state"},
         "batch_tokens": options.batch_tokens or default_batch_tokens(),
     }
 

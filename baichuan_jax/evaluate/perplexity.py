@@ -85,7 +85,7 @@ def perplexity_curve(
     is not finite.
     """
     layout = None if mesh is None else Layout(mesh)
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = 1 if layout is None else layout.batch_shards
     loss_sums, params = _make_loss_sums(model, layout)
     rows = []
     check_contexts(contexts, tokens)

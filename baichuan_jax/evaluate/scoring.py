@@ -79,7 +79,7 @@ class Scorer:
         self._graphdef, state = nnx.split(model)
         self._params: Params = nnx.to_pure_dict(state)
         self._layout = None if mesh is None else Layout(mesh)
-        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._shards = 1 if self._layout is None else self._layout.batch_shards
         self._length_step = 1 if mesh is None else mesh.shape["context"]
         self._batch_tokens = batch_tokens or default_batch_tokens()
         self._compiled: dict[tuple, jax.stages.Compiled] = {}

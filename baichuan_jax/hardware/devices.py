@@ -88,19 +88,20 @@ def require_memory(config: Config, mesh: MeshConfig, device: Any) -> None:
     require(
         sum(least.values()) <= there,
         f"{largest} needs {least[largest] / 2**30:,.1f} GiB at least on each device, and one has "
-        f"{there / 2**30:,.1f}; make it smaller, or take more devices (mesh.fsdp, mesh.tensor)",
+        f"{there / 2**30:,.1f}; make it smaller, or take more devices "
+        "(mesh.state, mesh.fsdp, mesh.tensor)",
     )
 
 
 def least_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """The bytes on one device of what is there all the time, by what it is."""
     model, train = config.model, config.train
-    shards = mesh.data * mesh.fsdp * mesh.context
+    shards = mesh.batch_shards * mesh.context
     tokens = train.global_batch_size * train.context_length
     return {
         # Parameters and two moments, in float32.
         f"the state of {model.num_parameters:,} parameters (model.*)": (
-            12 * model.num_parameters // (mesh.fsdp * mesh.tensor)
+            12 * model.num_parameters // (mesh.state * mesh.fsdp * mesh.tensor)
         ),
         # Inputs and labels, in int32.
         f"a batch of {tokens:,} tokens (train.global_batch_size, train.context_length)": (

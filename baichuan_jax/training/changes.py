@@ -63,6 +63,7 @@ CONSEQUENCES = {
     "train.global_batch_size": "goes on at the next row; another count of tokens a step",
     "train.micro_batch_size": _ROUNDING,
     "train.loss_chunk_size": _ROUNDING,
+    "train.gradient_dtype": "gradients are rounded otherwise: losses agree to that rounding",
     "train.z_loss": "losses before and after cannot be compared",
     "train.seed": "refused once rows are read: their order follows from it",
     "train.deterministic": _ROUNDING,

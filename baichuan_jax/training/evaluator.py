@@ -55,8 +55,11 @@ class Evaluator:
         values: dict[str, Any] = {}
         if self.validates:
             values |= self._validate(step, params)
-        for test, prompts in self._tests:
-            values |= self._score(step, params, test, prompts)
+        if self._tests:
+            # Once, and not in the pass over every batch of prompts.
+            whole = self._steps.gather(params)
+            for test, prompts in self._tests:
+                values |= self._score(step, whole, test, prompts)
         self._recorder.evaluation(step, values)
 
     def _validate(self, step: int, params: Params) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Evaluator:
             )
             return {}
         # Draws with the run's seed: the same run writes the same samples.
-        texts = Generator(self._model(params)).generate(
+        texts = Generator(self._model(self._steps.gather(params))).generate(
             self._prepared.tokenizer,
             sample.prompts,
             max_new_tokens=sample.max_new_tokens,

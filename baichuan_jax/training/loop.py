@@ -163,11 +163,11 @@ def _work(launch: Launch, step: int, request: Request) -> Work:
     config = launch.config
     last, stop = step == config.train.num_steps, request is Request.STOP
     every = config.resilience.check_every
-    replicas = launch.steps.layout.mesh.shape["data"]
+    copies = launch.steps.layout.mesh.shape["data"]
     return Work(
         save=launch.store.due(step, request),
         evaluate=last or step % config.evaluate.every == 0,
-        compare=replicas > 1 and every > 0 and step % every == 0,
+        compare=copies > 1 and every > 0 and step % every == 0,
         end_trace=launch.profiler.until is not None and (stop or step == launch.profiler.until),
     )
 

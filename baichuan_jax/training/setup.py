@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
+from baichuan_jax.checkpoint.local_copies import require_whole
 from baichuan_jax.checkpoint.state import RunState
 from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import Loader
@@ -72,7 +73,8 @@ def start_devices(
     """Make the mesh and the steps on it, and check the hosts.
 
     Returns the number of this launch, and the configuration with its mesh resolved. Raises
-    ConfigError where the devices or a forced kernel do not fit it, and what preflight finds wrong.
+    ConfigError where the devices, a forced kernel or local_dir do not fit it, and what preflight
+    finds wrong.
     """
     mesh = make_mesh(config.mesh)
     # Only now is the platform known, and a CPU keeps no programs.
@@ -85,6 +87,9 @@ def start_devices(
     choices = Choices(_choose_kernels(config), flags)
     display = Display(active=jax.process_index() == 0)
     steps = make_steps(config, mesh)
+    # Before text is packed, which may take hours.
+    if config.checkpoint.local_dir is not None:
+        require_whole(steps.abstract_state)
     # From here on the other processes are watched: the checks below are the first collectives.
     number = watch.join()
     _refuse_other_settings(config)

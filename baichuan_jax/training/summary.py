@@ -103,6 +103,13 @@ def _show_start(display: Display, config: Config, mesh: Mesh, text_tokens: int) 
         f"{train.num_steps} such steps = {tokens:,} tokens, {tokens / text_tokens:.2f} times the "
         f"text's {text_tokens:,}"
     )
+    # One copy over several nodes is refused (Config.check_mesh). A run may shrink to one replica.
+    if config.resilience.check_every > 0 and mesh.shape["data"] == 1:
+        display.say(
+            f"resilience.check_every={config.resilience.check_every}: nothing is compared, since "
+            "there is one replica",
+            style="yellow",
+        )
 
 
 def _show_left_out(display: Display, config: Config, prepared: Prepared) -> None:
@@ -290,11 +297,12 @@ def explain_failure(
 def _what_would_fit(config: Config) -> str:
     """Settings that need less memory than these, most useful first."""
     # In the order of their price: a smaller micro-batch costs a little speed, more recomputation a
-    # third of the forward pass, a larger fsdp other collectives.
+    # third of the forward pass, fewer copies of the state cannot be compared, a larger fsdp has
+    # other collectives.
     ideas = []
     train, mesh = config.train, config.mesh
     # Without the setting, a device takes its whole share in one pass.
-    micro = train.micro_batch_size or train.global_batch_size // (mesh.data * mesh.fsdp)
+    micro = train.micro_batch_size or train.global_batch_size // mesh.batch_shards
     if micro > 1:
         ideas.append(f"--train.micro_batch_size {micro // 2} (now {micro})")
     if config.model.remat != "full":
@@ -303,6 +311,7 @@ def _what_would_fit(config: Config) -> str:
         ideas.append(f"--train.loss_chunk_size {chunk // 2} (now {chunk})")
     if mesh.data > 1:
         ideas.append(
-            f"a larger mesh.fsdp (now {mesh.fsdp}) and a smaller mesh.data (now {mesh.data})"
+            f"a larger mesh.state (now {mesh.state}) or mesh.fsdp (now {mesh.fsdp}) and a "
+            f"smaller mesh.data (now {mesh.data})"
         )
     return "What needs less: " + "; ".join([*ideas, "more devices", "a smaller model"])

@@ -46,6 +46,7 @@ def overrides(sizes: Sizes, **changes: Any) -> list[str]:
         "train.micro_batch_size": sizes.batch,
         "train.loss_chunk_size": sizes.loss_chunk,
         "mesh.data": 1,
+        "mesh.state": 1,
         "mesh.fsdp": 1,
         **changes,
     }

@@ -345,11 +345,17 @@ def test_two_hosts_go_on_from_their_copies_and_one_without_is_sent_the_other_s(t
     assert all(event["blocked_seconds"] <= event["seconds"] for event in copied)
 
 
-def test_a_state_that_lies_across_processes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        (("--mesh.fsdp", "2"), "split by mesh.state=1, mesh.fsdp=2 and"),
+        (("--mesh.data", "1", "--mesh.state", "-1"), "split by mesh.state=2, mesh.fsdp=1 and"),
+    ],
+)
+def test_a_state_that_lies_across_processes_is_refused(tmp_path, mesh, said):
     config = write_config(tmp_path)
     options = [
-        "--mesh.fsdp",
-        "2",
+        *mesh,
         "--checkpoint.local_dir",
         str(tmp_path / "disk"),
         "--checkpoint.local_every",
@@ -359,7 +365,11 @@ def test_a_state_that_lies_across_processes_is_refused(tmp_path):
         78,
         78,
     ]
-    assert "needs every process to hold the whole state" in (tmp_path / "run.0.log").read_text()
+    log = (tmp_path / "run.0.log").read_text()
+    assert "needs every process to hold the whole state" in log
+    assert said in log
+    # Before the text is packed.
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
 
 
 def test_one_of_the_two_settings_alone_is_refused(tmp_path):

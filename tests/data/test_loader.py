@@ -179,7 +179,9 @@ def test_corpora_are_mixed_by_weight_and_each_is_used_in_full(corpora, load, wei
     assert max(counts.values()) - min(counts.values()) <= 1  # whole epochs, and a part of one
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 2, 1, 1, 2)], ids=str
+)
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_every_device_holds_its_slice_of_the_global_batch(corpora, load, shape, accumulation_steps):
     source = (corpora[0], 1.0)
@@ -199,17 +201,17 @@ def test_every_device_holds_its_slice_of_the_global_batch(corpora, load, shape, 
     }
     wanted = {"inputs": whole[..., :-1], "labels": whole[..., 1:], **documents}
     assert batch.keys() == wanted.keys()
-    data, fsdp, context, _ = shape
-    B, C = whole.shape[1] // (data * fsdp), T // context
-    mesh = make_mesh(MeshConfig(*shape)).devices
+    sizes = MeshConfig(*shape)
+    B, C = whole.shape[1] // sizes.batch_shards, T // sizes.context
+    mesh = make_mesh(sizes).devices
     for name, array in batch.items():
         held = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
         assert len(held) == 8
-        for (d, f, c, t), device in np.ndenumerate(mesh):
-            b = d * fsdp + f
+        for (d, s, f, c, t), device in np.ndenumerate(mesh):
+            b = (d * sizes.state + s) * sizes.fsdp + f
             expected = wanted[name][:, b * B : (b + 1) * B, c * C : (c + 1) * C]
             np.testing.assert_array_equal(
-                held[device], expected, err_msg=f"{name} of {(d, f, c, t)}"
+                held[device], expected, err_msg=f"{name} of {(d, s, f, c, t)}"
             )
 
 

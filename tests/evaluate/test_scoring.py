@@ -1,18 +1,24 @@
 """Scores of shared, batched and padded prompts against each prompt run by itself."""
 
+import argparse
+import types
+
 import jax
 import numpy as np
 import pytest
+from conftest import build
 from flax import nnx
 
+from baichuan_jax.config.files import add_mesh_options, mesh_config
 from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
+from baichuan_jax.evaluate import __main__ as command
 from baichuan_jax.evaluate.perplexity import parse_contexts, perplexity_curve, read_stream
 from baichuan_jax.evaluate.prompts import Prompt
 from baichuan_jax.evaluate.results import score_prompts
 from baichuan_jax.evaluate.scoring import Scorer, ScoreRequest
 from baichuan_jax.hf.weights import export, load_pretrained
 from baichuan_jax.kernels.attention.reference import prefix_attention
-from baichuan_jax.model import Transformer
+from baichuan_jax.model import Transformer, abstract_model
 from baichuan_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(
@@ -62,7 +68,7 @@ def make_requests():
     return [*requests, ScoreRequest(tokens(51), (7, 8, 9, 10), "alone")]
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [None, (2, 1, 1, 2, 2), (1, 2, 2, 2)])
 def test_scores_are_those_of_each_prompt_alone(model, tmp_path, shape):
     requests = make_requests()
     if shape is None:
@@ -84,6 +90,23 @@ def test_scores_are_those_of_each_prompt_alone(model, tmp_path, shape):
     assert scorer.work.prompt_tokens == sum(len(request.tokens) for request in requests)
     if shape is None:  # 70 tokens went through once, not seven times
         assert scorer.work.run_tokens < 0.8 * scorer.work.prompt_tokens
+
+
+def test_a_state_that_replicas_share_scores_as_the_same_weights_on_one_device(tiny_config):
+    config, steps = build(tiny_config, (1, 1, 1, 2, 2))
+    params = steps.init().params
+    whole = steps.gather(params)
+    assert any("state" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(params))
+    assert not any("state" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(whole))
+    requests = make_requests()[-2:]
+    graphdef, _, _ = abstract_model(config.model)
+    on_mesh = Scorer(nnx.merge(graphdef, whole), steps.layout.mesh)
+    alone = Scorer(nnx.merge(graphdef, jax.device_get(params)))
+    for one, other in zip(on_mesh.score(requests)[0], alone.score(requests)[0], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    # Where every replica has all weights, there is no other copy.
+    _, steps = build(tiny_config, (2, 1, 1, 1))
+    assert steps.gather(params) is params
 
 
 def test_a_prefix_in_bfloat16_is_that_of_the_plain_attention():
@@ -194,3 +217,16 @@ def test_the_text_of_a_curve_is_as_packed_and_counted(limit, tokens, documents, 
         "empty_documents": 1 + (documents == 4),
         "text_cut": is_cut,
     }
+
+
+def test_an_evaluation_that_an_earlier_version_began_on_a_mesh_goes_on(monkeypatch):
+    """It wrote the axes that the command has; a folder with other settings is refused."""
+    monkeypatch.setattr(command, "weights_sha256", lambda source: "0")
+    source = types.SimpleNamespace(path="weights", model=CONFIG)
+    options = argparse.Namespace(dtype="float32", batch_tokens=None)
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
+    settings = command._settings(options, mesh, source)
+    assert settings["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    parser = argparse.ArgumentParser()
+    add_mesh_options(parser, MeshConfig())
+    assert mesh_config(parser.parse_args(["--mesh.fsdp", "2"])) == MeshConfig(-1, 2)

@@ -1,16 +1,20 @@
 """A supervisor's hold on the processes of its host."""
 
+import dataclasses
 import signal
+import time
 import types
 
 import pytest
 
 from baichuan_jax import launch
-from baichuan_jax.config.schema import Config
+from baichuan_jax.config.files import load_config, shipped
+from baichuan_jax.config.schema import Config, MeshConfig
 from baichuan_jax.resilience import host_processes as module
 from baichuan_jax.resilience.causes import BadHost
 from baichuan_jax.resilience.host_processes import HostProcesses
 from baichuan_jax.resilience.launch_files import HostEnd, LaunchFolder, LaunchPlan
+from baichuan_jax.runs.events import Started, append_event
 
 
 class Child:
@@ -113,3 +117,27 @@ def test_a_signal_before_the_processes_run_stops_them_all_the_same(moment, tmp_p
     codes = [] if moment in ("plan", "coordinator") else [75, 75]
     assert [exit.code for exit in end.exits.values()] == codes
     assert len(begun) == len(codes)
+
+
+def test_numbers_of_hosts_that_do_not_fit_are_passed_over_and_the_reason_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    """Of four hosts of eight devices, which share one copy of the state, one is lost."""
+    append_event(tmp_path / "run", Started(attempt=1, devices=32, processes=4))
+    settings = ["mesh.state=4", "mesh.fsdp=8", "train.global_batch_size=96"]
+    config = load_config(shipped()["tiny"], [f"run_dir={tmp_path}/run", *settings])
+    options, _ = launch._parse(["--host", "a", "--address", "127.0.0.1", "--join_seconds", "0"])
+    options.hosts, options.min_hosts = 4, 1
+    supervisor = launch.Supervisor(options, config, [])
+    monkeypatch.setattr(launch.Supervisor, "_alive", lambda *_: {"a", "b", "c"})
+    monkeypatch.setattr(launch, "TICK", 0.0)
+    assert supervisor._agree_on_plan(supervisor.launches[2], time.monotonic()) is None
+    said = capsys.readouterr().err
+    assert "a, b, c; --min_hosts is 1; 3 do not fit: mesh (data, state, fsdp, context" in said
+    assert "needs a multiple of 32 devices and there are 24" in said
+    # One copy over all hosts that are left fits whatever divides batch and model.
+    mesh = MeshConfig(data=1, state=-1, fsdp=8)
+    supervisor.config = dataclasses.replace(config, mesh=mesh)
+    plan = supervisor._agree_on_plan(supervisor.launches[2], time.monotonic())
+    assert plan is not None
+    assert plan.hosts == ("a", "b", "c")

@@ -3,11 +3,14 @@
 import dataclasses
 import types
 
+import jax
 import pytest
 
-from baichuan_jax.config.schema import ConfigError
+from baichuan_jax.config.schema import ConfigError, MeshConfig, ResilienceConfig
 from baichuan_jax.resilience import coordination
-from baichuan_jax.training import setup
+from baichuan_jax.runs.console import Display
+from baichuan_jax.sharding import make_mesh
+from baichuan_jax.training import setup, summary
 
 
 def test_a_host_with_other_settings_is_refused_with_the_first_that_differs(
@@ -32,3 +35,14 @@ def test_a_host_with_other_settings_is_refused_with_the_first_that_differs(
         ConfigError, match=r"optimizer\.learning_rate is .* for process 0 and 1e-09 for process"
     ):
         setup._refuse_other_settings(other)
+
+
+def test_where_there_is_one_replica_the_start_says_that_none_are_compared(tiny_config, capsys):
+    for data in (1, 2):
+        mesh = MeshConfig(data, 1, 1, 1)
+        config = dataclasses.replace(
+            tiny_config, mesh=mesh, resilience=ResilienceConfig(check_every=5)
+        )
+        summary._show_start(Display(), config, make_mesh(mesh, jax.devices()[:data]), 1000)
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("check_every=5: nothing is compared" in said) == (data == 1)

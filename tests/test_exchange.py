@@ -1,0 +1,286 @@
+"""What replicas exchange in a step: the numbers are one device's, and each thing goes once."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import build
+from test_step import assert_same, initial_state, with_settings
+
+from baichuan_jax.config.schema import Config
+from baichuan_jax.data.loader import document_arrays
+from baichuan_jax.plan import hlo
+from baichuan_jax.plan.roofline import axes_of
+from baichuan_jax.sharding import REPLICAS
+from baichuan_jax.step import Steps
+
+# Meshes are (data, fsdp, context, tensor, state).
+ONE = (1, 1, 1, 1)
+ROWS, LENGTH = 24, 32
+MATRICES = ("embedding", "w_pack", "w_out", "w_gate", "w_up", "w_down", "lm_head")
+
+
+def configured(config: Config, *, masked: bool = False, micro: int | None = None, **model):
+    """tiny_config with 24 rows a step, which 1 to 4 micro-batches divide."""
+    return with_settings(
+        config,
+        model=model,
+        data={"document_mask": masked},
+        train={
+            "global_batch_size": ROWS,
+            "context_length": LENGTH,
+            "micro_batch_size": micro,
+        },
+        optimizer={"eps": 1e-2},  # a large one keeps AdamW from magnifying roundings
+    )
+
+
+def accumulated(config: Config, shape: tuple[int, ...], micro_batches: int) -> Config:
+    """The configuration whose step has so many micro-batches on this mesh."""
+    data, fsdp, _, _, *state = shape
+    rows = ROWS // (data * fsdp * math.prod(state)) // micro_batches
+    return with_settings(config, train={"micro_batch_size": rows})
+
+
+@functools.cache
+def batches() -> list[dict[str, np.ndarray]]:
+    """Arrays [24, T] for two steps; documents end at token 3, and some labels are ignored."""
+    rows = np.random.default_rng(5).integers(0, 512, (2, ROWS, LENGTH + 1)).astype(np.int32)
+    rows[rows % 11 == 0] = 3
+    found = []
+    for step in rows:
+        labels = step[:, 1:].copy()
+        labels[0, :5] = labels[-1, -9:] = -100
+        found.append({"inputs": step[:, :-1], "labels": labels, **document_arrays(step[:, :-1], 3)})
+    return found
+
+
+def put(config: Config, steps: Steps, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch in micro-batches on the mesh."""
+    accumulation = config.accumulation_steps(config.mesh)
+    return {
+        name: jax.device_put(batch[name].reshape(accumulation, -1, LENGTH), steps.batch_sharding)
+        for name in steps.batch_shapes
+    }
+
+
+def trained(config: Config, shape: tuple[int, ...]):
+    """(loss, norm) of two steps, and the parameters after them."""
+    initial = initial_state(config.model)
+    config, steps = build(config, shape)
+    state = jax.device_put(initial, steps.state_shardings)
+    curve = []
+    for batch in batches():
+        state, metrics = steps.train(state, put(config, steps, batch), steps.request())
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(curve), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """What one device makes of a configuration, by what changes its numbers."""
+    found = {}
+
+    def get(config: Config):
+        key = (config.model.num_layers, config.data.document_mask)
+        if key not in found:
+            found[key] = trained(config, ONE)
+        return found[key]
+
+    return get
+
+
+STATES = [(1, 1, 1, 1, 2), (1, 1, 1, 1, 4), (1, 1, 1, 1, 8)]
+MIXED = [
+    *((2, 1, 1, 1, 2), (1, 2, 1, 1, 2), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2), (2, 2, 1, 1, 2)),
+    *((1, 2, 1, 2, 2), (1, 1, 2, 2, 2), (2, 1, 2, 1, 2), (1, 2, 1, 1, 4), (2, 1, 1, 1, 4)),
+]
+COPIES = [(4, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2)]
+# (mesh, micro-batches, blocks, scan_layers, remat, documents)
+USUAL = [
+    ((2, 1, 1, 1, 2), 3, 3, False, "none", True),
+    ((1, 2, 1, 2, 2), 2, 2, True, "none", False),
+    ((1, 1, 1, 1, 4), 1, 1, False, "full", False),
+]
+EVERY = [
+    *((shape, count, 3, False, "none", False) for shape in STATES[:2] for count in (1, 2, 3)),
+    *((shape, count, 2, True, "full", True) for shape in STATES[:2] for count in (1, 2, 3)),
+    *((STATES[2], count, 2, scan, "none", False) for count in (1, 3) for scan in (True, False)),
+    *((STATES[0], 4, 2, scan, "none", False) for scan in (True, False)),
+    *((shape, 3, 2, scan, "none", True) for shape in MIXED for scan in (True, False)),
+    *((shape, 1, 3, False, "full", False) for shape in MIXED),
+    # Copies alone: all-reduces instead of gathers and scatters.
+    *((shape, count, 3, False, "none", False) for shape in COPIES for count in (1, 2, 3)),
+    *((COPIES[0], count, 2, True, "full", False) for count in (2, 3)),
+    # Without a second or third block nothing waits for one.
+    *(
+        (shape, count, blocks, False, "none", False)
+        for shape in (STATES[0], COPIES[1], (1, 4, 1, 1))
+        for count in (1, 2)
+        for blocks in (1, 2)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro_batches", "blocks", "scan", "remat", "masked"),
+    [
+        *USUAL,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in USUAL),
+    ],
+    ids=str,
+)
+def test_what_is_exchanged_gives_the_single_device_loss_gradients_and_parameters(
+    tiny_config, on_one_device, shape, micro_batches, blocks, scan, remat, masked
+):
+    model = {"num_layers": blocks}
+    config = configured(tiny_config, masked=masked, scan_layers=scan, remat=remat, **model)
+    got = trained(accumulated(config, shape, micro_batches), shape)
+    assert_same(got, on_one_device(configured(tiny_config, masked=masked, **model)))
+
+
+def gradients_of(config: Config, shape: tuple[int, ...]) -> np.ndarray:
+    """All gradients of a first step as one vector, from AdamW's first moment."""
+    config, steps = build(with_settings(config, optimizer={"clip_norm": 1e9}), shape)
+    state = jax.device_put(initial_state(config.model), steps.state_shardings)
+    state, _ = steps.train(state, put(config, steps, batches()[0]), steps.request())
+    moments = jax.tree.leaves(jax.device_get(optax.tree.get(state.opt_state, "mu")))
+    return np.concatenate([moment.ravel() for moment in moments]) / (1 - config.optimizer.beta1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scan"),
+    [
+        ((2, 1, 1, 1, 4), False),
+        *(
+            pytest.param(shape, scan, marks=pytest.mark.slow)
+            for shape, scan in [
+                ((8, 1, 1, 1), True),
+                ((8, 1, 1, 1), False),
+                ((1, 1, 1, 1, 8), False),
+                ((2, 1, 1, 1, 4), True),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_gradients_of_a_bfloat16_model_are_summed_in_the_type_that_is_set(tiny_config, shape, scan):
+    """Eight replicas' sum, against one device's float32 sum over the same rows."""
+    base = configured(tiny_config, dtype="bfloat16", scan_layers=scan, micro=ROWS // 8)
+    of = lambda dtype, shape: gradients_of(
+        with_settings(base, train={"gradient_dtype": dtype}), shape
+    )
+    wanted = of("float32", ONE)
+    error = lambda found: np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    wide, narrow = error(of("float32", shape)), error(of("bfloat16", shape))
+    print(f"error {wide:.2e} in float32, {narrow:.2e} in bfloat16")
+    assert wide < narrow / 4
+    assert 1e-4 < narrow < 1e-2  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 1, 2, 2),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in (STATES[2], MIXED[4])),
+    ],
+    ids=str,
+)
+def test_evaluation_gathers_what_replicas_share(tiny_config, on_one_device, shape):
+    config = configured(tiny_config, micro=2)
+    (loss, _), _ = on_one_device(configured(tiny_config))[0]
+    config, steps = build(config, shape)
+    state = jax.device_put(initial_state(config.model), steps.state_shardings)
+    total, count = steps.evaluate(state.params, put(config, steps, batches()[0]))
+    assert int(count) == ROWS * LENGTH - 14
+    assert float(total) / int(count) == pytest.approx(loss, rel=1e-6)
+
+
+class Exchanged(NamedTuple):
+    """A collective of a compiled program."""
+
+    kind: str
+    axes: str
+    bytes: float  # of one device's operands
+    times: int
+    loops: tuple[int, ...]  # turns of each loop around it, the outermost first
+
+
+def exchanges(program: hlo.Program, steps: Steps) -> Iterator[Exchanged]:
+    """The collectives of a program, in loops and outside."""
+
+    def inside(computation: hlo.Computation, loops: tuple[int, ...]) -> Iterator[Exchanged]:
+        for item in computation.instructions:
+            kind = item.opcode.removesuffix("-start")
+            if kind in hlo.COLLECTIVES:
+                groups = hlo.replica_groups(item.attributes, steps.layout.mesh.size)
+                axes = axes_of(groups, steps.layout.mesh, kind == "collective-permute")
+                size = sum(hlo.shape_bytes(computation.shape_of(name)) for name in item.operands)
+                yield Exchanged(kind, axes, size, math.prod(loops), loops)
+            for name in item.called if item.opcode in ("while", "call") else ():
+                turns = (program.trip_count(computation, item),) if item.opcode == "while" else ()
+                yield from inside(program.computations[name], loops + turns)
+
+    return inside(program.entry, ())
+
+
+def between_replicas(program: hlo.Program, steps: Steps) -> list[Exchanged]:
+    return [
+        item
+        for item in exchanges(program, steps)
+        if not {*REPLICAS}.isdisjoint(item.axes.split("+"))
+    ]
+
+
+def split_bytes(steps: Steps, of_element: int, parts: int) -> int:
+    """Of all matrices, split among so many devices."""
+    return sum(
+        leaf.size * of_element // parts
+        for path, leaf in jax.tree.leaves_with_path(steps.state_shapes.params)
+        if path[-1].key in MATRICES
+    )
+
+
+@pytest.mark.parametrize(
+    ("scan", "shape"),
+    [
+        (False, (2, 1, 1, 2, 2)),
+        pytest.param(True, (2, 1, 1, 2, 2), marks=pytest.mark.slow),
+        pytest.param(False, (2, 2, 1, 1, 2), marks=pytest.mark.slow),
+        pytest.param(False, (1, 2, 1, 2, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_replicas_gather_and_sum_once_a_step(tiny_config, shape, scan, compiled_anew, capfd):
+    """Whatever the number of micro-batches, of which two are in a loop here."""
+    config = configured(tiny_config, num_layers=3, scan_layers=scan)
+    config, steps = build(accumulated(config, shape, 6 if shape[0] == 2 else 4), shape)
+    compiled = steps.lower().compile()
+    assert "rematerialization" not in capfd.readouterr().err
+    text = compiled.as_text()
+    found = between_replicas(hlo.parse(text), steps)
+    # In no loop over micro-batches; a scan's sums go layer by layer.
+    around = {item.loops for item in found if item.bytes > 1000}
+    assert around == ({(), (3,)} if scan else {()})
+    assert not [item for item in exchanges(hlo.parse(text), steps) if len(item.loops) > 2]
+    data, fsdp, _, tensor, state = shape
+    inner = fsdp * tensor
+    sent = {}
+    for item in found:
+        # The loss needs its few numbers of all devices.
+        if item.bytes > 1000:
+            key = item.kind, item.axes
+            sent[key] = sent.get(key, 0) + item.bytes * item.times
+    norms = 4 * 64 * (2 * 3 + 1)
+    assert sent.pop(("all-gather", "state")) == split_bytes(steps, 4, inner * state)
+    scattered = sent.pop(("reduce-scatter", "state"))
+    assert scattered == split_bytes(steps, 4, inner)
+    if data > 1:
+        reduced = sent.pop(("all-reduce", "data"))
+        assert reduced == pytest.approx(split_bytes(steps, 4, inner * state), abs=norms)
+    assert all(size <= norms for size in sent.values()), sent
