@@ -246,9 +246,10 @@ def several_nodes(
     errors = np.stack([case.errors(axes).reshape(shape) for case in shown])
     series = [case.run.series for case in every]
     place = int(np.abs(MATMUL["matmul"] - matmul).argmin())
+    telling = [index for index, case in enumerate(every) if case.run.overlaps]
     rows = []
     for index, case in enumerate(cases):
-        rest = [other for other in range(len(every)) if other != index]
+        rest = [other for other in telling if other != index]
         left = without_software(errors[rest], [series[other] for other in rest])
         choice = best(left)
         rates = {"matmul": matmul, **{name: float(others[name][choice]) for name in others}}
@@ -258,7 +259,7 @@ def several_nodes(
         if own:
             row["own_error"] = float(errors[index, best(errors[own, :, choice]), choice])
         rows.append(row)
-    return fit_nodes(every, errors, others), rows
+    return fit_nodes([every[index] for index in telling], errors[telling], others), rows
 
 
 def cells(row: dict) -> list[str]:
