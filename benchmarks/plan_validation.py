@@ -12,7 +12,9 @@ the interval that `plan` states.
 """
 
 import argparse
+import functools
 import hashlib
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Hashable, Mapping, Sequence
@@ -35,6 +37,7 @@ from baichuan_jax.plan.prediction import predict
 from baichuan_jax.plan.rates import NETWORK, RATES, assumptions_for
 from baichuan_jax.sharding import AXES
 
+CONFIGURATION = "configs/baichuan_7b_a800.yaml"
 # The rates that are fitted on single nodes and on several, and the values that are tried.
 MATMUL = {"matmul": np.arange(0.44, 0.90, 0.01)}
 NODES = {
@@ -42,6 +45,24 @@ NODES = {
     "contention": np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25]),
     "straggler": np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08]),
 }
+# The rates that XLA's scheduler is told. They are no table's: a fit must not change the programs
+# that it is made from.
+SCHEDULE = {
+    "memory": 0.85,
+    "intra_node": 0.78,
+    "inter_node": 0.7,
+    "contention": 0.06,
+    "straggler": 0.0,
+    "launch_us": 3.0,
+    "intra_latency_us": 20.0,
+    "inter_latency_us": 5.0,
+}
+SCHEDULE_PRODUCTS = {
+    "a100": {"matmul": 0.68, "kernel": 0.65},
+    "h100": {"matmul": 0.51, "kernel": 0.5},
+}
+# Modules of the package that change no program whose rates are given.
+READERS = ("plan/rates.py", "plan/interval.py", "plan/report.py", "plan/search.py")
 # A value of a rate fits as well as the best one where the mean error grows by so much at most.
 AS_GOOD = 0.002
 
@@ -50,7 +71,7 @@ def plan_options(run: Run) -> list[str]:
     """The plan's options for the step of a run."""
     settings = {
         "model.scan_layers": "false",
-        # As they ran: their nodes keep copies of what `fsdp` splits.
+        # As published, whatever the configuration's own mesh is.
         "mesh.data": -1,
         "mesh.state": 1,
         "mesh.fsdp": run.fsdp,
@@ -59,9 +80,26 @@ def plan_options(run: Run) -> list[str]:
         "train.global_batch_size": run.rows * run.accumulation * run.nodes * 8,
         **run.settings,
         **{f"hardware.{name}": value for name, value in run.hardware.items()},
+        **{
+            f"rates.{name}": value
+            for name, value in (SCHEDULE | SCHEDULE_PRODUCTS[run.kind]).items()
+        },
     }
-    options = ["--config", "configs/baichuan_7b_a800.yaml", "--topology", run.topology]
+    options = ["--config", CONFIGURATION, "--topology", run.topology]
     return options + [f"--{name}={value}" for name, value in settings.items()]
+
+
+@functools.cache
+def makers(package: Path, configuration: Path) -> str:
+    """A digest of what makes a program beside its options: sources, configuration and compilers."""
+    found = hashlib.sha256(configuration.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in READERS:
+            found.update(f"{name}\0{path.read_text(encoding='utf-8')}\0".encode())
+    for name in ("jax", "jaxlib", "triton", "jax-triton"):
+        found.update(f"{name}\0{importlib.metadata.version(name)}\0".encode())
+    return found.hexdigest()
 
 
 def compiled(run: Run, cache: Path) -> hlo.Program:
@@ -71,8 +109,10 @@ def compiled(run: Run, cache: Path) -> hlo.Program:
     """
     cache.mkdir(parents=True, exist_ok=True)
     options = plan_options(run)
-    # Named by its options: a run whose settings are corrected is compiled anew.
-    name = hashlib.sha256(" ".join(options).encode()).hexdigest()[:16]
+    # Named by all that makes it: a corrected run is compiled anew, and so is every run after the
+    # step has changed.
+    made_by = makers(REPOSITORY / "baichuan_jax", REPOSITORY / CONFIGURATION)
+    name = hashlib.sha256(" ".join([*options, made_by]).encode()).hexdigest()[:16]
     path = cache / f"{run.topology.replace(':', '-')}-{name}.hlo.txt"
     if not path.exists():
         files = ["--hlo", str(path.resolve()), "--output", str(cache.resolve())]
@@ -206,9 +246,10 @@ def several_nodes(
     errors = np.stack([case.errors(axes).reshape(shape) for case in shown])
     series = [case.run.series for case in every]
     place = int(np.abs(MATMUL["matmul"] - matmul).argmin())
+    telling = [index for index, case in enumerate(every) if case.run.overlaps]
     rows = []
     for index, case in enumerate(cases):
-        rest = [other for other in range(len(every)) if other != index]
+        rest = [other for other in telling if other != index]
         left = without_software(errors[rest], [series[other] for other in rest])
         choice = best(left)
         rates = {"matmul": matmul, **{name: float(others[name][choice]) for name in others}}
@@ -218,7 +259,7 @@ def several_nodes(
         if own:
             row["own_error"] = float(errors[index, best(errors[own, :, choice]), choice])
         rows.append(row)
-    return fit_nodes(every, errors, others), rows
+    return fit_nodes([every[index] for index in telling], errors[telling], others), rows
 
 
 def cells(row: dict) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from launches import REPOSITORY
 
 from baichuan_jax.plan.__main__ import main as plan_main
+from baichuan_jax.plan.rates import RATE_NAMES
 
 # Parts of benchmarks, or for a GPU.
 HELPERS = {"all", "results", "clock", "corpus_truth", "corpus_score", "garbage"}
@@ -150,6 +151,30 @@ def test_published_runs_are_steps_that_can_be_planned(validation, monkeypatch):
         assert 8 * run.nodes % run.fsdp == 0
         assert run.kind in ("a100", "h100")
     assert len({run.name for run in validation.RUNS}) == len(validation.RUNS)
+
+
+def test_a_program_of_other_sources_is_not_used(validation, tmp_path):
+    """Whatever makes a program is in its name: sources, configuration, and by options the rates."""
+    pytest.importorskip("triton")
+    pytest.importorskip("jax_triton")
+    configuration = tmp_path / "one.yaml"
+    (tmp_path / "plan").mkdir()
+    for path in (configuration, tmp_path / "step.py", tmp_path / "plan" / "rates.py"):
+        path.write_text("before")
+    found = []
+    for path in (tmp_path / "plan" / "rates.py", tmp_path / "step.py", configuration):
+        path.write_text("after")
+        validation.makers.cache_clear()
+        found.append(validation.makers(tmp_path, configuration))
+    path.write_text("before")
+    (tmp_path / "step.py").write_text("before")
+    validation.makers.cache_clear()
+    assert found[0] == validation.makers(tmp_path, configuration)
+    assert len(set(found)) == 3
+    # The table of rates changes no program, because each rate is given.
+    for run in validation.RUNS:
+        given = [option.split("=")[0] for option in validation.plan_options(run)]
+        assert {f"--rates.{name}" for name in RATE_NAMES} <= set(given)
 
 
 def test_a_published_runs_seconds_are_of_a_whole_step(validation):
