@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,13 +17,14 @@ from baichuan_jax.config.schema import Config
 from baichuan_jax.data.loader import document_arrays
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.roofline import axes_of
+from baichuan_jax.resilience.causes import BadHost
+from baichuan_jax.resilience.digests import compare_digests
 from baichuan_jax.sharding import REPLICAS
 from baichuan_jax.step import Steps
 
 # Meshes are (data, fsdp, context, tensor, state).
 ONE = (1, 1, 1, 1)
 ROWS, LENGTH = 24, 32
-MATRICES = ("embedding", "w_pack", "w_out", "w_gate", "w_up", "w_down", "lm_head")
 
 
 def configured(config: Config, *, masked: bool = False, micro: int | None = None, **model):
@@ -207,7 +209,6 @@ class Exchanged(NamedTuple):
     kind: str
     axes: str
     bytes: float  # of one device's operands
-    times: int
     loops: tuple[int, ...]  # turns of each loop around it, the outermost first
 
 
@@ -221,7 +222,7 @@ def exchanges(program: hlo.Program, steps: Steps) -> Iterator[Exchanged]:
                 groups = hlo.replica_groups(item.attributes, steps.layout.mesh.size)
                 axes = axes_of(groups, steps.layout.mesh, kind == "collective-permute")
                 size = sum(hlo.shape_bytes(computation.shape_of(name)) for name in item.operands)
-                yield Exchanged(kind, axes, size, math.prod(loops), loops)
+                yield Exchanged(kind, axes, size, loops)
             for name in item.called if item.opcode in ("while", "call") else ():
                 turns = (program.trip_count(computation, item),) if item.opcode == "while" else ()
                 yield from inside(program.computations[name], loops + turns)
@@ -229,58 +230,123 @@ def exchanges(program: hlo.Program, steps: Steps) -> Iterator[Exchanged]:
     return inside(program.entry, ())
 
 
-def between_replicas(program: hlo.Program, steps: Steps) -> list[Exchanged]:
-    return [
-        item
-        for item in exchanges(program, steps)
-        if not {*REPLICAS}.isdisjoint(item.axes.split("+"))
-    ]
-
-
-def split_bytes(steps: Steps, of_element: int, parts: int) -> int:
-    """Of all matrices, split among so many devices."""
+def sizes_of(steps: Steps, of_element: int, parts: int) -> float:
+    """Bytes of all matrices, split among so many devices."""
+    leaves = jax.tree.leaves_with_path(steps.state_shapes.params)
     return sum(
-        leaf.size * of_element // parts
-        for path, leaf in jax.tree.leaves_with_path(steps.state_shapes.params)
-        if path[-1].key in MATRICES
+        leaf.size * of_element / parts for path, leaf in leaves if "norm" not in path[-1].key
     )
 
 
 @pytest.mark.parametrize(
-    ("scan", "shape"),
+    ("shape", "scan", "micro_batches"),
     [
-        (False, (2, 1, 1, 2, 2)),
-        pytest.param(True, (2, 1, 1, 2, 2), marks=pytest.mark.slow),
-        pytest.param(False, (2, 2, 1, 1, 2), marks=pytest.mark.slow),
-        pytest.param(False, (1, 2, 1, 2, 2), marks=pytest.mark.slow),
+        ((2, 1, 1, 2, 2), False, 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ((2, 1, 1, 2, 2), True, 6),
+                ((2, 1, 1, 2, 2), False, 1),
+                ((2, 1, 1, 2, 2), False, 2),
+                ((2, 1, 1, 2, 2), True, 2),
+                ((2, 2, 1, 1, 2), False, 3),
+                ((1, 2, 1, 2, 2), False, 6),
+                ((4, 1, 1, 2), False, 6),
+                ((4, 1, 1, 2), True, 6),
+            ]
+        ),
     ],
     ids=str,
 )
-def test_replicas_gather_and_sum_once_a_step(tiny_config, shape, scan, compiled_anew, capfd):
-    """Whatever the number of micro-batches, of which two are in a loop here."""
+def test_replicas_gather_and_sum_once_a_step(
+    tiny_config, shape, scan, micro_batches, compiled_anew, capfd
+):
+    """Whatever the number of micro-batches: a loop over those in the middle has none of it."""
     config = configured(tiny_config, num_layers=3, scan_layers=scan)
-    config, steps = build(accumulated(config, shape, 6 if shape[0] == 2 else 4), shape)
-    compiled = steps.lower().compile()
-    assert "rematerialization" not in capfd.readouterr().err
-    text = compiled.as_text()
-    found = between_replicas(hlo.parse(text), steps)
-    # In no loop over micro-batches; a scan's sums go layer by layer.
-    around = {item.loops for item in found if item.bytes > 1000}
-    assert around == ({(), (3,)} if scan else {()})
-    assert not [item for item in exchanges(hlo.parse(text), steps) if len(item.loops) > 2]
-    data, fsdp, _, tensor, state = shape
-    inner = fsdp * tensor
-    sent = {}
-    for item in found:
-        # The loss needs its few numbers of all devices.
-        if item.bytes > 1000:
-            key = item.kind, item.axes
-            sent[key] = sent.get(key, 0) + item.bytes * item.times
-    norms = 4 * 64 * (2 * 3 + 1)
-    assert sent.pop(("all-gather", "state")) == split_bytes(steps, 4, inner * state)
-    scattered = sent.pop(("reduce-scatter", "state"))
-    assert scattered == split_bytes(steps, 4, inner)
-    if data > 1:
-        reduced = sent.pop(("all-reduce", "data"))
-        assert reduced == pytest.approx(split_bytes(steps, 4, inner * state), abs=norms)
-    assert all(size <= norms for size in sent.values()), sent
+    config, steps = build(accumulated(config, shape, micro_batches), shape)
+    text = steps.lower().compile().as_text()
+    assert "rematerialization" not in capfd.readouterr().err  # GSPMD gathers nothing for want
+    sizes = config.mesh
+    inner, replicas = sizes.fsdp * sizes.tensor, sizes.data * sizes.state
+    # Norms are summed in an all-reduce; the loss and its count are a few numbers.
+    norms = 4 * (2 * 3 + 1) * config.model.hidden_size
+    sent: dict[tuple[str, str], float] = {}
+    for item in exchanges(hlo.parse(text), steps):
+        if {*item.axes.split("+")}.isdisjoint(REPLICAS) or item.bytes < 1000:
+            continue
+        # A scan sums what a layer has, in the last micro-batch's loop over layers.
+        assert item.loops in ((), (3,) if scan else ())
+        key = item.kind, item.axes
+        sent[key] = sent.get(key, 0) + item.bytes * math.prod(item.loops)
+    if sizes.state > 1:
+        assert sent.pop(("all-gather", "state")) == sizes_of(steps, 4, inner * sizes.state)
+        assert sent.pop(("reduce-scatter", "state")) == sizes_of(steps, 4, inner)
+    if sizes.data > 1:
+        summed = sent.pop(("all-reduce", "data"))
+        assert summed == pytest.approx(sizes_of(steps, 4, inner * sizes.state), abs=norms)
+    assert sum(sent.values()) <= norms, sent
+    assert replicas > 1
+    # tensor splits every matrix, fsdp what is stored; no device makes one whole.
+    if sizes.tensor > 1:
+        assert not whole_matrices(steps, text)
+
+
+def whole_matrices(steps: Steps, text: str) -> set[tuple[int, ...]]:
+    """Shapes in a device's program that are those of a whole matrix, or of a stack of them."""
+    shapes = set()
+    for path, leaf in jax.tree.leaves_with_path(steps.state_shapes.params):
+        if "norm" not in path[-1].key:
+            whole = tuple(sorted(leaf.shape))
+            stacked = "layers" in jax.tree_util.keystr(path)
+            shapes |= {whole, tuple(sorted(leaf.shape[1:]))} if stacked else {whole}
+    found = {tuple(sorted(size for size in dims if size > 1)) for _, dims in hlo.shape_arrays(text)}
+    return shapes & found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+def test_sums_are_sent_in_the_type_that_is_set(tiny_config, dtype):
+    """Read before compilation: a CPU sums bfloat16 in float32. None: as the model computes."""
+    config = configured(tiny_config, dtype="bfloat16", scan_layers=False)
+    config = with_settings(config, train={"gradient_dtype": dtype})
+    _, steps = build(config, (2, 1, 1, 2, 2))
+    text = steps.lower().as_text()
+    kinds = {
+        kind: set(re.findall(rf'"stablehlo.{kind}"[\s\S]*?-> tensor<(?:\d+x){{2,}}(\w+)>', text))
+        for kind in ("reduce_scatter", "all_reduce", "all_gather")
+    }
+    of_sum = {{"float32": "f32"}.get(dtype, "bf16")}
+    assert kinds == {"reduce_scatter": of_sum, "all_reduce": of_sum, "all_gather": {"bf16"}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "owners"),
+    [
+        ((2, 2, 1, 1, 2), {0: [0], 1: [1]}),
+        pytest.param((4, 1, 1, 1, 2), {0: [0], 1: [1], 2: [2], 3: [3]}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_flipped_bit_in_one_part_of_a_shared_copy_is_seen(tiny_config, shape, owners):
+    """Copies are compared, each of which several replicas hold together."""
+    config, steps = build(configured(tiny_config), shape)
+    batch = put(config, steps, batches()[0])
+    params = jax.device_put(initial_state(config.model), steps.state_shardings).params
+    right = jax.device_get(steps.check(params, batch)).tolist()
+    assert right == right[:1] * shape[0]
+    leaf = params["layers"]["w_up"]
+    # The second part that `state` makes, of the second copy.
+    device = steps.layout.mesh.devices[1, 1, 0, 0, 0]
+    parts = [shard.data for shard in leaf.addressable_shards]
+    place = [shard.device for shard in leaf.addressable_shards].index(device)
+    bits = np.asarray(parts[place]).copy()
+    bits.view(np.uint32)[0, 0, 0] ^= 1 << 22
+    parts[place] = jax.device_put(bits, device)
+    wrong = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+    layers = params["layers"] | {"w_up": wrong}
+    found = jax.device_get(steps.check(params | {"layers": layers}, batch)).tolist()
+    assert found[1] != right[1]
+    assert found[:1] + found[2:] == right[:1] + right[2:]
+    with pytest.raises(BadHost) as caught:
+        compare_digests(found, owners)
+    # Of two copies nothing tells which is wrong.
+    assert caught.value.processes == ((0, 1) if shape[0] == 2 else (1,))
