@@ -144,7 +144,9 @@ def test_what_is_exchanged_gives_the_single_device_loss_gradients_and_parameters
     model = {"num_layers": blocks}
     config = configured(tiny_config, masked=masked, scan_layers=scan, remat=remat, **model)
     got = trained(accumulated(config, shape, micro_batches), shape)
-    assert_same(got, on_one_device(configured(tiny_config, masked=masked, **model)))
+    # One device alone, adding up micro-batches, has norms that differ by 4e-6.
+    wanted = on_one_device(configured(tiny_config, masked=masked, **model))
+    assert_same(got, wanted, rtol=1e-5)
 
 
 def summed(shape: tuple[int, ...], sum_dtype: str, rows: np.ndarray) -> np.ndarray:
