@@ -57,7 +57,8 @@ def test_every_parameter_of_the_7b_meshes_lies_as_written(
     name, devices, state, shape, largest_share
 ):
     config = load_config(CONFIGS / f"{name}.yaml")
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, state=state))
+    mesh = dataclasses.replace(config.mesh, data=-1, state=state)
+    config = dataclasses.replace(config, mesh=mesh)
     assert config.mesh.resolve(devices).shape == shape
     layout = Layout(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
     _, shapes, axes = abstract_model(config.model)

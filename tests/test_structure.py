@@ -25,6 +25,7 @@ ORDER = [
     "model",
     "loss",
     "optimizer",
+    "exchange",
     "step",
     "checkpoint",
     "hf",

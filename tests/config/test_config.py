@@ -41,11 +41,22 @@ def test_7b_has_the_originals_parameters(name):
     )
 
 
+COPIES = ["mesh.data=-1", "mesh.state=1", "resilience.check_every=100"]
+
+
 def test_a800_configuration_fits_128_nodes_of_8():
     config = load_config(Path(TINY).with_name("baichuan_7b_a800.yaml"))
-    mesh = config.mesh.resolve(1024)
+    for nodes in (1, 8, 64, 128):
+        mesh = config.mesh.resolve(8 * nodes)
+        assert mesh.shape == (1, nodes, 8, 1, 1)
+        config.check_mesh(mesh)
+        # Without half of the nodes: the same batch in twice as many passes of as many rows.
+        assert config.accumulation_steps(mesh) == 128 // nodes
+    # What comparing replicas and hosts' own copies need, as the file says.
+    other = load_config(CONFIGS[0].with_name("baichuan_7b_a800.yaml"), COPIES)
+    mesh = other.mesh.resolve(1024)
     assert mesh.shape == (128, 1, 8, 1, 1)
-    assert config.accumulation_steps(mesh) == 1
+    other.check_mesh(mesh)
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults():
@@ -90,7 +101,7 @@ def test_every_file_is_checked_and_config_needs_one(tmp_path):
         parse("--train.num_steps", "77", "--config")
 
 
-def test_there_are_about_60_settings():
+def test_the_number_of_settings_is_limited():
     leaves = [key for key in KEYS if not any(other.startswith(key + ".") for other in KEYS)]
     assert len(leaves) <= 74
 
@@ -102,11 +113,20 @@ REFUSED = {
     "--model.dtype float16": "float16",
     "--model.num_heads 7": "model.num_heads=7 does not divide model.hidden_size=192",
     "--model.vocab_size 100": "model.vocab_size=100 is smaller than tokenizer.vocab_size=8192",
-    "--mesh.data 3": "3 x 1 = 3 does not divide train.global_batch_size=8",
+    "--mesh.data 3": "3 x 1 x 1 = 3 does not divide train.global_batch_size=8",
     "--mesh.data 1 --mesh.tensor 2": "mesh.tensor=2 does not divide model.num_heads=3",
     "--mesh.data 1 --mesh.fsdp 5": "mesh.fsdp=5 does not divide model.hidden_size=192",
     "--mesh.data 1 --mesh.context 3": "mesh.context=3 does not divide train.context_length=256",
     "--mesh.data 1 --train.micro_batch_size 3": "train.micro_batch_size=3",
+    "--mesh.data 2 --mesh.state 3": "mesh.state x mesh.fsdp = 2 x 3 x 1 = 6 does not divide",
+    "--mesh.data 1 --mesh.state 2 --train.micro_batch_size 3": "on 2 batch shards makes 6 rows",
+    "--mesh.data 1 --mesh.state 5": "mesh.state=5 does not divide model.hidden_size / mesh.fsdp = "
+    "192; on as many devices, mesh.state 1 and mesh.data 5 do",
+    "--mesh.data 1 --mesh.fsdp 2 --mesh.state 64": "/ mesh.fsdp = 96; on as many devices, "
+    "mesh.state 32 and mesh.data 2 do",
+    "--mesh.data 1 --mesh.state 2 --resilience.check_every 9": "resilience.check_every=9 compares "
+    "copies of the state, and with mesh.data=1 and mesh.state=2 there is one; set mesh.data to 2",
+    "--mesh.data -1 --mesh.state -1": "one of them -1 at most",
     "--mesh.data -1 --mesh.fsdp -1": "one of them -1 at most",
     "--optimizer.warmup_steps 2000": "optimizer.warmup_steps=2000 exceeds train.num_steps=",
     "--optimizer.beta2 1.0": "optimizer.beta2=1.0",
@@ -267,15 +287,41 @@ def test_a_message_about_a_long_value_is_short(value):
 
 def test_mesh_fills_in_what_is_left_or_names_both_numbers():
     assert MeshConfig(-1, 2, 1, 2).resolve(8).shape == (2, 1, 2, 1, 2)
-    # Replicas that share a copy, among all that are left or all that are left themselves.
-    assert MeshConfig(-1, 2, state=2).resolve(16).shape == (4, 2, 2, 1, 1)
-    assert MeshConfig(1, 2, state=-1).resolve(16).shape == (1, 8, 2, 1, 1)
     with pytest.raises(ConfigError, match="there are 6"):
         MeshConfig(-1, 4, 1, 1).resolve(6)
     with pytest.raises(ConfigError, match="needs 8 devices and there are 4"):
         MeshConfig(2, 2, 2, 1).resolve(4)
     with pytest.raises(ConfigError, match=r"\(2, 3, 2, 1, 1\) needs 12 devices and there are 8"):
         MeshConfig(2, 2, state=3).resolve(8)
+    # Replicas that share a copy, among all that are left or all that are left themselves.
+    assert MeshConfig(1, 2, state=-1).resolve(8).shape == (1, 4, 2, 1, 1)
+    assert MeshConfig(-1, 2, state=4).resolve(16).shape == (2, 4, 2, 1, 1)
+    # As a launch without some of its nodes has it.
+    with pytest.raises(
+        ConfigError, match=r"\(data, state, .*\)=\(-1, 4, .* multiple of 8 .* are 12"
+    ):
+        MeshConfig(-1, 2, state=4).resolve(12)
+
+
+def test_copies_are_compared_where_the_mesh_that_is_filled_in_has_some():
+    config = load_config(TINY, ["mesh.data=1", "mesh.state=-1", "resilience.check_every=9"])
+    config.check_mesh(config.mesh.resolve(1))
+    with pytest.raises(ConfigError, match=r"mesh\.data=1 and mesh\.state=4 there is one"):
+        config.check_mesh(config.mesh.resolve(4))
+    config = load_config(TINY, ["mesh.state=2", "resilience.check_every=9"])
+    config.check_mesh(config.mesh.resolve(8))
+    # A launch that has lost three of four nodes.
+    with pytest.raises(ConfigError, match=r"resilience\.check_every 0"):
+        config.check_mesh(config.mesh.resolve(2))
+
+
+def test_without_some_nodes_a_device_has_as_many_rows_in_a_pass():
+    config = load_config(TINY, ["mesh.data=1", "mesh.state=-1"])
+    full, part = config.mesh.resolve(8), config.mesh.resolve(2)
+    assert full.batch_shards == 8
+    config = dataclasses.replace(config, mesh=part).on_part(full)
+    assert config.train.micro_batch_size == config.train.global_batch_size // 8
+    assert config.accumulation_steps(part) == 4
 
 
 def test_help_explains_every_setting(capsys):

@@ -66,7 +66,13 @@ def test_an_unknown_accelerator_shows_no_mfu_and_names_the_setting():
         (Config(), (1, 1, 1, 1), "state of 7,000,559,616 parameters"),
         (Config(), (1, 8, 1, 1), None),
         (Config(), (8, 1, 1, 1), "state of"),
+        (Config(), (1, 1, 1, 1, 8), None),
         (Config(train=TrainConfig(global_batch_size=1 << 28)), (8, 8, 1, 1), "batch of 1,099,511"),
+        (
+            Config(train=TrainConfig(global_batch_size=1 << 28)),
+            (1, 8, 1, 1, 8),
+            "batch of 1,099,511",
+        ),
         (Config(train=TrainConfig(context_length=(1 << 31) - 1)), (1, 64, 1, 1), "batch of"),
     ],
 )

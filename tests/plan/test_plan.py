@@ -113,6 +113,8 @@ def test_sixteen_a800s(tmp_path, loops):
         "--rates.kernel=0.75",
         "--rates.straggler=0.002",
         "--rates.intra_latency_us=30",
+        "--mesh.data=-1",
+        "--mesh.state=1",
         "--train.global_batch_size=16",
         f"--hlo={text}",
         f"--model.scan_layers={loops}",
@@ -233,6 +235,7 @@ def test_nodes_exchange_weights_and_gradients_block_by_block(tmp_path, state, ro
     done, result = plan(
         tmp_path,
         "--topology=a800:2x8",
+        "--mesh.data=-1",
         f"--mesh.state={state}",
         f"--train.global_batch_size={rows}",
         *([f"--train.gradient_dtype={dtype}"] if dtype else []),
@@ -329,6 +332,7 @@ def test_eight_v5p_chips_share_a_copy_between_replicas(tmp_path, loops):
     done, result = plan(
         tmp_path,
         "--topology=v5p:2x2x2",
+        "--mesh.data=-1",
         "--mesh.fsdp=4",
         "--mesh.state=2",
         "--train.global_batch_size=16",
