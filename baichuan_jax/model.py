@@ -400,7 +400,9 @@ def _wide_backward(contracted, saved, dy):
     x, weight = saved
     (dx,) = jax.vjp(lambda x: _product(x, weight, contracted), x)[1](dy)
     outer = tuple(range(x.ndim - contracted))
-    dweight = jnp.tensordot(x, dy, (outer, outer), preferred_element_type=jnp.float32)
+    wide = functools.partial(jnp.tensordot, axes=(outer, outer), preferred_element_type=jnp.float32)
+    # XLA's CPU backend cannot multiply into float32 where the second operand has several free axes.
+    dweight = jnp.moveaxis(wide(dy, x), -1, 0) if contracted == 1 else wide(x, dy)
     return dx, dweight.astype(weight.dtype)
 
 

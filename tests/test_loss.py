@@ -51,7 +51,15 @@ def test_any_chunking_gives_the_plain_loss_and_gradients(case, chunk_size, z_los
 
 @pytest.mark.parametrize(
     "shape",
-    [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2), (2, 2, 1, 1, 2)],
+    [
+        (4, 1, 1, 1),
+        (1, 4, 1, 1),
+        (1, 1, 2, 1),
+        (1, 1, 1, 8),
+        (2, 2, 1, 2),
+        (1, 2, 2, 2),
+        (2, 2, 1, 1, 2),
+    ],
     ids=str,
 )
 def test_any_mesh_gives_the_single_device_loss_and_gradients(case, shape):

@@ -85,9 +85,9 @@ def mesh_steps():
     return get
 
 
-def assert_same(got, wanted):
+def assert_same(got, wanted, rtol=2e-6):
     (curve, params), (wanted_curve, wanted_params) = got, wanted
-    np.testing.assert_allclose(curve, wanted_curve, rtol=2e-6)  # float32 sums in another order
+    np.testing.assert_allclose(curve, wanted_curve, rtol=rtol)  # float32 sums in another order
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted_params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -150,8 +150,14 @@ def entry_of(text: str) -> str:
 
 
 def test_gradients_are_reduced_across_replicas_once_a_step(tiny_config, tokens):
-    """With micro-batches on replicas, the entry computation has the all-reduce, no loop body."""
-    config, steps = build(with_settings(tiny_config, train={"micro_batch_size": 1}), (4, 1, 1, 1))
+    """With micro-batches on replicas, the entry computation has the all-reduce, no loop body.
+
+    With scan_layers the last micro-batch's loop over layers has sums too (test_exchange.py).
+    """
+    changed = with_settings(
+        tiny_config, train={"micro_batch_size": 1}, model={"scan_layers": False}
+    )
+    config, steps = build(changed, (4, 1, 1, 1))
     batch = batch_of(config, steps, tokens[0])
     assert batch["inputs"].shape[0] == 4
     text = steps.train.lower(abstract_state(steps), batch, steps.request()).compile().as_text()

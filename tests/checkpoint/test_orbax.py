@@ -77,12 +77,22 @@ def biggest_file(folder: Path) -> Path:
     )
 
 
-def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tiny_config, opened, state):
-    checkpoints, steps = opened(tiny_config, (2, 4, 1, 1))
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ((2, 4, 1, 1), [(1, 1, 1, 1), (1, 2, 2, 2), (1, 2, 1, 1, 4)]),
+        ((1, 2, 1, 1, 4), [(2, 4, 1, 1)]),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(
+    tiny_config, opened, state, first, others
+):
+    checkpoints, steps = opened(tiny_config, first)
     saved = state(steps)
     checkpoints.save(run_state(saved, 5, 7))
     assert checkpoints.finish() == 5
-    for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
+    for shape in others:
         other, steps = opened(tiny_config, shape)
         restored = other.restore(refuse_reports)
         assert (restored.step, restored.position) == (5, 7)

@@ -61,6 +61,7 @@ NARROW = [
     "--train.context_length=1024",
     "--train.loss_chunk_size=512",
 ]
+NARROW_BLOCKS = 3 * (4 * 512**2 + 3 * 512 * 1376)  # their matrices' numbers
 
 
 def plan(
@@ -112,6 +113,8 @@ def test_sixteen_a800s(tmp_path, loops):
         "--rates.kernel=0.75",
         "--rates.straggler=0.002",
         "--rates.intra_latency_us=30",
+        "--mesh.data=-1",
+        "--mesh.state=1",
         "--train.global_batch_size=16",
         f"--hlo={text}",
         f"--model.scan_layers={loops}",
@@ -182,12 +185,15 @@ def test_sixteen_a800s(tmp_path, loops):
     scattered = sum(
         item["bytes"] * item["count"] for item in large if item["kind"] == "reduce-scatter"
     )
-    # Three blocks in bfloat16, the head in float32.
-    wanted = 2 * 3 * (4 * 512**2 + 3 * 512 * 1376) + 4 * 512 * 2048
+    # Three blocks and the head in bfloat16.
+    wanted = 2 * NARROW_BLOCKS + 2 * 512 * 2048
     assert scattered == pytest.approx(wanted, rel=0.02)
     assert not [
         item for item in result["collectives"] if item["in_loop"] and not item["asynchronous"]
     ]
+
+    # No stack of gradients is copied into another order.
+    assert not re.findall(r"f32\[3,[\d,]*\]\S* copy\(", text.read_text())
 
     # A network of a tenth makes the same program slower.
     given = dataclasses.replace(parse_topology("a800:2x8").hardware, inter_node_gbps=20.0)
@@ -198,6 +204,79 @@ def test_sixteen_a800s(tmp_path, loops):
         Rates(**result["rates"]),
     )
     assert slow.seconds > result["predicted_step_seconds"]
+
+
+def places(text: str, kind: str, size: int) -> tuple[list[tuple[int, int, list]], list[int]]:
+    """In the order of the program: (start, end, arrays) of collectives over groups; products."""
+    program, opened, found, products = hlo.parse(text), {}, [], []
+    for place, (computation, item, _, depth) in enumerate(program.walk()):
+        if item.opcode == f"{kind}-start":
+            if hlo.replica_groups(item.attributes, 16).shape[1] == size:
+                arrays = hlo.shape_arrays(
+                    " ".join(computation.shape_of(name) for name in item.operands)
+                )
+                opened[item.name] = place, arrays
+        elif item.opcode == f"{kind}-done" and item.operands[0] in opened:
+            start, arrays = opened[item.operands[0]]
+            found.append((start, place, arrays))
+        elif depth == 0 and program.flops(computation, item) > 1e8:
+            products.append(place)
+    return sorted(found), products
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("state", "rows", "dtype"), [(1, 32, None), (2, 16, None), (2, 48, None), (2, 32, "float32")]
+)
+def test_nodes_exchange_weights_and_gradients_block_by_block(tmp_path, state, rows, dtype):
+    """Two nodes, with one copy each or with one together, in one to three micro-batches."""
+    text = tmp_path / "step.hlo"
+    done, result = plan(
+        tmp_path,
+        "--topology=a800:2x8",
+        "--mesh.data=-1",
+        f"--mesh.state={state}",
+        f"--train.global_batch_size={rows}",
+        *([f"--train.gradient_dtype={dtype}"] if dtype else []),
+        f"--hlo={text}",
+        *NARROW,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ematerializ" not in done.stderr
+    assert not re.findall(r"f32\[3,[\d,]*\]\S* copy\(", text.read_text())
+    check_exchange(text.read_text(), result, state, dtype)
+
+
+def check_exchange(text: str, result: dict, state: int, dtype: str | None) -> None:
+    """Each matrix is gathered once and summed once, the last block's while others run."""
+    kind = "reduce-scatter" if state > 1 else "all-reduce"
+    between = [item for item in result["collectives"] if item["link"] == "inter_node"]
+    large = [item for item in between if item["bytes"] > 2e5]
+    matrices = (NARROW_BLOCKS + 2 * 512 * 2048) / 8  # a device's part in its node
+    sent = {}
+    for item in large:
+        sent[item["kind"]] = sent.get(item["kind"], 0) + item["bytes"] * item["count"]
+        assert item["axis"] == ("state" if state > 1 else "data")
+        assert not item["in_loop"]
+    wanted = {kind: (4 if dtype else 2) * matrices}
+    if state > 1:
+        wanted["all-gather"] = 2 * matrices
+    assert sent == pytest.approx(wanted, rel=0.02)
+    assert all(item["asynchronous"] for item in large if item["kind"] == kind)
+    sums, products = places(text, kind, 2)
+    # The head, then the last block alone, whose five matrices are one message.
+    blocks = [found for found in sums if len(found[2]) == 5]
+    assert blocks
+    for start, end, arrays in blocks[:1]:
+        assert {name for name, _ in arrays} == {"f32" if dtype else "bf16"}
+        assert start < products[-1]
+        # The first block's gradient leaves it after that; then the embedding is summed.
+        embedding = next(found for found in sums if found[0] > products[-1])
+        assert end < embedding[1]
+    head = next(found for found in sums if len(found[2]) == 1)
+    assert head[0] < products[-6]
+    assert head[1] < blocks[0][0] or head[1] < products[-1]
 
 
 @needs_cuda
@@ -244,6 +323,27 @@ def test_eight_v5p_chips_run_splash_attention(tmp_path):
     assert {item["axis"] for item in gathers} == {"fsdp"}
     # libtpu 0.0.41 leaves some synchronous, 0.0.48 none.
     assert sum(item["asynchronous"] for item in gathers) >= len(gathers) / 2
+
+
+@pytest.mark.slow
+@needs_tpu
+@pytest.mark.parametrize("loops", ["true", "false"])
+def test_eight_v5p_chips_share_a_copy_between_replicas(tmp_path, loops):
+    done, result = plan(
+        tmp_path,
+        "--topology=v5p:2x2x2",
+        "--mesh.data=-1",
+        "--mesh.fsdp=4",
+        "--mesh.state=2",
+        "--train.global_batch_size=16",
+        "--train.micro_batch_size=1",
+        f"--model.scan_layers={loops}",
+        *NARROW,
+        config="baichuan_7b_v5p",
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = {item["kind"] for item in result["collectives"] if item["axis"] == "state"}
+    assert "all-gather" in kinds
 
 
 def test_a_missing_compiler_is_named(tmp_path):
