@@ -621,7 +621,9 @@ def test_the_faster_of_two_schedules_is_kept(tiny_config, tmp_path, capsys, shar
         profiles.append(profile and profile.read_text())
         sizes.append(f"{1000 * (share if profile else 1):.0f},1000")
         text = STEP.replace("1000,1000", sizes[-1])
-        memory = dict.fromkeys(("arguments", "temporaries", "outputs", "aliased"), 0)
+        memory: dict[str, int] = dict.fromkeys(
+            ("arguments", "temporaries", "outputs", "aliased"), 0
+        )
         config = dataclasses.replace(tiny_config, mesh=MeshConfig(data=2, fsdp=2))
         state = {"parameters": 0, "optimiser": 0}
         return Compiled(config, mesh_of(data=2, fsdp=2), text, memory, state, 0.0)
