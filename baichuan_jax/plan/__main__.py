@@ -48,6 +48,7 @@ from baichuan_jax.plan.report import (
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import refuse_inputs, require_writable, writable_file, write_atomically
+from baichuan_jax.xla_flags import message_options
 
 # Numbers of the table of accelerators that an option can replace; the network also for a node.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -213,7 +214,8 @@ def _plan(
     tried = {}
     if options["search"]:
         config, tried = search(config, topology, devices, rates_of(assumptions))
-    return _compile_twice(trace_step(config, devices), topology, assumptions, options) | tried
+    traced = trace_step(config, devices, message_options(config, topology))
+    return _compile_twice(traced, topology, assumptions, options) | tried
 
 
 # By which share a profile must shorten the step: less is not worth a file that belongs to one

@@ -17,6 +17,7 @@ from baichuan_jax.hardware.accelerators import Topology
 from baichuan_jax.plan.ahead_of_time import trace_step
 from baichuan_jax.plan.rates import Rates
 from baichuan_jax.plan.report import capacity_gib, report
+from baichuan_jax.xla_flags import message_options
 
 SHOWN = (
     *("remat", "micro_batch_size", "state", "gradient_dtype"),
@@ -147,7 +148,8 @@ class _Trial:
 def _try(config: Config, topology: Topology, devices: list[Any], rates: Rates) -> dict[str, Any]:
     """A candidate's report; where the compiler finds that it does not fit, only that."""
     try:
-        return report(trace_step(config, devices)(), topology, rates)
+        compile_step = trace_step(config, devices, message_options(config, topology))
+        return report(compile_step(), topology, rates)
     # XLA raises several types here; only the text says that memory is exhausted.
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
