@@ -194,7 +194,10 @@ def message_options(config: Config, topology: Topology) -> dict[str, str]:
     if topology.hardware.platform != "gpu":
         return {}
     names = [flag.split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()]
-    sizes = dict(flag.split("=") for flag in _message_sizes(config, topology))
+    # The others are the same for every mesh.
+    sizes = dict(
+        flag.split("=") for flag in _message_sizes(config, topology) if "threshold" in flag
+    )
     # The user's follow ours (plan/child.py): then a name is there twice.
     return {name[2:]: size for name, size in sizes.items() if names.count(name) < 2}
 

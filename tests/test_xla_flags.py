@@ -95,7 +95,7 @@ def test_one_process_compiles_for_meshes_with_their_own_message_sizes(monkeypatc
     config = load_config(A800, ["mesh.data=8", "mesh.state=16"])
     found = message_options(config, topology)
     flags = choose_flags(config, topology).xla
-    assert found == dict(flag[2:].split("=") for flag in flags if "_combine_" in flag)
+    assert found == dict(flag[2:].split("=") for flag in flags if "_combine_threshold" in flag)
     assert {key for key, value in found.items() if f"--{key}={value}" not in ours.split()} == {
         "xla_gpu_reduce_scatter_combine_threshold_bytes",
         "xla_gpu_all_reduce_combine_threshold_bytes",
