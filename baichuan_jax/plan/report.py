@@ -192,7 +192,7 @@ def _show_search(result: dict[str, Any], display: Display) -> None:
     for item in result.get("search_left_out", []):
         sizes = ", ".join(map(str, item["sizes"]))
         display.say(
-            f"not tried: {len(item['sizes'])} sizes of mesh.state ({sizes}); {item['setting']} "
+            f"not tried: {len(item['sizes'])} size(s) of mesh.state ({sizes}); {item['setting']} "
             "needs more copies of the state"
         )
 

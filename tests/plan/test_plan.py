@@ -17,12 +17,13 @@ import pytest
 from jax.sharding import AbstractMesh
 from launches import REPOSITORY, environment
 
-from baichuan_jax.config.schema import ConfigError, MeshConfig, ModelConfig
+from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, ModelConfig
 from baichuan_jax.hardware.accelerators import Topology, parse_topology
 from baichuan_jax.hardware.flops import flops_per_token
 from baichuan_jax.plan import __main__ as plan_command
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import Compiled
+from baichuan_jax.plan.child import child_environment
 from baichuan_jax.plan.prediction import COMMUNICATION_STREAMS, predict
 from baichuan_jax.plan.rates import RATE_NAMES, Rates, assumptions_for, rates_for, read_rates
 from baichuan_jax.plan.report import capacity_gib, show
@@ -646,3 +647,33 @@ def test_the_faster_of_two_schedules_is_kept(tiny_config, tmp_path, capsys, shar
     show(result | {"rates_file": None})
     words = "scheduled with a profile" if used else "scheduled without a profile"
     assert words in capsys.readouterr().out
+
+
+@needs_tpu
+def test_replicas_that_share_a_copy_are_neighbours_on_a_torus():
+    """Data and state divide one axis of the torus, which jax gives to one axis of a mesh."""
+    code = (
+        "import json\n"
+        "from baichuan_jax.config.schema import MeshConfig\n"
+        "from baichuan_jax.hardware.accelerators import parse_topology\n"
+        "from baichuan_jax.plan.ahead_of_time import described_devices\n"
+        "from baichuan_jax.sharding import make_mesh\n"
+        "devices = described_devices(parse_topology('v5p:4x4x8'))\n"
+        "mesh = make_mesh(MeshConfig(data=4, state=2, fsdp=16), devices)\n"
+        "print(json.dumps([[d.coords for d in ds] for ds in mesh.devices[:, :, 0, 0, 0]]))\n"
+    )
+    variables = child_environment(Config(), parse_topology("v5p:4x4x8"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    for one, other in json.loads(done.stdout):
+        apart = [
+            min(abs(a - b), n - abs(a - b)) for a, b, n in zip(one, other, (4, 4, 8), strict=True)
+        ]
+        assert sorted(apart) == [0, 0, 1]
