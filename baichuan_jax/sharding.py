@@ -156,7 +156,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = config.resolve(len(devices)).shape
     types = (AxisType.Auto,) * len(AXES)  # GSPMD: make_mesh became Explicit by default in jax 0.9
     if devices[0].platform == "tpu":
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        # jax gives an axis of the torus to one axis of a mesh. Data and state may share one: so the
+        # replicas lie along it first, and those that share a copy of the state are neighbours.
+        merged = (shape[0] * shape[1], *shape[2:])
+        found = jax.make_mesh(merged, AXES[1:], axis_types=types[1:], devices=devices)
+        return Mesh(found.devices.reshape(shape), AXES, axis_types=types)
     # jax lists devices in no order that it promises; a node's process owns consecutive ids.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=types)

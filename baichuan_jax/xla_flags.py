@@ -155,6 +155,10 @@ def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
     weights = config.model.block_weights // mesh.tensor * itemsize
     shard = weights // mesh.fsdp
+    # Over state and data three sums follow one another: over fsdp, state and data. Each begins
+    # with the first weights whose sum before it is done.
+    groups = min(mesh.data, mesh.state) > 1
+    scattered = shard // mesh.state if groups else shard
     # A ring between nodes passes 2 (n - 1) hops whatever it carries; a message should take five
     # times as long as that.
     nodes = max(topology.num_devices // topology.devices_per_node, 1)
@@ -164,9 +168,9 @@ def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:
         f"--xla_gpu_all_gather_combine_threshold_bytes={weights}": (
             f"one message a layer: its weights are {_mib(weights)}"
         ),
-        f"--xla_gpu_reduce_scatter_combine_threshold_bytes={shard}": (
-            f"one message a layer: its gradients' shard is {_mib(shard)} (what XLA counts); "
-            "the head's have their own, while blocks compute"
+        f"--xla_gpu_reduce_scatter_combine_threshold_bytes={scattered}": (
+            f"one message a layer{' over state' if groups else ''}: its gradients' shard is "
+            f"{_mib(scattered)} (what XLA counts); the head's have their own, while blocks compute"
         ),
         f"--xla_gpu_all_reduce_combine_threshold_bytes={shard // mesh.state}": (
             f"one message a layer and device: {_mib(shard // mesh.state)}; "
@@ -179,6 +183,23 @@ def _message_sizes(config: Config, topology: Topology) -> dict[str, str]:
             "all of a layer's gradients in one message"
         ),
     }
+
+
+def message_options(config: Config, topology: Topology) -> dict[str, str]:
+    """The message sizes as options of one compilation, without the dashes.
+
+    For a process that compiles for other meshes than the one its XLA_FLAGS were made for. What the
+    user's own XLA_FLAGS say is left out.
+    """
+    if topology.hardware.platform != "gpu":
+        return {}
+    names = [flag.split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()]
+    # The others are the same for every mesh.
+    sizes = dict(
+        flag.split("=") for flag in _message_sizes(config, topology) if "threshold" in flag
+    )
+    # The user's follow ours (plan/child.py): then a name is there twice.
+    return {name[2:]: size for name, size in sizes.items() if names.count(name) < 2}
 
 
 def _mib(size: int) -> str:

@@ -19,7 +19,7 @@ from baichuan_jax.hardware.accelerators import (
     hardware_of,
     parse_topology,
 )
-from baichuan_jax.xla_flags import apply_flags, choose_flags, keep_compiled
+from baichuan_jax.xla_flags import apply_flags, choose_flags, keep_compiled, message_options
 
 A800 = str(REPOSITORY / "configs" / "baichuan_7b_a800.yaml")
 
@@ -82,6 +82,30 @@ def test_a_message_holds_one_layer_of_this_model_on_this_mesh():
     copies = ("mesh.data=-1", "mesh.state=1")
     assert threshold("reduce_scatter", *copies) == threshold("all_reduce", *copies) == shard
     assert threshold("all_gather", "mesh.tensor=2", "mesh.fsdp=4") == layer
+    # Where replicas share copies of the state, what is scattered over them; but with one copy no
+    # sum follows, and a message over fsdp need not be as small.
+    for data, state, scattered in ((8, 16, 2 * layer // 8 // 16), (1, 128, 2 * layer // 8)):
+        sizes = (f"mesh.data={data}", f"mesh.state={state}")
+        assert threshold("reduce_scatter", *sizes) == scattered
+        assert threshold("all_reduce", *sizes) == 2 * layer // 8 // state
+
+
+def test_one_process_compiles_for_meshes_with_their_own_message_sizes(monkeypatch):
+    """The search's: XLA_FLAGS are those of the command's mesh, then the user's."""
+    topology, name = parse_topology("a800:128x8"), "xla_gpu_all_gather_combine_threshold_bytes"
+    ours = " ".join(choose_flags(load_config(A800), topology).xla)
+    monkeypatch.setenv("XLA_FLAGS", ours)
+    config = load_config(A800, ["mesh.data=8", "mesh.state=16"])
+    found = message_options(config, topology)
+    flags = choose_flags(config, topology).xla
+    assert found == dict(flag[2:].split("=") for flag in flags if "_combine_threshold" in flag)
+    assert {key for key, value in found.items() if f"--{key}={value}" not in ours.split()} == {
+        "xla_gpu_reduce_scatter_combine_threshold_bytes",
+        "xla_gpu_all_reduce_combine_threshold_bytes",
+    }
+    monkeypatch.setenv("XLA_FLAGS", f"{ours} --{name}=1")
+    assert message_options(config, topology) == {k: v for k, v in found.items() if k != name}
+    assert message_options(config, parse_topology("v5p:4x4x8")) == {}
 
 
 def test_a_profile_that_is_not_there_is_refused():

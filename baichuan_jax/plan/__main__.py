@@ -2,7 +2,8 @@
 
 The step is compiled ahead of time, without the topology's devices. The story of one plan: parse the
 options, compile in a child process (child.py), trace and compile the step (ahead_of_time.py),
-predict its time (prediction.py), compile again with that prediction, report (report.py).
+predict its time (prediction.py), compile again with that prediction, report the faster of the two
+(report.py).
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from baichuan_jax.plan.report import (
 from baichuan_jax.plan.search import search
 from baichuan_jax.resilience.exits import run_command
 from baichuan_jax.runs.files import refuse_inputs, require_writable, writable_file, write_atomically
+from baichuan_jax.xla_flags import message_options
 
 # Numbers of the table of accelerators that an option can replace; the network also for a node.
 OVERRIDES = [item.name for item in dataclasses.fields(Hardware) if item.type in (float, "float")]
@@ -100,7 +103,8 @@ def _make_parser() -> jsonargparse.ArgumentParser:
     add(
         "--search",
         action="store_true",
-        help="Compile every remat policy and rows a pass; keep the fastest that fits.",
+        help="Compile every remat policy and rows a pass, then sizes of mesh.state; keep the "
+        "fastest that fits.",
     )
     add(
         "--sweep",
@@ -209,9 +213,14 @@ def _plan(
     # The search compiles each candidate once; the best one is compiled again, with its profile.
     tried = {}
     if options["search"]:
-        config, found = search(config, topology, devices, rates_of(assumptions))
-        tried = {"search": found}
-    return _compile_twice(trace_step(config, devices), topology, assumptions, options) | tried
+        config, tried = search(config, topology, devices, rates_of(assumptions))
+    traced = trace_step(config, devices, message_options(config, topology))
+    return _compile_twice(traced, topology, assumptions, options) | tried
+
+
+# By which share a profile must shorten the step: less is not worth a file that belongs to one
+# version of XLA.
+PROFILE_GAIN = 0.002
 
 
 def _compile_twice(
@@ -222,30 +231,39 @@ def _compile_twice(
 ) -> dict[str, Any]:
     """Compile, and on GPUs compile again with the predicted time of each instruction.
 
-    XLA's scheduler then knows how long each collective takes. The predicted times are kept as a
-    file, for training.
+    XLA's scheduler then knows how long each collective takes, which need not make a faster program.
+    The faster one is reported, and the predicted times are kept as a file, for training, only where
+    theirs is.
     """
     compiled, rates = compile_step(), rates_of(assumptions)
-    added = {}
+    result = report(compiled, topology, rates)
     # Only XLA's GPU scheduler reads such a profile; a given one is in the flags already.
     if topology.hardware.platform == "gpu" and compiled.config.train.schedule_profile is None:
-        first = predict(hlo.parse(compiled.text), compiled.mesh, topology, rates)
-        path = _output(options, topology, ".pbtxt")
-        write_atomically(path, schedule_profile(first).encode())
-        compiled = compile_step(path)
-        added = {
-            "schedule_profile": str(path),
-            "predicted_step_seconds_without_profile": first.seconds,
+        times = schedule_profile(predict(hlo.parse(compiled.text), compiled.mesh, topology, rates))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "profile.pbtxt"
+            path.write_text(times)
+            with_profile = compile_step(path)
+        second = report(with_profile, topology, rates)
+        without, seconds = (each["predicted_step_seconds"] for each in (result, second))
+        both = {
+            "predicted_step_seconds_without_profile": without,
+            "predicted_step_seconds_with_profile": seconds,
         }
+        kept = _output(options, topology, ".pbtxt")
+        if seconds * (1 + PROFILE_GAIN) < without and second["fits"] >= result["fits"]:
+            write_atomically(kept, times.encode())
+            compiled, result = with_profile, second | both | {"schedule_profile": str(kept)}
+            # A profile of wrong times may help as little as none.
+            source = "this program compiled without its profile"
+            lost = Assumption(0.0, 0.0, without / seconds - 1, source)
+            assumptions = assumptions | {SCHEDULE: lost}
+        else:
+            # An earlier plan's would look like this one's.
+            kept.unlink(missing_ok=True)
+            result = result | both
     if options["hlo"]:
         write_atomically(Path(options["hlo"]), compiled.text.encode())
-    result = report(compiled, topology, rates) | added
-    if added:
-        # A profile of wrong times may help as little as none.
-        without = added["predicted_step_seconds_without_profile"]
-        lost = without / result["predicted_step_seconds"] - 1
-        source = "this program compiled without its profile"
-        assumptions = assumptions | {SCHEDULE: Assumption(0.0, min(lost, 0), max(lost, 0), source)}
     return result | spread_report(result, compiled, topology, assumptions)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,12 @@ class Compiled:
     """From the trace on."""
 
 
-def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
+def trace_step(
+    config: Config, devices: list[Any], options: Mapping[str, str] | None = None
+) -> Callable[..., Compiled]:
     """Trace the training step; the result compiles it.
+
+    options: XLA's, which win over the environment's (xla_flags.message_options).
 
     The result takes a `profile`: a file of instructions' times for XLA's scheduler
     (prediction.schedule_profile), or None. Tracing once serves both compilations. Raises
@@ -130,8 +134,10 @@ def trace_step(config: Config, devices: list[Any]) -> Callable[..., Compiled]:
     }
 
     def compile_step(profile: Path | None = None) -> Compiled:
-        options: Any = {PROFILE_FLAG.removeprefix("--"): str(profile)} if profile else None
-        compiled = lowered.compile(options)
+        given: dict[str, Any] = dict(options or {})
+        if profile:
+            given[PROFILE_FLAG.removeprefix("--")] = str(profile)
+        compiled = lowered.compile(given or None)
         # Of one device: every device runs the same program on its own shards.
         memory: Any = compiled.memory_analysis()
         sizes = {

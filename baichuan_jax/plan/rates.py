@@ -146,7 +146,8 @@ def assumptions_for(
 ) -> dict[str, Assumption]:
     """Every rate by name and, of GPUs, the network (NETWORK).
 
-    measured, given: rates (of given the network, too) instead of the defaults; given ones win.
+    measured, given: rates (of given the network, too) instead of the defaults; given ones win. With
+    an `inter_node` of theirs, stragglers are 0 unless they are theirs as well.
     """
     found = dict(ASSUMPTIONS[_kind_of(topology)])
     # A slice of TPUs needs no network.
@@ -161,6 +162,12 @@ def assumptions_for(
     # What its user states is known.
     for name, value in (given or {}).items():
         found[name] = Assumption(value, value, value, "given")
+    # One fit found both: with another network's share the fitted stragglers would count twice what
+    # this share has in it.
+    known = {*(measured or {}), *(given or {})}
+    if found["straggler"].value > 0 and "inter_node" in known and "straggler" not in known:
+        high, source = found["straggler"].high, "its default was fitted with inter_node's"
+        found["straggler"] = Assumption(0.0, 0.0, high, f"0: {source}, which is replaced")
     return found
 
 

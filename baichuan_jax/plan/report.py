@@ -167,12 +167,34 @@ def _show_program(result: dict[str, Any], display: Display) -> None:
         f"{'looped' if result['scan_layers'] else 'unrolled'} blocks; "
         f"compiled in {result['compile_seconds']:.0f} s"
     )
+    _show_search(result, display)
+
+
+def _show_search(result: dict[str, Any], display: Display) -> None:
+    """The candidates of --search, and what was not tried."""
+    rows = []
     for item in result.get("search", []):
-        peak = "-" if item["peak_gib"] is None else f"{item['peak_gib']:.1f} GiB"
-        speed = "" if item["predicted_mfu"] is None else f", MFU {item['predicted_mfu']:.1%}"
-        fits = "" if item["fits"] else ", does not fit"
-        rows = f"{item['micro_batch_size']:g} row(s)"
-        display.say(f"  tried remat {item['remat']}, {rows}: {peak}{speed}{fits}")
+        peak, seconds = item["peak_gib"], item["predicted_step_seconds"]
+        step = ["", ""] if seconds is None else [f"{seconds * 1e3:.1f}", ""]
+        if item["predicted_mfu"] is not None:
+            step[1] = f"{item['predicted_mfu']:.1%}"
+        size = "" if peak is None else f"{peak:.1f}"
+        named = [item["remat"], f"{item['micro_batch_size']:g}", str(item["state"])]
+        fits = "" if item["fits"] else "does not fit"
+        rows.append([*named, item["gradient_dtype"], size, *step, fits])
+    if rows:
+        columns = ["remat", "rows a pass", "mesh.state", "gradient_dtype", "peak GiB", "step ms"]
+        display.table("Tried, without a profile", [*columns, "MFU", ""], rows)
+        display.say(
+            "the last row is for comparison: another train.gradient_dtype changes a run's numbers, "
+            "so that it is never chosen"
+        )
+    for item in result.get("search_left_out", []):
+        sizes = ", ".join(map(str, item["sizes"]))
+        display.say(
+            f"not tried: {len(item['sizes'])} size(s) of mesh.state ({sizes}); {item['setting']} "
+            "needs more copies of the state"
+        )
 
 
 def _show_memory(result: dict[str, Any], display: Display) -> None:
@@ -181,7 +203,8 @@ def _show_memory(result: dict[str, Any], display: Display) -> None:
     display.table("Memory of one device", ["", "GiB"], memory)
     if not result["fits"]:
         display.say(
-            "does not fit: --search compiles what would (remat, rows a pass); or raise mesh.fsdp",
+            "does not fit: --search compiles what would (remat, rows a pass, mesh.state); or raise "
+            "mesh.fsdp",
             style="red",
         )
     display.say(
@@ -201,6 +224,11 @@ def _show_speed(result: dict[str, Any], display: Display) -> None:
         display.say(
             f"scheduled with a profile of predicted times ({result['schedule_profile']}); without "
             f"it {result['predicted_step_seconds_without_profile'] * 1e3:.0f} ms a step"
+        )
+    elif "predicted_step_seconds_with_profile" in result:
+        display.say(
+            "scheduled without a profile of predicted times; with one "
+            f"{result['predicted_step_seconds_with_profile'] * 1e3:.0f} ms a step"
         )
     rows = [
         [name, f"{value * 1e3:.1f}", f"{value / total:.1%}"]

@@ -163,6 +163,28 @@ def test_given_rates_have_no_range_and_measured_ones_a_small_one():
     assert "measured" in measured.source
 
 
+@pytest.mark.parametrize("kind", ["a800:2x2", "h100:2x2"])
+@pytest.mark.parametrize("how", ["measured", "given"])
+def test_stragglers_belong_to_the_network_they_were_fitted_with(kind, how):
+    topology = parse_topology(kind)
+    high = assumptions_for(topology)["straggler"].high
+    found = assumptions_for(topology, **{how: {"inter_node": 0.8}})["straggler"]
+    assert found[:3] == (0, 0, high)
+    assert "fitted with inter_node" in found.source
+    # Theirs is kept, and without another network's share so is the default.
+    both = {"inter_node": 0.8, "straggler": 0.01}
+    assert assumptions_for(topology, **{how: both})["straggler"].value == 0.01
+    for other in (None, {NETWORK: 50.0}, {"matmul": 0.7}):
+        kept = assumptions_for(topology, **{how: other})["straggler"]
+        assert kept == ASSUMPTIONS[topology.hardware.name.replace("a800", "a100")]["straggler"]
+
+
+def test_a_tpus_stragglers_were_fitted_with_nothing():
+    topology = parse_topology("v5p:2x2")
+    found = assumptions_for(topology, given={"inter_node": 0.8})["straggler"]
+    assert found == ASSUMPTIONS["tpu"]["straggler"]
+
+
 def test_a_network_is_predicted_as_a_plan_for_it_would_be():
     found = spread_of(assumptions_for(CLUSTER))
     for gbps, seconds in found.networks.items():
