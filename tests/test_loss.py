@@ -58,7 +58,7 @@ def test_any_chunking_gives_the_plain_loss_and_gradients(case, chunk_size, z_los
         (1, 1, 1, 8),
         (2, 2, 1, 2),
         (1, 2, 2, 2),
-        (2, 2, 1, 1, 2),
+        (1, 2, 1, 2, 2),
     ],
     ids=str,
 )
