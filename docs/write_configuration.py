@@ -73,9 +73,9 @@ def settings(node: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
 
 def as_yaml(kind: str, default: str) -> tuple[str, str]:
     """A type and a default as YAML has them."""
-    if kind.startswith("Literal["):
-        values = kind.removeprefix("Literal[").removesuffix("]").split(",")
-        kind = " or ".join(value.strip().strip("'") for value in values)
+    if found := re.fullmatch(r"Literal\[(.*)\]( \| None)?", kind):
+        values = found[1].split(",")
+        kind = " or ".join(value.strip().strip("'") for value in values) + (found[2] or "")
     default = re.sub(r"^field\(default_factory=(?:lambda: )?(.+)\)$", r"\1", default)
     default = {"dict": "{}", "list": "[]"}.get(default, default)
     return kind.replace(" | None", " or null"), YAML.get(default, default.strip("'") or '""')

@@ -215,17 +215,6 @@ def test_evaluation_gathers_what_replicas_share(tiny_config, on_one_device, shap
     assert float(total) / int(count) == pytest.approx(loss, rel=1e-6)
 
 
-def with_device_lists(text: str) -> str:
-    """HLO text whose transposed ranges of devices, `([4,2]T(1,0))`, are written as lists."""
-
-    def listed(match: re.Match) -> str:
-        sizes, order = ([int(n) for n in part.split(",")] for part in match.groups())
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()
-        return f"device_ids=({','.join(map(str, devices))})"
-
-    return re.sub(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", listed, text)
-
-
 class Exchanged(NamedTuple):
     """A collective of a compiled program."""
 
@@ -295,7 +284,7 @@ def test_replicas_gather_and_sum_once_a_step(
     # Norms are summed in an all-reduce; the loss and its count are a few numbers.
     norms = 4 * (2 * 3 + 1) * config.model.hidden_size
     sent: dict[tuple[str, str], float] = {}
-    for item in exchanges(hlo.parse(with_device_lists(text)), steps):
+    for item in exchanges(hlo.parse(text), steps):
         if {*item.axes.split("+")}.isdisjoint(REPLICAS) or item.bytes < 1000:
             continue
         # A scan sums what a layer has, in the last micro-batch's loop over layers.

@@ -431,18 +431,30 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
             devices = devices.transpose(_numbers(found[3]))
         return devices.reshape(shape)
     if found := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        ids = _numbers(found[2]) if found[2] else range(math.prod(sizes.values()))
-        devices = np.array(ids).reshape(list(sizes.values()))
+        ids = _device_ids(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        devices = ids.reshape(list(sizes.values()))
         along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[3])]
         others = [axis for axis in range(len(sizes)) if axis not in along]
         length = math.prod(devices.shape[axis] for axis in along)
         return devices.transpose(others + along).reshape(-1, length)
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)", found[1] + "}")])
+    # Read as all devices, a notation that is not known would pass for the dearest of groups.
+    if re.search(r"replica_groups=|source_target_pairs=", attributes):
+        raise ValueError(f"groups of devices in a notation that is not known: {attributes[:200]}")
     return np.arange(num_devices)[None]
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """Devices in the order of a mesh: a list 0,2,1,3 or a transposed range [2,2]T(1,0)."""
+    if found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = _numbers(found[1])
+        devices = np.arange(math.prod(shape)).reshape(shape)
+        return devices.transpose(_numbers(found[2])) if found[2] else devices
+    return np.array(_numbers(text))
 
 
 def _numbers(text: str) -> list[int]:

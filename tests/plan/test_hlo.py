@@ -137,10 +137,16 @@ def test_shapes_of_tuples_are_summed():
         "replica_groups=[2,3]<=[3,2]T(1,0)",
         "replica_groups=mesh['axis_0'=3,'axis_1'=2] {'axis_0'}",
         "replica_groups=mesh['axis_0'=2,'axis_1'=3], device_ids=(0,2,4,1,3,5) {'axis_1'}",
+        "replica_groups=mesh['axis_0'=2,'axis_1'=3], device_ids=([3,2]T(1,0)) {'axis_1'}",
     ],
 )
 def test_every_notation_of_device_groups(notation):
     assert np.sort(hlo.replica_groups(notation, 6), axis=1).tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_groups_in_another_notation_are_refused():
+    with pytest.raises(ValueError, match="not known"):
+        hlo.replica_groups("replica_groups=ring(0,2,4)", 6)
 
 
 def test_empty_groups_mean_all_devices():
