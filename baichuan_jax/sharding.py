@@ -91,6 +91,10 @@ class Layout:
         # fsdp varies slowest: a gather over `state` then gives contiguous shards of fsdp.
         return P(*(("fsdp", "state") if entry == "fsdp" else entry for entry in self.spec(axes)))
 
+    def stored(self, *axes: str | None) -> NamedSharding:
+        """The sharding of a parameter as it is stored between steps."""
+        return NamedSharding(self.mesh, self.stored_spec(axes))
+
     def split_over_state(self, axes: Sequence[str | None]) -> int | None:
         """The dimension of a parameter that `state` splits; None: none."""
         spec = self.spec(axes)

@@ -130,9 +130,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     config.check_mesh(resolved)
     graphdef, param_shapes, axes = abstract_model(config.model, config.kernels)
     optimizer = make_optimizer(config.optimizer)
-    param_shardings = jax.tree.map(
-        lambda _, names: NamedSharding(mesh, layout.stored_spec(names)), param_shapes, axes
-    )
+    param_shardings = jax.tree.map(lambda _, names: layout.stored(*names), param_shapes, axes)
     scalar = NamedSharding(mesh, P())
 
     def start(params: Params) -> TrainState:

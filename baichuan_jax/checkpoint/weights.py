@@ -120,7 +120,7 @@ def load_params(folder: Path, layout: Layout | None = None) -> tuple[ModelConfig
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-            sharding = one if layout is None else layout.sharding(*names)
+            sharding = one if layout is None else layout.stored(*names)
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
         target = {"params": jax.tree.map(place, shapes, axes)}

@@ -114,7 +114,7 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 def _sharding(layout: Layout | None, names: tuple[str, ...]) -> jax.sharding.Sharding:
     if layout is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return layout.sharding(*names)
+    return layout.stored(*names)
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
