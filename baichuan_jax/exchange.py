@@ -209,9 +209,10 @@ class _Way:
 
         summed: the weights have not arrived yet, so their gradients are summed already.
         """
-        # In the type that is exchanged, so that no copy in another one has to be stored.
-        rounded = self.layout.replicas > 1 or not summed
-        sum_dtype = self.layout.sum_dtype if rounded else "float32"
+        # In the type that they have anyway, so that no copy in another one has to be stored: that
+        # of the product, or that of the sum.
+        own = "float32" if self.layout.sum_dtype == "float32" else self.dtype
+        total = self.layout.sum_dtype if self.layout.replicas > 1 else "float32"
 
         @jax.custom_vjp
         def hold(x, weights):
@@ -221,7 +222,9 @@ class _Way:
 
         def backward(_, gradients):
             dx, dweights = gradients
-            return _together(dx, dweights, sum_dtype) if self.sums or not summed else gradients
+            if summed and not self.sums:
+                return gradients
+            return _together(dx, dweights, total if summed else own)
 
         hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
         return hold(x, weights)

@@ -52,7 +52,8 @@ class Exchange(NamedTuple):
     hold: Callable[[jax.Array, Params, bool], tuple[jax.Array, Params]] = (
         lambda x, weights, summed: (x, weights)
     )
-    """(x, weights) -> both; x's gradient waits until those of the weights are summed."""
+    """(x, weights, summed) -> both; x's gradient waits for those of the weights. summed: given
+    before `arrive`, the weights' are summed over replicas already."""
     added: Params | None = None
     """For `arrive`, in the places of the model's parameters."""
 

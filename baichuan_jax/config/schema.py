@@ -224,10 +224,10 @@ class TrainConfig:
     seed: int = 42
     """Seed of the initial weights and of the order of the data; a run keeps the one it began
     with."""
-    # A sum over 1,000 devices in bfloat16 has an error of about a per cent (docs/plan.md).
+    # A sum of 128 in bfloat16 has an error of 1.5 % (docs/benchmarks.md).
     gradient_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type in which gradients are summed over devices; null: model.dtype. Micro-batches are added
-    up in float32."""
+    """Type in which gradients are summed over devices; null: model.dtype. Replicas add
+    up their micro-batches in float32."""
     # Off: atomic additions in GPU kernels are faster, and their order varies.
     deterministic: bool = False
     """On GPUs: use only kernels that give the same bits every time (slower). A CPU always does."""

@@ -20,7 +20,7 @@ import jsonargparse
 
 from baichuan_jax.config.files import config_files, make_parser, parse_command
 from baichuan_jax.config.parsing import quote_path, read_json
-from baichuan_jax.config.schema import Config, between, require
+from baichuan_jax.config.schema import Config, ConfigError, MeshConfig, between, require
 from baichuan_jax.hardware.accelerators import Hardware, Topology, parse_topology
 from baichuan_jax.plan import hlo
 from baichuan_jax.plan.ahead_of_time import Compiled, described_devices, missing, trace_step
@@ -74,7 +74,10 @@ def main(argv: list[str]) -> int:
         "pip install -r requirements-plan.txt",
     )
     # Before anything is compiled, which takes minutes.
-    config.check_mesh(config.mesh.resolve(topology.num_devices))
+    mesh = config.mesh.resolve(topology.num_devices)
+    if not options["search"]:  # which leaves out the sizes of mesh.state that cannot be
+        config.check_mesh(mesh)
+        _check_copies(config, mesh, topology)
     # First, and once: the child that compiles prints the rest. One node uses no network.
     network = assumptions.get(NETWORK)
     several = topology.num_devices > topology.devices_per_node or options["sweep"]
@@ -89,6 +92,17 @@ def main(argv: list[str]) -> int:
     show(result)
     _save(result, topology, options)
     return 0
+
+
+def _check_copies(config: Config, mesh: MeshConfig, topology: Topology) -> None:
+    """Refuse what training would: copies on hosts of a state that lies across hosts."""
+    whole = mesh.state * mesh.fsdp * mesh.context * mesh.tensor <= topology.devices_per_node
+    require(
+        config.checkpoint.local_dir is None or whole,
+        f"checkpoint.local_dir needs the whole state on each host, and mesh.state={mesh.state} x "
+        f"mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} lies across several; set mesh.state 1, "
+        "or checkpoint.local_dir null",
+    )
 
 
 def _make_parser() -> jsonargparse.ArgumentParser:
@@ -306,6 +320,11 @@ def _sweep(config: Config, topology: Topology, argv: list[str], options: dict[st
     # A file for each size: the user's --json gets all of them, once they are there.
     for nodes, target in _sweep_files(topology, options).items():
         name = f"{topology.hardware.name}:{nodes}x{per_node}"
+        try:
+            config.mesh.resolve(nodes * per_node)
+        except ConfigError as error:
+            print(f"{name} is left out: {error}")
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = f"--train.global_batch_size={share * nodes * per_node}"
         changed = [*kept, "--topology", name, "--json", str(target), rows]

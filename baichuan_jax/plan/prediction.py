@@ -11,6 +11,7 @@ one pass over the program predicts all samples, and the prediction's seconds are
 """
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -28,11 +29,10 @@ from baichuan_jax.plan.roofline import (
     instruction_cost,
 )
 
-# On so many streams XLA runs a GPU's collectives, each stream in the order of its starts: a gather
-# over NVLink waits for a sum over the network before it. 2, and in turn, with
-# --xla_gpu_experimental_enable_collective_multi_streaming (execution_stream_assignment.cc). A TPU
-# has one link, and so one order, anyway.
-COMMUNICATION_STREAMS = 1
+# XLA runs a GPU's collectives on one stream, in the order of their starts: a gather over NVLink
+# waits for a sum over the network before it. With this flag they take turns on two
+# (execution_stream_assignment.cc). A TPU has one link, and so one order, anyway.
+STREAMS_FLAG = "--xla_gpu_experimental_enable_collective_multi_streaming=true"
 
 
 @dataclass
@@ -109,9 +109,9 @@ def schedule_profile(prediction: Prediction) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _streams(program: Program) -> dict[tuple[str, str], int]:
+def _streams(program: Program, count: int) -> dict[tuple[str, str], int]:
     """The stream of each collective, by computation and name; left out: stream 0."""
-    if COMMUNICATION_STREAMS == 1:
+    if count == 1:
         return {}
     # As ExecutionStreamAssignment does it: in turn, computation by computation from the entry on.
     found: dict[tuple[str, str], int] = {}
@@ -119,7 +119,7 @@ def _streams(program: Program) -> dict[tuple[str, str], int]:
     for computation in computations:  # grows meanwhile
         for item in computation.post_order():
             if item.opcode.endswith("-start") and item.opcode[:-6] in COLLECTIVES:
-                found[computation.name, item.name] = len(found) % COMMUNICATION_STREAMS
+                found[computation.name, item.name] = len(found) % count
             elif item.opcode in ("while", "call"):
                 computations += [program.computations[name] for name in item.called]
     return found
@@ -135,8 +135,9 @@ class _Simulation:
         self.now = 0.0
         # When each link and each stream has ended all that it was given.
         self.link_free = {"intra_node": 0.0, "inter_node": 0.0}
-        self.stream_free = [0.0] * COMMUNICATION_STREAMS
-        self.streams = _streams(program)
+        streams = 2 if STREAMS_FLAG in os.environ.get("XLA_FLAGS", "") else 1
+        self.stream_free = [0.0] * streams
+        self.streams = _streams(program, streams)
         # Collectives that compute has not waited for yet, by the name of their start.
         self.in_flight: dict[str, tuple[Collective, float]] = {}
         # Seconds of compute by what bounds it, and how much collectives beside it add; operations.

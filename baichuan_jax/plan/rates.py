@@ -64,7 +64,9 @@ class Assumption(NamedTuple):
 _FITTED = "fitted on published runs; range: what single runs give"
 _NCCL = "assumed: NCCL's bus bandwidth over the links' rate"
 _OVERLAP = "assumed; high: mean of arXiv 2507.03114 on 4 GPUs"
-_NODES = "fitted on published runs of several nodes; range: what fits them nearly as well"
+_NODES = (
+    "chosen within what fits published runs of several nodes nearly as well, which the range is"
+)
 _FLASH = "FlashAttention-2's share of the peak (arXiv 2307.08691)"
 # Of all accelerators alike.
 _ALL = {
@@ -257,7 +259,7 @@ def check_rate(where: str, name: str, value: Any) -> None:
 
     where: the file or the option, which begins the message.
     """
-    # cutoff 0: even a poor match is a better hint than none, with only nine names.
+    # cutoff 0: even a poor match is a better hint than none, with so few names.
     if name not in RATE_NAMES:
         near = difflib.get_close_matches(name, RATE_NAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{where} holds an unknown rate {name!r}; did you mean {near!r}?")

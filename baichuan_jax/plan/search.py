@@ -82,10 +82,14 @@ def search(
     with_state = lambda config, size: dataclasses.replace(config, mesh=_shared(mesh, size))
     trial = _Trial(topology, devices, rates)
     trial.run(candidates(with_state(config, sizes[-1]), topology.num_devices), "candidates")
+    if not trial.fitting and len(sizes) > 1:
+        # With several micro-batches gathered weights may take more memory than a share frees.
+        trial.run(candidates(with_state(config, sizes[0]), topology.num_devices), "candidates")
     if not trial.fitting:
         raise ConfigError(trial.why_nothing_fits())
     best = trial.best()
-    trial.run([with_state(best, size) for size in sizes[:-1]], "sizes of mesh.state")
+    others = [size for size in sizes if size != best.mesh.state]
+    trial.run([with_state(best, size) for size in others], "sizes of mesh.state")
     best = trial.best()
     # Never chosen: it changes the numbers of a run. Its row says what it would cost.
     dtype = best.train.gradient_dtype or best.model.dtype
