@@ -206,7 +206,7 @@ def test_a_bfloat16_model_trains_with_a_float32_sum(tiny_config, shape, scan):
     ids=str,
 )
 def test_evaluation_gathers_what_replicas_share(tiny_config, on_one_device, shape):
-    config = configured(tiny_config, micro=2)
+    config = configured(tiny_config, micro=1)
     (loss, _), _ = on_one_device(configured(tiny_config))[0]
     config, steps = build(config, shape)
     state = jax.device_put(initial_state(config.model), steps.state_shardings)
@@ -283,6 +283,7 @@ def test_replicas_gather_and_sum_once_a_step(
     inner = sizes.fsdp * sizes.tensor
     # Norms are summed in an all-reduce; the loss and its count are a few numbers.
     norms = 4 * (2 * 3 + 1) * config.model.hidden_size
+    scalars = 128  # losses, counts, parts of the norm
     sent: dict[tuple[str, str], float] = {}
     for item in exchanges(hlo.parse(text), steps):
         if {*item.axes.split("+")}.isdisjoint(REPLICAS) or item.bytes < 1000:
@@ -296,9 +297,9 @@ def test_replicas_gather_and_sum_once_a_step(
         assert sent.pop(("reduce-scatter", "state")) == sizes_of(steps, 4, inner)
     if sizes.data > 1:
         summed = sent.pop(("all-reduce", "data"))
-        assert summed == pytest.approx(sizes_of(steps, 4, inner * sizes.state), abs=norms)
+        assert summed == pytest.approx(sizes_of(steps, 4, inner * sizes.state), abs=norms + scalars)
     # And the loss of each replica.
-    assert sum(sent.values()) <= norms + 4 * sizes.data * sizes.state, sent
+    assert sum(sent.values()) <= norms + scalars, sent
 
 
 def test_no_device_makes_a_whole_matrix(tiny_config):
