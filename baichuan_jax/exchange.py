@@ -180,7 +180,7 @@ class _Way:
         """The logical axes of some parameters by name, of a block's as of one block."""
         layers = self.axes["layers"]
         # A scan passes one block of its stacks.
-        block = layers[0] if isinstance(layers, list) else {k: v[1:] for k, v in layers.items()}
+        block = layers[0] if isinstance(layers, list) else axes_of_block(layers)
         return {name: (self.axes | block)[name] for name in weights}
 
     def _arrive(self, weights: Params, added: Params | None) -> Params:
@@ -228,6 +228,11 @@ class _Way:
 
         hold.defvjp(lambda x, weights: (hold(x, weights), None), backward)
         return hold(x, weights)
+
+
+def axes_of_block(layers: Params) -> Params:
+    """The logical axes of one block's parameters, from those of the stacks."""
+    return {name: names[1:] for name, names in layers.items()}
 
 
 def _together(x: jax.Array, weights: Params, dtype: Any) -> tuple[jax.Array, Params]:

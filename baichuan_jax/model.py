@@ -203,8 +203,8 @@ class Transformer(nnx.Module):
             x_BTD, _ = jax.lax.scan(turn, x_BTD, (layers, added["layers"]))
         else:
             blocks = (
-                _separate(layers, config.num_layers),
-                _separate(added["layers"], config.num_layers),
+                separate(layers, config.num_layers),
+                separate(added["layers"], config.num_layers),
             )
             x_BTD, head, layers = _unrolled(body, x_BTD, *blocks, head, exchange)
         head = exchange.arrive(head, {"lm_head": added["lm_head"]})
@@ -429,8 +429,8 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)
 
 
-def _separate(stacks: Any, count: int) -> list[Any]:
-    """Stacks [L, ...] as a list of blocks."""
+def separate(stacks: Any, count: int) -> list[Any]:
+    """Stacks [L, ...] of `count` blocks as a list of blocks; a list is returned as it is."""
     if isinstance(stacks, list):
         return stacks
     return [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(count)]
@@ -444,7 +444,8 @@ def _unrolled(
     No stack of saved activations is written, and XLA optimises across blocks; compilation takes
     longer. Left free, XLA's scheduler computes many weights' gradients and sums them after the last
     block, where no compute hides the sums. So in the backward pass a block waits until the
-    gradients of the second block after it are summed. Returns x and the head.
+    gradients of the second block after it are there, and those of the third are summed. Returns x,
+    the head and the blocks' weights as they arrived.
     """
     count, layers = len(layers), list(layers)
     arrived = [exchange.arrive(layers[0], added[0])]

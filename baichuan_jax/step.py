@@ -24,9 +24,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from baichuan_jax.config.schema import Config
-from baichuan_jax.exchange import Batch, LossSum, gather, sum_gradients
+from baichuan_jax.exchange import Batch, LossSum, axes_of_block, gather, sum_gradients
 from baichuan_jax.loss import IGNORE, cross_entropy
-from baichuan_jax.model import Exchange, Params, abstract_model, init_params, matmul_precision
+from baichuan_jax.model import (
+    Exchange,
+    Params,
+    abstract_model,
+    init_params,
+    matmul_precision,
+    separate,
+)
 from baichuan_jax.optimizer import (
     clip_by_global_norm,
     learning_rate,
@@ -229,25 +236,19 @@ def _make_train(
     shardings: Params,
 ) -> Callable:
     """Steps.train, not yet compiled."""
-    count, used_axes = config.model.num_layers, axes
-    if not config.model.scan_layers:
-        block = {name: names[1:] for name, names in axes["layers"].items()}
-        used_axes = axes | {"layers": [block] * count}
-
-    def separate(params: Params) -> Params:
-        """One array for each block, so that the blocks' weights and gradients move one by one."""
-        if config.model.scan_layers:
-            return params
-        blocks = [jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(count)]
-        return params | {"layers": blocks}
 
     def train(
         state: TrainState, batch: Batch, request: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.sum(batch["labels"] != IGNORE)
+        params, names, count = state.params, axes, config.model.num_layers
+        if not config.model.scan_layers:
+            # An array for each block: the blocks' weights and gradients move one by one.
+            params = params | {"layers": separate(params["layers"], count)}
+            names = names | {"layers": [axes_of_block(names["layers"])] * count}
         with activate(layout):
             total, gradients = sum_gradients(
-                loss_sum, separate(state.params), used_axes, batch, layout, config.model.dtype
+                loss_sum, params, names, batch, layout, config.model.dtype
             )
         # Divided by the count of the whole step, not of a device or a micro-batch: accumulation and
         # any mesh weigh every token alike.
